@@ -1,0 +1,5 @@
+"""`python -m neftune_dist VERB`."""
+
+from neftune_dist.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Checkpoints: flat shards of any engine, published whole or not at all."""

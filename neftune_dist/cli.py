@@ -1,0 +1,188 @@
+"""The command line: `neftune-dist VERB`. Exit codes: 0 done, 2 a user's mistake, 75 stopped at a
+checkpoint to be continued, anything else a failure."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from neftune_dist.config import Config, UserError, load_config
+
+EXIT_USER_ERROR = 2
+_RANK_0_SPEAKS_FIRST_SECONDS = 5.0
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Parse, run the verb, exit."""
+    parser = _parser()
+    # argparse takes key=value words in one place only; here they may stand behind options, too.
+    arguments, rest = parser.parse_known_args(words)
+    late = [word for word in rest if "=" in word and not word.startswith("-")]
+    if late != rest or (late and not hasattr(arguments, "settings")):
+        parser.error(f"unknown words: {' '.join(rest)}")
+    if late:
+        arguments.settings = [*arguments.settings, *late]
+    try:
+        code: int = arguments.run(arguments)
+    except UserError as error:
+        _say(error)
+        code = EXIT_USER_ERROR
+    sys.exit(code)
+
+
+def _say(error: UserError) -> None:
+    """One sentence on one rank's standard error."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        # The launcher ends all ranks as soon as one has ended. Let that one be rank 0, which says
+        # the same; if it lives on, the mistake is this rank's alone and is said here.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_RANK_0_SPEAKS_FIRST_SECONDS)
+        if error.shared:
+            return
+    prefix = "neftune-dist" if rank == "0" else f"neftune-dist (rank {rank})"
+    print(f"{prefix}: {error}", file=sys.stderr, flush=True)
+
+
+# The verbs import what they need themselves: a mistake in a configuration is told before torch
+# has been loaded, and `--help` needs none of it.
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.settings)
+    from neftune_dist.train import train
+
+    return train(config)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.settings)
+    from neftune_dist.plan import plan
+
+    plan(config, arguments.world_size)
+    return 0
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.settings)
+    from neftune_dist.data.corpus import prepare
+    from neftune_dist.model.load import find, load_tokenizer
+
+    corpus = prepare(config.data, load_tokenizer(find(config.model), config.model), print)
+    for line in corpus.report.lines():
+        print(line)
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from neftune_dist.export import export
+
+    output = Path(arguments.output) if arguments.output else None
+    export(Path(arguments.run_dir), output, step=arguments.step, dtype=arguments.dtype)
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    run_dir = Path(arguments.run_dir)
+    config = _config_of(run_dir, arguments.settings)
+    folder = Path(arguments.model) if arguments.model else run_dir / "export"
+    if not (folder / "config.json").exists():
+        raise UserError(
+            f"{folder} is no model directory: run `neftune-dist export {run_dir}` first, or name "
+            "one with --model."
+        )
+    from neftune_dist.evaluate.model import evaluate_model
+
+    result = evaluate_model(folder, config, num_answers=arguments.answers)
+    print(f"held-out loss {result.held_out_loss:.4f} on {result.num_documents} documents")
+    if result.exact_match is not None:
+        print(f"exact match {result.exact_match:.1%} of {len(result.answers)} answers")
+    if arguments.output:
+        Path(arguments.output).write_text(json.dumps(result.to_dict(), indent=1))
+    return 0
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    from neftune_dist.study import study
+
+    study(
+        arguments.config,
+        arguments.settings,
+        alphas=_numbers(arguments.alphas),
+        num_seeds=arguments.seeds,
+        num_ranks=arguments.ranks,
+    )
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from neftune_dist.doctor import doctor
+
+    return doctor(Path(arguments.run_dir))
+
+
+def _config_of(run_dir: Path, settings: Sequence[str]) -> Config:
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        raise UserError(f"{run_dir} is no run directory: it has no config.yaml.")
+    return load_config(path, settings)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--alphas={text} is not of the form 0,5,10,15.") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="neftune-dist",
+        description="Fine-tune causal language models with exact NEFTune noise over FSDP2 or "
+        "DeepSpeed ZeRO.",
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, run: object, text: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=text, description=text)
+        added.set_defaults(run=run)
+        return added
+
+    def takes_config(added: argparse.ArgumentParser) -> None:
+        added.add_argument("config", help="YAML file; see configs/")
+        _takes_settings(added)
+
+    takes_config(verb("train", _train, "Fine-tune, under torchrun or alone; resumes by itself."))
+    added = verb("plan", _plan, "Validate and resolve a run; model state per rank, disk, steps.")
+    added.add_argument("--world-size", type=int, default=1, help="ranks to plan for")
+    takes_config(added)
+    takes_config(verb("prepare", _prepare, "Read and tokenise the data, fill the cache, report."))
+    added = verb("export", _export, "Write a checkpoint as a Hugging Face model directory.")
+    added.add_argument("run_dir")
+    added.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
+    added.add_argument("--output", help="default: RUN_DIR/export")
+    added.add_argument("--dtype", choices=("original", "fp32", "bf16", "fp16"), default="original")
+    added = verb("evaluate", _evaluate, "Held-out loss and answers of a run's export, noise off.")
+    added.add_argument("run_dir", help="names the configuration and the held-out documents")
+    added.add_argument("--model", help="another model directory; default: RUN_DIR/export")
+    added.add_argument("--answers", type=int, default=200, help="held-out prompts to answer")
+    added.add_argument("--output", help="JSON file for the results and the answers")
+    _takes_settings(added)
+    added = verb("study", _study, "Paired runs that differ in alpha alone, and their report.")
+    added.add_argument("--alphas", default="0,5,10,15")
+    added.add_argument("--seeds", type=int, default=1, help="number of seeds a value of alpha")
+    added.add_argument("--ranks", type=int, default=1, help="processes a run, under torchrun")
+    takes_config(added)
+    added = verb("doctor", _doctor, "Check this machine: versions, devices, memory, collectives.")
+    added.add_argument("--run-dir", default=".", help="where runs are to be written")
+    return parser
+
+
+def _takes_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="such as noise.alpha=5")

@@ -1,0 +1,138 @@
+"""The world a process lives in: rank, device, process group, agreement on errors, rank-0 output.
+
+Owns every wait of one rank for another outside the engines' collectives. Long work on the host
+(tokenising, downloading) never happens inside a collective: ranks wait for each other by polling
+the rendezvous store, which has no time limit and hears of an error on another rank at once.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from neftune_dist.config import UserError
+
+T = TypeVar("T")
+_POLL_SECONDS = 0.05
+_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+class World:
+    """This process among the others.
+
+    Attributes:
+        rank, size: of all processes. local_rank, local_size: of those on this machine.
+        device: where this rank computes.
+    """
+
+    def __init__(self) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self._phase = 0
+        if torch.cuda.is_available():
+            if self.local_rank >= torch.cuda.device_count():
+                raise UserError(
+                    f"Rank {self.rank} is number {self.local_rank} on its machine, which has "
+                    f"{torch.cuda.device_count()} GPUs: start one process a GPU."
+                )
+            self.device = torch.device("cuda", self.local_rank)
+            torch.cuda.set_device(self.device)
+        else:
+            self.device = torch.device("cpu")
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        if self.size == 1 and "MASTER_ADDR" not in os.environ:
+            # The engines want a process group even for one process; this one needs no network.
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(
+                backend,
+                timeout=_COLLECTIVE_TIMEOUT,
+                device_id=self.device if backend == "nccl" else None,
+            )
+        self._store = dist.PrefixStore("neftune_dist", dist.distributed_c10d._get_default_store())
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank speaks for the run."""
+        return self.rank == 0
+
+    def log(self, line: str) -> None:
+        """A line on rank 0's standard output; nothing on other ranks."""
+        if self.is_first:
+            print(line, flush=True)
+
+    @contextmanager
+    def agree(self) -> Iterator[None]:
+        """Leave the block on all ranks together, or raise the first rank's `UserError` on all.
+
+        An error of any rank is raised on the others as soon as they reach the block's end. All
+        ranks go through the same blocks in the same order.
+        """
+        self._phase += 1
+        error: UserError | None = None
+        try:
+            yield
+        except UserError as raised:
+            error = raised
+        if self.size == 1:
+            if error:
+                raise error
+            return
+        failed, arrived = f"{self._phase}/failed", f"{self._phase}/arrived"
+        if error:
+            self._store.set(failed, str(error))
+        self._store.add(arrived, 1)
+        while True:
+            if self._store.check([failed]):
+                # Ranks that have not arrived learn it when they do; the store outlives them all
+                # only if its host (rank 0) is not gone first.
+                message = self._store.get(failed).decode()
+                self._wait_for_all(arrived, limit_seconds=10.0)
+                raise UserError(message, shared=True) from error
+            if self._store.add(arrived, 0) >= self.size:
+                if not self._store.check([failed]):
+                    return
+                continue
+            time.sleep(_POLL_SECONDS)
+
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """Run `work` on each machine's first rank, then on the others, who find its cache filled.
+
+        A `UserError` of any rank is raised on all.
+        """
+        result: list[T] = []
+        with self.agree():
+            if self.local_rank == 0:
+                result.append(work())
+        with self.agree():
+            if self.local_rank != 0:
+                result.append(work())
+        return result[0]
+
+    def gather(self, values: list[float]) -> list[list[float]]:
+        """Every rank's values, in the order of ranks: one small collective."""
+        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.size == 1:
+            return [mine.tolist()]
+        out = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(out, mine)
+        return [each.tolist() for each in torch.stack(out).cpu()]
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _wait_for_all(self, arrived: str, limit_seconds: float) -> None:
+        deadline = time.monotonic() + limit_seconds
+        while time.monotonic() < deadline and self._store.add(arrived, 0) < self.size:
+            time.sleep(_POLL_SECONDS)

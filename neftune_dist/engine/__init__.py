@@ -1,0 +1,1 @@
+"""Sharded training: one contract, two engines."""

@@ -1,0 +1,107 @@
+"""The engine contract, and the flat shards in which any engine's state is saved and loaded.
+
+What a rank holds of a parameter, of its float32 master and of its Adam moments is one contiguous
+range of the flattened tensor: under ZeRO-1/2/3 by construction, under FSDP2 because it shards
+dimension 0. `FlatShard` names such a range, and is all that checkpoints and weight files need to
+know of an engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from neftune_dist.data.loader import MicroBatch
+from neftune_dist.model.loss import token_loss_sum
+from neftune_dist.optim import MakeOptimizer
+
+# The float32 master weights, beside the moments named in optim.STATE_NAMES.
+MASTER = "master"
+
+
+@dataclass(frozen=True)
+class FlatShard:
+    """A rank's range of one flattened tensor.
+
+    kind: MASTER or a moment's name. name: the parameter's Hugging Face name.
+    start: of the range within the whole. tensor: 1-D view of the rank's memory, float32.
+    numel: elements of the whole tensor.
+    """
+
+    kind: str
+    name: str
+    start: int
+    tensor: Tensor
+    numel: int
+
+    @property
+    def key(self) -> str:
+        """The tensor's key in a checkpoint."""
+        return f"{self.kind}/{self.name}"
+
+
+# read(kind, name, start, stop) -> 1-D tensor
+ReadRange = Callable[[str, str, int, int], Tensor]
+
+
+class Engine(Protocol):
+    """What the loop, evaluation and checkpoints use of an engine."""
+
+    def setup(self, model: Any, make_optimizer: MakeOptimizer) -> None:
+        """Shard a model that is on the meta device, and build the optimizer on the shards.
+
+        The weights have no content yet: fill `flat_state()`, then call `loaded()`.
+        """
+
+    def loaded(self, num_updates: int) -> None:
+        """The flat state has been filled: bring compute copies and step counts in line."""
+
+    def forward(self, batch: MicroBatch) -> Tensor:
+        """This rank's sum of token losses (float32 scalar)."""
+
+    def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
+        """Add the gradient of `loss`, this rank's share of the step's loss. Over all ranks and
+        micro-batches of a step the gradients add up: no factor of either remains (law 3)."""
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, update, zero; the global L2 norm of the gradient before clipping."""
+
+    def flat_state(self) -> list[FlatShard]:
+        """What this rank holds and should save; ranges of different ranks do not overlap, and
+        together they cover every tensor. On replicas, as on one copy, all ranks list theirs;
+        `saves` tells whether this rank writes them."""
+
+    @property
+    def saves(self) -> bool:
+        """Whether this rank's shards go into a checkpoint (one replica's do)."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Whole shape of each parameter, by its first Hugging Face name."""
+
+    def train(self, mode: bool) -> None:
+        """Training or evaluation mode."""
+
+    def describe(self) -> list[str]:
+        """Lines for the start of a run: the parallel layout and every dtype."""
+
+
+def batch_loss_sum(model: Any, batch: MicroBatch) -> Tensor:
+    """`token_loss_sum` of a micro-batch."""
+    return token_loss_sum(
+        model,
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        attention_mask=batch.attention_mask,
+        document_lengths=batch.document_lengths,
+        positions=batch.positions,
+        targets=batch.targets,
+    )
+
+
+def dtype_lines(named: Mapping[str, set[str]]) -> list[str]:
+    """`engine: NAME dtype ...` for each, so that no precision is a surprise."""
+    return [f"engine: {name} in {', '.join(sorted(kinds))}" for name, kinds in named.items()]

@@ -1,0 +1,234 @@
+"""DeepSpeed ZeRO, stage 1, 2 or 3.
+
+Parameters compute in `model.dtype`; each rank keeps float32 masters and Adam moments of its
+partition; gradients are reduced and accumulated in float32. DeepSpeed makes a model's partitions
+from whole tensors; here each tensor is whole for a moment only (stage 3), and empty: the weights
+come later, into the partitions.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import redirect_stdout
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neftune_dist.config import Config
+from neftune_dist.data.loader import MicroBatch
+from neftune_dist.distributed import World
+from neftune_dist.engine.base import MASTER, FlatShard, batch_loss_sum
+from neftune_dist.model.load import initialize_buffers
+from neftune_dist.optim import (
+    STATE_NAMES,
+    MakeOptimizer,
+    initialize_state,
+    set_learning_rate,
+    set_updates,
+)
+
+# DeepSpeed reports every detail of its start, on every rank, and the lack of a GPU as a warning.
+os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "ERROR")
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+import deepspeed
+
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
+
+
+class DeepSpeedEngine:
+    """The engine contract over DeepSpeed ZeRO."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.world = world
+        self.stage = config.engine.zero_stage or 3
+        self.compute_dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
+        self.settings = _settings(config, self.stage)
+        self.shapes: Mapping[str, tuple[int, ...]] = {}
+        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+        # DeepSpeed adopts the process group that exists.
+        with redirect_stdout(io.StringIO()):
+            deepspeed.init_distributed(
+                dist_backend="nccl" if world.device.type == "cuda" else "gloo",
+                dist_init_required=False,
+                verbose=False,
+            )
+
+    def setup(self, model: Any, make_optimizer: MakeOptimizer) -> None:
+        """See `Engine.setup`."""
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        whole = _Materializer(model, self.world.device, self.compute_dtype)
+        with redirect_stdout(io.StringIO()):  # DeepSpeed prints memory reports on every rank
+            if self.stage == 3:
+                deepspeed.zero.Init(
+                    module=whole, config_dict_or_path=self.settings, dtype=self.compute_dtype
+                )
+            else:
+                for _ in whole.parameters():
+                    pass
+            self.named = list(model.named_parameters())
+            initialize_buffers(model, self.world.device)
+            self.engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=make_optimizer(self.named, self.shapes),
+                config=self.settings,
+                dist_init_required=False,
+            )
+        # DeepSpeed casts buffers with the parameters; rotary frequencies in bf16 would be another
+        # model than FSDP2 trains.
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_floating_point():
+                    module._buffers[name] = torch.empty_like(buffer, dtype=torch.float32)
+        initialize_buffers(model, self.world.device)
+        self.model = model
+        self.zero = self.engine.optimizer
+        # DeepSpeed has an optimizer class for stage 3, one for 1 and 2, and one for 1 in bf16.
+        masters = next(
+            getattr(self.zero, name)
+            for name in (
+                "fp32_partitioned_groups_flat",
+                "single_partition_of_fp32_groups",
+                "fp32_groups_flat_partition",
+            )
+            if hasattr(self.zero, name)
+        )
+        self.masters: list[Tensor] = list(masters)
+        initialize_state(self.zero.optimizer, self.masters)
+
+    def loaded(self, num_updates: int) -> None:
+        """See `Engine.loaded`: the compute copies are made anew from the masters."""
+        set_updates(self.zero.optimizer, num_updates)
+        if self.stage == 3:
+            for group in range(len(self.masters)):
+                self.zero._reassign_or_swap_out_partitioned_parameters(group)
+        else:
+            self.zero.update_lp_params()
+
+    def forward(self, batch: MicroBatch) -> Tensor:
+        """See `Engine.forward`."""
+        return batch_loss_sum(self.engine, batch)
+
+    def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
+        """See `Engine.backward`."""
+        self.engine.set_gradient_accumulation_boundary(last_micro_batch)
+        # DeepSpeed divides the sum over ranks by their number; its division by the accumulation
+        # steps is switched off.
+        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
+        if not last_micro_batch:
+            self.engine.step()  # counts the micro-batch; updates nothing
+
+    def step(self, learning_rate: float) -> float:
+        """See `Engine.step`."""
+        set_learning_rate(self.zero.optimizer, learning_rate)
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    def flat_state(self) -> list[FlatShard]:
+        """See `Engine.flat_state`."""
+        shards = []
+        for name, parameter in self.named:
+            numel = 1
+            for size in self.shapes[name]:
+                numel *= size
+            for start, master, piece in self._ranges(parameter, numel):
+                state = self.zero.optimizer.state[master]
+                shards.append(FlatShard(MASTER, name, start, master.detach()[piece], numel))
+                shards += [
+                    FlatShard(kind, name, start, state[kind][piece], numel) for kind in STATE_NAMES
+                ]
+        return shards
+
+    def _ranges(self, parameter: Any, numel: int) -> Iterator[tuple[int, Tensor, slice]]:
+        """(start within the parameter, flat master tensor, slice of it) that this rank holds."""
+        if self.stage == 3:
+            group, offset, size = self.zero.grad_position[self.zero.get_param_id(parameter)]
+            start = size * self.world.rank
+            size = min(size, numel - start)  # the last partitions are padded
+            if size > 0:
+                yield start, self.masters[group], slice(offset, offset + size)
+            return
+        fragment = parameter._hp_mapping
+        if fragment is None:
+            return
+        address = fragment.get_hp_fragment_address()
+        master = next(
+            m
+            for m in self.masters
+            if m.untyped_storage().data_ptr() == fragment.hp_fragment.untyped_storage().data_ptr()
+        )
+        size = min(address.numel, numel - fragment.lp_fragment_address.start)
+        yield (
+            fragment.lp_fragment_address.start,
+            master,
+            slice(address.start, address.start + size),
+        )
+
+    @property
+    def saves(self) -> bool:
+        """See `Engine.saves`: ZeRO keeps one copy over all ranks."""
+        return True
+
+    def train(self, mode: bool) -> None:
+        """See `Engine.train`."""
+        self.engine.train(mode)
+
+    def describe(self) -> list[str]:
+        """See `Engine.describe`."""
+        master = {str(m.dtype).removeprefix("torch.") for m in self.masters}
+        return [
+            f"engine: deepspeed {deepspeed.__version__}, ZeRO stage {self.stage}, "
+            f"{self.world.size} partitions on {self.world.device.type}; "
+            f"compute {str(self.compute_dtype).removeprefix('torch.')}, "
+            f"master weights and Adam moments {', '.join(sorted(master))}, "
+            "gradients reduced and accumulated in float32"
+        ]
+
+
+def _settings(config: Config, stage: int) -> dict[str, Any]:
+    return {
+        # Micro-batches are driven by hand; these satisfy DeepSpeed's own arithmetic.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "bf16": {"enabled": config.model.dtype == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "gradient_clipping": config.optim.max_grad_norm,
+        "zero_optimization": {"stage": stage, "contiguous_gradients": True, "overlap_comm": False},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+
+
+class _Materializer(nn.Module):
+    """Turns a model's meta parameters into empty real ones, one at a time, as DeepSpeed asks for
+    them: by the time it asks for the next, it has partitioned the last. Ties are kept."""
+
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._places: dict[int, list[tuple[nn.Module, str]]] = {}
+        self._device, self._dtype = device, dtype
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    self._places.setdefault(id(parameter), []).append((module, name))
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        for places in self._places.values():
+            module, name = places[0]
+            meta = module._parameters[name]
+            assert meta is not None
+            real = nn.Parameter(
+                torch.zeros(meta.shape, dtype=self._dtype, device=self._device),
+                requires_grad=meta.requires_grad,
+            )
+            for module, name in places:
+                module._parameters[name] = real
+            yield real

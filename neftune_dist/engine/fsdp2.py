@@ -1,0 +1,145 @@
+"""FSDP2: `fully_shard` for each transformer block and the rest, optionally replicated (HSDP).
+
+Parameters are float32 shards and are their own masters; blocks compute in `model.dtype`; gradients
+are reduced and accumulated in float32, as shards, after every micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from neftune_dist.config import Config, UserError
+from neftune_dist.data.loader import MicroBatch
+from neftune_dist.distributed import World
+from neftune_dist.engine.base import MASTER, FlatShard, batch_loss_sum
+from neftune_dist.model.load import block_classes, initialize_buffers
+from neftune_dist.optim import (
+    STATE_NAMES,
+    MakeOptimizer,
+    initialize_state,
+    set_learning_rate,
+    set_updates,
+)
+
+
+class FSDP2Engine:
+    """The engine contract over FSDP2."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.world = world
+        self.max_grad_norm = config.optim.max_grad_norm
+        self.compute_dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
+        self.num_replicas = config.engine.num_replicas or 1
+        if world.size % self.num_replicas:
+            raise UserError(
+                f"engine.num_replicas={self.num_replicas} does not divide the {world.size} "
+                "processes of this run."
+            )
+        self.mesh = self._mesh()
+        self.shapes: Mapping[str, tuple[int, ...]] = {}
+
+    def _mesh(self) -> DeviceMesh:
+        kind, shards = self.world.device.type, self.world.size // self.num_replicas
+        if self.num_replicas == 1:
+            return init_device_mesh(kind, (shards,), mesh_dim_names=("shard",))
+        return init_device_mesh(
+            kind, (self.num_replicas, shards), mesh_dim_names=("replicate", "shard")
+        )
+
+    def setup(self, model: Any, make_optimizer: MakeOptimizer) -> None:
+        """See `Engine.setup`."""
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        policy = MixedPrecisionPolicy(
+            param_dtype=self.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        blocks = block_classes(model)
+        for module in model.modules():
+            if type(module).__name__ in blocks:
+                fully_shard(module, mesh=self.mesh, mp_policy=policy)
+        fully_shard(model, mesh=self.mesh, mp_policy=policy)
+        model.to_empty(device=self.world.device)
+        initialize_buffers(model, self.world.device)
+        self.model = model
+        self.named = list(model.named_parameters())
+        self.optimizer = make_optimizer(self.named, self.shapes)
+        initialize_state(self.optimizer, [p for _, p in self.named])
+
+    def loaded(self, num_updates: int) -> None:
+        """See `Engine.loaded`: the shards are the masters, so only Adam's count is due."""
+        set_updates(self.optimizer, num_updates)
+
+    def forward(self, batch: MicroBatch) -> Tensor:
+        """See `Engine.forward`."""
+        return batch_loss_sum(self.model, batch)
+
+    def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
+        """See `Engine.backward`."""
+        self.model.set_is_last_backward(last_micro_batch)
+        # FSDP2 divides the sum over ranks by their number.
+        (loss * self.world.size).backward()
+
+    def step(self, learning_rate: float) -> float:
+        """See `Engine.step`."""
+        grads = [p.grad.to_local() for _, p in self.named if isinstance(p.grad, DTensor)]
+        square = torch.stack([g.square().sum(dtype=torch.float64) for g in grads]).sum()
+        dist.all_reduce(square, group=self.mesh["shard"].get_group())
+        norm = square.sqrt()
+        if self.max_grad_norm:
+            factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0).to(torch.float32)
+            torch._foreach_mul_(grads, factor)
+        set_learning_rate(self.optimizer, learning_rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def flat_state(self) -> list[FlatShard]:
+        """See `Engine.flat_state`."""
+        shards = []
+        for name, parameter in self.named:
+            assert isinstance(parameter, DTensor)
+            shape, offset = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
+            numel = parameter.numel()
+            if 0 in shape:
+                continue
+            start = offset[0] * (numel // parameter.shape[0]) if offset else 0
+            for kind, tensor in (
+                (MASTER, parameter.detach()),
+                *((each, self.optimizer.state[parameter][each]) for each in STATE_NAMES),
+            ):
+                assert isinstance(tensor, DTensor)
+                shards.append(FlatShard(kind, name, start, tensor.to_local().view(-1), numel))
+        return shards
+
+    @property
+    def saves(self) -> bool:
+        """See `Engine.saves`: the first replica."""
+        return self.num_replicas == 1 or self.mesh["replicate"].get_local_rank() == 0
+
+    def train(self, mode: bool) -> None:
+        """See `Engine.train`."""
+        self.model.train(mode)
+
+    def describe(self) -> list[str]:
+        """See `Engine.describe`."""
+        shards = self.world.size // self.num_replicas
+        layout = f"{shards} shards" + (
+            f" x {self.num_replicas} replicas" if self.num_replicas > 1 else ""
+        )
+        master = {str(p.dtype).removeprefix("torch.") for _, p in self.named}
+        return [
+            f"engine: fsdp2, {layout} on {self.world.device.type}; "
+            f"compute {str(self.compute_dtype).removeprefix('torch.')}, "
+            f"master weights and Adam moments {', '.join(sorted(master))}, "
+            "gradients reduced and accumulated in float32"
+        ]

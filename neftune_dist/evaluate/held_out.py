@@ -1,0 +1,53 @@
+"""Held-out loss in the loop: token-weighted, noise off, under any engine, nothing gathered."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from neftune_dist.config import Config
+from neftune_dist.data.corpus import Documents
+from neftune_dist.data.loader import evaluation_batches
+from neftune_dist.distributed import World
+from neftune_dist.engine.base import Engine
+
+
+class HeldOut:
+    """The held-out documents of a run. A collective of all ranks."""
+
+    def __init__(
+        self, documents: Documents, config: Config, world: World, quadratic_tokens: float
+    ) -> None:
+        most = config.evaluate.max_documents or len(documents)
+        self.indices = np.arange(min(most, len(documents)))
+        self.documents, self.config, self.world = documents, config, world
+        self.quadratic_tokens = quadratic_tokens
+
+    @torch.no_grad()
+    def evaluate(self, engine: Engine) -> dict[str, Any]:
+        """`held_out_loss` (mean over supervised tokens), its perplexity, and the counts."""
+        engine.train(False)
+        loss_sum = 0.0
+        batches = evaluation_batches(
+            self.documents,
+            self.indices,
+            self.config,
+            self.world.rank,
+            self.world.size,
+            self.quadratic_tokens,
+        )
+        for batch in batches:
+            loss_sum += float(engine.forward(batch.to(self.world.device)))
+        engine.train(True)
+        total = sum(part[0] for part in self.world.gather([loss_sum]))
+        tokens = int(self.documents.num_supervised[self.indices].sum())
+        loss = total / tokens
+        return {
+            "held_out_loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "num_documents": len(self.indices),
+            "num_supervised_tokens": tokens,
+        }

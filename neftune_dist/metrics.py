@@ -1,0 +1,140 @@
+"""What a run leaves to look at: metrics.jsonl, evaluations.jsonl, TensorBoard, a progress bar.
+
+Owns these files, on rank 0 alone. A resumed run first drops what lies beyond its checkpoint, so
+that the files read as if the run had never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from neftune_dist.config import LoggingConfig, UserError
+
+_STEPS, _EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
+
+
+class Recorder:
+    """Records steps and evaluations. With `active` False (other ranks) it does nothing."""
+
+    def __init__(
+        self, run_dir: Path, config: LoggingConfig, first_step: int, num_steps: int, active: bool
+    ) -> None:
+        self.active = active
+        if not active:
+            return
+        try:
+            for name in (_STEPS, _EVALUATIONS):
+                _keep_until(run_dir / name, first_step)
+            self._files = {n: (run_dir / n).open("a") for n in (_STEPS, _EVALUATIONS)}
+            self._tensorboard = (
+                SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+                if config.tensorboard
+                else None
+            )
+        except OSError as error:
+            raise UserError(
+                f"run_dir={run_dir} cannot be written: {error.strerror or error}."
+            ) from error
+        # Without a terminal a bar would be one endless line; plain lines are written instead.
+        self._plain = config.progress and not sys.stderr.isatty()
+        self._bar = (
+            tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True)
+            if config.progress and not self._plain
+            else None
+        )
+        self._num_steps = num_steps
+        self._seconds = 0.0
+        self._recorded = 0
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """One optimizer step, under the names of the design."""
+        if not self.active:
+            return
+        self._write(_STEPS, record, "train")
+        self._seconds += record["step_seconds"]
+        self._recorded += 1
+        if self._bar is not None:
+            self._bar.set_postfix_str(
+                f"loss {record['loss']:.4f}, {record['tokens_per_second']:.0f} tokens/s"
+            )
+            self._bar.update()
+        elif self._plain:
+            left = (self._num_steps - record["step"]) * self._seconds / self._recorded
+            print(
+                f"step {record['step']}/{self._num_steps}  loss {record['loss']:.4f}  "
+                f"grad_norm {record['grad_norm']:.3f}  noise_norm {record['noise_norm']:.4f}  "
+                f"{record['tokens_per_second']:.0f} tokens/s  {_duration(left)} left",
+                flush=True,
+            )
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """One evaluation: `step` and its results."""
+        if not self.active:
+            return
+        self._write(_EVALUATIONS, record, "evaluate")
+        line = f"step {record['step']}: held-out loss {record['held_out_loss']:.4f} (noise off)"
+        if self._bar is not None:
+            self._bar.write(line)
+        else:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        """Flush everything."""
+        if not self.active:
+            return
+        for file in self._files.values():
+            file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._bar is not None:
+            self._bar.close()
+
+    def _write(self, name: str, record: Mapping[str, Any], prefix: str) -> None:
+        self._files[name].write(json.dumps(record) + "\n")
+        self._files[name].flush()
+        if self._tensorboard is not None:
+            for key, value in record.items():
+                if key != "step" and value is not None:
+                    self._tensorboard.add_scalar(f"{prefix}/{key}", value, record["step"])
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory so far: allocated on a GPU, resident on the host for a CPU run."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Keep the lines of steps up to `step`; a torn last line goes, too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    aside = path.with_suffix(".new")
+    aside.write_text("".join(kept))
+    os.replace(aside, path)
+
+
+def _duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -1,0 +1,81 @@
+"""Floating-point operations of a training step, and what the hardware could do.
+
+Convention: 2 operations for a multiply-add; the backward counts twice the forward; recomputation
+under activation checkpointing is not counted. Weights: 6 per token and matrix parameter (the
+embedding lookup is free; the output projection counts for every token). Attention: causal, over
+each document's own tokens: 6 * layers * width * L^2 for a document of L tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+# Dense bf16 tensor-core rates by the vendors' data sheets, in FLOP/s; by a part of the device name.
+_PEAK_BF16 = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10": 125e12,
+}
+# fp32 without tensor cores.
+_PEAK_FP32 = {"H200": 67e12, "H100": 67e12, "A100": 19.5e12}
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What the cost of a model depends on.
+
+    num_parameters: all, tied ones once. num_matrix_parameters: those that multiply activations.
+    attention_width: num_heads * head_dim.
+    """
+
+    num_parameters: int
+    num_matrix_parameters: int
+    num_layers: int
+    attention_width: int
+
+    @property
+    def quadratic_tokens(self) -> float:
+        """Length at which a document's attention costs as much as all its matrices."""
+        return self.num_matrix_parameters / (self.num_layers * self.attention_width)
+
+    def training_flops(self, num_tokens: int, sum_squared_lengths: int) -> float:
+        """Operations of forward and backward over documents of these lengths."""
+        weights = 6.0 * self.num_matrix_parameters * num_tokens
+        attention = 6.0 * self.num_layers * self.attention_width * sum_squared_lengths
+        return weights + attention
+
+
+def model_size(model: Any) -> ModelSize:
+    """Sizes of a transformers causal LM (on the meta device, too), before it is sharded."""
+    config = model.config.get_text_config()
+    num_parameters = sum(p.numel() for p in model.parameters())
+    embeddings = {
+        id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)
+    }
+    head = model.get_output_embeddings()
+    projected = head.weight.numel() if head is not None else 0
+    if head is not None:
+        embeddings[id(head.weight)] = projected
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() >= 2)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return ModelSize(
+        num_parameters=num_parameters,
+        num_matrix_parameters=matrices - sum(embeddings.values()) + projected,
+        num_layers=config.num_hidden_layers,
+        attention_width=config.num_attention_heads * head_dim,
+    )
+
+
+def peak_flops(device_name: str | None, dtype: str) -> float | None:
+    """The device's data-sheet rate in FLOP/s; None where it is not known (CPUs)."""
+    if device_name is None:
+        return None
+    table = _PEAK_BF16 if dtype == "bf16" else _PEAK_FP32
+    return next((rate for part, rate in table.items() if part in device_name), None)
