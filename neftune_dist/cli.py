@@ -111,14 +111,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _study(arguments: argparse.Namespace) -> int:
     from neftune_dist.study import study
 
-    study(
+    return study(
         arguments.config,
         arguments.settings,
         alphas=_numbers(arguments.alphas),
         num_seeds=arguments.seeds,
         num_ranks=arguments.ranks,
     )
-    return 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -175,11 +174,26 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--output", help="JSON file for the results and the answers")
     _takes_settings(added)
     added = verb("study", _study, "Paired runs that differ in alpha alone, and their report.")
-    added.add_argument("--alphas", default="0,5,10,15")
-    added.add_argument("--seeds", type=int, default=1, help="number of seeds a value of alpha")
-    added.add_argument("--ranks", type=int, default=1, help="processes a run, under torchrun")
+    added.add_argument(
+        "--alphas",
+        default="0,5,10,15",
+        help="distinct values, in place of the configuration's noise.alpha; default: %(default)s",
+    )
+    added.add_argument("--seeds", type=int, default=1, help="number of seeds, from train.seed on")
+    added.add_argument(
+        "--ranks", type=int, default=1, help="processes a run; study starts torchrun"
+    )
+    added.epilog = (
+        "Runs go to run_dir/alpha_A_seed_S, the report to run_dir/report.md. data.num_held_out "
+        "must be set. The same command continues a study that was stopped."
+    )
     takes_config(added)
-    added = verb("doctor", _doctor, "Check this machine: versions, devices, memory, collectives.")
+    added = verb(
+        "doctor",
+        _doctor,
+        "Check this machine: versions, compiler, GPUs, memory, disk, hub; under torchrun the "
+        "collectives of all ranks, too.",
+    )
     added.add_argument("--run-dir", default=".", help="where runs are to be written")
     return parser
 

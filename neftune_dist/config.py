@@ -10,10 +10,12 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -35,6 +37,7 @@ class UserError(Exception):
 
 
 BUILTIN_SOURCE = "builtin"
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 @dataclass
@@ -64,7 +67,7 @@ class DataConfig:
     packing: bool = True  # True: padding-free, documents isolated; False: one padded row each
     num_held_out: int = 0  # documents kept for evaluation (whole prompts: no leakage)
     max_bad_fraction: float = 0.01  # share of unreadable rows above which the run is refused
-    cache_dir: str = "${oc.env:XDG_CACHE_HOME,${oc.env:HOME,/tmp}/.cache}/neftune_dist"
+    cache_dir: str = field(default_factory=lambda: f"{_cache_home()}/neftune_dist")
 
 
 @dataclass
@@ -164,8 +167,21 @@ class Config:
 
     def to_yaml(self) -> str:
         """The resolved configuration, loadable again by `load_config`."""
-        return OmegaConf.to_yaml(OmegaConf.structured(self))
+        return OmegaConf.to_yaml(OmegaConf.create(_escaped(asdict(self))))
 
+
+def _types(section: type, prefix: str = "") -> dict[str, tuple[type, ...]]:
+    types: dict[str, tuple[type, ...]] = {}
+    for name, hint in get_type_hints(section).items():
+        if is_dataclass(hint):
+            types |= _types(hint, f"{prefix}{name}.")
+        else:
+            types[prefix + name] = get_args(hint) or (hint,)
+    return types
+
+
+# Dotted key: its type, and NoneType where it may be null.
+TYPES = _types(Config)
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "model.dtype": ("bf16", "fp32"),
@@ -183,31 +199,31 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "optim.schedule": ("cosine", "linear", "constant"),
 }
 
-# key: (least, greatest, least is allowed)
-RANGES: dict[str, tuple[float, float, bool]] = {
-    "data.max_length": (2, 2**20, True),  # 2^20: the positions a noise counter is promised for
-    "data.num_held_out": (0, math.inf, True),
-    "data.max_bad_fraction": (0, 1, True),
-    "noise.alpha": (0, 1000, True),
-    "noise.seed": (0, 2**63 - 1, True),
-    "engine.num_replicas": (1, 2**16, True),
-    "optim.learning_rate": (0, 10, True),
-    "optim.warmup_steps": (0, 2**32, True),
-    "optim.final_fraction": (0, 1, True),
-    "optim.beta1": (0, 1, True),
-    "optim.beta2": (0, 1, True),
-    "optim.epsilon": (0, 1, False),
-    "optim.weight_decay": (0, 10, True),
-    "optim.max_grad_norm": (0, math.inf, True),
-    "train.max_steps": (1, 2**32 - 1, True),
-    "train.num_epochs": (0, 2**20, False),
-    "train.global_batch_size": (1, 2**24, True),
-    "train.micro_batch_tokens": (2, 2**31 - 1, True),
-    "train.seed": (0, 2**63 - 1, True),
-    "checkpoint.every_steps": (0, 2**32, True),
-    "checkpoint.keep": (0, 2**32, True),
-    "evaluate.every_steps": (0, 2**32, True),
-    "evaluate.max_documents": (0, math.inf, True),
+# key: (least, greatest), and whether each of them is itself allowed, as "[]" or "()"
+RANGES: dict[str, tuple[float, float, str]] = {
+    "data.max_length": (2, 2**20, "[]"),  # 2^20: the positions a noise counter is promised for
+    "data.num_held_out": (0, math.inf, "[)"),
+    "data.max_bad_fraction": (0, 1, "[]"),
+    "noise.alpha": (0, 1000, "[]"),
+    "noise.seed": (0, 2**63 - 1, "[]"),
+    "engine.num_replicas": (1, 2**16, "[]"),
+    "optim.learning_rate": (0, 10, "[]"),
+    "optim.warmup_steps": (0, 2**32, "[]"),
+    "optim.final_fraction": (0, 1, "[]"),
+    "optim.beta1": (0, 1, "[)"),
+    "optim.beta2": (0, 1, "[)"),
+    "optim.epsilon": (0, 1, "(]"),
+    "optim.weight_decay": (0, 10, "[]"),
+    "optim.max_grad_norm": (0, math.inf, "[)"),
+    "train.max_steps": (1, 2**32 - 1, "[]"),
+    "train.num_epochs": (0, 2**20, "(]"),
+    "train.global_batch_size": (1, 2**24, "[]"),
+    "train.micro_batch_tokens": (2, 2**31 - 1, "[]"),
+    "train.seed": (0, 2**63 - 1, "[]"),
+    "checkpoint.every_steps": (0, 2**32, "[]"),
+    "checkpoint.keep": (0, 2**32, "[]"),
+    "evaluate.every_steps": (0, 2**32, "[]"),
+    "evaluate.max_documents": (0, math.inf, "[)"),
 }
 
 
@@ -216,22 +232,19 @@ def load_config(path: str | os.PathLike[str] | None, words: Sequence[str] = ()) 
 
     Raises `UserError` naming the key, the value and what is allowed.
     """
+    updates = [] if path is None else [(str(path), _read_yaml(Path(path)))]
+    updates += [(f"'{word}'", _read_word(word)) for word in words]
     config = OmegaConf.structured(Config)
-    if path is not None:
-        config = _merge(config, _read_yaml(Path(path)), str(path))
-    for word in words:
-        key, equals, _ = word.partition("=")
-        if not equals or not key:
-            raise UserError(f"'{word}' is not of the form key=value, such as noise.alpha=5.")
+    for where, update in updates:
+        _check_update(update, where)
         try:
-            single = OmegaConf.from_dotlist([word])
-        except (OmegaConfBaseException, YAMLError) as error:
-            raise UserError(f"'{word}' cannot be read: {_first_line(error)}.") from error
-        config = _merge(config, single, f"'{word}'")
+            config = OmegaConf.merge(config, update)
+        except OmegaConfBaseException as error:
+            raise UserError(f"{where} cannot be read: {_reason(error)}.") from error
     try:
         resolved = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise UserError(f"The configuration cannot be resolved: {_first_line(error)}.") from error
+        raise UserError(f"{error.full_key} cannot be resolved: {_reason(error)}.") from error
     assert isinstance(resolved, Config)
     check(resolved)
     return resolved
@@ -239,17 +252,25 @@ def load_config(path: str | os.PathLike[str] | None, words: Sequence[str] = ()) 
 
 def check(config: Config) -> None:
     """Refuse values out of range and settings that contradict each other or have no effect."""
-    values = dict(_leaves(config))
-    for key, value in values.items():
+    for key in TYPES:
+        value = _value(config, key)
         if key in CHOICES and value not in CHOICES[key]:
             allowed = ", ".join(str(c) for c in CHOICES[key] if c is not None)
-            raise UserError(f"{key}={value} is not known; allowed: {allowed}.")
+            raise UserError(f"{key}={_brief(value)} is not known; allowed: {allowed}.")
         if key in RANGES and value is not None:
-            least, greatest, inclusive = RANGES[key]
-            above = value >= least if inclusive else value > least
-            if not (above and value <= greatest):  # written so that NaN is refused
-                bound = "from" if inclusive else "above"
-                raise UserError(f"{key}={value} is out of range: {bound} {least} to {greatest}.")
+            least, greatest, ends = RANGES[key]
+            above = value >= least if ends[0] == "[" else value > least
+            below = value <= greatest if ends[1] == "]" else value < greatest
+            if not (above and below):  # written so that NaN is refused
+                allowed = f"{'at least' if ends[0] == '[' else 'above'} {least}"
+                if math.isfinite(greatest):
+                    allowed += f" and {'at most' if ends[1] == ']' else 'below'} {greatest}"
+                raise UserError(f"{key}={value} is out of range: it must be {allowed}.")
+        if isinstance(value, str) and key != "model.name_or_path":
+            if not value:
+                raise UserError(f"{key} is empty.")
+            if _UNPRINTABLE.search(value):
+                raise UserError(f"{key}={value!a} holds characters that are no plain text.")
     _check_contradictions(config)
 
 
@@ -284,10 +305,11 @@ def _check_contradictions(config: Config) -> None:
         )
     if data.source == BUILTIN_SOURCE and data.format not in ("auto", "alpaca"):
         raise UserError(f"data.format={data.format} does not fit data.source=builtin: use auto.")
-    if config.evaluate.every_steps and not data.num_held_out:
-        raise UserError(
-            "evaluate.every_steps has no effect without held-out documents: set data.num_held_out."
-        )
+    for key in ("every_steps", "max_documents"):
+        if getattr(config.evaluate, key) and not data.num_held_out:
+            raise UserError(
+                f"evaluate.{key} has no effect without held-out documents: set data.num_held_out."
+            )
     if config.optim.schedule == "constant" and config.optim.final_fraction:
         raise UserError("optim.final_fraction has no effect with optim.schedule=constant.")
     if config.noise.alpha == 0 and config.noise.seed is not None:
@@ -306,15 +328,15 @@ def differences(one: dict[str, Any], two: dict[str, Any], prefix: str = "") -> l
     return keys
 
 
-def _leaves(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    leaves: list[tuple[str, Any]] = []
-    for each in fields(node):
-        value = getattr(node, each.name)
-        if is_dataclass(value):
-            leaves += _leaves(value, f"{prefix}{each.name}.")
-        else:
-            leaves.append((prefix + each.name, value))
-    return leaves
+def _cache_home() -> str:
+    return os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+
+
+def _value(config: Config, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
 
 
 def _read_yaml(path: Path) -> Any:
@@ -322,46 +344,95 @@ def _read_yaml(path: Path) -> Any:
         loaded = OmegaConf.load(path)
     except FileNotFoundError:
         raise UserError(f"The configuration file {path} does not exist.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The configuration file {path} cannot be read: {error}.") from error
-    except (YAMLError, OmegaConfBaseException) as error:
+    except (YAMLError, OmegaConfBaseException, RecursionError) as error:
         where = getattr(error, "problem_mark", None)
         line = f" (line {where.line + 1})" if where else ""
-        raise UserError(f"{path} is not valid YAML{line}: {_first_line(error)}.") from error
+        raise UserError(f"{path} is not valid YAML{line}: {_reason(error)}.") from error
+    except OSError as error:
+        if error.errno is None:  # OmegaConf's way to say that the file holds a bare number or word
+            raise UserError(f"{path} must hold sections such as 'model:' and 'noise:'.") from error
+        raise UserError(f"The configuration file {path} cannot be read: {error}.") from error
+    except ValueError as error:  # not UTF-8, or a path that can be none
+        raise UserError(f"The configuration file {path} cannot be read: {error}.") from error
     if not OmegaConf.is_dict(loaded):
         raise UserError(f"{path} must hold sections such as 'model:' and 'noise:'.")
-    return loaded
+    return OmegaConf.to_container(loaded, resolve=False)
 
 
-def _merge(config: Any, update: Any, where: str) -> Any:
-    _refuse_unknown(config, update, where)
+def _read_word(word: str) -> Any:
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise UserError(f"'{word}' is not of the form key=value, such as noise.alpha=5.")
+    if str in TYPES.get(key, ()) and text != "null":
+        # As it stands: YAML would read run_dir=007 as 7.
+        *sections, name = key.split(".")
+        update: dict[str, Any] = {name: text}
+        for section in reversed(sections):
+            update = {section: update}
+        return update
     try:
-        return OmegaConf.merge(config, update)
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or ""
-        value = OmegaConf.select(update, key) if key else None
-        current = OmegaConf.select(config, key) if key else None
-        wanted = f" such as {current}" if current is not None else ""
-        raise UserError(
-            f"{where}: {key}={value} has the wrong type; expected a value{wanted} "
-            f"({_first_line(error)})."
-        ) from error
+        return OmegaConf.to_container(OmegaConf.from_dotlist([word]), resolve=False)
+    except (OmegaConfBaseException, YAMLError, RecursionError) as error:
+        raise UserError(f"'{word}' cannot be read: {_reason(error)}.") from error
 
 
-def _refuse_unknown(config: Any, update: Any, where: str, prefix: str = "") -> None:
-    for key in update:
-        if key not in config:
-            known = [str(k) for k in config]
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}."
-            raise UserError(f"{where}: unknown key {prefix}{key}; {hint}")
-        inner = config[key]
-        if OmegaConf.is_dict(inner):
-            value = update[key]
-            if not OmegaConf.is_dict(value):
-                raise UserError(f"{where}: {prefix}{key} is a section and takes keys below it.")
-            _refuse_unknown(inner, value, where, f"{prefix}{key}.")
+def _check_update(update: dict[Any, Any], where: str, prefix: str = "") -> None:
+    """Refuse unknown keys and wrong types; what an interpolation gives is checked later."""
+    for name, value in update.items():
+        key = f"{prefix}{name}"
+        if key in TYPES and "." not in str(name):
+            if not (isinstance(value, str) and "${" in value):
+                _check_type(key, value, where)
+        elif any(known.startswith(f"{key}.") for known in TYPES):
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: {key} is a section and takes keys below it.")
+            _check_update(value, where, f"{key}.")
+        else:
+            raise UserError(f"{where}: unknown key {key}; {_hint(key, prefix)}")
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else "no detail"
+def _check_type(key: str, value: Any, where: str) -> None:
+    wanted = TYPES[key][0]
+    # A whole number is a number, but true is none; "???" is OmegaConf's mark for a missing value.
+    fits = type(value) in (TYPES[key] if wanted is not float else (*TYPES[key], int))
+    if not fits or value == "???":
+        kind = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}[
+            wanted
+        ]
+        kind += " or null" if NoneType in TYPES[key] else ""
+        quotes = ": put it in quotes" if wanted is str and type(value) in (int, float, bool) else ""
+        shown = "null" if value is None else _brief(value)
+        raise UserError(f"{where}: {key}={shown} is not {kind}{quotes}.")
+
+
+def _hint(key: str, prefix: str) -> str:
+    if key in TYPES:
+        section, _, name = key.rpartition(".")
+        return f"write '{section}:' and, on the next line, indented, '{name}:'."
+    near = difflib.get_close_matches(key, [*TYPES, *vars(Config())], n=1)
+    if near:
+        return f"did you mean {near[0]}?"
+    names = {
+        known.removeprefix(prefix).split(".")[0] for known in TYPES if known.startswith(prefix)
+    }
+    return f"known: {', '.join(sorted(names))}."
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _escaped(value: Any) -> Any:
+    """Nested dicts whose text no interpolation is read from."""
+    if isinstance(value, dict):
+        return {key: _escaped(each) for key, each in value.items()}
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return value
+
+
+def _reason(error: Exception) -> str:
+    """One line, without the full stop."""
+    text = str(getattr(error, "problem", None) or error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")

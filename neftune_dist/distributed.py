@@ -8,10 +8,12 @@ the rendezvous store, which has no time limit and hears of an error on another r
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from types import FrameType
 from typing import TypeVar
 
 import torch
@@ -21,6 +23,35 @@ from neftune_dist.config import UserError
 
 T = TypeVar("T")
 _POLL_SECONDS = 0.05
+# How long a rank that was asked to stop goes on waiting for the others, which may be gone.
+_STOP_PATIENCE_SECONDS = 5.0
+
+
+class Stopped(Exception):
+    """The process was asked to stop while it waited for other ranks; nothing needs saving."""
+
+
+class StopSignal:
+    """SIGTERM, SIGUSR1 or Ctrl-C: finish the step, save, exit 75. Calling it says whether one came.
+
+    Attributes:
+        since: monotonic time of the first signal, or None.
+    """
+
+    def __init__(self) -> None:
+        self.since: float | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.since = self.since or time.monotonic()
+        if number == signal.SIGINT:  # a second Ctrl-C ends the process at once
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __call__(self) -> bool:
+        return self.since is not None
+
+
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
@@ -32,7 +63,8 @@ class World:
         device: where this rank computes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stop: StopSignal | None = None) -> None:
+        self._stop = stop
         self.rank = int(os.environ.get("RANK", "0"))
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -74,6 +106,8 @@ class World:
     def agree(self) -> Iterator[None]:
         """Leave the block on all ranks together, or raise the first rank's `UserError` on all.
 
+        Raises `Stopped` where this rank was asked to stop and the others do not come.
+
         An error of any rank is raised on the others as soon as they reach the block's end. All
         ranks go through the same blocks in the same order.
         """
@@ -102,6 +136,9 @@ class World:
                 if not self._store.check([failed]):
                     return
                 continue
+            since = self._stop.since if self._stop else None
+            if since is not None and time.monotonic() - since > _STOP_PATIENCE_SECONDS:
+                raise Stopped
             time.sleep(_POLL_SECONDS)
 
     def in_turn(self, work: Callable[[], T]) -> T:

@@ -35,7 +35,8 @@ class Recorder:
             return
         try:
             for name in (_STEPS, _EVALUATIONS):
-                _keep_until(run_dir / name, first_step)
+                # A run from the start evaluates at step 0 anew, a resumed one does not.
+                _keep_until(run_dir / name, first_step if first_step else -1)
             self._files = {n: (run_dir / n).open("a") for n in (_STEPS, _EVALUATIONS)}
             self._tensorboard = (
                 SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)

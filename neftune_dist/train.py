@@ -7,11 +7,9 @@ drawn; publish after every rank has finished writing.
 from __future__ import annotations
 
 import platform
-import signal
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ from neftune_dist.config import Config, UserError, differences
 from neftune_dist.data.corpus import Corpus, prepare
 from neftune_dist.data.loader import Loader
 from neftune_dist.data.schedule import Schedule, make_schedule
-from neftune_dist.distributed import World
+from neftune_dist.distributed import Stopped, StopSignal, World
 from neftune_dist.engine.base import MASTER, Engine
 from neftune_dist.evaluate.held_out import HeldOut
 from neftune_dist.export import keep_small_files
@@ -58,29 +56,14 @@ _MAY_CHANGE = (
 )
 
 
-class StopSignal:
-    """SIGTERM, SIGUSR1 or Ctrl-C: finish the step, save, exit 75."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        if number == signal.SIGINT:  # a second Ctrl-C ends the process at once
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __call__(self) -> bool:
-        return self.requested
-
-
 def train(config: Config) -> int:
     """Run `config` to its end; the exit code. Call it on every rank. Raises `UserError`."""
     stop = StopSignal()
-    world = World()
+    world = World(stop)
     try:
         return _train(config, world, stop)
+    except Stopped:
+        return EXIT_STOPPED
     finally:
         world.close()
 

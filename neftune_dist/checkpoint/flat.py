@@ -8,6 +8,7 @@ planners assume whole `torch.Tensor`s or DTensors; the two here carry ranges.
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,12 +58,15 @@ def read(folder: Path, shards: Sequence[FlatShard], *, alone: bool = False) -> N
     Raises:
         UserError: a tensor that is missing or of another size.
     """
-    dcp.load(
-        {},
-        storage_reader=dcp.FileSystemReader(folder),
-        planner=_LoadPlanner(shards),
-        no_dist=alone,
-    )
+    with warnings.catch_warnings():
+        # DCP warns that it reads without a process group, which is what `alone` asks for.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        dcp.load(
+            {},
+            storage_reader=dcp.FileSystemReader(folder),
+            planner=_LoadPlanner(shards),
+            no_dist=alone,
+        )
 
 
 def tensors(folder: Path) -> dict[str, int]:

@@ -80,6 +80,7 @@ def save(
                 sizes = {p.name: p.stat().st_size for p in sorted(partial.iterdir())}
                 _write_durably(partial / _MANIFEST, json.dumps({"step": step, "files": sizes}))
                 _sync_folder(partial)
+                _make_room(final)
                 partial.rename(final)
                 _sync_folder(root)
                 _write_durably(root / "latest.new", final.name + "\n")
@@ -142,6 +143,14 @@ class _explained:
             raise UserError(
                 f"The checkpoint {self.folder} could not be written: {error.strerror or error}."
             ) from error
+
+
+def _make_room(final: Path) -> None:
+    """A checkpoint of this name that was passed over as damaged is put aside, not destroyed."""
+    if final.exists():
+        aside = final.with_name(final.name + ".damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)
 
 
 def _prune(run_dir: Path, keep: int) -> None:

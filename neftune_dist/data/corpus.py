@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -32,16 +33,20 @@ from neftune_dist.data.formats import (
 )
 from neftune_dist.data.template import Document, Rendered, Template
 
-_VERSION = 1  # of what this module and the template make of the same input
+_VERSION = 2  # of what this module and the template make of the same input
 _BATCH_ROWS = 1000
+_PROGRESS_SECONDS = 5.0
 _NAMED_ROWS = 20  # bad rows that the report names one by one
 # Settings that decide what a cache entry holds.
 _DECISIVE = ("format", "template", "supervise", "max_length", "too_long", "num_held_out")
 
+Example = tuple[Conversation, Document]
+
 
 @dataclass
 class Report:
-    """What became of the rows of a source."""
+    """What became of the rows of a source: num_rows is the sum of num_documents, num_held_out and
+    the three kinds that were left out. Tokens and lengths are of the documents to train on."""
 
     source: str
     num_rows: int = 0
@@ -75,11 +80,12 @@ class Report:
             )
         if self.num_nothing_to_learn:
             lines.append(
-                f"data: {self.num_nothing_to_learn} documents skipped: no supervised token"
+                f"data: {self.num_nothing_to_learn} documents skipped: no supervised token within "
+                "data.max_length"
             )
         if self.num_bad_rows:
             lines.append(f"data: {self.num_bad_rows} rows skipped:")
-            lines += [f"data:   {each}" for each in self.bad_rows]
+            lines += [f"data:   {self.source}, {each}" for each in self.bad_rows]
             if self.num_bad_rows > len(self.bad_rows):
                 lines.append(f"data:   and {self.num_bad_rows - len(self.bad_rows)} more")
         return lines
@@ -121,15 +127,19 @@ def prepare(
     """The corpus of `config.source`, from the cache or made now.
 
     Args:
-        progress: told a line every few thousand rows.
+        progress: told a line every few seconds.
 
     Raises:
-        UserError: a source that cannot be read, too many bad rows, nothing to learn from.
+        UserError: a source that cannot be read, too many bad rows, nothing to learn from, a cache
+            that cannot be written or is damaged.
     """
     template = Template(tokenizer, config)
     source = open_source(config)
     fingerprint = _fingerprint(config, source, tokenizer)
-    root = Path(config.cache_dir).expanduser() / "corpora"
+    try:
+        root = Path(config.cache_dir).expanduser() / "corpora"
+    except RuntimeError as error:
+        raise UserError(f"data.cache_dir={config.cache_dir} names no known user.") from error
     entry = root / fingerprint
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -137,39 +147,45 @@ def prepare(
             with FileLock(root / f"{fingerprint}.lock"):
                 if not entry.exists():
                     _make(entry, config, source, template, progress)
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # the second from a disk without file locks
         raise UserError(
             f"The tokenised data cannot be written to data.cache_dir={config.cache_dir}: "
-            f"{error.strerror or error}."
+            f"{getattr(error, 'strerror', None) or error}."
         ) from error
-    return load(entry)
+    corpus = load(entry, source.name)
+    _refuse_bad_share(corpus.report, config)
+    return corpus
 
 
-def load(entry: Path) -> Corpus:
-    """Open a finished cache entry."""
-    report = Report(**json.loads((entry / "report.json").read_text()))
-    with (entry / "held_out.jsonl").open(encoding="utf-8") as file:
-        conversations = [_conversation(json.loads(line)) for line in file]
-    return Corpus(
-        Documents(entry / "train"),
-        Documents(entry / "held_out"),
-        conversations,
-        report,
-        entry.name,
-    )
+def load(entry: Path, source_name: str) -> Corpus:
+    """Open a finished cache entry. Raises `UserError` where it has been damaged since."""
+    try:
+        report = Report(**json.loads((entry / "report.json").read_text()))
+        with (entry / "held_out.jsonl").open(encoding="utf-8") as file:
+            conversations = [_conversation(json.loads(line)) for line in file]
+        train, held_out = Documents(entry / "train"), Documents(entry / "held_out")
+    except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
+        raise UserError(
+            f"The tokenised data in {entry} is damaged ({error}): remove that directory, and it "
+            "is made again."
+        ) from error
+    report.source = source_name  # the same content may have been read under another name
+    return Corpus(train, held_out, conversations, report, entry.name)
 
 
 def _fingerprint(config: DataConfig, source: Source, tokenizer: Any) -> str:
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
     decisive = {
         "version": _VERSION,
         "source": source.digest,
         "settings": {key: getattr(config, key) for key in _DECISIVE},
-        "max_bad_fraction": config.max_bad_fraction,
-        "tokenizer": tokenizer.backend_tokenizer.to_str(),
+        # How the tokenizer was last called, which is none of its content.
+        "tokenizer": {**backend, "truncation": None, "padding": None},
         "chat_template": tokenizer.chat_template if config.template == "chat" else None,
-        "eos": tokenizer.eos_token_id,
+        "special_tokens": tokenizer.special_tokens_map,
     }
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:24]
+    text = json.dumps(decisive, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def _make(
@@ -181,12 +197,22 @@ def _make(
 ) -> None:
     report = Report(source.name)
     examples = list(_examples(config, source, report, template, progress))
+    if report.num_rows == 0:
+        raise UserError(f"data.source={source.name} is empty.")
+    _refuse_bad_share(report, config)
+    if not examples:
+        raise UserError(
+            f"data.source={source.name} holds no document to learn from: of {report.num_rows} "
+            f"rows, {report.num_bad_rows} cannot be used"
+            + (f" (the first: {report.bad_rows[0]})" if report.bad_rows else "")
+            + f", {report.num_dropped_too_long} are over data.max_length={config.max_length}, "
+            f"{report.num_nothing_to_learn} have no supervised token within it."
+        )
     held_out, train = _split(examples, config.num_held_out)
-    if not train:
-        reason = f" ({report.bad_rows[0]})" if report.bad_rows else ""
-        raise UserError(f"data.source={source.name} holds no document to learn from{reason}.")
+    # Only the holder of the entry's lock is here: what others have left was left by the dead.
+    for left in entry.parent.glob(f"{entry.name}.*.part"):
+        shutil.rmtree(left, ignore_errors=True)
     aside = entry.with_name(f"{entry.name}.{os.getpid()}.part")
-    shutil.rmtree(aside, ignore_errors=True)
     try:
         for name, part in (("train", train), ("held_out", held_out)):
             _write_documents(aside / name, [document for _, document in part])
@@ -197,13 +223,24 @@ def _make(
         documents = [document for _, document in train]
         report.num_documents, report.num_held_out = len(train), len(held_out)
         report.num_tokens = sum(len(d.input_ids) for d in documents)
-        report.num_supervised_tokens = sum(sum(d.supervised) for d in documents)
+        report.num_supervised_tokens = sum(int(d.supervised.sum()) for d in documents)
         report.longest_tokens = max(len(d.input_ids) for d in documents)
         report.end_of_turn_learned = sum(d.end_learned for d in documents) / len(documents)
         (aside / "report.json").write_text(json.dumps(asdict(report), indent=1))
+        for file in aside.rglob("*.*"):
+            _sync(file)
         aside.rename(entry)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _refuse_bad_share(report: Report, config: DataConfig) -> None:
+    if report.num_bad_rows > config.max_bad_fraction * report.num_rows:
+        raise UserError(
+            f"data.source={report.source}: {report.num_bad_rows} of {report.num_rows} rows cannot "
+            f"be used, more than data.max_bad_fraction={config.max_bad_fraction}; the first: "
+            f"{report.bad_rows[0]}."
+        )
 
 
 def _examples(
@@ -212,78 +249,60 @@ def _examples(
     report: Report,
     template: Template,
     progress: Callable[[str], None],
-) -> Iterator[tuple[Conversation, Document]]:
+) -> Iterator[Example]:
     rendered = _rendered(config, source, report, template)
+    told = time.monotonic()
     while batch := list(islice(rendered, _BATCH_ROWS)):
         documents = template.encode([r for _, r in batch])
         for (conversation, _), document in zip(batch, documents, strict=True):
             kept = _fit(document, config, report)
             if kept is not None:
                 yield conversation, kept
-        progress(f"data: {report.num_rows} rows tokenised")
-    if report.num_rows == 0:
-        raise UserError(f"data.source={source.name} is empty.")
-    share = report.num_bad_rows / report.num_rows
-    if share > config.max_bad_fraction:
-        raise UserError(
-            f"data.source={source.name}: {report.num_bad_rows} of {report.num_rows} rows cannot "
-            f"be used, more than data.max_bad_fraction={config.max_bad_fraction}; the first: "
-            f"{report.bad_rows[0]}."
-        )
+        if time.monotonic() - told > _PROGRESS_SECONDS:
+            told = time.monotonic()
+            progress(f"data: {report.num_rows} rows tokenised")
 
 
 def _rendered(
     config: DataConfig, source: Source, report: Report, template: Template
 ) -> Iterator[tuple[Conversation, Rendered]]:
     format_name = None if config.format == "auto" else config.format
-    for where, row in source.rows:
+    for number, row in source.rows:
         report.num_rows += 1
         try:
             if isinstance(row, BadRow):
                 raise row
             format_name = format_name or detect_format(row)
-            if format_name is None:
-                raise BadRow(
-                    f"the fields {', '.join(map(str, row)) or '(none)'} are of no known format "
-                    "(messages; instruction, output; prompt, completion)"
-                )
             conversation = to_conversation(row, format_name)
-            if not any(r == "assistant" and text.strip() for r, text in conversation.turns):
-                raise BadRow("the answer is empty")
             yield conversation, template.render(conversation)
         except BadRow as error:
             report.num_bad_rows += 1
             if len(report.bad_rows) < _NAMED_ROWS:
-                report.bad_rows.append(f"{where}: {error}")
+                report.bad_rows.append(f"row {number}: {error}")
 
 
 def _fit(document: Document, config: DataConfig, report: Report) -> Document | None:
-    if len(document.input_ids) > config.max_length:
-        if config.too_long == "drop":
-            report.num_dropped_too_long += 1
-            return None
-        report.num_truncated += 1
-        document = Document(
-            document.input_ids[: config.max_length],
-            document.supervised[: config.max_length],
-            end_learned=False,
-        )
-    if not any(document.supervised):
+    kept = slice(config.max_length)
+    too_long = len(document.input_ids) > config.max_length
+    if too_long and config.too_long == "drop":
+        report.num_dropped_too_long += 1
+        return None
+    if not document.supervised[kept].any():
         report.num_nothing_to_learn += 1
         return None
-    return document
+    if not too_long:
+        return document
+    report.num_truncated += 1
+    return Document(document.input_ids[kept], document.supervised[kept], end_learned=False)
 
 
-def _split(
-    examples: list[tuple[Conversation, Document]], num_held_out: int
-) -> tuple[list[tuple[Conversation, Document]], list[tuple[Conversation, Document]]]:
+def _split(examples: list[Example], num_held_out: int) -> tuple[list[Example], list[Example]]:
     """(held out, to train on): whole prompts are held out, chosen by a hash of the prompt, so no
-    prompt is on both sides and the choice does not depend on the order of the rows."""
-    if not num_held_out:
-        return [], examples
+    prompt is on both sides and the choice does not depend on the order of the rows. A prompt is all
+    that stands in front of the first answer."""
     by_prompt: dict[str, list[int]] = {}
     for i, (conversation, _) in enumerate(examples):
-        prompt = json.dumps([conversation.turns[:-1], conversation.context])
+        prompt = json.dumps(conversation.opening())
         by_prompt.setdefault(hashlib.sha256(prompt.encode()).hexdigest(), []).append(i)
     chosen: set[int] = set()
     for key in sorted(by_prompt):
@@ -303,12 +322,17 @@ def _write_documents(folder: Path, documents: list[Document]) -> None:
     folder.mkdir(parents=True)
     lengths = np.array([len(d.input_ids) for d in documents], dtype=np.int64)
     np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-    np.save(
-        folder / "num_supervised.npy", np.array([sum(d.supervised) for d in documents], np.int64)
-    )
+    np.save(folder / "num_supervised.npy", np.array([d.supervised.sum() for d in documents], "i8"))
     for name, dtype in (("input_ids", np.int32), ("supervised", np.uint8)):
-        flat = [np.array(getattr(d, name), dtype=dtype) for d in documents]
+        flat = [getattr(document, name) for document in documents]
         np.save(folder / f"{name}.npy", np.concatenate([np.zeros(0, dtype), *flat]))
+
+
+def _sync(file: Path) -> None:
+    """Put a file on the disk, so that a machine that dies leaves no entry with a name and no
+    content."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
 
 
 def _conversation(stored: dict[str, Any]) -> Conversation:

@@ -11,11 +11,13 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import IO, Any
 
 import datasets
@@ -26,8 +28,10 @@ from neftune_dist.config import BUILTIN_SOURCE, DataConfig, UserError
 from neftune_dist.data import builtin
 
 ROLES = ("system", "user", "assistant")
-_SUFFIXES = (".json", ".jsonl", ".parquet")
+_SUFFIX = re.compile(r"(\.jsonl?|\.parquet(?!\.gz))(\.gz)?$")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+Rows = Iterator[tuple[int, "Mapping[str, Any] | BadRow"]]
 
 
 class BadRow(Exception):
@@ -53,55 +57,70 @@ class Conversation:
             messages[0]["content"] += "\n\n" + self.context
         return messages
 
+    def opening(self) -> list[dict[str, str]]:
+        """The messages in front of the first answer."""
+        roles = [role for role, _ in self.turns]
+        return self.messages()[: roles.index("assistant")]
+
 
 @dataclass(frozen=True)
 class Source:
     """A readable source: its name, a digest of its content, and its rows.
 
-    rows: pairs of a place, as "FILE, row 7" (rows count from 1), and the row or what is wrong.
+    rows: pairs of a number and the row, or what is wrong with it. Rows count from 1; in a file of
+        JSON lines, blank lines count, so that the number is the line's.
     """
 
     name: str
     digest: str
-    rows: Iterator[tuple[str, Mapping[str, Any] | BadRow]]
+    rows: Rows
 
 
 def open_source(config: DataConfig) -> Source:
     """The source named by `data.source`. Raises `UserError` where it cannot be read."""
     name = config.source
     if name == BUILTIN_SOURCE:
+        _refuse_revision(config)
         rows = builtin.rows()
         digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-        return Source(
-            name, digest, ((f"built-in set, row {i}", row) for i, row in enumerate(rows, 1))
-        )
-    path = Path(name).expanduser()
-    looks_local = path.exists() or name.startswith(("/", ".", "~")) or _suffix(path) in _SUFFIXES
-    if looks_local:
+        return Source(name, digest, enumerate(rows, 1))
+    path = Path(os.path.expanduser(name))
+    if name.startswith(("/", ".", "~")) or _suffix(path) or os.path.exists(path):
+        _refuse_revision(config)
         return _open_file(path)
     if not _HUB_ID.fullmatch(name):
         raise UserError(f"data.source={name} is neither a file nor a hub id such as org/name.")
     return _open_hub(config)
 
 
+def _refuse_revision(config: DataConfig) -> None:
+    if config.revision is not None or config.split != DataConfig.split:
+        raise UserError(
+            f"data.split and data.revision have no effect with data.source={config.source}, which "
+            "is no hub id: leave them out."
+        )
+
+
 def _suffix(path: Path) -> str:
-    suffixes = path.suffixes
-    return "".join(suffixes[-2:-1] if path.suffix == ".gz" else suffixes[-1:]).lower()
+    """The suffix that tells how to read a file, or nothing."""
+    found = _SUFFIX.search(path.name.lower())
+    return found[1] if found else ""
 
 
 def _open_file(path: Path) -> Source:
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"data.source={path} does not exist.")
     suffix = _suffix(path)
-    if suffix not in _SUFFIXES or path.is_dir():
-        raise UserError(f"data.source={path} must be a .json, .jsonl or .parquet file (.gz too).")
+    if not suffix or not path.is_file():
+        what = "is a directory" if path.is_dir() else "cannot be read"
+        raise UserError(
+            f"data.source={path} {what}: give a .json, .jsonl (.gz too) or .parquet file."
+        )
     try:
         digest = _digest(path)
-        if suffix == ".parquet":
-            return Source(str(path), digest, _parquet_rows(path))
-        return Source(str(path), digest, _json_rows(path))
     except OSError as error:
         raise UserError(f"data.source={path} cannot be read: {error.strerror or error}.") from error
+    return Source(str(path), digest, (_parquet_rows if suffix == ".parquet" else _json_rows)(path))
 
 
 def _digest(path: Path) -> str:
@@ -109,7 +128,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any] | BadRow]]:
+def _json_rows(path: Path) -> Rows:
     try:
         with _open_text(path) as file:
             first = file.read(1)
@@ -117,22 +136,15 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any] | BadRow]]:
                 first = file.read(1)
             file.seek(0)
             if first == "[":
-                yield from _rows_of_array(path, json.load(file))
+                yield from enumerate(map(_mapping, json.load(file)), 1)
                 return
             for number, line in enumerate(file, 1):
-                if line.isspace():
-                    continue
-                where = f"{path}, row {number}"
-                try:
-                    yield where, _mapping(json.loads(line))
-                except (json.JSONDecodeError, RecursionError) as error:
-                    yield where, BadRow(f"not valid JSON ({error})")
-                except BadRow as error:
-                    yield where, error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"data.source={path} is not valid JSON: {error}.") from error
+                if not line.isspace():
+                    yield number, _parse(line)
     except UnicodeDecodeError as error:
         raise UserError(f"data.source={path} is not UTF-8 text: {error}.") from error
+    except (ValueError, RecursionError) as error:  # a number of too many digits is a ValueError
+        raise UserError(f"data.source={path} is not valid JSON: {error}.") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"data.source={path} is a damaged gzip file: {error}.") from error
     except OSError as error:
@@ -140,34 +152,31 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any] | BadRow]]:
 
 
 def _open_text(path: Path) -> IO[str]:
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         return io.TextIOWrapper(gzip.open(path), encoding="utf-8-sig")
     return path.open(encoding="utf-8-sig")
 
 
-def _rows_of_array(path: Path, rows: list[Any]) -> Iterator[tuple[str, Mapping[str, Any] | BadRow]]:
-    for number, row in enumerate(rows, 1):
-        try:
-            yield f"{path}, row {number}", _mapping(row)
-        except BadRow as error:
-            yield f"{path}, row {number}", error
+def _parse(line: str) -> Mapping[str, Any] | BadRow:
+    try:
+        return _mapping(json.loads(line))
+    except (ValueError, RecursionError) as error:
+        return BadRow(f"not valid JSON ({error})")
 
 
-def _mapping(row: Any) -> Mapping[str, Any]:
-    if not isinstance(row, dict):
-        raise BadRow(f"not an object of fields but {type(row).__name__}")
-    return row
+def _mapping(row: Any) -> Mapping[str, Any] | BadRow:
+    return row if isinstance(row, dict) else BadRow(f"not an object of fields but {_kind(row)}")
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any] | BadRow]]:
+def _parquet_rows(path: Path) -> Rows:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches():
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}, row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
+                    yield number, row
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f"data.source={path} is not a readable Parquet file: {error}.") from error
 
 
@@ -181,12 +190,11 @@ def _open_hub(config: DataConfig) -> Source:
             f"data.source={name} is no local file, and the dataset of that name could not be "
             f"loaded from the hub: {reason}"
         ) from error
-    rows = ((f"{name}[{config.split}], row {i}", row) for i, row in enumerate(loaded, 1))
-    return Source(f"{name}[{config.split}]", loaded._fingerprint, rows)
+    return Source(f"{name}[{config.split}]", loaded._fingerprint, enumerate(loaded, 1))
 
 
-def detect_format(row: Mapping[str, Any]) -> str | None:
-    """The format whose fields the row has, or None."""
+def detect_format(row: Mapping[str, Any]) -> str:
+    """The format whose fields the row has. Raises `BadRow` where it has those of none."""
     for name, needed in (
         ("messages", {"messages"}),
         ("alpaca", {"instruction", "output"}),
@@ -194,37 +202,55 @@ def detect_format(row: Mapping[str, Any]) -> str | None:
     ):
         if needed <= set(row):
             return name
-    return None
+    found = ", ".join(ascii(key)[1:-1] for key in row) or "(none)"
+    raise BadRow(
+        f"the fields {shorten(found, 80)} are of no known format "
+        "(messages; instruction, output; prompt, completion)"
+    )
 
 
 def to_conversation(row: Mapping[str, Any], format_name: str) -> Conversation:
-    """The row as a conversation. Raises `BadRow` naming the field that is missing or wrong."""
+    """The row as a conversation with an answer.
+
+    Raises `BadRow` naming the field that is missing or wrong.
+    """
     if format_name == "alpaca":
-        turns = (("user", _text(row, "instruction")), ("assistant", _text(row, "output")))
         context = _text(row, "input") if row.get("input") is not None else ""
         extra = (("task", row["task"]),) if isinstance(row.get("task"), str) else ()
-        return Conversation(turns, context, extra)
+        return _answered(_pair(row, "instruction", "output"), context, extra)
     if format_name == "prompt_completion":
-        return Conversation(
-            (("user", _text(row, "prompt")), ("assistant", _text(row, "completion")))
-        )
+        return _answered(_pair(row, "prompt", "completion"))
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
         raise BadRow("field 'messages' is missing or not a list of turns")
-    turns_list = []
+    turns = []
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict):
             raise BadRow(f"turn {number} is not an object with 'role' and 'content'")
-        role = message.get("role")
-        if role not in ROLES:
-            raise BadRow(f"turn {number} has the role {role!r}; known: {', '.join(ROLES)}")
         try:
-            turns_list.append((str(role), _text(message, "content")))
+            role, content = _text(message, "role"), _text(message, "content")
         except BadRow as error:
             raise BadRow(f"turn {number}: {error}") from None
-    if not any(role == "assistant" and content.strip() for role, content in turns_list):
-        raise BadRow("no turn of the assistant to learn from")
-    return Conversation(tuple(turns_list))
+        if role not in ROLES:
+            raise BadRow(f"turn {number} has the role {role[:40]!r}; known: {', '.join(ROLES)}")
+        turns.append((role, content))
+    if turns[0][0] == "assistant":
+        raise BadRow("the first turn is the assistant's, with nothing that it answers")
+    return _answered(tuple(turns))
+
+
+def _pair(row: Mapping[str, Any], asked: str, answered: str) -> tuple[tuple[str, str], ...]:
+    return ("user", _text(row, asked)), ("assistant", _text(row, answered))
+
+
+def _answered(
+    turns: tuple[tuple[str, str], ...],
+    context: str = "",
+    extra: tuple[tuple[str, str], ...] = (),
+) -> Conversation:
+    if not any(role == "assistant" and content.strip() for role, content in turns):
+        raise BadRow("the answer is empty")
+    return Conversation(turns, context, extra)
 
 
 def _text(row: Mapping[str, Any], field: str) -> str:
@@ -232,9 +258,13 @@ def _text(row: Mapping[str, Any], field: str) -> str:
         raise BadRow(f"field '{field}' is missing")
     value = row[field]
     if not isinstance(value, str):
-        raise BadRow(f"field '{field}' is not text but {type(value).__name__}")
+        raise BadRow(f"field '{field}' is not text but {_kind(value)}")
     try:
         value.encode()
     except UnicodeEncodeError:
         raise BadRow(f"field '{field}' holds a lone surrogate, which is no text") from None
     return value
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else type(value).__name__

@@ -8,10 +8,13 @@ every rank computes the same one and nothing is sent. All ranks run the same num
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from neftune_dist.config import UserError
 
 
 @dataclass(frozen=True)
@@ -36,42 +39,55 @@ def lay_out(
     """Deal documents to world_size ranks, at most micro_batch_tokens a micro-batch.
 
     Args:
-        lengths: int64 (num_documents,), tokens, none above micro_batch_tokens.
+        lengths: int64 (num_documents,), tokens.
         packing: a micro-batch costs its tokens; otherwise its rows times its longest row.
         quadratic_tokens: length at which a document's attention costs as much as all else; the
             work of a document of L tokens is L (1 + L / quadratic_tokens).
+
+    Raises:
+        UserError: a document is longer than micro_batch_tokens.
     """
+    sizes = [int(n) for n in lengths]
+    if sizes and max(sizes) > micro_batch_tokens:
+        raise UserError(
+            f"A document of {max(sizes)} tokens does not fit into train.micro_batch_tokens="
+            f"{micro_batch_tokens}, and a document is never split: raise it."
+        )
+
+    def work(size: int) -> float:
+        return size * (1 + size / quadratic_tokens)
+
     if packing:
-        bins = _pack(lengths, world_size, micro_batch_tokens, quadratic_tokens)
+        bins = _pack(sizes, world_size, micro_batch_tokens, work)
+        costs = {tuple(group): sum(work(sizes[i]) for i in group) for group in bins}
     else:
-        bins = _pad(lengths, world_size, micro_batch_tokens)
+        bins = _pad(sizes, world_size, micro_batch_tokens)
+        costs = {tuple(group): len(group) * work(sizes[group[0]]) for group in bins if group}
+    costs[()] = 0.0
     # Micro-batches that run at the same time cost about the same: neighbours in order of work.
-    work = lengths * (1 + lengths / quadratic_tokens)
-    bins.sort(key=lambda group: (-sum(work[i] for i in group), group))
-    rounds = [bins[k : k + world_size] for k in range(0, len(bins), world_size)]
+    ordered = sorted(map(tuple, bins), key=lambda group: (-costs[group], group))
     # Within a round the heaviest goes to the rank that has worked least so far.
     load = [0.0] * world_size
     groups = []
-    for round_ in rounds:
+    for first in range(0, len(ordered), world_size):
         ranks = sorted(range(world_size), key=lambda r: (load[r], r))
         dealt: list[tuple[int, ...]] = [()] * world_size
-        for rank, group in zip(ranks, round_, strict=True):
-            dealt[rank] = tuple(group)
-            load[rank] += float(sum(work[i] for i in group))
+        for rank, group in zip(ranks, ordered[first : first + world_size], strict=True):
+            dealt[rank] = group
+            load[rank] += costs[group]
         groups.append(tuple(dealt))
     return Layout(tuple(groups))
 
 
 def _pack(
-    lengths: np.ndarray, world_size: int, capacity: int, quadratic_tokens: float
+    sizes: Sequence[int], world_size: int, capacity: int, work: Callable[[int], float]
 ) -> list[list[int]]:
     """Longest processing time first (Graham 1969) under a capacity: the longest document left goes
     to the bin with the least work that has room; one more bin a rank where none has."""
-    order = sorted(range(len(lengths)), key=lambda i: (-int(lengths[i]), i))
-    sizes = [int(n) for n in lengths]
+    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
     num_bins = world_size * max(1, -(-sum(sizes) // (world_size * capacity)))
     while True:
-        bins = _fill(order, sizes, num_bins, capacity, quadratic_tokens)
+        bins = _fill(order, sizes, num_bins, capacity, work)
         if bins is not None:
             return bins
         num_bins += world_size
@@ -82,7 +98,7 @@ def _fill(
     sizes: Sequence[int],
     num_bins: int,
     capacity: int,
-    quadratic_tokens: float,
+    work: Callable[[int], float],
 ) -> list[list[int]] | None:
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     heap = [(0.0, b, 0) for b in range(num_bins)]  # work, bin, tokens
@@ -92,10 +108,9 @@ def _fill(
             full.append(heapq.heappop(heap))
         if not heap:
             return None
-        work, b, tokens = heapq.heappop(heap)
+        done, b, tokens = heapq.heappop(heap)
         bins[b].append(i)
-        work += sizes[i] * (1 + sizes[i] / quadratic_tokens)
-        heapq.heappush(heap, (work, b, tokens + sizes[i]))
+        heapq.heappush(heap, (done + work(sizes[i]), b, tokens + sizes[i]))
         for each in full:
             heapq.heappush(heap, each)
     for group in bins:
@@ -103,15 +118,24 @@ def _fill(
     return bins
 
 
-def _pad(lengths: np.ndarray, world_size: int, capacity: int) -> list[list[int]]:
-    """Rows of like length together, so that little is padded; as even as the capacity allows."""
-    order = sorted(range(len(lengths)), key=lambda i: (-int(lengths[i]), i))
-    num_rounds = 1
-    while True:
-        per_bin = -(-len(order) // (num_rounds * world_size))
-        bins = [order[k : k + per_bin] for k in range(0, len(order), per_bin)]
-        if all(len(group) * int(lengths[group[0]]) <= capacity for group in bins):
-            break
-        num_rounds += 1
-    bins += [[] for _ in range(-len(bins) % world_size)]
-    return bins
+def _pad(sizes: Sequence[int], world_size: int, capacity: int) -> list[list[int]]:
+    """Rows of like length together, the longest first, so that little is padded: in as few rounds
+    as the capacity allows, and then with the smallest capacity that needs no more."""
+    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+
+    def bins(capacity: int) -> list[list[int]]:
+        found: list[list[int]] = []
+        for i in order:
+            if not found or (len(found[-1]) + 1) * sizes[found[-1][0]] > capacity:
+                found.append([])
+            found[-1].append(i)
+        return found
+
+    num_bins = world_size * max(1, -(-len(bins(capacity)) // world_size))
+    least = max(sizes, default=0)
+    # A larger capacity never needs more bins.
+    enough = bisect_left(
+        range(least, capacity), True, key=lambda smaller: len(bins(smaller)) <= num_bins
+    )
+    packed = bins(least + enough)
+    return packed + [[] for _ in range(num_bins - len(packed))]

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import jinja2
+import numpy as np
 
 from neftune_dist.config import DataConfig, UserError
 from neftune_dist.data.formats import BadRow, Conversation
@@ -25,6 +27,14 @@ _ALPACA_WITH_INPUT = (
 _ALPACA_WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
     "the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
+)
+# Some templates write today's date, which would make the tokens depend on the day they were made
+# (law 4). They get the date that Llama 3's own template falls back on. The "+" keeps the template's
+# first white space.
+_FIXED_DATE = (
+    "{% macro strftime_now(format) %}{{ format|replace('%d', '26')|replace('%m', '07')"
+    "|replace('%b', 'Jul')|replace('%B', 'July')|replace('%y', '24')|replace('%Y', '2024') }}"
+    "{% endmacro +%}"
 )
 
 
@@ -40,15 +50,16 @@ class Rendered:
     marks_end: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Document:
-    """input_ids: tokens. supervised: 1 where the token is learned (never the first one).
+    """One document, not yet cut to length.
 
-    end_learned: whether the token that ends the last answer is there and learned.
+    input_ids: int32 (length,). supervised: uint8 (length,), 1 where the token is learned (never the
+    first one). end_learned: whether the token that ends the last answer is there and learned.
     """
 
-    input_ids: list[int]
-    supervised: list[int]
+    input_ids: np.ndarray
+    supervised: np.ndarray
     end_learned: bool
 
 
@@ -58,35 +69,45 @@ class Template:
     def __init__(self, tokenizer: Any, config: DataConfig) -> None:
         self.tokenizer = tokenizer
         self.config = config
+        name = tokenizer.name_or_path or type(tokenizer).__name__
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(
-                f"The tokenizer {type(tokenizer).__name__} gives no character offsets, which the "
-                "loss mask needs: use a model with a tokenizer.json."
+                f"The tokenizer {name} gives no character offsets, which the loss mask needs: use "
+                "a model with a tokenizer.json."
             )
-        if config.template == "chat" and not tokenizer.chat_template:
+        # What the tokenizer puts in front of a text. A chat template writes its own.
+        self._prefix = np.zeros(0, np.int32)
+        self._chat_template = ""
+        if config.template == "alpaca":
+            if tokenizer.eos_token_id is None:
+                raise UserError(
+                    f"The tokenizer {name} has no end-of-sequence token, with which the Alpaca "
+                    "prompt's answers end."
+                )
+            probe = tokenizer("a", return_special_tokens_mask=True)
+            num_special = probe["special_tokens_mask"].index(0)
+            self._prefix = np.array(probe["input_ids"][:num_special], np.int32)
+            return
+        try:
+            self._chat_template = tokenizer.get_chat_template()
+        except ValueError as error:
             raise UserError(
-                f"The tokenizer of {tokenizer.name_or_path} has no chat template: set "
-                "data.template=alpaca, or use a model that has one."
-            )
-        if config.template == "alpaca" and tokenizer.eos_token_id is None:
-            raise UserError(
-                f"The tokenizer of {tokenizer.name_or_path} has no end-of-sequence token, with "
-                "which the Alpaca prompt's answers end."
-            )
+                f"The tokenizer {name} has no chat template: set data.template=alpaca, or use a "
+                "model that has one."
+            ) from error
+        if "strftime_now" in self._chat_template:
+            self._chat_template = _FIXED_DATE + self._chat_template
 
     def prompt(self, conversation: Conversation) -> str:
         """The text in front of the first answer, as generation is given it."""
         if self.config.template == "alpaca":
             return _alpaca_prompt(conversation)
-        first = next(i for i, (role, _) in enumerate(conversation.turns) if role == "assistant")
-        return self._apply(conversation.messages()[:first], add_generation_prompt=True)
+        return self._apply(conversation.opening(), add_generation_prompt=True)
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
         """The tokens of `prompt`."""
-        ids: list[int] = self.tokenizer(
-            self.prompt(conversation), add_special_tokens=self.config.template == "alpaca"
-        )["input_ids"]
-        return ids
+        [(ids, _)] = self._tokenize([self.prompt(conversation)])
+        return [*self._prefix.tolist(), *ids.tolist()]
 
     def render(self, conversation: Conversation) -> Rendered:
         """Text and learned spans. Raises `BadRow` where the template cannot express the turns."""
@@ -97,57 +118,88 @@ class Template:
         messages = conversation.messages()
         text = self._apply(messages)
         spans = []
+        marks_end = False
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             before = self._apply(messages[:i], add_generation_prompt=True)
             through = text if i == len(messages) - 1 else self._apply(messages[: i + 1])
-            if not (text.startswith(through) and through.startswith(before)):
+            if not text.startswith(through):
                 raise BadRow(
                     f"the chat template renders turn {i + 1} differently once later turns follow, "
                     "so what the assistant said in it cannot be told apart"
                 )
-            content_end, turn_end = _ends(through, len(before), message["content"])
-            spans.append((len(before), turn_end))
-        return Rendered(text, tuple(spans), marks_end=turn_end > content_end)
+            if not through.startswith(before):
+                raise BadRow(
+                    f"the chat template's generation prompt is not what turn {i + 1} begins with, "
+                    "so what the assistant said in it cannot be told apart"
+                )
+            end, marks_end = _turn_end(through, len(before), message["content"])
+            spans.append((len(before), end))
+        return Rendered(text, tuple(spans), marks_end)
 
     def encode(self, rendered: Sequence[Rendered]) -> list[Document]:
         """Tokens and masks, in one call of the tokenizer."""
-        alpaca = self.config.template == "alpaca"
+        documents = []
+        encoded = self._tokenize([r.text for r in rendered])
+        for r, (ids, offsets) in zip(rendered, encoded, strict=True):
+            cuts = [begin for begin, _ in r.spans if _inside_token(offsets, begin)]
+            if cuts:
+                ids, offsets = self._tokenize_in_pieces(r.text, cuts)
+            supervised = _learned(offsets, r.spans)
+            if self.config.template == "alpaca":
+                ids = np.concatenate([self._prefix, ids])
+                supervised = np.concatenate([np.zeros(len(self._prefix), np.uint8), supervised])
+                if ids[-1] != self.tokenizer.eos_token_id:
+                    ids = np.append(ids, np.int32(self.tokenizer.eos_token_id))
+                    supervised = np.append(supervised, np.uint8(1))
+            if self.config.supervise == "all":
+                supervised = np.ones_like(supervised)
+            supervised[:1] = 0  # nothing comes before it that could predict it
+            documents.append(Document(ids, supervised, r.marks_end))
+        return documents
+
+    def _tokenize(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each text, without special tokens around it: input_ids int32 (length,) and half-open
+        character offsets int64 (length, 2)."""
         encoded = self.tokenizer(
-            [r.text for r in rendered],
-            # A chat template writes its own special tokens.
-            add_special_tokens=alpaca,
+            texts,
+            add_special_tokens=False,
             return_offsets_mapping=True,
             return_attention_mask=False,
             verbose=False,  # the length is this package's own business
         )
-        documents = []
-        for r, ids, offsets in zip(
-            rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True
-        ):
-            supervised = [
-                int(any(begin <= start < end for begin, end in r.spans)) if stop > start else 0
-                for start, stop in offsets
-            ]
-            if alpaca:
-                if not ids or ids[-1] != self.tokenizer.eos_token_id:
-                    ids, supervised = [*ids, self.tokenizer.eos_token_id], [*supervised, 1]
-                else:
-                    supervised[-1] = 1
-            if self.config.supervise == "all":
-                supervised = [1] * len(ids)
-            if supervised:
-                supervised[0] = 0  # nothing comes before it that could predict it
-            documents.append(Document(ids, supervised, r.marks_end))
-        return documents
+        return [
+            (np.array(ids, np.int32), np.array(offsets, np.int64).reshape(-1, 2))
+            for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        ]
+
+    def _tokenize_in_pieces(self, text: str, cuts: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """As `_tokenize`, with no token across a cut. A token that holds the prompt's end and the
+        answer's beginning (':"' with the Alpaca prompt) could be neither learned nor generated."""
+        ids, offsets = [], []
+        for first, last in pairwise([0, *cuts, len(text)]):
+            [(piece_ids, piece_offsets)] = self._tokenize([text[first:last]])
+            if first:
+                # Tokenizers made from sentencepiece put a space in front of whatever they are
+                # given: a line break takes it, unless one token holds the break and more.
+                [(broken_ids, broken_offsets)] = self._tokenize(["\n" + text[first:last]])
+                if not _inside_token(broken_offsets, 1):
+                    kept = broken_offsets[:, 0] >= 1
+                    piece_ids, piece_offsets = broken_ids[kept], broken_offsets[kept] - 1
+            ids.append(piece_ids)
+            offsets.append(piece_offsets + first)
+        return np.concatenate(ids), np.concatenate(offsets)
 
     def _apply(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
         try:
             text: str = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                messages,
+                chat_template=self._chat_template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
             raise BadRow(f"the chat template refuses the turns: {error}") from error
         return text
 
@@ -156,7 +208,8 @@ def _alpaca_prompt(conversation: Conversation) -> str:
     roles = [role for role, _ in conversation.turns]
     if roles != ["user", "assistant"]:
         raise BadRow(
-            f"the Alpaca prompt takes one instruction and one answer, not the turns {roles}"
+            "the Alpaca prompt takes one instruction and one answer, not the turns "
+            f"{', '.join(roles[:4])}{', ...' if len(roles) > 4 else ''}"
         )
     instruction = conversation.turns[0][1]
     if conversation.context:
@@ -166,14 +219,32 @@ def _alpaca_prompt(conversation: Conversation) -> str:
     return _ALPACA_WITHOUT_INPUT.format_map({"instruction": instruction})
 
 
-def _ends(text: str, start: int, content: str) -> tuple[int, int]:
-    """Where the assistant's content ends, and where its turn does: behind the end-of-turn token,
-    before the template's own white space that leads to the next turn (no model generates that)."""
+def _turn_end(text: str, start: int, content: str) -> tuple[int, bool]:
+    """Where the assistant's turn ends, and whether anything marks its end: behind the end-of-turn
+    token, before the template's own white space that leads to the next turn (no model generates
+    that)."""
     inside = text.find(content, start)
     if inside < 0:  # a template that trims contents
         content = content.strip()
         inside = text.find(content, start)
     if inside < 0:
         raise BadRow("the chat template changes the assistant's text")
-    end = inside + len(content)
-    return end, end + len(text[end:].rstrip())
+    content_end = inside + len(content)
+    tail = text[content_end:].rstrip()
+    return content_end + len(tail), bool(tail)
+
+
+def _inside_token(offsets: np.ndarray, place: int) -> bool:
+    """Whether one token holds characters on both sides of a place in the text."""
+    return bool(np.any((offsets[:, 0] < place) & (place < offsets[:, 1])))
+
+
+def _learned(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
+    """uint8 (length,): 1 for the tokens that begin within a span."""
+    starts, stops = offsets[:, 0], offsets[:, 1]
+    # Some tokenizers leave spaces out of offsets; a token of nothing else is empty, at its end.
+    places = np.where(starts == stops, starts - 1, starts)
+    learned = np.zeros(len(offsets), np.uint8)
+    for begin, end in spans:
+        learned[(begin <= places) & (places < end)] = 1
+    return learned

@@ -1,0 +1,81 @@
+"""What is exported is the model that was trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from neftune_dist.checkpoint import store
+from neftune_dist.config import load_config
+from neftune_dist.evaluate.model import evaluate_model
+from neftune_dist.export import export
+from tests import tiny
+
+
+@pytest.fixture(scope="module", params=["fsdp2", "deepspeed"])
+def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    config = tiny.make_config(folder, checkpoint={"every_steps": 4}, train={"max_steps": 8})
+    tiny.train(config, folder / "run", f"engine.name={request.param}", ranks=2)
+    return folder / "run"
+
+
+def test_logits_are_those_of_the_trained_weights(run_dir: Path, tmp_path: Path) -> None:
+    output = export(run_dir, tmp_path / "export", log=lambda _: None)
+    exported = transformers.AutoModelForCausalLM.from_pretrained(output).eval()
+    base = load_config(run_dir / "config.yaml").model.name_or_path
+    trained = transformers.AutoModelForCausalLM.from_pretrained(base).eval()
+    start = trained.model.embed_tokens.weight.detach().clone()
+    tensors = tiny.checkpoint_tensors(store.find_all(run_dir)[0].folder)
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            parameter.copy_(tensors[f"master/{name}"].view_as(parameter))
+        ids = torch.randint(0, 500, (2, 40), generator=torch.Generator().manual_seed(0))
+        assert torch.equal(exported(ids).logits, trained(ids).logits)
+    assert exported.lm_head.weight is exported.model.embed_tokens.weight
+    assert not torch.equal(start, exported.model.embed_tokens.weight)
+
+
+def test_held_out_loss_is_that_of_the_last_evaluation(run_dir: Path, tmp_path: Path) -> None:
+    output = export(run_dir, tmp_path / "export", log=lambda _: None)
+    config = load_config(run_dir / "config.yaml")
+    result = evaluate_model(output, config, num_answers=3, max_new_tokens=8, log=lambda _: None)
+    last = json.loads((run_dir / "evaluations.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 8
+    assert result.held_out_loss == pytest.approx(last["held_out_loss"], rel=1e-6)
+    assert len(result.answers) == 3
+    assert result.exact_match is None  # nothing is known of how these answers are to be checked
+
+
+def test_the_folder_is_complete_and_says_how_it_was_made(run_dir: Path, tmp_path: Path) -> None:
+    done = tiny.run("export", run_dir, "--output", tmp_path / "e", "--dtype", "bf16", "--step", 4)
+    assert done.returncode == 0, done.stderr
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "e")
+    assert model.dtype == torch.bfloat16
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "e")
+    assert tokenizer.chat_template == tiny.TEMPLATE
+    card = (tmp_path / "e" / "README.md").read_text()
+    assert "alpha 5.0" in card
+    assert "4 of 10 documents" in card
+
+
+def test_mistakes_are_told(run_dir: Path, tmp_path: Path) -> None:
+    for words, needle in (
+        (["export", tmp_path], "no complete checkpoint"),
+        (["export", run_dir, "--step", "5"], "it has: 8, 4"),
+        (["evaluate", tmp_path], "no run directory"),
+        (["evaluate", run_dir, "--model", tmp_path], "no model directory"),
+    ):
+        done = tiny.run(*words)
+        assert done.returncode == 2
+        assert needle in done.stderr
+        assert "Traceback" not in done.stderr
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("do not lose this")
+    done = tiny.run("export", run_dir, "--output", tmp_path / "mine")
+    assert done.returncode == 2
+    assert (tmp_path / "mine" / "thesis.txt").exists()

@@ -1,0 +1,182 @@
+"""Layout is not semantics: one plain loop, and every engine, world size and packing, agree.
+
+The reference is a loop of its own, in this process: documents one by one, unpadded and unpacked, on
+a plain transformers model with plain AdamW, under the noise put on by `NEFTune(...).attach`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+from neftune_dist import NEFTune
+from neftune_dist.config import load_config
+from neftune_dist.data.corpus import prepare
+from neftune_dist.data.schedule import make_schedule
+from neftune_dist.noise.law import TokenLayout
+from neftune_dist.optim import learning_rate
+from tests import tiny
+
+STEPS = 10
+TOLERANCE = 1e-5  # relative, float32
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_config(tmp_path_factory.mktemp("parity"), train={"max_steps": STEPS})
+
+
+def reference(config_path: Path, *words: str) -> list[dict[str, Any]]:
+    config = load_config(config_path, words)
+    folder = config.model.name_or_path
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    corpus = prepare(config.data, tokenizer)
+    schedule = make_schedule(config.train, len(corpus.train), corpus.fingerprint)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    plain = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": config.optim.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+    )
+    records = []
+    with NEFTune(config.noise.alpha, seed=config.noise_seed, stream="sample").attach(
+        model
+    ) as noise:
+        for step in range(schedule.num_steps):
+            indices, epochs = schedule.documents(step)
+            number = int(corpus.train.num_supervised[indices].sum())
+            total = 0.0
+            for index, epoch in zip(indices.tolist(), epochs.tolist(), strict=True):
+                ids, supervised = corpus.train[index]
+                ids = torch.from_numpy(ids.astype("int64"))
+                learned = torch.from_numpy(supervised.astype(bool))[1:]
+                noise.describe(
+                    TokenLayout.from_lengths(
+                        torch.tensor([len(ids)]),
+                        documents=torch.tensor([index]),
+                        epochs=torch.tensor([epoch]),
+                    )
+                )
+                logits = model(input_ids=ids[None]).logits[0, :-1]
+                loss = F.cross_entropy(logits[learned], ids[1:][learned], reduction="sum")
+                (loss / number).backward()
+                total += float(loss.detach())
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config.optim, step, schedule.num_steps)
+            optimizer.step()
+            optimizer.zero_grad()
+            records.append({"step": step + 1, "loss": total / number, "grad_norm": float(norm)})
+    return records
+
+
+def assert_same(actual: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert one[key] == pytest.approx(other[key], rel=TOLERANCE), (one["step"], key)
+
+
+@pytest.fixture(scope="module")
+def expected(config: Path) -> list[dict[str, Any]]:
+    records = reference(config)
+    # The run must move, or equality would say nothing.
+    assert records[-1]["loss"] < 0.9 * records[0]["loss"]
+    return records
+
+
+LAYOUTS = {
+    "fsdp2 x1": (1, []),
+    "fsdp2 x2": (2, []),
+    "fsdp2 x3": (3, []),
+    "hsdp 2 replicas x 2 shards": (4, ["engine.num_replicas=2"]),
+    "zero-1 x2": (2, ["engine.name=deepspeed", "engine.zero_stage=1"]),
+    "zero-2 x2": (2, ["engine.name=deepspeed", "engine.zero_stage=2"]),
+    "zero-3 x2": (2, ["engine.name=deepspeed", "engine.zero_stage=3"]),
+    "many micro-batches": (1, ["train.micro_batch_tokens=96"]),
+    "zero-3, many micro-batches": (
+        2,
+        ["engine.name=deepspeed", "train.micro_batch_tokens=96"],
+    ),
+    "zero-1, many micro-batches": (
+        2,
+        ["engine.name=deepspeed", "engine.zero_stage=1", "train.micro_batch_tokens=96"],
+    ),
+    "one micro-batch": (1, ["train.micro_batch_tokens=100000"]),
+    "padded": (2, ["data.packing=false"]),
+    "padded, eager": (1, ["data.packing=false", "model.attention=eager"]),
+    "activation checkpointing": (2, ["model.activation_checkpointing=full"]),
+    "zero-3, activation checkpointing": (
+        2,
+        ["engine.name=deepspeed", "model.activation_checkpointing=full"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_trains_the_same(
+    name: str, config: Path, expected: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    ranks, words = LAYOUTS[name]
+    records = tiny.train(config, tmp_path / "run", *words, ranks=ranks)
+    assert_same(records, expected)
+    for record in records:
+        assert record["world_size"] == ranks
+        assert record["noise_norm"] == pytest.approx(5 / 3**0.5, rel=0.01)
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "deepspeed"])
+def test_a_rank_without_a_document(engine: str, config: Path, tmp_path: Path) -> None:
+    """Two documents a step on three ranks: one rank has nothing to learn from in every step."""
+    words = ["train.global_batch_size=2", "train.max_steps=6"]
+    expected = reference(config, *words)
+    assert_same(
+        tiny.train(config, tmp_path / "run", f"engine.name={engine}", *words, ranks=3), expected
+    )
+
+
+def test_untied_head(tmp_path: Path) -> None:
+    config = tiny.make_config(tmp_path, train={"max_steps": 4})
+    shutil.rmtree(tmp_path / "model")
+    tiny.make_model(tmp_path / "model", tied=False)
+    expected = reference(config)
+    for engine in ("fsdp2", "deepspeed"):
+        records = tiny.train(config, tmp_path / engine, f"engine.name={engine}", ranks=2)
+        assert_same(records, expected)
+
+
+def test_bf16_agrees_between_engines(config: Path, tmp_path: Path) -> None:
+    """Both round in the same places: closer to each other than bf16 is to float32 by far."""
+    runs = [
+        tiny.train(config, tmp_path / str(i), "model.dtype=bf16", *words, ranks=2)
+        for i, words in enumerate(
+            [
+                ["engine.name=fsdp2"],
+                ["engine.name=deepspeed", "engine.zero_stage=1"],
+                ["engine.name=deepspeed", "engine.zero_stage=3"],
+            ]
+        )
+    ]
+    for other in runs[1:]:
+        for one, two in zip(runs[0], other, strict=True):
+            assert one["loss"] == pytest.approx(two["loss"], rel=1e-3)
+
+
+def test_the_rank_stream_differs_between_ranks_but_not_between_runs(
+    config: Path, tmp_path: Path
+) -> None:
+    words = ["noise.stream=rank", "train.max_steps=3"]
+    once = tiny.train(config, tmp_path / "a", *words, ranks=2)
+    again = tiny.train(config, tmp_path / "b", *words, ranks=2)
+    alone = tiny.train(config, tmp_path / "c", *words, ranks=1)
+    assert tiny.untimed(once) == tiny.untimed(again)
+    assert once[0]["loss"] != alone[0]["loss"]

@@ -1,0 +1,311 @@
+"""Laws 5 and 6: killed at any moment, a run continues as if it had never stopped.
+
+Every drill ends with the same comparison: the records of all steps (timings apart), and every
+weight and moment of the last checkpoint, bit for bit those of a run that nobody touched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from neftune_dist.checkpoint import store
+from tests import tiny
+
+STEPS = 12
+ENGINES = {
+    "fsdp2": ["engine.name=fsdp2"],
+    "zero-1": ["engine.name=deepspeed", "engine.zero_stage=1"],
+    "zero-3": ["engine.name=deepspeed", "engine.zero_stage=3"],
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_config(
+        tmp_path_factory.mktemp("resume"),
+        train={"max_steps": STEPS},
+        checkpoint={"every_steps": 3},
+        evaluate={"every_steps": 4},
+        noise={"stream": "rank"},
+    )
+
+
+@pytest.fixture(scope="module")
+def untouched(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run directory of an engine's uninterrupted run on two ranks, made once."""
+    made: dict[str, Path] = {}
+
+    def of(engine: str) -> Path:
+        if engine not in made:
+            made[engine] = tmp_path_factory.mktemp(engine) / "run"
+            tiny.train(config, made[engine], *ENGINES[engine], ranks=2)
+        return made[engine]
+
+    return of
+
+
+def start(config: Path, run_dir: Path, *words: str, ranks: int = 2) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        tiny.command("train", config, f"run_dir={run_dir}", *words, ranks=ranks),
+        env=tiny.environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + tiny.DEADLINE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "the run did not get so far"
+        assert process.poll() is None, "the run ended by itself"
+        time.sleep(0.005)
+
+
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    family = psutil.Process(process.pid).children(recursive=True)
+    for each in [*family, psutil.Process(process.pid)]:
+        try:
+            each.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.wait(30)
+    psutil.wait_procs(family, 30)
+
+
+def kill_one_rank(process: subprocess.Popen[bytes]) -> None:
+    ranks = [
+        p
+        for p in psutil.Process(process.pid).children(recursive=True)
+        if "neftune_dist" in " ".join(p.cmdline())
+    ]
+    ranks[-1].kill()
+    assert process.wait(60) != 0  # the launcher ends the other one
+
+
+def assert_as_untouched(run_dir: Path, untouched_dir: Path) -> None:
+    assert tiny.untimed(tiny.steps(run_dir)) == tiny.untimed(tiny.steps(untouched_dir))
+    evaluations = [
+        (each / "evaluations.jsonl").read_text().splitlines() for each in (run_dir, untouched_dir)
+    ]
+    assert evaluations[0] == evaluations[1]
+    final = [store.find_all(each)[0] for each in (run_dir, untouched_dir)]
+    assert final[0].step == final[1].step == STEPS
+    ours, theirs = (tiny.checkpoint_tensors(each.folder) for each in final)
+    assert ours.keys() == theirs.keys()
+    for key, tensor in ours.items():
+        assert torch.equal(tensor, theirs[key]), key
+
+
+@pytest.mark.parametrize("kill", [kill_all, kill_one_rank])
+@pytest.mark.parametrize("engine", ["fsdp2", "zero-3"])
+def test_killed_between_saves(
+    engine: str,
+    kill: Callable[[subprocess.Popen[bytes]], None],
+    config: Path,
+    untouched: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    run_dir = tmp_path / "run"
+    process = start(config, run_dir, *ENGINES[engine])
+    wait_for(lambda: len(tiny.steps(run_dir)) >= 5, process)
+    kill(process)
+    tiny.train(config, run_dir, *ENGINES[engine], ranks=2)
+    assert_as_untouched(run_dir, untouched(engine))
+
+
+def test_killed_at_random_moments_of_saving(
+    config: Path, untouched: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Saves after every step, and three kills within moments of a save's beginning."""
+    run_dir, chance = tmp_path / "run", random.Random(0)
+    words = [*ENGINES["fsdp2"], "checkpoint.every_steps=1"]
+    partial = run_dir / "checkpoints"
+    for target in (2, 5, 8):
+        process = start(config, run_dir, *words)
+        wait_for(lambda: bool(list(partial.glob(f"step_{target:08d}*"))), process)  # noqa: B023
+        time.sleep(chance.uniform(0, 0.03))
+        kill_all(process)
+        assert store.damaged(run_dir) == []
+        assert store.find_all(run_dir)[0].step >= target - 1
+    tiny.train(config, run_dir, *words, ranks=2)
+    assert_as_untouched(run_dir, untouched("fsdp2"))
+    assert not list(partial.glob("*.partial"))
+
+
+def test_killed_before_the_first_save(
+    config: Path, untouched: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    process = start(config, run_dir, *ENGINES["fsdp2"])
+    wait_for(lambda: len(tiny.steps(run_dir)) >= 1, process)
+    kill_all(process)
+    tiny.train(config, run_dir, *ENGINES["fsdp2"], ranks=2)
+    assert_as_untouched(run_dir, untouched("fsdp2"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_stopped_by_a_signal(number: signal.Signals, config: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    tiny.train(config, whole)
+    run_dir = tmp_path / "run"
+    process = start(config, run_dir, "checkpoint.every_steps=0", ranks=1)
+    wait_for(lambda: len(tiny.steps(run_dir)) >= 2, process)
+    process.send_signal(number)
+    assert process.wait(60) == 75
+    stopped_at = len(tiny.steps(run_dir))
+    assert store.find_all(run_dir)[0].step == stopped_at < STEPS
+    tiny.train(config, run_dir)
+    assert_as_untouched(run_dir, whole)
+
+
+def test_zero_1_resumes(config: Path, untouched: Callable[[str], Path], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = start(config, run_dir, *ENGINES["zero-1"])
+    wait_for(lambda: len(tiny.steps(run_dir)) >= 5, process)
+    kill_all(process)
+    tiny.train(config, run_dir, *ENGINES["zero-1"], ranks=2)
+    assert_as_untouched(run_dir, untouched("zero-1"))
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "ranks"), [("zero-3", "fsdp2", 3), ("fsdp2", "zero-1", 1)]
+)
+def test_continues_under_another_engine_and_world(
+    first: str, then: str, ranks: int, config: Path, tmp_path: Path
+) -> None:
+    """With the sample stream: the same documents, the same noise, the loss equal to rounding."""
+    words = ["noise.stream=sample"]
+    whole = tiny.train(config, tmp_path / "whole", *ENGINES[first], *words, ranks=2)
+    run_dir = tmp_path / "run"
+    process = start(config, run_dir, *ENGINES[first], *words)
+    wait_for(lambda: (run_dir / "checkpoints" / "step_00000006").exists(), process)
+    kill_all(process)
+    records = tiny.train(config, run_dir, *ENGINES[then], *words, ranks=ranks)
+    assert len(records) == STEPS
+    for one, other in zip(records, whole, strict=True):
+        assert one["num_tokens"] == other["num_tokens"]
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+    assert records[-1]["world_size"] == ranks
+
+
+def test_a_finished_run_says_so_and_changes_nothing(
+    config: Path, untouched: Callable[[str], Path]
+) -> None:
+    run_dir = untouched("fsdp2")
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    done = tiny.run("train", config, f"run_dir={run_dir}", *ENGINES["fsdp2"], ranks=2)
+    assert done.returncode == 0
+    assert "nothing is left to train" in done.stdout
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_longer_run_continues_from_the_finished_one(config: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    tiny.train(config, run_dir, "optim.schedule=constant", "train.max_steps=4")
+    records = tiny.train(config, run_dir, "optim.schedule=constant", "train.max_steps=8")
+    whole = tiny.train(config, tmp_path / "w", "optim.schedule=constant", "train.max_steps=8")
+    assert tiny.untimed(records) == tiny.untimed(whole)
+
+
+def damage(folder: Path) -> None:
+    shard = next(folder.glob("*.distcp"))
+    os.truncate(shard, shard.stat().st_size // 2)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(config: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    whole = tiny.train(config, run_dir)
+    newest = store.find_all(run_dir)[0]
+    damage(newest.folder)
+    done = tiny.run("train", config, f"run_dir={run_dir}")
+    assert done.returncode == 0
+    assert f"{newest.folder} is incomplete or damaged" in done.stdout
+    assert tiny.untimed(tiny.steps(run_dir)) == tiny.untimed(whole)
+    assert store.find_all(run_dir)[0].step == STEPS
+
+
+def test_only_damaged_checkpoints_stop_the_run(config: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    tiny.train(config, run_dir, "checkpoint.every_steps=0")
+    damage(store.find_all(run_dir)[0].folder)
+    before = sorted(p.name for p in (run_dir / "checkpoints").rglob("*"))
+    done = tiny.run("train", config, f"run_dir={run_dir}")
+    assert done.returncode == 2
+    assert "damaged checkpoints only" in done.stderr
+    assert sorted(p.name for p in (run_dir / "checkpoints").rglob("*")) == before
+
+
+def test_a_full_disk_ends_with_a_sentence_and_the_last_checkpoint(
+    config: Path, tmp_path: Path
+) -> None:
+    """The largest file allowed is smaller than a checkpoint: every write of one fails."""
+    run_dir = tmp_path / "run"
+    tiny.train(config, run_dir, "train.max_steps=3", "optim.schedule=constant")
+    words = tiny.command(
+        "train",
+        config,
+        f"run_dir={run_dir}",
+        "optim.schedule=constant",
+        "logging.tensorboard=false",
+    )
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -f 200; exec "$@"', "bash", *words],
+        env=tiny.environment(),
+        capture_output=True,
+        text=True,
+        timeout=tiny.DEADLINE_SECONDS,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "could not be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [c.step for c in store.find_all(run_dir)] == [3]
+
+
+@pytest.mark.parametrize(
+    ("words", "needle"),
+    [
+        (["train.global_batch_size=11"], "train.global_batch_size"),
+        (["noise.alpha=10"], "noise.alpha"),
+        (["data.max_length=64"], "other data"),
+    ],
+)
+def test_another_run_is_refused(
+    words: list[str], needle: str, config: Path, untouched: Callable[[str], Path]
+) -> None:
+    run_dir = untouched("fsdp2")
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    done = tiny.run("train", config, f"run_dir={run_dir}", "train.max_steps=20", *words)
+    assert done.returncode == 2
+    assert needle in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_model_is_refused(
+    config: Path, untouched: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tiny.make_model(tmp_path / "model")
+    hf_config = json.loads((folder / "config.json").read_text())
+    hf_config["rope_parameters"] = {"rope_type": "default", "rope_theta": 5000.0}
+    (folder / "config.json").write_text(json.dumps(hf_config))
+    done = tiny.run(
+        "train",
+        config,
+        f"run_dir={untouched('fsdp2')}",
+        f"model.name_or_path={folder}",
+        "train.max_steps=20",
+    )
+    assert done.returncode == 2
+    assert "another model" in done.stderr
