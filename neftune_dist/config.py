@@ -8,11 +8,13 @@ validate a run. Unknown keys, wrong types and contradictions are refused with `U
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import reduce
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
@@ -38,6 +40,10 @@ class UserError(Exception):
 
 BUILTIN_SOURCE = "builtin"
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+
+
+def _cache_home() -> str:
+    return os.environ.get("XDG_CACHE_HOME") or "~/.cache"
 
 
 @dataclass
@@ -67,7 +73,7 @@ class DataConfig:
     packing: bool = True  # True: padding-free, documents isolated; False: one padded row each
     num_held_out: int = 0  # documents kept for evaluation (whole prompts: no leakage)
     max_bad_fraction: float = 0.01  # share of unreadable rows above which the run is refused
-    cache_dir: str = field(default_factory=lambda: f"{_cache_home()}/neftune_dist")
+    cache_dir: str = field(default_factory=lambda: _cache_home() + "/neftune_dist")
 
 
 @dataclass
@@ -170,7 +176,7 @@ class Config:
         return OmegaConf.to_yaml(OmegaConf.create(_escaped(asdict(self))))
 
 
-def _types(section: type, prefix: str = "") -> dict[str, tuple[type, ...]]:
+def _types(section: Any, prefix: str = "") -> dict[str, tuple[type, ...]]:
     types: dict[str, tuple[type, ...]] = {}
     for name, hint in get_type_hints(section).items():
         if is_dataclass(hint):
@@ -253,7 +259,7 @@ def load_config(path: str | os.PathLike[str] | None, words: Sequence[str] = ()) 
 def check(config: Config) -> None:
     """Refuse values out of range and settings that contradict each other or have no effect."""
     for key in TYPES:
-        value = _value(config, key)
+        value: Any = reduce(getattr, key.split("."), config)
         if key in CHOICES and value not in CHOICES[key]:
             allowed = ", ".join(str(c) for c in CHOICES[key] if c is not None)
             raise UserError(f"{key}={_brief(value)} is not known; allowed: {allowed}.")
@@ -266,11 +272,10 @@ def check(config: Config) -> None:
                 if math.isfinite(greatest):
                     allowed += f" and {'at most' if ends[1] == ']' else 'below'} {greatest}"
                 raise UserError(f"{key}={value} is out of range: it must be {allowed}.")
-        if isinstance(value, str) and key != "model.name_or_path":
-            if not value:
-                raise UserError(f"{key} is empty.")
-            if _UNPRINTABLE.search(value):
-                raise UserError(f"{key}={value!a} holds characters that are no plain text.")
+        if value == "" and key != "model.name_or_path":
+            raise UserError(f"{key} is empty.")
+        if isinstance(value, str) and _UNPRINTABLE.search(value):
+            raise UserError(f"{key}={value!a} holds characters that are no plain text.")
     _check_contradictions(config)
 
 
@@ -328,32 +333,16 @@ def differences(one: dict[str, Any], two: dict[str, Any], prefix: str = "") -> l
     return keys
 
 
-def _cache_home() -> str:
-    return os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-
-
-def _value(config: Config, key: str) -> Any:
-    value: Any = config
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value
-
-
 def _read_yaml(path: Path) -> Any:
     try:
         loaded = OmegaConf.load(path)
-    except FileNotFoundError:
-        raise UserError(f"The configuration file {path} does not exist.") from None
     except (YAMLError, OmegaConfBaseException, RecursionError) as error:
         where = getattr(error, "problem_mark", None)
         line = f" (line {where.line + 1})" if where else ""
         raise UserError(f"{path} is not valid YAML{line}: {_reason(error)}.") from error
-    except OSError as error:
-        if error.errno is None:  # OmegaConf's way to say that the file holds a bare number or word
-            raise UserError(f"{path} must hold sections such as 'model:' and 'noise:'.") from error
-        raise UserError(f"The configuration file {path} cannot be read: {error}.") from error
-    except ValueError as error:  # not UTF-8, or a path that can be none
-        raise UserError(f"The configuration file {path} cannot be read: {error}.") from error
+    except (OSError, ValueError) as error:  # no file, no UTF-8, no more than a bare word
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"The configuration file {path} cannot be read: {reason}.") from error
     if not OmegaConf.is_dict(loaded):
         raise UserError(f"{path} must hold sections such as 'model:' and 'noise:'.")
     return OmegaConf.to_container(loaded, resolve=False)
@@ -364,15 +353,10 @@ def _read_word(word: str) -> Any:
     if not equals or not key:
         raise UserError(f"'{word}' is not of the form key=value, such as noise.alpha=5.")
     if str in TYPES.get(key, ()) and text != "null":
-        # As it stands: YAML would read run_dir=007 as 7.
-        *sections, name = key.split(".")
-        update: dict[str, Any] = {name: text}
-        for section in reversed(sections):
-            update = {section: update}
-        return update
+        text = json.dumps(text)  # quoted, because YAML reads run_dir=007 as 7
     try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([word]), resolve=False)
-    except (OmegaConfBaseException, YAMLError, RecursionError) as error:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={text}"]), resolve=False)
+    except (YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise UserError(f"'{word}' cannot be read: {_reason(error)}.") from error
 
 
@@ -393,13 +377,11 @@ def _check_update(update: dict[Any, Any], where: str, prefix: str = "") -> None:
 
 def _check_type(key: str, value: Any, where: str) -> None:
     wanted = TYPES[key][0]
-    # A whole number is a number, but true is none; "???" is OmegaConf's mark for a missing value.
-    fits = type(value) in (TYPES[key] if wanted is not float else (*TYPES[key], int))
-    if not fits or value == "???":
-        kind = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}[
-            wanted
-        ]
-        kind += " or null" if NoneType in TYPES[key] else ""
+    allowed = (*TYPES[key], int) if wanted is float else TYPES[key]
+    # By type(), because True is an instance of int; "???" is OmegaConf's word for no value.
+    if type(value) not in allowed or value == "???":
+        kinds = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+        kind = kinds[wanted] + (" or null" if NoneType in TYPES[key] else "")
         quotes = ": put it in quotes" if wanted is str and type(value) in (int, float, bool) else ""
         shown = "null" if value is None else _brief(value)
         raise UserError(f"{where}: {key}={shown} is not {kind}{quotes}.")
@@ -412,9 +394,7 @@ def _hint(key: str, prefix: str) -> str:
     near = difflib.get_close_matches(key, [*TYPES, *vars(Config())], n=1)
     if near:
         return f"did you mean {near[0]}?"
-    names = {
-        known.removeprefix(prefix).split(".")[0] for known in TYPES if known.startswith(prefix)
-    }
+    names = {each[len(prefix) :].split(".")[0] for each in TYPES if each.startswith(prefix)}
     return f"known: {', '.join(sorted(names))}."
 
 

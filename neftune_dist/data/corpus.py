@@ -135,7 +135,7 @@ def prepare(
     """
     template = Template(tokenizer, config)
     source = open_source(config)
-    fingerprint = _fingerprint(config, source, tokenizer)
+    fingerprint = _fingerprint(config, source, template)
     try:
         root = Path(config.cache_dir).expanduser() / "corpora"
     except RuntimeError as error:
@@ -173,19 +173,14 @@ def load(entry: Path, source_name: str) -> Corpus:
     return Corpus(train, held_out, conversations, report, entry.name)
 
 
-def _fingerprint(config: DataConfig, source: Source, tokenizer: Any) -> str:
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+def _fingerprint(config: DataConfig, source: Source, template: Template) -> str:
     decisive = {
         "version": _VERSION,
         "source": source.digest,
         "settings": {key: getattr(config, key) for key in _DECISIVE},
-        # How the tokenizer was last called, which is none of its content.
-        "tokenizer": {**backend, "truncation": None, "padding": None},
-        "chat_template": tokenizer.chat_template if config.template == "chat" else None,
-        "special_tokens": tokenizer.special_tokens_map,
+        "tokenizer": template.identity(),
     }
-    text = json.dumps(decisive, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def _make(

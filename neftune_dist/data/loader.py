@@ -40,7 +40,8 @@ class MicroBatch:
     lengths: Tensor
     documents: Tensor
     epochs: Tensor
-    document_lengths: tuple[int, ...]  # lengths, known to the host without waiting for the device
+    # Known to the host without waiting for the device: lengths, or (1,) where the batch is empty.
+    document_lengths: tuple[int, ...]
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same batch on another device."""

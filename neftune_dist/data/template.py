@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from neftune_dist.config import DataConfig, UserError
@@ -75,6 +74,13 @@ class Template:
                 f"The tokenizer {name} gives no character offsets, which the loss mask needs: use "
                 "a model with a tokenizer.json."
             )
+        # Without a post-processor: special tokens are put in here, and some post-processors take
+        # spaces off the offsets, which would hide who said them.
+        backend = tokenizer.backend_tokenizer
+        self._backend = type(backend).from_str(backend.to_str())
+        self._backend.post_processor = None
+        self._backend.no_truncation()
+        self._backend.no_padding()
         # What the tokenizer puts in front of a text. A chat template writes its own.
         self._prefix = np.zeros(0, np.int32)
         self._chat_template = ""
@@ -97,6 +103,15 @@ class Template:
             ) from error
         if "strftime_now" in self._chat_template:
             self._chat_template = _FIXED_DATE + self._chat_template
+
+    def identity(self) -> dict[str, Any]:
+        """All of the tokenizer that decides what a conversation becomes, as plain values."""
+        return {
+            "backend": self._backend.to_str(),
+            "prefix": self._prefix.tolist(),
+            "chat_template": self._chat_template,
+            "special_tokens": {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()},
+        }
 
     def prompt(self, conversation: Conversation) -> str:
         """The text in front of the first answer, as generation is given it."""
@@ -162,16 +177,9 @@ class Template:
     def _tokenize(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Of each text, without special tokens around it: input_ids int32 (length,) and half-open
         character offsets int64 (length, 2)."""
-        encoded = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,  # the length is this package's own business
-        )
         return [
-            (np.array(ids, np.int32), np.array(offsets, np.int64).reshape(-1, 2))
-            for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+            (np.array(e.ids, np.int32), np.array(e.offsets, np.int64).reshape(-1, 2))
+            for e in self._backend.encode_batch(texts, add_special_tokens=False)
         ]
 
     def _tokenize_in_pieces(self, text: str, cuts: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -199,7 +207,7 @@ class Template:
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+        except Exception as error:  # a template is a program, and can fail in any way
             raise BadRow(f"the chat template refuses the turns: {error}") from error
         return text
 
@@ -241,10 +249,8 @@ def _inside_token(offsets: np.ndarray, place: int) -> bool:
 
 def _learned(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
     """uint8 (length,): 1 for the tokens that begin within a span."""
-    starts, stops = offsets[:, 0], offsets[:, 1]
-    # Some tokenizers leave spaces out of offsets; a token of nothing else is empty, at its end.
-    places = np.where(starts == stops, starts - 1, starts)
+    starts = offsets[:, 0]
     learned = np.zeros(len(offsets), np.uint8)
     for begin, end in spans:
-        learned[(begin <= places) & (places < end)] = 1
+        learned[(begin <= starts) & (starts < end)] = 1
     return learned

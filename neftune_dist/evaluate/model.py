@@ -68,6 +68,7 @@ def evaluate_model(
     corpus = prepare(config.data, tokenizer, log)
     if not len(corpus.held_out):
         raise UserError("No documents are held out to evaluate on: set data.num_held_out.")
+    transformers.utils.logging.disable_progress_bar()  # of the weights' loading: seconds
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(

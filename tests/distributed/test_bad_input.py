@@ -1,0 +1,98 @@
+"""A user's mistake: one sentence, once, from one rank, on all ranks promptly; nothing damaged."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests import tiny
+
+PROMPT_SECONDS = 60  # most of it is the start of two processes
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bad")
+    path = tiny.make_config(folder)
+    bad = folder / "bad.jsonl"
+    rows = [{"instruction": "a", "input": "", "output": "b"}] * 50 + [{"instruction": "a"}] * 3
+    bad.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "empty.jsonl").write_text("")
+    broken = tiny.make_model(folder / "broken")
+    weights = load_file(broken / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    misshapen = tiny.make_model(folder / "misshapen")
+    weights = load_file(misshapen / "model.safetensors")
+    weights["model.norm.weight"] = torch.zeros(63)
+    save_file(weights, misshapen / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+CASES = {
+    "unknown key": (["noise.alhpa=5"], "did you mean noise.alpha?"),
+    "contradiction": (["train.micro_batch_tokens=50"], "train.micro_batch_tokens=50"),
+    "missing file": (["data.source=/no/such/file.jsonl"], "/no/such/file.jsonl does not exist"),
+    "bad rows": (["data.source={}/bad.jsonl"], "the first: row 51: field 'output' is missing"),
+    "empty dataset": (["data.source={}/empty.jsonl"], "empty.jsonl is empty"),
+    "too few documents": (["train.global_batch_size=100"], "train.global_batch_size=100"),
+    "hub out of reach": (["model.name_or_path=nobody/nothing"], "nobody/nothing"),
+    "tensor missing": (["model.name_or_path={}/broken"], "lack model.norm.weight"),
+    "tensor misshapen": (["model.name_or_path={}/misshapen"], "has shape (63,)"),
+    "replicas": (["engine.num_replicas=3"], "engine.num_replicas=3"),
+    "run_dir": (["run_dir=/proc/nowhere"], "/proc/nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_say_it_once(name: str, config: Path, tmp_path: Path) -> None:
+    words, needle = CASES[name]
+    words = [word.format(config.parent) for word in words]
+    began = time.monotonic()
+    done = tiny.run("train", config, f"run_dir={tmp_path / 'run'}", *words, ranks=2)
+    assert time.monotonic() - began < PROMPT_SECONDS
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("neftune-dist")]
+    assert len(said) == 1, done.stderr
+    assert needle in said[0]
+    # The launcher prints tracebacks of its own; none may be this package's.
+    assert "neftune_dist/" not in done.stderr
+    assert "Traceback" not in done.stdout
+
+
+def test_alone_the_exit_code_is_2_and_there_is_no_traceback(config: Path, tmp_path: Path) -> None:
+    for name in ("bad rows", "tensor missing"):
+        words, needle = CASES[name]
+        words = [word.format(config.parent) for word in words]
+        done = tiny.run("train", config, f"run_dir={tmp_path / 'run'}", *words)
+        assert done.returncode == 2
+        assert needle in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_model_without_a_chat_template(config: Path, tmp_path: Path) -> None:
+    folder = tiny.make_model(tmp_path / "model")
+    for file in ("chat_template.jinja",):
+        (folder / file).unlink()
+    words = (config, f"run_dir={tmp_path / 'run'}", f"model.name_or_path={folder}")
+    done = tiny.run("train", *words)
+    assert done.returncode == 2
+    assert "no chat template" in done.stderr
+    done = tiny.run("train", *words, "data.template=alpaca", "train.max_steps=1")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_second_run_in_the_same_directory_is_refused(config: Path, tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    with FileLock(run_dir / ".lock"):
+        done = tiny.run("train", config, f"run_dir={run_dir}")
+    assert done.returncode == 2
+    assert "in use by another run" in done.stderr

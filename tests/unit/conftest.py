@@ -1,0 +1,73 @@
+"""What the unit tests share: tokenizers, real data, and no way to the hub."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when a hub client is imported
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+from transformers import AutoTokenizer
+
+from tests import tiny
+
+ROOT = Path(__file__).parents[2]
+SHARED = Path(os.environ.get("NEFTUNE_DIST_TEST_DATA", ROOT.parent / "shared"))
+SMOLLM2 = Path.home() / ".cache" / "neftune_dist" / "smollm2-135m-instruct"
+
+
+def shared(name: str) -> Path:
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"{path} is missing (set NEFTUNE_DIST_TEST_DATA)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def alpaca() -> Path:
+    """15,130 rows of Alpaca, of which 9 have an empty output."""
+    return shared("data/train/alpaca_union.json.gz")
+
+
+@pytest.fixture(scope="session")
+def dolly() -> Path:
+    """2,996 rows of Dolly."""
+    return shared("data/train/dolly_3k.json.gz")
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct as a model directory, converted once into the user's cache."""
+    made = subprocess.run(
+        [sys.executable, str(ROOT / "launcher" / "smollm2.py"), str(SMOLLM2)],
+        capture_output=True,
+        text=True,
+    )
+    if made.returncode:
+        pytest.skip(f"SmolLM2 cannot be made: {made.stderr.strip()[-300:]}")
+    return SMOLLM2
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_folder: Path) -> Any:
+    """A byte-level BPE tokenizer with a ChatML template; its pad token is its end-of-turn token."""
+    return AutoTokenizer.from_pretrained(smollm2_folder)
+
+
+@pytest.fixture(scope="session")
+def llama2() -> Any:
+    """The Llama-2 tokenizer: sentencepiece's spaces, a beginning token, no chat template."""
+    return AutoTokenizer.from_pretrained(shared("tokenizers/llama2-32k"))
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A byte-level BPE of 600 tokens, saved under `name_or_path`; pad equals eos."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny.make_tokenizer(folder)
+    return AutoTokenizer.from_pretrained(folder)

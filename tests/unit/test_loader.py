@@ -1,0 +1,224 @@
+"""Micro-batches against what a plain loop over the documents gives; the loader against itself."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from neftune_dist.config import Config, DataConfig, TrainConfig
+from neftune_dist.data.corpus import Corpus, Documents, prepare
+from neftune_dist.data.loader import Loader, MicroBatch, collate, evaluation_batches
+from neftune_dist.data.schedule import make_schedule
+
+QUADRATIC_TOKENS = 2e4
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Corpus:
+    cache = tmp_path_factory.mktemp("cache")
+    return prepare(DataConfig(num_held_out=30, max_length=64, cache_dir=str(cache)), tiny_tokenizer)
+
+
+def loader(
+    corpus: Corpus, *, packing: bool = True, rank: int = 0, world_size: int = 1, **train: Any
+) -> Loader:
+    train = {"global_batch_size": 24, "micro_batch_tokens": 256, "max_steps": 200, **train}
+    config = Config(data=DataConfig(packing=packing), train=TrainConfig(**train))
+    schedule = make_schedule(config.train, len(corpus.train), corpus.fingerprint)
+    return Loader(corpus.train, schedule, config, rank, world_size, QUADRATIC_TOKENS)
+
+
+def same(one: Any, two: Any) -> bool:
+    """Whether two batches are equal in every field, bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return one.dtype == two.dtype and torch.equal(one, two)
+    if isinstance(one, list):
+        return len(one) == len(two) and all(map(same, one, two))
+    if hasattr(one, "__dataclass_fields__"):
+        return all(same(getattr(one, f), getattr(two, f)) for f in one.__dataclass_fields__)
+    return bool(one == two)
+
+
+def naive(documents: Documents, indices: list[int]) -> list[tuple[int, int, int]]:
+    """(document, position that predicts, target) of every learned token, one by one."""
+    found = []
+    for index in indices:
+        ids, supervised = documents[index]
+        for t in range(len(ids)):
+            if supervised[t]:
+                found.append((index, t - 1, int(ids[t])))
+    return found
+
+
+def read_back(batch: MicroBatch) -> list[tuple[int, int, int]]:
+    """The same, from the tensors: whose token stands at each position, and where in it."""
+    owners = []
+    if batch.attention_mask is None:
+        for index, length in zip(batch.documents.tolist(), batch.lengths.tolist(), strict=True):
+            owners += [index] * length
+    else:
+        for index, row in zip(batch.documents.tolist(), batch.attention_mask, strict=True):
+            owners += [index if real else -1 for real in row.tolist()]
+    places = batch.position_ids.flatten().tolist()
+    return [
+        (owners[position], places[position], target)
+        for position, target in zip(batch.positions.tolist(), batch.targets.tolist(), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("indices", [[0], [5, 3, 9, 4], list(range(40))])
+def test_collate_against_a_plain_loop(corpus: Corpus, packing: bool, indices: list[int]) -> None:
+    batch = collate(corpus.train, np.array(indices), np.full(len(indices), 2), packing)
+    lengths = [int(corpus.train.lengths[i]) for i in indices]
+    width = sum(lengths) if packing else max(lengths)
+    assert (
+        batch.input_ids.shape == batch.position_ids.shape == (1 if packing else len(indices), width)
+    )
+    assert (batch.attention_mask is None) == packing
+    rows = (
+        batch.input_ids[0].split(lengths)
+        if packing
+        else [row[:length] for row, length in zip(batch.input_ids, lengths, strict=True)]
+    )
+    places = (
+        batch.position_ids[0].split(lengths)
+        if packing
+        else [row[:length] for row, length in zip(batch.position_ids, lengths, strict=True)]
+    )
+    for index, row, place in zip(indices, rows, places, strict=True):
+        assert row.tolist() == corpus.train[index][0].tolist()
+        assert place.tolist() == list(range(len(row)))
+    if batch.attention_mask is not None:
+        assert batch.attention_mask.sum(1).tolist() == lengths
+        assert (batch.attention_mask.diff(dim=1) <= 0).all()  # padded on the right
+        assert batch.input_ids[batch.attention_mask == 0].eq(0).all()
+    assert read_back(batch) == naive(corpus.train, indices)
+    assert batch.lengths.tolist() == list(batch.document_lengths) == lengths
+    assert batch.documents.tolist() == indices
+    assert batch.epochs.tolist() == [2] * len(indices)
+    for tensor in (batch.input_ids, batch.position_ids, batch.positions, batch.targets):
+        assert tensor.dtype == torch.int64
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_packed_and_padded_learn_the_same(corpus: Corpus, packing: bool) -> None:
+    indices = np.arange(40)
+    batch = collate(corpus.train, indices, np.zeros(40, np.int64), packing)
+    flat = batch.input_ids.flatten()
+    # The token behind the one that predicts is the target, and never a document's first.
+    assert torch.equal(flat[batch.positions + 1], batch.targets)
+    assert (batch.position_ids.flatten()[batch.positions + 1] > 0).all()
+    assert len(batch.targets) == corpus.train.num_supervised[indices].sum()
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_an_empty_micro_batch(corpus: Corpus, packing: bool) -> None:
+    """One token to run the model on, nothing to learn, no document to draw noise for."""
+    none = np.zeros(0, np.int64)
+    batch = collate(corpus.train, none, none, packing)
+    assert batch.input_ids.shape == (1, 1)
+    assert batch.document_lengths == (1,)
+    for tensor in (batch.positions, batch.targets, batch.lengths, batch.documents, batch.epochs):
+        assert tensor.shape == (0,) and tensor.dtype == torch.int64
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_the_ranks_together_train_on_the_step(
+    corpus: Corpus, packing: bool, world_size: int
+) -> None:
+    """Any layout trains on the schedule's documents, and all ranks report the same totals."""
+    for step in (0, 7, 150):
+        batches = [
+            loader(corpus, packing=packing, rank=rank, world_size=world_size).step(step)
+            for rank in range(world_size)
+        ]
+        indices, epochs = loader(corpus).schedule.documents(step)
+        micro = [m for b in batches for m in b.micro_batches]
+        seen = [
+            (d, e)
+            for m in micro
+            for d, e in zip(m.documents.tolist(), m.epochs.tolist(), strict=True)
+        ]
+        assert sorted(seen) == sorted(zip(indices.tolist(), epochs.tolist(), strict=True))
+        learned = [t for m in micro for t in read_back(m)]
+        assert sorted(learned) == sorted(naive(corpus.train, indices.tolist()))
+        assert len({len(b.micro_batches) for b in batches}) == 1
+        lengths = corpus.train.lengths[indices]
+        for b in batches:
+            assert b.num_documents == 24
+            assert b.num_tokens == lengths.sum()
+            assert b.num_supervised_tokens == len(learned)
+            assert b.num_computed_tokens == sum(m.input_ids.numel() for m in micro)
+            assert b.sum_squared_lengths == sum(int(n) ** 2 for n in lengths)
+
+
+def test_steps_are_step_by_step_and_resume_is_the_tail(corpus: Corpus) -> None:
+    made = loader(corpus, max_steps=12, rank=1, world_size=2)
+    whole = list(made.steps(0))
+    assert [batch.step for batch in whole] == list(range(12))
+    assert all(same(batch, made.step(step)) for step, batch in enumerate(whole))
+    for first in (5, 11, 12):
+        tail = list(loader(corpus, max_steps=12, rank=1, world_size=2).steps(first))
+        assert same(tail, whole[first:])
+
+
+def test_stopping_early_leaves_no_thread(corpus: Corpus) -> None:
+    before = threading.active_count()
+    steps = loader(corpus).steps(0)
+    assert len(list(itertools.islice(steps, 3))) == 3
+    steps.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == before
+
+
+def test_an_error_while_preparing_reaches_the_loop(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = loader(corpus)
+    whole = made.step
+
+    def step(number: int) -> Any:
+        if number == 2:
+            raise OSError("the disk is gone")
+        return whole(number)
+
+    monkeypatch.setattr(made, "step", step)
+    steps = made.steps(0)
+    assert [next(steps).step, next(steps).step] == [0, 1]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(steps)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_evaluation_takes_each_document_once(
+    corpus: Corpus, packing: bool, world_size: int
+) -> None:
+    config = Config(data=DataConfig(packing=packing), train=TrainConfig(micro_batch_tokens=200))
+    indices = np.arange(len(corpus.held_out))
+    ranks = [
+        list(evaluation_batches(corpus.held_out, indices, config, r, world_size, QUADRATIC_TOKENS))
+        for r in range(world_size)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    seen = [d for batches in ranks for batch in batches for d in batch.documents.tolist()]
+    assert sorted(seen) == indices.tolist()
+    assert all(batch.input_ids.numel() <= 200 for batches in ranks for batch in batches)
+
+
+def test_a_batch_moves_whole(corpus: Corpus) -> None:
+    batch = collate(corpus.train, np.arange(3), np.zeros(3, np.int64), False)
+    moved = batch.to(torch.device("meta"))
+    assert all(t.is_meta for t in vars(moved).values() if isinstance(t, torch.Tensor))
+    assert moved.document_lengths == batch.document_lengths
+
+
+def test_the_corpus_is_read_without_loading_it(corpus: Corpus, tmp_path: Path) -> None:
+    assert isinstance(corpus.train[0][0], np.memmap)

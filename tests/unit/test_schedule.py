@@ -1,0 +1,144 @@
+"""Law 4: which documents form a step, as a pure function of (fingerprint, seed, step)."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from neftune_dist.config import TrainConfig, UserError
+from neftune_dist.data.schedule import Schedule, make_schedule
+
+
+def schedule(num_documents: int = 100, fingerprint: str = "data", **train: object) -> Schedule:
+    return make_schedule(TrainConfig(**train), num_documents, fingerprint)  # type: ignore[arg-type]
+
+
+def all_steps(made: Schedule) -> tuple[np.ndarray, np.ndarray]:
+    parts = [made.documents(step) for step in range(made.num_steps)]
+    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+
+
+def test_the_order_never_changes_silently() -> None:
+    """Golden: a change here makes every run of the past irreproducible."""
+    made = schedule(20, "neftune", global_batch_size=8, num_epochs=2, seed=0)
+    assert [made.documents(step)[0].tolist() for step in range(5)] == [
+        [12, 4, 17, 15, 13, 7, 0, 1],
+        [11, 2, 16, 8, 3, 19, 10, 6],
+        [18, 14, 5, 9, 11, 9, 3, 17],
+        [10, 0, 13, 2, 7, 14, 6, 4],
+        [15, 1, 5, 18, 16, 12, 8, 19],
+    ]
+    large = schedule(1_000_003, "neftune", global_batch_size=8, max_steps=3, seed=2**63 - 1)
+    assert large.documents(2)[0].tolist() == [
+        210514, 445608, 571568, 367924, 884347, 403125, 837355, 244159,
+    ]  # fmt: skip
+
+
+def test_the_order_is_that_of_splitmix64() -> None:
+    """The same order from plain integers, so that no library's overflow decides it."""
+    made = schedule(50, "f", global_batch_size=50, num_epochs=1, seed=7)
+    key = int.from_bytes(hashlib.sha256(b"f/7/0").digest()[:8], "little")
+
+    def splitmix64(index: int) -> int:
+        z = (key + (index + 1) * 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        return z ^ (z >> 31)
+
+    assert made.documents(0)[0].tolist() == sorted(range(50), key=splitmix64)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3.0])
+def test_every_document_once_an_epoch(epochs: float) -> None:
+    made = schedule(101, global_batch_size=16, num_epochs=epochs)
+    indices, of_epoch = all_steps(made)
+    for epoch in range(int(epochs)):
+        assert sorted(indices[of_epoch == epoch]) == list(range(101))
+    assert len(indices) == made.total_documents == 101 * epochs
+
+
+def test_the_last_step_takes_what_is_left() -> None:
+    made = schedule(100, global_batch_size=48, num_epochs=1)
+    assert [len(made.documents(step)[0]) for step in range(made.num_steps)] == [48, 48, 4]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "documents", "steps"), [(0.5, 50, 4), (1.55, 155, 10), (1e-9, 1, 1), (0.16, 16, 1)]
+)
+def test_fractional_epochs(epochs: float, documents: int, steps: int) -> None:
+    made = schedule(100, global_batch_size=16, num_epochs=epochs)
+    indices, _ = all_steps(made)
+    assert (len(indices), made.num_steps) == (documents, steps)
+    most, fewest = max(Counter(indices.tolist()).values()), int(epochs)
+    assert most <= fewest + 1
+
+
+def test_the_paper_s_epochs_are_the_default() -> None:
+    assert schedule(100, global_batch_size=10).total_documents == 300
+
+
+def test_max_steps_takes_full_batches_for_ever() -> None:
+    made = schedule(10, global_batch_size=7, max_steps=1000)
+    assert made.num_steps == 1000
+    indices, epochs = made.documents(999)
+    assert len(indices) == 7 and epochs.max() == (7000 - 1) // 10
+
+
+def test_a_pure_function_of_fingerprint_seed_and_step() -> None:
+    """No earlier call, no other step and no other process changes what a step holds."""
+    made = schedule(1000, global_batch_size=32, num_epochs=2, seed=3)
+    forwards = [made.documents(step)[0].tolist() for step in range(made.num_steps)]
+    again = schedule(1000, global_batch_size=32, num_epochs=2, seed=3)
+    backwards = [again.documents(step)[0].tolist() for step in reversed(range(made.num_steps))]
+    assert forwards == backwards[::-1]
+    program = (
+        "from neftune_dist.config import TrainConfig; "
+        "from neftune_dist.data.schedule import make_schedule; "
+        "s = make_schedule(TrainConfig(global_batch_size=32, num_epochs=2, seed=3), 1000, 'data');"
+        "print(s.documents(40)[0].tolist())"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert told.stdout.strip() == str(forwards[40])
+
+
+def test_seed_fingerprint_and_epoch_each_give_another_order() -> None:
+    base = schedule(1000, global_batch_size=1000, num_epochs=2)
+    others = [
+        base.documents(1)[0],
+        schedule(1000, global_batch_size=1000, seed=1).documents(0)[0],
+        schedule(1000, "other", global_batch_size=1000).documents(0)[0],
+        np.arange(1000),
+    ]
+    for other in others:
+        # Of two independent orders of 1000, about one place agrees.
+        assert (base.documents(0)[0] == other).sum() < 10
+
+
+def test_the_order_does_not_favour_early_rows() -> None:
+    """Over many seeds each row stands in the first step as often as any other (chi-squared)."""
+    counts = np.zeros(64)
+    for seed in range(500):
+        counts[schedule(64, global_batch_size=16, seed=seed).documents(0)[0]] += 1
+    expected = 500 * 16 / 64
+    # 63 degrees of freedom; drawn without replacement, the sum is about (1 - 1/4) of chi-squared.
+    assert 20 < ((counts - expected) ** 2 / expected).sum() < 100
+
+
+def test_batch_size_cuts_one_sequence() -> None:
+    """Another batch size trains on the same documents in the same order."""
+    one = all_steps(schedule(100, global_batch_size=10, num_epochs=2))
+    two = all_steps(schedule(100, global_batch_size=33, num_epochs=2))
+    np.testing.assert_array_equal(one, two)
+
+
+def test_fewer_documents_than_a_batch() -> None:
+    assert schedule(128).num_steps == 3
+    with pytest.raises(UserError, match=r"127 documents.*train\.global_batch_size=128"):
+        schedule(127)

@@ -1,0 +1,348 @@
+"""What is learned, checked by decoding: the tokens with mask 1 say what the assistant said."""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, processors
+from transformers import PreTrainedTokenizerFast
+
+from neftune_dist.config import DataConfig, UserError
+from neftune_dist.data.formats import BadRow, Conversation, detect_format, to_conversation
+from neftune_dist.data.template import Document, Template
+
+END = "<|im_end|>"  # of SmolLM2
+LLAMA2_CHAT = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content']"
+    " + ' [/INST]' }}{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+TURNS = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+)
+ASK = "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+
+
+def conversation(*turns: str, system: str = "") -> Conversation:
+    """Turns of user and assistant by turns."""
+    roles = ["user", "assistant"] * len(turns)
+    pairs = tuple(zip(roles, turns, strict=False))
+    return Conversation((("system", system), *pairs) if system else pairs)
+
+
+def rows(path: Path, number: int) -> list[Conversation]:
+    loaded = json.loads(gzip.decompress(path.read_bytes()))
+    kept = [row for row in loaded if row["output"].strip()][:number]
+    return [to_conversation(row, detect_format(row)) for row in kept]
+
+
+def with_template(tokenizer: Any, chat_template: str) -> Any:
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = chat_template
+    return other
+
+
+def make(tokenizer: Any, **data: Any) -> Template:
+    return Template(tokenizer, DataConfig(**data))
+
+
+def document(template: Template, spoken: Conversation) -> Document:
+    return template.encode([template.render(spoken)])[0]
+
+
+def decode(tokenizer: Any, ids: np.ndarray) -> str:
+    return str(tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))
+
+
+def learned(tokenizer: Any, made: Document) -> list[str]:
+    """The text of each run of learned tokens: what it adds to the decoded text in front of it, so
+    that a decoder which drops the first space of a text drops none of it."""
+    edges = np.flatnonzero(np.diff(made.supervised.astype(np.int8), prepend=0, append=0))
+    texts = []
+    for start, stop in edges.reshape(-1, 2):
+        before, through = (decode(tokenizer, made.input_ids[:n]) for n in (start, stop))
+        assert through.startswith(before)
+        texts.append(through[len(before) :])
+    return texts
+
+
+# The mask says what the assistant said, and that it stopped.
+
+
+def test_one_turn(smollm2: Any) -> None:
+    made = document(make(smollm2), conversation("What is 2 + 3?", "5"))
+    assert learned(smollm2, made) == ["5" + END]
+    assert made.end_learned
+
+
+def test_many_turns(smollm2: Any) -> None:
+    spoken = conversation("Hi", "Hello!", "And?", "", "So?", "  Bye.\n", system="Be brief.")
+    made = document(make(smollm2), spoken)
+    assert learned(smollm2, made) == ["Hello!" + END, END, "  Bye.\n" + END]
+    assert decode(smollm2, made.input_ids).startswith("<|im_start|>system\nBe brief.")
+
+
+def test_a_turn_of_the_user_at_the_end_is_not_learned(smollm2: Any) -> None:
+    made = document(make(smollm2), conversation("Hi", "Hello!", "And?"))
+    assert learned(smollm2, made) == ["Hello!" + END]
+
+
+def test_padding_does_not_hide_the_end_of_turn(smollm2: Any) -> None:
+    """pad == eos == end of turn: the token is told by its place, never by its id."""
+    assert smollm2.pad_token_id == smollm2.eos_token_id
+    made = document(make(smollm2), conversation("a", "b", "c", "d"))
+    ends = made.input_ids == smollm2.eos_token_id
+    # Turns: system, user, assistant, user, assistant.
+    assert made.supervised[ends].tolist() == [0, 0, 1, 0, 1]
+    assert made.input_ids[np.flatnonzero(made.supervised)[-1]] == smollm2.pad_token_id
+
+
+def test_an_end_of_turn_in_the_question_is_not_learned(smollm2: Any) -> None:
+    made = document(make(smollm2), conversation(f"What is {END}?", "A mark."))
+    assert learned(smollm2, made) == ["A mark." + END]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "😀 漢字 é à",
+        "a\n\n    def f():\n        return 1\n\n\n",
+        " leading",
+        "\n\nleading",
+        '"Quoted"',
+        ": colon",
+        "#tag",
+        "[1]",
+        "-- dash",
+        "\t tab",
+        "x",
+        "<|im_start|>",
+        "a" * 3000,
+    ],
+)
+def test_any_answer(answer: str, smollm2: Any, llama2: Any) -> None:
+    spoken = conversation("?", answer)
+    assert learned(smollm2, document(make(smollm2), spoken)) == [answer + END]
+    alpaca = make(smollm2, template="alpaca")
+    assert learned(smollm2, document(alpaca, spoken)) == [answer + END]
+    alpaca = make(llama2, template="alpaca")
+    assert learned(llama2, document(alpaca, spoken)) == [answer + "</s>"]
+
+
+@pytest.mark.parametrize("source", ["alpaca", "dolly"])
+@pytest.mark.parametrize("how", ["chatml", "smollm2 alpaca", "llama2 alpaca", "llama2 chat"])
+def test_real_answers(
+    source: str, how: str, smollm2: Any, llama2: Any, request: pytest.FixtureRequest
+) -> None:
+    """On real data: the answers to the last character, and the prompt as generation is given it."""
+    tokenizer = llama2 if "llama2" in how else smollm2
+    if how == "llama2 chat":
+        tokenizer = with_template(llama2, LLAMA2_CHAT)
+    template = make(tokenizer, template="alpaca" if "alpaca" in how else "chat")
+    spoken = rows(request.getfixturevalue(source), 400)
+    documents = template.encode([template.render(each) for each in spoken])
+    for each, made in zip(spoken, documents, strict=True):
+        answer = each.turns[-1][1]
+        expected = f" {answer} </s>" if how == "llama2 chat" else answer + tokenizer.eos_token
+        assert learned(tokenizer, made) == [expected]
+        assert made.end_learned
+        prompt = template.prompt_ids(each)
+        assert made.input_ids[: len(prompt)].tolist() == prompt
+        assert np.flatnonzero(made.supervised)[0] == len(prompt)
+
+
+def test_supervise_all(smollm2: Any, llama2: Any) -> None:
+    for template in (
+        make(smollm2, supervise="all"),
+        make(llama2, template="alpaca", supervise="all"),
+    ):
+        made = document(template, conversation("Hi", "Hello!"))
+        assert made.supervised.tolist() == [0] + [1] * (len(made.input_ids) - 1)
+
+
+def test_the_first_token_is_never_learned(tiny_tokenizer: Any) -> None:
+    """Nothing comes before it: here the answer is the document's very first text."""
+    silent = with_template(
+        tiny_tokenizer,
+        "{% for m in messages if m['role'] == 'assistant' %}{{ m['content'] }}</s>{% endfor %}",
+    )
+    made = document(make(silent), conversation("unsaid", "one two"))
+    assert decode(silent, made.input_ids) == "one two</s>"
+    assert made.supervised[0] == 0 and made.supervised[1:].all()
+
+
+# Tokenizers with ways of their own.
+
+
+def test_spaces_left_out_of_offsets_are_learned(smollm2: Any) -> None:
+    """Many tokenizers trim spaces off their offsets: an indentation's are then empty."""
+    backend = Tokenizer.from_str(smollm2.backend_tokenizer.to_str())
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    trimming = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END)
+    trimming.chat_template = smollm2.chat_template
+    answer = "  if x:\n        y  \n   \nelse:   z "
+    encoded = trimming(answer, return_offsets_mapping=True)["offset_mapping"]
+    assert any(start == stop for start, stop in encoded)
+    spoken = conversation("a  \n  b  ", answer, "  c   ", answer)
+    made = document(make(trimming), spoken)
+    assert learned(trimming, made) == [answer + END, answer + END]
+
+
+def test_an_end_that_the_tokenizer_adds_stands_once_and_not_behind_a_prompt(
+    tiny_tokenizer: Any,
+) -> None:
+    adding = copy.deepcopy(tiny_tokenizer)
+    adding.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    assert adding("a")["input_ids"][-1] == adding.eos_token_id
+    template = make(adding, template="alpaca")
+    spoken = conversation("Hi", '"Hello!"')
+    made = document(template, spoken)
+    assert made.input_ids.tolist().count(adding.bos_token_id) == 1
+    assert made.input_ids.tolist().count(adding.eos_token_id) == 1
+    assert learned(adding, made) == ['"Hello!"</s>']
+    prompt = template.prompt_ids(spoken)
+    assert adding.eos_token_id not in prompt
+    assert made.input_ids[: len(prompt)].tolist() == prompt
+
+
+def test_llama2_alpaca_begins_with_its_token(llama2: Any) -> None:
+    made = document(make(llama2, template="alpaca"), conversation("Hi", "Hello!"))
+    assert made.input_ids[0] == llama2.bos_token_id
+    assert made.input_ids[-1] == llama2.eos_token_id
+    assert made.input_ids.dtype == np.int32 and made.supervised.dtype == np.uint8
+
+
+def test_the_alpaca_prompt_is_stanford_s(smollm2: Any) -> None:
+    template = make(smollm2, template="alpaca")
+    assert template.prompt(conversation("Add {a} and {input}.", "x")) == (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\nAdd {a} and {input}.\n\n### Response:"
+    )
+    spoken = Conversation((("user", "Add {0}."), ("assistant", "x")), "1 %s")
+    assert template.prompt(spoken) == (
+        "Below is an instruction that describes a task, paired with an input that provides "
+        "further context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd {0}.\n\n### Input:\n1 %s\n\n### Response:"
+    )
+
+
+def test_an_input_reaches_the_chat(smollm2: Any) -> None:
+    spoken = Conversation((("user", "Sort."), ("assistant", "1 2")), "2 1")
+    assert "user\nSort.\n\n2 1" + END in make(smollm2).render(spoken).text
+
+
+# Chat templates with ways of their own.
+
+
+def test_a_template_that_trims(tiny_tokenizer: Any) -> None:
+    trimming = with_template(tiny_tokenizer, TURNS.replace("content'] ", "content'] | trim ") + ASK)
+    made = document(make(trimming), conversation("a", "\n two words  ", "b", "c"))
+    assert learned(trimming, made) == ["two words</s>", "c</s>"]
+    assert made.end_learned
+
+
+def test_white_space_behind_the_end_is_not_learned(tiny_tokenizer: Any) -> None:
+    made = document(make(with_template(tiny_tokenizer, TURNS + ASK)), conversation("a", "b"))
+    assert decode(tiny_tokenizer, made.input_ids).endswith("</s>\n")
+    assert made.supervised[-1] == 0
+    assert learned(tiny_tokenizer, made) == ["b</s>"]
+
+
+def test_a_template_without_an_end_of_turn_is_reported(tiny_tokenizer: Any) -> None:
+    endless = with_template(tiny_tokenizer, TURNS.replace("{{ eos_token }}", "") + ASK)
+    made = document(make(endless), conversation("a", "b"))
+    assert learned(tiny_tokenizer, made) == ["b"]
+    assert not made.end_learned
+
+
+def test_a_template_that_shortens_earlier_turns_is_refused_by_turn(tiny_tokenizer: Any) -> None:
+    """As those of reasoning models do, which drop the reasoning of all turns but the last."""
+    forgetting = with_template(
+        tiny_tokenizer,
+        TURNS.replace(
+            "{{ m['content'] }}",
+            "{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}",
+        )
+        + ASK,
+    )
+    template = make(forgetting)
+    thought = "<think>hm</think>yes"
+    assert learned(forgetting, document(template, conversation("a", thought))) == [thought + "</s>"]
+    with pytest.raises(BadRow, match="renders turn 4 differently once later turns follow"):
+        template.render(conversation("a", "b", "c", thought, "d", "e"))
+
+
+def test_a_generation_prompt_that_no_turn_begins_with_is_refused(tiny_tokenizer: Any) -> None:
+    other = with_template(
+        tiny_tokenizer, TURNS + ASK.replace("<|assistant|>\n", "<|assistant|>\n<think>")
+    )
+    with pytest.raises(BadRow, match="generation prompt is not what turn 2 begins with"):
+        make(other).render(conversation("a", "b"))
+
+
+def test_a_template_that_changes_the_answer_is_refused(tiny_tokenizer: Any) -> None:
+    shouting = with_template(
+        tiny_tokenizer, TURNS.replace("m['content']", "m['content'] | upper") + ASK
+    )
+    with pytest.raises(BadRow, match="changes the assistant's text"):
+        make(shouting).render(conversation("a", "b"))
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "{{ raise_exception('System role not supported') }}",
+        "{% for m in messages %}",
+        "{{ messages[7]['content'] }}",
+        "{{ messages + 5 }}",
+        "{{ 1 // 0 }}",
+    ],
+)
+def test_a_template_that_fails_spoils_the_row_only(broken: str, tiny_tokenizer: Any) -> None:
+    with pytest.raises(BadRow, match="the chat template refuses the turns"):
+        make(with_template(tiny_tokenizer, broken)).render(conversation("a", "b"))
+
+
+def test_today_s_date_does_not_enter(tiny_tokenizer: Any) -> None:
+    dated = with_template(
+        tiny_tokenizer,
+        "\nToday: {{ strftime_now('%d %b %Y') }} {{ strftime_now('%Y-%m-%d') }}\n" + TURNS + ASK,
+    )
+    text = make(dated).render(conversation("a", "b")).text
+    assert text.startswith("\nToday: 26 Jul 2024 2024-07-26\n<|user|>")
+
+
+def test_the_alpaca_prompt_takes_one_question_and_one_answer(smollm2: Any) -> None:
+    template = make(smollm2, template="alpaca")
+    for spoken in (conversation("a", "b", "c", "d"), conversation("a", "b", system="s")):
+        with pytest.raises(BadRow, match="takes one instruction and one answer"):
+            template.render(spoken)
+
+
+# Tokenizers that will not do.
+
+
+def test_a_tokenizer_without_chat_template(llama2: Any) -> None:
+    with pytest.raises(UserError, match=r"llama2-32k has no chat template.*data\.template=alpaca"):
+        make(llama2)
+
+
+def test_a_tokenizer_without_end_of_sequence(tiny_tokenizer: Any) -> None:
+    endless = copy.deepcopy(tiny_tokenizer)
+    endless.eos_token = None
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        make(endless, template="alpaca")
+
+
+def test_a_tokenizer_without_offsets() -> None:
+    slow = SimpleNamespace(is_fast=False, name_or_path="slow", chat_template="x", eos_token_id=0)
+    with pytest.raises(UserError, match="slow gives no character offsets"):
+        make(slow)
