@@ -46,7 +46,7 @@ def _examples(
 
 
 def _line(text: str) -> str:
-    flat = " / ".join(text.split("\n"))
+    flat = " / ".join(line for line in text.split("\n") if line.strip())
     return flat if len(flat) <= 110 else flat[:107] + "..."
 
 

@@ -353,11 +353,11 @@ def _read_word(word: str) -> Any:
     if not equals or not key:
         raise UserError(f"'{word}' is not of the form key=value, such as noise.alpha=5.")
     if str in TYPES.get(key, ()) and text != "null":
-        text = json.dumps(text)  # quoted, because YAML reads run_dir=007 as 7
+        text = json.dumps(text, ensure_ascii=False)  # quoted: YAML reads run_dir=007 as 7
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={text}"]), resolve=False)
-    except (YAMLError, OmegaConfBaseException, RecursionError) as error:
-        raise UserError(f"'{word}' cannot be read: {_reason(error)}.") from error
+    except (YAMLError, OmegaConfBaseException, RecursionError, ValueError) as error:
+        raise UserError(f"{word!a} cannot be read: {_reason(error)}.") from error
 
 
 def _check_update(update: dict[Any, Any], where: str, prefix: str = "") -> None:
@@ -391,7 +391,8 @@ def _hint(key: str, prefix: str) -> str:
     if key in TYPES:
         section, _, name = key.rpartition(".")
         return f"write '{section}:' and, on the next line, indented, '{name}:'."
-    near = difflib.get_close_matches(key, [*TYPES, *vars(Config())], n=1)
+    sections = () if prefix else vars(Config())
+    near = difflib.get_close_matches(key, [*TYPES, *sections], n=1)
     if near:
         return f"did you mean {near[0]}?"
     names = {each[len(prefix) :].split(".")[0] for each in TYPES if each.startswith(prefix)}

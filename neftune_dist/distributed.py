@@ -155,6 +155,15 @@ class World:
                 result.append(work())
         return result[0]
 
+    def from_first(self, text: str) -> str:
+        """Rank 0's text, on every rank."""
+        if self.size == 1:
+            return text
+        with self.agree():
+            if self.is_first:
+                self._store.set(f"{self._phase}/told", text)
+        return self._store.get(f"{self._phase}/told").decode()
+
     def gather(self, values: list[float]) -> list[list[float]]:
         """Every rank's values, in the order of ranks: one small collective."""
         mine = torch.tensor(values, dtype=torch.float64, device=self.device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -68,76 +69,55 @@ def train(config: Config) -> int:
         world.close()
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """All that is known before anything is sharded."""
+
+    folder: Path
+    corpus: Corpus
+    schedule: Schedule
+    model: Any  # on the meta device
+    size: ModelSize
+    identity: dict[str, str]
+    found: store.Checkpoint | None
+    progress: Progress
+    weights: load.WeightFiles | None  # None where a checkpoint holds them
+
+
 def _train(config: Config, world: World, stop: StopSignal) -> int:
     run_dir = Path(config.run_dir).expanduser()
-    lock = _claim(run_dir, config, world)
-    folder = world.in_turn(lambda: load.find(config.model))
-    tokenizer = world.in_turn(lambda: load.load_tokenizer(folder, config.model))
-    with world.agree():
-        if world.is_first:
-            keep_small_files(folder, run_dir)
-    corpus = world.in_turn(lambda: prepare(config.data, tokenizer, world.log))
-    with world.agree():
-        schedule = make_schedule(config.train, len(corpus.train), corpus.fingerprint)
-        model = load.build(folder, config.model, config.data.packing)
-        _check_vocabulary(model, tokenizer)
-        size = model_size(model)
-        identity = {
-            "data_fingerprint": corpus.fingerprint,
-            "architecture": load.architecture_digest(model.config),
-        }
-        found = _find_checkpoint(run_dir, config, world)
-        state = found.trainer_state() if found else None
-        if state and found:
-            _check_same_run(found, state, identity, config)
-    progress = Progress(**state["progress"]) if state else Progress()
-    loader = Loader(corpus.train, schedule, config, world.rank, world.size, size.quadratic_tokens)
-    _report(corpus, schedule, loader, world)
-    if progress.step >= schedule.num_steps:
-        world.log(f"done: {run_dir} has all {schedule.num_steps} steps; nothing is left to train")
+    lock = _claim(run_dir, world)
+    ready = _prepare(config, run_dir, world)
+    num_steps = ready.schedule.num_steps
+    loader = Loader(
+        ready.corpus.train,
+        ready.schedule,
+        config,
+        world.rank,
+        world.size,
+        ready.size.quadratic_tokens,
+    )
+    _report(ready.corpus, ready.schedule, loader, world)
+    if ready.progress.step >= num_steps:
+        world.log(f"done: {run_dir} has all {num_steps} steps; nothing is left to train")
         return EXIT_DONE
     if stop():
         return EXIT_STOPPED
 
-    weights_prefix = model.base_model_prefix
-    aliases = load.parameter_aliases(model)
     noise = NEFTune(
         config.noise.alpha, seed=config.noise_seed, stream=config.noise.stream, rank=world.rank
-    ).attach(model)
+    ).attach(ready.model)
     with world.agree():
         engine = _make_engine(config, world)
-    engine.setup(model, MakeOptimizer(config.optim))
+    engine.setup(ready.model, MakeOptimizer(config.optim))
     with world.agree():
-        if found:
-            flat.read(found.folder, engine.flat_state())
-        else:
-            weights = load.WeightFiles(folder, aliases, engine.shapes, weights_prefix)
-            for shard in engine.flat_state():
-                if shard.kind == MASTER:
-                    stop_at = shard.start + shard.tensor.numel()
-                    shard.tensor.copy_(weights.read(shard.name, shard.start, stop_at))
-    engine.loaded(progress.step)
-    for line in [*engine.describe(), *_run_lines(config, size, schedule, found)]:
+        _fill(engine, ready)
+    engine.loaded(ready.progress.step)
+    for line in [*engine.describe(), *_run_lines(config, ready)]:
         world.log(line)
-
     with world.agree():
-        recorder = Recorder(
-            run_dir, config.logging, progress.step, schedule.num_steps, world.is_first
-        )
-
-    def save(now: Progress) -> None:
-        extra = {
-            "progress": vars(now),
-            "identity": identity,
-            "model_folder": str(folder.resolve()),
-            "shapes": {name: list(shape) for name, shape in engine.shapes.items()},
-            "tied": {name: names for name, names in aliases.items() if len(names) > 1},
-            "config": config.to_dict(),
-            "world_size": world.size,
-            "versions": _versions(),
-        }
-        store.save(run_dir, now.step, engine, extra, world, config.checkpoint.keep)
-
+        recorder = Recorder(run_dir, config.logging, ready.progress.step, num_steps, world.is_first)
+    held_out = HeldOut(ready.corpus.held_out, config, world, ready.size.quadratic_tokens)
     trainer = Trainer(
         config=config,
         world=world,
@@ -145,13 +125,11 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
         noise=noise,
         loader=loader,
         recorder=recorder,
-        size=size,
-        held_out=HeldOut(corpus.held_out, config, world, size.quadratic_tokens)
-        if len(corpus.held_out)
-        else None,
-        save=save,
+        size=ready.size,
+        held_out=held_out if len(ready.corpus.held_out) else None,
+        save=lambda now: _save(now, config, engine, ready, run_dir, world),
         stop_requested=stop,
-        progress=progress,
+        progress=ready.progress,
     )
     try:
         finished = trainer.run()
@@ -159,28 +137,94 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
         recorder.close()
         lock.release()
     if finished:
-        world.log(f"done: {schedule.num_steps} steps; checkpoint in {run_dir / 'checkpoints'}")
+        world.log(f"done: {num_steps} steps; checkpoint in {run_dir / 'checkpoints'}")
         return EXIT_DONE
-    world.log(f"stopped at step {progress.step}, saved; the same command continues from there")
+    step = trainer.progress.step
+    world.log(f"stopped at step {step}, saved; the same command continues from there")
     return EXIT_STOPPED
 
 
-def _claim(run_dir: Path, config: Config, world: World) -> FileLock:
-    """Make the run directory this run's own, and write the resolved configuration into it."""
+def _prepare(config: Config, run_dir: Path, world: World) -> _Prepared:
+    """Find, tokenise, build and check; nothing in the run directory changes before all fits."""
+    folder = world.in_turn(lambda: load.find(config.model))
+    tokenizer = world.in_turn(lambda: load.load_tokenizer(folder, config.model))
+    corpus = world.in_turn(lambda: prepare(config.data, tokenizer, world.log))
+    found = _find_checkpoint(run_dir, config, world)
+    with world.agree():
+        schedule = make_schedule(config.train, len(corpus.train), corpus.fingerprint)
+        model = load.build(folder, config.model, config.data.packing)
+        _check_vocabulary(model, tokenizer)
+        identity = {
+            "data_fingerprint": corpus.fingerprint,
+            "architecture": load.architecture_digest(model.config),
+        }
+        progress, weights = Progress(), None
+        if found:
+            state = found.trainer_state()
+            _check_same_run(found, state, identity, config)
+            progress = Progress(**state["progress"])
+        else:
+            weights = load.WeightFiles(
+                folder,
+                load.parameter_aliases(model),
+                {name: tuple(p.shape) for name, p in model.named_parameters()},
+                model.base_model_prefix,
+            )
+    with world.agree():
+        if world.is_first:
+            try:
+                (run_dir / "config.yaml").write_text(config.to_yaml())
+                keep_small_files(folder, run_dir)
+            except OSError as error:
+                raise _unwritable(run_dir, error) from error
+    return _Prepared(
+        folder, corpus, schedule, model, model_size(model), identity, found, progress, weights
+    )
+
+
+def _fill(engine: Engine, ready: _Prepared) -> None:
+    """Weights, and moments where there are any, into this rank's shards: just their ranges."""
+    if ready.found:
+        flat.read(ready.found.folder, engine.flat_state())
+        return
+    assert ready.weights is not None
+    for shard in engine.flat_state():
+        if shard.kind == MASTER:
+            stop = shard.start + shard.tensor.numel()
+            shard.tensor.copy_(ready.weights.read(shard.name, shard.start, stop))
+
+
+def _save(
+    now: Progress, config: Config, engine: Engine, ready: _Prepared, run_dir: Path, world: World
+) -> None:
+    state = {
+        "progress": vars(now),
+        "identity": ready.identity,
+        "shapes": {name: list(shape) for name, shape in engine.shapes.items()},
+        "config": config.to_dict(),
+        "world_size": world.size,
+        "versions": _versions(),
+    }
+    store.save(run_dir, now.step, engine, state, world, config.checkpoint.keep)
+
+
+def _claim(run_dir: Path, world: World) -> FileLock:
+    """Make the run directory, and make it this run's own until the process ends."""
     lock = FileLock(run_dir / ".lock", timeout=10)
     with world.agree():
         if world.is_first:
             try:
                 run_dir.mkdir(parents=True, exist_ok=True)
                 lock.acquire()
-                (run_dir / "config.yaml").write_text(config.to_yaml())
             except Timeout:
                 raise UserError(f"run_dir={run_dir} is in use by another run.") from None
             except OSError as error:
-                raise UserError(
-                    f"run_dir={run_dir} cannot be written: {error.strerror or error}."
-                ) from error
+                raise _unwritable(run_dir, error) from error
     return lock
+
+
+def _unwritable(run_dir: Path, error: OSError) -> UserError:
+    return UserError(f"run_dir={run_dir} cannot be written: {error.strerror or error}.")
 
 
 def _make_engine(config: Config, world: World) -> Engine:
@@ -195,23 +239,36 @@ def _make_engine(config: Config, world: World) -> Engine:
 
 
 def _find_checkpoint(run_dir: Path, config: Config, world: World) -> store.Checkpoint | None:
+    """What to resume from. Rank 0 looks, and all take what it saw: nodes may see a shared file
+    system a little apart in time."""
+    chosen = ""
+    with world.agree():
+        if world.is_first:
+            chosen = str(_choose_checkpoint(run_dir, config, world) or "")
+    chosen = world.from_first(chosen)
+    with world.agree():
+        return store.open_checkpoint(Path(chosen)) if chosen else None
+
+
+def _choose_checkpoint(run_dir: Path, config: Config, world: World) -> Path | None:
     resume = config.checkpoint.resume
     found = store.find_all(run_dir)
     if resume == "auto":
-        for folder in store.damaged(run_dir):
+        damaged = store.damaged(run_dir)
+        for folder in damaged:
             world.log(f"warning: {folder} is incomplete or damaged and is passed over")
-        if not found and store.damaged(run_dir):
+        if damaged and not found:
             raise UserError(
                 f"{run_dir} holds damaged checkpoints only: mend or remove them, or set another "
                 "run_dir."
             )
-        return found[0] if found else None
+        return found[0].folder if found else None
     if found:
         raise UserError(
             f"checkpoint.resume={resume}, but {run_dir} holds the checkpoint "
             f"{found[0].folder.name}: set another run_dir, or checkpoint.resume=auto."
         )
-    return None if resume == "never" else store.open_checkpoint(Path(resume).expanduser())
+    return None if resume == "never" else Path(resume).expanduser()
 
 
 def _check_same_run(
@@ -256,19 +313,19 @@ def _report(corpus: Corpus, schedule: Schedule, loader: Loader, world: World) ->
     )
 
 
-def _run_lines(
-    config: Config, size: ModelSize, schedule: Schedule, found: store.Checkpoint | None
-) -> list[str]:
+def _run_lines(config: Config, ready: _Prepared) -> list[str]:
     noise = config.noise
     lines = [
-        f"model: {config.model.name_or_path}, {size.num_parameters / 1e6:.1f} M parameters",
+        f"model: {config.model.name_or_path}, {ready.size.num_parameters / 1e6:.1f} M parameters",
         f"noise: alpha {noise.alpha}, {noise.distribution}, {noise.stream} stream, "
         f"seed {config.noise_seed}"
         if noise.alpha
         else "noise: off",
     ]
-    if found:
-        lines.append(f"resume: {found.folder}, step {found.step} of {schedule.num_steps}")
+    if ready.found:
+        lines.append(
+            f"resume: {ready.found.folder}, step {ready.found.step} of {ready.schedule.num_steps}"
+        )
     return lines
 
 

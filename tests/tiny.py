@@ -121,11 +121,13 @@ def environment(**extra: str) -> dict[str, str]:
     }
 
 
-def run(verb: str, *words: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """Run a verb to its end; a hang is a failure."""
+def run(
+    verb: str, *words: object, ranks: int = 1, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a verb to its end, with further environment variables; a hang is a failure."""
     return subprocess.run(
         command(verb, *words, ranks=ranks),
-        env=environment(),
+        env=environment(**variables),
         capture_output=True,
         text=True,
         timeout=DEADLINE_SECONDS,

@@ -27,6 +27,7 @@ def varlen_attention(
     document_lengths: tuple[int, ...] | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of each document to itself alone.
@@ -34,20 +35,28 @@ def varlen_attention(
     Args:
         query: (1, num_heads, num_tokens, head_dim). key, value: (1, num_key_value_heads, ...).
         document_lengths: tokens of each document; they sum to num_tokens.
+        sliding_window: tokens that a token sees, itself counted.
 
     Returns:
         (1, num_tokens, num_heads, head_dim), and no weights.
+
+    Raises:
+        RuntimeError: the model asks for more than that (a mask, capped logits, attention sinks).
     """
-    if document_lengths is None:
-        raise RuntimeError(
-            f"{type(module).__name__} did not hand document_lengths down to its attention: this "
-            "model cannot be packed; set data.packing=false."
-        )
-    if softcap is not None:
-        raise RuntimeError(
-            "The model caps its attention logits, which packed attention does not do: set "
-            "data.packing=false model.attention=eager."
-        )
+    refused = {
+        "hands no document_lengths to": document_lengths is None,
+        "hands a mask to": attention_mask is not None,
+        "caps the logits of": softcap is not None,
+        "uses attention sinks in": s_aux is not None,
+        "lets tokens see later ones in": not getattr(module, "is_causal", True),
+    }
+    for what, is_so in refused.items():
+        if is_so:
+            raise RuntimeError(
+                f"{type(module).__name__} {what} its attention: documents of this model cannot be "
+                "packed; set data.packing=false."
+            )
+    assert document_lengths is not None
     grouped = query.shape[1] != key.shape[1]
     outputs = []
     for q, k, v in zip(
@@ -62,19 +71,18 @@ def varlen_attention(
             index = torch.arange(length, device=q.device)
             distance = index[:, None] - index[None]
             mask = (distance >= 0) & (distance < sliding_window)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=mask is None,
-                scale=scaling,
-                enable_gqa=grouped,
-            )
+        attended = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=grouped,
         )
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+        outputs.append(attended.transpose(1, 2))
+    return torch.cat(outputs, dim=1), None
 
 
 AttentionInterface.register(VARLEN, varlen_attention)

@@ -8,23 +8,35 @@ each document's own tokens: 6 * layers * width * L^2 for a document of L tokens.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-# Dense bf16 tensor-core rates by the vendors' data sheets, in FLOP/s; by a part of the device name.
+# Dense bf16 tensor-core rates by the vendors' data sheets, in FLOP/s; by words of the device name,
+# the first that are in it.
 _PEAK_BF16 = {
     "B200": 2250e12,
+    "GB200": 2250e12,
     "H200": 989e12,
+    "GH200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
     "A10": 125e12,
 }
 # fp32 without tensor cores.
-_PEAK_FP32 = {"H200": 67e12, "H100": 67e12, "A100": 19.5e12}
+_PEAK_FP32 = {
+    "H200": 67e12,
+    "GH200": 67e12,
+    "H100 PCIe": 51e12,
+    "H100 NVL": 60e12,
+    "H100": 67e12,
+    "A100": 19.5e12,
+}
 
 
 @dataclass(frozen=True)
@@ -78,4 +90,6 @@ def peak_flops(device_name: str | None, dtype: str) -> float | None:
     if device_name is None:
         return None
     table = _PEAK_BF16 if dtype == "bf16" else _PEAK_FP32
-    return next((rate for part, rate in table.items() if part in device_name), None)
+    return next(
+        (rate for words, rate in table.items() if re.search(rf"\b{words}\b", device_name)), None
+    )

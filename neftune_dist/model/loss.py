@@ -28,20 +28,18 @@ def token_loss_sum(
         positions: (num_supervised,), indices into the B * S tokens. targets: the tokens that
             follow them.
     """
-    if attention_mask is None:
-        # Packed: the vocabulary projection runs for the learned positions only.
+    kind = (
+        {"document_lengths": document_lengths}
+        if attention_mask is None
+        else {"attention_mask": attention_mask}
+    )
+
+    # `logits_to_keep` would do for one row; rows of a padded batch keep different positions.
+    def keep_supervised(_: Any, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (args[0].flatten(0, 1)[positions][None],)
+
+    with model.get_output_embeddings().register_forward_pre_hook(keep_supervised):
         logits = model(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            document_lengths=document_lengths,
-            logits_to_keep=positions,
-            use_cache=False,
-        ).logits[0]
-    else:
-        logits = model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=False,
-        ).logits.flatten(0, 1)[positions]
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, **kind
+        ).logits
+    return F.cross_entropy(logits[0].float(), targets, reduction="sum")
