@@ -32,11 +32,12 @@ torchrun --standalone --nproc_per_node "$nproc" -m neftune_dist train "${words[@
 
 before="$run_dir/evaluation_before.json"
 after="$run_dir/evaluation_after.json"
+answers=(--answers 100 --max-new-tokens 32) # twice the longest built-in answer
 export OMP_NUM_THREADS=$cores
 [ -e "$before" ] ||
-  neftune-dist evaluate "$run_dir" --model "$model" --answers 100 --output "$before"
+  neftune-dist evaluate "$run_dir" --model "$model" "${answers[@]}" --output "$before"
 if [ ! -e "$after" ] || [ "$run_dir/checkpoints/latest" -nt "$after" ]; then
   neftune-dist export "$run_dir"
-  neftune-dist evaluate "$run_dir" --answers 100 --output "$after"
+  neftune-dist evaluate "$run_dir" "${answers[@]}" --output "$after"
 fi
 python "$root/launcher/summary.py" "$run_dir" "$root/launcher/quickstart.sh${*:+ $*}"

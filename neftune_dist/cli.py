@@ -74,7 +74,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
     from neftune_dist.data.corpus import prepare
     from neftune_dist.model.load import find, load_tokenizer
 
-    corpus = prepare(config.data, load_tokenizer(find(config.model), config.model), print)
+    corpus = prepare(config.data, load_tokenizer(find(config.model), config.model), _flushed)
     for line in corpus.report.lines():
         print(line)
     return 0
@@ -99,13 +99,23 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         )
     from neftune_dist.evaluate.model import evaluate_model
 
-    result = evaluate_model(folder, config, num_answers=arguments.answers)
+    result = evaluate_model(
+        folder,
+        config,
+        num_answers=arguments.answers,
+        max_new_tokens=arguments.max_new_tokens,
+        log=_flushed,
+    )
     print(f"held-out loss {result.held_out_loss:.4f} on {result.num_documents} documents")
     if result.exact_match is not None:
         print(f"exact match {result.exact_match:.1%} of {len(result.answers)} answers")
     if arguments.output:
         Path(arguments.output).write_text(json.dumps(result.to_dict(), indent=1))
     return 0
+
+
+def _flushed(line: str) -> None:
+    print(line, flush=True)
 
 
 def _study(arguments: argparse.Namespace) -> int:
@@ -171,6 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("run_dir", help="names the configuration and the held-out documents")
     added.add_argument("--model", help="another model directory; default: RUN_DIR/export")
     added.add_argument("--answers", type=int, default=200, help="held-out prompts to answer")
+    added.add_argument("--max-new-tokens", type=int, default=64, help="most tokens of an answer")
     added.add_argument("--output", help="JSON file for the results and the answers")
     _takes_settings(added)
     added = verb("study", _study, "Paired runs that differ in alpha alone, and their report.")

@@ -62,7 +62,7 @@ class ModelConfig:
 class DataConfig:
     """Which documents, and how they become tokens."""
 
-    source: str = BUILTIN_SOURCE  # builtin, a .json/.jsonl/.parquet file (.gz too), or a hub id
+    source: str = BUILTIN_SOURCE  # builtin, a .json/.jsonl (.gz too) or .parquet file, a hub id
     split: str = "train"  # for a hub id
     revision: str | None = None  # for a hub id
     format: str = "auto"  # auto | alpaca | prompt_completion | messages
@@ -103,7 +103,7 @@ class OptimConfig:
     learning_rate: float = 5e-5
     schedule: str = "cosine"  # cosine | linear | constant, after the warm-up
     warmup_steps: int = 0
-    final_fraction: float = 0.0  # of learning_rate, reached at the last step
+    final_fraction: float = 0.0  # of learning_rate, where the last step's decay ends
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8

@@ -7,6 +7,7 @@ supervised tokens over all ranks, which the schedule knows beforehand.
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -72,6 +73,10 @@ class Trainer:
         """One update. True where any rank was asked to stop."""
         began = time.perf_counter()
         self.noise.step = batch.step
+        # A model's own dropout draws from torch's generator: from here on what it draws is a
+        # function of the step, so that a resumed run drops what the uninterrupted one does.
+        key = f"{self.config.train.seed}/{batch.step}/{self.world.rank}"
+        torch.manual_seed(random.Random(key).getrandbits(63))
         fired = self.noise.num_fired
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for i, micro_batch in enumerate(batch.micro_batches):

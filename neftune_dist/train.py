@@ -30,6 +30,7 @@ from neftune_dist.loop import Progress, Trainer
 from neftune_dist.metrics import Recorder
 from neftune_dist.model import load
 from neftune_dist.model.flops import ModelSize, model_size
+from neftune_dist.model.support import check_lengths
 from neftune_dist.noise.hook import NEFTune
 from neftune_dist.optim import MakeOptimizer
 
@@ -154,6 +155,7 @@ def _prepare(config: Config, run_dir: Path, world: World) -> _Prepared:
         schedule = make_schedule(config.train, len(corpus.train), corpus.fingerprint)
         model = load.build(folder, config.model, config.data.packing)
         _check_vocabulary(model, tokenizer)
+        check_lengths(model.config, corpus.report.longest_tokens)
         identity = {
             "data_fingerprint": corpus.fingerprint,
             "architecture": load.architecture_digest(model.config),

@@ -16,9 +16,10 @@ from neftune_dist.data import builtin
 from neftune_dist.data.corpus import Corpus, prepare
 from neftune_dist.data.loader import evaluation_batches
 from neftune_dist.data.template import Template
-from neftune_dist.model.attention import VARLEN
-from neftune_dist.model.load import load_tokenizer
+from neftune_dist.model.attention import implementation
+from neftune_dist.model.load import load_model_config, load_tokenizer
 from neftune_dist.model.loss import token_loss_sum
+from neftune_dist.model.support import check_model, check_packable
 
 _GENERATION_ROWS = 32
 
@@ -70,18 +71,22 @@ def evaluate_model(
         raise UserError("No documents are held out to evaluate on: set data.num_held_out.")
     transformers.utils.logging.disable_progress_bar()  # of the weights' loading: seconds
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.data.packing:
+        check_packable(load_model_config(folder, config.model))
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
-            attn_implementation=VARLEN if config.data.packing else "sdpa",
+            attn_implementation=implementation(config.model.attention, config.data.packing),
             dtype=torch.bfloat16 if config.model.dtype == "bf16" else torch.float32,
             trust_remote_code=config.model.trust_remote_code,
         )
     except (OSError, ValueError) as error:
         raise UserError(f"The model in {folder} cannot be loaded: {error}") from error
+    check_model(model, config.data.packing)
     model = model.to(device).eval()
     loss = _loss(model, corpus, config, device)
-    model.set_attn_implementation("sdpa")
+    # Generation reads a padded batch.
+    model.set_attn_implementation("eager" if config.model.attention == "eager" else "sdpa")
     answers = _answers(model, tokenizer, corpus, config, num_answers, max_new_tokens, device, log)
     checked = [a.correct for a in answers if a.correct is not None]
     return Evaluation(

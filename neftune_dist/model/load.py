@@ -28,6 +28,7 @@ from neftune_dist.model.attention import implementation
 from neftune_dist.model.support import check_model, check_packable
 
 _COMPARED_ELEMENTS = 2**24
+_EARLIER_NAMES = {"lm_head.weight": "embed_out.weight"}  # GPT-NeoX before transformers 5
 _SMALL_FILES = ["*.json", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
@@ -38,6 +39,11 @@ def find(config: ModelConfig) -> Path:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"model.name_or_path={name} is a directory without a config.json.")
+        if config.revision is not None:
+            raise UserError(
+                f"model.revision={config.revision} has no effect with the directory {name}: leave "
+                "it out."
+            )
         return path
     if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise UserError(f"model.name_or_path={name} is no model directory.")
@@ -281,6 +287,7 @@ def _candidates(names: list[str], prefix: str) -> list[str]:
         *names,
         *[n.removeprefix(dotted) for n in names if n.startswith(dotted)],
         *[dotted + n for n in names if not n.startswith(dotted)],
+        *[_EARLIER_NAMES[n] for n in names if n in _EARLIER_NAMES],
     ]
 
 

@@ -219,6 +219,20 @@ def test_a_longer_run_continues_from_the_finished_one(config: Path, tmp_path: Pa
     assert tiny.untimed(records) == tiny.untimed(whole)
 
 
+def test_dropout_resumes(config: Path, tmp_path: Path) -> None:
+    """What a model drops is drawn from torch's generator, which no checkpoint holds."""
+    folder = tiny.make_model(tmp_path / "model")
+    hf_config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**hf_config, "attention_dropout": 0.2}))
+    words = [f"model.name_or_path={folder}", "optim.schedule=constant", "checkpoint.every_steps=0"]
+    whole = tiny.train(config, tmp_path / "whole", *words, "train.max_steps=6")
+    tiny.train(config, tmp_path / "run", *words, "train.max_steps=3")
+    records = tiny.train(config, tmp_path / "run", *words, "train.max_steps=6")
+    assert tiny.untimed(records) == tiny.untimed(whole)
+    plain = tiny.train(config, tmp_path / "plain", *words[1:], "train.max_steps=1")
+    assert plain[0]["loss"] != whole[0]["loss"]
+
+
 def damage(folder: Path) -> None:
     shard = next(folder.glob("*.distcp"))
     os.truncate(shard, shard.stat().st_size // 2)

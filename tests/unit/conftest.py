@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 from transformers import AutoTokenizer
 
+from neftune_dist.config import DataConfig
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -71,3 +74,16 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("tokenizer")
     tiny.make_tokenizer(folder)
     return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., DataConfig]:
+    """Write rows as JSON lines; the settings to read them with, and a cache of the test's own."""
+
+    def of(rows: list[Any], name: str = "rows.jsonl", **settings: Any) -> DataConfig:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        settings = {"cache_dir": str(tmp_path / "cache"), **settings}
+        return DataConfig(source=str(path), **settings)
+
+    return of

@@ -1,61 +1,24 @@
-"""The cache and the report: every row accounted for, one entry whoever makes it, none half made."""
+"""What becomes of rows: all accounted for, unusable data refused, prompts held out whole."""
 
 from __future__ import annotations
 
 import copy
-import json
-import multiprocessing
-import os
 import random
-import signal
-import sys
 import time
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
 
 from neftune_dist import cli
 from neftune_dist.config import DataConfig, UserError
-from neftune_dist.data import builtin, corpus
-from neftune_dist.data.corpus import Corpus, Documents, prepare
+from neftune_dist.data import builtin
+from neftune_dist.data.corpus import Documents, prepare
+from tests.unit.corpora import entries, numbered, texts
 
 GOOD = {"instruction": "Say hello.", "output": "Hello."}
-DEADLINE_SECONDS = 60
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Callable[..., DataConfig]:
-    """Write rows as JSON lines; the settings to read them with, and a cache of the test's own."""
-
-    def of(rows: list[Any], name: str = "rows.jsonl", **settings: Any) -> DataConfig:
-        path = tmp_path / name
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        settings = {"cache_dir": str(tmp_path / "cache"), **settings}
-        return DataConfig(source=str(path), **settings)
-
-    return of
-
-
-def numbered(number: int, prompts: int | None = None) -> list[dict[str, str]]:
-    return [
-        {"instruction": f"Count to {i % (prompts or number)}.", "output": f"{i}, done."}
-        for i in range(number)
-    ]
-
-
-def texts(documents: Documents, tokenizer: Any) -> list[str]:
-    return [tokenizer.decode(documents[i][0].tolist()) for i in range(len(documents))]
-
-
-def entries(config: DataConfig) -> list[str]:
-    """What the cache holds, but for lock files."""
-    folder = Path(config.cache_dir) / "corpora"
-    return sorted(p.name for p in folder.iterdir() if p.suffix != ".lock")
 
 
 # The report.
@@ -208,227 +171,23 @@ def test_the_share_of_bad_rows_is_a_limit_and_no_content(
 def test_a_row_that_cannot_be_printed_is_reported(
     write: Callable[..., DataConfig], tiny_tokenizer: Any
 ) -> None:
-    rows = [{"\ud800": "x"}, *numbered(20), turns := {"instruction": "\ud800", "output": "a"}]
-    assert turns
+    rows = [{"\ud800": "x"}, *numbered(20), {"instruction": "\ud800", "output": "a"}]
     report = prepare(write(rows, max_bad_fraction=0.5), tiny_tokenizer).report
     assert report.num_bad_rows == 2
     "\n".join(report.lines()).encode()
 
 
-@pytest.mark.parametrize("where", ["file/cache", "file"])
-def test_a_cache_that_cannot_be_written(
-    where: str, write: Callable[..., DataConfig], tmp_path: Path, tiny_tokenizer: Any
-) -> None:
-    (tmp_path / "file").write_text("no directory")
-    config = write([GOOD], cache_dir=str(tmp_path / where))
-    with pytest.raises(UserError, match=r"cannot be written to data\.cache_dir="):
-        prepare(config, tiny_tokenizer)
-
-
-def test_a_cache_of_nobody(write: Callable[..., DataConfig], tiny_tokenizer: Any) -> None:
-    with pytest.raises(UserError, match=r"data\.cache_dir=~nosuchuser/x names no known user"):
-        prepare(write([GOOD], cache_dir="~nosuchuser/x"), tiny_tokenizer)
-
-
-def test_a_full_disk(
-    write: Callable[..., DataConfig], tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    config = write(numbered(20))
-    monkeypatch.setattr(np, "save", full)
-    with pytest.raises(UserError, match="No space left on device"):
-        prepare(config, tiny_tokenizer)
-    assert entries(config) == []
-
-
-# The cache.
-
-
-def test_the_second_time_nothing_is_tokenised(
-    write: Callable[..., DataConfig], tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = [*numbered(30), {"instruction": "bad"}]
-    config = write(rows, num_held_out=5, max_bad_fraction=0.1)
-    first = prepare(config, tiny_tokenizer)
-
-    def never(*_: object) -> None:
-        raise AssertionError("made again")
-
-    monkeypatch.setattr(corpus.Template, "encode", never)
-    monkeypatch.setattr(corpus.Template, "render", never)
-    second = prepare(config, tiny_tokenizer)
-    assert second.fingerprint == first.fingerprint
-    assert second.report == first.report
-    assert second.held_out_conversations == first.held_out_conversations
-    assert texts(second.train, tiny_tokenizer) == texts(first.train, tiny_tokenizer)
-    assert texts(second.held_out, tiny_tokenizer) == texts(first.held_out, tiny_tokenizer)
-    assert entries(config) == [first.fingerprint]
-
-
-def test_the_same_content_under_another_name(
-    write: Callable[..., DataConfig], tiny_tokenizer: Any
-) -> None:
-    first = prepare(write(numbered(9)), tiny_tokenizer)
-    config = write(numbered(9), "copy.jsonl")
-    second = prepare(config, tiny_tokenizer)
-    assert second.fingerprint == first.fingerprint
-    assert second.report.source == config.source
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"template": "alpaca"},
-        {"supervise": "all"},
-        {"max_length": 100},
-        {"too_long": "drop"},
-        {"num_held_out": 2},
-        {"format": "alpaca"},
-    ],
-)
-def test_other_settings_have_another_fingerprint(
-    setting: dict[str, Any], write: Callable[..., DataConfig], tiny_tokenizer: Any
-) -> None:
-    base = prepare(write(numbered(9)), tiny_tokenizer)
-    other = prepare(write(numbered(9), **setting), tiny_tokenizer)
-    again = prepare(write(numbered(9)), tiny_tokenizer)
-    assert base.fingerprint == again.fingerprint != other.fingerprint
-
-
-def test_other_content_or_tokenizer_has_another_fingerprint(
-    write: Callable[..., DataConfig], tiny_tokenizer: Any
-) -> None:
-    chatty, renamed, grown = (copy.deepcopy(tiny_tokenizer) for _ in range(3))
-    chatty.chat_template = "{{ bos_token }}" + chatty.chat_template
-    renamed.bos_token = "</s>"  # which a chat template may write
-    grown.add_tokens(["Count to"])
-    made = [
-        prepare(write(numbered(9)), tiny_tokenizer),
-        prepare(write(numbered(10)), tiny_tokenizer),
-        *(prepare(write(numbered(9)), other) for other in (chatty, renamed, grown)),
-    ]
-    assert len({each.fingerprint for each in made}) == 5
-
-
-def test_how_the_tokenizer_was_called_does_not_matter(
-    write: Callable[..., DataConfig], tiny_tokenizer: Any
-) -> None:
-    """Truncation and padding stay set in a tokenizer after a call."""
-    used = copy.deepcopy(tiny_tokenizer)
-    used(["a b", "c"], padding="max_length", truncation=True, max_length=8)
-    fresh, other = (
-        prepare(write(numbered(9), f"{i}.jsonl", cache_dir=f"{Path(write([]).cache_dir)}{i}"), t)
-        for i, t in enumerate((tiny_tokenizer, used))
-    )
-    assert fresh.fingerprint == other.fingerprint
-    assert texts(fresh.train, used) == texts(other.train, used)
-
-
-def test_the_fingerprint_is_that_of_another_process(
-    write: Callable[..., DataConfig], tiny_tokenizer: Any
-) -> None:
-    """A resumed run on another day finds the data of the first."""
-    config = write(numbered(9))
-    fingerprint = prepare(config, tiny_tokenizer).fingerprint
-    other_cache = DataConfig(**{**vars(config), "cache_dir": config.cache_dir + "2"})
-    process, told = start(prepare_elsewhere, other_cache, tiny_tokenizer.name_or_path)
-    assert told.get(timeout=DEADLINE_SECONDS) == (fingerprint, 9)
-    process.join(DEADLINE_SECONDS)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda entry: (entry / "report.json").write_text("{"),
-        lambda entry: (entry / "report.json").write_text("{}"),
-        lambda entry: (entry / "train" / "input_ids.npy").write_bytes(b""),
-        lambda entry: (entry / "train" / "offsets.npy").unlink(),
-        lambda entry: os.truncate(entry / "train" / "supervised.npy", 200),
-        lambda entry: (entry / "held_out.jsonl").write_text('{"turns": 1}\n'),
-    ],
-)
-def test_a_damaged_entry_is_named(
-    damage: Callable[[Path], Any], write: Callable[..., DataConfig], tiny_tokenizer: Any
-) -> None:
-    config = write(numbered(20), num_held_out=3)
-    made = prepare(config, tiny_tokenizer)
-    damage(Path(config.cache_dir) / "corpora" / made.fingerprint)
-    with pytest.raises(UserError, match=f"{made.fingerprint} is damaged .*remove that directory"):
-        prepare(config, tiny_tokenizer)
-
-
-# Several processes, and processes that die.
-
-
-def start(target: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, Any]:
-    context = multiprocessing.get_context("spawn")
-    told = context.Queue()
-    process = context.Process(target=target, args=(*arguments, told), daemon=True)
-    process.start()
-    return process, told
-
-
-def prepare_elsewhere(config: DataConfig, folder: str, told: Any) -> None:
-    made = prepare(config, AutoTokenizer.from_pretrained(folder))
-    told.put((made.fingerprint, len(made.train)))
-
-
-def prepare_slowly(config: DataConfig, folder: str, told: Any) -> None:
-    """Write, and hang before the entry is renamed."""
-    whole = corpus._write_documents
-
-    def write_and_hang(*arguments: Any) -> None:
-        whole(*arguments)
-        told.put("written")
-        time.sleep(DEADLINE_SECONDS)
-
-    corpus._write_documents = write_and_hang
-    prepare(config, AutoTokenizer.from_pretrained(folder))
-
-
-def test_processes_at_once_make_one_entry(
-    write: Callable[..., DataConfig], tiny_tokenizer: Any
-) -> None:
-    config = write(numbered(300), num_held_out=20)
-    started = [start(prepare_elsewhere, config, tiny_tokenizer.name_or_path) for _ in range(3)]
-    results = {told.get(timeout=DEADLINE_SECONDS) for _, told in started}
-    for process, _ in started:
-        process.join(DEADLINE_SECONDS)
-        assert process.exitcode == 0
-    [(fingerprint, number)] = results
-    assert number == 280
-    assert entries(config) == [fingerprint]
-
-
-def test_a_process_killed_while_making_leaves_nothing_that_loads(
-    write: Callable[..., DataConfig], tiny_tokenizer: Any
-) -> None:
-    config = write(numbered(30))
-    process, told = start(prepare_slowly, config, tiny_tokenizer.name_or_path)
-    assert told.get(timeout=DEADLINE_SECONDS) == "written"
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
-    process.join(DEADLINE_SECONDS)
-    [left] = entries(config)
-    assert left.endswith(".part")
-    made = prepare(config, tiny_tokenizer)
-    assert len(made.train) == 30
-    assert entries(config) == [made.fingerprint]
-
-
 # The held-out split.
 
 
-def prompts(made: Corpus, documents: Documents, tokenizer: Any) -> list[str]:
+def prompts(documents: Documents, tokenizer: Any) -> list[str]:
     return [text.split("<|assistant|>")[0] for text in texts(documents, tokenizer)]
 
 
 def test_no_prompt_is_on_both_sides(write: Callable[..., DataConfig], tiny_tokenizer: Any) -> None:
     made = prepare(write(numbered(200, prompts=50), num_held_out=30), tiny_tokenizer)
     train, held_out = (
-        prompts(made, documents, tiny_tokenizer) for documents in (made.train, made.held_out)
+        prompts(documents, tiny_tokenizer) for documents in (made.train, made.held_out)
     )
     assert not {*train} & {*held_out}
     assert len(train) + len(held_out) == 200
@@ -535,7 +294,3 @@ def test_the_command_line_reports_what_it_prepared(
         cli.main(["prepare", str(config), f"data.cache_dir={tmp_path}", "data.num_held_out=9"])
     assert left.value.code == 0
     assert "3000 rows, 2991 documents to train on, 9 held out" in capsys.readouterr().out
-
-
-if sys.platform == "win32":  # pragma: no cover
-    pytest.skip("SIGKILL and file locks of Linux", allow_module_level=True)

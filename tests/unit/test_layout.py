@@ -22,6 +22,9 @@ QUADRATIC_TOKENS = 2e4  # of a model of 7B
 # for the slowest of a round, measured 10 %.
 PACKED_IMBALANCE = 0.03
 PADDED_WAITING = 0.12
+# The same on 2 ranks in many rounds of 512 tokens, at the mean of 50 steps. Measured: 0.3 % padded,
+# against 1.1 % where the heavier micro-batch of each round always goes to the same rank.
+IMBALANCE_OF_MANY_ROUNDS = 0.006
 
 
 def random_lengths(seed: int) -> np.ndarray:
@@ -160,6 +163,17 @@ def test_ranks_work_alike_on_alpaca(capacity: int, alpaca_lengths: np.ndarray) -
         total += float(padded.sum())
     assert worst < PACKED_IMBALANCE
     assert waiting / total < PADDED_WAITING
+
+
+def test_rounds_even_each_other_out(alpaca_lengths: np.ndarray) -> None:
+    """Who worked most in one round works least in the next."""
+    random = np.random.default_rng(0)
+    found = []
+    for _ in range(50):
+        lengths = random.choice(alpaca_lengths, 128, replace=False)
+        ranks = loads(lay_out(lengths, 2, 512, False, QUADRATIC_TOKENS), lengths, False).sum(0)
+        found.append(abs(ranks / ranks.mean() - 1).max())
+    assert np.mean(found) < IMBALANCE_OF_MANY_ROUNDS
 
 
 @pytest.fixture(scope="module")

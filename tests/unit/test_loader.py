@@ -63,7 +63,8 @@ def read_back(batch: MicroBatch) -> list[tuple[int, int, int]]:
         for index, length in zip(batch.documents.tolist(), batch.lengths.tolist(), strict=True):
             owners += [index] * length
     else:
-        for index, row in zip(batch.documents.tolist(), batch.attention_mask, strict=True):
+        rows = batch.attention_mask[: len(batch.documents)]
+        for index, row in zip(batch.documents.tolist(), rows, strict=True):
             owners += [index if real else -1 for real in row.tolist()]
     places = batch.position_ids.flatten().tolist()
     return [
@@ -130,12 +131,13 @@ def test_an_empty_micro_batch(corpus: Corpus, packing: bool) -> None:
 
 
 @pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("world_size", [1, 3, 30])
 def test_the_ranks_together_train_on_the_step(
     corpus: Corpus, packing: bool, world_size: int
 ) -> None:
     """Any layout trains on the schedule's documents, and all ranks report the same totals."""
-    for step in (0, 7, 150):
+    boundary = len(corpus.train) // 24  # a step with documents of two epochs
+    for step in (0, boundary, 150):
         batches = [
             loader(corpus, packing=packing, rank=rank, world_size=world_size).step(step)
             for rank in range(world_size)
@@ -150,6 +152,7 @@ def test_the_ranks_together_train_on_the_step(
         assert sorted(seen) == sorted(zip(indices.tolist(), epochs.tolist(), strict=True))
         learned = [t for m in micro for t in read_back(m)]
         assert sorted(learned) == sorted(naive(corpus.train, indices.tolist()))
+        assert len({*epochs}) == (2 if step == boundary else 1)
         assert len({len(b.micro_batches) for b in batches}) == 1
         lengths = corpus.train.lengths[indices]
         for b in batches:

@@ -126,13 +126,15 @@ def test_an_end_of_turn_in_the_question_is_not_learned(smollm2: Any) -> None:
         "a" * 3000,
     ],
 )
-def test_any_answer(answer: str, smollm2: Any, llama2: Any) -> None:
-    spoken = conversation("?", answer)
-    assert learned(smollm2, document(make(smollm2), spoken)) == [answer + END]
-    alpaca = make(smollm2, template="alpaca")
-    assert learned(smollm2, document(alpaca, spoken)) == [answer + END]
-    alpaca = make(llama2, template="alpaca")
-    assert learned(llama2, document(alpaca, spoken)) == [answer + "</s>"]
+def test_any_answer(answer: str, templates: list[Template]) -> None:
+    for template in templates:
+        made = document(template, conversation("?", answer))
+        assert learned(template.tokenizer, made) == [answer + template.tokenizer.eos_token]
+
+
+@pytest.fixture(scope="module")
+def templates(smollm2: Any, llama2: Any) -> list[Template]:
+    return [make(smollm2), make(smollm2, template="alpaca"), make(llama2, template="alpaca")]
 
 
 @pytest.mark.parametrize("source", ["alpaca", "dolly"])

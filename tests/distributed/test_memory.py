@@ -1,0 +1,124 @@
+"""No rank ever holds the whole model in host memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import torch
+import transformers
+
+from neftune_dist.config import Config, ModelConfig
+from neftune_dist.distributed import World
+from neftune_dist.engine.base import MASTER
+from neftune_dist.engine.fsdp2 import FSDP2Engine
+from neftune_dist.model import load
+from neftune_dist.optim import MakeOptimizer
+from tests import tiny
+
+MIB = 2**20
+# Measured: 9 MiB above the shards, of a model of 294 MiB.
+MOST_OVERHEAD_MIB = 16.0
+
+
+def anonymous_mib() -> float:
+    """This process's own memory; pages of memory-mapped files, which the kernel may drop, are not
+    in it."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024 / MIB
+
+
+class Peak(threading.Thread):
+    """Highest `anonymous_mib` until `stop` is called, looked at every millisecond."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._stopped = threading.Event()
+        self.mib = self.start_mib = anonymous_mib()
+        self.start()
+
+    def run(self) -> None:
+        while not self._stopped.wait(1e-3):
+            self.mib = max(self.mib, anonymous_mib())
+
+    def stop(self) -> float:
+        """MiB above the start."""
+        self._stopped.set()
+        self.join()
+        return max(self.mib, anonymous_mib()) - self.start_mib
+
+
+def worker(folder: Path) -> None:
+    """Build and load as `train` does; what it took, on standard output."""
+    world = World()
+    peak = Peak()
+    model = load.build(folder, ModelConfig(str(folder), dtype="fp32"), packing=True)
+    aliases, prefix = load.parameter_aliases(model), model.base_model_prefix
+    config = Config()
+    config.model.dtype = "fp32"
+    engine = FSDP2Engine(config, world)
+    engine.setup(model, MakeOptimizer(config.optim))
+    assert [name for name, _ in engine.named] == list(aliases)
+    files = load.WeightFiles(folder, aliases, engine.shapes, prefix)
+    shards = engine.flat_state()
+    for shard in shards:
+        if shard.kind == MASTER:
+            shard.tensor.copy_(
+                files.read(shard.name, shard.start, shard.start + shard.tensor.numel())
+            )
+    engine.loaded(0)
+    highest = peak.stop()
+    kept = {
+        kind: sum(s.tensor.nbytes for s in shards if (s.kind == MASTER) == (kind == "weights"))
+        for kind in ("weights", "moments")
+    }
+    report = {
+        "rank": world.rank,
+        "whole_mib": 4 * sum(p.numel() for p in model.parameters()) / MIB,
+        "weights_mib": kept["weights"] / MIB,
+        "moments_mib": kept["moments"] / MIB,
+        "peak_mib": highest,
+    }
+    print(json.dumps(report), flush=True)
+    world.close()
+
+
+def test_loading_needs_little_more_than_the_shards(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=8192,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=10,
+        num_attention_heads=12,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         "-m", "tests.distributed.test_memory", str(tmp_path)],
+        env=tiny.environment(),
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=tiny.DEADLINE_SECONDS,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    print(*reports, sep="\n")
+    assert sorted(report["rank"] for report in reports) == [0, 1]
+    for report in reports:
+        whole, weights = report["whole_mib"], report["weights_mib"]
+        assert 280 < whole < 320
+        assert 0.45 * whole < weights < 0.55 * whole
+        kept = weights + report["moments_mib"]
+        assert report["peak_mib"] - kept < MOST_OVERHEAD_MIB, report
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    worker(Path(sys.argv[1]))

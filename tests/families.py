@@ -1,0 +1,60 @@
+"""Tiny random models of many families: every setting that could matter is on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+
+# Windows are shorter than the documents, weights large enough that an error shows in the logits.
+_COMMON: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.3,
+}
+_WINDOW: dict[str, Any] = {"sliding_window": 5}
+_MIXED = {**_WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+_OPTIONAL = {**_MIXED, "use_sliding_window": True, "max_window_layers": 1}
+_OWN: dict[str, dict[str, Any]] = {
+    "cohere2": _MIXED,
+    "exaone4": _MIXED,
+    "gemma2": _MIXED,
+    "gemma3_text": _MIXED,
+    "gpt2": {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 5},
+    "gpt_neox": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    },
+    "gptj": {"rotary_dim": 4},
+    "codegen": {"rotary_dim": 4},
+    "ministral": _MIXED,
+    "mistral": _WINDOW,
+    "olmo3": _MIXED,
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16, "init_std": 0.3, "dropout": 0.0},
+    "phi3": _WINDOW,
+    "qwen2": _OPTIONAL,
+    "qwen3": _OPTIONAL,
+    "smollm3": {**_OPTIONAL, "no_rope_layers": [1, 0]},
+    "starcoder2": _WINDOW,
+}
+
+
+# Families whose configuration takes no head_dim of its own.
+_WITHOUT_HEAD_DIM = ("falcon",)
+
+
+def family(model_type: str, **settings: Any) -> Any:
+    """The configuration of a tiny model of that family."""
+    chosen = {**_COMMON, **_OWN.get(model_type, {}), **settings}
+    if model_type in _WITHOUT_HEAD_DIM:
+        del chosen["head_dim"]
+    return transformers.AutoConfig.for_model(model_type, **chosen)

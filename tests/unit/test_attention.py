@@ -1,0 +1,267 @@
+"""Packed documents compute what they compute alone, or the model is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from neftune_dist.config import ModelConfig, UserError
+from neftune_dist.model.attention import VARLEN, implementation, varlen_attention
+from neftune_dist.model.load import build
+from neftune_dist.model.support import (
+    PACKING_FAMILIES,
+    check_lengths,
+    check_model,
+    longest_document,
+)
+from tests.families import family
+
+LENGTHS = (7, 1, 12)  # longer and shorter than the sliding windows, which are 5
+
+
+def make(config: Any, attention: str = "sdpa") -> Any:
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation=attention, dtype=torch.float32
+    ).eval()
+
+
+def tokens(seed: int = 0) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 97, (1, sum(LENGTHS)), generator=generator).split(LENGTHS, 1)
+
+
+def alone(model: Any, document: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=document, use_cache=False).logits
+    return logits
+
+
+def packed(model: Any, documents: tuple[Tensor, ...]) -> Tensor:
+    lengths = tuple(d.shape[1] for d in documents)
+    logits: Tensor = model(
+        input_ids=torch.cat(documents, 1),
+        position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
+        document_lengths=lengths,
+        use_cache=False,
+    ).logits
+    return logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", sorted(PACKING_FAMILIES))
+def test_packed_is_alone(model_type: str) -> None:
+    documents = tokens()
+    model = make(family(model_type))
+    expected = torch.cat([alone(model, d) for d in documents], 1)
+    merged = alone(model, torch.cat(documents, 1))
+    assert (merged - expected).abs().max() > 0.1  # the weights are such that a leak would show
+    model.set_attn_implementation(VARLEN)
+    check_model(model, packing=True)
+    torch.testing.assert_close(packed(model, documents), expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["mistral", "gemma3_text", "qwen2", "olmo3", "phi3"])
+def test_the_sliding_window_counts(model_type: str) -> None:
+    document = tokens()[2]
+    narrow, wide = (
+        packed(make(family(model_type, sliding_window=window), VARLEN), (document,))
+        for window in (5, 12)
+    )
+    assert torch.equal(narrow[:, :5], wide[:, :5])
+    assert (narrow - wide)[:, 5:].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gpt2"])
+def test_gradients_are_the_sum_of_those_alone(model_type: str) -> None:
+    documents = tokens()
+    model = make(family(model_type))
+    for document in documents:
+        alone(model, document).square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.set_attn_implementation(VARLEN)
+    packed(model, documents).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        scale = float(expected[name].abs().max())
+        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5 * scale, rtol=0)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma3_text", "gpt2", "opt"])
+def test_activation_checkpointing_changes_nothing(model_type: str) -> None:
+    model = make(family(model_type), VARLEN).train()
+    results = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.activation_checkpointing_enable()
+        calls = 0
+
+        def count(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+
+        handle = model.get_decoder().layers[0] if model_type != "gpt2" else model.transformer.h[0]
+        attention = next(m for name, m in handle.named_children() if "attn" in name)
+        with attention.register_forward_hook(count):
+            logits = packed(model, tokens())
+            logits.square().sum().backward()
+        assert calls == 1 + checkpointed
+        results.append([logits.detach(), *[p.grad for p in model.parameters()]])
+        model.zero_grad()
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def folder_of(config: Any, path: Path) -> Path:
+    config.save_pretrained(path)
+    return path
+
+
+# Silently wrong if they were let through: recurrence, convolution, attention sinks, ALiBi, chunks,
+# dynamic masks; or no way down for the lengths.
+@pytest.mark.parametrize(
+    "model_type",
+    ["bloom", "doge", "falcon", "flint", "gpt_oss", "granite_swa", "lfm2", "llama4_text", "mamba",
+     "mpt", "nemotron", "olmo_hybrid", "recurrent_gemma", "stablelm"],
+)  # fmt: skip
+def test_other_families_are_refused(model_type: str, tmp_path: Path) -> None:
+    config = transformers.AutoConfig.for_model(model_type)
+    with pytest.raises(UserError, match=r"data\.packing=false"):
+        build(folder_of(config, tmp_path), ModelConfig(), packing=True)
+
+
+def test_code_of_ones_own_is_not_taken_for_its_family() -> None:
+    class Own(transformers.LlamaForCausalLM):
+        pass
+
+    with pytest.raises(UserError, match=r"data\.packing=false"):
+        check_model(Own(family("llama")), packing=True)
+
+
+def test_capped_logits_are_refused_or_computed(tmp_path: Path) -> None:
+    folder = folder_of(family("gemma2"), tmp_path)
+    with pytest.raises(UserError, match=r"data\.packing=false model\.attention=eager"):
+        build(folder, ModelConfig(), packing=True)
+    with pytest.raises(UserError, match=r"model\.attention=eager"):
+        build(folder, ModelConfig(), packing=False)
+    build(folder, ModelConfig(attention="eager"), packing=False)
+    uncapped = folder_of(family("gemma3_text", attn_logit_softcapping=30.0), tmp_path)
+    with pytest.raises(UserError, match="caps"):
+        build(uncapped, ModelConfig(), packing=True)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "rembert", "gemma3", "bart"])
+def test_models_that_see_later_tokens_are_refused(model_type: str, tmp_path: Path) -> None:
+    folder = folder_of(transformers.AutoConfig.for_model(model_type), tmp_path)
+    with pytest.raises(UserError, match="no plain causal"):
+        build(folder, ModelConfig(attention="eager"), packing=False)
+
+
+def test_a_missing_attention_is_named(tmp_path: Path) -> None:
+    folder = folder_of(family("gptj"), tmp_path)
+    with pytest.raises(UserError, match=r"model\.attention=eager"):
+        build(folder, ModelConfig(), packing=False)
+    build(folder, ModelConfig(attention="eager"), packing=False)
+
+
+def test_bidirectional_settings_are_refused(tmp_path: Path) -> None:
+    folder = folder_of(family("gemma3_text", use_bidirectional_attention=True), tmp_path)
+    with pytest.raises(UserError, match="no plain causal"):
+        build(folder, ModelConfig(), packing=True)
+
+
+@pytest.mark.parametrize(
+    ("what", "given"),
+    [
+        ("no document_lengths", {"document_lengths": None}),
+        ("mask", {"attention_mask": torch.zeros(1, 1, 3, 3)}),
+        ("caps", {"softcap": 30.0}),
+        ("sinks", {"s_aux": torch.zeros(2)}),
+    ],
+)
+def test_attention_refuses_what_it_does_not_do(what: str, given: dict[str, Any]) -> None:
+    x = torch.zeros(1, 2, 3, 4)
+    call: dict[str, Any] = {"attention_mask": None, "document_lengths": (2, 1), **given}
+    with pytest.raises(RuntimeError, match=what):
+        varlen_attention(torch.nn.Module(), x, x, x, **call)
+
+
+def test_attention_refuses_bidirectional_modules() -> None:
+    x = torch.zeros(1, 2, 3, 4)
+    module = torch.nn.Module()
+    module.is_causal = False  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="later"):
+        varlen_attention(module, x, x, x, None, document_lengths=(2, 1))
+
+
+def test_attention_refuses_lengths_that_do_not_add_up() -> None:
+    x = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(RuntimeError):
+        varlen_attention(torch.nn.Module(), x, x, x, None, document_lengths=(2, 2))
+
+
+def test_auto_attention() -> None:
+    assert implementation("auto", packing=True) == VARLEN
+    assert implementation("auto", packing=False) == "sdpa"
+    assert implementation("varlen", packing=True) == VARLEN
+    assert implementation("eager", packing=False) == "eager"
+
+
+def rope(kind: str, **settings: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **settings}}
+
+
+LONGROPE = {
+    **rope("longrope", short_factor=[1.0] * 4, long_factor=[3.0] * 4),
+    "original_max_position_embeddings": 12,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        (family("gpt2"), 64),
+        (family("opt"), 64),
+        (family("llama"), None),
+        (family("llama", **rope("yarn", factor=4.0)), None),
+        (family("llama", **rope("dynamic", factor=2.0)), 64),
+        (family("phi3", **LONGROPE), 12),
+        (family("gemma3_text"), None),
+    ],
+)
+def test_longest_document(config: Any, limit: int | None) -> None:
+    assert longest_document(config) == limit
+    check_lengths(config, limit or 10**6)
+    if limit:
+        with pytest.raises(UserError, match=f"data.max_length={limit}"):
+            check_lengths(config, limit + 1)
+
+
+@torch.no_grad()
+def test_the_limit_of_longrope_is_where_the_layout_begins_to_matter() -> None:
+    config = family("phi3", **LONGROPE)
+    first, longer = tokens()[0], torch.cat([tokens()[2], tokens()[1]], 1)
+    model = make(config)
+    expected = alone(model, first)
+    model.set_attn_implementation(VARLEN)
+    within = packed(model, (first, tokens()[2]))[:, : first.shape[1]]
+    torch.testing.assert_close(within, expected, atol=1e-5, rtol=0)
+    past = packed(model, (first, longer))[:, : first.shape[1]]
+    assert (past - expected).abs().max() > 1e-2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["gpt2", "opt"])
+def test_learned_positions_reach_to_the_limit_and_no_further(model_type: str) -> None:
+    config = family(model_type)
+    model = make(config, VARLEN)
+    limit = longest_document(config)
+    assert limit
+    document = torch.full((1, limit), 5)
+    assert packed(model, (document, document)).isfinite().all()
+    with pytest.raises(IndexError):
+        packed(model, (torch.full((1, limit + 1), 5),))

@@ -1,0 +1,375 @@
+"""Configurations: loaded as they were meant, or refused in one clear sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neftune_dist import config as module
+from neftune_dist.config import CHOICES, RANGES, TYPES, Config, UserError, differences, load_config
+
+ROOT = Path(__file__).parents[2]
+MODEL = "model.name_or_path=m"
+
+
+@pytest.fixture
+def yaml(tmp_path: Path) -> Callable[[str | bytes], Path]:
+    """A YAML file of this content."""
+
+    def write(content: str | bytes) -> Path:
+        path = tmp_path / "run.yaml"
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    return write
+
+
+def refused(path: Path | str | None, *words: str) -> str:
+    """The sentence: one line, ended, not long."""
+    with pytest.raises(UserError) as raised:
+        load_config(path, [MODEL, *words])
+    text = str(raised.value)
+    assert "\n" not in text and text.endswith((".", "?")) and len(text) < 400, text
+    return text
+
+
+def value(config: Config, key: str) -> Any:
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+# Sources and their order.
+
+
+def test_defaults_then_file_then_words(yaml: Callable[[str], Path]) -> None:
+    path = yaml("noise: {alpha: 10, seed: 3}\ntrain: {seed: 4}\n")
+    loaded = load_config(path, [MODEL, "noise.alpha=15", "train.seed=5", "train.seed=6"])
+    assert (loaded.noise.alpha, loaded.noise.seed, loaded.train.seed) == (15.0, 3, 6)
+    assert loaded.optim == Config().optim
+
+
+@pytest.mark.parametrize("content", ["", "\n", "# all defaults\n", "{}\n"])
+def test_a_file_of_nothing_is_the_defaults(content: str, yaml: Callable[[str], Path]) -> None:
+    assert load_config(yaml(content), [MODEL]) == load_config(None, [MODEL])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_the_project_s_own_files_load(path: Path) -> None:
+    assert load_config(path, [MODEL]).model.name_or_path == "m"
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("noise.alpha=5", 5.0),
+        ("noise.alpha=.5", 0.5),
+        ("optim.learning_rate=1e-5", 1e-5),
+        ("optim.learning_rate=2.0E-5", 2e-5),
+        ("noise.seed=null", None),
+        ("noise.seed=7", 7),
+        ("noise.seed=${train.seed}", 0),
+        ("train.num_epochs=3", 3.0),
+        ("data.packing=false", False),
+        ("data.packing=True", True),
+        ("logging.progress=no", False),
+        # Text is text: YAML would read other things out of these.
+        ("run_dir=007", "007"),
+        ("run_dir=12:30:00", "12:30:00"),
+        ("run_dir=on", "on"),
+        ("run_dir=1e3", "1e3"),
+        ("run_dir=2024-01-01", "2024-01-01"),
+        ("run_dir=a: b #c", "a: b #c"),
+        ("run_dir=[x]", "[x]"),
+        ("run_dir=a=b", "a=b"),
+        ("run_dir='q' \"r\" \\n", "'q' \"r\" \\n"),
+        ("run_dir=né 漢", "né 漢"),
+        ("run_dir=${model.name_or_path}/x", "m/x"),
+        ("data.revision=1234567", "1234567"),
+        ("data.revision=12e4567", "12e4567"),
+        ("data.revision=null", None),
+    ],
+)
+def test_a_word_means_what_it_says(word: str, expected: Any) -> None:
+    key = word.partition("=")[0]
+    found = value(load_config(None, [MODEL, word]), key)
+    assert found == expected and type(found) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("variable", "expected"),
+    [
+        ("/scratch/me", "/scratch/me/neftune_dist"),
+        ("", "~/.cache/neftune_dist"),  # as good as unset, says the XDG specification
+        (None, "~/.cache/neftune_dist"),
+    ],
+)
+def test_the_cache_is_where_caches_are(
+    variable: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", variable)
+    assert load_config(None, [MODEL]).data.cache_dir == expected
+
+
+def test_the_noise_has_the_seed_of_the_run_unless_it_has_its_own() -> None:
+    assert load_config(None, [MODEL, "train.seed=4"]).noise_seed == 4
+    assert load_config(None, [MODEL, "train.seed=4", "noise.seed=0"]).noise_seed == 0
+
+
+# Back and forth.
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["optim.learning_rate=1e-5", "optim.epsilon=1e-12", "noise.alpha=0.1"],
+        ["noise.seed=9223372036854775807", "train.num_epochs=0.3"],
+        ["engine.name=deepspeed", "engine.zero_stage=2", "model.revision=0123"],
+        ["run_dir=007", "model.revision=1e5", "data.revision=on"],
+        ["run_dir=a: b #c", "data.source='x' \"y\"", "checkpoint.resume=- x"],
+        ["run_dir=né 漢😀", "data.source=%x", "data.cache_dir=~"],
+        [r"run_dir=\${not.one}", r"data.source=a\\\${b}", "data.cache_dir=$HOME/${run_dir}"],
+        [r"run_dir=C:\temp\\", "checkpoint.resume=a$b"],
+    ],
+)
+def test_what_is_written_loads_back_equal(words: list[str], yaml: Callable[[str], Path]) -> None:
+    loaded = load_config(None, [MODEL, *words])
+    again = load_config(yaml(loaded.to_yaml()))
+    assert again == loaded
+    assert differences(again.to_dict(), loaded.to_dict()) == []
+
+
+def test_an_escaped_interpolation_stays_text(yaml: Callable[[str], Path]) -> None:
+    loaded = load_config(None, [MODEL, r"run_dir=a\${b}"])
+    assert loaded.run_dir == "a${b}"
+    assert load_config(yaml(loaded.to_yaml())).run_dir == "a${b}"
+
+
+def test_differences_name_the_keys() -> None:
+    one, two = Config().to_dict(), Config().to_dict()
+    two["noise"]["alpha"] = 1.0
+    two["run_dir"] = "x"
+    del two["optim"]["beta1"]
+    assert differences(one, two) == ["noise.alpha", "optim.beta1", "run_dir"]
+
+
+# What is refused, and in which words.
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("noise.alpah=5", "unknown key noise.alpah; did you mean noise.alpha?"),
+        ("nois.alpha=5", "unknown key nois; did you mean noise?"),
+        ("alpha=5", "unknown key alpha; did you mean noise.alpha?"),
+        (
+            "train.learning_rate=1",
+            "unknown key train.learning_rate; did you mean optim.learning_ra",
+        ),
+        ("train.neftune_noise_alpha=5", "unknown key train.neftune_noise_alpha; "),
+        ("noise.xyzzy=5", "unknown key noise.xyzzy; known: alpha, distribution, length, seed, str"),
+        ("xyzzy=5", "unknown key xyzzy; known: checkpoint, data, engine, evaluate, logging, model"),
+        ("Noise.alpha=5", "unknown key Noise; did you mean noise?"),
+        ("noise.alpha.x=5", "noise.alpha={'x': 5} is not a number"),
+        ("model=5", "model is a section and takes keys below it"),
+        ("model=null", "model is a section and takes keys below it"),
+        ("noise.alpha=abc", "noise.alpha=abc is not a number"),
+        ("noise.alpha=true", "noise.alpha=True is not a number"),
+        ("noise.alpha=null", "noise.alpha=null is not a number"),
+        ("noise.alpha=", "noise.alpha=null is not a number"),
+        ("noise.alpha=[5]", "noise.alpha=[5] is not a number"),
+        ("noise.alpha=[5", "'noise.alpha=[5' cannot be read"),
+        ("noise.alpha=.nan", "noise.alpha=nan is out of range: it must be at least 0 and at most"),
+        ("noise.alpha=nan", "noise.alpha=nan is not a number"),
+        ("noise.alpha=.inf", "noise.alpha=inf is out of range"),
+        (
+            "noise.alpha=-1",
+            "noise.alpha=-1.0 is out of range: it must be at least 0 and at most 10",
+        ),
+        ("train.seed=1.5", "train.seed=1.5 is not a whole number"),
+        ("train.seed=1e3", "train.seed=1000.0 is not a whole number"),
+        ("train.seed=true", "train.seed=True is not a whole number"),
+        ("train.seed=9223372036854775808", "train.seed=9223372036854775808 is out of range"),
+        ("noise.seed=x", "noise.seed=x is not a whole number or null"),
+        ("data.packing=2", "data.packing=2 is not true or false"),
+        ("data.packing=maybe", "data.packing=maybe is not true or false"),
+        ("run_dir=null", "run_dir=null is not text"),
+        ("run_dir=", "run_dir is empty"),
+        ("run_dir=???", "run_dir=??? is not text"),
+        ("run_dir=a\nb", r"run_dir='a\nb' holds characters that are no plain text"),
+        ("run_dir=a\udcffb", "cannot be read"),
+        ("checkpoint.resume=", "checkpoint.resume is empty"),
+        ("model.dtype=fp16", "model.dtype=fp16 is not known; allowed: bf16, fp32"),
+        ("noise.stream=Rank", "noise.stream=Rank is not known; allowed: rank, sample"),
+        ("engine.zero_stage=0", "engine.zero_stage=0 is not known; allowed: 1, 2, 3"),
+        ("model.dtype=" + "x" * 5000, "... is not known; allowed: bf16, fp32"),
+        ("optim.beta1=1", "optim.beta1=1.0 is out of range: it must be at least 0 and below 1"),
+        ("optim.epsilon=0", "optim.epsilon=0.0 is out of range: it must be above 0 and at most 1"),
+        ("optim.max_grad_norm=.inf", "optim.max_grad_norm=inf is out of range: it must be at leas"),
+        ("train.max_steps=0", "train.max_steps=0 is out of range: it must be at least 1"),
+        ("train.num_epochs=0", "train.num_epochs=0.0 is out of range: it must be above 0"),
+        ("run_dir=${nosuch}", "run_dir cannot be resolved: Interpolation key 'nosuch' not found"),
+        ("noise.seed=${nosuch.key}", "noise.seed cannot be resolved"),
+        ("noise.alpha=${run_dir}", "noise.alpha cannot be resolved"),
+        ("noise.seed=${noise.seed}", "noise.seed cannot be resolved"),
+        ("run_dir=${oc.env:NO_SUCH_VARIABLE}", "run_dir cannot be resolved: "),
+        ("run_dir=${oc.env:NO_SUCH_VARIABLE}", "Environment variable 'NO_SUCH_VARIABLE' not found"),
+        ("run_dir=${", "'run_dir=${' cannot be read"),
+        ("noise", "'noise' is not of the form key=value, such as noise.alpha=5"),
+        ("=5", "'=5' is not of the form key=value"),
+        (".=5", "unknown key"),
+        ("model.=5", "unknown key"),
+    ],
+)
+def test_a_word_is_refused(word: str, said: str) -> None:
+    assert said in refused(None, word)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("noise: 5\n", "noise is a section and takes keys below it"),
+        ("noise:\n", "noise is a section and takes keys below it"),
+        ("noise: [alpha]\n", "noise is a section and takes keys below it"),
+        ("noise: ${train}\n", "noise is a section and takes keys below it"),
+        ("noise: '???'\n", "noise is a section and takes keys below it"),
+        ("noise:\n  alpah: 5\n", "unknown key noise.alpah; did you mean noise.alpha?"),
+        ("noise.alpha: 5\n", "unknown key noise.alpha; write 'noise:' and"),
+        ("1: 2\n", "unknown key 1; known: "),
+        ("true: 2\n", "unknown key True; known: "),
+        ("null: 2\n", "is not valid YAML"),
+        ("noise:\n  seed: ${nosuch}\n", "noise.seed cannot be resolved"),
+        ("noise:\n  alpha: yes\n", "noise.alpha=True is not a number"),
+        ("noise:\n  alpha: {a: 5}\n", "noise.alpha={'a': 5} is not a number"),
+        ("noise:\n  alpha: !!binary aGVsbG8=\n", "noise.alpha=b'hello' is not a number"),
+        ("run_dir: 12:30:00\n", "run_dir=45000 is not text: put it in quotes"),
+        ("run_dir: no\n", "run_dir=False is not text: put it in quotes"),
+        ("model:\n  revision: 12e4\n", "model.revision=120000.0 is not text or null: put it in qu"),
+        ("run_dir: |\n  a\n  b\n", "holds characters that are no plain text"),
+        ('run_dir: "a\\0b"\n', "holds characters that are no plain text"),
+        ("noise:\n  alpha: 5\n  alpha: 6\n", "(line 3): found duplicate key alpha"),
+        ("noise: [\n", "is not valid YAML (line 2)"),
+        ("noise:\n\talpha: 5\n", "is not valid YAML (line 2)"),
+        ("a: 1\n---\nb: 2\n", "is not valid YAML (line 2)"),
+        ("noise: !!python/object/apply:os.system [ls]\n", "is not valid YAML (line 1)"),
+        ("noise: {alpha: &a [*a]}\n", "recursive aliases are not supported"),
+        ("[" * 3000, "is not valid YAML"),
+        ("[]\n", "must hold sections"),
+        ("5\n", "cannot be read"),
+        (b"\xff\xfe\x00", "cannot be read"),
+        (b"run_dir: \xe9\n", "cannot be read"),
+    ],
+    ids=lambda content: repr(content)[:40],
+)
+def test_a_file_is_refused(
+    content: str | bytes, said: str, yaml: Callable[[str | bytes], Path]
+) -> None:
+    text = refused(yaml(content))
+    assert said in text
+    assert "run.yaml" in text or "resolved" in text or "plain text" in text
+
+
+@pytest.mark.parametrize("path", ["/nowhere/run.yaml", "/", "a" * 200 + "\0"])
+def test_a_file_that_cannot_be_opened(path: str) -> None:
+    assert "cannot be read" in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["train.max_steps=5", "train.num_epochs=1"],
+            "train.max_steps and train.num_epochs are bo",
+        ),
+        (["engine.zero_stage=3"], "engine.zero_stage has no effect with engine.name=fsdp2"),
+        (["engine.name=deepspeed", "engine.num_replicas=2"], "engine.num_replicas has no effect"),
+        (
+            ["data.max_length=9000"],
+            "data.max_length=9000 does not fit into train.micro_batch_token",
+        ),
+        (
+            ["train.micro_batch_tokens=511"],
+            "data.max_length=512 does not fit into train.micro_batc",
+        ),
+        (["model.attention=sdpa"], "model.attention=sdpa goes with data.packing=false"),
+        (["model.attention=eager"], "model.attention=eager goes with data.packing=false"),
+        (["model.attention=varlen", "data.packing=false"], "varlen goes with data.packing=true"),
+        (["data.format=messages"], "data.format=messages does not fit data.source=builtin"),
+        (["evaluate.every_steps=5"], "evaluate.every_steps has no effect without held-out docum"),
+        (["evaluate.max_documents=5"], "evaluate.max_documents has no effect without held-out do"),
+        (["optim.schedule=constant", "optim.final_fraction=0.1"], "optim.final_fraction has no ef"),
+        (["noise.alpha=0", "noise.seed=1"], "noise.seed has no effect with noise.alpha=0"),
+    ],
+)
+def test_contradictions_and_settings_without_effect(words: list[str], said: str) -> None:
+    assert said in refused(None, *words)
+
+
+def test_a_model_is_needed() -> None:
+    with pytest.raises(UserError, match=r"model\.name_or_path is not set: give a Hugging Face"):
+        load_config(None)
+
+
+# The tables against the tree.
+
+
+def test_the_tables_name_settings_that_exist() -> None:
+    assert {*CHOICES, *RANGES} <= {*TYPES}
+
+
+def test_every_number_has_its_bounds_and_every_default_is_within() -> None:
+    numbers = {key for key, types in TYPES.items() if int in types or float in types}
+    assert numbers == {*RANGES} | {key for key in CHOICES if key in numbers}
+    config = Config()
+    config.model.name_or_path = "m"
+    module.check(config)
+
+
+@pytest.mark.parametrize("key", sorted(RANGES))
+def test_the_bounds_hold(key: str) -> None:
+    """Just within is taken, just without is refused, and both ends are told."""
+    least, greatest, ends = RANGES[key]
+    steps = 1 if int in TYPES[key] else 1e-3
+    for bound, inside, included in (
+        (least, steps, ends[0] == "["),
+        (greatest, -steps, ends[1] == "]"),
+    ):
+        if bound in (float("inf"), float("-inf")):
+            continue
+        for number, allowed in ((bound, included), (bound + inside, True), (bound - inside, False)):
+            config = Config()
+            section, name = key.split(".")
+            setattr(getattr(config, section), name, number)
+            try:
+                module.check(config)
+            except UserError as error:
+                out_of_range = f"{key}={number} is out of range" in str(error)
+                assert out_of_range != allowed, str(error)
+
+
+def test_sections_are_flat() -> None:
+    """Two levels, so that every key is section.name."""
+    assert all(key.count(".") == 1 for key in TYPES if key != "run_dir")
+    assert {key.split(".")[0] for key in TYPES} == {f.name for f in dataclasses.fields(Config)}
+
+
+def test_no_torch_is_imported() -> None:
+    """A login node validates a run, and a mistake is told at once."""
+    program = (
+        "import sys; from neftune_dist.config import load_config, UserError\n"
+        "try: load_config(None, ['noise.alpah=5'])\n"
+        "except UserError: pass\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy'} & {*sys.modules}\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

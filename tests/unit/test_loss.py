@@ -1,0 +1,131 @@
+"""The loss is the sum over supervised tokens, whatever the layout."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+
+from neftune_dist.data.corpus import Documents
+from neftune_dist.data.loader import MicroBatch, collate
+from neftune_dist.engine.base import batch_loss_sum
+from neftune_dist.model.attention import VARLEN
+from tests.families import family
+
+# Positional, tied, scaled or capped: each touches the hidden states or logits in its own way.
+FAMILIES = ["llama", "mistral", "gpt2", "opt", "cohere", "granite", "gemma3_text"]
+
+
+def make(model_type: str, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    config = family(model_type, **settings)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+
+
+def documents() -> list[tuple[np.ndarray, np.ndarray]]:
+    """Ids and masks; learned: an answer, nothing, all but the first, two turns, the last alone."""
+    random = np.random.default_rng(0)
+    masks = [[0, 0, 0, 1, 1, 1, 1], [0, 0, 0], [0, 1], [0, 1, 1, 0, 0, 1, 1, 0, 1, 1], [0, 0, 1]]
+    return [(random.integers(3, 97, len(m)).astype(np.int32), np.array(m, np.uint8)) for m in masks]
+
+
+def batch(packing: bool, indices: list[int] | None = None) -> MicroBatch:
+    chosen = np.array(range(5) if indices is None else indices, np.int64)
+    return collate(cast(Documents, documents()), chosen, np.zeros_like(chosen), packing)
+
+
+def naive(model: Any) -> Tensor:
+    """Document by document, token by token."""
+    total = torch.zeros((), dtype=torch.float64)
+    for ids, supervised in documents():
+        logits = model(torch.from_numpy(ids).long()[None]).logits[0].double()
+        for position in range(1, len(ids)):
+            if supervised[position]:
+                total = total - F.log_softmax(logits[position - 1], 0)[int(ids[position])]
+    return total
+
+
+def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_packed_is_padded_is_naive(model_type: str) -> None:
+    model = make(model_type)
+    expected = naive(model)
+    expected_gradients = gradients(model, expected)
+    atol = 1e-5 * max(float(g.abs().max()) for g in expected_gradients.values())
+    for packing in (True, False):
+        model.set_attn_implementation(VARLEN if packing else "sdpa")
+        loss = batch_loss_sum(model, batch(packing))
+        assert loss.dtype == torch.float32
+        assert loss.shape == ()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+        for name, gradient in gradients(model, loss).items():
+            torch.testing.assert_close(gradient, expected_gradients[name], atol=atol, rtol=0)
+
+
+def test_capped_logits_are_capped() -> None:
+    model = make("gemma2", final_logit_softcapping=2.0)
+    model.set_attn_implementation("eager")
+    loss = batch_loss_sum(model, batch(packing=False))
+    assert loss.item() == pytest.approx(naive(model).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize("indices", [[], [1]])
+def test_nothing_to_learn_is_exactly_zero(
+    model_type: str, packing: bool, indices: list[int]
+) -> None:
+    model = make(model_type)
+    model.set_attn_implementation(VARLEN if packing else "sdpa")
+    loss = batch_loss_sum(model, batch(packing, indices))
+    assert loss.item() == 0.0
+    # Zeros, not None: every parameter takes part in the collectives of the backward.
+    assert all(not gradient.any() for gradient in gradients(model, loss).values())
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_logits_are_computed_for_supervised_positions_only(packing: bool) -> None:
+    model = make("llama")
+    model.set_attn_implementation(VARLEN if packing else "sdpa")
+    rows = []
+    model.lm_head.register_forward_hook(lambda _m, _a, out: rows.append(out.numel() // 97))
+    model.zero_grad()
+    work = batch(packing)
+    batch_loss_sum(model, work).backward()
+    assert rows == [len(work.targets)] == [12]
+    # And the model is left as it was: its next forward gives every logit.
+    model.set_attn_implementation("sdpa")
+    assert model(work.input_ids).logits.shape == (*work.input_ids.shape, 97)
+
+
+def test_the_sum_is_float32_under_bfloat16() -> None:
+    model = make("llama").to(torch.bfloat16)
+    model.set_attn_implementation(VARLEN)
+    work = batch(packing=True)
+    loss = batch_loss_sum(model, work)
+    assert loss.dtype == torch.float32
+    logits = model(
+        input_ids=work.input_ids,
+        position_ids=work.position_ids,
+        document_lengths=work.document_lengths,
+    ).logits[0, work.positions]
+    assert logits.dtype == torch.bfloat16
+    expected = F.cross_entropy(logits.double(), work.targets, reduction="sum")
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_targets_are_the_tokens_that_follow() -> None:
+    for packing in (True, False):
+        work = batch(packing)
+        flat = work.input_ids.flatten()
+        assert torch.equal(flat[work.positions + 1], work.targets)

@@ -1,0 +1,157 @@
+"""The learning rate is a pure function of the step; AdamW is torch's, on the right groups."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from neftune_dist.config import OptimConfig
+from neftune_dist.optim import (
+    STATE_NAMES,
+    MakeOptimizer,
+    initialize_state,
+    learning_rate,
+    set_learning_rate,
+    set_updates,
+)
+
+SCHEDULES = ["cosine", "linear", "constant"]
+
+
+def config(**settings: object) -> OptimConfig:
+    return OptimConfig(**{"learning_rate": 2.0, **settings})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_warm_up_is_linear_and_ends_at_the_rate(schedule: str) -> None:
+    rates = [learning_rate(config(schedule=schedule, warmup_steps=4), s, 20) for s in range(5)]
+    assert rates == [0.5, 1.0, 1.5, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("warmup", [0, 1, 7])
+@pytest.mark.parametrize("final", [0.0, 0.1])
+def test_the_rate_never_rises_after_the_warm_up(schedule: str, warmup: int, final: float) -> None:
+    settings = config(schedule=schedule, warmup_steps=warmup, final_fraction=final)
+    rates = [learning_rate(settings, step, 30) for step in range(30)]
+    decay = rates[warmup:]
+    assert decay == sorted(decay, reverse=True)
+    assert max(rates) == 2.0
+    assert min(rates) > 0  # no step is taken for nothing
+
+
+def test_end_points() -> None:
+    for schedule in ("cosine", "linear"):
+        settings = config(schedule=schedule, warmup_steps=5, final_fraction=0.1)
+        assert learning_rate(settings, 5, 25) == 2.0
+        assert learning_rate(settings, 15, 25) == pytest.approx(2.0 * 0.55)  # half-way
+        # The step after the last would be at the final fraction.
+        assert learning_rate(settings, 25, 25) == pytest.approx(0.2)
+    assert learning_rate(config(schedule="constant", warmup_steps=5), 24, 25) == 2.0
+
+
+def test_cosine_and_linear_are_those_of_transformers() -> None:
+    from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+
+    for schedule, make in (
+        ("cosine", get_cosine_schedule_with_warmup),
+        ("linear", get_linear_schedule_with_warmup),
+    ):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+        scheduler = make(optimizer, num_warmup_steps=0, num_training_steps=17)
+        for step in range(17):
+            ours = learning_rate(config(schedule=schedule), step, 17)
+            assert ours == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)
+            optimizer.step()
+            scheduler.step()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_odd_lengths(schedule: str) -> None:
+    assert learning_rate(config(schedule=schedule), 0, 1) == 2.0
+    # A warm-up as long as the run, and longer.
+    for warmup in (3, 9):
+        rates = [
+            learning_rate(config(schedule=schedule, warmup_steps=warmup), step, 3)
+            for step in range(3)
+        ]
+        assert rates == pytest.approx([2.0 * (step + 1) / warmup for step in range(3)])
+        assert all(math.isfinite(rate) for rate in rates)
+
+
+SHAPES = {"embed.weight": (7, 4), "norm.weight": (4,), "head.weight": (7, 4), "head.bias": (7,)}
+
+
+def test_decay_falls_on_matrices_by_their_whole_shape() -> None:
+    # As shards, every one of them is flat or empty.
+    shards = [
+        ("embed.weight", torch.nn.Parameter(torch.ones(14))),
+        ("norm.weight", torch.nn.Parameter(torch.ones(2))),
+        ("head.weight", torch.nn.Parameter(torch.ones(0))),
+        ("head.bias", torch.nn.Parameter(torch.ones(4))),
+    ]
+    optimizer = MakeOptimizer(config(weight_decay=0.5))(shards, SHAPES)
+    decay = {
+        id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+    }
+    assert {name: decay[id(p)] for name, p in shards} == {
+        "embed.weight": 0.5,
+        "head.weight": 0.5,
+        "norm.weight": 0.0,
+        "head.bias": 0.0,
+    }
+
+
+def test_no_group_is_empty() -> None:
+    shard = ("norm.weight", torch.nn.Parameter(torch.ones(4)))
+    assert len(MakeOptimizer(config())([shard], SHAPES).param_groups) == 1
+
+
+def test_adam_by_hand_and_after_a_resume() -> None:
+    settings = config(beta1=0.8, beta2=0.9, epsilon=1e-3, weight_decay=0.5)
+    gradients = [torch.tensor([[1.0, -2.0]]), torch.tensor([[0.5, 3.0]])]
+    rates = [0.1, 0.05]
+
+    def run(value: torch.Tensor, steps: range, state: dict[str, torch.Tensor] | None) -> tuple:
+        parameter = torch.nn.Parameter(value.clone())
+        optimizer = MakeOptimizer(settings)([("a", parameter)], {"a": (1, 2)})
+        initialize_state(optimizer, [parameter])
+        if state:
+            for name in STATE_NAMES:
+                optimizer.state[parameter][name].copy_(state[name])
+            set_updates(optimizer, steps.start)
+        for step in steps:
+            parameter.grad = gradients[step].clone()
+            set_learning_rate(optimizer, rates[step])
+            optimizer.step()
+        return parameter.detach(), optimizer.state[parameter]
+
+    start = torch.tensor([[1.0, -1.0]])
+    expected, mean, square = start.double(), torch.zeros(1, 2), torch.zeros(1, 2)
+    for step, gradient in enumerate(gradients):
+        mean = 0.8 * mean + 0.2 * gradient
+        square = 0.9 * square + 0.1 * gradient**2
+        corrected = mean / (1 - 0.8 ** (step + 1))
+        scale = (square / (1 - 0.9 ** (step + 1))).sqrt() + 1e-3
+        expected = expected * (1 - rates[step] * 0.5) - rates[step] * corrected / scale
+    through, _ = run(start, range(2), None)
+    torch.testing.assert_close(through.double(), expected, atol=1e-6, rtol=0)
+
+    half, state = run(start, range(1), None)
+    resumed, _ = run(half, range(1, 2), state)
+    assert torch.equal(resumed, through)
+
+
+def test_state_made_at_once_is_what_torch_makes_at_its_first_step() -> None:
+    shards = [("a", torch.nn.Parameter(torch.ones(3)))]
+    ready, lazy = (MakeOptimizer(config())(shards, {"a": (3,)}) for _ in range(2))
+    initialize_state(ready, [p for _, p in shards])
+    shards[0][1].grad = torch.ones(3)
+    lazy.step()
+    mine, theirs = (o.state[shards[0][1]] for o in (ready, lazy))
+    assert mine.keys() == theirs.keys()
+    for key in theirs:
+        assert (mine[key].dtype, mine[key].shape) == (theirs[key].dtype, theirs[key].shape)
+        assert not mine[key].any()
