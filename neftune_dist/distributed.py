@@ -25,6 +25,8 @@ T = TypeVar("T")
 _POLL_SECONDS = 0.05
 # How long a rank that was asked to stop goes on waiting for the others, which may be gone.
 _STOP_PATIENCE_SECONDS = 5.0
+# How long rank 0 waits at the end for the others, who may still be asking the store.
+_LEAVE_SECONDS = 10.0
 
 
 class Stopped(Exception):
@@ -127,10 +129,7 @@ class World:
         self._store.add(arrived, 1)
         while True:
             if self._store.check([failed]):
-                # Ranks that have not arrived learn it when they do; the store outlives them all
-                # only if its host (rank 0) is not gone first.
                 message = self._store.get(failed).decode()
-                self._wait_for_all(arrived, limit_seconds=10.0)
                 raise UserError(message, shared=True) from error
             if self._store.add(arrived, 0) >= self.size:
                 if not self._store.check([failed]):
@@ -174,11 +173,15 @@ class World:
         return [each.tolist() for each in torch.stack(out).cpu()]
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group; rank 0, whose process may host the store, leaves last."""
+        if self.size > 1:
+            self._store.add("left", 1)
+            deadline = time.monotonic() + _LEAVE_SECONDS
+            while (
+                self.is_first
+                and self._store.add("left", 0) < self.size
+                and time.monotonic() < deadline
+            ):
+                time.sleep(_POLL_SECONDS)
         if dist.is_initialized():
             dist.destroy_process_group()
-
-    def _wait_for_all(self, arrived: str, limit_seconds: float) -> None:
-        deadline = time.monotonic() + limit_seconds
-        while time.monotonic() < deadline and self._store.add(arrived, 0) < self.size:
-            time.sleep(_POLL_SECONDS)

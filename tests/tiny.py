@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import multiprocessing.context
+import multiprocessing.forkserver
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+import unittest.mock
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +132,8 @@ def environment(**extra: str) -> dict[str, str]:
 def run(
     verb: str, *words: object, ranks: int = 1, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a verb to its end, with further environment variables; a hang is a failure."""
+    """Run a verb to its end through its real launcher, with further environment variables; a hang
+    is a failure."""
     return subprocess.run(
         command(verb, *words, ranks=ranks),
         env=environment(**variables),
@@ -134,9 +143,74 @@ def run(
     )
 
 
+def run_forked(verb: str, *words: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """As `run`, in processes forked from one that has imported everything: seconds less.
+
+    Like a launcher, it ends all ranks when the first one fails; unlike torchrun, it gives that
+    rank's own exit code.
+    """
+    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        files = [Path(folder) / name for name in ("out", "err")]
+        processes = []
+        for rank in range(ranks):
+            own = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": ranks,
+                "LOCAL_WORLD_SIZE": ranks,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            variables = {key: str(value) for key, value in own.items()} if ranks > 1 else {}
+            process = _forkserver().Process(
+                target=_rank, args=(variables, [verb, *map(str, words)], *files)
+            )
+            process.start()
+            processes.append(process)
+        code, deadline = 0, time.monotonic() + DEADLINE_SECONDS
+        while any(process.is_alive() for process in processes):
+            failed = [process.exitcode for process in processes if process.exitcode]
+            if failed or time.monotonic() > deadline:
+                code = code or (failed[0] if failed else -1)
+                for process in processes:
+                    process.join(0.2)
+                    process.terminate()
+                    process.join(30)
+                    process.kill()
+            time.sleep(0.01)
+        code = code or next((p.exitcode for p in processes if p.exitcode), 0)
+        assert code != -1, "the ranks hang"
+        out, err = (file.read_text() for file in files)
+        return subprocess.CompletedProcess([verb, *map(str, words)], code, out, err)
+
+
+@cache
+def _forkserver() -> multiprocessing.context.ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        [f"neftune_dist.{name}" for name in ("train", "engine.fsdp2", "engine.deepspeed", "cli")]
+    )
+    with unittest.mock.patch.dict(os.environ, environment()):
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def _rank(variables: dict[str, str], words: list[str], out: Path, err: Path) -> None:
+    for stream, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
+    os.environ.update(variables)
+    from neftune_dist.cli import main
+
+    main(words)
+
+
 def train(config: Path, run_dir: Path, *words: str, ranks: int = 1) -> list[dict[str, Any]]:
     """Train to the end; the steps' records."""
-    done = run("train", config, f"run_dir={run_dir}", *words, ranks=ranks)
+    done = run_forked("train", config, f"run_dir={run_dir}", *words, ranks=ranks)
     assert done.returncode == 0, done.stdout + done.stderr
     return steps(run_dir)
 

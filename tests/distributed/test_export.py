@@ -70,7 +70,7 @@ def test_mistakes_are_told(run_dir: Path, tmp_path: Path) -> None:
         (["evaluate", tmp_path], "no run directory"),
         (["evaluate", run_dir, "--model", tmp_path], "no model directory"),
     ):
-        done = tiny.run(*words)
+        done = tiny.run_forked(*words)
         assert done.returncode == 2
         assert needle in done.stderr
         assert "Traceback" not in done.stderr

@@ -205,7 +205,7 @@ def test_a_finished_run_says_so_and_changes_nothing(
 ) -> None:
     run_dir = untouched("fsdp2")
     before = (run_dir / "metrics.jsonl").read_bytes()
-    done = tiny.run("train", config, f"run_dir={run_dir}", *ENGINES["fsdp2"], ranks=2)
+    done = tiny.run_forked("train", config, f"run_dir={run_dir}", *ENGINES["fsdp2"], ranks=2)
     assert done.returncode == 0
     assert "nothing is left to train" in done.stdout
     assert (run_dir / "metrics.jsonl").read_bytes() == before
@@ -243,7 +243,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(config: Path, tmp_path: Path
     whole = tiny.train(config, run_dir)
     newest = store.find_all(run_dir)[0]
     damage(newest.folder)
-    done = tiny.run("train", config, f"run_dir={run_dir}")
+    done = tiny.run_forked("train", config, f"run_dir={run_dir}")
     assert done.returncode == 0
     assert f"{newest.folder} is incomplete or damaged" in done.stdout
     assert tiny.untimed(tiny.steps(run_dir)) == tiny.untimed(whole)
@@ -255,7 +255,7 @@ def test_only_damaged_checkpoints_stop_the_run(config: Path, tmp_path: Path) -> 
     tiny.train(config, run_dir, "checkpoint.every_steps=0")
     damage(store.find_all(run_dir)[0].folder)
     before = sorted(p.name for p in (run_dir / "checkpoints").rglob("*"))
-    done = tiny.run("train", config, f"run_dir={run_dir}")
+    done = tiny.run_forked("train", config, f"run_dir={run_dir}")
     assert done.returncode == 2
     assert "damaged checkpoints only" in done.stderr
     assert sorted(p.name for p in (run_dir / "checkpoints").rglob("*")) == before
@@ -300,7 +300,7 @@ def test_another_run_is_refused(
 ) -> None:
     run_dir = untouched("fsdp2")
     before = (run_dir / "metrics.jsonl").read_bytes()
-    done = tiny.run("train", config, f"run_dir={run_dir}", "train.max_steps=20", *words)
+    done = tiny.run_forked("train", config, f"run_dir={run_dir}", "train.max_steps=20", *words)
     assert done.returncode == 2
     assert needle in done.stderr
     assert "Traceback" not in done.stderr
@@ -314,7 +314,7 @@ def test_another_model_is_refused(
     hf_config = json.loads((folder / "config.json").read_text())
     hf_config["rope_parameters"] = {"rope_type": "default", "rope_theta": 5000.0}
     (folder / "config.json").write_text(json.dumps(hf_config))
-    done = tiny.run(
+    done = tiny.run_forked(
         "train",
         config,
         f"run_dir={untouched('fsdp2')}",
