@@ -40,4 +40,4 @@ if [ ! -e "$after" ] || [ "$run_dir/checkpoints/latest" -nt "$after" ]; then
   neftune-dist export "$run_dir"
   neftune-dist evaluate "$run_dir" "${answers[@]}" --output "$after"
 fi
-python "$root/launcher/summary.py" "$run_dir" "$root/launcher/quickstart.sh${*:+ $*}"
+python "$root/launcher/summary.py" "$run_dir" "$0${*:+ $*}"

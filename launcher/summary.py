@@ -12,6 +12,8 @@ def main(run_dir: Path, command: str) -> None:
     """Print the comparison of evaluation_before.json and evaluation_after.json."""
     before = json.loads((run_dir / "evaluation_before.json").read_text())
     after = json.loads((run_dir / "evaluation_after.json").read_text())
+    if run_dir.is_relative_to(Path.cwd()):
+        run_dir = run_dir.relative_to(Path.cwd())
     steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     last = steps[-1]
     print()
