@@ -82,7 +82,7 @@ class NEFTuneHandle:
         self._step, self._micro_step = 0, 0
         self._layout: TokenLayout | None = None  # of the forward under way
         self._described: TokenLayout | None = None  # for the next forward
-        self._norms: list[tuple[Tensor, Tensor]] = []
+        self._norm_sum = self._num_documents = torch.zeros((), dtype=torch.float64)
         embedding = _input_embedding(model)
         if getattr(embedding, _MARK, None) is not None:
             raise ValueError("NEFTune is attached to this model already: remove() it first.")
@@ -116,10 +116,9 @@ class NEFTuneHandle:
     def take_noise_norms(self) -> tuple[Tensor, Tensor]:
         """Sum over documents of the L2 norm of the noise they got, and their number, since the
         last call: float64 scalars on the model's device (on CPU where nothing fired)."""
-        norms, self._norms = self._norms, []
-        if not norms:
-            return torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-        return torch.stack([n for n, _ in norms]).sum(), torch.stack([c for _, c in norms]).sum()
+        taken = self._norm_sum, self._num_documents
+        self._norm_sum = self._num_documents = torch.zeros((), dtype=torch.float64)
+        return taken
 
     def remove(self) -> None:
         """Take the noise off; the model is as it was before."""
@@ -194,7 +193,9 @@ class NEFTuneHandle:
         squares = add_noise_(x, layout, stream, n.alpha, self._embed_scale)
         norms = squares.to(torch.float64).sqrt()
         documents = (layout.length > 0) & (layout.position == 0)
-        self._norms.append((norms.sum(), documents.sum().to(torch.float64)))
+        # A sum on the device: the host does not wait for it. (A CPU scalar adds to any device's.)
+        self._norm_sum = norms.sum() + self._norm_sum
+        self._num_documents = documents.sum().to(torch.float64) + self._num_documents
         self.num_fired += 1
 
 
