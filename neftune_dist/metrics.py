@@ -12,6 +12,7 @@ import os
 import resource
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ class Recorder:
             else None
         )
         self._num_steps = num_steps
+        self._run_dir = run_dir
+        self._num_lost = 0
         self._seconds = 0.0
         self._recorded = 0
 
@@ -91,19 +94,28 @@ class Recorder:
             print(line, flush=True)
 
     def close(self) -> None:
-        """Flush everything."""
+        """Flush everything. Raises `UserError` where records could not be written."""
         if not self.active:
             return
         for file in self._files.values():
-            file.close()
+            with suppress(OSError):  # counted when it was written
+                file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._bar is not None:
             self._bar.close()
+        if self._num_lost:
+            raise UserError(f"{self._num_lost} records could not be written to {self._run_dir}.")
 
     def _write(self, name: str, record: Mapping[str, Any], prefix: str) -> None:
-        self._files[name].write(json.dumps(record) + "\n")
-        self._files[name].flush()
+        try:
+            self._files[name].write(json.dumps(record) + "\n")
+            self._files[name].flush()
+        except OSError as error:
+            # A full disk must not end the training on one rank: the next save tells all of them.
+            if not self._num_lost:
+                print(f"warning: {self._run_dir / name}: {error.strerror}", file=sys.stderr)
+            self._num_lost += 1
         if self._tensorboard is not None:
             for key, value in record.items():
                 if key != "step" and value is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -134,9 +135,13 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
     )
     try:
         finished = trainer.run()
-    finally:
+    except BaseException:
+        with suppress(UserError):  # the first failure is the one to tell
+            recorder.close()
+        raise
+    with world.agree():
         recorder.close()
-        lock.release()
+    lock.release()
     if finished:
         world.log(f"done: {num_steps} steps; checkpoint in {run_dir / 'checkpoints'}")
         return EXIT_DONE
