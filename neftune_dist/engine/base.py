@@ -8,7 +8,7 @@ know of an engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -41,10 +41,6 @@ class FlatShard:
     def key(self) -> str:
         """The tensor's key in a checkpoint."""
         return f"{self.kind}/{self.name}"
-
-
-# read(kind, name, start, stop) -> 1-D tensor
-ReadRange = Callable[[str, str, int, int], Tensor]
 
 
 class Engine(Protocol):
@@ -100,8 +96,3 @@ def batch_loss_sum(model: Any, batch: MicroBatch) -> Tensor:
         positions=batch.positions,
         targets=batch.targets,
     )
-
-
-def dtype_lines(named: Mapping[str, set[str]]) -> list[str]:
-    """`engine: NAME dtype ...` for each, so that no precision is a surprise."""
-    return [f"engine: {name} in {', '.join(sorted(kinds))}" for name, kinds in named.items()]
