@@ -155,7 +155,7 @@ def test_untied_head(tmp_path: Path) -> None:
 
 
 def test_bf16_agrees_between_engines(config: Path, tmp_path: Path) -> None:
-    """Both round in the same places: closer to each other than bf16 is to float32 by far."""
+    """Both round in the same places: 1.2e-5 apart here, where bf16 itself resolves 4e-3."""
     runs = [
         tiny.train(config, tmp_path / str(i), "model.dtype=bf16", *words, ranks=2)
         for i, words in enumerate(
@@ -168,7 +168,7 @@ def test_bf16_agrees_between_engines(config: Path, tmp_path: Path) -> None:
     ]
     for other in runs[1:]:
         for one, two in zip(runs[0], other, strict=True):
-            assert one["loss"] == pytest.approx(two["loss"], rel=1e-3)
+            assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
 
 
 def test_the_rank_stream_differs_between_ranks_but_not_between_runs(
