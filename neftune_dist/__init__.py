@@ -3,7 +3,7 @@
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["NEFTune", "__version__"]
+__all__ = ["NEFTune", "NEFTuneCallback", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -13,4 +13,8 @@ def __getattr__(name: str) -> Any:
         from neftune_dist.noise.hook import NEFTune
 
         return NEFTune
+    if name == "NEFTuneCallback":
+        from neftune_dist.noise.callback import NEFTuneCallback
+
+        return NEFTuneCallback
     raise AttributeError(f"module 'neftune_dist' has no attribute '{name}'")

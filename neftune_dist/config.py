@@ -81,9 +81,12 @@ class NoiseConfig:
     """NEFTune: `alpha / sqrt(L d) * u`, u ~ U(-1, 1) (arXiv 2310.05914, section 2)."""
 
     alpha: float = 5.0  # 0 turns the noise off
-    distribution: str = "uniform"
-    length: str = "document"  # L: the document's own real tokens
+    distribution: str = "uniform"  # uniform | gaussian (same variance) | symmetric (SymNoise)
+    length: str = "document"  # L: the document's real tokens | padded: its row, as others have it
     stream: str = "rank"  # rank: each rank draws its own | sample: the document decides
+    schedule: str = "constant"  # constant | linear | cosine, after the warm-up
+    warmup_steps: int = 0
+    final_fraction: float = 0.0  # of alpha, where the last step's decay ends
     seed: int | None = None  # None: train.seed
 
 
@@ -197,9 +200,10 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "data.template": ("chat", "alpaca"),
     "data.supervise": ("assistant", "all"),
     "data.too_long": ("truncate", "drop"),
-    "noise.distribution": ("uniform",),
-    "noise.length": ("document",),
+    "noise.distribution": ("uniform", "gaussian", "symmetric"),
+    "noise.length": ("document", "padded"),
     "noise.stream": ("rank", "sample"),
+    "noise.schedule": ("constant", "linear", "cosine"),
     "engine.name": ("fsdp2", "deepspeed"),
     "engine.zero_stage": (None, 1, 2, 3),
     "optim.schedule": ("cosine", "linear", "constant"),
@@ -212,6 +216,8 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "data.max_bad_fraction": (0, 1, "[]"),
     "noise.alpha": (0, 1000, "[]"),
     "noise.seed": (0, 2**63 - 1, "[]"),
+    "noise.warmup_steps": (0, 2**32, "[]"),
+    "noise.final_fraction": (0, 1, "[]"),
     "engine.num_replicas": (1, 2**16, "[]"),
     "optim.learning_rate": (0, 10, "[]"),
     "optim.warmup_steps": (0, 2**32, "[]"),
@@ -317,8 +323,39 @@ def _check_contradictions(config: Config) -> None:
             )
     if config.optim.schedule == "constant" and config.optim.final_fraction:
         raise UserError("optim.final_fraction has no effect with optim.schedule=constant.")
-    if config.noise.alpha == 0 and config.noise.seed is not None:
+    _check_noise(config.noise)
+
+
+def _check_noise(noise: NoiseConfig) -> None:
+    if noise.alpha == 0 and noise.seed is not None:
         raise UserError("noise.seed has no effect with noise.alpha=0: leave it out.")
+    if noise.schedule == "constant" and noise.final_fraction:
+        raise UserError("noise.final_fraction has no effect with noise.schedule=constant.")
+    if noise.length == "padded" and noise.stream == "sample":
+        raise UserError(
+            "noise.length=padded noises the padding too, which belongs to no document: it goes "
+            "with noise.stream=rank."
+        )
+
+
+def scheduled(
+    peak: float,
+    schedule: str,
+    warmup_steps: int,
+    final_fraction: float,
+    step: int,
+    num_steps: int,
+) -> float:
+    """What a scheduled value (learning rate, alpha) is worth at step 0 <= step < num_steps: linear
+    warm-up to `peak`, then the schedule's decay, which reaches `final_fraction` of it at the
+    end."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return peak
+    done = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    left = 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
+    return peak * (final_fraction + (1 - final_fraction) * left)
 
 
 def differences(one: dict[str, Any], two: dict[str, Any], prefix: str = "") -> list[str]:

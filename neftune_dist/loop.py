@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from neftune_dist.config import Config
+from neftune_dist.config import Config, NoiseConfig, scheduled
 from neftune_dist.data.loader import Loader, MicroBatch, StepBatch
 from neftune_dist.distributed import World
 from neftune_dist.engine.base import Engine
@@ -72,29 +72,30 @@ class Trainer:
     def train_step(self, batch: StepBatch, num_steps: int) -> bool:
         """One update. True where any rank was asked to stop."""
         began = time.perf_counter()
-        self.noise.step = batch.step
+        noise = self.config.noise
+        alpha = noise_alpha(noise, batch.step, num_steps)
+        self.noise.step, self.noise.alpha = batch.step, alpha
         # A model's own dropout draws from torch's generator: from here on what it draws is a
         # function of the step, so that a resumed run drops what the uninterrupted one does.
         key = f"{self.config.train.seed}/{batch.step}/{self.world.rank}"
         torch.manual_seed(random.Random(key).getrandbits(63))
-        fired = self.noise.num_fired
+        passes = num_passes(noise)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for i, micro_batch in enumerate(batch.micro_batches):
-            micro_batch = micro_batch.to(self.world.device)
-            self.noise.describe(token_layout(micro_batch))
-            loss = self.engine.forward(micro_batch)
-            self.engine.backward(
-                loss / batch.num_supervised_tokens, i == len(batch.micro_batches) - 1
-            )
+        forwards = [each for each in batch.micro_batches for _ in range(passes)]
+        for i, micro_batch in enumerate(forwards):
+            layout = token_layout(micro_batch).to(self.world.device)
+            self.noise.describe(layout)
+            loss = self.engine.forward(micro_batch.to(self.world.device)) / passes
+            self.engine.backward(loss / batch.num_supervised_tokens, i == len(forwards) - 1)
             loss_sum += loss.detach()
-        if self.config.noise.alpha and self.noise.num_fired - fired != len(batch.micro_batches):
-            raise RuntimeError(
-                f"Step {batch.step + 1}: the noise was added in {self.noise.num_fired - fired} of "
-                f"{len(batch.micro_batches)} forward passes; the model bypasses its input "
-                "embedding."
-            )
         rate = learning_rate(self.config.optim, batch.step, num_steps)
         grad_norm = self.engine.step(rate)
+        if noise.alpha and self.noise.num_fired != len(forwards):
+            raise RuntimeError(
+                f"Step {batch.step + 1}: the noise was added in {self.noise.num_fired} of "
+                f"{len(forwards)} forward passes; the model bypasses its input embedding. Nothing "
+                "was saved of this step."
+            )
         norm_sum, num_noised = self.noise.take_noise_norms()
         parts = self.world.gather(
             [
@@ -125,6 +126,7 @@ class Trainer:
                 "num_tokens": batch.num_tokens,
                 "num_supervised_tokens": batch.num_supervised_tokens,
                 "padding_fraction": 1 - batch.num_tokens / batch.num_computed_tokens,
+                "noise_alpha": alpha,
                 "noise_norm": total_norm / noised if noised else 0.0,
                 **self.speed(batch, time.perf_counter() - began),
                 "memory_gib": max(p[4] for p in parts),
@@ -137,6 +139,7 @@ class Trainer:
         """Step time (seconds), real tokens per second over all ranks, and MFU where the device's
         peak is known."""
         flops = self.size.training_flops(batch.num_tokens, batch.sum_squared_lengths)
+        flops *= num_passes(self.config.noise)
         on_gpu = self.world.device.type == "cuda"
         name = torch.cuda.get_device_name(self.world.device) if on_gpu else None
         peak = peak_flops(name, self.config.model.dtype)
@@ -153,13 +156,22 @@ class Trainer:
             self.recorder.evaluation({"step": self.progress.step, **result})
 
 
+def noise_alpha(noise: NoiseConfig, step: int, num_steps: int) -> float:
+    """The strength of the noise at step 0 <= step < num_steps."""
+    return scheduled(
+        noise.alpha, noise.schedule, noise.warmup_steps, noise.final_fraction, step, num_steps
+    )
+
+
+def num_passes(noise: NoiseConfig) -> int:
+    """Forward passes of each micro-batch: SymNoise has it twice, under opposite noise."""
+    return 2 if noise.alpha and noise.distribution == "symmetric" else 1
+
+
 def token_layout(batch: MicroBatch) -> TokenLayout:
     """What the noise must know of a micro-batch's tokens."""
     if len(batch.lengths) == 0:  # an empty micro-batch: its one token is padding
-        nothing = torch.zeros(
-            batch.input_ids.numel(), dtype=torch.int64, device=batch.input_ids.device
-        )
-        return TokenLayout(nothing, nothing, nothing, nothing, nothing)
+        return TokenLayout.padding(batch.input_ids.numel())
     if batch.attention_mask is None:
         return TokenLayout.from_lengths(
             batch.lengths, documents=batch.documents, epochs=batch.epochs

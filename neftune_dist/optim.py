@@ -7,28 +7,27 @@ holds; its state is made at once, so that a fresh run and a resumed one look the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from neftune_dist.config import OptimConfig
+from neftune_dist.config import OptimConfig, scheduled
 
 STATE_NAMES = ("exp_avg", "exp_avg_sq")
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
-    """The rate of step 0 <= step < num_steps: linear warm-up, then the schedule's decay, which
-    reaches `final_fraction` at the end."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.learning_rate
-    done = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
-    left = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
-    return config.learning_rate * (config.final_fraction + (1 - config.final_fraction) * left)
+    """The rate of step 0 <= step < num_steps."""
+    return scheduled(
+        config.learning_rate,
+        config.schedule,
+        config.warmup_steps,
+        config.final_fraction,
+        step,
+        num_steps,
+    )
 
 
 @dataclass(frozen=True)

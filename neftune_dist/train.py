@@ -107,7 +107,12 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
         return EXIT_STOPPED
 
     noise = NEFTune(
-        config.noise.alpha, seed=config.noise_seed, stream=config.noise.stream, rank=world.rank
+        config.noise.alpha,
+        seed=config.noise_seed,
+        stream=config.noise.stream,
+        rank=world.rank,
+        distribution=config.noise.distribution,
+        length=config.noise.length,
     ).attach(ready.model)
     with world.agree():
         engine = _make_engine(config, world)

@@ -1,31 +1,44 @@
 """`NEFTune(alpha).attach(model)`: the noise on any causal LM's input embedding, in any loop.
 
-Owns the two hooks it needs: one before the model's forward, which reads the batch's layout off the
-arguments, and one behind the input embedding, which adds the noise in place to its fresh output.
-Both are put on before a model is sharded or wrapped, and need nothing of the engine.
-Only training forwards get noise: in `eval()` mode the hooks do nothing at all.
+Owns the hooks it needs: around the model's forward, where the batch's layout is read off the
+arguments, and behind the input embedding, where the noise is added in place to its fresh output.
+They are put on before a model is sharded or wrapped, and need nothing of the engine. Only training
+forwards get noise: in `eval()` mode and where gradients are off (`generate`, reference passes) the
+hooks do nothing at all.
+
+What moves on from forward to forward is held in tensors, so that `torch.compile` sees the hooks as
+part of the model: no graph break, and no recompilation as steps go by.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import os
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 
 from neftune_dist.noise.law import (
     MAX_MICRO_STEPS,
+    NORMS,
     RankStream,
     SampleStream,
     TokenLayout,
-    add_noise_,
 )
+from neftune_dist.noise.op import add_noise
 
 _MARK = "_neftune_handle"
+# Handle's number: layout of the forward pass under way. Here and not in the handle, because
+# torch.compile takes what it reaches through the embedding's hooks for parameters, whose shapes
+# never change.
+_UNDER_WAY: dict[int, TokenLayout] = {}
+_numbers = itertools.count()
 
 
 class NEFTune:
@@ -37,7 +50,13 @@ class NEFTune:
         stream: `rank`: each data-parallel rank draws its own noise, by step and micro-step.
             `sample`: the noise belongs to the document, on whatever rank or layout it lands; the
             batch's documents are then told by `NEFTuneHandle.describe`.
-        rank: data-parallel rank; None: that of torch.distributed, else RANK, else 0.
+        rank: data-parallel rank, the same on ranks that hold slices or copies of one batch (tensor
+            or sequence parallelism); None: that of torch.distributed, else RANK, else 0.
+        distribution: `uniform`, the paper's. `gaussian`, of the same variance. `symmetric`
+            (SymNoise, arXiv 2312.01523): -1 or 1, so a norm of alpha; every batch is to be passed
+            forward twice in a row, the second time with the opposite noise.
+        length: `document`: the law. `padded`: L is the length of the padded or packed row, and
+            padding is noised as well; what the widely copied hook does, for comparison.
 
     Example::
 
@@ -47,67 +66,124 @@ class NEFTune:
     """
 
     def __init__(
-        self, alpha: float, *, seed: int = 0, stream: str = "rank", rank: int | None = None
+        self,
+        alpha: float,
+        *,
+        seed: int = 0,
+        stream: str = "rank",
+        rank: int | None = None,
+        distribution: str = "uniform",
+        length: str = "document",
     ) -> None:
-        if not (0 <= alpha <= 1000 and math.isfinite(alpha)):
-            raise ValueError(f"alpha={alpha} is out of range: from 0 to 1000.")
-        if stream not in ("rank", "sample"):
-            raise ValueError(f"stream={stream!r} is not known: 'rank' or 'sample'.")
+        _check_alpha(alpha)
+        for name, value, known in (
+            ("stream", stream, ("rank", "sample")),
+            ("distribution", distribution, tuple(NORMS)),
+            ("length", length, ("document", "padded")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}={value!r} is not known: {' or '.join(known)}.")
+        if stream == "sample" and length == "padded":
+            raise ValueError(
+                "length='padded' noises the padding too, which belongs to no document: it goes "
+                "with stream='rank'."
+            )
         if not 0 <= seed < 1 << 63:
             raise ValueError(f"seed={seed} is out of range: from 0 to 2^63 - 1.")
-        self.alpha, self.seed, self.stream = alpha, seed, stream
-        self.rank = _data_parallel_rank() if rank is None else rank
+        if rank is not None and not 0 <= rank < 1 << 32:
+            raise ValueError(f"rank={rank} is out of range: from 0 to 2^32 - 1.")
+        self.alpha, self.seed, self.stream, self.rank = alpha, seed, stream, rank
+        self.distribution, self.length = distribution, length
 
     def attach(self, model: nn.Module) -> NEFTuneHandle:
         """Put the noise on `model`, a transformers causal LM (or what wraps one).
 
         Raises:
-            ValueError: no input embedding to be found, or noise attached already.
+            ValueError: no input embedding to be found, noise attached already, or a model that the
+                law says nothing about.
         """
         return NEFTuneHandle(self, model)
 
 
-class NEFTuneHandle:
-    """The noise on one model. Leaving the `with` block, or `remove()`, takes it off.
+@dataclass(frozen=True)
+class _Forward:
+    """What a forward pass was noised with, so that its recomputation gets the same."""
 
-    Attributes:
-        step: the optimizer step your loop is at, for the `rank` stream. Setting it starts its
-            micro-steps at 0; every training forward counts one up.
-        num_fired: training forwards that got noise.
-    """
+    input_ids: Tensor
+    layout: TokenLayout
+    step: Tensor
+    count: Tensor
+
+
+class NEFTuneHandle:
+    """The noise on one model. Leaving the `with` block, or `remove()`, takes it off."""
 
     def __init__(self, neftune: NEFTune, model: nn.Module) -> None:
         self.neftune = neftune
-        self.num_fired = 0
-        self._step, self._micro_step = 0, 0
-        self._layout: TokenLayout | None = None  # of the forward under way
-        self._described: TokenLayout | None = None  # for the next forward
-        self._norm_sum = self._num_documents = torch.zeros((), dtype=torch.float64)
+        model = _inmost(model)
         embedding = _input_embedding(model)
         if getattr(embedding, _MARK, None) is not None:
             raise ValueError("NEFTune is attached to this model already: remove() it first.")
-        self._embedding = embedding
+        self._model_name, self._embedding = type(model).__name__, embedding
         # transformers' scaled embeddings (Gemma 3) keep the factor under one of these names.
         scale = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", 1.0))
         self._embed_scale = float(scale)
+        parameters = inspect.signature(model.forward).parameters
+        self._names = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        self._tensor_parallel = getattr(model, "tp_size", None) not in (None, 1)
+        self._rank = _data_parallel_rank() if neftune.rank is None else neftune.rank
+
+        self._number = next(_numbers)
+        self._described: TokenLayout | None = None  # for the next forward
+        self._last: _Forward | None = None
+        self._step = 0
+        # The optimizer step, and the noised forwards since it was set.
+        self._clock = torch.zeros(2, dtype=torch.int64)
+        self._alpha = torch.tensor(neftune.alpha, dtype=torch.float64)
+        # Of the documents noised since they were last taken: the sum of norms, and the number.
+        self._norms = torch.zeros(2, dtype=torch.float64)
+
         setattr(embedding, _MARK, self)
-        self._signature = inspect.signature(model.forward)
-        self._removers = [
-            model.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            embedding.register_forward_hook(self._after_embedding),
-        ]
-        if neftune.alpha == 0:
-            for remover in self._removers:
-                remover.remove()
+        self._removers = []
+        if neftune.alpha:
+            behind_embedding = embedding.register_forward_hook(self._after_embedding)
+            self._hook_id = behind_embedding.id
+            self._removers = [
+                behind_embedding,
+                model.register_forward_pre_hook(self._before_model, with_kwargs=True),
+                model.register_forward_hook(self._after_model),
+            ]
 
     @property
     def step(self) -> int:
-        """The optimizer step that the next training forward belongs to."""
+        """The optimizer step your loop is at, for the `rank` stream. Setting it starts its
+        micro-steps at 0; every training forward counts one up."""
         return self._step
 
     @step.setter
     def step(self, value: int) -> None:
-        self._step, self._micro_step = value, 0
+        if not 0 <= value < 1 << 32:
+            raise ValueError(f"step={value} is out of range: from 0 to 2^32 - 1.")
+        self._step = value
+        self._clock[0].fill_(value)
+        self._clock[1].fill_(0)
+
+    @property
+    def alpha(self) -> float:
+        """The strength from the next forward on; set it to warm the noise up or let it decay."""
+        return float(self._alpha)
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        _check_alpha(value)
+        if value and not self._removers:
+            raise ValueError("NEFTune was attached with alpha=0, which puts on no hooks.")
+        self._alpha.fill_(value)
+
+    @property
+    def num_fired(self) -> int:
+        """Training forwards that got noise since `step` was last set. Waits for the device."""
+        return int(self._clock[1])
 
     def describe(self, layout: TokenLayout) -> None:
         """Say what the tokens of the next training forward are, where its arguments do not."""
@@ -115,15 +191,17 @@ class NEFTuneHandle:
 
     def take_noise_norms(self) -> tuple[Tensor, Tensor]:
         """Sum over documents of the L2 norm of the noise they got, and their number, since the
-        last call: float64 scalars on the model's device (on CPU where nothing fired)."""
-        taken = self._norm_sum, self._num_documents
-        self._norm_sum = self._num_documents = torch.zeros((), dtype=torch.float64)
-        return taken
+        last call: float64 scalars on the model's device (on CPU where nothing fired). Of a sliced
+        sequence each slice adds its own norm, and the first the document."""
+        norm_sum, num_documents = self._norms.clone().unbind()
+        self._norms.zero_()
+        return norm_sum, num_documents
 
     def remove(self) -> None:
         """Take the noise off; the model is as it was before."""
         for remover in self._removers:
             remover.remove()
+        _UNDER_WAY.pop(self._number, None)
         if getattr(self._embedding, _MARK, None) is self:
             setattr(self._embedding, _MARK, None)
 
@@ -138,77 +216,168 @@ class NEFTuneHandle:
     ) -> None:
         self.remove()
 
-    def _advance(self) -> tuple[int, int]:
-        now = self._step, self._micro_step
-        self._micro_step += 1
-        if self._micro_step == MAX_MICRO_STEPS:  # a loop that never sets step runs on regardless
-            self._step, self._micro_step = self._step + 1, 0
-        return now
-
     def _before_model(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        self._layout = None
-        if not model.training:
+        if _is_recomputing():
             return
         described, self._described = self._described, None
-        if described is not None:
-            self._layout = described
+        _UNDER_WAY.pop(self._number, None)
+        if not (model.training and torch.is_grad_enabled()):
             return
-        given = self._signature.bind_partial(*args, **kwargs).arguments
-        given = {**given, **given.pop("kwargs", {})}
+        if not torch.compiler.is_compiling():
+            # Last of the embedding's hooks: one that sums up a vocabulary-parallel embedding's
+            # parts, or gathers its rows, must have run.
+            hooks = self._embedding._forward_hooks
+            hooks[self._hook_id] = hooks.pop(self._hook_id)
+        if described is not None:
+            _UNDER_WAY[self._number] = described
+            return
+        # (Lengths differ where the model takes *args of its own; names beyond them are not read.)
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         input_ids = given.get("input_ids")
         if input_ids is None:
             raise ValueError(
                 "NEFTune adds its noise behind the embedding lookup: call the model with "
                 "input_ids, or describe the batch to the handle."
             )
-        self._layout = TokenLayout.from_arguments(
+        cu_seq_lens = given.get("cu_seq_lens_q")
+        _UNDER_WAY[self._number] = TokenLayout.from_arguments(
             input_ids,
             attention_mask=given.get("attention_mask"),
             position_ids=given.get("position_ids"),
-            cu_seq_lens=given.get("cu_seq_lens_q"),
+            cu_seq_lens=given.get("cu_seqlens") if cu_seq_lens is None else cu_seq_lens,
+            seq_idx=given.get("seq_idx"),
         )
 
     def _after_embedding(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        layout, self._layout = self._layout, None
-        if layout is None or not module.training:
+        if not torch.is_grad_enabled():
             return
-        num_tokens = output.numel() // output.shape[-1]
-        if len(layout.length) != num_tokens:
+        layout = _UNDER_WAY.pop(self._number, None)
+        if layout is None and not _is_recomputing():
+            return  # not training, or a second lookup
+        x = self._activation(module, output)
+        if layout is None:
+            if not module.training:
+                return
+            last = self._last
+            if last is None or args[0].data_ptr() != last.input_ids.data_ptr():
+                raise RuntimeError(
+                    "Activation checkpointing recomputes the input embedding of a forward pass "
+                    "that was not the last noised one: checkpoint the layers alone, or use "
+                    "use_reentrant=False and one forward a backward."
+                )
+            self._add(x, last.layout, last.step, last.count)
+            return
+        if layout.num_tokens != x.numel() // x.shape[-1]:
             raise ValueError(
-                f"The batch was described with {len(layout.length)} tokens, the embedding's "
-                f"output has {num_tokens}."
+                f"The batch was described with {layout.num_tokens} tokens, the embedding's output "
+                f"has {x.numel() // x.shape[-1]}: for a slice of a sequence, describe the slice "
+                "(TokenLayout.take)."
             )
-        step, micro_step = self._advance()
-        n = self.neftune
-        stream: RankStream | SampleStream
-        if n.stream == "rank":
-            stream = RankStream(n.seed, n.rank, step, micro_step)
-        else:
-            stream = SampleStream(n.seed)
+        if self._clock.device != x.device:
+            self._clock, self._alpha = self._clock.to(x.device), self._alpha.to(x.device)
+            self._norms = self._norms.to(x.device)
+        step, count = self._clock.clone().unbind()
+        squares = self._add(x, layout, step, count)
+        self._clock[1].add_(1)
+        documents = (layout.length > 0) & (layout.position == 0)
+        self._norms.add_(torch.stack((squares.sqrt().sum(), documents.sum().to(torch.float64))))
+        if not torch.compiler.is_compiling():
+            self._last = _Forward(args[0], layout, step, count)
+
+    def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if _UNDER_WAY.pop(self._number, None) is not None:
+            raise RuntimeError(
+                f"The noise was not added: {self._model_name} did not call the embedding that its "
+                "get_input_embeddings() named when NEFTune was attached, or called it with "
+                "gradients off. Attach it after resizing the embedding and before compiling, and "
+                "checkpoint activations with use_reentrant=False."
+            )
+
+    def _activation(self, module: nn.Module, output: Tensor) -> Tensor:
+        """The local tensor to add noise to, (rows, columns, hidden_size) or (num_tokens, ...)."""
+        if self.neftune.rank is None and self._rank_is_ambiguous(module):
+            raise ValueError(
+                "The model is tensor parallel: say NEFTune(rank=...), the data-parallel rank, "
+                "which ranks that hold copies of one batch share."
+            )
         # In place on the lookup's fresh output: the gradient passes through unchanged, because the
         # backward of a lookup reads its indices, never its output.
-        x = output.detach().view(num_tokens, output.shape[-1])
-        squares = add_noise_(x, layout, stream, n.alpha, self._embed_scale)
-        norms = squares.to(torch.float64).sqrt()
-        documents = (layout.length > 0) & (layout.position == 0)
-        # A sum on the device: the host does not wait for it. (A CPU scalar adds to any device's.)
-        self._norm_sum = norms.sum() + self._norm_sum
-        self._num_documents = documents.sum().to(torch.float64) + self._num_documents
-        self.num_fired += 1
+        x = output.detach()
+        if isinstance(x, DTensor):
+            if not all(isinstance(p, Replicate) for p in x.placements):
+                raise ValueError(
+                    f"The input embedding gives {x.placements}: NEFTune needs whole activations "
+                    "behind it (output_layouts=Replicate())."
+                )
+            x = x.to_local()
+        return x
+
+    def _rank_is_ambiguous(self, module: nn.Module) -> bool:
+        weight = getattr(module, "weight", None)
+        return self._tensor_parallel or (
+            isinstance(weight, DTensor) and weight.device_mesh.size() > 1
+        )
+
+    def _add(self, x: Tensor, layout: TokenLayout, step: Tensor, count: Tensor) -> Tensor:
+        n = self.neftune
+        alpha = self._alpha
+        if n.distribution == "symmetric":
+            # Forwards come in pairs: the same draws, first added, then taken away.
+            alpha, count = alpha * (1 - 2 * (count & 1)), count >> 1
+        stream: RankStream | SampleStream
+        if n.stream == "rank":
+            # A loop that never sets the step runs on regardless.
+            overflow = count // MAX_MICRO_STEPS
+            stream = RankStream(n.seed, self._rank, step + overflow, count % MAX_MICRO_STEPS)
+        else:
+            stream = SampleStream(n.seed)
+        return add_noise(
+            x,
+            layout,
+            stream,
+            alpha,
+            distribution=n.distribution,
+            embed_scale=self._embed_scale,
+            row_length=x.shape[-2] if n.length == "padded" else None,
+        )
+
+
+def _check_alpha(alpha: float) -> None:
+    if not (0 <= alpha <= 1000 and math.isfinite(alpha)):
+        raise ValueError(f"alpha={alpha} is out of range: from 0 to 1000.")
+
+
+def _is_recomputing() -> bool:
+    """A forward inside a backward: activation checkpointing computes a part again. (Within a
+    compiled graph that part is given the same counters.)"""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _inmost(model: nn.Module) -> nn.Module:
+    """The model itself, out of wrappers that call it (torch.compile, DDP, DeepSpeed)."""
+    if isinstance(model, nn.DataParallel):
+        raise ValueError(
+            "nn.DataParallel copies the model for every pass, and the noise's hooks with it: start "
+            "one process a GPU (torchrun) instead."
+        )
+    inner = getattr(model, "_orig_mod", None)
+    if inner is None and not hasattr(type(model), "get_input_embeddings"):
+        inner = getattr(model, "module", None)
+    return _inmost(inner) if isinstance(inner, nn.Module) else model
 
 
 def _input_embedding(model: nn.Module) -> nn.Module:
+    name = type(model).__name__
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(f"{name} is an encoder and a decoder: NEFTune is for causal models.")
     accessor = getattr(model, "get_input_embeddings", None)
-    if accessor is None:  # a wrapper such as DDP keeps the model in .module
-        inner = getattr(model, "module", None)
-        accessor = getattr(inner, "get_input_embeddings", None)
     embedding = accessor() if accessor is not None else None
     if not isinstance(embedding, nn.Module):
         raise ValueError(
-            f"{type(model).__name__} has no get_input_embeddings(): NEFTune cannot tell which "
-            "layer embeds the tokens."
+            f"{name} has no get_input_embeddings(): NEFTune cannot tell which layer embeds the "
+            "tokens."
         )
     return embedding
 

@@ -177,7 +177,10 @@ def test_differences_name_the_keys() -> None:
             "unknown key train.learning_rate; did you mean optim.learning_ra",
         ),
         ("train.neftune_noise_alpha=5", "unknown key train.neftune_noise_alpha; "),
-        ("noise.xyzzy=5", "unknown key noise.xyzzy; known: alpha, distribution, length, seed, str"),
+        (
+            "noise.xyzzy=5",
+            "unknown key noise.xyzzy; known: alpha, distribution, final_fraction, length, schedule, seed, str",
+        ),
         ("xyzzy=5", "unknown key xyzzy; known: checkpoint, data, engine, evaluate, logging, model"),
         ("Noise.alpha=5", "unknown key Noise; did you mean noise?"),
         ("noise.alpha.x=5", "noise.alpha={'x': 5} is not a number"),

@@ -16,11 +16,11 @@ from neftune_dist.noise.law import (
     RankStream,
     SampleStream,
     TokenLayout,
-    add_noise_,
     draw,
     expected_norm,
 )
-from neftune_dist.noise.philox import philox4x32, uniform
+from neftune_dist.noise.op import add_noise
+from neftune_dist.noise.philox import philox4x32, to_draws
 
 # Known answers of the generator's reference implementation (Random123, kat_vectors).
 VECTORS = [
@@ -45,20 +45,18 @@ def test_philox_known_answers(
 
 def test_uniform_is_symmetric_exact_and_inside_the_open_interval() -> None:
     words = torch.tensor([0, 255, 256, 1 << 31, (1 << 32) - 1])
-    values = uniform(words)
+    values = to_draws(words, "uniform")
     assert values.dtype == torch.float32
     assert values[0] == values[1] == -1 + 2.0**-24
     assert values[-1] == 1 - 2.0**-24
-    assert torch.equal(uniform((1 << 32) - 1 - words), -values)
+    assert torch.equal(to_draws((1 << 32) - 1 - words, "uniform"), -values)
 
 
 def test_draws_are_uniform_and_uncorrelated() -> None:
     layout = TokenLayout.from_lengths(torch.tensor([2000]))
-    pieces = [
-        draw(RankStream(5, r, s, 0), layout, slice(0, 2000), 512) for r, s in ((0, 0), (1, 0))
-    ]
-    pieces.append(draw(RankStream(5, 0, 1, 0), layout, slice(0, 2000), 512))
-    pieces.append(draw(RankStream(5, 0, 0, 1), layout, slice(0, 2000), 512))
+    pieces = [draw(RankStream(5, r, s, 0), layout, 512) for r, s in ((0, 0), (1, 0))]
+    pieces.append(draw(RankStream(5, 0, 1, 0), layout, 512))
+    pieces.append(draw(RankStream(5, 0, 0, 1), layout, 512))
     n = pieces[0].numel()
     for u in pieces:
         ordered = ((u.flatten().double() + 1) / 2).sort().values
@@ -85,7 +83,7 @@ def test_no_two_draws_share_a_counter() -> None:
     ]
     seen = []
     for stream in [*streams, SampleStream(0)]:
-        words = stream.counters(layout, slice(0, 5))
+        words = stream.words(layout)
         for block in (0, (1 << 15) - 1):
             seen += torch.stack([words[0], words[1] + block, words[2], words[3]], 1).tolist()
     assert len({tuple(counter) for counter in seen}) == len(seen)
@@ -98,7 +96,7 @@ def test_each_document_gets_the_norm_of_the_law(dtype: torch.dtype, hidden: int)
     layout = TokenLayout.from_lengths(torch.tensor(LENGTHS))
     x = 0.02 * torch.randn(sum(LENGTHS), hidden)
     noisy = x.to(dtype, copy=True)
-    squares = add_noise_(noisy, layout, RankStream(0, 0, 0, 0), 5.0)
+    squares = add_noise(noisy, layout, RankStream(0, 0, 0, 0), 5.0)
     added = noisy.double() - x.to(dtype).double()
     for i, piece in enumerate(added.split(LENGTHS)):
         # Relative deviation of a norm of n uniforms: sqrt(1 / 5 / n); and the dtype's rounding.
@@ -111,9 +109,9 @@ def test_noise_is_added_in_float32_and_rounded_once() -> None:
     layout = TokenLayout.from_lengths(torch.tensor([50]))
     stream = RankStream(3, 0, 0, 0)
     x = torch.randn(50, 64).to(torch.bfloat16)
-    noise = draw(stream, layout, slice(0, 50), 64) * (5.0 / math.sqrt(50 * 64))
+    noise = draw(stream, layout, 64) * (5.0 / math.sqrt(50 * 64))
     expected = (x.float() + noise).to(torch.bfloat16)
-    add_noise_(x, layout, stream, 5.0)
+    add_noise(x, layout, stream, 5.0)
     assert torch.equal(x, expected)
 
 
@@ -135,7 +133,7 @@ def test_layouts_say_the_same_of_padded_and_packed(side: str, positions: bool) -
     documents, epochs = torch.arange(10, 15), torch.arange(5)
     packed = TokenLayout.from_lengths(torch.tensor(LENGTHS), documents=documents, epochs=epochs)
     position_ids = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1) if positions else None
-    rows = TokenLayout.from_arguments(ids, mask, position_ids, None, documents, epochs)
+    rows = TokenLayout.from_arguments(ids, mask, position_ids, documents=documents, epochs=epochs)
     real = mask.flatten().bool()
     assert int(rows.length[~real].sum()) == 0
     for name in ("length", "position", "segment", "document", "epoch"):
@@ -165,11 +163,11 @@ def test_the_sample_stream_is_the_same_bits_in_every_layout() -> None:
         real = mask.flatten().bool()
         rows[real] = x
         layout = TokenLayout.from_arguments(ids, mask, documents=documents, epochs=epochs)
-        add_noise_(rows, layout, stream, 5.0)
+        add_noise(rows, layout, stream, 5.0)
         assert torch.equal(torch.signbit(rows[~real]), torch.ones_like(rows[~real]).bool())
         assert not rows[~real].any()
         results.append(rows[real])
-    add_noise_(x, packed, stream, 5.0)
+    add_noise(x, packed, stream, 5.0)
     results.append(x)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])

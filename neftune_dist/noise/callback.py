@@ -1,0 +1,126 @@
+"""`NEFTuneCallback`: the exact noise in transformers' `Trainer`, and so in TRL's `SFTTrainer`.
+
+It takes the place of the trainer's own `neftune_noise_alpha`: lengths are the documents' own,
+padded or packed; every data-parallel rank draws its own noise; a resumed run goes on with the noise
+of the uninterrupted one. Refuses what would make the noise another (`ValueError`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate.state import AcceleratorState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from neftune_dist.config import scheduled
+from neftune_dist.noise.hook import NEFTune, NEFTuneHandle
+
+
+class NEFTuneCallback(TrainerCallback):
+    """Puts the noise on when training begins, and takes it off when it ends.
+
+    Args:
+        alpha, distribution, length: as `NEFTune` takes them; `symmetric` needs every batch twice,
+            which the trainer does not do.
+        seed: None: the trainer's `seed`.
+        schedule, warmup_steps, final_fraction: of alpha over the run, as in `noise.schedule` ...
+
+    Example::
+
+        trainer = SFTTrainer(model, args, train_dataset=rows, callbacks=[NEFTuneCallback(5.0)])
+        trainer.train()
+    """
+
+    def __init__(
+        self,
+        alpha: float,
+        *,
+        seed: int | None = None,
+        distribution: str = "uniform",
+        length: str = "document",
+        schedule: str = "constant",
+        warmup_steps: int = 0,
+        final_fraction: float = 0.0,
+    ) -> None:
+        if distribution == "symmetric":
+            raise ValueError(
+                "distribution='symmetric' needs every batch passed forward twice, which "
+                "transformers' Trainer does not do."
+            )
+        if schedule not in ("constant", "linear", "cosine"):
+            raise ValueError(f"schedule={schedule!r} is not known: constant, linear or cosine.")
+        NEFTune(alpha, seed=seed or 0, distribution=distribution, length=length)  # checks them
+        self.alpha, self.seed = alpha, seed
+        self.distribution, self.length = distribution, length
+        self.schedule = (schedule, warmup_steps, final_fraction)
+        self.handle: NEFTuneHandle | None = None
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse a trainer whose settings contradict the noise."""
+        if getattr(args, "neftune_noise_alpha", None) is not None:
+            raise ValueError(
+                f"neftune_noise_alpha={args.neftune_noise_alpha} is set as well: leave it out, or "
+                "the trainer adds its own noise to NEFTuneCallback's."
+            )
+        if getattr(args, "packing", False) and args.packing_strategy == "wrapped":
+            raise ValueError(
+                "packing_strategy='wrapped' cuts documents and keeps no trace of where they begin: "
+                "use packing_strategy='bfd'."
+            )
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach."""
+        self.on_init_end(args, state, control)  # a callback may be added late
+        self._remove()  # where an exception ended the training before
+        self.handle = NEFTune(
+            self.alpha,
+            seed=args.seed if self.seed is None else self.seed,
+            rank=_data_parallel_rank(args),
+            distribution=self.distribution,
+            length=self.length,
+        ).attach(kwargs["model"])
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell the noise which step it is."""
+        assert self.handle is not None
+        self.handle.step = state.global_step
+        self.handle.alpha = scheduled(
+            self.alpha, *self.schedule, state.global_step, max(state.max_steps, 1)
+        )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Detach."""
+        self._remove()
+
+    def __enter__(self) -> NEFTuneCallback:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """`with NEFTuneCallback(5.0) as callback:` around `trainer.train()` takes the noise off
+        even where that raises."""
+        self._remove()
+
+    def _remove(self) -> None:
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
+
+
+def _data_parallel_rank(args: TrainingArguments) -> int:
+    parallelism = getattr(AcceleratorState(), "parallelism_config", None)
+    if parallelism is None:
+        return int(args.process_index)
+    if parallelism.cp_size > 1 or getattr(parallelism, "sp_size", 1) > 1:
+        raise ValueError(
+            "Context or sequence parallelism cuts documents up, and the trainer's batches do not "
+            "say how long they are: NEFTuneCallback cannot give them their noise."
+        )
+    return int(args.process_index // parallelism.tp_size)  # tensor-parallel peers: neighbours

@@ -1,0 +1,145 @@
+"""The operator `neftune_dist::add_noise_`: draw, scale, mask and add, in place, in one pass.
+
+Registered with torch, so that `torch.compile` keeps it as one node. Its result is a pure function
+of its arguments: the counters come in as tensors, so nothing is compiled anew when they move on,
+and a pass that is computed twice adds the same noise twice. On a GPU it is one Triton kernel; on
+the CPU it works through pieces that stay in the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from neftune_dist.noise.law import (
+    MAX_HIDDEN_SIZE,
+    RankStream,
+    SampleStream,
+    TokenLayout,
+    key_words,
+    scales,
+)
+from neftune_dist.noise.philox import philox4x32_, to_draws
+
+_PIECE_COUNTERS = 1 << 14  # counters drawn at a time on the CPU: 128 KiB a word
+
+
+@torch.library.custom_op("neftune_dist::add_noise_", mutates_args=("x",))
+def add_noise_(
+    x: Tensor,
+    scale: Tensor,
+    word0: Tensor,
+    word1: Tensor,
+    word2: Tensor,
+    word3: Tensor,
+    seed: int,
+    distribution: str,
+) -> Tensor:
+    """x += scale * u, in float32, rounded once to x's dtype; where scale is 0, x keeps its bits.
+
+    Args:
+        x: (rows, columns, hidden_size) of any floating dtype and any strides. The token (i, j) is
+            number `i columns + j`.
+        scale: float32 (num_tokens,).
+        word0, word1, word2, word3: int64 (num_tokens,), the counters of `law`.
+        seed: the generator's key, below 2^63.
+        distribution: uniform, gaussian or symmetric.
+
+    Returns:
+        float32 (num_tokens,): the squared L2 norm of what each token's embedding changed by.
+    """
+    if x.shape[-1] > MAX_HIDDEN_SIZE:
+        raise ValueError(f"A hidden size of {x.shape[-1]} is beyond the noise stream's 2^17.")
+    words = (word0, word1, word2, word3)
+    if x.device.type == "cuda":
+        # Imported here: only machines with a GPU have Triton.
+        from neftune_dist.noise.kernel import launch
+
+        return launch(x, scale, words, seed, distribution)
+    squares = torch.zeros(x.shape[0] * x.shape[1], dtype=torch.float32, device=x.device)
+    columns = x.shape[1]
+    if x.stride(0) == columns * x.stride(1):  # the rows lie behind each other: one long row
+        x = x.as_strided((1, x.shape[0] * columns, x.shape[2]), (0, *x.stride()[1:]))
+        columns = x.shape[1]
+    step = max(1, _PIECE_COUNTERS // -(-x.shape[2] // 4))
+    for row in range(x.shape[0]):
+        for start in range(0, columns, step):
+            stop = min(start + step, columns)
+            tokens = slice(row * columns + start, row * columns + stop)
+            squares[tokens] = _add_piece_(
+                x[row, start:stop],
+                scale[tokens, None],
+                [word[tokens, None] for word in words],
+                key_words(seed),
+                distribution,
+            )
+    return squares
+
+
+@add_noise_.register_fake
+def _(
+    x: Tensor,
+    scale: Tensor,
+    word0: Tensor,
+    word1: Tensor,
+    word2: Tensor,
+    word3: Tensor,
+    seed: int,
+    distribution: str,
+) -> Tensor:
+    return torch.empty_like(scale)
+
+
+def _add_piece_(
+    x: Tensor, scale: Tensor, words: list[Tensor], key: tuple[int, int], distribution: str
+) -> Tensor:
+    """The operator on x (num_tokens, hidden_size), all at once; scale and words (num_tokens, 1)."""
+    noised = scale != 0
+    if not bool(noised.any()):
+        return torch.zeros(len(x), dtype=torch.float32, device=x.device)
+    shape = (len(x), -(-x.shape[1] // 4))
+    block = torch.arange(shape[1], device=x.device)
+    c0, c1, c2, c3 = words
+    counter = [word.expand(shape).clone() for word in (c0, c1 + block, c2, c3)]
+    draws = to_draws(torch.stack(philox4x32_(counter, key), dim=-1), distribution)
+    noise = draws.view(len(x), -1)[:, : x.shape[1]].mul_(scale)
+    before = x.to(torch.float32)
+    after = noise.add_(before).to(x.dtype)
+    if not bool(noised.all()):
+        after = torch.where(noised, after, x)
+    squares = (after.to(torch.float32) - before).square_().sum(1)
+    x.copy_(after)  # last: where x is float32, before is x itself
+    return squares
+
+
+def add_noise(
+    x: Tensor,
+    layout: TokenLayout,
+    stream: RankStream | SampleStream,
+    alpha: float | Tensor,
+    *,
+    distribution: str = "uniform",
+    embed_scale: float = 1.0,
+    row_length: int | None = None,
+) -> Tensor:
+    """Add the law's noise to embeddings in place; say how much was added.
+
+    Args:
+        x: (rows, columns, hidden_size), or (num_tokens, hidden_size); any floating dtype.
+        alpha, embed_scale, row_length: as `law.scales` takes them.
+
+    Returns:
+        float64 (num_tokens,): at index i the squared L2 norm of what document i of the batch
+        received, over embed_scale; 0 beyond the number of documents. The same bits in whatever
+        order a device adds them up.
+    """
+    scale = scales(layout, x.shape[-1], alpha, embed_scale=embed_scale, row_length=row_length)
+    rows = x if x.dim() == 3 else x[None]
+    squares = add_noise_(rows, scale, *stream.words(layout), stream.seed, distribution)
+    strength = torch.as_tensor(alpha, dtype=torch.float64, device=x.device)
+    unit = (strength * embed_scale).square().clamp_min(1e-300)
+    # In whole numbers, whose sum knows no order: a document's share of alpha^2 in units of 2^-40.
+    share = (squares / unit * 2.0**40).clamp_max(2.0**60).to(torch.int64)
+    share = torch.where(layout.length > 0, share, 0)
+    total = torch.zeros_like(share).index_add(0, layout.segment, share)
+    return total.to(torch.float64) * 2.0**-40 * strength.square()
