@@ -80,6 +80,14 @@ def _prepare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _checkpoints(arguments: argparse.Namespace) -> int:
+    from neftune_dist.checkpoint.listing import listing
+
+    for line in listing(Path(arguments.run_dir), verify=arguments.verify):
+        print(line)
+    return 0
+
+
 def _export(arguments: argparse.Namespace) -> int:
     from neftune_dist.export import export
 
@@ -172,6 +180,9 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--world-size", type=int, default=1, help="ranks to plan for")
     takes_config(added)
     takes_config(verb("prepare", _prepare, "Read and tokenise the data, fill the cache, report."))
+    added = verb("checkpoints", _checkpoints, "List a run's checkpoints and what they can resume.")
+    added.add_argument("run_dir")
+    added.add_argument("--verify", action="store_true", help="read all files, compare checksums")
     added = verb("export", _export, "Write a checkpoint as a Hugging Face model directory.")
     added.add_argument("run_dir")
     added.add_argument("--step", type=int, help="of the checkpoint; default: the newest")

@@ -51,6 +51,7 @@ class ModelConfig:
     """The model to fine-tune and how its layers compute."""
 
     name_or_path: str = ""  # a Hugging Face directory, or a hub id
+    weights: str | None = None  # from elsewhere: a folder of safetensors, a ZeRO checkpoint, a DCP
     revision: str | None = None  # branch, tag or commit, for a hub id
     dtype: str = "bf16"  # of the computation: bf16 | fp32; master weights are always fp32
     attention: str = "auto"  # auto | varlen (packed) | sdpa | eager (padded)
@@ -131,7 +132,18 @@ class CheckpointConfig:
 
     every_steps: int = 0  # 0: only at the end and on a signal
     keep: int = 2  # newest complete checkpoints kept; 0: all
+    keep_every_steps: int = 0  # those of every so many steps are kept for good; 0: none
+    mode: str = "auto"  # async | sync | auto: async where host memory holds a copy of the state
+    timeout_minutes: float = 120.0  # after which a save that goes nowhere has failed
     resume: str = "auto"  # auto (newest complete one in run_dir) | never | a checkpoint directory
+    verify: bool = True  # before resuming, checksums of all files; sizes are looked at always
+    accept_changes: str | None = None  # from the checkpoint's settings: optim.x,noise.y
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """The keys that `accept_changes` lists."""
+        keys = (self.accept_changes or "").split(",")
+        return tuple(key.strip() for key in keys if key.strip())
 
 
 @dataclass
@@ -189,6 +201,9 @@ def _types(section: Any, prefix: str = "") -> dict[str, tuple[type, ...]]:
     return types
 
 
+# What a resumed run may change where `checkpoint.accept_changes` says so.
+ACCEPTABLE_CHANGES = ("optim.", "noise.", "model.dtype")
+
 # Dotted key: its type, and NoneType where it may be null.
 TYPES = _types(Config)
 
@@ -207,6 +222,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "engine.name": ("fsdp2", "deepspeed"),
     "engine.zero_stage": (None, 1, 2, 3),
     "optim.schedule": ("cosine", "linear", "constant"),
+    "checkpoint.mode": ("auto", "async", "sync"),
 }
 
 # key: (least, greatest), and whether each of them is itself allowed, as "[]" or "()"
@@ -234,6 +250,8 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "train.seed": (0, 2**63 - 1, "[]"),
     "checkpoint.every_steps": (0, 2**32, "[]"),
     "checkpoint.keep": (0, 2**32, "[]"),
+    "checkpoint.keep_every_steps": (0, 2**32, "[]"),
+    "checkpoint.timeout_minutes": (0, 2**20, "(]"),
     "evaluate.every_steps": (0, 2**32, "[]"),
     "evaluate.max_documents": (0, math.inf, "[)"),
 }
@@ -321,9 +339,31 @@ def _check_contradictions(config: Config) -> None:
             raise UserError(
                 f"evaluate.{key} has no effect without held-out documents: set data.num_held_out."
             )
+    _check_checkpoint(config.checkpoint)
     if config.optim.schedule == "constant" and config.optim.final_fraction:
         raise UserError("optim.final_fraction has no effect with optim.schedule=constant.")
     _check_noise(config.noise)
+
+
+def _check_checkpoint(checkpoint: CheckpointConfig) -> None:
+    every, for_good = checkpoint.every_steps, checkpoint.keep_every_steps
+    if for_good and not checkpoint.keep:
+        raise UserError("checkpoint.keep_every_steps has no effect with checkpoint.keep=0.")
+    if for_good and (not every or for_good % every):
+        raise UserError(
+            f"checkpoint.keep_every_steps={for_good} must be a multiple of checkpoint.every_steps="
+            f"{every}: no checkpoint is made at its steps."
+        )
+    if checkpoint.resume == "never" and checkpoint.accept_changes:
+        raise UserError("checkpoint.accept_changes has no effect with checkpoint.resume=never.")
+    for key in checkpoint.accepted:
+        if key not in TYPES:
+            raise UserError(f"checkpoint.accept_changes: unknown key {key}.")
+        if not key.startswith(ACCEPTABLE_CHANGES):
+            raise UserError(
+                f"checkpoint.accept_changes: {key} cannot change within a run; those that can: "
+                f"{', '.join(f'{each}*' for each in ACCEPTABLE_CHANGES)}."
+            )
 
 
 def _check_noise(noise: NoiseConfig) -> None:

@@ -7,6 +7,7 @@ the rendezvous store, which has no time limit and hears of an error on another r
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import time
@@ -71,7 +72,7 @@ class World:
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        self._phase = 0
+        self._phase = self._num_asides = 0
         if torch.cuda.is_available():
             if self.local_rank >= torch.cuda.device_count():
                 raise UserError(
@@ -103,6 +104,15 @@ class World:
         """A line on rank 0's standard output; nothing on other ranks."""
         if self.is_first:
             print(line, flush=True)
+
+    def aside(self) -> World:
+        """This world for another thread: it agrees by itself, and a request to stop does not hurry
+        it. All ranks make theirs in the same order."""
+        other = copy.copy(self)
+        self._num_asides += 1
+        other._store = dist.PrefixStore(f"aside {self._num_asides}", self._store)
+        other._phase, other._stop = 0, None
+        return other
 
     @contextmanager
     def agree(self) -> Iterator[None]:
@@ -162,6 +172,16 @@ class World:
             if self.is_first:
                 self._store.set(f"{self._phase}/told", text)
         return self._store.get(f"{self._phase}/told").decode()
+
+    def from_any(self, text: str | None) -> str | None:
+        """The text of a rank that has one, on every rank; None where none has."""
+        if self.size == 1:
+            return text
+        with self.agree():
+            if text is not None:
+                self._store.set(f"{self._phase}/any", text)
+        key = f"{self._phase}/any"
+        return self._store.get(key).decode() if self._store.check([key]) else None
 
     def gather(self, values: list[float]) -> list[list[float]]:
         """Every rank's values, in the order of ranks: one small collective."""

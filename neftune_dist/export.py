@@ -115,6 +115,7 @@ def _write_weights(
         if files[-1] and sum(size[n] for n in files[-1]) + size[name] > _FILE_BYTES:
             files.append([])
         files[-1].append(name)
+    reader = flat.Reader(folder, alone=True)
     weight_map = {}
     for number, names in enumerate(files, 1):
         file = (
@@ -126,7 +127,7 @@ def _write_weights(
         for name in names:
             numel = math.prod(shapes[name])
             whole = FlatShard(MASTER, name, 0, torch.empty(numel), numel)
-            flat.read(folder, [whole], alone=True)
+            reader.read([whole])
             tensors[name] = whole.tensor.to(dtype).view(shapes[name])
             weight_map[name] = file
         # Tied weights are stored once, as transformers does.

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from neftune_dist.checkpoint.saver import Saver
 from neftune_dist.config import Config, NoiseConfig, scheduled
 from neftune_dist.data.loader import Loader, MicroBatch, StepBatch
 from neftune_dist.distributed import World
@@ -23,7 +24,7 @@ from neftune_dist.evaluate.held_out import HeldOut
 from neftune_dist.metrics import Recorder, memory_gib
 from neftune_dist.model.flops import ModelSize, peak_flops
 from neftune_dist.noise.hook import NEFTuneHandle
-from neftune_dist.noise.law import TokenLayout
+from neftune_dist.noise.law import TokenLayout, expected_norm
 from neftune_dist.optim import learning_rate
 
 
@@ -48,7 +49,8 @@ class Trainer:
     recorder: Recorder
     size: ModelSize
     held_out: HeldOut | None
-    save: Callable[[Progress], None]
+    saver: Saver
+    trainer_state: Callable[[Progress], dict[str, Any]]  # what a checkpoint holds beside tensors
     stop_requested: Callable[[], bool]
     progress: Progress = field(default_factory=Progress)
 
@@ -64,10 +66,13 @@ class Trainer:
             if last or (every and step % every == 0):
                 self.evaluate()
             if last or stopping or (save_every and step % save_every == 0):
-                self.save(self.progress)
+                self.saver.save(step, self.engine, self.trainer_state(self.progress))
+                seconds = self.saver.seconds_waited
+                self.world.log(f"checkpoint: step {step}; training stood still {seconds:.2f} s")
             if stopping and not last:
-                return False
-        return True
+                break
+        self.saver.wait()
+        return self.progress.step == num_steps
 
     def train_step(self, batch: StepBatch, num_steps: int) -> bool:
         """One update. True where any rank was asked to stop."""
@@ -103,10 +108,13 @@ class Trainer:
                 float(norm_sum),
                 float(num_noised),
                 float(self.stop_requested()),
+                float(self.saver.failed),
                 memory_gib(self.world.device),
             ]
         )
-        total_loss, total_norm, noised, stop = (sum(p[i] for p in parts) for i in range(4))
+        total_loss, total_norm, noised, stop, failed = (sum(p[i] for p in parts) for i in range(5))
+        if failed:
+            self.saver.wait()  # raises on all ranks
         loss_mean = total_loss / batch.num_supervised_tokens
         if not (math.isfinite(loss_mean) and math.isfinite(grad_norm)):
             raise RuntimeError(
@@ -126,10 +134,10 @@ class Trainer:
                 "num_tokens": batch.num_tokens,
                 "num_supervised_tokens": batch.num_supervised_tokens,
                 "padding_fraction": 1 - batch.num_tokens / batch.num_computed_tokens,
-                "noise_alpha": alpha,
                 "noise_norm": total_norm / noised if noised else 0.0,
+                "noise_law": expected_norm(alpha, noise.distribution),
                 **self.speed(batch, time.perf_counter() - began),
-                "memory_gib": max(p[4] for p in parts),
+                "memory_gib": max(p[5] for p in parts),
                 "world_size": self.world.size,
             }
         )

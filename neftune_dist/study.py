@@ -9,7 +9,6 @@ effect is claimed that the seeds cannot tell from chance.
 from __future__ import annotations
 
 import json
-import math
 import os
 import random
 import signal
@@ -40,6 +39,7 @@ class Run:
     last: float  # and after it
     training: float  # loss over the last tenth of the steps, noise on
     noise_norm: float  # mean over the steps
+    noise_law: float  # what the noise law says that it should be
     steps: list[tuple[int, int, int]]  # of each step: number, tokens, supervised tokens
 
 
@@ -102,6 +102,7 @@ def read_run(run_dir: Path, alpha: float, seed: int) -> Run:
         last=held_out[steps[-1]["step"]],
         training=fmean(step["loss"] for step in steps[-max(1, len(steps) // 10) :]),
         noise_norm=fmean(step["noise_norm"] for step in steps),
+        noise_law=fmean(step["noise_law"] for step in steps),
         steps=[(s["step"], s["num_tokens"], s["num_supervised_tokens"]) for s in steps],
     )
 
@@ -113,8 +114,8 @@ def report(runs: Sequence[Run]) -> str:
     seeds = [run.seed for run in by_alpha[base]]
     means, differences, conclusions = [], [], []
     for alpha, these in by_alpha.items():
-        rows = [(run.first, run.last, run.training, run.noise_norm) for run in these]
-        figures = [*map(fmean, zip(*rows, strict=True)), alpha / math.sqrt(3)]
+        rows = [(r.first, r.last, r.training, r.noise_norm, r.noise_law) for r in these]
+        figures = map(fmean, zip(*rows, strict=True))
         means.append([_plain(alpha), *(f"{figure:.4f}" for figure in figures)])
     for alpha in others:
         paired = list(zip(by_alpha[alpha], by_alpha[base], strict=True))
@@ -128,7 +129,7 @@ def report(runs: Sequence[Run]) -> str:
         differences.append([_plain(alpha), *signed, shown])
         conclusions.append(f"- alpha {_plain(alpha)}: {conclusion(values, bounds)}")
     heads = ["alpha", "held-out loss before", "held-out loss after"]
-    heads += ["training loss, last tenth of steps, noise on", "noise norm", "law: alpha / sqrt(3)"]
+    heads += ["training loss, last tenth of steps, noise on", "noise norm", "noise law"]
     paired_heads = ["alpha", *(f"seed {seed}" for seed in seeds), "mean", "95 % interval"]
     return f"""# Study of noise.alpha
 

@@ -7,7 +7,6 @@ drawn; publish after every rank has finished writing.
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,8 +17,9 @@ import torch
 from filelock import FileLock, Timeout
 
 from neftune_dist import __version__
-from neftune_dist.checkpoint import flat, store
-from neftune_dist.config import Config, UserError, differences
+from neftune_dist.checkpoint import flat, resume, store
+from neftune_dist.checkpoint.saver import Saver
+from neftune_dist.config import Config, UserError
 from neftune_dist.data.corpus import Corpus, prepare
 from neftune_dist.data.loader import Loader
 from neftune_dist.data.schedule import Schedule, make_schedule
@@ -32,31 +32,11 @@ from neftune_dist.metrics import Recorder
 from neftune_dist.model import load
 from neftune_dist.model.flops import ModelSize, model_size
 from neftune_dist.model.support import check_lengths
+from neftune_dist.model.weights import WeightFiles, weights_folder
 from neftune_dist.noise.hook import NEFTune
 from neftune_dist.optim import MakeOptimizer
 
 EXIT_DONE, EXIT_STOPPED = 0, 75
-
-# What a resumed run may change: where and how it runs, how long, how it reports.
-_MAY_CHANGE = (
-    "run_dir",
-    "model.name_or_path",  # the architecture's digest is compared instead
-    "model.revision",
-    "model.attention",
-    "model.activation_checkpointing",
-    "model.trust_remote_code",
-    "data.source",  # the data's fingerprint is compared instead
-    "data.packing",
-    "data.cache_dir",
-    "data.max_bad_fraction",
-    "engine.",
-    "train.max_steps",
-    "train.num_epochs",
-    "train.micro_batch_tokens",
-    "checkpoint.",
-    "logging.",
-    "evaluate.",
-)
 
 
 def train(config: Config) -> int:
@@ -80,10 +60,11 @@ class _Prepared:
     schedule: Schedule
     model: Any  # on the meta device
     size: ModelSize
-    identity: dict[str, str]
+    identity: dict[str, Any]
     found: store.Checkpoint | None
     progress: Progress
-    weights: load.WeightFiles | None  # None where a checkpoint holds them
+    weights: WeightFiles | None  # None where a checkpoint holds them
+    changes: list[str]  # of settings since the checkpoint
 
 
 def _train(config: Config, world: World, stop: StopSignal) -> int:
@@ -124,6 +105,7 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
         world.log(line)
     with world.agree():
         recorder = Recorder(run_dir, config.logging, ready.progress.step, num_steps, world.is_first)
+    saver = Saver(run_dir, config.checkpoint, world)
     held_out = HeldOut(ready.corpus.held_out, config, world, ready.size.quadratic_tokens)
     trainer = Trainer(
         config=config,
@@ -134,13 +116,15 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
         recorder=recorder,
         size=ready.size,
         held_out=held_out if len(ready.corpus.held_out) else None,
-        save=lambda now: _save(now, config, engine, ready, run_dir, world),
+        saver=saver,
+        trainer_state=lambda now: _trainer_state(now, config, engine, ready, world),
         stop_requested=stop,
         progress=ready.progress,
     )
     try:
         finished = trainer.run()
     except BaseException:
+        saver.abandon()
         with suppress(UserError):  # the first failure is the one to tell
             recorder.close()
         raise
@@ -160,24 +144,26 @@ def _prepare(config: Config, run_dir: Path, world: World) -> _Prepared:
     folder = world.in_turn(lambda: load.find(config.model))
     tokenizer = world.in_turn(lambda: load.load_tokenizer(folder, config.model))
     corpus = world.in_turn(lambda: prepare(config.data, tokenizer, world.log))
-    found = _find_checkpoint(run_dir, config, world)
+    found = resume.find(run_dir, config, world)
     with world.agree():
         schedule = make_schedule(config.train, len(corpus.train), corpus.fingerprint)
         model = load.build(folder, config.model, config.data.packing)
         _check_vocabulary(model, tokenizer)
         check_lengths(model.config, corpus.report.longest_tokens)
         identity = {
-            "data_fingerprint": corpus.fingerprint,
-            "architecture": load.architecture_digest(model.config),
+            **corpus.identity,
+            "data": corpus.fingerprint,
+            "architecture": load.architecture(model.config),
         }
         progress, weights = Progress(), None
+        changes: list[str] = []
         if found:
             state = found.trainer_state()
-            _check_same_run(found, state, identity, config)
+            changes = resume.check_same_run(found, state, identity, config)
             progress = Progress(**state["progress"])
         else:
-            weights = load.WeightFiles(
-                folder,
+            weights = WeightFiles(
+                weights_folder(config.model, folder),
                 load.parameter_aliases(model),
                 {name: tuple(p.shape) for name, p in model.named_parameters()},
                 model.base_model_prefix,
@@ -190,14 +176,23 @@ def _prepare(config: Config, run_dir: Path, world: World) -> _Prepared:
             except OSError as error:
                 raise _unwritable(run_dir, error) from error
     return _Prepared(
-        folder, corpus, schedule, model, model_size(model), identity, found, progress, weights
+        folder,
+        corpus,
+        schedule,
+        model,
+        model_size(model),
+        identity,
+        found,
+        progress,
+        weights,
+        changes,
     )
 
 
 def _fill(engine: Engine, ready: _Prepared) -> None:
     """Weights, and moments where there are any, into this rank's shards: just their ranges."""
     if ready.found:
-        flat.read(ready.found.folder, engine.flat_state())
+        flat.Reader(ready.found.folder).read(engine.flat_state())
         return
     assert ready.weights is not None
     for shard in engine.flat_state():
@@ -206,18 +201,18 @@ def _fill(engine: Engine, ready: _Prepared) -> None:
             shard.tensor.copy_(ready.weights.read(shard.name, shard.start, stop))
 
 
-def _save(
-    now: Progress, config: Config, engine: Engine, ready: _Prepared, run_dir: Path, world: World
-) -> None:
-    state = {
+def _trainer_state(
+    now: Progress, config: Config, engine: Engine, ready: _Prepared, world: World
+) -> dict[str, Any]:
+    return {
         "progress": vars(now),
+        "num_steps": ready.schedule.num_steps,
         "identity": ready.identity,
         "shapes": {name: list(shape) for name, shape in engine.shapes.items()},
         "config": config.to_dict(),
         "world_size": world.size,
         "versions": _versions(),
     }
-    store.save(run_dir, now.step, engine, state, world, config.checkpoint.keep)
 
 
 def _claim(run_dir: Path, world: World) -> FileLock:
@@ -248,60 +243,6 @@ def _make_engine(config: Config, world: World) -> Engine:
     from neftune_dist.engine.deepspeed import DeepSpeedEngine
 
     return DeepSpeedEngine(config, world)
-
-
-def _find_checkpoint(run_dir: Path, config: Config, world: World) -> store.Checkpoint | None:
-    """What to resume from. Rank 0 looks, and all take what it saw: nodes may see a shared file
-    system a little apart in time."""
-    chosen = ""
-    with world.agree():
-        if world.is_first:
-            chosen = str(_choose_checkpoint(run_dir, config, world) or "")
-    chosen = world.from_first(chosen)
-    with world.agree():
-        return store.open_checkpoint(Path(chosen)) if chosen else None
-
-
-def _choose_checkpoint(run_dir: Path, config: Config, world: World) -> Path | None:
-    resume = config.checkpoint.resume
-    found = store.find_all(run_dir)
-    if resume == "auto":
-        damaged = store.damaged(run_dir)
-        for folder in damaged:
-            world.log(f"warning: {folder} is incomplete or damaged and is passed over")
-        if damaged and not found:
-            raise UserError(
-                f"{run_dir} holds damaged checkpoints only: mend or remove them, or set another "
-                "run_dir."
-            )
-        return found[0].folder if found else None
-    if found:
-        raise UserError(
-            f"checkpoint.resume={resume}, but {run_dir} holds the checkpoint "
-            f"{found[0].folder.name}: set another run_dir, or checkpoint.resume=auto."
-        )
-    return None if resume == "never" else Path(resume).expanduser()
-
-
-def _check_same_run(
-    found: store.Checkpoint, state: Mapping[str, Any], identity: Mapping[str, str], config: Config
-) -> None:
-    for key, what in (("architecture", "another model"), ("data_fingerprint", "other data")):
-        if state["identity"][key] != identity[key]:
-            raise UserError(
-                f"The checkpoint {found.folder} is of {what} than this run: set another run_dir, "
-                "or restore the configuration that made it."
-            )
-    changed = [
-        key
-        for key in differences(state["config"], config.to_dict())
-        if not key.startswith(_MAY_CHANGE)
-    ]
-    if changed:
-        raise UserError(
-            f"The checkpoint {found.folder} was made with other settings of {', '.join(changed)}: "
-            "restore them, or set another run_dir."
-        )
 
 
 def _check_vocabulary(model: Any, tokenizer: Any) -> None:
@@ -338,6 +279,7 @@ def _run_lines(config: Config, ready: _Prepared) -> list[str]:
         lines.append(
             f"resume: {ready.found.folder}, step {ready.found.step} of {ready.schedule.num_steps}"
         )
+        lines += [f"resume: {change}" for change in ready.changes]
     return lines
 
 

@@ -7,16 +7,23 @@ planners assume whole `torch.Tensor`s or DTensors; the two here carry ranges.
 
 from __future__ import annotations
 
+import gc
 import io
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -40,48 +47,179 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from neftune_dist.config import UserError
 from neftune_dist.engine.base import FlatShard
 
-
-def write(folder: Path, shards: Sequence[FlatShard]) -> None:
-    """Write this rank's shards: a collective of all ranks. Files are flushed to disk.
-
-    Raises `dcp.CheckpointException` on every rank where any rank failed.
-    """
-    dcp.save({}, storage_writer=dcp.FileSystemWriter(folder), planner=_SavePlanner(shards))
+# No file item is larger, so that reading a range takes no more memory than this beside the range.
+_PIECE_ELEMENTS = 1 << 24
 
 
-def read(folder: Path, shards: Sequence[FlatShard], *, alone: bool = False) -> None:
-    """Fill these shards' tensors from a checkpoint.
+def write(
+    folder: Path, shards: Sequence[FlatShard], group: dist.ProcessGroup | None = None
+) -> dict[str, WrittenFile]:
+    """Write this rank's shards: a collective of the group. Files are flushed to disk.
 
-    Args:
-        alone: without a process group (export); else a collective of all ranks.
+    Returns:
+        The files that this rank wrote, by name.
 
     Raises:
-        UserError: a tensor that is missing or of another size.
+        OSError: on every rank, where any rank could not write.
     """
-    with warnings.catch_warnings():
-        # DCP warns that it reads without a process group, which is what `alone` asks for.
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        dcp.load(
-            {},
-            storage_reader=dcp.FileSystemReader(folder),
-            planner=_LoadPlanner(shards),
-            no_dist=alone,
-        )
+    writer = dcp.FileSystemWriter(folder)
+    writer.fs = hashing = _HashingFileSystem()
+    try:
+        dcp.save({}, storage_writer=writer, planner=_SavePlanner(shards), process_group=group)
+    except dcp.CheckpointException as error:
+        causes = [failure[0] for failure in error.failures.values()]
+        reasons = {getattr(cause, "strerror", None) or str(cause) for cause in causes}
+        raise OSError("; ".join(sorted(reasons))) from error
+    return hashing.written
 
 
-def tensors(folder: Path) -> dict[str, int]:
-    """Key and number of elements of every tensor in a checkpoint."""
-    metadata = dcp.FileSystemReader(folder).read_metadata()
-    return {
-        key: each.size.numel()
-        for key, each in metadata.state_dict_metadata.items()
-        if isinstance(each, TensorStorageMetadata)
-    }
+@dataclass(frozen=True)
+class WrittenFile:
+    """What a file was given to hold. size: bytes. xxh3: its checksum."""
+
+    size: int
+    xxh3: str
+
+    @staticmethod
+    def of(path: Path) -> WrittenFile:
+        """A file as it lies on disk. Raises `OSError`."""
+        digest, size = xxhash.xxh3_128(), 0
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+                size += len(block)
+        return WrittenFile(size, digest.hexdigest())
+
+
+class Reader:
+    """A checkpoint's tensors. What describes them is read once.
+
+    Args:
+        alone: without a process group (export); else reading is a collective of all ranks.
+    """
+
+    def __init__(self, folder: Path, *, alone: bool = False) -> None:
+        self._folder, self._alone = folder, alone
+        with _uncollected():
+            self.metadata = dcp.FileSystemReader(folder).read_metadata()
+
+    @property
+    def tensors(self) -> dict[str, int]:
+        """Key and number of elements of every tensor."""
+        return {
+            key: each.size.numel()
+            for key, each in self.metadata.state_dict_metadata.items()
+            if isinstance(each, TensorStorageMetadata)
+        }
+
+    def read(self, shards: Sequence[FlatShard]) -> None:
+        """Fill these shards' tensors.
+
+        Raises:
+            UserError: a tensor that is missing or of another size, or a file that cannot be read.
+        """
+        reader = _KnownReader(self._folder, self.metadata)
+        with _uncollected(), warnings.catch_warnings():
+            # DCP warns that it reads without a process group, which is what `alone` asks for.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            try:
+                dcp.load(
+                    {},
+                    storage_reader=reader,
+                    planner=_LoadPlanner(shards),
+                    no_dist=self._alone,
+                )
+            except dcp.CheckpointException as error:
+                causes = [failure[0] for failure in error.failures.values()]
+                told = next((str(c) for c in causes if isinstance(c, UserError)), None)
+                raise UserError(
+                    told or f"The checkpoint {self._folder} cannot be read: {causes[0]}."
+                ) from error
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the collector of cyclic garbage: of many ranks the description is millions of small
+    objects, and going through them again and again takes twenty times as long as making them."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+class _KnownReader(dcp.FileSystemReader):
+    """Reads no description of the tensors anew."""
+
+    def __init__(self, folder: Path, metadata: Metadata) -> None:
+        super().__init__(folder)
+        self._metadata = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._metadata
+
+
+class _HashingFileSystem(FileSystem):
+    """Files whose bytes are counted and hashed on their way to disk."""
+
+    def __init__(self) -> None:
+        self.written: dict[str, WrittenFile] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        with open(path, mode) as file:
+            stream = _HashedStream(file)
+            try:
+                yield stream
+            except Exception as error:
+                # What torch makes of a failed write names its own bookkeeping, not the disk.
+                raise (stream.error or error) from error
+        self.written[Path(path).name] = WrittenFile(stream.size, stream.digest.hexdigest())
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        super().rename(path, new_path)
+        self.written[Path(new_path).name] = self.written.pop(Path(path).name)
+
+
+class _HashedStream(io.RawIOBase):
+    """Writes through to a file, from its beginning to its end."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.size, self.digest = 0, xxhash.xxh3_128()
+        self.error: OSError | None = None  # the first that the file gave
+
+    def write(self, data: Any) -> int:
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        self.digest.update(data)
+        self.size += memoryview(data).nbytes
+        return memoryview(data).nbytes
+
+    def tell(self) -> int:
+        return self.size
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def fileno(self) -> int:
+        self._file.flush()
+        descriptor: int = self._file.fileno()
+        return descriptor
 
 
 class _SavePlanner(SavePlanner):
     def __init__(self, shards: Sequence[FlatShard]) -> None:
-        self.shards = {(s.key, s.start): s for s in shards}
+        self.pieces = {
+            (shard.key, shard.start + i): (shard.tensor[i : i + _PIECE_ELEMENTS], shard.numel)
+            for shard in shards
+            for i in range(0, shard.tensor.numel(), _PIECE_ELEMENTS)
+        }
 
     def set_up_planner(
         self,
@@ -99,13 +237,13 @@ class _SavePlanner(SavePlanner):
                     type=WriteItemType.SHARD,
                     tensor_data=TensorWriteData(
                         chunk=ChunkStorageMetadata(
-                            torch.Size([start]), torch.Size([shard.tensor.numel()])
+                            torch.Size([start]), torch.Size([tensor.numel()])
                         ),
-                        properties=TensorProperties(dtype=shard.tensor.dtype),
-                        size=torch.Size([shard.numel]),
+                        properties=TensorProperties(dtype=tensor.dtype),
+                        size=torch.Size([numel]),
                     ),
                 )
-                for (key, start), shard in self.shards.items()
+                for (key, start), (tensor, numel) in self.pieces.items()
             ]
         )
 
@@ -126,7 +264,7 @@ class _SavePlanner(SavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         index = write_item.index
         assert index.offset is not None
-        return self.shards[index.fqn, index.offset[0]].tensor
+        return self.pieces[index.fqn, index.offset[0]][0]
 
 
 class _LoadPlanner(LoadPlanner):

@@ -3,7 +3,8 @@
 Owns `RUN_DIR/checkpoints/`. A checkpoint is written to `step_N.partial`, its manifest last; then
 one rename makes it `step_N`, and `latest` is replaced. So a crash at any instant leaves published
 ones as they were, and what was half written carries another name, is never read, and is swept away
-by the next save.
+by the next save. The manifest's sizes and checksums are those of the bytes that each rank meant to
+write, not of what one node sees of a shared file system.
 """
 
 from __future__ import annotations
@@ -12,22 +13,25 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
+import xxhash
 
-from neftune_dist.checkpoint import flat
-from neftune_dist.config import UserError
-from neftune_dist.distributed import World
-from neftune_dist.engine.base import Engine
+from neftune_dist.checkpoint.flat import WrittenFile
+from neftune_dist.config import CheckpointConfig, UserError
 
 _STEP = re.compile(r"step_(\d{8,})")
 _PARTIAL = ".partial"
+_DAMAGED = ".damaged"
 _MANIFEST = "manifest.json"
 _STATE = "trainer_state.json"
+# A node may see another's new folder on a shared file system as late as this.
+_VISIBLE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -42,130 +46,167 @@ class Checkpoint:
         state: dict[str, Any] = json.loads((self.folder / _STATE).read_text())
         return state
 
+    def files(self) -> dict[str, WrittenFile]:
+        """What the manifest says of its files, by name."""
+        manifest = json.loads((self.folder / _MANIFEST).read_text())
+        return {name: WrittenFile(**each) for name, each in sorted(manifest["files"].items())}
 
-def save(
-    run_dir: Path, step: int, engine: Engine, state: Mapping[str, Any], world: World, keep: int
+    def num_bytes(self) -> int:
+        """On disk."""
+        return sum(file.size for file in self.files().values())
+
+    def first_flaw(self, part: int = 0, num_parts: int = 1) -> str | None:
+        """The first file whose bytes are not those that were written, of every `num_parts`-th from
+        `part` on; None: all are. Reads them whole."""
+        for name, file in list(self.files().items())[part::num_parts]:
+            try:
+                if WrittenFile.of(self.folder / name) != file:
+                    return name
+            except OSError:
+                return name
+        return None
+
+
+def begin(run_dir: Path, step: int) -> Path:
+    """The folder to write into, empty; what earlier crashes left is swept away. Rank 0 alone."""
+    root = run_dir / "checkpoints"
+    partial = root / f"step_{step:08d}{_PARTIAL}"
+    with explained(partial):
+        for leftover in root.glob(f"step_*{_PARTIAL}"):
+            shutil.rmtree(leftover)
+        partial.mkdir(parents=True)
+    return partial
+
+
+def publish(
+    partial: Path, state: str, files: Mapping[str, WrittenFile], settings: CheckpointConfig
 ) -> None:
-    """Save and publish a checkpoint, then prune; a collective of all ranks.
+    """Make what all ranks have written a checkpoint, then prune. Rank 0 alone.
 
     Args:
-        step: updates made so far.
-        state: JSON-able, the same on every rank.
-        keep: newest complete checkpoints to keep; 0 keeps all.
+        state: of the trainer, JSON.
+        files: of all ranks, by name.
 
     Raises:
-        UserError: it could not be written (a full disk). What was published before is unharmed.
+        UserError: it could not be written. What was published before is unharmed.
     """
-    root = run_dir / "checkpoints"
-    final = root / f"step_{step:08d}"
-    partial = final.with_name(final.name + _PARTIAL)
-    with world.agree():
-        if world.is_first:
-            with _explained(final):
-                for leftover in root.glob(f"step_*{_PARTIAL}"):
-                    shutil.rmtree(leftover)
-                partial.mkdir(parents=True)
-    with world.agree():
-        try:
-            flat.write(partial, engine.flat_state() if engine.saves else [])
-        except dcp.CheckpointException as error:
-            reasons = {str(failure[0]) for failure in error.failures.values()}
-            raise UserError(
-                f"The checkpoint {final} could not be written: {'; '.join(sorted(reasons))}."
-            ) from error
-    with world.agree():
-        if world.is_first:
-            with _explained(final):
-                _write_durably(partial / _STATE, json.dumps({"step": step, **state}, indent=1))
-                sizes = {p.name: p.stat().st_size for p in sorted(partial.iterdir())}
-                _write_durably(partial / _MANIFEST, json.dumps({"step": step, "files": sizes}))
-                _sync_folder(partial)
-                _make_room(final)
-                partial.rename(final)
-                _sync_folder(root)
-                _write_durably(root / "latest.new", final.name + "\n")
-                os.replace(root / "latest.new", root / "latest")
-                _sync_folder(root)
-                _prune(run_dir, keep)
+    root, final = partial.parent, partial.with_suffix("")
+    step = int(final.name.removeprefix("step_"))
+    with explained(final):
+        content = state.encode()
+        _write_durably(partial / _STATE, content)
+        checksum = xxhash.xxh3_128(content).hexdigest()
+        all_files = {**files, _STATE: WrittenFile(len(content), checksum)}
+        manifest = {"step": step, "files": {name: vars(f) for name, f in all_files.items()}}
+        _write_durably(partial / _MANIFEST, json.dumps(manifest, indent=1).encode())
+        _sync_folder(partial)
+        _make_room(final)
+        partial.rename(final)
+        _sync_folder(root)
+        _write_durably(root / "latest.new", f"{final.name}\n".encode())
+        os.replace(root / "latest.new", root / "latest")
+        _sync_folder(root)
+        _prune(root, settings)
 
 
 def find_all(run_dir: Path) -> list[Checkpoint]:
-    """Complete checkpoints, newest first. Damaged ones are passed over."""
+    """Complete checkpoints, newest first, by their manifests' sizes."""
+    return _complete(run_dir / "checkpoints")
+
+
+def damaged(run_dir: Path) -> list[tuple[Path, str]]:
+    """Folders that bear a published checkpoint's name, yet are not complete; and what is wrong."""
+    folders = sorted((run_dir / "checkpoints").glob("step_*"))
+    flaws = [(folder, _flaw(folder)) for folder in folders if _STEP.fullmatch(folder.name)]
+    return [(folder, flaw) for folder, flaw in flaws if flaw]
+
+
+def leftovers(run_dir: Path) -> list[Path]:
+    """What a crash left while saving or pruning; swept away by the next save."""
+    return sorted((run_dir / "checkpoints").glob(f"step_*{_PARTIAL}"))
+
+
+def open_checkpoint(path: Path, *, patient: bool = False) -> Checkpoint:
+    """The checkpoint at a path.
+
+    Args:
+        patient: another node has seen it, so wait for this one to see it too.
+
+    Raises:
+        UserError: there is none, or it is incomplete.
+    """
+    match = _STEP.fullmatch(path.name)
+    deadline = time.monotonic() + (_VISIBLE_SECONDS if patient else 0)
+    while (flaw := _flaw(path)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    if not match or not path.is_dir():
+        raise UserError(f"checkpoint.resume={path} is no checkpoint directory (step_00000020).")
+    if flaw:
+        raise UserError(f"The checkpoint {path} is incomplete or damaged: {flaw}.")
+    return Checkpoint(path, int(match[1]))
+
+
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Turns a failed file operation into a `UserError` that names the checkpoint."""
+    try:
+        yield
+    except OSError as error:
+        name = folder.with_suffix("") if folder.suffix == _PARTIAL else folder
+        raise UserError(
+            f"The checkpoint {name} could not be written: {error.strerror or error}."
+        ) from error
+
+
+def _complete(root: Path) -> list[Checkpoint]:
     found = []
-    for folder in (run_dir / "checkpoints").glob("step_*"):
+    for folder in root.glob("step_*"):
         match = _STEP.fullmatch(folder.name)
-        if match and is_complete(folder):
+        if match and not _flaw(folder):
             found.append(Checkpoint(folder, int(match[1])))
     return sorted(found, key=lambda c: -c.step)
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether the manifest is there and every file has the size that it says."""
+def _flaw(folder: Path) -> str | None:
+    """What is wrong with a checkpoint as far as sizes tell; None: nothing."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
-        return all(
-            (folder / name).stat().st_size == size for name, size in manifest["files"].items()
-        )
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def damaged(run_dir: Path) -> list[Path]:
-    """Folders that bear a published checkpoint's name, yet are not complete."""
-    return [
-        folder
-        for folder in sorted((run_dir / "checkpoints").glob("step_*"))
-        if _STEP.fullmatch(folder.name) and not is_complete(folder)
-    ]
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at a path that the user named. Raises `UserError`."""
-    match = _STEP.fullmatch(path.name)
-    if not match or not path.is_dir():
-        raise UserError(f"checkpoint.resume={path} is no checkpoint directory (step_00000020).")
-    if not is_complete(path):
-        raise UserError(f"The checkpoint {path} is incomplete or damaged; it is not used.")
-    return Checkpoint(path, int(match[1]))
-
-
-class _explained:
-    """Turns a failed file operation into a `UserError` that names the checkpoint."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError):
-            raise UserError(
-                f"The checkpoint {self.folder} could not be written: {error.strerror or error}."
-            ) from error
+        files = Checkpoint(folder, 0).files()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{_MANIFEST} is missing or cannot be read"
+    for name, file in files.items():
+        try:
+            size = (folder / name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        if size != file.size:
+            return f"{name} has {size} bytes instead of {file.size}"
+    return None
 
 
 def _make_room(final: Path) -> None:
     """A checkpoint of this name that was passed over as damaged is put aside, not destroyed."""
     if final.exists():
-        aside = final.with_name(final.name + ".damaged")
+        aside = final.with_name(final.name + _DAMAGED)
         shutil.rmtree(aside, ignore_errors=True)
         final.rename(aside)
 
 
-def _prune(run_dir: Path, keep: int) -> None:
-    if not keep:
+def _prune(root: Path, settings: CheckpointConfig) -> None:
+    if not settings.keep:
         return
-    for old in find_all(run_dir)[keep:]:
+    every = settings.keep_every_steps
+    for old in _complete(root)[settings.keep :]:
+        if every and old.step % every == 0:
+            continue
         # Renamed first, so that a crash while deleting leaves nothing that looks published.
         doomed = old.folder.with_name(old.folder.name + _PARTIAL)
         old.folder.rename(doomed)
         shutil.rmtree(doomed)
 
 
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
+def _write_durably(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
 

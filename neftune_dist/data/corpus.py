@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,8 @@ class Corpus:
     held_out_conversations: list[Conversation]
     report: Report
     fingerprint: str
+    # Digests of what made it, for a message that says which of them is another.
+    identity: dict[str, str] = field(default_factory=dict)
 
 
 def prepare(
@@ -152,7 +154,9 @@ def prepare(
             f"The tokenised data cannot be written to data.cache_dir={config.cache_dir}: "
             f"{getattr(error, 'strerror', None) or error}."
         ) from error
-    corpus = load(entry, source.name)
+    tokenizer_digest = hashlib.sha256(json.dumps(template.identity(), sort_keys=True).encode())
+    identity = {"dataset": source.digest, "tokenizer": tokenizer_digest.hexdigest()[:24]}
+    corpus = replace(load(entry, source.name), identity=identity)
     _refuse_bad_share(corpus.report, config)
     return corpus
 

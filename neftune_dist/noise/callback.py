@@ -49,6 +49,12 @@ class NEFTuneCallback(TrainerCallback):
             )
         if schedule not in ("constant", "linear", "cosine"):
             raise ValueError(f"schedule={schedule!r} is not known: constant, linear or cosine.")
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps={warmup_steps} is out of range: from 0.")
+        if not 0 <= final_fraction <= 1:
+            raise ValueError(f"final_fraction={final_fraction} is out of range: from 0 to 1.")
+        if schedule == "constant" and final_fraction:
+            raise ValueError("final_fraction has no effect with schedule='constant'.")
         NEFTune(alpha, seed=seed or 0, distribution=distribution, length=length)  # checks them
         self.alpha, self.seed = alpha, seed
         self.distribution, self.length = distribution, length
@@ -69,6 +75,11 @@ class NEFTuneCallback(TrainerCallback):
                 "packing_strategy='wrapped' cuts documents and keeps no trace of where they begin: "
                 "use packing_strategy='bfd'."
             )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"One process trains on {args.n_gpu} GPUs, for which the trainer copies the model "
+                "for every pass, and the noise's hooks with it: start one process a GPU (torchrun)."
+            )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -76,13 +87,19 @@ class NEFTuneCallback(TrainerCallback):
         """Attach."""
         self.on_init_end(args, state, control)  # a callback may be added late
         self._remove()  # where an exception ended the training before
+        model = kwargs["model"]
+        if any(hasattr(part, "neftune_noise_alpha") for part in model.modules()):
+            raise ValueError(
+                "transformers' own NEFTune noise is still on this model, from a training with "
+                "neftune_noise_alpha that an exception ended: load the model anew."
+            )
         self.handle = NEFTune(
             self.alpha,
             seed=args.seed if self.seed is None else self.seed,
             rank=_data_parallel_rank(args),
             distribution=self.distribution,
             length=self.length,
-        ).attach(kwargs["model"])
+        ).attach(model)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -115,6 +132,12 @@ class NEFTuneCallback(TrainerCallback):
 
 
 def _data_parallel_rank(args: TrainingArguments) -> int:
+    deepspeed = getattr(args.deepspeed_plugin, "deepspeed_config", {})
+    if deepspeed.get("tensor_parallel", {}).get("autotp_size", 1) > 1:
+        raise ValueError(
+            "DeepSpeed's tensor parallelism (tensor_parallel.autotp_size) may cut the embedding up "
+            "by channels: NEFTuneCallback cannot give it its noise."
+        )
     parallelism = getattr(AcceleratorState(), "parallelism_config", None)
     if parallelism is None:
         return int(args.process_index)

@@ -12,6 +12,7 @@ part of the model: no graph break, and no recompilation as steps go by.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import math
@@ -31,7 +32,7 @@ from neftune_dist.noise.law import (
     SampleStream,
     TokenLayout,
 )
-from neftune_dist.noise.op import add_noise
+from neftune_dist.noise.op import add_noise, count_forward_
 
 _MARK = "_neftune_handle"
 # Handle's number: layout of the forward pass under way. Here and not in the handle, because
@@ -110,7 +111,9 @@ class _Forward:
     """What a forward pass was noised with, so that its recomputation gets the same."""
 
     input_ids: Tensor
+    first_node: int  # autograd's number of the first node that the model made
     layout: TokenLayout
+    alpha: Tensor
     step: Tensor
     count: Tensor
 
@@ -122,7 +125,8 @@ class NEFTuneHandle:
         self.neftune = neftune
         model = _inmost(model)
         embedding = _input_embedding(model)
-        if getattr(embedding, _MARK, None) is not None:
+        # (Not on the embedding alone: it may have been wrapped since, by PEFT for instance.)
+        if any(getattr(module, _MARK, None) is not None for module in model.modules()):
             raise ValueError("NEFTune is attached to this model already: remove() it first.")
         self._model_name, self._embedding = type(model).__name__, embedding
         # transformers' scaled embeddings (Gemma 3) keep the factor under one of these names.
@@ -135,6 +139,7 @@ class NEFTuneHandle:
 
         self._number = next(_numbers)
         self._described: TokenLayout | None = None  # for the next forward
+        self._first_node = 0
         self._last: _Forward | None = None
         self._step = 0
         # The optimizer step, and the noised forwards since it was set.
@@ -205,6 +210,14 @@ class NEFTuneHandle:
         if getattr(self._embedding, _MARK, None) is self:
             setattr(self._embedding, _MARK, None)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> NEFTuneHandle:
+        """Of a copied model: a number of its own. Where the embedding alone was copied (PEFT's
+        modules_to_save), the copy's hook then finds no forward pass under way, and that is told."""
+        other = object.__new__(NEFTuneHandle)
+        memo[id(self)] = other
+        vars(other).update(copy.deepcopy(vars(self), memo), _number=next(_numbers))
+        return other
+
     def __enter__(self) -> NEFTuneHandle:
         return self
 
@@ -230,6 +243,7 @@ class NEFTuneHandle:
             # parts, or gathers its rows, must have run.
             hooks = self._embedding._forward_hooks
             hooks[self._hook_id] = hooks.pop(self._hook_id)
+            self._first_node = torch._C._autograd._get_sequence_nr()
         if described is not None:
             _UNDER_WAY[self._number] = described
             return
@@ -250,25 +264,33 @@ class NEFTuneHandle:
             seq_idx=given.get("seq_idx"),
         )
 
-    def _after_embedding(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def _after_embedding(
+        self, module: nn.Module, args: tuple[Any, ...], output: Tensor
+    ) -> Tensor | None:
         if not torch.is_grad_enabled():
-            return
+            return None
         layout = _UNDER_WAY.pop(self._number, None)
-        if layout is None and not _is_recomputing():
-            return  # not training, or a second lookup
+        if layout is None and not (module.training and _is_recomputing()):
+            return None  # not training, or a second lookup
+        if not torch.compiler.is_compiling() and output._is_view():
+            # Memory that is not the lookup's own; what tensor parallelism hands out is a view that
+            # autograd lets nobody change in place.
+            output = output.clone()
         x = self._activation(module, output)
         if layout is None:
-            if not module.training:
-                return
             last = self._last
-            if last is None or args[0].data_ptr() != last.input_ids.data_ptr():
+            if (
+                last is None
+                or torch._C._current_autograd_node()._sequence_nr() < last.first_node
+                or args[0].data_ptr() != last.input_ids.data_ptr()
+            ):
                 raise RuntimeError(
                     "Activation checkpointing recomputes the input embedding of a forward pass "
                     "that was not the last noised one: checkpoint the layers alone, or use "
                     "use_reentrant=False and one forward a backward."
                 )
-            self._add(x, last.layout, last.step, last.count)
-            return
+            self._add(x, last.layout, last.alpha, last.step, last.count)
+            return output
         if layout.num_tokens != x.numel() // x.shape[-1]:
             raise ValueError(
                 f"The batch was described with {layout.num_tokens} tokens, the embedding's output "
@@ -278,13 +300,14 @@ class NEFTuneHandle:
         if self._clock.device != x.device:
             self._clock, self._alpha = self._clock.to(x.device), self._alpha.to(x.device)
             self._norms = self._norms.to(x.device)
-        step, count = self._clock.clone().unbind()
-        squares = self._add(x, layout, step, count)
-        self._clock[1].add_(1)
+        alpha = self._alpha.clone()
+        step, count = count_forward_(self._clock).unbind()
+        squares = self._add(x, layout, alpha, step, count)
         documents = (layout.length > 0) & (layout.position == 0)
         self._norms.add_(torch.stack((squares.sqrt().sum(), documents.sum().to(torch.float64))))
         if not torch.compiler.is_compiling():
-            self._last = _Forward(args[0], layout, step, count)
+            self._last = _Forward(args[0], self._first_node, layout, alpha, step, count)
+        return output
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if _UNDER_WAY.pop(self._number, None) is not None:
@@ -320,9 +343,10 @@ class NEFTuneHandle:
             isinstance(weight, DTensor) and weight.device_mesh.size() > 1
         )
 
-    def _add(self, x: Tensor, layout: TokenLayout, step: Tensor, count: Tensor) -> Tensor:
+    def _add(
+        self, x: Tensor, layout: TokenLayout, alpha: Tensor, step: Tensor, count: Tensor
+    ) -> Tensor:
         n = self.neftune
-        alpha = self._alpha
         if n.distribution == "symmetric":
             # Forwards come in pairs: the same draws, first added, then taken away.
             alpha, count = alpha * (1 - 2 * (count & 1)), count >> 1

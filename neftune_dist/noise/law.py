@@ -146,10 +146,12 @@ class TokenLayout:
         batch, sequence = input_ids.shape
         device = input_ids.device
         for name, given in (("attention_mask", attention_mask), ("seq_idx", seq_idx)):
-            if given is not None and given.shape != input_ids.shape:
+            # (Some models take a dictionary of masks, one for each kind of layer.)
+            shape = getattr(given, "shape", None)
+            if given is not None and shape != input_ids.shape:
                 raise ValueError(
-                    f"{name} has shape {tuple(given.shape)}, input_ids {tuple(input_ids.shape)}: "
-                    "NEFTune needs one value a token."
+                    f"{name} has shape {shape and tuple(shape)}, input_ids "
+                    f"{tuple(input_ids.shape)}: NEFTune needs one value a token."
                 )
         real = torch.ones_like(input_ids, dtype=torch.bool)
         if attention_mask is not None:
@@ -199,8 +201,8 @@ def _document_starts(
         boundaries = cu_seq_lens.to(device=real.device, dtype=torch.int64)
         _check_boundaries(boundaries, batch * sequence)
         marks = torch.zeros(batch * sequence + 1, dtype=torch.bool, device=real.device)
-        marks = marks.index_fill(0, boundaries, True)
-        starts = starts | (marks[:-1].view(batch, sequence) & real)
+        number = marks.index_fill(0, boundaries, True)[:-1].cumsum(0).view(batch, sequence)
+        starts = starts | shifted(number[:, 1:] != before(number))
     elif seq_idx is not None:
         starts = starts | shifted(seq_idx[:, 1:] != before(seq_idx))
     elif position_ids is not None and _is_text(position_ids):
@@ -222,14 +224,15 @@ def _is_text(position_ids: Tensor) -> bool:
 def _check_boundaries(boundaries: Tensor, num_tokens: int) -> None:
     rises = (boundaries[1:] > boundaries[:-1]).all()
     fits = rises & (boundaries[0] == 0) & (boundaries[-1] == num_tokens)
+    # (Without the numbers: a compiled graph would be one for this number of tokens.)
     message = (
-        f"Cumulative lengths must rise from 0 to the number of tokens, {num_tokens}; a document of "
-        "length 0 is none."
+        "Cumulative lengths must rise from 0 to the number of tokens; a document of length 0 is "
+        "none."
     )
     if torch.compiler.is_compiling() or boundaries.device.type != "cpu":
         torch._assert_async(fits, message)
     elif not bool(fits):
-        raise ValueError(f"{message} Given: {boundaries.tolist()[:8]}")
+        raise ValueError(f"{message} Given {num_tokens} tokens and {boundaries.tolist()[:8]}.")
 
 
 def _check_identities(documents: Tensor | None, epochs: Tensor | None, number: int) -> None:
@@ -238,6 +241,8 @@ def _check_identities(documents: Tensor | None, epochs: Tensor | None, number: i
             raise ValueError(
                 f"The batch holds {number} documents, and {name} has shape {tuple(given.shape)}."
             )
+        if given is not None and not bool(((given >= 0) & (given < 1 << 32)).all()):
+            raise ValueError(f"A number in {name} is out of range: from 0 to 2^32 - 1.")
 
 
 @dataclass(frozen=True)
@@ -297,8 +302,7 @@ def draw(
     c0, c1, c2, c3 = (word[:, None] for word in stream.words(layout))
     block = torch.arange(num_blocks, device=c0.device)[None]
     words = philox4x32((c0, c1 + block, c2, c3), key_words(stream.seed))
-    draws = to_draws(torch.stack(words, dim=-1), distribution)
-    return draws.flatten(1)[:, :hidden_size]
+    return to_draws(words, distribution).flatten(1)[:, :hidden_size]
 
 
 def key_words(seed: int) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from neftune_dist.noise.law import (
 )
 from neftune_dist.noise.philox import philox4x32_, to_draws
 
-_PIECE_COUNTERS = 1 << 14  # counters drawn at a time on the CPU: 128 KiB a word
+_PIECE_COUNTERS = 1 << 16  # counters drawn at a time on the CPU: 512 KiB a word
 
 
 @torch.library.custom_op("neftune_dist::add_noise_", mutates_args=("x",))
@@ -90,6 +90,27 @@ def _(
     return torch.empty_like(scale)
 
 
+@torch.library.custom_op("neftune_dist::count_forward_", mutates_args=("clock",))
+def count_forward_(clock: Tensor) -> Tensor:
+    """The step and the number of noised forwards in it, int64 (2,), as they were; one more now.
+
+    An operator, because what a compiled graph does must be checked when it runs.
+    """
+    if torch._C._current_graph_task_id() != -1:  # within a backward
+        raise RuntimeError(
+            "Activation checkpointing recomputes a compiled model together with its input "
+            "embedding, whose noise would be another: checkpoint the layers alone."
+        )
+    before = clock.clone()
+    clock[1] += 1
+    return before
+
+
+@count_forward_.register_fake
+def _(clock: Tensor) -> Tensor:
+    return torch.empty_like(clock)
+
+
 def _add_piece_(
     x: Tensor, scale: Tensor, words: list[Tensor], key: tuple[int, int], distribution: str
 ) -> Tensor:
@@ -101,13 +122,14 @@ def _add_piece_(
     block = torch.arange(shape[1], device=x.device)
     c0, c1, c2, c3 = words
     counter = [word.expand(shape).clone() for word in (c0, c1 + block, c2, c3)]
-    draws = to_draws(torch.stack(philox4x32_(counter, key), dim=-1), distribution)
+    draws = to_draws(philox4x32_(counter, key), distribution)
     noise = draws.view(len(x), -1)[:, : x.shape[1]].mul_(scale)
     before = x.to(torch.float32)
     after = noise.add_(before).to(x.dtype)
     if not bool(noised.all()):
         after = torch.where(noised, after, x)
     squares = (after.to(torch.float32) - before).square_().sum(1)
+    squares = torch.where(noised[:, 0], squares, 0.0)  # infinity less itself is none
     x.copy_(after)  # last: where x is float32, before is x itself
     return squares
 

@@ -6,6 +6,7 @@ A word is a value in [0, 2^32) held in an int64, so that torch's integer ops ser
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -63,21 +64,25 @@ def philox4x32_(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
     return [c0, c1.bitwise_and_(_WORD), c2, c3.bitwise_and_(_WORD)]
 
 
-def to_draws(words: Tensor, distribution: str) -> Tensor:
-    """Words to float32 draws of the same shape, of mean 0.
+def to_draws(words: Sequence[Tensor], distribution: str) -> Tensor:
+    """Four words of each counter, of one shape (...), to float32 draws (..., 4) of mean 0.
 
     uniform: in (-1, 1), `(2 (word >> 8) + 1) / 2^24 - 1`: an odd multiple of 2^-24, so it is exact
     in float32 and no rounding mode of any device can change it.
     symmetric: 1 or -1, by the word's highest bit.
-    gaussian: of variance 1/3, from each pair of words (the last dim is a multiple of 2) by Box and
-    Muller's transform in float64, rounded once: devices' logarithms differ in their last bit, which
-    changes about one draw in 2^28.
+    gaussian: of variance 1/3, from each pair of words by Box and Muller's transform in float64,
+    rounded once: devices' logarithms differ in their last bit, which changes about one draw in
+    2^28.
     """
-    if distribution == "uniform":
-        return (((words >> 8) << 1) + (1 - (1 << 24))).to(torch.float32) * 2.0**-24
+    draws = torch.empty((*words[0].shape, 4), dtype=torch.float32, device=words[0].device)
+    if distribution == "gaussian":
+        units = [(word.to(torch.float64) + 0.5) * 2.0**-32 for word in words]
+        for i in (0, 2):
+            radius, angle = torch.sqrt(torch.log(units[i]) * (-2 / 3)), units[i + 1] * math.tau
+            draws[..., i], draws[..., i + 1] = radius * torch.cos(angle), radius * torch.sin(angle)
+        return draws
+    for i, word in enumerate(words):
+        draws[..., i] = word >> (8 if distribution == "uniform" else 31)
     if distribution == "symmetric":
-        return (1 - 2 * (words >> 31)).to(torch.float32)
-    unit = (words.to(torch.float64) + 0.5) * 2.0**-32
-    radius, angle = torch.sqrt(torch.log(unit[..., 0::2]) * (-2 / 3)), unit[..., 1::2] * math.tau
-    pair = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
-    return pair.flatten(-2).to(torch.float32)
+        return draws.mul_(-2).add_(1)
+    return draws.mul_(2.0**-23).add_(2.0**-24 - 1)

@@ -17,6 +17,7 @@ from neftune_dist.distributed import World
 from neftune_dist.engine.base import MASTER
 from neftune_dist.engine.fsdp2 import FSDP2Engine
 from neftune_dist.model import load
+from neftune_dist.model.weights import WeightFiles
 from neftune_dist.optim import MakeOptimizer
 from tests import tiny
 
@@ -63,7 +64,7 @@ def worker(folder: Path) -> None:
     engine = FSDP2Engine(config, world)
     engine.setup(model, MakeOptimizer(config.optim))
     assert [name for name, _ in engine.named] == list(aliases)
-    files = load.WeightFiles(folder, aliases, engine.shapes, prefix)
+    files = WeightFiles(folder, aliases, engine.shapes, prefix)
     shards = engine.flat_state()
     for shard in shards:
         if shard.kind == MASTER:

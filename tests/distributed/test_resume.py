@@ -245,7 +245,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(config: Path, tmp_path: Path
     damage(newest.folder)
     done = tiny.run_forked("train", config, f"run_dir={run_dir}")
     assert done.returncode == 0
-    assert f"{newest.folder} is incomplete or damaged" in done.stdout
+    assert f"{newest.folder} is damaged and is passed over" in done.stdout
     assert tiny.untimed(tiny.steps(run_dir)) == tiny.untimed(whole)
     assert store.find_all(run_dir)[0].step == STEPS
 
@@ -292,7 +292,8 @@ def test_a_full_disk_ends_with_a_sentence_and_the_last_checkpoint(
     [
         (["train.global_batch_size=11"], "train.global_batch_size"),
         (["noise.alpha=10"], "noise.alpha"),
-        (["data.max_length=64"], "other data"),
+        (["data.max_length=64"], "data.max_length (then 96, now 64)"),
+        (["optim.learning_rate=2e-3"], "checkpoint.accept_changes=optim.learning_rate"),
     ],
 )
 def test_another_run_is_refused(

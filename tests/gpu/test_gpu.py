@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
-from neftune_dist.noise.law import RankStream, TokenLayout, add_noise_, draw
+from neftune_dist import NEFTune
+from neftune_dist.noise.law import RankStream, TokenLayout, draw
+from neftune_dist.noise.op import add_noise
 from tests import tiny
 
 pytestmark = [
@@ -20,19 +23,86 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_noise_has_the_same_bits(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("distribution", ["uniform", "symmetric", "gaussian"])
+@pytest.mark.parametrize("hidden", [64, 250, 768, 4096, 5120])
+def test_noise_has_the_same_bits(dtype: torch.dtype, distribution: str, hidden: int) -> None:
     lengths = torch.tensor([3, 500, 41])
-    stream = RankStream(1, 2, 3, 4)
+    stream = RankStream((1 << 62) + 12345, 2, 3, 4)
+    x = torch.randn(544, hidden, generator=torch.Generator().manual_seed(0)).to(dtype)
     results = []
-    for device in ("cpu", "cuda"):
-        layout = TokenLayout.from_lengths(lengths.to(device))
-        x = torch.zeros(544, 768, dtype=dtype, device=device)
-        add_noise_(x, layout, stream, 5.0)
-        results.append(x.cpu())
-        results.append(draw(stream, layout, slice(0, 544), 768).cpu())
-    assert torch.equal(results[0], results[2])
-    assert torch.equal(results[1], results[3])
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        layout = TokenLayout.from_lengths(lengths).to(device)
+        on_device = x.to(device, copy=True)
+        squares = add_noise(on_device, layout, stream, 5.0, distribution=distribution)
+        drawn = draw(stream, layout, hidden, distribution)
+        results.append((on_device.cpu(), squares.cpu(), drawn.cpu()))
+    for one, other in zip(*results, strict=True):
+        if distribution == "gaussian":  # logarithms differ in their last bit
+            assert float((one != other).float().mean()) < 1e-5
+        elif one.dtype != torch.float64:
+            assert torch.equal(one, other)
+    assert torch.allclose(results[0][1], results[1][1], rtol=1e-5)
+
+
+def test_strides_and_padding() -> None:
+    """Rows that lie apart, and channels that do: what is not the tensor's stays as it was."""
+    layout = TokenLayout.from_arguments(
+        torch.zeros(6, 50), torch.arange(50)[None] < torch.arange(0, 60, 10)[:, None]
+    ).to(torch.device("cuda"))
+    stream = RankStream(1, 0, 0, 0)
+    plain = torch.full((6, 50, 128), -0.0, device="cuda")
+    add_noise(plain, layout, stream, 5.0)
+    padding = layout.length.view(6, 50) == 0
+    assert torch.signbit(plain[padding]).all() and not plain[padding].any()
+    for storage, view in (
+        ((6, 70, 256), lambda t: t[:, :50, ::2]),
+        ((50, 6, 128), lambda t: t.transpose(0, 1)),
+        ((6, 128, 50), lambda t: t.transpose(1, 2)),
+    ):
+        whole = torch.full(storage, -0.0, device="cuda")
+        add_noise(view(whole), layout, stream, 5.0)
+        assert torch.equal(view(whole), plain)
+        assert int((whole != 0).sum()) == int((plain != 0).sum())
+
+
+def test_offsets_past_2_to_the_31() -> None:
+    whole = torch.zeros((1 << 31) + (1 << 20), dtype=torch.bfloat16, device="cuda")
+    far = whole[-(1 << 20) :].view(256, 4096)
+    near = torch.zeros_like(far)
+    rows = whole.as_strided((2, 256, 4096), ((1 << 31), 4096, 1))
+    layout = TokenLayout.from_lengths(torch.tensor([256, 256])).to(torch.device("cuda"))
+    add_noise(rows, layout, RankStream(1, 0, 0, 0), 5.0)
+    both = torch.zeros(2, 256, 4096, dtype=torch.bfloat16, device="cuda")
+    add_noise(both, layout, RankStream(1, 0, 0, 0), 5.0)
+    near.copy_(both[1])
+    assert torch.equal(far, near)
+
+
+def test_a_compiled_model_trains_as_an_eager_one() -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=500,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).cuda().train()
+    with NEFTune(5.0, seed=1).attach(model) as noise:
+        compiled = torch.compile(model, fullgraph=True, dynamic=True)
+        for step, (rows, columns) in enumerate([(3, 20), (4, 33), (2, 70)]):
+            ids = torch.randint(0, 500, (rows, columns), device="cuda")
+            mask = (torch.rand(rows, 1, device="cuda") * columns).long() >= torch.arange(
+                columns, device="cuda"
+            )
+            losses = []
+            for each in (model, compiled):
+                noise.step = step
+                losses.append(each(input_ids=ids, attention_mask=mask.long(), labels=ids).loss)
+            assert noise.num_fired == 1
+            assert float(losses[0].detach()) == pytest.approx(float(losses[1].detach()), rel=1e-5)
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "deepspeed"])

@@ -179,7 +179,7 @@ def test_differences_name_the_keys() -> None:
         ("train.neftune_noise_alpha=5", "unknown key train.neftune_noise_alpha; "),
         (
             "noise.xyzzy=5",
-            "unknown key noise.xyzzy; known: alpha, distribution, final_fraction, length, schedule, seed, str",
+            "unknown key noise.xyzzy; known: alpha, distribution, final_fraction, length, schedule",
         ),
         ("xyzzy=5", "unknown key xyzzy; known: checkpoint, data, engine, evaluate, logging, model"),
         ("Noise.alpha=5", "unknown key Noise; did you mean noise?"),

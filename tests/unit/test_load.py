@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from neftune_dist.config import ModelConfig, UserError
-from neftune_dist.model import load
-from neftune_dist.model.load import WeightFiles
+from neftune_dist.model import load, weights
 from neftune_dist.model.support import PACKING_FAMILIES
+from neftune_dist.model.weights import WeightFiles
 from tests import tiny
 from tests.families import family
 
@@ -335,7 +335,7 @@ def test_tied_weights_under_either_name(llama: Path, kept: str) -> None:
 def test_tied_weights_under_both_names_must_agree(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load, "_COMPARED_ELEMENTS", 100)
+    monkeypatch.setattr(weights, "_COMPARED_ELEMENTS", 100)
     expected = tensors_of(llama)
     rewrite(llama, expected)
     assert_readable(llama, expected)
@@ -583,15 +583,15 @@ def test_tokenizers(tmp_path: Path) -> None:
         load.load_tokenizer(tmp_path, ModelConfig())
 
 
-def test_the_architecture_digest_sees_the_architecture_alone(tmp_path: Path) -> None:
+def test_the_architecture_is_told_apart_from_the_rest(tmp_path: Path) -> None:
     save(family("llama"), tmp_path)
     one = load.load_model_config(tmp_path, ModelConfig())
     moved = tmp_path / "moved"
     shutil.copytree(tmp_path, moved)
     other = load.load_model_config(moved, ModelConfig())
     other.dtype = "bfloat16"
-    digest = load.architecture_digest(one)
-    assert load.architecture_digest(other) == digest
-    assert load.architecture_digest(build(tmp_path).config) == digest
+    seen = load.architecture(one)
+    assert load.architecture(other) == seen
+    assert load.architecture(build(tmp_path).config) == seen
     other.num_hidden_layers = 3
-    assert load.architecture_digest(other) != digest
+    assert load.architecture(other) != seen

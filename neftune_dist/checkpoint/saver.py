@@ -1,0 +1,168 @@
+"""Saving while training goes on: the loop waits for a copy in host memory, a thread does the rest.
+
+At most one save is in flight; the next one, or the end of the run, waits for it. The thread has a
+process group of its own, with its own time-out, so a slow disk trips no training collective; an
+error in it is raised in the loop, on all ranks at the same step. Where host memory does not hold
+the copy, or `checkpoint.mode=sync`, the loop waits for the whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from neftune_dist.checkpoint import flat, store
+from neftune_dist.checkpoint.flat import WrittenFile
+from neftune_dist.config import CheckpointConfig
+from neftune_dist.distributed import World
+from neftune_dist.engine.base import Engine, FlatShard
+
+# Of the host's available memory, what a copy of the state may take.
+_SHARE_OF_MEMORY = 0.8
+# How long a failing run waits for the save in flight, whose other ranks may be gone.
+_LAST_SAVE_SECONDS = 60.0
+
+
+class Saver:
+    """Saves a run's checkpoints. Built on every rank alike; all calls are collectives."""
+
+    def __init__(self, run_dir: Path, settings: CheckpointConfig, world: World) -> None:
+        self._run_dir, self._settings = run_dir, settings
+        self._world, self._aside = world, world.aside()
+        self._group = dist.new_group(
+            backend="gloo", timeout=timedelta(minutes=settings.timeout_minutes)
+        )
+        self._buffers: dict[tuple[str, int], Tensor] = {}
+        self._asynchronous: bool | None = None  # decided at the first save
+        self._thread: Thread | None = None
+        self._error: BaseException | None = None
+        self.seconds_waited = 0.0  # that the loop stood still for the last save
+
+    def save(self, step: int, engine: Engine, state: Mapping[str, Any]) -> None:
+        """Save the engine's state as the checkpoint of `step`.
+
+        Args:
+            state: of the trainer; JSON-able, the same on every rank.
+
+        Raises:
+            UserError: this or the last save could not be written. What was published before is
+                unharmed.
+        """
+        began = time.perf_counter()
+        self.wait()
+        shards = engine.flat_state() if engine.saves else []
+        text = json.dumps({"step": step, **state}, indent=1)
+        if self._asynchronous is None:
+            self._asynchronous = self._decide(engine.flat_state())
+        if self._asynchronous:
+            work = (step, self._copy(shards), text)
+            self._thread = Thread(target=self._try, args=work, name="checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            self._try(step, shards, text)
+            self.wait()
+        self.seconds_waited = time.perf_counter() - began
+
+    @property
+    def failed(self) -> bool:
+        """Whether the save in flight has failed on this rank: `wait` will raise."""
+        return self._error is not None
+
+    def wait(self) -> None:
+        """Wait for the save in flight, and raise what went wrong in it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def abandon(self) -> None:
+        """The run has failed: give the save in flight a while to be published all the same."""
+        if self._thread is not None:
+            self._thread.join(_LAST_SAVE_SECONDS)
+
+    def _try(self, step: int, shards: list[FlatShard], state: str) -> None:
+        try:
+            self._write(step, shards, state)
+        except BaseException as error:
+            self._error = error
+
+    def _write(self, step: int, shards: list[FlatShard], state: str) -> None:
+        world = self._aside
+        partial = self._run_dir / "checkpoints" / f"step_{step:08d}.partial"
+        with world.agree():
+            if world.is_first:
+                store.begin(self._run_dir, step)
+        with world.agree(), store.explained(partial):
+            # Also makes this node look the folder up anew, on a shared file system.
+            partial.mkdir(exist_ok=True)
+        with world.agree(), store.explained(partial):
+            mine = flat.write(partial, shards, self._group)
+        of_ranks: list[Any] = [None] * world.size
+        dist.all_gather_object(of_ranks, mine, group=self._group)
+        files: dict[str, WrittenFile] = {}
+        for each in of_ranks:
+            files |= each
+        with world.agree():
+            if world.is_first:
+                store.publish(partial, state, files, self._settings)
+
+    def _copy(self, shards: list[FlatShard]) -> list[FlatShard]:
+        """The shards in host memory, in buffers that every save uses again."""
+        pinned = self._world.device.type == "cuda"
+        copies = []
+        for shard in shards:
+            key = (shard.key, shard.start)
+            if key not in self._buffers:
+                self._buffers[key] = torch.empty(
+                    shard.tensor.shape, dtype=shard.tensor.dtype, pin_memory=pinned
+                )
+            self._buffers[key].copy_(shard.tensor, non_blocking=True)
+            copies.append(replace(shard, tensor=self._buffers[key]))
+        if pinned:
+            torch.cuda.synchronize(self._world.device)
+        return copies
+
+    def _decide(self, shards: list[FlatShard]) -> bool:
+        """Whether to copy and go on: as told, or where every machine has the memory."""
+        if self._settings.mode != "auto":
+            return self._settings.mode == "async"
+        needed = sum(shard.tensor.nbytes for shard in shards) * self._world.local_size
+        available = available_host_bytes()
+        fits = needed < _SHARE_OF_MEMORY * available
+        decided = all(each[0] for each in self._world.gather([float(fits)]))
+        if not decided:
+            self._world.log(
+                f"checkpoint: saved synchronously: a copy takes {needed / 2**30:.1f} GiB of host "
+                f"memory a machine, of which {available / 2**30:.1f} GiB are free"
+            )
+        return decided
+
+
+def available_host_bytes() -> int:
+    """Memory that this machine, or this process's control group, can still give."""
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            used = int((group / "memory.current").read_text())
+            available = min(available, int(limit) - used)
+    except OSError:  # no control group of the second version
+        pass
+    return available

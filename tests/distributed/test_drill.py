@@ -1,0 +1,197 @@
+"""A short sample of the fault drill and the resume matrix (`drill.py`), and the other faults.
+
+The whole was run; its outcome: drill.md.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from neftune_dist.checkpoint import store
+from tests import tiny
+from tests.distributed import drill
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return drill.make_config(tmp_path_factory.mktemp("drill"))
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero-3"])
+def test_kills_at_random_operations(engine: str, config: Path, tmp_path: Path) -> None:
+    outcome = drill.drill(config, tmp_path, engine, 4, random.Random(3))
+    assert outcome.total() == 4
+
+
+@pytest.fixture(scope="module")
+def sources(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[drill.Layout, Path]:
+    folder = tmp_path_factory.mktemp("matrix")
+    return {
+        layout: drill.save_at_two(config, folder, layout)
+        for layout in (drill.Layout("fsdp2", 3), drill.Layout("zero-1", 2))
+    }
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (drill.Layout("fsdp2", 3), drill.Layout("hsdp", 2)),
+        (drill.Layout("fsdp2", 3), drill.Layout("zero-3", 2)),
+        (drill.Layout("zero-1", 2), drill.Layout("fsdp2", 1)),
+        (drill.Layout("zero-1", 2), drill.Layout("zero-2", 3)),
+    ],
+    ids=str,
+)
+def test_continues_under_another_layout(
+    one: drill.Layout,
+    other: drill.Layout,
+    config: Path,
+    sources: dict[drill.Layout, Path],
+    tmp_path: Path,
+) -> None:
+    drill.continue_from(config, sources[one], other, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a whole run on one rank, all checkpoints kept."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    tiny.train(config, run_dir, "checkpoint.keep=0")
+    return run_dir
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 1)
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "trainer_state.json"])
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate])
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(
+    name: str, damage: object, config: Path, copy: Path, finished: Path
+) -> None:
+    newest = store.find_all(copy)[0].folder
+    assert callable(damage)
+    damage(newest / name)
+    done = tiny.run_forked("train", config, f"run_dir={copy}", "checkpoint.keep=0")
+    assert done.returncode == 0, done.stderr
+    warning = next(line for line in done.stdout.splitlines() if line.startswith("warning"))
+    assert str(newest) in warning and name in warning
+    assert f"step {drill.STEPS - 1} of {drill.STEPS}" in done.stdout
+    drill.compare(copy, finished)
+    assert newest.with_name(newest.name + ".damaged").is_dir()
+
+
+def test_without_verifying_only_sizes_are_looked_at(config: Path, copy: Path) -> None:
+    flip_a_bit(store.find_all(copy)[0].folder / "__0_0.distcp")
+    words = [f"run_dir={copy}", "checkpoint.verify=false"]
+    done = tiny.run_forked("train", config, *words)
+    assert "nothing is left to train" in done.stdout
+
+
+def test_with_all_damaged_nothing_is_overwritten(config: Path, copy: Path) -> None:
+    for each in store.find_all(copy):
+        flip_a_bit(each.folder / "__0_0.distcp")
+    before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
+    done = tiny.run_forked("train", config, f"run_dir={copy}", ranks=2)
+    assert done.returncode == 2
+    assert "damaged checkpoints only" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("mode", ["async", "sync"])
+def test_a_full_disk(mode: str, config: Path, tmp_path: Path) -> None:
+    """Both ranks end with one sentence; what was published before stays and is gone on from."""
+    run_dir = tmp_path / "run"
+    tiny.train(config, run_dir, "train.max_steps=3", "optim.schedule=constant", ranks=2)
+    words = ["optim.schedule=constant", f"checkpoint.mode={mode}"]
+    full = drill.SmallFiles(100_000)
+    done = tiny.run_forked("train", config, f"run_dir={run_dir}", *words, ranks=2, before=full)
+    assert done.returncode == 2
+    assert "could not be written: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert store.find_all(run_dir)[0].step == 3
+    whole = tiny.train(config, tmp_path / "whole", "optim.schedule=constant", ranks=2)
+    assert tiny.untimed(tiny.train(config, run_dir, *words, ranks=2)) == tiny.untimed(whole)
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user may enter."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder
+
+
+def test_a_directory_made_read_only(open_folder: Path) -> None:
+    config = drill.make_config(open_folder)
+    run_dir = open_folder / "run"
+    tiny.train(config, run_dir, "train.max_steps=2", "optim.schedule=constant")
+    before = sorted(str(p) for p in (run_dir / "checkpoints").rglob("*"))
+    for path in [open_folder, *open_folder.rglob("*")]:
+        path.chmod(0o777 if path.is_dir() else 0o666)
+    (run_dir / "checkpoints").chmod(0o555)
+    words = [f"run_dir={run_dir}", "optim.schedule=constant"]
+    done = tiny.run_forked("train", config, *words, before=drill.Nobody())
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "could not be written: Permission denied" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(str(p) for p in (run_dir / "checkpoints").rglob("*")) == before
+
+
+def test_what_is_kept(config: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    tiny.train(config, run_dir, "checkpoint.keep=1", "checkpoint.keep_every_steps=3")
+    assert [c.step for c in store.find_all(run_dir)] == [8, 6, 3]
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step_00000008\n"
+
+
+def test_accepted_changes(config: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    tiny.train(config, run_dir, "train.max_steps=2")
+    words = ["optim.learning_rate=2e-4", "noise.alpha=10", f"run_dir={run_dir}"]
+    refused = tiny.run_forked("train", config, *words)
+    assert refused.returncode == 2
+    keys = "noise.alpha,optim.learning_rate"
+    assert f"checkpoint.accept_changes={keys}" in refused.stderr
+    done = tiny.run_forked("train", config, *words, f"checkpoint.accept_changes={keys}")
+    assert done.returncode == 0, done.stderr
+    assert "resume: noise.alpha was 5.0, is now 10.0" in done.stdout
+    assert "resume: train.max_steps was 2, is now 8" in done.stdout
+    norms = [record["noise_norm"] for record in tiny.steps(run_dir)]
+    assert norms[-1] == pytest.approx(2 * norms[0], rel=0.02)
+
+
+def test_the_list_of_checkpoints(copy: Path) -> None:
+    newest, next_newest = (c.folder for c in store.find_all(copy)[:2])
+    truncate(newest / "__0_0.distcp")
+    flip_a_bit(next_newest / "__0_0.distcp")
+    shutil.copytree(next_newest, newest.with_name("step_00000009.partial"))
+    shown = tiny.run_forked("checkpoints", copy).stdout
+    told = tiny.run_forked("checkpoints", copy, "--verify").stdout
+    assert shown.count(" complete ") == drill.STEPS - 1
+    assert told.count(" complete, verified ") == drill.STEPS - 2
+    assert "__0_0.distcp is not what was written" in told
+    for text in (shown, told):
+        assert "unfinished" in text and "__0_0.distcp has" in text and "fsdp2, 1 ranks" in text
+    assert tiny.run_forked("checkpoints", copy.parent).returncode == 2

@@ -1,0 +1,124 @@
+"""Weights out of other trainers' checkpoints equal what those trainers held, range by range."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import transformers
+from torch import Tensor
+
+from neftune_dist.config import ModelConfig, UserError
+from neftune_dist.model import load
+from neftune_dist.model.weights import WeightFiles
+from tests import tiny
+
+# Trains one step, so that the masters are no bf16 values, and saves as DeepSpeed does.
+TRAIN = """
+import sys
+import deepspeed, torch, transformers
+stage, folder = int(sys.argv[1]), sys.argv[2]
+deepspeed.init_distributed("gloo")
+model = transformers.AutoModelForCausalLM.from_pretrained(folder + "/model", dtype=torch.float32)
+decayed = [p for p in model.parameters() if p.dim() > 1]
+others = [p for p in model.parameters() if p.dim() < 2]
+engine, *_ = deepspeed.initialize(
+    model=model,
+    optimizer=torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}]),
+    config={
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+    },
+)
+ids = torch.arange(20)[None]
+engine.backward(engine(input_ids=ids, labels=ids).loss)
+engine.step()
+engine.save_checkpoint(f"{folder}/zero_{stage}")
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("foreign")
+    tiny.make_model(made / "model")
+    return made
+
+
+def open_weights(folder: Path, weights: Path) -> tuple[WeightFiles, dict[str, tuple[int, ...]]]:
+    model = load.build(folder / "model", ModelConfig(str(folder / "model")), packing=True)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return WeightFiles(weights, load.parameter_aliases(model), shapes, "model"), shapes
+
+
+def assert_ranges(weights: WeightFiles, shapes: dict[str, tuple[int, ...]], expected: dict) -> None:
+    for name, shape in shapes.items():
+        whole: Tensor = expected[name].flatten()
+        numel = torch.Size(shape).numel()
+        for start, stop in ((0, numel), (numel // 3, numel // 2 + 1), (numel - 1, numel)):
+            assert torch.equal(weights.read(name, start, stop), whole[start:stop]), name
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_checkpoints(stage: int, folder: Path) -> None:
+    """Against DeepSpeed's own consolidation."""
+    script = folder / "train.py"
+    script.write_text(TRAIN)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launcher, str(script), str(stage), str(folder)],
+        env=tiny.environment(DS_ACCELERATOR="cpu"),
+        capture_output=True,
+        text=True,
+        timeout=tiny.DEADLINE_SECONDS,
+    )
+    assert done.returncode == 0, done.stderr
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    saved = folder / f"zero_{stage}"
+    expected = get_fp32_state_dict_from_zero_checkpoint(str(saved))
+    before = transformers.AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
+    assert not torch.equal(expected["model.norm.weight"], before["model.norm.weight"])
+    for place in (saved, next(saved.glob("global_step*"))):
+        weights, shapes = open_weights(folder, place)
+        assert_ranges(weights, shapes, expected)
+    next(saved.glob("global_step*/*rank_1*optim_states.pt")).unlink()
+    with pytest.raises(UserError, match="1 of 2 partitions"):
+        open_weights(folder, saved)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "state.app."])
+def test_distributed_checkpoints(prefix: str, folder: Path, tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model").to(torch.bfloat16)
+    state = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
+    dcp.save({**state, "step": 3, "optim.norm": torch.ones(2)}, checkpoint_id=tmp_path / "dcp")
+    weights, shapes = open_weights(folder, tmp_path / "dcp")
+    assert_ranges(weights, shapes, model.state_dict())
+
+
+def test_what_is_no_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no weights"):
+        open_weights(folder, tmp_path)
+    torch.save({"code": subprocess.run}, tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    with pytest.raises(UserError, match="cannot be read as a part of a ZeRO checkpoint"):
+        open_weights(folder, tmp_path)
+
+
+def test_a_run_starts_from_them(folder: Path, tmp_path: Path) -> None:
+    config = tiny.make_config(tmp_path, train={"max_steps": 1})
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path / "dcp")
+    model.save_pretrained(tmp_path / "halved")
+    one = tiny.train(config, tmp_path / "a", f"model.weights={tmp_path / 'dcp'}", ranks=2)
+    two = tiny.train(config, tmp_path / "b", f"model.weights={tmp_path / 'halved'}")
+    plain = tiny.train(config, tmp_path / "c")
+    assert one[0]["loss"] == pytest.approx(two[0]["loss"], rel=1e-6)
+    assert abs(one[0]["loss"] / plain[0]["loss"] - 1) > 1e-3
