@@ -141,7 +141,8 @@ def _card(state: Mapping[str, Any]) -> str:
     config = state["config"]
     noise, train, optim = config["noise"], config["train"], config["optim"]
     how = (
-        f"NEFTune noise (arXiv 2310.05914), alpha {noise['alpha']}, {noise['stream']} stream"
+        f"NEFTune noise (arXiv 2310.05914), alpha {noise['alpha']} ({noise['schedule']}), "
+        f"{noise['distribution']}, {noise['length']} length, {noise['stream']} stream"
         if noise["alpha"]
         else "no embedding noise"
     )

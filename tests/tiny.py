@@ -118,9 +118,11 @@ def command(verb: str, *words: object, ranks: int = 1) -> list[str]:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """One thread a process, no GPU, no hub."""
+    """One thread a process, no GPU, no hub; and this Python's own programs first: another ninja
+    would compile DeepSpeed's operator anew."""
     return {
         **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
@@ -208,7 +210,7 @@ def _rank(
     words: list[str],
     out: Path,
     err: Path,
-    before: Callable[[], None] | None,
+    before: Callable[[], None] | None = None,
 ) -> None:
     for stream, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)

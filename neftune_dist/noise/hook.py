@@ -110,7 +110,6 @@ class NEFTune:
 class _Forward:
     """What a forward pass was noised with, so that its recomputation gets the same."""
 
-    input_ids: Tensor
     first_node: int  # autograd's number of the first node that the model made
     layout: TokenLayout
     alpha: Tensor
@@ -141,6 +140,7 @@ class NEFTuneHandle:
         self._described: TokenLayout | None = None  # for the next forward
         self._first_node = 0
         self._last: _Forward | None = None
+        self._recomputed_in = -1  # autograd's number of a backward
         self._step = 0
         # The optimizer step, and the noised forwards since it was set.
         self._clock = torch.zeros(2, dtype=torch.int64)
@@ -278,17 +278,18 @@ class NEFTuneHandle:
             output = output.clone()
         x = self._activation(module, output)
         if layout is None:
-            last = self._last
+            last, backward = self._last, torch._C._current_graph_task_id()
             if (
                 last is None
                 or torch._C._current_autograd_node()._sequence_nr() < last.first_node
-                or args[0].data_ptr() != last.input_ids.data_ptr()
+                or backward == self._recomputed_in  # two forwards in one checkpoint
             ):
                 raise RuntimeError(
                     "Activation checkpointing recomputes the input embedding of a forward pass "
                     "that was not the last noised one: checkpoint the layers alone, or use "
                     "use_reentrant=False and one forward a backward."
                 )
+            self._recomputed_in = backward
             self._add(x, last.layout, last.alpha, last.step, last.count)
             return output
         if layout.num_tokens != x.numel() // x.shape[-1]:
@@ -306,7 +307,7 @@ class NEFTuneHandle:
         documents = (layout.length > 0) & (layout.position == 0)
         self._norms.add_(torch.stack((squares.sqrt().sum(), documents.sum().to(torch.float64))))
         if not torch.compiler.is_compiling():
-            self._last = _Forward(args[0], self._first_node, layout, alpha, step, count)
+            self._last = _Forward(self._first_node, layout, alpha, step, count)
         return output
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

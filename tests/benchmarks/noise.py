@@ -4,7 +4,7 @@ Both add noise to the same fresh activation, 8,192 tokens x 4,096 channels, in a
 own, forwards alternating with those of no hook at all; the figures are medians. On a GPU the copy
 bandwidth of the device is measured beside them. The first line names versions and device.
 
-usage: python tests/benchmarks/noise.py
+usage: python tests/benchmarks/noise.py [MODEL_DIR]     with a model: its share of a training step
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import transformers
 from torch import Tensor
 from transformers.integrations.neftune import neftune_post_forward_hook
 
+from neftune_dist import NEFTune
 from neftune_dist.noise.law import RankStream, TokenLayout
 from neftune_dist.noise.op import add_noise
 
@@ -106,6 +107,29 @@ def measure(kind: str, dtype: torch.dtype) -> None:
     print(seconds(work, on_gpu), extra)
 
 
+def share_of_a_step(folder: str) -> None:
+    """Print the noise's part of a forward, a backward and an update on 8 documents of 128."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-5, fused=True)
+    ids = torch.randint(0, 1000, (8, 128), device=device)
+    x = model.get_input_embeddings()(ids).detach()
+    layout = TokenLayout.from_lengths(torch.full((8,), 128)).to(device)
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with NEFTune(5.0).attach(model):
+        step()
+        whole = seconds(step, on_gpu)
+    part = seconds(lambda: add_noise(x, layout, RankStream(0, 0, 0, 0), 5.0), on_gpu)
+    print(f"a training step on 1024 tokens {whole:.3f} s, noise {part:.5f} s: {part / whole:.3%}")
+
+
 def main() -> None:
     on_gpu = torch.cuda.is_available()
     name = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
@@ -140,3 +164,5 @@ if __name__ == "__main__":
         measure(sys.argv[1], getattr(torch, sys.argv[2]))
     else:
         main()
+        if len(sys.argv) == 2:
+            share_of_a_step(sys.argv[1])

@@ -172,6 +172,28 @@ class SmallFiles:
 
 
 @dataclass(frozen=True)
+class SlowDisk:
+    """A disk so slow that every save takes until training has made the next step."""
+
+    run_dir: Path
+
+    def __call__(self) -> None:
+        from neftune_dist.checkpoint import flat
+
+        write = flat.write
+
+        def slow(folder: Path, *arguments: Any) -> Any:
+            step = int(folder.name.removeprefix("step_").partition(".")[0])
+            deadline = time.monotonic() + 60
+            while step < STEPS and len(tiny.steps(self.run_dir)) <= step:
+                assert time.monotonic() < deadline, "training waits for the save"
+                time.sleep(0.01)
+            return write(folder, *arguments)
+
+        flat.write = slow
+
+
+@dataclass(frozen=True)
 class Nobody:
     """Without root's right to write where nobody may."""
 

@@ -1,4 +1,4 @@
-"""Trainers with `NEFTuneCallback`, one after the other, and what their models saw: RESULTS_rank.pt.
+"""Trainers with `NEFTuneCallback`, one after the other, and what their models saw: CASE_RANK.pt.
 
 usage: torchrun --standalone --nproc_per_node 2 -m tests.distributed.sft_worker CASE FOLDER
 CASE: `train`, or `resume` from the checkpoint that `train` left. FOLDER holds the tiny model.
@@ -153,6 +153,7 @@ def main(case: str, folder: Path) -> None:
     faulthandler.dump_traceback_later(DEADLINE_SECONDS, exit=True)  # a hang is a failure
     results = {"train": run_train, "resume": run_resume}[case](folder)
     torch.save(results, folder / f"{case}_{torch.distributed.get_rank()}.pt")
+    torch.distributed.barrier()  # none leaves while another still talks to it
     torch.distributed.destroy_process_group()
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from neftune_dist.checkpoint import store
 from tests import tiny
@@ -132,6 +133,31 @@ def test_a_full_disk(mode: str, config: Path, tmp_path: Path) -> None:
     assert store.find_all(run_dir)[0].step == 3
     whole = tiny.train(config, tmp_path / "whole", "optim.schedule=constant", ranks=2)
     assert tiny.untimed(tiny.train(config, run_dir, *words, ranks=2)) == tiny.untimed(whole)
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero-3"])
+def test_training_goes_on_while_a_save_is_written(
+    engine: str, config: Path, tmp_path: Path
+) -> None:
+    """And what is written is the state of the step that was saved, not of the one under way."""
+    words = [*drill.ENGINES[engine], "checkpoint.keep=0"]
+    slow, sync = tmp_path / "slow", tmp_path / "sync"
+    done = tiny.run_forked(
+        "train",
+        config,
+        f"run_dir={slow}",
+        *words,
+        "checkpoint.mode=async",
+        ranks=2,
+        before=drill.SlowDisk(slow),
+    )
+    assert done.returncode == 0, done.stderr
+    tiny.train(config, sync, *words, "checkpoint.mode=sync", ranks=2)
+    pairs = list(zip(store.find_all(slow), store.find_all(sync), strict=True))
+    assert [one.step for one, _ in pairs] == list(range(drill.STEPS, 0, -1))
+    for one, other in pairs:
+        ours, theirs = (tiny.checkpoint_tensors(each.folder) for each in (one, other))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), one.step
 
 
 @pytest.fixture

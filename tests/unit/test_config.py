@@ -312,6 +312,23 @@ def test_a_file_that_cannot_be_opened(path: str) -> None:
         (["evaluate.max_documents=5"], "evaluate.max_documents has no effect without held-out do"),
         (["optim.schedule=constant", "optim.final_fraction=0.1"], "optim.final_fraction has no ef"),
         (["noise.alpha=0", "noise.seed=1"], "noise.seed has no effect with noise.alpha=0"),
+        (["noise.final_fraction=0.1"], "noise.final_fraction has no effect with noise.schedule="),
+        (["noise.length=padded", "noise.stream=sample"], "it goes with noise.stream=rank"),
+        (
+            ["checkpoint.keep=0", "checkpoint.every_steps=2", "checkpoint.keep_every_steps=4"],
+            "checkpoint.keep_every_steps has no effect with checkpoint.keep=0",
+        ),
+        (
+            ["checkpoint.every_steps=3", "checkpoint.keep_every_steps=4"],
+            "checkpoint.keep_every_steps=4 must be a multiple of checkpoint.every_steps=3",
+        ),
+        (["checkpoint.keep_every_steps=4"], "must be a multiple of checkpoint.every_steps=0"),
+        (
+            ["checkpoint.resume=never", "checkpoint.accept_changes=optim.learning_rate"],
+            "checkpoint.accept_changes has no effect with checkpoint.resume=never",
+        ),
+        (["checkpoint.accept_changes=optim.lr"], "accept_changes: unknown key optim.lr"),
+        (["checkpoint.accept_changes=train.seed"], "train.seed cannot change within a run"),
     ],
 )
 def test_contradictions_and_settings_without_effect(words: list[str], said: str) -> None:

@@ -193,7 +193,7 @@ def test_passes_that_do_not_train_are_clean() -> None:
 def test_lengths_alone_compile_nothing_anew() -> None:
     """Packed rows of one shape, as most trainers make them: other documents, other numbers of
     them, the same static graph."""
-    model = llama()
+    model = Small()
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
     ids = torch.arange(60)[None]
     with NEFTune(5.0).attach(model) as noise:

@@ -77,6 +77,16 @@ def rows_with_padding(lengths: list[int], left: bool) -> Tensor:
     return nn.utils.rnn.pad_sequence(packed, batch_first=True, padding_side=side)
 
 
+def rows_with_holes(lengths: list[int]) -> Tensor:
+    """One row, with padding within and between documents."""
+    chosen, numbers = random.Random(0), []
+    for i, length in enumerate(lengths):
+        cut = chosen.randint(0, length)
+        numbers += [i + 1] * cut + [0] * chosen.randint(0, 4)
+        numbers += [i + 1] * (length - cut) + [0] * chosen.randint(0, 4)
+    return torch.tensor(numbers)[None]
+
+
 def tokens_of(batch: Tensor) -> list[Tensor]:
     """Of each document: the flat indices of its tokens."""
     flat = batch.flatten()
@@ -85,7 +95,7 @@ def tokens_of(batch: Tensor) -> list[Tensor]:
 
 def positions(batch: Tensor) -> Tensor:
     """Of each token within its document; at padding, whatever."""
-    within = torch.ones(batch.numel(), dtype=torch.int64)
+    within = torch.randint(3000, (batch.numel(),), generator=torch.Generator().manual_seed(0))
     for tokens in tokens_of(batch):
         within[tokens] = torch.arange(len(tokens))
     return within.view(batch.shape)
@@ -112,6 +122,7 @@ PACKED = {"packed": one_row(LENGTHS)}
 BOTH = {
     "packed, right padded": rows_with_padding(LENGTHS, False),
     "packed, left padded": rows_with_padding(LENGTHS, True),
+    "packed, with holes": rows_with_holes(LENGTHS),
 }
 ARGUMENTS: dict[str, tuple[dict[str, Tensor], Callable[[Tensor], dict[str, Tensor]]]] = {
     "mask": (PADDED, lambda b: {"attention_mask": mask(b)}),

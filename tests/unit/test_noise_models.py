@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from neftune_dist import NEFTune
-from neftune_dist.noise.hook import NEFTuneHandle
 from neftune_dist.noise.law import RankStream, TokenLayout, draw, expected_norm
 from tests.families import family
 
@@ -72,6 +71,10 @@ def gradients(model: nn.Module, loss: Tensor) -> Gradients:
 
 def loss_of(model: Any, **inputs: Any) -> Tensor:
     return model(attention_mask=MASK, labels=LABELS, use_cache=False, **inputs).loss
+
+
+def checkpointed(loss: Callable[[], Tensor]) -> Tensor:
+    return checkpoint(loss, use_reentrant=False)
 
 
 def by_hand(model: Any, noise: Tensor) -> tuple[Tensor, Gradients]:
@@ -205,10 +208,15 @@ def test_a_vision_language_models_text_embedding() -> None:
     ids = torch.tensor([[1, 5, 96, 96, 96, 96, 7, 8, 9, 10]])  # four patches
     inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 8, 8), "labels": ids}
     layer, seen = model.model.language_model.layers[0], []
-    layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    watching = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
     model(**inputs)
     with NEFTune(ALPHA).attach(model) as noise:
-        model(**inputs).loss.backward()
+        loss = model(**inputs).loss
+        watching.remove()
+        expected = loss.detach(), gradients(model, loss)
+        noise.step = 0
+        # The model reads its ids off a copy of what it is given.
+        assert_equal(model, checkpointed(lambda: model(**inputs).loss), expected)
         assert noise.num_fired == 1
     clean, noised = seen
     image = ids == 96
@@ -268,13 +276,16 @@ def test_checkpointed_layers(use_reentrant: bool) -> None:
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "symmetric"])
-@pytest.mark.parametrize("name", ["llama", "lora", "embedding frozen"])
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize("name", ["llama", "llama and its layers", "lora", "embedding frozen"])
 def test_a_checkpointed_model_is_recomputed_under_its_own_noise(
     name: str, distribution: str
 ) -> None:
     """Forward and backward in turns: each recomputation repeats the last forward's noise, whatever
     the loop has set in between, and is not counted."""
     model = adapted(make(), "embedding") if name == "lora" else make()
+    if name == "llama and its layers":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     if name == "embedding frozen":
         model.get_input_embeddings().weight.requires_grad_(False)
 
@@ -284,10 +295,12 @@ def test_a_checkpointed_model_is_recomputed_under_its_own_noise(
             for step in range(2):
                 noise.step, noise.alpha = step, ALPHA - step
                 for micro_step in range(2):
+                    # A tensor of its own each time: nothing may be known by its address.
+                    ids = IDS.clone()
                     if checkpointing:
-                        loss = checkpoint(loss_of, model, input_ids=IDS, use_reentrant=False)
+                        loss = checkpoint(loss_of, model, input_ids=ids, use_reentrant=False)
                     else:
-                        loss = loss_of(model, input_ids=IDS)
+                        loss = loss_of(model, input_ids=ids)
                     assert noise.num_fired == micro_step + 1
                     if micro_step == 1:
                         noise.step, noise.alpha = step + 1, 1.0  # as early as a loop could
@@ -363,16 +376,28 @@ def test_a_reentrant_checkpoint_around_the_embedding_is_told() -> None:
 
 
 @pytest.mark.parametrize("same_ids", [True, False])
-@pytest.mark.parametrize("backwards", ["together", "first forward first"])
-def test_recomputing_any_forward_but_the_last_is_told(same_ids: bool, backwards: str) -> None:
+@pytest.mark.parametrize("backward_of", ["the sum", "the first", "one checkpoint"])
+def test_recomputing_any_forward_but_the_last_is_told(backward_of: str, same_ids: bool) -> None:
     """Its noise is not known any more; another's would give a wrong gradient."""
     model = make()
     others = IDS if same_ids else IDS.clone()
-    with NEFTune(ALPHA, distribution="symmetric").attach(model):
-        first = checkpoint(loss_of, model, input_ids=IDS, use_reentrant=False)
-        second = checkpoint(loss_of, model, input_ids=others, use_reentrant=False)
+
+    def first() -> Tensor:
+        return loss_of(model, input_ids=IDS)
+
+    def second() -> Tensor:
+        return loss_of(model, input_ids=others)
+
+    with NEFTune(ALPHA, distribution="symmetric").attach(model) as noise:
+        if backward_of == "one checkpoint":
+            loss = checkpointed(lambda: first() + second())
+        else:
+            losses = checkpointed(first), checkpointed(second)
+            loss = losses[0] + losses[1] if backward_of == "the sum" else losses[0]
+        assert noise.num_fired == 2
         with pytest.raises(RuntimeError, match="one forward a backward"):
-            (first + second if backwards == "together" else first).backward()
+            loss.backward()
+        checkpointed(first).backward()  # and goes on
 
 
 CLEAN: dict[str, Callable[[], Any]] = {
@@ -439,7 +464,7 @@ def test_two_models_do_not_meet() -> None:
     model = make()
     with NEFTune(ALPHA).attach(model) as noise:
         other = copy.deepcopy(model)
-        loss_of(other, input_ids=IDS)
+        assert_equal(other, loss_of(other, input_ids=IDS), by_hand(make(), law(32)))
         assert noise.num_fired == 0
         assert_equal(model, loss_of(model, input_ids=IDS), by_hand(make(), law(32)))
         assert noise.num_fired == 1
