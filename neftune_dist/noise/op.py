@@ -61,7 +61,11 @@ def add_noise_(
     if x.stride(0) == columns * x.stride(1):  # the rows lie behind each other: one long row
         x = x.as_strided((1, x.shape[0] * columns, x.shape[2]), (0, *x.stride()[1:]))
         columns = x.shape[1]
-    step = max(1, _PIECE_COUNTERS // -(-x.shape[2] // 4))
+    blocks = -(-x.shape[2] // 4)
+    step = max(1, min(columns, _PIECE_COUNTERS // blocks))
+    # Made once: memory that is asked for and given back for every piece costs more than the noise.
+    memory = torch.empty(6, step, blocks, dtype=torch.int64, device=x.device)
+    draws = torch.empty(step, blocks, 4, device=x.device)
     for row in range(x.shape[0]):
         for start in range(0, columns, step):
             stop = min(start + step, columns)
@@ -72,6 +76,8 @@ def add_noise_(
                 [word[tokens, None] for word in words],
                 key_words(seed),
                 distribution,
+                memory[:, : stop - start],
+                draws[: stop - start],
             )
     return squares
 
@@ -112,17 +118,23 @@ def _(clock: Tensor) -> Tensor:
 
 
 def _add_piece_(
-    x: Tensor, scale: Tensor, words: list[Tensor], key: tuple[int, int], distribution: str
+    x: Tensor,
+    scale: Tensor,
+    words: list[Tensor],
+    key: tuple[int, int],
+    distribution: str,
+    memory: Tensor,
+    draws: Tensor,
 ) -> Tensor:
-    """The operator on x (num_tokens, hidden_size), all at once; scale and words (num_tokens, 1)."""
+    """The operator on x (num_tokens, hidden_size), all at once; scale and words (num_tokens, 1),
+    memory (6, num_tokens, num_blocks) and draws (num_tokens, num_blocks, 4) to work in."""
     noised = scale != 0
     if not bool(noised.any()):
         return torch.zeros(len(x), dtype=torch.float32, device=x.device)
-    shape = (len(x), -(-x.shape[1] // 4))
-    block = torch.arange(shape[1], device=x.device)
-    c0, c1, c2, c3 = words
-    counter = [word.expand(shape).clone() for word in (c0, c1 + block, c2, c3)]
-    draws = to_draws(philox4x32_(counter, key), distribution)
+    for place, word in zip(memory, words, strict=False):  # two of the six hold no counter
+        place.copy_(word)
+    memory[1] += torch.arange(memory.shape[2], device=x.device)
+    to_draws(philox4x32_(memory.unbind(), key), distribution, draws)
     noise = draws.view(len(x), -1)[:, : x.shape[1]].mul_(scale)
     before = x.to(torch.float32)
     after = noise.add_(before).to(x.dtype)

@@ -45,12 +45,15 @@ def philox4x32(
     return c0, c1, c2, c3
 
 
-def philox4x32_(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
-    """`philox4x32` in place, several times as fast: the counter's four tensors, of one shape, are
-    used up."""
-    c0, c1, c2, c3 = counter
+def philox4x32_(memory: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
+    """`philox4x32` in place, several times as fast.
+
+    Args:
+        memory: six tensors of one shape: the counter's four words, and two to work in. All are
+            used up, and the words returned are four of them.
+    """
+    c0, c1, c2, c3, product0, product1 = memory
     k0, k1 = key
-    product0, product1 = torch.empty_like(c0), torch.empty_like(c0)
     for _ in range(_ROUNDS):
         torch.mul(c0, _MULTIPLIERS[0], out=product0)
         torch.mul(c2, _MULTIPLIERS[1], out=product1)
@@ -64,8 +67,9 @@ def philox4x32_(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
     return [c0, c1.bitwise_and_(_WORD), c2, c3.bitwise_and_(_WORD)]
 
 
-def to_draws(words: Sequence[Tensor], distribution: str) -> Tensor:
-    """Four words of each counter, of one shape (...), to float32 draws (..., 4) of mean 0.
+def to_draws(words: Sequence[Tensor], distribution: str, out: Tensor | None = None) -> Tensor:
+    """Four words of each counter, of one shape (...), to float32 draws (..., 4) of mean 0. The
+    words are used up.
 
     uniform: in (-1, 1), `(2 (word >> 8) + 1) / 2^24 - 1`: an odd multiple of 2^-24, so it is exact
     in float32 and no rounding mode of any device can change it.
@@ -74,7 +78,9 @@ def to_draws(words: Sequence[Tensor], distribution: str) -> Tensor:
     rounded once: devices' logarithms differ in their last bit, which changes about one draw in
     2^28.
     """
-    draws = torch.empty((*words[0].shape, 4), dtype=torch.float32, device=words[0].device)
+    draws = out
+    if draws is None:
+        draws = torch.empty((*words[0].shape, 4), dtype=torch.float32, device=words[0].device)
     if distribution == "gaussian":
         units = [(word.to(torch.float64) + 0.5) * 2.0**-32 for word in words]
         for i in (0, 2):
@@ -82,7 +88,7 @@ def to_draws(words: Sequence[Tensor], distribution: str) -> Tensor:
             draws[..., i], draws[..., i + 1] = radius * torch.cos(angle), radius * torch.sin(angle)
         return draws
     for i, word in enumerate(words):
-        draws[..., i] = word >> (8 if distribution == "uniform" else 31)
+        draws[..., i] = word.bitwise_right_shift_(8 if distribution == "uniform" else 31)
     if distribution == "symmetric":
         return draws.mul_(-2).add_(1)
     return draws.mul_(2.0**-23).add_(2.0**-24 - 1)

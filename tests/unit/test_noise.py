@@ -45,11 +45,12 @@ def test_philox_known_answers(
 
 def test_uniform_is_symmetric_exact_and_inside_the_open_interval() -> None:
     words = torch.tensor([0, 255, 256, 1 << 31, (1 << 32) - 1])
-    values = to_draws([words] * 4, "uniform")[..., 0]
+    values = to_draws([words.clone() for _ in range(4)], "uniform")[..., 0]
     assert values.dtype == torch.float32
     assert values[0] == values[1] == -1 + 2.0**-24
     assert values[-1] == 1 - 2.0**-24
-    assert torch.equal(to_draws([(1 << 32) - 1 - words] * 4, "uniform")[..., 0], -values)
+    others = [(1 << 32) - 1 - words for _ in range(4)]
+    assert torch.equal(to_draws(others, "uniform")[..., 0], -values)
 
 
 def test_draws_are_uniform_and_uncorrelated() -> None:

@@ -143,7 +143,9 @@ def test_three_generators_are_one(
     assert words[:, 0].tolist() == list(expected)
     c0, c1, c2, c3 = counters.unbind()
     assert torch.equal(torch.stack(philox4x32((c0, c1, c2, c3), key)), words)
-    assert torch.equal(torch.stack(philox4x32_([c0, c1, c2, c3], key)), words)
+    assert torch.equal(
+        torch.stack(philox4x32_([c0, c1, c2, c3, *torch.empty(2, *c0.shape).long()], key)), words
+    )
 
 
 def pieces_layout() -> TokenLayout:
