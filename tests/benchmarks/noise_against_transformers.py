@@ -42,10 +42,9 @@ def embedded(model: transformers.LlamaForCausalLM, **inputs: Tensor) -> Tensor:
         lambda _, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).clone()),
         with_kwargs=True,
     )
-    with torch.no_grad():
-        model(**inputs)
+    model(**inputs)  # with gradients on: a pass without is no training pass, and gets no noise here
     hook.remove()
-    return seen[0]
+    return seen[0].detach()
 
 
 def with_transformers(model: transformers.LlamaForCausalLM, rank: int, **inputs: Tensor) -> Tensor:
