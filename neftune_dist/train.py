@@ -270,11 +270,16 @@ def _run_lines(config: Config, ready: _Prepared) -> list[str]:
     noise = config.noise
     lines = [
         f"model: {config.model.name_or_path}, {ready.size.num_parameters / 1e6:.1f} M parameters",
-        f"noise: alpha {noise.alpha}, {noise.distribution}, {noise.stream} stream, "
-        f"seed {config.noise_seed}"
+        f"noise: alpha {noise.alpha} ({noise.schedule}), {noise.distribution}, "
+        f"{noise.stream} stream, seed {config.noise_seed}"
         if noise.alpha
         else "noise: off",
     ]
+    if noise.alpha and noise.length == "padded":
+        lines.append(
+            "noise: scaled by the length of the padded or packed row, padding noised too, as the "
+            "widely copied hook does: not the paper's noise, for comparison alone"
+        )
     if ready.found:
         lines.append(
             f"resume: {ready.found.folder}, step {ready.found.step} of {ready.schedule.num_steps}"

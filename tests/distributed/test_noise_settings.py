@@ -69,5 +69,7 @@ def test_padded_lengths_show_in_the_norm(config: Path, tmp_path: Path) -> None:
     words = ["noise.length=padded", "noise.stream=rank", "train.max_steps=2"]
     packed = tiny.train(config, tmp_path / "packed", *words)
     padded = tiny.train(config, tmp_path / "padded", *words, "data.packing=false")
+    said = tiny.run_forked("train", config, f"run_dir={tmp_path / 'said'}", *words).stdout
+    assert "not the paper's noise" in said
     assert packed[0]["noise_norm"] < 0.6 * packed[0]["noise_law"]
     assert packed[0]["noise_norm"] < padded[0]["noise_norm"] < 0.98 * padded[0]["noise_law"]
