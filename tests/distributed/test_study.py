@@ -229,7 +229,7 @@ def test_an_unfinished_run_is_not_read(finished: Path, tmp_path: Path) -> None:
 def make_runs(base: float, alpha: float, differences: list[float]) -> list[Run]:
     runs = []
     for seed, difference in enumerate(differences):
-        plain = Run(base, seed, 3.0, 2.0 + seed, 1.5, 0.0, [(1, 90, 30)])
+        plain = Run(base, seed, 3.0, 2.0 + seed, 1.5, 0.0, 0.0, [(1, 90, 30)])
         runs += [replace(plain, alpha=alpha, last=plain.last + difference), plain]
     return runs
 
