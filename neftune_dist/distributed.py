@@ -8,14 +8,15 @@ the rendezvous store, which has no time limit and hears of an error on another r
 from __future__ import annotations
 
 import copy
+import math
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,10 +29,13 @@ _POLL_SECONDS = 0.05
 _STOP_PATIENCE_SECONDS = 5.0
 # How long rank 0 waits at the end for the others, who may still be asking the store.
 _LEAVE_SECONDS = 10.0
+# The store's key by which ranks hear that one has stopped.
+_STOPPED = "stopped"
 
 
-class Stopped(Exception):
-    """The process was asked to stop while it waited for other ranks; nothing needs saving."""
+class Stopped(BaseException):
+    """The process was asked to stop while nothing needed saving. No `Exception`, so that nobody
+    takes it for a failure of what it interrupts."""
 
 
 class StopSignal:
@@ -43,6 +47,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.since: float | None = None
+        self._at_once = False
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._handle)
 
@@ -50,9 +55,29 @@ class StopSignal:
         self.since = self.since or time.monotonic()
         if number == signal.SIGINT:  # a second Ctrl-C ends the process at once
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self._at_once:
+            self._at_once = False
+            raise Stopped
 
     def __call__(self) -> bool:
         return self.since is not None
+
+    def ignore(self) -> None:
+        """From here on signals change nothing: Python lets them end the process as it exits."""
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within the block, which does long work on the host and has nothing to save, a signal
+        raises `Stopped` wherever it finds the main thread."""
+        self._at_once = True
+        try:
+            if self():
+                raise Stopped
+            yield
+        finally:
+            self._at_once = False
 
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -73,6 +98,7 @@ class World:
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self._phase = self._num_asides = 0
+        self._patience_seconds = math.inf
         if torch.cuda.is_available():
             if self.local_rank >= torch.cuda.device_count():
                 raise UserError(
@@ -83,6 +109,8 @@ class World:
             torch.cuda.set_device(self.device)
         else:
             self.device = torch.device("cpu")
+        # How many of the last collectives torch remembers, for when one hangs.
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         if self.size == 1 and "MASTER_ADDR" not in os.environ:
             # The engines want a process group even for one process; this one needs no network.
@@ -105,20 +133,35 @@ class World:
         if self.is_first:
             print(line, flush=True)
 
-    def aside(self) -> World:
-        """This world for another thread: it agrees by itself, and a request to stop does not hurry
-        it. All ranks make theirs in the same order."""
+    def outlast(self, minutes: float) -> None:
+        """Let no collective of the groups made so far give up before a watchdog with this limit."""
+        patience = max(_COLLECTIVE_TIMEOUT, timedelta(minutes=2 * minutes))
+        for group in dist.distributed_c10d._world.pg_map:
+            dist.distributed_c10d._set_pg_timeout(patience, group)
+
+    def own_store(self, name: str) -> dist.Store:
+        """A connection to the rendezvous store for one thread alone, which waits behind no other's;
+        its keys are its own, too."""
+        shared: Any = dist.PrefixStore(name, self._store)
+        own: dist.Store = shared.clone()
+        return own
+
+    def aside(self, patience_seconds: float) -> World:
+        """This world for another thread: it agrees by itself, a request to stop does not hurry it,
+        and other ranks that do not come for so long are a `TimeoutError`. All ranks make theirs in
+        the same order."""
         other = copy.copy(self)
         self._num_asides += 1
         other._store = dist.PrefixStore(f"aside {self._num_asides}", self._store)
-        other._phase, other._stop = 0, None
+        other._phase, other._stop, other._patience_seconds = 0, None, patience_seconds
         return other
 
     @contextmanager
     def agree(self) -> Iterator[None]:
         """Leave the block on all ranks together, or raise the first rank's `UserError` on all.
 
-        Raises `Stopped` where this rank was asked to stop and the others do not come.
+        Raises `Stopped` where another rank has left by that, or where this one was asked to stop
+        and the others do not come.
 
         An error of any rank is raised on the others as soon as they reach the block's end. All
         ranks go through the same blocks in the same order.
@@ -137,6 +180,7 @@ class World:
         if error:
             self._store.set(failed, str(error))
         self._store.add(arrived, 1)
+        began = time.monotonic()
         while True:
             if self._store.check([failed]):
                 message = self._store.get(failed).decode()
@@ -145,10 +189,25 @@ class World:
                 if not self._store.check([failed]):
                     return
                 continue
-            since = self._stop.since if self._stop else None
-            if since is not None and time.monotonic() - since > _STOP_PATIENCE_SECONDS:
+            if self._store.check([_STOPPED]):
                 raise Stopped
+            since = self._stop.since if self._stop else None
+            if since and time.monotonic() - max(since, began) > _STOP_PATIENCE_SECONDS:
+                self.tell_stopped()
+                raise Stopped
+            if time.monotonic() - began > self._patience_seconds:
+                raise TimeoutError
             time.sleep(_POLL_SECONDS)
+
+    def tell_stopped(self) -> None:
+        """Let the other ranks, who wait for this one, stop too."""
+        if self.size > 1:
+            self._store.set(_STOPPED, "")
+
+    def stop_together(self) -> None:
+        """Raise `Stopped` on all ranks where any was asked to stop."""
+        if self.from_any("" if self._stop and self._stop() else None) is not None:
+            raise Stopped
 
     def in_turn(self, work: Callable[[], T]) -> T:
         """Run `work` on each machine's first rank, then on the others, who find its cache filled.
@@ -192,16 +251,21 @@ class World:
         dist.all_gather(out, mine)
         return [each.tolist() for each in torch.stack(out).cpu()]
 
+    def any(self, flag: bool) -> bool:
+        """Whether any rank's flag is set: one small collective."""
+        return any(each for (each,) in self.gather([float(flag)]))
+
     def close(self) -> None:
         """Leave the process group; rank 0, whose process may host the store, leaves last."""
         if self.size > 1:
-            self._store.add("left", 1)
-            deadline = time.monotonic() + _LEAVE_SECONDS
-            while (
-                self.is_first
-                and self._store.add("left", 0) < self.size
-                and time.monotonic() < deadline
-            ):
-                time.sleep(_POLL_SECONDS)
+            with suppress(RuntimeError):  # the store may have gone with the rank that hosts it
+                self._store.add("left", 1)
+                deadline = time.monotonic() + _LEAVE_SECONDS
+                while (
+                    self.is_first
+                    and self._store.add("left", 0) < self.size
+                    and time.monotonic() < deadline
+                ):
+                    time.sleep(_POLL_SECONDS)
         if dist.is_initialized():
             dist.destroy_process_group()

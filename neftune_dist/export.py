@@ -51,9 +51,14 @@ def export(
         dtype: original (the base model's), fp32, bf16 or fp16.
 
     Raises:
-        UserError: no such checkpoint, or `output` cannot be written.
+        UserError: no such checkpoint, a damaged one, or `output` cannot be written.
     """
     checkpoint = _choose(run_dir, step)
+    if flaw := checkpoint.first_flaw():
+        raise UserError(
+            f"The checkpoint {checkpoint.folder} is damaged: {flaw} is not what was written. "
+            "Choose another with --step."
+        )
     state = checkpoint.trainer_state()
     output = output or run_dir / "export"
     partial = output.with_name(output.name + ".partial")

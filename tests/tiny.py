@@ -146,7 +146,11 @@ def run(
 
 
 def run_forked(
-    verb: str, *words: object, ranks: int = 1, before: Callable[[], None] | None = None
+    verb: str,
+    *words: object,
+    ranks: int = 1,
+    before: Callable[[], None] | None = None,
+    grace_seconds: float = 30,
 ) -> subprocess.CompletedProcess[str]:
     """As `run`, in processes forked from one that has imported everything: seconds less.
 
@@ -155,6 +159,7 @@ def run_forked(
 
     Args:
         before: called in each rank first; it must pickle.
+        grace_seconds: given to the other ranks to end by themselves when one has failed.
     """
     with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
         probe.bind(("127.0.0.1", 0))
@@ -185,7 +190,7 @@ def run_forked(
                 for process in processes:
                     process.join(0.2)
                     process.terminate()
-                    process.join(30)
+                    process.join(grace_seconds)
                     process.kill()
             time.sleep(0.01)
         code = code or next((p.exitcode for p in processes if p.exitcode), 0)

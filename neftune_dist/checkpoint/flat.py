@@ -46,6 +46,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from neftune_dist.config import UserError
 from neftune_dist.engine.base import FlatShard
+from neftune_dist.model.foreign import KnownReader
 
 # No file item is larger, so that reading a range takes no more memory than this beside the range.
 _PIECE_ELEMENTS = 1 << 24
@@ -101,7 +102,8 @@ class Reader:
     def __init__(self, folder: Path, *, alone: bool = False) -> None:
         self._folder, self._alone = folder, alone
         with _uncollected():
-            self.metadata = dcp.FileSystemReader(folder).read_metadata()
+            self._reader = KnownReader(folder)
+        self.metadata = self._reader.metadata
 
     @property
     def tensors(self) -> dict[str, int]:
@@ -118,14 +120,13 @@ class Reader:
         Raises:
             UserError: a tensor that is missing or of another size, or a file that cannot be read.
         """
-        reader = _KnownReader(self._folder, self.metadata)
         with _uncollected(), warnings.catch_warnings():
             # DCP warns that it reads without a process group, which is what `alone` asks for.
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             try:
                 dcp.load(
                     {},
-                    storage_reader=reader,
+                    storage_reader=self._reader,
                     planner=_LoadPlanner(shards),
                     no_dist=self._alone,
                 )
@@ -148,17 +149,6 @@ def _uncollected() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
-
-
-class _KnownReader(dcp.FileSystemReader):
-    """Reads no description of the tensors anew."""
-
-    def __init__(self, folder: Path, metadata: Metadata) -> None:
-        super().__init__(folder)
-        self._metadata = metadata
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self._metadata
 
 
 class _HashingFileSystem(FileSystem):

@@ -33,8 +33,14 @@ def listing(run_dir: Path, *, verify: bool) -> list[str]:
 
 def _complete(run_dir: Path, verify: bool) -> Iterator[tuple[str, tuple[str, ...]]]:
     for each in store.find_all(run_dir):
-        state = each.trainer_state()
         flaw = each.first_flaw() if verify else None
+        try:
+            state = each.trainer_state()
+        except UserError:
+            fate = "damaged: trainer_state.json is not what was written"
+            size, age = _size(each.num_bytes()), _age(each.folder)
+            yield each.folder.name, (str(each.step), size, age, fate, "", "nothing")
+            continue
         fate = f"damaged: {flaw} is not what was written" if flaw else "complete"
         engine = state["config"]["engine"]
         stage = f" stage {engine['zero_stage'] or 3}" if engine["name"] == "deepspeed" else ""
@@ -47,8 +53,9 @@ def _complete(run_dir: Path, verify: bool) -> Iterator[tuple[str, tuple[str, ...
                 _age(each.folder),
                 f"{fate}, verified" if verify and not flaw else fate,
                 f"{engine['name']}{stage}, {state['world_size']} ranks",
-                ("nothing: damaged" if flaw else f"{left} steps to {state['num_steps']}")
-                + (", on any engine and number of ranks" if not flaw else ""),
+                "nothing"
+                if flaw
+                else f"{left} steps to {state['num_steps']}, on any engine and number of ranks",
             ),
         )
 

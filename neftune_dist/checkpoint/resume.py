@@ -20,19 +20,21 @@ _LENGTH = ("train.max_steps", "train.num_epochs")
 # What a resumed run may change besides: where and how it runs, how long, how it reports.
 _MAY_CHANGE = (
     "run_dir",
-    "model.name_or_path",  # the architecture's digest is compared instead
+    "model.name_or_path",  # the architecture is compared instead
     "model.weights",  # what the run began with
     "model.revision",
     "model.attention",
     "model.activation_checkpointing",
     "model.trust_remote_code",
-    "data.source",  # the data's fingerprint is compared instead
+    "data.source",  # its content is compared instead
     "data.packing",
     "data.cache_dir",
     "data.max_bad_fraction",
     "engine.",
     *_LENGTH,
     "train.micro_batch_tokens",
+    "train.max_skipped_steps",
+    "train.hang_minutes",
     "checkpoint.",
     "logging.",
     "evaluate.",

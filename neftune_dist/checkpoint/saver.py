@@ -9,7 +9,6 @@ the copy, or `checkpoint.mode=sync`, the loop waits for the whole.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,9 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from neftune_dist import host
 from neftune_dist.checkpoint import flat, store
 from neftune_dist.checkpoint.flat import WrittenFile
-from neftune_dist.config import CheckpointConfig
+from neftune_dist.config import CheckpointConfig, UserError
 from neftune_dist.distributed import World
 from neftune_dist.engine.base import Engine, FlatShard
 
@@ -39,10 +39,9 @@ class Saver:
 
     def __init__(self, run_dir: Path, settings: CheckpointConfig, world: World) -> None:
         self._run_dir, self._settings = run_dir, settings
-        self._world, self._aside = world, world.aside()
-        self._group = dist.new_group(
-            backend="gloo", timeout=timedelta(minutes=settings.timeout_minutes)
-        )
+        timeout = timedelta(minutes=settings.timeout_minutes)
+        self._world, self._aside = world, world.aside(timeout.total_seconds())
+        self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._buffers: dict[tuple[str, int], Tensor] = {}
         self._asynchronous: bool | None = None  # decided at the first save
         self._thread: Thread | None = None
@@ -97,6 +96,12 @@ class Saver:
         try:
             self._write(step, shards, state)
         except BaseException as error:
+            # The latter are gloo's words, in an error of no class of its own.
+            if isinstance(error, TimeoutError) or "Timed out waiting" in str(error):
+                error = UserError(
+                    f"The checkpoint of step {step} was not written on all ranks within "
+                    f"checkpoint.timeout_minutes={self._settings.timeout_minutes:g}."
+                )
             self._error = error
 
     def _write(self, step: int, shards: list[FlatShard], state: str) -> None:
@@ -140,29 +145,13 @@ class Saver:
         if self._settings.mode != "auto":
             return self._settings.mode == "async"
         needed = sum(shard.tensor.nbytes for shard in shards) * self._world.local_size
-        available = available_host_bytes()
-        fits = needed < _SHARE_OF_MEMORY * available
-        decided = all(each[0] for each in self._world.gather([float(fits)]))
+        available = host.memory_bytes()[0]
+        room = _SHARE_OF_MEMORY * available - needed
+        worst = min(self._world.gather([room, float(needed), float(available)]))
+        decided = worst[0] > 0
         if not decided:
             self._world.log(
-                f"checkpoint: saved synchronously: a copy takes {needed / 2**30:.1f} GiB of host "
-                f"memory a machine, of which {available / 2**30:.1f} GiB are free"
+                f"checkpoint: saved synchronously: a copy takes {worst[1] / 2**30:.1f} GiB of host "
+                f"memory a machine, of which {worst[2] / 2**30:.1f} GiB are free"
             )
         return decided
-
-
-def available_host_bytes() -> int:
-    """Memory that this machine, or this process's control group, can still give."""
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            used = int((group / "memory.current").read_text())
-            available = min(available, int(limit) - used)
-    except OSError:  # no control group of the second version
-        pass
-    return available

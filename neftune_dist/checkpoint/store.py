@@ -42,8 +42,17 @@ class Checkpoint:
     step: int
 
     def trainer_state(self) -> dict[str, Any]:
-        """What was saved beside the tensors."""
-        state: dict[str, Any] = json.loads((self.folder / _STATE).read_text())
+        """What was saved beside the tensors. Raises `UserError` where that is not what it holds."""
+        path = self.folder / _STATE
+        try:
+            sound = WrittenFile.of(path) == self.files()[_STATE]
+        except (OSError, ValueError, KeyError):  # the manifest, too, may be damaged
+            sound = False
+        if not sound:
+            raise UserError(
+                f"The checkpoint {self.folder} is damaged: {_STATE} is not what was written."
+            )
+        state: dict[str, Any] = json.loads(path.read_text())
         return state
 
     def files(self) -> dict[str, WrittenFile]:
@@ -106,7 +115,7 @@ def publish(
         _write_durably(root / "latest.new", f"{final.name}\n".encode())
         os.replace(root / "latest.new", root / "latest")
         _sync_folder(root)
-        _prune(root, settings)
+        _prune(root, step, settings)
 
 
 def find_all(run_dir: Path) -> list[Checkpoint]:
@@ -191,11 +200,13 @@ def _make_room(final: Path) -> None:
         final.rename(aside)
 
 
-def _prune(root: Path, settings: CheckpointConfig) -> None:
+def _prune(root: Path, newest: int, settings: CheckpointConfig) -> None:
     if not settings.keep:
         return
     every = settings.keep_every_steps
-    for old in _complete(root)[settings.keep :]:
+    # What bears a later step than the one just published was passed over as damaged: it must not
+    # take the place of a sound one.
+    for old in [each for each in _complete(root) if each.step <= newest][settings.keep :]:
         if every and old.step % every == 0:
             continue
         # Renamed first, so that a crash while deleting leaves nothing that looks published.

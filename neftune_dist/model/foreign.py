@@ -21,6 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
+    Metadata,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
@@ -183,17 +184,30 @@ def _slice(shape: Sequence[int], pieces: Sequence[Tensor]) -> Slice:
     return Slice(tuple(shape), read_rows)
 
 
+class KnownReader(dcp.FileSystemReader):
+    """Reads the description of a checkpoint's tensors once, however often they are loaded."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.metadata = super().read_metadata()
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The description that was read when this was made."""
+        return self.metadata
+
+
 def _dcp_slices(folder: Path) -> dict[str, Slice]:
-    metadata = dcp.FileSystemReader(folder).read_metadata()
+    reader = KnownReader(folder)
+    metadata = reader.metadata
     return {
-        name: Slice(tuple(each.size), _dcp_rows(folder, name, each))
+        name: Slice(tuple(each.size), _dcp_rows(reader, name, each))
         for name, each in metadata.state_dict_metadata.items()
         if isinstance(each, TensorStorageMetadata)
     }
 
 
 def _dcp_rows(
-    folder: Path, name: str, stored: TensorStorageMetadata
+    reader: KnownReader, name: str, stored: TensorStorageMetadata
 ) -> Callable[[int, int], Tensor]:
     def read_rows(first: int, last: int) -> Tensor:
         size = [last - first, *stored.size[1:]] if stored.size else []
@@ -203,7 +217,7 @@ def _dcp_rows(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             planner = _RowsPlanner(name, stored, chunk, target)
-            dcp.load({}, storage_reader=dcp.FileSystemReader(folder), planner=planner, no_dist=True)
+            dcp.load({}, storage_reader=reader, planner=planner, no_dist=True)
         return target
 
     return read_rows

@@ -194,6 +194,36 @@ class SlowDisk:
 
 
 @dataclass(frozen=True)
+class DeadDisk:
+    """A disk that never answers one rank: when it writes its shards, or when it publishes."""
+
+    rank: int
+    phase: str
+
+    def __call__(self) -> None:
+        from neftune_dist.checkpoint import flat
+
+        if int(os.environ.get("RANK", "0")) == self.rank:
+            owner, name = {"save": (flat, "write"), "publish": (store, "publish")}[self.phase]
+            setattr(owner, name, lambda *_: time.sleep(1000))
+
+
+@dataclass(frozen=True)
+class LittleMemory:
+    """One rank's machine whose memory holds no copy of the state; and on no rank can a save go on
+    beside training."""
+
+    rank: int
+
+    def __call__(self) -> None:
+        from neftune_dist.checkpoint import saver
+
+        saver.Thread = None  # type: ignore[assignment,misc]
+        little = int(os.environ.get("RANK", "0")) == self.rank
+        saver.host.memory_bytes = lambda: (1000 if little else 1 << 40, 1 << 40, 1 << 40)
+
+
+@dataclass(frozen=True)
 class Nobody:
     """Without root's right to write where nobody may."""
 

@@ -68,6 +68,14 @@ def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
+@pytest.fixture(scope="module")
+def both(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a whole run on two ranks that saved while it trained."""
+    run_dir = tmp_path_factory.mktemp("both") / "run"
+    tiny.train(config, run_dir, "checkpoint.mode=async", ranks=2)
+    return run_dir
+
+
 @pytest.fixture
 def copy(finished: Path, tmp_path: Path) -> Path:
     shutil.copytree(finished, tmp_path / "run")
@@ -160,6 +168,44 @@ def test_training_goes_on_while_a_save_is_written(
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs), one.step
 
 
+@pytest.mark.parametrize(
+    "dead",
+    [drill.DeadDisk(1, "save"), drill.DeadDisk(0, "save"), drill.DeadDisk(0, "publish")],
+    ids=str,
+)
+def test_a_disk_that_never_answers(dead: drill.DeadDisk, config: Path, tmp_path: Path) -> None:
+    """The run ends by itself with one sentence, whichever rank waits in vain, and for whatever."""
+    done = tiny.run_forked(
+        "train",
+        config,
+        f"run_dir={tmp_path / 'run'}",
+        "checkpoint.timeout_minutes=0.05",
+        ranks=2,
+        before=dead,
+        grace_seconds=1,  # the rank whose disk is dead does not end by itself
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    sentence = (
+        "The checkpoint of step 1 was not written on all ranks within "
+        "checkpoint.timeout_minutes=0.05."
+    )
+    assert done.stderr.count(sentence) == done.stderr.count("checkpoint.timeout_minutes") == 1
+    assert "Traceback" not in done.stderr + done.stdout
+    assert store.find_all(tmp_path / "run") == store.damaged(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_too_little_memory_for_a_copy_of_the_state(
+    rank: int, config: Path, both: Path, tmp_path: Path
+) -> None:
+    """On any machine: then all ranks save synchronously, and nothing else changes."""
+    words = [f"run_dir={tmp_path / 'run'}", "checkpoint.mode=auto"]
+    done = tiny.run_forked("train", config, *words, ranks=2, before=drill.LittleMemory(rank))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("checkpoint: saved synchronously: a copy takes") == 1
+    drill.compare(tmp_path / "run", both)
+
+
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
     """A folder that every user may enter."""
@@ -221,3 +267,22 @@ def test_the_list_of_checkpoints(copy: Path) -> None:
     for text in (shown, told):
         assert "unfinished" in text and "__0_0.distcp has" in text and "fsdp2, 1 ranks" in text
     assert tiny.run_forked("checkpoints", copy.parent).returncode == 2
+
+
+def test_a_listed_checkpoint_whose_trainer_state_cannot_be_read(copy: Path) -> None:
+    """Half of it is another size; a flipped bit may leave it readable, with another key."""
+    newest, next_newest = (c.folder / "trainer_state.json" for c in store.find_all(copy)[:2])
+    content = newest.read_bytes()
+    assert b'"config"' in content
+    newest.write_bytes(content.replace(b'"config"', b'"confie"', 1))
+    truncate(next_newest)
+    for words in ([], ["--verify"]):
+        done = tiny.run_forked("checkpoints", copy, *words)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+        rows = done.stdout.splitlines()[1:]
+        assert [int(row.split()[0]) for row in rows] == list(range(1, drill.STEPS + 1))
+        assert "damaged: trainer_state.json is not what was written" in rows[-1]
+        assert "damaged: trainer_state.json has" in rows[-2]
+        assert all(row.endswith("nothing") for row in rows[-2:])
+        assert all(" complete" in row and "fsdp2, 1 ranks" in row for row in rows[:-2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,27 @@ def test_the_folder_is_complete_and_says_how_it_was_made(run_dir: Path, tmp_path
     card = (tmp_path / "e" / "README.md").read_text()
     assert "alpha 5.0" in card
     assert "4 of 10 documents" in card
+
+
+def test_a_damaged_checkpoint_is_not_exported(run_dir: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir, copy)
+    newest = store.find_all(copy)[0].folder
+    shard = newest / "__1_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    before = sorted(path.name for path in copy.iterdir())
+    done = tiny.run_forked("export", copy)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"neftune-dist: The checkpoint {newest} is damaged: __1_0.distcp is not what was written. "
+        "Choose another with --step.\n"
+    )
+    assert sorted(path.name for path in copy.iterdir()) == before
+    other = tiny.run_forked("export", copy, "--step", 4)
+    assert other.returncode == 0, other.stderr
+    assert "exported step 4" in other.stdout
 
 
 def test_mistakes_are_told(run_dir: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -324,3 +325,62 @@ def test_another_model_is_refused(
     )
     assert done.returncode == 2
     assert "another model" in done.stderr
+
+
+def assert_refused_by_what_it_read(
+    words: list[str], what: str, config: Path, run_dir: Path
+) -> None:
+    before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
+    newest = store.find_all(run_dir)[0].folder
+    done = tiny.run_forked("train", config, f"run_dir={run_dir}", "train.max_steps=20", *words)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr == (
+        f"neftune-dist: The checkpoint {newest} was made with {what}: set another run_dir, or "
+        "restore the configuration that made it.\n"
+    )
+    assert {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()} == before
+
+
+def another_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text(tiny.TEMPLATE.replace("<|", "<<|"))
+
+
+def another_vocabulary(folder: Path) -> None:
+    """Two tokens have changed places; their number is the same."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    ids = content["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("change", [another_template, another_vocabulary])
+def test_another_tokenizer_is_refused(
+    change: Callable[[Path], None],
+    config: Path,
+    untouched: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    change(tiny.make_model(tmp_path / "model"))
+    words = [f"model.name_or_path={tmp_path / 'model'}"]
+    assert_refused_by_what_it_read(words, "another tokenizer", config, untouched("fsdp2"))
+
+
+def test_another_dataset_is_refused(
+    config: Path, untouched: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """As many rows, one of which differs by a letter."""
+    rows = tiny.make_rows(tmp_path / "rows.jsonl")
+    rows.write_text(rows.read_text().replace("Count from 5 upwards", "Count from 5 upward"))
+    words = [f"data.source={rows}"]
+    assert_refused_by_what_it_read(words, "another dataset", config, untouched("fsdp2"))
+
+
+def test_the_same_content_in_another_place_is_the_same_run(
+    config: Path, untouched: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model, rows = tiny.make_model(tmp_path / "model"), tiny.make_rows(tmp_path / "rows.jsonl")
+    shutil.copytree(untouched("fsdp2"), tmp_path / "run")
+    words = [f"run_dir={tmp_path / 'run'}", f"model.name_or_path={model}", f"data.source={rows}"]
+    done = tiny.run_forked("train", config, *words)
+    assert done.returncode == 0, done.stderr
+    assert "nothing is left to train" in done.stdout

@@ -14,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when a hub client is imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
+import torch.distributed.checkpoint as dcp
 from transformers import AutoTokenizer
 
 from neftune_dist.config import DataConfig
@@ -87,3 +88,17 @@ def write(tmp_path: Path) -> Callable[..., DataConfig]:
         return DataConfig(source=str(path), **settings)
 
     return of
+
+
+@pytest.fixture
+def metadata_reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folder of every distributed checkpoint whose description is read, once a reading."""
+    folders: list[Path] = []
+    read = dcp.FileSystemReader.read_metadata
+
+    def counted(reader: Any, *arguments: Any, **named: Any) -> Any:
+        folders.append(Path(reader.path))
+        return read(reader, *arguments, **named)
+
+    monkeypatch.setattr(dcp.FileSystemReader, "read_metadata", counted)
+    return folders

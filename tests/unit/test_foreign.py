@@ -101,6 +101,17 @@ def test_distributed_checkpoints(prefix: str, folder: Path, tmp_path: Path) -> N
     assert_ranges(weights, shapes, model.state_dict())
 
 
+def test_the_description_of_a_distributed_checkpoint_is_read_once(
+    folder: Path, tmp_path: Path, metadata_reads: list[Path]
+) -> None:
+    """However many ranges of however many tensors are read."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    dcp.save(model.state_dict(), checkpoint_id=tmp_path / "dcp")
+    weights, shapes = open_weights(folder, tmp_path / "dcp")
+    assert_ranges(weights, shapes, model.state_dict())
+    assert metadata_reads == [tmp_path / "dcp"]
+
+
 def test_what_is_no_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no weights"):
         open_weights(folder, tmp_path)
