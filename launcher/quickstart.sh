@@ -28,7 +28,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))
 
 python "$root/launcher/smollm2.py" "$model"
 neftune-dist prepare "${words[@]}"
-torchrun --standalone --nproc_per_node "$nproc" -m neftune_dist train "${words[@]}"
+neftune-dist launch "${words[@]}" --processes "$nproc"
 
 before="$run_dir/evaluation_before.json"
 after="$run_dir/evaluation_after.json"

@@ -9,12 +9,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from neftune_dist import attempt
 from neftune_dist.config import Config, UserError, load_config
 
-EXIT_USER_ERROR = 2
 _RANK_0_SPEAKS_FIRST_SECONDS = 5.0
 
 
@@ -30,13 +30,18 @@ def main(words: Sequence[str] | None = None) -> None:
         arguments.settings = [*arguments.settings, *late]
     try:
         code: int = arguments.run(arguments)
-    except UserError as error:
-        _say(error)
-        code = EXIT_USER_ERROR
+    except (UserError, attempt.Final) as error:
+        code = attempt.EXIT_MISTAKE if isinstance(error, UserError) else attempt.EXIT_FAILED
+        shared = not isinstance(error, UserError) or error.shared
+        _say(error, shared)
+        # All ranks leave by it, and a launcher reads the word they left: no failure for torchrun.
+        alone = os.environ.get("WORLD_SIZE", "1") == "1"
+        if attempt.VARIABLE in os.environ and (shared or alone):
+            code = attempt.EXIT_DONE
     sys.exit(code)
 
 
-def _say(error: UserError) -> None:
+def _say(error: Exception, shared: bool) -> None:
     """One sentence on one rank's standard error."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
@@ -44,7 +49,7 @@ def _say(error: UserError) -> None:
         # the same; if it lives on, the mistake is this rank's alone and is said here.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_RANK_0_SPEAKS_FIRST_SECONDS)
-        if error.shared:
+        if shared:
             return
     prefix = "neftune-dist" if rank == "0" else f"neftune-dist (rank {rank})"
     print(f"{prefix}: {error}", file=sys.stderr, flush=True)
@@ -56,9 +61,37 @@ def _say(error: UserError) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.settings)
-    from neftune_dist.train import train
+    with attempt.reported() as told:
+        from neftune_dist.train import train
 
-    return train(config)
+        code = train(config)
+        told(attempt.DONE if code == attempt.EXIT_DONE else attempt.STOPPED)
+    # A launcher reads the word that was left; torchrun would make any code but 0 a failure.
+    return code if attempt.VARIABLE not in os.environ else attempt.EXIT_DONE
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.settings)
+    from neftune_dist.launch.supervisor import launch
+
+    return launch(
+        config,
+        [arguments.config, *arguments.settings],
+        num_processes=arguments.processes,
+        max_restarts=arguments.max_restarts,
+        minutes=arguments.rendezvous_minutes,
+    )
+
+
+def _node(arguments: argparse.Namespace) -> int:
+    from neftune_dist.launch.node import node
+
+    return node(
+        Path(arguments.folder),
+        arguments.words,
+        num_processes=arguments.processes,
+        minutes=arguments.rendezvous_minutes,
+    )
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -139,9 +172,9 @@ def _study(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from neftune_dist.doctor import doctor
+    from neftune_dist.doctor.visit import doctor
 
-    return doctor(Path(arguments.run_dir))
+    return doctor(Path(arguments.run_dir), arguments.model)
 
 
 def _config_of(run_dir: Path, settings: Sequence[str]) -> Config:
@@ -176,6 +209,7 @@ def _parser() -> argparse.ArgumentParser:
         _takes_settings(added)
 
     takes_config(verb("train", _train, "Fine-tune, under torchrun or alone; resumes by itself."))
+    _add_launch(verb, takes_config)
     added = verb("plan", _plan, "Validate and resolve a run; model state per rank, disk, steps.")
     added.add_argument("--world-size", type=int, default=1, help="ranks to plan for")
     takes_config(added)
@@ -213,11 +247,50 @@ def _parser() -> argparse.ArgumentParser:
     added = verb(
         "doctor",
         _doctor,
-        "Check this machine: versions, compiler, GPUs, memory, disk, hub; under torchrun the "
-        "collectives of all ranks, too.",
+        "Check this machine: versions, conflicts, GPUs, memory, disk, hub; under torchrun or srun "
+        "all machines, and what they share: the run directory, clocks, collectives.",
     )
     added.add_argument("--run-dir", default=".", help="where runs are to be written")
+    added.add_argument("--model", help="a model directory or hub id: can it be had here?")
     return parser
+
+
+def _add_launch(
+    verb: Callable[..., argparse.ArgumentParser],
+    takes_config: Callable[[argparse.ArgumentParser], None],
+) -> None:
+    added = verb(
+        "launch",
+        _launch,
+        "Train with all GPUs of this node, or of all nodes of the Slurm job whose batch script "
+        "this is; start again after failures.",
+    )
+    added.epilog = (
+        "Ctrl-C, SIGTERM or SIGUSR1 save and stop; a second Ctrl-C ends at once. Output of all "
+        "ranks and how they ended: RUN_DIR/logs/attempt_NNNN. See slurm/README.md."
+    )
+    takes_config(added)
+    _takes_processes(added)
+    added.add_argument(
+        "--max-restarts",
+        type=int,
+        default=3,
+        help="attempts in a row without a new checkpoint before giving up; default: %(default)s",
+    )
+    added = verb("node", _node, "What launch starts on every node; nobody need type it.")
+    _takes_processes(added)
+    added.add_argument("folder")
+    added.add_argument("words", nargs="*")
+
+
+def _takes_processes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--processes", type=int, default=0, help="on each node; default: one a GPU")
+    parser.add_argument(
+        "--rendezvous-minutes",
+        type=float,
+        default=15.0,
+        help="how long nodes wait for each other; default: %(default)s",
+    )
 
 
 def _takes_settings(parser: argparse.ArgumentParser) -> None:

@@ -123,6 +123,8 @@ class TrainConfig:
     num_epochs: float | None = None  # default 3, where max_steps is not given
     global_batch_size: int = 128  # documents per step, over all ranks
     micro_batch_tokens: int = 8192  # most tokens (padding counted) of one forward on one rank
+    max_skipped_steps: int = 3  # borne in a row, for want of a finite loss and gradient; then ends
+    hang_minutes: float = 15.0  # what one part of a step (a forward pass, say) may last; then ends
     seed: int = 0
 
 
@@ -247,6 +249,8 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "train.num_epochs": (0, 2**20, "(]"),
     "train.global_batch_size": (1, 2**24, "[]"),
     "train.micro_batch_tokens": (2, 2**31 - 1, "[]"),
+    "train.max_skipped_steps": (0, 2**32, "[]"),
+    "train.hang_minutes": (0, 2**20, "(]"),
     "train.seed": (0, 2**63 - 1, "[]"),
     "checkpoint.every_steps": (0, 2**32, "[]"),
     "checkpoint.keep": (0, 2**32, "[]"),

@@ -1,7 +1,8 @@
 """What a run leaves to look at: metrics.jsonl, evaluations.jsonl, TensorBoard, a progress bar.
 
 Owns these files, on rank 0 alone. A resumed run first drops what lies beyond its checkpoint, so
-that the files read as if the run had never stopped.
+that the files read as if the run had never stopped. A number that is not finite is written as null,
+which JSON has a word for.
 """
 
 from __future__ import annotations
@@ -108,6 +109,10 @@ class Recorder:
             raise UserError(f"{self._num_lost} records could not be written to {self._run_dir}.")
 
     def _write(self, name: str, record: Mapping[str, Any], prefix: str) -> None:
+        record = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
         try:
             self._files[name].write(json.dumps(record) + "\n")
             self._files[name].flush()
@@ -122,6 +127,16 @@ class Recorder:
                     self._tensorboard.add_scalar(f"{prefix}/{key}", value, record["step"])
 
 
+def is_evaluated(run_dir: Path, step: int) -> bool:
+    """Whether the evaluation after `step` has been recorded; False where the records cannot be
+    read."""
+    try:
+        lines = (run_dir / _EVALUATIONS).read_text().splitlines()
+    except OSError:
+        return False
+    return any(_step(line) == step for line in lines)
+
+
 def memory_gib(device: torch.device) -> float:
     """Peak memory so far: allocated on a GPU, resident on the host for a CPU run."""
     if device.type == "cuda":
@@ -133,16 +148,20 @@ def _keep_until(path: Path, step: int) -> None:
     """Keep the lines of steps up to `step`; a torn last line goes, too."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            continue
+    lines = path.read_text().splitlines()
+    kept = [line + "\n" for line in lines if (its := _step(line)) is not None and its <= step]
     aside = path.with_suffix(".new")
     aside.write_text("".join(kept))
     os.replace(aside, path)
+
+
+def _step(line: str) -> int | None:
+    """Of a record; None where the line is torn."""
+    try:
+        step: int = json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return None
+    return step
 
 
 def _duration(seconds: float) -> str:

@@ -76,6 +76,13 @@ def set_updates(optimizer: torch.optim.Optimizer, num_updates: int) -> None:
         state["step"].fill_(num_updates)
 
 
+def skip_update_where(optimizer: torch.optim.Optimizer, unwanted: Tensor) -> None:
+    """Whether the next update is to change nothing: no parameter, no moment, no count. A bool
+    scalar on the parameters' device, so that the host need not wait for its value."""
+    # Torch's fused optimizers look for it; it is what GradScaler sets.
+    optimizer.found_inf = unwanted.float()  # type: ignore[attr-defined]
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """The rate of the next update, for every group."""
     for group in optimizer.param_groups:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from neftune_dist import __version__
+from neftune_dist import __version__, attempt
+from neftune_dist.attempt import EXIT_DONE, EXIT_STOPPED
 from neftune_dist.checkpoint import flat, resume, store
 from neftune_dist.checkpoint.saver import Saver
 from neftune_dist.config import Config, UserError
@@ -27,16 +28,16 @@ from neftune_dist.distributed import Stopped, StopSignal, World
 from neftune_dist.engine.base import MASTER, Engine
 from neftune_dist.evaluate.held_out import HeldOut
 from neftune_dist.export import keep_small_files
-from neftune_dist.loop import Progress, Trainer
-from neftune_dist.metrics import Recorder
+from neftune_dist.loop import Progress, Trainer, evaluation_due
+from neftune_dist.metrics import Recorder, is_evaluated
 from neftune_dist.model import load
 from neftune_dist.model.flops import ModelSize, model_size
 from neftune_dist.model.support import check_lengths
 from neftune_dist.model.weights import WeightFiles, weights_folder
 from neftune_dist.noise.hook import NEFTune
 from neftune_dist.optim import MakeOptimizer
-
-EXIT_DONE, EXIT_STOPPED = 0, 75
+from neftune_dist.watch.straggler import Stragglers
+from neftune_dist.watch.watchdog import Watchdog
 
 
 def train(config: Config) -> int:
@@ -46,9 +47,12 @@ def train(config: Config) -> int:
     try:
         return _train(config, world, stop)
     except Stopped:
+        world.tell_stopped()
+        world.log("stopped; nothing had to be saved; the same command continues")
         return EXIT_STOPPED
     finally:
         world.close()
+        stop.ignore()
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class _Prepared:
     identity: dict[str, Any]
     found: store.Checkpoint | None
     progress: Progress
+    evaluation_due: bool  # before the first step to be made
     weights: WeightFiles | None  # None where a checkpoint holds them
     changes: list[str]  # of settings since the checkpoint
 
@@ -70,7 +75,8 @@ class _Prepared:
 def _train(config: Config, world: World, stop: StopSignal) -> int:
     run_dir = Path(config.run_dir).expanduser()
     lock = _claim(run_dir, world)
-    ready = _prepare(config, run_dir, world)
+    with stop.at_once():
+        ready = _prepare(config, run_dir, world)
     num_steps = ready.schedule.num_steps
     loader = Loader(
         ready.corpus.train,
@@ -81,12 +87,10 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
         ready.size.quadratic_tokens,
     )
     _report(ready.corpus, ready.schedule, loader, world)
-    if ready.progress.step >= num_steps:
+    if ready.progress.step >= num_steps and not ready.evaluation_due:
         world.log(f"done: {run_dir} has all {num_steps} steps; nothing is left to train")
         return EXIT_DONE
-    if stop():
-        return EXIT_STOPPED
-
+    world.stop_together()
     noise = NEFTune(
         config.noise.alpha,
         seed=config.noise_seed,
@@ -98,15 +102,21 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
     with world.agree():
         engine = _make_engine(config, world)
     engine.setup(ready.model, MakeOptimizer(config.optim))
+    world.stop_together()
     with world.agree():
-        _fill(engine, ready)
-    engine.loaded(ready.progress.step)
+        _fill(engine, ready, stop)
+    world.stop_together()
+    engine.loaded(ready.progress.num_updates)
     for line in [*engine.describe(), *_run_lines(config, ready)]:
         world.log(line)
     with world.agree():
         recorder = Recorder(run_dir, config.logging, ready.progress.step, num_steps, world.is_first)
+    world.outlast(config.train.hang_minutes)
     saver = Saver(run_dir, config.checkpoint, world)
     held_out = HeldOut(ready.corpus.held_out, config, world, ready.size.quadratic_tokens)
+    stragglers = Stragglers(world)
+    with world.agree():
+        watchdog = Watchdog(world, attempt.folder_of_run(run_dir), config.train.hang_minutes)
     trainer = Trainer(
         config=config,
         world=world,
@@ -117,17 +127,22 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
         size=ready.size,
         held_out=held_out if len(ready.corpus.held_out) else None,
         saver=saver,
+        watchdog=watchdog,
+        stragglers=stragglers,
         trainer_state=lambda now: _trainer_state(now, config, engine, ready, world),
         stop_requested=stop,
         progress=ready.progress,
+        evaluation_due=ready.evaluation_due,
     )
     try:
         finished = trainer.run()
     except BaseException:
+        watchdog.close()
         saver.abandon()
         with suppress(UserError):  # the first failure is the one to tell
             recorder.close()
         raise
+    watchdog.close()
     with world.agree():
         recorder.close()
     lock.release()
@@ -168,6 +183,11 @@ def _prepare(config: Config, run_dir: Path, world: World) -> _Prepared:
                 {name: tuple(p.shape) for name, p in model.named_parameters()},
                 model.base_model_prefix,
             )
+    due = evaluation_due(config.evaluate, progress.step, schedule.num_steps)
+    due = due and len(corpus.held_out) > 0
+    if due and found:  # then only where a stop cut that evaluation short
+        recorded = world.is_first and is_evaluated(run_dir, progress.step)
+        due = not world.from_first("recorded" if recorded else "")
     with world.agree():
         if world.is_first:
             try:
@@ -184,21 +204,23 @@ def _prepare(config: Config, run_dir: Path, world: World) -> _Prepared:
         identity,
         found,
         progress,
+        due,
         weights,
         changes,
     )
 
 
-def _fill(engine: Engine, ready: _Prepared) -> None:
-    """Weights, and moments where there are any, into this rank's shards: just their ranges."""
+def _fill(engine: Engine, ready: _Prepared, stop: StopSignal) -> None:
+    """Weights, and moments where there are any, into this rank's shards: just their ranges. Left
+    unfinished where a stop is asked for."""
     if ready.found:
         flat.Reader(ready.found.folder).read(engine.flat_state())
         return
     assert ready.weights is not None
     for shard in engine.flat_state():
-        if shard.kind == MASTER:
-            stop = shard.start + shard.tensor.numel()
-            shard.tensor.copy_(ready.weights.read(shard.name, shard.start, stop))
+        if shard.kind == MASTER and not stop():
+            end = shard.start + shard.tensor.numel()
+            shard.tensor.copy_(ready.weights.read(shard.name, shard.start, end))
 
 
 def _trainer_state(

@@ -63,7 +63,11 @@ class Engine(Protocol):
         micro-batches of a step the gradients add up: no factor of either remains (law 3)."""
 
     def step(self, learning_rate: float) -> float:
-        """Clip, update, zero; the global L2 norm of the gradient before clipping."""
+        """Clip, update, zero; the global L2 norm of the gradient before clipping.
+
+        Where that norm is not finite, which all ranks find alike, no weight, no moment and no
+        count of updates changes, and the gradient is dropped all the same.
+        """
 
     def flat_state(self) -> list[FlatShard]:
         """What this rank holds and should save; ranges of different ranks do not overlap, and

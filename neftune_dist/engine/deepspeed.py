@@ -127,6 +127,7 @@ class DeepSpeedEngine:
     def step(self, learning_rate: float) -> float:
         """See `Engine.step`."""
         set_learning_rate(self.zero.optimizer, learning_rate)
+        # Where the norm is not finite it updates nothing, and calls the norm infinite.
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
@@ -196,7 +197,8 @@ def _settings(config: Config, stage: int) -> dict[str, Any]:
         # Micro-batches are driven by hand; these satisfy DeepSpeed's own arithmetic.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "bf16": {"enabled": config.model.dtype == "bf16"},
+        # Without the check, ZeRO-2 in bf16 updates by a gradient that is not finite, too.
+        "bf16": {"enabled": config.model.dtype == "bf16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "gradient_clipping": config.optim.max_grad_norm,

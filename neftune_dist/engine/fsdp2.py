@@ -28,6 +28,7 @@ from neftune_dist.optim import (
     initialize_state,
     set_learning_rate,
     set_updates,
+    skip_update_where,
 )
 
 
@@ -97,6 +98,7 @@ class FSDP2Engine:
             factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0).to(torch.float32)
             torch._foreach_mul_(grads, factor)
         set_learning_rate(self.optimizer, learning_rate)
+        skip_update_where(self.optimizer, ~norm.isfinite())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)

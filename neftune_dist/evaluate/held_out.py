@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,27 @@ class HeldOut:
         self.documents, self.config, self.world = documents, config, world
         self.quadratic_tokens = quadratic_tokens
 
-    @torch.no_grad()
-    def evaluate(self, engine: Engine) -> dict[str, Any]:
-        """`held_out_loss` (mean over supervised tokens), its perplexity, and the counts."""
+    def evaluate(self, engine: Engine, stop_requested: Callable[[], bool]) -> dict[str, Any] | None:
+        """`held_out_loss` (mean over supervised tokens), its perplexity, and the counts; None where
+        any rank was asked to stop before the last batch."""
         engine.train(False)
+        loss_sum = self._loss_sum(engine, stop_requested)
+        engine.train(True)
+        if loss_sum is None:
+            return None
+        total = sum(part[0] for part in self.world.gather([loss_sum]))
+        tokens = int(self.documents.num_supervised[self.indices].sum())
+        loss = total / tokens
+        return {
+            "held_out_loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "num_documents": len(self.indices),
+            "num_supervised_tokens": tokens,
+        }
+
+    @torch.no_grad()
+    def _loss_sum(self, engine: Engine, stop_requested: Callable[[], bool]) -> float | None:
+        """This rank's; all ranks have as many batches, and give up before the same one."""
         loss_sum = 0.0
         batches = evaluation_batches(
             self.documents,
@@ -40,14 +58,7 @@ class HeldOut:
             self.quadratic_tokens,
         )
         for batch in batches:
+            if self.world.any(stop_requested()):
+                return None
             loss_sum += float(engine.forward(batch.to(self.world.device)))
-        engine.train(True)
-        total = sum(part[0] for part in self.world.gather([loss_sum]))
-        tokens = int(self.documents.num_supervised[self.indices].sum())
-        loss = total / tokens
-        return {
-            "held_out_loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
-            "num_documents": len(self.indices),
-            "num_supervised_tokens": tokens,
-        }
+        return loss_sum

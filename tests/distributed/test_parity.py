@@ -7,6 +7,7 @@ a plain transformers model with plain AdamW, under the noise put on by `NEFTune(
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make_config(tmp_path_factory.mktemp("parity"), train={"max_steps": STEPS})
 
 
-def reference(config_path: Path, *words: str) -> list[dict[str, Any]]:
+def reference(config_path: Path, *words: str, skipped: Sequence[int] = ()) -> list[dict[str, Any]]:
+    """The records of the plain loop; at the `skipped` steps it makes no update."""
     config = load_config(config_path, words)
     folder = config.model.name_or_path
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -73,7 +75,8 @@ def reference(config_path: Path, *words: str) -> list[dict[str, Any]]:
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config.optim, step, schedule.num_steps)
-            optimizer.step()
+            if step + 1 not in skipped:
+                optimizer.step()
             optimizer.zero_grad()
             records.append({"step": step + 1, "loss": total / number, "grad_norm": float(norm)})
     return records

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from neftune_dist.config import LoggingConfig, UserError
-from neftune_dist.metrics import Recorder
+from neftune_dist.metrics import Recorder, is_evaluated
 
 QUIET = LoggingConfig(tensorboard=False, progress=False)
 
@@ -38,6 +42,47 @@ def test_a_resumed_run_drops_what_lies_beyond_its_checkpoint(tmp_path: Path) -> 
     Recorder(tmp_path, QUIET, 0, 9, active=True).close()  # from the start: nothing is left
     assert (tmp_path / "metrics.jsonl").read_text() == ""
     assert (tmp_path / "evaluations.jsonl").read_text() == ""
+
+
+def test_what_is_not_finite_is_null_in_json_and_left_out_of_tensorboard(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorder = Recorder(tmp_path, LoggingConfig(), 0, 9, active=True)
+    for step, loss in ((1, math.nan), (2, math.inf), (3, 0.5)):
+        recorder.step({**record(step), "loss": loss, "grad_norm": -loss, "noise_norm": 0.0})
+        recorder.evaluation({"step": step, "held_out_loss": loss})
+    recorder.close()
+    for name, key in (("metrics", "loss"), ("evaluations", "held_out_loss")):
+        text = (tmp_path / f"{name}.jsonl").read_text()
+        assert not re.search("NaN|Infinity", text)
+        assert [json.loads(line)[key] for line in text.splitlines()] == [None, None, 0.5]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [each.step for each in events.Scalars("train/loss")] == [3]
+    assert [each.step for each in events.Scalars("train/tokens_per_second")] == [1, 2, 3]
+    out = capsys.readouterr().out
+    assert "step 1/9  loss nan  grad_norm nan" in out
+    assert "step 2: held-out loss inf" in out
+
+
+def test_a_bar_shows_what_is_not_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    recorder = Recorder(tmp_path, LoggingConfig(tensorboard=False), 0, 9, active=True)
+    recorder.step({**record(1), "loss": math.nan})
+    recorder.close()
+    assert "1/9" in (shown := capsys.readouterr().err)
+    assert "loss nan" in shown
+
+
+def test_whether_a_step_was_evaluated(tmp_path: Path) -> None:
+    assert not is_evaluated(tmp_path, 3)
+    recorder = Recorder(tmp_path, QUIET, 0, 9, active=True)
+    recorder.evaluation({"step": 3, "held_out_loss": 1.0})
+    recorder.close()
+    with (tmp_path / "evaluations.jsonl").open("a") as file:
+        file.write('{"step": 6, "held_')  # killed while writing
+    assert [is_evaluated(tmp_path, step) for step in (0, 3, 6)] == [False, True, False]
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:

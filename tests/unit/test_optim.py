@@ -15,6 +15,7 @@ from neftune_dist.optim import (
     learning_rate,
     set_learning_rate,
     set_updates,
+    skip_update_where,
 )
 
 SCHEDULES = ["cosine", "linear", "constant"]
@@ -155,3 +156,28 @@ def test_state_made_at_once_is_what_torch_makes_at_its_first_step() -> None:
     for key in theirs:
         assert (mine[key].dtype, mine[key].shape) == (theirs[key].dtype, theirs[key].shape)
         assert not mine[key].any()
+
+
+def test_an_unwanted_update_changes_nothing_and_a_wanted_one_no_bit() -> None:
+    """Against AdamW that was never told, at the same gradients less the unwanted one."""
+
+    def trained(unwanted: tuple[int, ...], told: bool) -> list[torch.Tensor]:
+        draw = torch.Generator().manual_seed(0)
+        parameter = torch.nn.Parameter(torch.randn(7, 5, generator=draw))
+        make = MakeOptimizer(config(weight_decay=0.1, learning_rate=0.1))
+        optimizer = make([("w", parameter)], {"w": (7, 5)})
+        initialize_state(optimizer, [parameter])
+        for step in range(4):
+            parameter.grad = torch.randn(7, 5, generator=draw)
+            if told:
+                skip_update_where(optimizer, torch.tensor(step in unwanted))
+                if step in unwanted:
+                    parameter.grad.fill_(math.nan)
+            if told or step not in unwanted:
+                optimizer.step()
+        state = optimizer.state[parameter]
+        return [parameter.detach(), *(state[name] for name in ("step", *STATE_NAMES))]
+
+    for unwanted in ((), (0,), (1, 2)):
+        for one, other in zip(trained(unwanted, True), trained(unwanted, False), strict=True):
+            assert torch.equal(one, other)

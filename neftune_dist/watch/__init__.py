@@ -1,0 +1,1 @@
+"""Watching a run: hangs, and ranks that are slower than the others."""

@@ -1,0 +1,180 @@
+"""What the ranks of a run that stands still are at, and which of them holds up the others.
+
+The words of a cause are the same whenever the cause is: no times, no counts of collectives, so that
+whoever starts the run again can tell that it met the same.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# Frames that tell how a rank waits, not for what.
+_WAITING_MODULES = {*sys.stdlib_module_names, "torch"}
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One that was begun and has not ended.
+
+    name: all_gather and so on. number: counts those of its group, from 1. group: its name.
+    ranks: all that must come to it.
+    """
+
+    name: str
+    number: int
+    group: str
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rank is at.
+
+    phase: in its own words. seconds: that it has lasted. place: where its main thread stands.
+    waits_in: its oldest collective that has not ended, if any. reached: by group, the number of
+    the last collective that it came to.
+    """
+
+    phase: str
+    seconds: float
+    place: str
+    waits_in: Collective | None
+    reached: Mapping[str, int]
+
+    def to_json(self) -> str:
+        """For another rank."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: bytes) -> Report:
+        """As another rank sent it."""
+        told = json.loads(text)
+        if told["waits_in"]:
+            ranks = tuple(told["waits_in"]["ranks"])
+            told["waits_in"] = Collective(**{**told["waits_in"], "ranks": ranks})
+        return Report(**told)
+
+    def __str__(self) -> str:
+        text = f"{self.phase} for {self.seconds:.0f} s, at {self.place}"
+        if self.waits_in:
+            each = self.waits_in
+            return f"{text}; waits in {each.name}, number {each.number} of group {each.group}"
+        reached = ", ".join(f"number {n} of group {group}" for group, n in self.reached.items())
+        return f"{text}; waits in no collective, came to {reached or 'none'}"
+
+
+def observe(phase: str, seconds: float, main_thread: int) -> Report:
+    """This process's report."""
+    groups = dist.distributed_c10d._world.pg_map
+    ranks_of = {str(each.group_name): tuple(dist.get_process_group_ranks(each)) for each in groups}
+    # Of the threads that Python started, such as the saver's, the main thread waits for none here;
+    # for autograd's, which are not of them, it does.
+    aside = {str(each.ident) for each in threading.enumerate() if type(each) is threading.Thread}
+    waits_in: Collective | None = None
+    reached: dict[str, int] = {}
+    # A record that another torch writes otherwise must not keep the rest from being told.
+    with suppress(KeyError, TypeError, ValueError, RuntimeError):
+        waits_in, reached = collectives(flight_record(), ranks_of, aside)
+    return Report(phase, seconds, _place(main_thread), waits_in, reached)
+
+
+def explain(reports: Mapping[int, Report], num_ranks: int) -> str:
+    """The cause: ranks that do not answer; or ranks that did not come to what others wait in, and
+    where they stand; or else where all stand."""
+    waits = {rank: each.waits_in for rank, each in reports.items() if each.waits_in}
+    silent = [rank for rank in range(num_ranks) if rank not in reports]
+    missed: dict[int, str] = {}
+    for collective in waits.values():
+        for rank in set(collective.ranks) & reports.keys():
+            if reports[rank].reached.get(collective.group, 0) < collective.number:
+                missed.setdefault(rank, collective.name)
+    # Who waits in another collective may be held up there, and is blamed only where all do.
+    to_blame = {rank: name for rank, name in missed.items() if rank not in waits} or missed
+    if silent:
+        to_blame = {}
+        parts = [f"{name_ranks(silent, 'does', 'do')} not answer"]
+    elif to_blame:
+        parts = [f"{name_ranks(each)} did not come to {name}" for name, each in _grouped(to_blame)]
+        parts += _stands(reports, to_blame)
+    elif waits:
+        return "; ".join(["all ranks came, yet it does not end", *_stands(reports, reports)])
+    else:
+        return "; ".join(_stands(reports, reports))
+    names = {rank: each.name for rank, each in waits.items() if rank not in to_blame}
+    parts += [f"{name_ranks(each, 'waits', 'wait')} in {name}" for name, each in _grouped(names)]
+    return "; ".join(parts)
+
+
+def collectives(
+    record: Mapping[str, Any], ranks_of: Mapping[str, tuple[int, ...]], aside: set[str]
+) -> tuple[Collective | None, dict[str, int]]:
+    """What a rank waits in, and what it has reached: see `Report`.
+
+    Args:
+        record: as of `flight_record`.
+        ranks_of: the groups, by name.
+        aside: threads whose collectives the main thread does not wait for.
+    """
+    waits_in: Collective | None = None
+    reached: dict[str, int] = {}
+    for each in (each for backend in record.values() for each in backend["entries"]):
+        if each["is_p2p"] or each.get("thread_id") in aside:
+            continue
+        group, number = each["process_group"][0], each["collective_seq_id"]
+        reached[group] = max(number, reached.get(group, 0))
+        if waits_in is None and not each["retired"] and each["state"] != "completed":
+            name = each["profiling_name"].rpartition(":")[2].lstrip("_")
+            waits_in = Collective(name, number, group, ranks_of.get(group, ()))
+    return waits_in, reached
+
+
+def flight_record() -> dict[str, Any]:
+    """Torch's record of this process's last collectives, by backend."""
+    record = {}
+    for backend, name in (("nccl", "_dump_nccl_trace_json"), ("gloo", "_dump_fr_trace_json")):
+        # No public functions, nor of every build; what they do not tell is left out.
+        dump = getattr(torch._C._distributed_c10d, name, None)
+        if dump is not None:
+            record[backend] = {"entries": [], **json.loads(dump())}
+    return record
+
+
+def _place(thread: int) -> str:
+    """Where a thread stands: file, line and function of its innermost telling frame."""
+    innermost = sys._current_frames()[thread]
+    frame: FrameType | None = innermost
+    while frame and frame.f_globals.get("__name__", "").partition(".")[0] in _WAITING_MODULES:
+        frame = frame.f_back
+    code, line = (frame or innermost).f_code, (frame or innermost).f_lineno
+    return f"{Path(code.co_filename).name}:{line} in {code.co_name}"
+
+
+def _stands(reports: Mapping[int, Report], ranks: Iterable[int]) -> list[str]:
+    places = {rank: f"{reports[rank].phase}, at {reports[rank].place}" for rank in ranks}
+    return [f"{name_ranks(each, 'stands', 'stand')} in {place}" for place, each in _grouped(places)]
+
+
+def _grouped(words: Mapping[int, str]) -> list[tuple[str, list[int]]]:
+    """The words, each with the ranks that it is said of."""
+    found: dict[str, list[int]] = {}
+    for rank, word in sorted(words.items()):
+        found.setdefault(word, []).append(rank)
+    return list(found.items())
+
+
+def name_ranks(ranks: Sequence[int], one: str = "", several: str = "") -> str:
+    """`rank 1 does`, `ranks 0, 2 and 3 do`."""
+    *most, last = map(str, ranks)
+    text = f"ranks {', '.join(most)} and {last} {several}" if most else f"rank {last} {one}"
+    return text.strip()

@@ -1,0 +1,173 @@
+"""The launcher on this machine: it starts again after a death, and saves when asked to stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from neftune_dist.checkpoint import store
+from tests import tiny
+from tests.distributed import drill
+from tests.slurm.cluster import ROOT, SCRIPT, process_of_rank
+
+STEPS = 12
+WORDS = (f"train.max_steps={STEPS}", "checkpoint.every_steps=3")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_config(tmp_path_factory.mktemp("launch"))
+
+
+@pytest.fixture(scope="module")
+def untouched(config: Path) -> Path:
+    tiny.train(config, config.parent / "untouched", *WORDS, ranks=2)
+    return config.parent / "untouched"
+
+
+@contextmanager
+def launched(
+    config: Path, run_dir: Path, *words: str, **faults: object
+) -> Iterator[subprocess.Popen[str]]:
+    """launcher/torchrun.sh under way with two ranks; it must end by itself."""
+    path = os.pathsep.join([str(SCRIPT.parent / "faults"), str(ROOT)])
+    process = subprocess.Popen(
+        [str(ROOT / "launcher/torchrun.sh"), str(config), f"run_dir={run_dir}", *WORDS, *words],
+        env=tiny.environment(NPROC="2", PYTHONPATH=path, FAULTS=json.dumps(faults)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str]:
+    text = process.communicate(timeout=tiny.DEADLINE_SECONDS)[0]
+    return process.returncode, text
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + tiny.DEADLINE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def kinds(run_dir: Path) -> list[str]:
+    folders = sorted((run_dir / "logs").glob("attempt_*"))
+    return [json.loads((each / "outcome.json").read_text())["kind"] for each in folders]
+
+
+def same(run_dir: Path, untouched: Path) -> None:
+    """Records, weights and moments, bit for bit; no step lost or done twice."""
+    assert tiny.untimed(tiny.steps(run_dir)) == tiny.untimed(tiny.steps(untouched))
+    ours, theirs = (
+        tiny.checkpoint_tensors(store.find_all(each)[0].folder) for each in (run_dir, untouched)
+    )
+    assert ours.keys() == theirs.keys()
+    assert all((ours[key] == theirs[key]).all() for key in ours)
+
+
+def test_a_killed_worker(config: Path, untouched: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    # Which is said of the first start alone.
+    with launched(config, run_dir, "checkpoint.resume=never", step_seconds=0.3) as process:
+        until(lambda: len(tiny.steps(run_dir)) >= 5)
+        os.kill(process_of_rank(1, run_dir), signal.SIGKILL)
+        code, text = end(process)
+    assert code == 0, text
+    assert "rank 1 died: killed by SIGKILL; starting again from step 3" in text
+    assert kinds(run_dir) == ["failed", "done"]
+    same(run_dir, untouched)
+    # Rank 0 speaks on the console, which is kept; every other rank has a log of its own.
+    first = run_dir / "logs" / "attempt_0001"
+    assert "engine: fsdp2" in (first / "console.log").read_text()
+    assert (first / "rank_1.log").exists()
+
+
+def test_ctrl_c_saves_and_the_same_command_continues(
+    config: Path, untouched: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    with launched(config, run_dir, step_seconds=0.3) as process:
+        until(lambda: len(tiny.steps(run_dir)) >= 4)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all in the foreground
+        code, text = end(process)
+    assert code == 75, text
+    assert "Traceback" not in text
+    assert store.find_all(run_dir)[0].step == len(tiny.steps(run_dir)) >= 4
+    with launched(config, run_dir) as process:
+        code, text = end(process)
+    assert code == 0, text
+    same(run_dir, untouched)
+    with launched(config, run_dir) as process:
+        code, text = end(process)
+    assert code == 0 and "nothing is left to train" in text
+
+
+def test_a_second_ctrl_c_ends_at_once(config: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with launched(config, run_dir, step_seconds=100) as process:
+        until(lambda: (run_dir / "evaluations.jsonl").exists())
+        process.send_signal(signal.SIGINT)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        code, text = end(process)
+    assert code == 130, text
+    with pytest.raises(LookupError):
+        process_of_rank(0, run_dir)
+
+
+def test_a_failure_that_repeats_itself_is_not_tried_a_third_time(
+    config: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    with launched(config, run_dir, fail_at=5) as process:
+        code, text = end(process)
+    assert code == 1, text
+    assert "failed after step 4: ValueError: step 5; twice the same, so it is not tried" in text
+    assert kinds(run_dir) == ["failed", "failed"]
+    assert drill.check_published(run_dir, 3) == 3
+
+
+def test_failures_without_progress_end_the_run(config: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with launched(config, run_dir, "--max-restarts", "1", fail_with_time=True) as process:
+        code, text = end(process)
+    assert code == 1, text
+    assert "the last 2 attempts published no new checkpoint" in text
+    assert kinds(run_dir) == ["failed", "failed"]
+
+
+def test_a_run_that_diverges_is_not_started_again(config: Path, tmp_path: Path) -> None:
+    with launched(config, tmp_path / "run", diverge=True) as process:
+        code, text = end(process)
+    assert code == 1, text
+    assert "Traceback" not in text and text.count("The loss is not finite.") == 1
+    assert "neftune-dist: the loss is not finite; see " in text
+    assert kinds(tmp_path / "run") == ["final"]
+
+
+def test_a_mistake_is_told_once(config: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with launched(config, run_dir, "data.source=/nowhere.jsonl") as process:
+        code, text = end(process)
+    assert code == 2, text
+    assert "Traceback" not in text
+    assert kinds(run_dir) == ["mistake"]
+    with launched(config, run_dir, "data.sorce=x") as process:
+        code, text = end(process)
+    assert code == 2 and "did you mean data.source?" in text
+    assert kinds(run_dir) == ["mistake"]  # refused before anything was started

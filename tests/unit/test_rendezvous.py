@@ -1,0 +1,68 @@
+"""How nodes find each other, each a thread that sees the same folder."""
+
+from __future__ import annotations
+
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from neftune_dist.config import UserError
+from neftune_dist.launch import rendezvous
+
+HOSTS = ("127.0.0.1", "localhost", "127.0.0.3")
+
+
+def test_all_nodes_get_the_address_of_the_first(tmp_path: Path) -> None:
+    def node(index: int) -> tuple[str, int]:
+        time.sleep(0.1 * index)
+        rendezvous.arrive(tmp_path, index)
+        return rendezvous.meet(tmp_path, HOSTS, index, 20)
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(node, range(3)))
+    assert found[0] == found[1] == found[2]
+    assert found[0][0] == "127.0.0.1"
+    with socket.socket() as server:
+        server.bind(found[0])
+
+
+def test_missing_nodes_are_named(tmp_path: Path) -> None:
+    rendezvous.arrive(tmp_path, 0)
+    with pytest.raises(TimeoutError, match=r"^localhost, 127\.0\.0\.3 did not come within 0\.005"):
+        rendezvous.meet(tmp_path, HOSTS, 0, 0.3)
+    rendezvous.arrive(tmp_path, 1)
+    waiting = r"^127\.0\.0\.1, which starts .*; not there: 127\.0\.0\.3$"
+    with pytest.raises(TimeoutError, match=waiting):
+        rendezvous.meet(tmp_path, HOSTS, 1, 0.3)
+
+
+def test_a_port_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    assert rendezvous.free_port() in range(20000, 32000)
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(UserError, match=f"MASTER_PORT={port} is taken on "):
+            rendezvous.free_port()
+        monkeypatch.delenv("MASTER_PORT")
+        monkeypatch.setattr(rendezvous, "_PORTS", [port] * 200)
+        with pytest.raises(UserError, match="No free port"):
+            rendezvous.free_port()
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    assert rendezvous.free_port() == port
+    monkeypatch.setenv("MASTER_PORT", "high")
+    with pytest.raises(UserError, match="MASTER_PORT=high is no port"):
+        rendezvous.free_port()
+
+
+def test_the_interface_that_leads_to_a_host() -> None:
+    assert rendezvous.address_towards("127.0.0.1") == "127.0.0.1"
+    assert rendezvous.interface_towards("127.0.0.1") == "lo"
+    assert rendezvous.interface_of("203.0.113.7") is None
+    with pytest.raises(UserError, match=r"cannot find nowhere\.invalid"):
+        rendezvous.address_towards("nowhere.invalid")
