@@ -1,145 +1,705 @@
-"""The doctor sees what is there, says what is wrong, and never fails itself."""
+"""The doctor's checks one by one: each sees what is there, and each can fail."""
 
 from __future__ import annotations
 
+import json
 import os
+import resource
 import socket
-import subprocess
-import sys
+import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
 
-from neftune_dist import doctor as module
-from neftune_dist.distributed import World
-from neftune_dist.doctor import OK, WARNING, WRONG, Finding, doctor
+from neftune_dist import host
+from neftune_dist.doctor import (
+    cluster,
+    collectives,
+    conflicts,
+    findings,
+    gpus,
+    machine,
+    software,
+    visit,
+)
+from neftune_dist.doctor.findings import OK, WARNING, WRONG, Finding, examine, table, together
+from neftune_dist.doctor.meeting import Meeting, Place, Roll, expand
 
-DEADLINE_SECONDS = 120
-ENVIRONMENT = os.environ | {
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-}
-CHECKS = ["python", "torch", "deepspeed", "transformers", "datasets", "omegaconf", "compiler"]
-CHECKS += ["gpu", "host memory", "run directory", "hub", "collectives"]
+GIB = 2**30
 
 
 @pytest.fixture(autouse=True)
 def alone_and_offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "CXX"):
+    for name in list(os.environ):
+        if name.startswith(("SLURM", "MASTER_", "NCCL_", "GLOO_")):
+            monkeypatch.delenv(name)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "CXX", "CC", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def table(text: str) -> dict[str, str]:
-    """Check: status. Every line must be a finding."""
-    lines = text.splitlines()
-    assert all(line.split()[0] in (OK, WARNING, WRONG) for line in lines)
-    return {line[9:23].strip(): line.split()[0] for line in lines}
-
-
-def only(findings: Iterator[Finding]) -> Finding:
-    (finding,) = findings
+def only(found: Iterable[Finding]) -> Finding:
+    (finding,) = found
     return finding
 
 
-def test_a_sound_machine_is_well_and_nothing_is_left_behind(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert doctor(tmp_path / "not" / "there") == 0
-    statuses = table(capsys.readouterr().out)
-    assert list(statuses) == CHECKS
-    assert WRONG not in statuses.values()
-    assert list(tmp_path.iterdir()) == []
+def by_check(found: Iterable[Finding]) -> dict[str, Finding]:
+    return {each.check: each for each in found}
 
 
-@pytest.mark.parametrize(("found", "seen"), [("1.13.1", "1.13.1"), (None, "not installed")])
-def test_an_old_or_missing_package_is_wrong(
-    found: str | None,
-    seen: str,
-    tmp_path: Path,
+# The table
+
+
+def test_the_table_is_aligned_and_says_how_to_mend_what_is_not_ok() -> None:
+    rows = [
+        Finding(OK, "clock", "right", "never shown"),
+        Finding(WRONG, "a long name", "broken", "mend it", ("n1",)),
+        Finding(WARNING, "b", "odd", "", ("n2",)),
+    ]
+    assert list(table(rows, ["n1", "n2"])) == [
+        "status   check        host         seen, and -> how to mend it",
+        "ok       clock        all 2 hosts  right",
+        "wrong    a long name  n1           broken",
+        "                                   -> mend it",
+        "warning  b            n2           odd",
+        "1 wrong, 1 warning",
+    ]
+    assert list(table(rows[:1], ["n1"]))[-1] == "all good"
+
+
+def test_what_all_hosts_share_is_one_row_and_comes_first() -> None:
+    hosts = ["n1", "n2", "n3"]
+    found = [
+        *(Finding(WRONG if h == "n2" else OK, "disk", "x", "m", (h,)) for h in hosts),
+        *(Finding(OK, "torch", "2.13.0", hosts=(h,)) for h in hosts),
+    ]
+    assert [(r.status, r.check, r.hosts) for r in together(found, hosts)] == [
+        (OK, "torch", ("n1", "n2", "n3")),
+        (OK, "disk", ("n1", "n3")),
+        (WRONG, "disk", ("n2",)),
+    ]
+
+
+def test_quantities_that_differ_are_given_as_a_range_and_versions_are_not() -> None:
+    def rows(check: str, status: str, *texts: str) -> list[Finding]:
+        return [
+            Finding(status, check, text, hosts=(f"n{i}",)) for i, text in enumerate(texts, start=1)
+        ]
+
+    hosts = ["n1", "n2"]
+    fine = rows("disk", OK, "/a/7 b: 9.5 GiB free, 80 MiB/s", "/a/7 b: 10.5 GiB free, 80 MiB/s")
+    assert only(together(fine, hosts)).seen == "/a/7 b: 9.5 to 10.5 GiB free, 80 MiB/s"
+    assert len(together(rows("disk", WARNING, "1 GiB free", "2 GiB free"), hosts)) == 2
+    assert len(together(rows("versions", OK, "torch 2.13.0, x", "torch 2.12.0, x"), hosts)) == 2
+
+
+def test_many_hosts_are_not_all_named() -> None:
+    assert findings.named([f"n{i}" for i in range(9)]) == "n0, n1, n2, n3 and 5 more"
+    assert findings.named(["n0", "n1"], 2) == "all 2 hosts"
+
+
+def test_a_check_that_fails_or_hangs_is_a_row_and_the_others_go_on(
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fake(name: str) -> str:
-        if name != "torch":
-            return version(name)
-        if found is None:
+    def broken() -> Iterator[Finding]:
+        yield Finding(OK, "never", "seen")
+        raise RuntimeError("no driver\nand a long story")
+
+    released = threading.Event()
+
+    def hanging() -> Iterator[Finding]:
+        released.wait(60)
+        yield from ()
+
+    monkeypatch.setattr(findings, "_SHORTEST_SECONDS", 0.2)
+    checks = {"a": broken, "b": hanging, "c": lambda: [Finding(OK, "c", "fine")]}
+    began = time.monotonic()
+    found = examine(checks, "n1", 0.2)
+    released.set()
+    assert time.monotonic() - began < 10
+    assert [(f.status, f.check, f.hosts) for f in found] == [
+        (WRONG, "a", ("n1",)),
+        (WRONG, "b", ("n1",)),
+        (OK, "c", ("n1",)),
+    ]
+    assert found[0].seen == "RuntimeError: no driver"
+    assert "no answer within" in found[1].seen
+
+
+def test_an_error_of_torch_is_told_without_its_stack() -> None:
+    error = RuntimeError("Connection refused\nException raised from here at socket.cpp:1\n#0 x")
+    assert findings.told(error) == "RuntimeError: Connection refused"
+    assert findings.told(ValueError()) == "ValueError"
+
+
+# Software
+
+
+def test_versions_are_named_in_one_row() -> None:
+    found = software.versions()
+    assert {"neftune-dist", "python", "torch", "transformers", "deepspeed"} <= set(found)
+    finding = only(software.check_versions(found))
+    assert finding.status == OK and f"torch {torch.__version__}" in finding.seen
+
+
+@pytest.mark.parametrize("version", ["1.13.1", None])
+def test_an_old_or_missing_package_is_wrong(version: str | None) -> None:
+    found = {**software.versions(), "torch": version}
+    if version is None:
+        del found["torch"]
+    rows = by_check(software.check_versions(found))  # type: ignore[arg-type]
+    assert rows["torch"].status == WRONG
+    assert rows["torch"].seen.startswith(version or "not installed")
+    assert 'install "torch>=' in rows["torch"].mend
+
+
+def test_python_outside_its_range_is_wrong() -> None:
+    rows = by_check(software.check_versions({**software.versions(), "python": "3.9.1"}))
+    assert rows["python"].status == WRONG
+
+
+def test_the_digest_of_the_sources_tells_an_edit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "__init__.py").write_text("a = 1")
+    monkeypatch.setattr(software.neftune_dist, "__file__", str(tmp_path / "__init__.py"))
+    before = software.versions()["neftune-dist"]
+    (tmp_path / "__init__.py").write_text("a = 2")
+    assert software.versions()["neftune-dist"] != before
+
+
+def test_versions_that_differ_between_hosts_are_named() -> None:
+    of_hosts = {
+        "n1": {"torch": "2.13.0", "driver": "570", "NCCL": "2.27.3"},
+        "n2": {"torch": "2.12.0", "driver": "580"},
+        "n3": {"torch": "2.13.0", "driver": "570", "NCCL": "2.27.3"},
+    }
+    found = by_check(software.compare_versions(of_hosts))
+    assert {name: each.status for name, each in found.items()} == {
+        "torch differs": WRONG,
+        "driver differs": WARNING,
+        "NCCL differs": WRONG,
+    }
+    assert found["torch differs"].seen == "2.13.0 on n1, n3; 2.12.0 on n2"
+    assert found["NCCL differs"].seen == "2.27.3 on n1, n3; none on n2"
+    assert not list(software.compare_versions({"n1": {"torch": "1"}, "n2": {"torch": "1"}}))
+
+
+class FakePackages:
+    """Installed packages by name: version, and what they need."""
+
+    def __init__(self, packages: dict[str, tuple[str, list[str]]], wheel: str = "") -> None:
+        self.packages, self.wheel = packages, wheel
+
+    def distribution(self, name: str) -> Any:
+        if name.lower() not in self.packages:
             raise PackageNotFoundError(name)
-        return found
+        version, requires = self.packages[name.lower()]
+        return SimpleNamespace(
+            version=version,
+            requires=requires,
+            metadata={"Name": name},
+            read_text=lambda _: self.wheel,
+        )
 
-    monkeypatch.setattr(module, "version", fake)
-    assert doctor(tmp_path) == 2
-    out = capsys.readouterr().out
-    assert [name for name, status in table(out).items() if status == WRONG] == ["torch"]
-    (line,) = [line for line in out.splitlines() if line.startswith(WRONG)]
-    assert seen in line and 'install "torch>=' in line
+    def distributions(self) -> list[Any]:
+        return [self.distribution(name) for name in self.packages]
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for module in (software, conflicts):
+            for name in ("distribution", "distributions"):
+                monkeypatch.setattr(module, name, getattr(self, name))
 
 
-def test_a_run_directory_below_a_file_is_wrong(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_requirements_of_requirements_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    packages = {
+        "neftune-dist": ("1", ["torch>=2", "a[x]"]),
+        "torch": ("2.13.0+cpu", ["b<2"]),
+        "a": ("1", ['c>=1; extra == "x"', 'd; extra == "y"', 'e; python_version < "3"']),
+        "b": ("1.5", []),
+        "c": ("1", ["not a requirement !"]),
+        "torchvision": ("0.28", ["torch==2.13.0"]),
+    }
+    FakePackages(packages).install(monkeypatch)
+    assert only(software.check_requirements()) == Finding(
+        OK, "requirements", "5 packages satisfy each other"
+    )
+    packages |= {"b": ("2.1", []), "torchvision": ("0.20", ["torch==2.5.0"])}
+    del packages["c"]
+    found = list(software.check_requirements())
+    assert [(each.status, each.seen) for each in found] == [
+        (WRONG, "a 1 needs c>=1, found none"),
+        (WRONG, "torch 2.13.0+cpu needs b<2, found 2.1"),
+        (WARNING, "torchvision 0.20 needs torch==2.5.0, found 2.13.0+cpu"),
+    ]
+    assert "uninstall torchvision" in found[2].mend
+
+
+def test_what_is_installed_here_satisfies_each_other() -> None:
+    assert [f.seen for f in software.check_requirements() if f.status == WRONG] == []
+
+
+def test_a_package_that_cannot_be_imported_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "good.py").write_text("print('noise')")
+    (tmp_path / "flash.py").write_text("raise ImportError('undefined symbol: _ZN3c10\\nmore')")
+    (tmp_path / "crashes.py").write_text("import os; os._exit(3)")
+    (tmp_path / "hangs.py").write_text("import time; time.sleep(60)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(software, "_IMPORTED_IF_THERE", {})
+    monkeypatch.setattr(software, "_IMPORTED", ("good",))
+    assert only(software.check_imports()).status == OK
+    monkeypatch.setattr(software, "_SLOW_IMPORT_SECONDS", 0.0)
+    assert only(software.check_imports()).status == WARNING
+
+    monkeypatch.setattr(software, "_IMPORTED_IF_THERE", {"pytest": "flash", "missing": "no"})
+    monkeypatch.setattr(software, "_IMPORTED", ("good",))
+    finding = only(software.check_imports())
+    assert finding.status == WRONG and "uninstall pytest" in finding.mend
+    assert finding.seen == "flash cannot be imported: ImportError: undefined symbol: _ZN3c10"
+
+    monkeypatch.setattr(software, "_IMPORTED_IF_THERE", {})
+    monkeypatch.setattr(software, "_IMPORTED", ("good", "crashes", "flash"))
+    assert "crashes cannot be imported: the process ended with code 3" in {
+        each.seen for each in software.check_imports()
+    }
+    monkeypatch.setattr(software, "_IMPORTED", ("good", "hangs"))
+    monkeypatch.setattr(software, "_IMPORT_SECONDS", 1.0)
+    assert only(software.check_imports()).seen.startswith("hangs cannot be imported: it took more")
+
+
+# Known conflicts
+
+
+def conflict(found: Callable[[], str]) -> str:
+    """What a conflict's own function sees, which must be one of the table's."""
+    assert found in [each.found for each in conflicts.CONFLICTS]
+    return found()
+
+
+def test_no_conflict_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        conflicts, "CONFLICTS", (conflicts.Conflict("x", WRONG, lambda: "", "never"),)
+    )
+    assert only(conflicts.check_conflicts()).status == OK
+
+
+def test_a_conflict_that_cannot_be_looked_for_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> str:
+        raise OSError("no such library")
+
+    monkeypatch.setattr(conflicts, "CONFLICTS", (conflicts.Conflict("x", WRONG, fails, "mend"),))
+    assert only(conflicts.check_conflicts()).seen == "OSError: no such library"
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "driver", "is_one"),
+    [
+        ("13.0", (12, 8), True),
+        ("12.8", (12, 2), False),  # minor versions are compatible
+        ("12.8", (13, 0), False),
+        (None, (12, 2), False),
+        ("12.8", None, False),
+    ],
+)
+def test_a_driver_older_than_torchs_cuda(
+    torch_cuda: str | None,
+    driver: tuple[int, int] | None,
+    is_one: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    monkeypatch.setattr(conflicts, "_driver_cuda", lambda: driver)
+    seen = conflict(conflicts._old_driver)
+    assert bool(seen) == is_one
+    if is_one:
+        assert seen == "torch is built for CUDA 13.0, the driver's is 12.8"
+
+
+def test_nccl_twice_or_another_one_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    packages = {"nvidia-nccl-cu13": ("2.27.7", []), "nvidia-nccl-cu12-stubs": ("1", [])}
+    FakePackages(packages).install(monkeypatch)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 7))
+    assert not conflict(conflicts._two_nccls) and not conflict(conflicts._shadowed_nccl)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 19, 3, "x"))
+    assert conflict(conflicts._shadowed_nccl) == (
+        "NCCL 2.19.3 is loaded instead of nvidia-nccl-cu13 2.27.7"
+    )
+    packages["nvidia-nccl-cu12"] = ("2.27.3", [])
+    assert "overwrite each other" in conflict(conflicts._two_nccls)
+
+
+def test_a_glibc_older_than_the_wheels_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = "Tag: cp311-cp311-manylinux_2_28_x86_64\nTag: cp311-cp311-manylinux_2_17_x86_64\n"
+    packages = FakePackages({"neftune-dist": ("1", ["torch"]), "torch": ("2", [])}, wheel)
+    packages.install(monkeypatch)
+    monkeypatch.setattr(conflicts.platform, "libc_ver", lambda: ("glibc", "2.17"))
+    assert not conflict(conflicts._old_glibc)
+    monkeypatch.setattr(conflicts.platform, "libc_ver", lambda: ("glibc", "2.12"))
+    assert "is built for glibc 2.17, found 2.12" in conflict(conflicts._old_glibc)
+
+
+def test_missing_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(conflicts.sys, "executable", str(tmp_path / "bin" / "python"))
+    assert conflict(conflicts._no_cxx) == "no c++ found"
+    assert conflict(conflicts._no_ninja) == "no ninja found"
+    program(tmp_path / "bin" / "ninja", "")
+    assert conflict(conflicts._no_ninja) == f"{tmp_path}/bin is not in PATH"
+    program(tmp_path / "ninja", "")
+    assert not conflict(conflicts._no_ninja)
+    program(tmp_path / "mine", "")
+    monkeypatch.setenv("CXX", "mine -O2")
+    assert not conflict(conflicts._no_cxx)
+
+    assert not conflict(conflicts._no_triton_compiler)  # there is no GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert conflict(conflicts._no_triton_compiler) == "no gcc or clang found"
+    monkeypatch.setenv("CC", "mine -O2")
+    monkeypatch.setattr(conflicts.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    assert conflict(conflicts._no_triton_compiler) == f"no {tmp_path}/Python.h"
+    (tmp_path / "Python.h").write_text("")
+    assert not conflict(conflicts._no_triton_compiler)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "is_one"),
+    [
+        ("NCCL_SOCKET_IFNAME", "eth", False),
+        ("NCCL_SOCKET_IFNAME", "ib,eth", True),
+        ("NCCL_SOCKET_IFNAME", "=eth", True),
+        ("NCCL_SOCKET_IFNAME", "^docker", False),
+        ("GLOO_SOCKET_IFNAME", "eth0", False),
+        ("GLOO_SOCKET_IFNAME", "eth", True),
+    ],
+)
+def test_an_interface_that_is_not_there(
+    variable: str, value: str, is_one: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conflicts.socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
+    monkeypatch.setenv(variable, value)
+    assert bool(conflict(conflicts._unknown_interface)) == is_one
+
+
+def test_variables_that_slow_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "0")
+    assert not conflict(conflicts._slowing_variables)
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    assert conflict(conflicts._slowing_variables) == "NCCL_P2P_DISABLE=1"
+
+
+# GPUs
+
+
+def program(path: Path, script: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+def fake_gpus(monkeypatch: pytest.MonkeyPatch, *devices: Any, peers: bool = True) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", devices.__getitem__)
+    monkeypatch.setattr(
+        torch.cuda, "can_device_access_peer", lambda a, b: peers or (a, b) == (0, 1)
+    )
+
+
+def device(uuid: str, name: str = "NVIDIA H100", gib: int = 80, major: int = 9) -> Any:
+    return SimpleNamespace(name=name, total_memory=gib * GIB, major=major, minor=0, uuid=uuid)
+
+
+def fake_smi(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: str = "", topology: str = ""
+) -> None:
+    (tmp_path / "gpus").write_text(gpus)
+    (tmp_path / "topology").write_text(topology)
+    script = f'case "$1" in topo) cat {tmp_path}/topology;; *) cat {tmp_path}/gpus;; esac'
+    program(tmp_path / "bin" / "nvidia-smi", script)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+
+
+def test_gpus_of_a_kind_are_one_row_with_memory_and_bf16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_gpus(monkeypatch, device("a"), device("b"), device("c", "Old", 16, 7))
+    fake_smi(tmp_path, monkeypatch, "GPU-a, 4, 0\nGPU-b, 4, [N/A]\nGPU-c, 4, 0\n")
+    assert [(f.status, f.check, f.seen) for f in gpus.check_gpus(2)] == [
+        (OK, "GPUs", "2 x NVIDIA H100, 80 GiB, capability 9.0, bf16"),
+        (WARNING, "GPUs", "1 x Old, 16 GiB, capability 7.0, no bf16"),
+    ]
+
+
+def test_a_gpu_in_use_or_with_memory_errors_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_gpus(monkeypatch, device("a"), device("b"))
+    fake_smi(tmp_path, monkeypatch, "GPU-hidden, 9000, 9\nGPU-b, 20480, 0\nGPU-a, 4, 7\n")
+    found = by_check(gpus.check_gpus(2))
+    assert (found["GPU 1"].status, found["GPU 1"].seen) == (
+        WARNING,
+        "20.0 GiB are in use by another process",
+    )
+    assert found["GPU 0"].status == WRONG and found["GPU 0"].seen.startswith("7 uncorrected")
+    assert len(found) == 3
+
+
+def test_more_ranks_than_gpus_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake_gpus(monkeypatch, device("a"))
+    fake_smi(tmp_path, monkeypatch)
+    assert [f.status for f in gpus.check_gpus(2)] == [OK, WRONG]
+
+
+def test_a_failing_nvidia_smi_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake_gpus(monkeypatch, device("a"))
+    message = "Failed to initialize NVML: Driver/library version mismatch"
+    program(tmp_path / "bin" / "nvidia-smi", f"echo '{message}'; exit 18")
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    finding = by_check(gpus.check_gpus(1))["nvidia-smi"]
+    assert finding.status == WRONG and message in finding.seen
+    assert "driver" not in software.versions()
+
+
+def test_a_gpu_that_torch_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpus, "_DEVICE", tmp_path / "nvidia0")
+    assert only(gpus.check_gpus(1)).status == OK
+    (tmp_path / "nvidia0").write_text("")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert only(gpus.check_gpus(1)).status == WARNING
+
+    def fails() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", fails)
+    finding = only(gpus.check_gpus(1))
+    assert finding.status == WRONG and "driver on your system is too old" in finding.seen
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert only(gpus.check_gpus(1)).status == OK
+
+
+TOPOLOGY = """\
+\t\x1b[4mGPU0\tGPU1\tGPU2\tNIC0\tCPU Affinity\tNUMA Affinity\x1b[0m
+GPU0\t X \tNV18\tSYS\tPIX\t0-31\t0
+GPU1\tNV18\t X \tSYS\tSYS\t0-31\t0
+GPU2\tSYS\tSYS\t X \tSYS\t32-63\t1
+NIC0\tPIX\tSYS\tSYS\t X \t\t
+
+Legend:
+  X    = Self
+"""
+
+
+def test_links_between_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpus.link_types(TOPOLOGY) == ["NV18", "SYS", "SYS"]
+    assert list(gpus.check_links()) == []  # no GPU
+    fake_smi(tmp_path, monkeypatch, topology=TOPOLOGY)
+    fake_gpus(monkeypatch, device("a"), device("b"), device("c"))
+    finding = only(gpus.check_links())
+    assert finding.status == OK
+    assert finding.seen.startswith("NVLink (NV18) between 1 pairs, PCIe (SYS) between 2 pairs")
+    fake_gpus(monkeypatch, device("a"), device("b"), device("c"), peers=False)
+    finding = only(gpus.check_links())
+    assert finding.status == WARNING
+    assert finding.seen.endswith("no peer access in 2: 0 and 2, 1 and 2")
+
+
+# Memory, cores, limits
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Write a file of a machine's /proc, /sys or /dev."""
+
+    def write(path: str, text: str) -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+
+    for module in (host, machine):
+        monkeypatch.setattr(module, "_ROOT", tmp_path)
+    write("proc/meminfo", f"MemTotal: {64 * 2**20} kB\nMemAvailable: {60 * 2**20} kB\n")
+    write("dev/shm/x", "")
+    return write
+
+
+def test_memory_of_the_machine(root: Callable[[str, str], None]) -> None:
+    finding = by_check(machine.check_memory(8))["host memory"]
+    assert (finding.status, finding.seen) == (OK, "60.0 GiB of 64.0 GiB available")
+    root("proc/meminfo", f"MemTotal: {64 * 2**20} kB\nMemAvailable: {7 * 2**20} kB\n")
+    assert by_check(machine.check_memory(8))["host memory"].status == WARNING
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_memory_of_a_job_is_its_control_groups(
+    version: int, root: Callable[[str, str], None]
+) -> None:
+    if version == 2:
+        root("proc/self/cgroup", "0::/slurm/job_1/step_0\n")
+        base, limit, used, free = "sys/fs/cgroup/slurm/job_1", "max", "current", "inactive_file"
+        root("sys/fs/cgroup/slurm/job_1/step_0/memory.max", "max\n")
+    else:
+        root("proc/self/cgroup", "3:cpuset:/\n4:memory:/slurm/job_1/step_0\n0::/\n")
+        base, limit, used = "sys/fs/cgroup/memory/slurm/job_1", "limit_in_bytes", "usage_in_bytes"
+        free = "total_inactive_file"
+        root("sys/fs/cgroup/memory/memory.limit_in_bytes", str(2**63 - 4096))
+    root(f"{base}/memory.{limit}", str(8 * GIB))
+    root(f"{base}/memory.{used}", str(7 * GIB))
+    finding = by_check(machine.check_memory(2))["host memory"]
+    assert finding.status == WARNING
+    assert finding.seen == "1.0 GiB of 8.0 GiB available, the job's limit (of 64.0 GiB)"
+    root(f"{base}/memory.stat", f"anon 1\n{free} {3 * GIB}\n")  # cached files can be dropped
+    finding = by_check(machine.check_memory(2))["host memory"]
+    assert finding.status == OK and finding.seen.startswith("4.0 GiB of 8.0 GiB")
+
+
+def test_little_shared_memory_is_a_warning_for_several_ranks(
+    root: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = SimpleNamespace(free=64 * 2**20, total=64 * 2**20)
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage)
+    assert by_check(machine.check_memory(1))["shared memory"].status == OK
+    finding = by_check(machine.check_memory(2))["shared memory"]
+    assert finding.status == WARNING and "0.06 GiB" in finding.seen and "--shm-size" in finding.mend
+
+
+@pytest.mark.parametrize(
+    ("files", "quota"),
+    [
+        ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/cpu.max": "150000 100000\n"}, 1.5),
+        ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/cpu.max": "max 100000\n"}, None),
+        (
+            {
+                "proc/self/cgroup": "2:cpu,cpuacct:/a\n",
+                "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_quota_us": "150000\n",
+                "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_period_us": "100000\n",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n",
+            },
+            1.5,
+        ),
+    ],
+)
+def test_cores_are_those_this_process_may_use(
+    files: dict[str, str],
+    quota: float | None,
+    root: Callable[[str, str], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    for path, text in files.items():
+        root(path, text)
+    finding = only(machine.check_cores(1, 0))
+    assert (finding.status, finding.seen) == (OK, f"{quota or 4:g} of 64 for 1 rank")
+    assert only(machine.check_cores(2, 0)).status == (WARNING if quota else OK)
+    # srun without --cpus-per-task, before torchrun starts a process a GPU
+    finding = only(machine.check_cores(1, 8))
+    assert finding.status == WARNING and "for 8 ranks" in finding.seen
+
+
+def limits(monkeypatch: pytest.MonkeyPatch, files: int, locked: int) -> None:
+    values = {resource.RLIMIT_NOFILE: files, resource.RLIMIT_MEMLOCK: locked}
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (values[which], values[which]))
+
+
+def test_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits(monkeypatch, 1024, 0)
+    assert only(machine.check_limits(8, 1)).status == OK
+    assert only(machine.check_limits(512, 1)).status == WARNING
+    limits(monkeypatch, resource.RLIM_INFINITY, 0)
+    assert only(machine.check_limits(512, 1)).status == OK
+
+
+def test_locked_memory_matters_where_infiniband_is(
+    root: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits(monkeypatch, 65536, 8 * 2**20)
+    found = by_check(machine.check_limits(8, 2))
+    assert set(found) == {"open files", "InfiniBand"} and found["InfiniBand"].status == OK
+    port = "sys/class/infiniband/mlx5_0/ports/1"
+    root(f"{port}/state", "1: DOWN\n")
+    root(f"{port}/rate", "400 Gb/sec (4X NDR)\n")
+    assert by_check(machine.check_limits(8, 2))["InfiniBand"].status == WARNING
+    root(f"{port}/state", "4: ACTIVE\n")
+    found = by_check(machine.check_limits(8, 2))
+    assert found["InfiniBand"].seen == "mlx5_0 port 1 400 Gb/sec"
+    assert (found["locked memory"].status, found["locked memory"].seen) == (WARNING, "8 MiB")
+    limits(monkeypatch, 65536, resource.RLIM_INFINITY)
+    assert by_check(machine.check_limits(8, 2))["locked memory"].status == OK
+
+
+# The run directory
+
+
+def test_a_run_directory_below_a_file_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert doctor(tmp_path / "file" / "runs") == 2
-    captured = capsys.readouterr()
-    assert table(captured.out)["run directory"] == WRONG
-    assert "--run-dir" in captured.out and "Traceback" not in captured.out + captured.err
+    finding = only(machine.check_run_dir(tmp_path / "file" / "runs"))
+    assert finding.status == WRONG and "--run-dir" in finding.mend
 
 
-def test_the_probe_of_the_disk_is_64_mib_and_synced(
+def test_the_probe_of_the_disk_is_synced_read_back_and_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
     monkeypatch.setattr(os, "fsync", lambda number: sizes.append(os.fstat(number).st_size))
-    assert "MiB/s" in only(module.check_run_dir(tmp_path)).seen
+    seen = only(machine.check_run_dir(tmp_path / "not" / "there")).seen
+    assert "MiB/s written" in seen and "MiB/s read" in seen
     assert sizes == [64 * 2**20]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_compiler_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert only(module.check_compiler()).status == WARNING
-    (tmp_path / "mine").write_text("")
-    (tmp_path / "mine").chmod(0o755)
-    monkeypatch.setenv("CXX", "mine -O2")
-    finding = only(module.check_compiler())
-    assert (finding.status, finding.seen) == (OK, str(tmp_path / "mine"))
+def test_a_disk_that_loses_data_is_slow_or_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_SLOW_DISK_MIB", 10**9)
+    finding = only(machine.check_run_dir(tmp_path))
+    assert finding.status == WARNING and "minutes" in finding.mend
+    monkeypatch.setattr(machine, "_LOW_DISK_GIB", 10**9)
+    finding = only(machine.check_run_dir(tmp_path))
+    assert finding.status == WARNING and "plan" in finding.mend
+
+    def loses(number: int, *_: int) -> None:
+        os.pwrite(number, b"\0" * 64, 0)
+
+    monkeypatch.setattr(os, "posix_fadvise", loses)
+    finding = only(machine.check_run_dir(tmp_path))
+    assert finding.status == WRONG and "not what was written" in finding.seen
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_gpus_are_named_with_memory_and_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert only(module.check_gpus()).seen == "none: CPU" or Path("/dev/nvidia0").exists()
-    devices = [
-        SimpleNamespace(name="New", total_memory=80 * 2**30, major=9),
-        SimpleNamespace(name="Old", total_memory=16 * 2**30, major=7),
-    ]
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", devices.__getitem__)
-    assert [(f.status, f.check, f.seen) for f in module.check_gpus()] == [
-        (OK, "gpu 0", "New, 80 GiB, bf16"),
-        (WARNING, "gpu 1", "Old, 16 GiB, no bf16"),
-    ]
+# The hub
 
 
-def test_the_hub_is_not_asked_in_offline_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    return folder
+
+
+def test_the_hub_is_not_asked_in_offline_mode(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
-    finding = only(module.check_hub())
+    finding = by_check(machine.check_hub(None))["hub"]
     assert finding.status == OK and "HF_HUB_OFFLINE" in finding.seen
 
 
 @pytest.mark.parametrize(("answer", "status"), [(200, OK), (404, OK), (503, WARNING)])
 def test_a_hub_that_answers_is_reached(
-    answer: int, status: str, monkeypatch: pytest.MonkeyPatch
+    answer: int, status: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
@@ -151,13 +711,13 @@ def test_a_hub_that_answers_is_reached(
         thread.start()
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        assert only(module.check_hub()).status == status
+        assert by_check(machine.check_hub(None))["hub"].status == status
         thread.join(5)
 
 
 @pytest.mark.parametrize("listening", [True, False])
 def test_a_hub_that_is_silent_or_away_is_a_warning(
-    listening: bool, monkeypatch: pytest.MonkeyPatch
+    listening: bool, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -165,107 +725,236 @@ def test_a_hub_that_is_silent_or_away_is_a_warning(
             listener.listen()
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{listener.getsockname()[1]}")
-        monkeypatch.setattr(module, "_HUB_SECONDS", 0.5)
-        finding = only(module.check_hub())
+        monkeypatch.setattr(machine, "_HUB_SECONDS", 0.5)
+        finding = by_check(machine.check_hub(None))["hub"]
     assert finding.status == WARNING and "not reached" in finding.seen
 
 
-def test_a_name_server_that_is_silent_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_server_that_is_silent_is_not_waited_for(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     released = threading.Event()
     session = SimpleNamespace(head=lambda url, timeout: released.wait(30))
     monkeypatch.setattr(huggingface_hub, "get_session", lambda: session)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(module, "_HUB_SECONDS", 0.5)
+    monkeypatch.setattr(machine, "_HUB_SECONDS", 0.5)
     began = time.monotonic()
-    finding = only(module.check_hub())
+    finding = by_check(machine.check_hub(None))["hub"]
     released.set()
     assert time.monotonic() - began < 10
     assert finding.status == WARNING and "no answer" in finding.seen
 
 
-def test_a_check_that_fails_is_a_line_and_the_others_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_cache_of_the_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "0 models" in by_check(machine.check_hub(None))["hub cache"].seen
+    blob = cache / "models--a--b" / "blobs" / "x"
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes(b"0" * 2**20)
+    (cache / "datasets--c").mkdir()
+    assert "1 models, 1 datasets, 0.0 GiB" in by_check(machine.check_hub(None))["hub cache"].seen
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    finding = by_check(machine.check_hub(None))["hub cache"]
+    assert finding.status == WARNING and "HF_HOME" in finding.mend
+
+
+def test_a_model_is_a_directory_or_cached_or_to_be_had(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken() -> int:
-        raise RuntimeError("no driver\nand a long story")
+    def status(model: str) -> str:
+        return by_check(machine.check_hub(model))["model"].status
 
-    monkeypatch.setattr(torch.cuda, "device_count", broken)
-    assert doctor(tmp_path) == 2
-    captured = capsys.readouterr()
-    statuses = table(captured.out)
-    assert list(statuses) == CHECKS and statuses["gpu"] == WRONG
-    assert "RuntimeError: no driver" in captured.out and "long story" not in captured.out
+    assert status("a/b") == WRONG  # offline
+    snapshot = cache / "models--a--b" / "snapshots" / "1234"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (cache / "models--a--b" / "refs").mkdir()
+    (cache / "models--a--b" / "refs" / "main").write_text("1234")
+    assert status("a/b") == OK
+    (tmp_path / "model").mkdir()
+    assert status(str(tmp_path / "model")) == WRONG
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert status(str(tmp_path / "model")) == OK
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    session = SimpleNamespace(head=lambda url, timeout: SimpleNamespace(status_code=200))
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: session)
+    assert status("c/d") == OK
 
 
-def test_a_wrong_sum_is_wrong(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+# Where ranks meet
+
+STEP = {
+    "SLURM_PROCID": "3",
+    "SLURM_NTASKS": "4",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "17",
+    "SLURM_STEP_ID": "2",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURMD_NODENAME": "n2",
+}
+
+
+def place(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Place:
+    with monkeypatch.context() as patched:
+        for name, value in variables.items():
+            patched.setenv(name, value)
+        return Place.here()
+
+
+def test_a_place_under_torchrun_in_a_step_and_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "laptop.local")
+    assert place(monkeypatch) == Place(0, 1, 0, "laptop")
+    step = place(monkeypatch, **STEP)
+    assert (step.rank, step.size, step.local_rank, step.host) == (3, 4, 1, "n2")
+    assert (step.address, step.hosts, step.of_slurm) == ("n1", ("n1", "n2"), True)
+    torchrun = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "m"}
+    assert place(monkeypatch, **STEP, **torchrun, MASTER_PORT="5") == Place(1, 2, 1, "n2", "m", 5)
+
+
+def test_steps_have_ports_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    ports = {
+        place(monkeypatch, **{**STEP, "SLURM_JOB_ID": job, "SLURM_STEP_ID": step}).port
+        for job in ("17", "18", "4012345678")
+        for step in ("0", "1")
+    }
+    assert len(ports) == 6 and all(12000 <= port < 20000 for port in ports)
+
+
+def test_a_batch_script_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = {k: v for k, v in STEP.items() if "STEP" not in k} | {"SLURM_PROCID": "0"}
+    assert place(monkeypatch, **script).size == 1
+    assert place(monkeypatch, **{**STEP, "SLURM_STEP_NUM_TASKS": "1"}).size == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("n1", ["n1"]),
+        ("n[1-2]", ["n1", "n2"]),
+        ("gpu[08-10,3]-ib,login", ["gpu08-ib", "gpu09-ib", "gpu10-ib", "gpu3-ib", "login"]),
+        ("r[1-2]n[1-2]", ["r1n1", "r1n2", "r2n1", "r2n2"]),
+    ],
+)
+def test_host_lists_of_slurm(text: str, names: list[str]) -> None:
+    assert expand(text) == names
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_ranks_that_do_not_come_are_not_waited_for_and_late_ones_are_told() -> None:
+    here = Place(0, 3, 0, "n1", "127.0.0.1", free_port())
+    notices: list[str] = []
+    first = Meeting(here, 5)
+    roll = first.roll(0.5, notices.append)
+    assert roll.host_of == {0: "n1"}
+    late = Meeting(Place(2, 3, 0, "n2", "127.0.0.1", here.port), 5)
+    with pytest.raises(TimeoutError, match="gone on without it"):
+        late.roll(0.5, notices.append)
+
+
+def test_rank_0_that_never_listens_is_named() -> None:
+    port = free_port()
+    with pytest.raises(TimeoutError, match=f"127.0.0.1:{port}.*refused"):
+        Meeting(Place(1, 2, 1, "n1", "127.0.0.1", port), 0.5)
+
+
+def test_the_first_rank_of_each_host() -> None:
+    roll = Roll({2: "n2", 0: "n1", 1: "n1", 3: "n2"}, "x")
+    assert list(roll.firsts.items()) == [("n1", 0), ("n2", 2)]
+
+
+# What ranks find out together; the real runs are in tests/distributed/test_doctor.py
+
+ROLL = Roll({0: "n1", 1: "n1", 2: "n2", 3: "n3"}, "token")
+
+
+@pytest.mark.parametrize(
+    ("seen", "text"),
+    [
+        ({0: [0, 2, 3], 2: [0], 3: [0]}, ""),
+        ({0: [0, 2, 3], 2: [], 3: [0]}, "n2 does not see what n1 writes"),
+        ({0: [0, 2], 2: [0], 3: [0]}, "n1 does not see what n3 writes"),
+        ({0: [0], 2: []}, "n2, n3 do not see what n1 writes; n1 does not see what n2, n3 writes"),
+    ],
+)
+def test_hosts_that_do_not_share_the_run_directory(
+    seen: dict[int, list[int]], text: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(World, "gather", lambda self, values: [[2.0, 0.0]])
-    assert doctor(tmp_path) == 2
-    assert "the sum is 2 instead of 1" in capsys.readouterr().out
+    finding = only(cluster._shared(tmp_path, ROLL, [0, 2, 3], seen))
+    if text:
+        assert finding.status == WRONG
+        assert finding.seen == f"run_dir={tmp_path} is not shared: {text}"
+        assert "shared file system" in finding.mend
+    else:
+        assert finding.status == OK
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_ranks_that_cannot_meet_are_a_line_without_a_traceback(
-    rank: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_a_file_with_other_content_is_not_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_RANK_0_FINISHES_SECONDS", 0)
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("WORLD_SIZE", "2")  # but no MASTER_ADDR
-    assert doctor(tmp_path) == 2
-    captured = capsys.readouterr()
-    speaks, silent = (captured.out, captured.err) if rank == "0" else (captured.err, captured.out)
-    assert table(speaks)["collectives"] == WRONG and f"rank {rank}: " in speaks
-    assert silent == ""
+    monkeypatch.setattr(cluster, "_SEEN_SECONDS", 0.3)
+    (tmp_path / "a").write_text("right")
+    (tmp_path / "b").write_text("wro")
+    sought = {0: (tmp_path / "a", "right"), 1: (tmp_path / "b", "wrong"), 2: (tmp_path / "c", "")}
+    assert cluster._seen(sought) == [0]
 
 
-def test_a_rank_that_never_comes_is_not_waited_for_without_end(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    code = (
-        "from neftune_dist import doctor; from pathlib import Path; import sys;"
-        "doctor._COLLECTIVES_SECONDS = 3; sys.exit(doctor.doctor(Path(sys.argv[1])))"
-    )
-    group = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        env=ENVIRONMENT | group,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_SECONDS,
-    )
-    assert done.returncode == 2
-    assert table(done.stdout)["collectives"] == WRONG and "no answer" in done.stdout
+def result(**differences: Any) -> dict[str, Any]:
+    seconds = {"all_reduce": 0.01, "all_gather": 0.02}
+    return {"device": "cpu", "wrong": [], "seconds": seconds, "links": {}, **differences}
 
 
-def under_torchrun(run_dir: Path) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    verb = ["-m", "neftune_dist", "doctor", "--run-dir", str(run_dir)]
-    return subprocess.run(
-        [sys.executable, *launcher, *verb],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_SECONDS,
-    )
+def judged(**of_ranks: Any) -> list[Finding]:
+    return list(collectives._judge({int(name[1:]): each for name, each in of_ranks.items()}, ROLL))
 
 
-def test_under_torchrun_all_ranks_take_part_and_one_speaks(tmp_path: Path) -> None:
-    done = under_torchrun(tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert list(table(done.stdout)) == CHECKS
-    assert len(done.stdout.splitlines()) == len(CHECKS)
-    assert "2 on cpu" in done.stdout
+def test_collectives_and_their_bandwidth() -> None:
+    slow = result(seconds={"all_reduce": 0.08388608, "all_gather": 0.01})
+    finding = only(judged(r0=result(), r1=result(), r2=slow, r3=result()))
+    assert finding.status == OK
+    assert "4 ranks on cpu: all_reduce 0.10, all_gather 0.42 GB/s" in finding.seen
 
 
-def test_under_torchrun_what_rank_0_sees_ends_all_ranks_alike(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    done = under_torchrun(tmp_path / "file" / "runs")
-    assert done.returncode != 0
-    assert table(done.stdout)["run directory"] == WRONG
-    assert "doctor.py" not in done.stderr  # no traceback of ours in torchrun's report
-    assert "exitcode  : 2" in done.stderr
+def test_a_wrong_collective_names_rank_and_host() -> None:
+    wrong = result(wrong=["all_reduce"])
+    finding = only(judged(r0=result(), r1=result(), r2=wrong, r3=result()))
+    assert (finding.status, finding.hosts) == (WRONG, ("n2",))
+    assert finding.seen == "all_reduce is wrong on rank 2 (n2)"
+
+
+def test_ranks_that_fail_wait_or_go_away_are_told_apart() -> None:
+    error = {"error": "RuntimeError: refused"}
+    found = judged(r0={"stuck": 3.0}, r2=error, r3=error)
+    assert [each.seen for each in found] == [
+        "rank 2, 3 (n2, n3): RuntimeError: refused",
+        "rank 1 (n1) went away",
+    ]
+    found = judged(r0={"stuck": 3.0}, r1=result(), r2={"stuck": 4.0}, r3=result())
+    assert only(found).seen == "rank 0, 2 (n1, n2) got no answer within 4 seconds"
+    assert only(found).hosts == ("n1", "n2")
+
+
+def test_a_slow_link_is_named() -> None:
+    links = {"n1 to n2": 11.0, "n2 to n3": 1.2, "n3 to n1": 10.0}
+    finding = only(collectives._judge_links(links))
+    assert finding.status == WARNING
+    assert finding.seen == "n2 to n3 1.20 GB/s, the median is 10.00"
+    assert only(collectives._judge_links({"a": 2.0, "b": 1.5})).status == OK
+
+
+def test_findings_can_be_sent() -> None:
+    finding = Finding(WRONG, "a", "b", "c", ("n1",))
+    again = Finding(**json.loads(json.dumps(finding.to_dict())))
+    assert only(together([again], ["n1"])) == finding
+
+
+def test_hosts_that_did_not_come_or_not_report_are_named() -> None:
+    here = Place(0, 5, 0, "n1", "n1", 7, ("n1", "n2", "n3", "n4"))
+    missing, silent = visit._absent(here, ROLL, {0: (), 2: ()})
+    assert missing.hosts == ("n4",) and missing.seen.startswith("rank 4 (n4) did not come")
+    assert "n1:7" in missing.mend
+    assert silent.hosts == ("n3",)

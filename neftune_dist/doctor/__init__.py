@@ -1,0 +1,1 @@
+"""`neftune-dist doctor`: are these machines fit for a run, and what is to be mended if not?"""

@@ -1,0 +1,423 @@
+"""The doctor as it is started: alone, under torchrun, as a Slurm step; on machines that are ill."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neftune_dist.doctor.findings import OK, WARNING, WRONG
+from tests import tiny
+
+PROMPT_SECONDS = 60
+LOCAL = ["versions", "requirements", "imports", "conflicts", "GPUs", "host memory"]
+LOCAL += ["shared memory", "cores", "open files", "run directory", "hub", "hub cache"]
+BETWEEN = ["InfiniBand", "shared run dir", "clock", "host links"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table."""
+
+    status: str
+    check: str
+    host: str
+    seen: str
+    mend: str
+
+
+def table(text: str) -> list[Row]:
+    """Its rows. Every line must be one, or belong to one."""
+    lines = text.splitlines()
+    assert lines[0].startswith("status")
+    assert re.fullmatch(r"all good|\d+ wrong, \d+ warnings?", lines[-1])
+    starts = [lines[0].index(title) for title in ("check", "host", "seen")]
+    rows: list[Row] = []
+    for line in lines[1:-1]:
+        cells = [line[a:b].strip() for a, b in zip([0, *starts], [*starts, None], strict=True)]
+        if cells[0]:
+            assert cells[0] in (OK, WARNING, WRONG)
+            rows.append(Row(*cells, ""))
+        else:
+            assert cells[3].startswith("-> ")
+            last = rows.pop()
+            rows.append(Row(last.status, last.check, last.host, last.seen, cells[3][3:]))
+    wrong = sum(row.status == WRONG for row in rows)
+    assert lines[-1].startswith(f"{wrong} wrong") or lines[-1] == "all good"
+    return rows
+
+
+def of(rows: list[Row], check: str) -> list[Row]:
+    return [row for row in rows if row.check == check]
+
+
+def wrong(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row.status == WRONG]
+
+
+@dataclass
+class Host:
+    """Called in each rank first: it is alone on a machine of its own, whose checks are quick.
+
+    Attributes:
+        ill: what to do on which rank.
+        limits: module-level names of a module of neftune_dist.doctor, and their new values.
+    """
+
+    ill: dict[int, Callable[[], None]] = field(default_factory=dict)
+    limits: dict[str, dict[str, Any]] = field(default_factory=dict)
+    apart: bool = True
+
+    def __call__(self) -> None:
+        import importlib
+
+        from neftune_dist.doctor import software
+
+        rank = int(os.environ["RANK"])
+        if self.apart:
+            os.environ["SLURMD_NODENAME"] = f"n{rank + 1}"
+        software._IMPORTED = ("json",)
+        # The tests of the disk are others; here it need not be written twice.
+        for name, values in {"machine": {"_PROBE_MIB": 1}, **self.limits}.items():
+            module = importlib.import_module(f"neftune_dist.doctor.{name}")
+            for key, value in values.items():
+                assert hasattr(module, key)
+                setattr(module, key, value)
+        if rank in self.ill:
+            self.ill[rank]()
+
+
+def run(before: Host, run_dir: Path, ranks: int = 2) -> tuple[int, list[Row], str]:
+    done = tiny.run_forked("doctor", "--run-dir", run_dir, ranks=ranks, before=before)
+    assert "Traceback" not in done.stdout + done.stderr
+    return done.returncode, table(done.stdout), done.stderr
+
+
+def test_alone(tmp_path: Path) -> None:
+    done = tiny.run("doctor", "--run-dir", tmp_path / "not" / "there")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = table(done.stdout)
+    assert [row.check for row in rows] == [*LOCAL, "collectives"]
+    assert {row.host for row in rows} == {socket.gethostname().partition(".")[0]}
+    assert wrong(rows) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('libtorch.so: cannot open')")
+    done = tiny.run("doctor", "--run-dir", tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    rows = table(done.stdout)
+    assert "libtorch.so: cannot open" in of(rows, "imports")[0].seen
+    assert of(rows, "run directory")[0].status != WRONG
+    assert of(rows, "ranks")[0].mend == "install torch"
+
+
+def test_under_torchrun_a_machine_is_checked_once(tmp_path: Path) -> None:
+    done = tiny.run("doctor", "--run-dir", tmp_path, ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = table(done.stdout)
+    assert [row.check for row in rows] == [*LOCAL, "collectives"]
+    assert "2 ranks on cpu: all_reduce" in rows[-1].seen
+    assert "Warning" not in done.stderr
+
+
+def test_under_torchrun_what_is_wrong_ends_all_ranks_alike(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = tiny.run("doctor", "--run-dir", tmp_path / "file" / "runs", ranks=2)
+    assert done.returncode != 0
+    assert [row.check for row in wrong(table(done.stdout))] == ["run directory"]
+    assert "neftune_dist/doctor" not in done.stderr  # no traceback of ours in torchrun's report
+    assert "exitcode  : 2" in done.stderr
+
+
+def test_hosts_that_are_alike_share_their_rows(tmp_path: Path) -> None:
+    code, rows, _ = run(Host(), tmp_path / "runs", ranks=3)
+    assert code == 0, rows
+    assert {row.check for row in rows} == {*LOCAL, *BETWEEN, "collectives"}
+    for check in ("versions", "requirements", "open files", "shared run dir", "collectives"):
+        assert of(rows, check)[0].host == "all 3 hosts"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ranks_of_one_machine_are_no_hosts(tmp_path: Path) -> None:
+    code, rows, _ = run(Host(apart=False), tmp_path)
+    assert code == 0 and not {row.check for row in rows} & set(BETWEEN)
+
+
+def another_torch() -> None:
+    from neftune_dist.doctor import software
+
+    versions = software.versions
+    software.versions = lambda: versions() | {"torch": "2.99.0", "python": "3.99.9"}
+
+
+def test_versions_that_differ_between_hosts(tmp_path: Path) -> None:
+    code, rows, _ = run(Host({1: another_torch}), tmp_path)
+    assert code == 2
+    (torch,), (python,) = of(rows, "torch differs"), of(rows, "python differs")
+    assert torch.status == WRONG and torch.seen.endswith("2.99.0 on n2")
+    assert python.status == WARNING
+    assert {row.host for row in of(rows, "versions")} == {"n1", "n2"}
+
+
+@dataclass
+class ElsewhereRunDir:
+    """This rank's run directory has the name of the others', and is another one."""
+
+    folder: str
+
+    def __call__(self) -> None:
+        from neftune_dist.doctor import cluster, machine
+
+        for module in (cluster, machine):
+            module.existing = lambda _: Path(self.folder)  # type: ignore[attr-defined]
+
+
+def test_a_run_directory_that_is_not_shared(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    ill = {rank: ElsewhereRunDir(str(tmp_path / "ab"[rank == 1])) for rank in range(3)}
+    limits = {"cluster": {"_SEEN_SECONDS": 0.5}}
+    code, rows, _ = run(Host(ill, limits), tmp_path / "runs", ranks=3)
+    assert code == 2
+    (shared,) = wrong(rows)
+    assert (shared.check, shared.host) == ("shared run dir", "n2")
+    assert shared.seen == (
+        f"run_dir={tmp_path / 'runs'} is not shared: "
+        "n2 does not see what n1 writes; n1 does not see what n2 writes"
+    )
+    assert "shared file system" in shared.mend
+    assert not list((tmp_path / "a").iterdir()) and not list((tmp_path / "b").iterdir())
+
+
+def clock_ahead() -> None:
+    now = time.time
+    time.time = lambda: now() + 7.5
+
+
+def test_a_clock_that_is_ahead(tmp_path: Path) -> None:
+    code, rows, _ = run(Host({1: clock_ahead}), tmp_path, ranks=3)
+    assert code == 0
+    (clock,) = of(rows, "clock")
+    assert (clock.status, clock.host) == (WARNING, "n2")
+    assert clock.seen == "7.5 seconds ahead of n1" and "NTP" in clock.mend
+
+
+def corrupted_sum() -> None:
+    import torch.distributed as dist
+
+    reduce = dist.reduce_scatter_tensor
+
+    def corrupted(output: Any, given: Any) -> None:
+        reduce(output, given)
+        output[7] += 1
+
+    dist.reduce_scatter_tensor = corrupted
+
+
+def test_a_corrupted_sum(tmp_path: Path) -> None:
+    code, rows, _ = run(Host({1: corrupted_sum}), tmp_path)
+    assert code == 2
+    (row,) = wrong(rows)
+    assert (row.check, row.host) == ("collectives", "n2")
+    assert row.seen == "reduce_scatter is wrong on rank 1 (n2)"
+
+
+def slow_receive() -> None:
+    import torch.distributed as dist
+
+    receive = dist.recv
+
+    def slow(tensor: Any, source: int) -> None:
+        receive(tensor, source)
+        time.sleep(0.3)
+
+    dist.recv = slow
+
+
+def test_a_slow_link_between_hosts(tmp_path: Path) -> None:
+    code, rows, _ = run(Host({1: slow_receive}), tmp_path, ranks=3)
+    assert code == 0
+    (links,) = of(rows, "host links")
+    assert links.status == WARNING and links.seen.startswith("n1 to n2 0.0")
+
+
+def fails() -> None:
+    import torch.distributed as dist
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("NCCL error: unhandled system error\nmore")
+
+    dist.all_gather_into_tensor = broken
+
+
+def hangs() -> None:
+    import torch.distributed as dist
+
+    dist.all_gather_into_tensor = lambda *_: time.sleep(600)
+
+
+@pytest.mark.parametrize(
+    ("ill", "seen"),
+    [
+        (fails, "rank 1 (n2): RuntimeError: NCCL error: unhandled system error"),
+        (hangs, "got no answer within 6 seconds"),
+    ],
+)
+def test_a_rank_that_fails_or_hangs_in_a_collective(
+    ill: Callable[[], None], seen: str, tmp_path: Path
+) -> None:
+    limits = {"collectives": {"_SECONDS": 6.0, "_GRACE_SECONDS": 1.0}}
+    began = time.monotonic()
+    code, rows, _ = run(Host({1: ill}, limits), tmp_path)
+    assert time.monotonic() - began < PROMPT_SECONDS
+    assert code == 2
+    assert any(seen in row.seen for row in wrong(rows))
+    # What else was found is told all the same.
+    assert {*LOCAL, *BETWEEN} - {"host links"} <= {row.check for row in rows}
+
+
+def hanging_check() -> None:
+    from neftune_dist.doctor import machine
+
+    machine.check_run_dir = lambda _: time.sleep(600)  # type: ignore[assignment, return-value]
+
+
+def test_a_machine_whose_disk_hangs(tmp_path: Path) -> None:
+    limits = {"visit": {"_CHECKS_SECONDS": 12.0}, "findings": {"_SHORTEST_SECONDS": 1.0}}
+    code, rows, _ = run(Host({1: hanging_check}, limits), tmp_path)
+    assert code == 2
+    assert [(row.check, row.host) for row in wrong(rows)] == [("run directory", "n2")]
+    assert of(rows, "collectives")[0].status == OK
+
+
+# Ranks that do not come
+
+
+def start(code: str, run_dir: Path, **variables: str) -> subprocess.Popen[str]:
+    """A rank by itself, with quicker time-outs set by `code`."""
+    script = (
+        "import sys; from pathlib import Path;"
+        "from neftune_dist.doctor import collectives, machine, meeting, software, visit;"
+        f"software._IMPORTED = ('json',); machine._PROBE_MIB = 1; {code};"
+        "sys.exit(visit.doctor(Path(sys.argv[1])))"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", script, str(run_dir)],
+        env=tiny.environment(**variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def step(rank: int, number: int, job: str) -> dict[str, str]:
+    """What Slurm tells task `rank` of a step on hosts that are all this machine."""
+    hosts = ",".join(f"127.0.0.{i + 1}" for i in range(number))
+    return {
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": "0",
+        "SLURM_NTASKS": str(number),
+        "SLURM_STEP_NUM_TASKS": str(number),
+        "SLURM_STEP_NODELIST": hosts,
+        "SLURM_JOB_ID": job,
+        "SLURM_STEP_ID": "0",
+        "SLURMD_NODENAME": f"127.0.0.{rank + 1}",
+    }
+
+
+def test_a_step_of_slurm_and_a_node_that_does_not_come(tmp_path: Path) -> None:
+    job = str(os.getpid())
+    code = "visit._MEET_SECONDS = 8.0"
+    ranks = [start(code, tmp_path, **step(rank, 3, job)) for rank in (0, 1)]
+    out, err = ranks[0].communicate(timeout=PROMPT_SECONDS)
+    ranks[1].communicate(timeout=PROMPT_SECONDS)
+    assert [rank.returncode for rank in ranks] == [2, 2], out + err
+    rows = table(out)
+    (missing,) = wrong(rows)
+    assert (missing.check, missing.host) == ("ranks", "127.0.0.3")
+    assert missing.seen == "rank 2 (127.0.0.3) did not come within 8 seconds"
+    assert {*LOCAL, "shared run dir", "clock"} <= {row.check for row in rows}
+    assert of(rows, "collectives") == []  # they would need all
+    assert of(rows, "versions")[0].host == "127.0.0.1, 127.0.0.2"
+
+
+def test_a_step_of_slurm_with_all_its_nodes(tmp_path: Path) -> None:
+    job = str(os.getpid() + 1)
+    ranks = [start("pass", tmp_path, **step(rank, 2, job)) for rank in (0, 1)]
+    out, err = ranks[0].communicate(timeout=PROMPT_SECONDS)
+    ranks[1].communicate(timeout=PROMPT_SECONDS)
+    assert [rank.returncode for rank in ranks] == [0, 0], out + err
+    assert of(table(out), "collectives")[0].host == "all 2 hosts"
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_ranks_that_do_not_know_where_to_meet(rank: str, tmp_path: Path) -> None:
+    only = start("visit._LEAVE_SECONDS = 0", tmp_path, RANK=rank, WORLD_SIZE="2", LOCAL_RANK=rank)
+    out, err = only.communicate(timeout=PROMPT_SECONDS)
+    assert only.returncode == 2 and "Traceback" not in err
+    speaks, silent = (out, err) if rank == "0" else (err, out)
+    (row,) = wrong(table(speaks))
+    assert row.seen == f"rank {rank}: ValueError: MASTER_ADDR is not set"
+    assert silent == ""
+    # The machine was checked by its first rank.
+    assert bool(of(table(speaks), "run directory")) == (rank == "0")
+
+
+def test_rank_0_that_does_not_come(tmp_path: Path) -> None:
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    code = "visit._MEET_SECONDS = 1.0; visit._LEAVE_SECONDS = 0"
+    only = start(code, tmp_path, **place, MASTER_PORT=free_port())
+    out, err = only.communicate(timeout=PROMPT_SECONDS)
+    assert only.returncode == 2 and out == ""
+    rows = table(err)
+    assert "where rank 0 is to listen, was not reached" in wrong(rows)[0].seen
+    assert of(rows, "run directory")[0].status != WRONG
+
+
+def test_a_rank_that_dies_in_a_collective(tmp_path: Path) -> None:
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    quick = "collectives._SECONDS = 15.0; collectives._GRACE_SECONDS = 2.0"
+    dies = "import os, torch; torch.distributed.all_gather_into_tensor = lambda *_: os._exit(9)"
+    first = start(f"{quick}; visit._LEAVE_SECONDS = 1.0", tmp_path, **place, RANK="0")
+    other = start(dies, tmp_path, **place, RANK="1", LOCAL_RANK="1")
+    out, _ = first.communicate(timeout=PROMPT_SECONDS)
+    other.communicate(timeout=PROMPT_SECONDS)
+    assert (first.returncode, other.returncode) == (2, 9)
+    rows = table(out)
+    assert any("rank 1 " in row.seen and "went away" in row.seen for row in wrong(rows)), rows
+    assert of(rows, "run directory")[0].status != WRONG
+
+
+def test_whatever_hangs_has_an_end(tmp_path: Path) -> None:
+    code = "import time; visit._LONGEST_SECONDS = 1.0; visit._visit = lambda *_: time.sleep(600)"
+    only = start(code, tmp_path)
+    out, _ = only.communicate(timeout=PROMPT_SECONDS)
+    assert only.returncode == 2 and wrong(table(out))[0].check == "ranks"
+
+
+def test_rank_0_that_goes_away(tmp_path: Path) -> None:
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    dies = "import os; visit._of_this_machine = lambda *_: os._exit(9)"
+    first = start(dies, tmp_path, **place, RANK="0", LOCAL_RANK="0")
+    other = start("visit._LEAVE_SECONDS = 0", tmp_path, **place, RANK="1", LOCAL_RANK="1")
+    first.communicate(timeout=PROMPT_SECONDS)
+    _, err = other.communicate(timeout=PROMPT_SECONDS)
+    assert (first.returncode, other.returncode) == (9, 2)
+    assert "rank 1: " in err and "1 wrong" in err
