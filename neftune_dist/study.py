@@ -75,18 +75,23 @@ def study(
     for seed, alpha in pairs:
         what = f"run {len(runs) + 1} of {len(pairs)} (alpha {_plain(alpha)}, seed {seed})"
         print(f"study: {what}", flush=True)
-        run_dir = folder / f"alpha_{_plain(alpha)}_seed_{seed}"
-        words = [*settings, *_noise_words(alpha), f"train.seed={seed}", f"run_dir={run_dir}"]
+        words = run_words(settings, folder, alpha, seed)
         code, last_line = _execute([*command, str(config_path), *words])
         if code:
             fate = f"failed with exit code {code}: {last_line}"
             fate = "stopped; the same command continues" if code == EXIT_STOPPED else fate
             print(f"study: {what} {fate}", file=sys.stderr, flush=True)
             return max(code, 1)  # a run that a signal ended has a code below 0
-        runs.append(read_run(run_dir, alpha, seed))
+        runs.append(read_run(_run_dir(folder, alpha, seed), alpha, seed))
     (folder / "report.md").write_text(report(runs))
     print(f"\n{report(runs)}\nstudy: done, the report is {folder / 'report.md'}", flush=True)
     return 0
+
+
+def run_words(settings: Sequence[str], folder: Path, alpha: float, seed: int) -> list[str]:
+    """What `train` is given after the configuration, for one run of the study in `folder`."""
+    run_dir = _run_dir(folder, alpha, seed)
+    return [*settings, *_noise_words(alpha), f"train.seed={seed}", f"run_dir={run_dir}"]
 
 
 def read_run(run_dir: Path, alpha: float, seed: int) -> Run:
@@ -95,12 +100,16 @@ def read_run(run_dir: Path, alpha: float, seed: int) -> Run:
     held_out = {row["step"]: row["held_out_loss"] for row in _read(run_dir / "evaluations.jsonl")}
     if not steps or not {0, steps[-1]["step"]} <= held_out.keys():
         raise UserError(f"{run_dir} lacks the held-out loss before or after its training.")
+    # A step that was skipped may have no loss.
+    losses = [s["loss"] for s in steps[-max(1, len(steps) // 10) :] if s["loss"] is not None]
+    if not losses or None in (held_out[0], held_out[steps[-1]["step"]]):
+        raise UserError(f"{run_dir} has no finite loss before or after its training.")
     return Run(
         alpha=alpha,
         seed=seed,
         first=held_out[0],
         last=held_out[steps[-1]["step"]],
-        training=fmean(step["loss"] for step in steps[-max(1, len(steps) // 10) :]),
+        training=fmean(losses),
         noise_norm=fmean(step["noise_norm"] for step in steps),
         noise_law=fmean(step["noise_law"] for step in steps),
         steps=[(s["step"], s["num_tokens"], s["num_supervised_tokens"]) for s in steps],
@@ -172,6 +181,10 @@ def conclusion(values: Sequence[float], bounds: tuple[float, float] | None) -> s
         return "no difference seen: the interval includes 0."
     direction = "lower" if bounds[1] < 0 else "higher"
     return f"held-out loss {direction} by {abs(fmean(values)):.4f}; the interval excludes 0."
+
+
+def _run_dir(folder: Path, alpha: float, seed: int) -> Path:
+    return folder / f"alpha_{_plain(alpha)}_seed_{seed}"
 
 
 def _noise_words(alpha: float) -> list[str]:

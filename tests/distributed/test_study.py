@@ -226,6 +226,28 @@ def test_an_unfinished_run_is_not_read(finished: Path, tmp_path: Path) -> None:
         read_run(run_dir, 5, 0)
 
 
+def test_skipped_steps_are_left_out_of_the_mean(tmp_path: Path) -> None:
+    def write(losses: list[float | None], held_out: list[float | None]) -> None:
+        step = {"noise_norm": 1.0, "noise_law": 1.0, "num_tokens": 9, "num_supervised_tokens": 3}
+        steps = [{**step, "step": i + 1, "loss": loss} for i, loss in enumerate(losses)]
+        evaluations = [
+            {"step": at, "held_out_loss": loss}
+            for at, loss in zip((0, len(losses)), held_out, strict=True)
+        ]
+        for name, records in (("metrics", steps), ("evaluations", evaluations)):
+            lines = [json.dumps(record) + "\n" for record in records]
+            (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+
+    write([9.0] * 18 + [2.0, None], [4.0, 3.0])
+    assert read_run(tmp_path, 5, 0).training == 2.0
+    write([9.0] * 18 + [None, None], [4.0, 3.0])
+    with pytest.raises(UserError, match="no finite loss"):
+        read_run(tmp_path, 5, 0)
+    write([9.0] * 20, [4.0, None])
+    with pytest.raises(UserError, match="no finite loss"):
+        read_run(tmp_path, 5, 0)
+
+
 def make_runs(base: float, alpha: float, differences: list[float]) -> list[Run]:
     runs = []
     for seed, difference in enumerate(differences):

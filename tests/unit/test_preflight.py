@@ -1,0 +1,168 @@
+"""What is known of a run before it is queued, and kept of it: without Slurm."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import subprocess
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from neftune_dist.config import Config, DataConfig, TrainConfig, UserError
+from neftune_dist.data import formats, schedule
+from neftune_dist.submit import cluster, inventory, preflight, snapshot
+from neftune_dist.submit.inventory import Hub, Rows
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "made", "present", "number"),
+    [
+        ({}, 100, 0, 0, 3),
+        ({"keep": 5}, 100, 0, 0, 6),
+        ({"keep": 5}, 100, 10, 2, 4),
+        ({"keep": 2}, 100, 50, 2, 1),
+        ({"keep": 0}, 100, 0, 0, 10),
+        ({"keep": 0}, 105, 50, 5, 6),
+        ({"keep": 0, "every_steps": 0}, 100, 0, 0, 1),
+        ({"keep": 0}, None, 0, 0, 1),
+        ({"keep": 2, "keep_every_steps": 20}, 100, 0, 0, 3 + 4),
+        ({"keep": 2, "keep_every_steps": 20}, None, 0, 0, 3),
+    ],
+)
+def test_how_many_checkpoints_need_room(
+    tmp_path: Path,
+    settings: dict[str, int],
+    steps: int | None,
+    made: int,
+    present: int,
+    number: int,
+) -> None:
+    config = Config(run_dir=str(tmp_path))
+    for name, value in {"every_steps": 10, **settings}.items():
+        setattr(config.checkpoint, name, value)
+    for i in range(present):
+        (tmp_path / "checkpoints" / f"step_{i:08d}").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step_00000090.partial").mkdir(parents=True)
+    assert preflight._num_checkpoints(config, steps, made) == number
+
+
+def test_steps_are_those_of_the_schedule() -> None:
+    assert preflight.DEFAULT_EPOCHS == schedule.DEFAULT_EPOCHS
+    for train in (TrainConfig(), TrainConfig(num_epochs=0.01), TrainConfig(num_epochs=2.5)):
+        for number in (128, 129, 1000):
+            config = Config(train=train)
+            steps = preflight._num_steps(config, Rows(number))
+            assert steps == schedule.make_schedule(train, number, "x").num_steps
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 5400),
+        ("1:30", 90),
+        ("1:00:00", 3600),
+        ("2-3", 183600),
+        ("2-3:04", 183840),
+        ("2-03:04:05", 183845),
+        ("UNLIMITED", float("inf")),
+        ("0", float("inf")),
+    ],
+)
+def test_times_are_read_as_slurm_reads_them(text: str, seconds: float) -> None:
+    assert cluster.seconds("--time", text) == seconds
+
+
+def test_times_are_told_for_people() -> None:
+    told = [preflight.time_text(seconds) for seconds in (59, 600, 12000, 200000)]
+    assert told == ["59 s", "10 min", "3 h 20 min", "2 d 7 h"]
+
+
+def no_hub() -> Hub:
+    raise AssertionError("the hub is asked for a local file")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "number"),
+    [
+        ("a.jsonl", b'{}\n\n  \n{}\n{"last": 1}', 3),
+        ("a.json", b"\xef\xbb\xbf {}\n{}\n", 2),
+        ("a.json", b'\n [{}, {"a": [1, 2]}, {}]', 3),
+        ("a.json", b"\xef\xbb\xbf[1, 2, 3, 4]", 4),
+        ("a.jsonl.gz", gzip.compress(b"{}\n" * 7), 7),
+        ("a.JSON.GZ", gzip.compress(b"[1, 2]"), 2),
+    ],
+)
+def test_rows_are_counted(tmp_path: Path, name: str, content: bytes, number: int) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert inventory.count_rows(DataConfig(source=str(path)), no_hub) == Rows(number)
+
+
+def test_rows_of_parquet_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["x"] * 12}), path)
+    assert inventory.count_rows(DataConfig(source=str(path)), no_hub) == Rows(12)
+    path = tmp_path / "b.parquet"
+    path.write_bytes(b"no such file")
+    with pytest.raises(UserError, match="cannot be read"):
+        inventory.count_rows(DataConfig(source=str(path)), no_hub)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
+def test_rows_of_a_long_file_are_inferred(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    monkeypatch.setattr(inventory, "_COUNTED_BYTES", 2_000_000)
+    path = tmp_path / f"a.{suffix}"
+    lines = b"".join(b'"%s"\n' % os.urandom(n % 300).hex().encode() for n in range(20_000))
+    path.write_bytes(lines if suffix == "jsonl" else gzip.compress(lines))
+    rows = inventory.count_rows(DataConfig(source=str(path)), no_hub)
+    assert rows is not None
+    assert not rows.exact
+    assert abs(rows.number - 20_000) < 1_000
+    config = Config(data=DataConfig(source=str(path)), train=TrainConfig(global_batch_size=10**6))
+    assert preflight._num_steps(config, rows)  # too few to be refused, were it certain
+
+
+def test_a_long_array_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inventory, "_COUNTED_BYTES", 10)
+    (tmp_path / "a.json").write_text("[" + "1," * 100 + "1]")
+    assert inventory.count_rows(DataConfig(source=str(tmp_path / "a.json")), no_hub) is None
+
+
+def test_files_are_told_from_hub_ids_as_training_does() -> None:
+    for name in ("a.json", "a.JSONL", "a.jsonl.gz", "a.parquet", "a.parquet.gz", "a.csv", "org/a"):
+        assert inventory._suffix(name) == formats._suffix(Path(name))
+
+
+def test_the_code_is_kept(tmp_path: Path) -> None:
+    def git(*words: str) -> str:
+        identity = ("-c", "user.name=x", "-c", "user.email=x@x")
+        done = subprocess.run(
+            ["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True, text=True
+        )
+        return done.stdout
+
+    git("init")
+    (tmp_path / "a.py").write_text("one\n")
+    git("add", ".")
+    git("commit", "-m", "x")
+    (tmp_path / "a.py").write_text("two\n")
+    (tmp_path / "b.py").touch()
+    files = snapshot.code(tmp_path)
+    commit = git("rev-parse", "HEAD").strip()
+    assert files["code.txt"].splitlines()[1:] == [f"commit {commit}", " M a.py", "?? b.py"]
+    git("checkout", "a.py")
+    patch = tmp_path / "code.patch"
+    patch.write_text(files["code.patch"])
+    git("apply", str(patch))
+    assert (tmp_path / "a.py").read_text() == "two\n"
+
+
+def test_missing_git_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "not a git repository" in snapshot.code(tmp_path)["code.txt"]
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "commit not known: git: No such file" in snapshot.code(tmp_path)["code.txt"]
