@@ -6,4 +6,6 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 prepare_environment "$root" test
 cd "$root"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-exec python -m pytest "$@"
+# Tests mostly wait, for processes that start and for each other: one more at a time than cores. Those
+# of one file share what they set up, and so stay together.
+exec python -m pytest -n $(($(nproc) + 1)) --dist loadfile --no-loadscope-reorder "$@"
