@@ -99,6 +99,14 @@ def test_two_nodes_train_what_one_does(
     same(slurm.folder / "zero3", zero_3)
 
 
+def test_three_nodes_train_what_one_does(slurm: Cluster, config: Path, limited: Job) -> None:
+    run_dir, one_node = slurm.folder / "three_nodes", slurm.folder / "three_ranks"
+    job = slurm.sbatch("--nodes=3", TRAIN, config, f"run_dir={run_dir}", *WORDS, "--processes=1")
+    tiny.train(config, one_node, *WORDS, ranks=3)
+    assert job.wait() == "COMPLETED", job.output.read_text()
+    same(run_dir, one_node)
+
+
 def test_usr1_in_every_phase(slurm: Cluster, config: Path, limited: Job, two_ranks: Path) -> None:
     """Requeued once each, nothing lost; the signal is that which comes before the time limit."""
     jobs = {}
