@@ -109,6 +109,14 @@ class Documents:
         piece = slice(self._offsets[index], self._offsets[index + 1])
         return self._ids[piece], self._supervised[piece]
 
+    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The documents int64 (num_chosen,) one behind the other: input_ids int32 and supervised
+        uint8, each (num_tokens,)."""
+        lengths = self.lengths[indices]
+        begins = self._offsets[indices] - (np.cumsum(lengths) - lengths)
+        tokens = np.arange(lengths.sum()) + np.repeat(begins, lengths)
+        return self._ids[tokens], self._supervised[tokens]
+
 
 @dataclass(frozen=True)
 class Corpus:

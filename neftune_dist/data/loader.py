@@ -1,14 +1,15 @@
-"""Batches: the documents of one micro-batch as tensors, prepared a step ahead by a thread.
+"""Batches: the documents of one micro-batch as tensors, prepared some steps ahead by a thread.
 
 A `MicroBatch` is all that a forward pass, the loss and the noise need, the same under every engine.
-An empty micro-batch is one token that nothing is learned from, so that every rank takes part in
-every collective.
+An empty micro-batch is two tokens that nothing is learned from, so that every rank takes part in
+every collective; two, because torch.compile would compile once more for a dimension of size 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +22,11 @@ from neftune_dist.data.corpus import Documents
 from neftune_dist.data.layout import lay_out
 from neftune_dist.data.schedule import Schedule
 
+_EMPTY_TOKENS = 2  # of an empty micro-batch
+# Prepared beyond the one that is trained: two outlast a single slow one.
+_STEPS_AHEAD = 2
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -30,6 +36,8 @@ class MicroBatch:
     positions: int64 (num_supervised,), indices into the flattened (B * S) tokens whose successor is
         learned; targets: int64 (num_supervised,), those successors.
     lengths, documents, epochs: int64 (num_documents,), in order; none where the batch is empty.
+    cu_seqlens: int32 (num_documents + 1,), where each document begins and the last one ends; None
+        where padded. The tokens of an empty batch count as one document: (0, S).
     """
 
     input_ids: Tensor
@@ -40,17 +48,23 @@ class MicroBatch:
     lengths: Tensor
     documents: Tensor
     epochs: Tensor
-    # Known to the host without waiting for the device: lengths, or (1,) where the batch is empty.
+    cu_seqlens: Tensor | None
+    # Known to the host without waiting for the device: lengths, or (S,) where the batch is empty.
     document_lengths: tuple[int, ...]
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same batch on another device."""
-        tensors: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
+        """The same batch on another device; pinned, the host does not wait for the copies."""
+        return self._map(lambda value: value.to(device, non_blocking=True))
+
+    def pinned(self) -> MicroBatch:
+        """The same batch in memory that a GPU copies from by itself."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        return replace(self, **tensors)
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)
@@ -70,42 +84,39 @@ def collate(
     documents: Documents, indices: np.ndarray, epochs: np.ndarray, packing: bool
 ) -> MicroBatch:
     """The micro-batch of these documents, int64 (num_documents,) each; none gives an empty one."""
-    rows = [documents[int(i)] for i in indices]
-    if not rows:
-        rows = [(np.zeros(1, np.int32), np.zeros(1, np.uint8))]
-    lengths = [len(ids) for ids, _ in rows]
-    width = sum(lengths) if packing else max(lengths)
-    height = 1 if packing else len(rows)
-    input_ids = np.zeros((height, width), np.int64)
-    position_ids = np.zeros((height, width), np.int64)
-    mask = np.zeros((height, width), np.int64)
-    positions, targets = [], []
-    start = 0
-    for row, (ids, supervised) in enumerate(rows):
-        line, column = (0, start) if packing else (row, 0)
-        piece = slice(column, column + len(ids))
-        input_ids[line, piece] = ids
-        position_ids[line, piece] = np.arange(len(ids))
-        mask[line, piece] = 1
-        learned = np.flatnonzero(supervised)
-        positions.append(line * width + column + learned - 1)
-        targets.append(ids[learned].astype(np.int64))
-        start += len(ids)
+    if len(indices):
+        lengths, (ids, supervised) = documents.lengths[indices], documents.gather(indices)
+    else:
+        lengths = np.array([_EMPTY_TOKENS])
+        ids, supervised = np.zeros(_EMPTY_TOKENS, np.int32), np.zeros(_EMPTY_TOKENS, np.uint8)
+    ends = np.cumsum(lengths)
+    token = np.arange(len(ids))
+    within = token - np.repeat(ends - lengths, lengths)
+    # The place of each token among the flattened rows.
+    rows, width = (1, len(ids)) if packing else (len(lengths), int(lengths.max()))
+    place = token if packing else np.repeat(np.arange(rows) * width, lengths) + within
+    input_ids, position_ids, mask = np.zeros((3, rows * width), np.int64)
+    input_ids[place], position_ids[place], mask[place] = ids, within, 1
+    learned = np.flatnonzero(supervised)
     return MicroBatch(
-        input_ids=torch.from_numpy(input_ids),
-        position_ids=torch.from_numpy(position_ids),
-        attention_mask=None if packing else torch.from_numpy(mask),
-        positions=torch.from_numpy(np.concatenate(positions)),
-        targets=torch.from_numpy(np.concatenate(targets)),
-        lengths=torch.tensor(lengths if len(indices) else [], dtype=torch.int64),
+        input_ids=torch.from_numpy(input_ids.reshape(rows, width)),
+        position_ids=torch.from_numpy(position_ids.reshape(rows, width)),
+        attention_mask=None if packing else torch.from_numpy(mask.reshape(rows, width)),
+        positions=torch.from_numpy(place[learned] - 1),
+        targets=torch.from_numpy(ids[learned].astype(np.int64)),
+        lengths=torch.from_numpy(lengths[: len(indices)]),
         documents=torch.from_numpy(np.asarray(indices, np.int64)),
         epochs=torch.from_numpy(np.asarray(epochs, np.int64)),
-        document_lengths=tuple(lengths),
+        cu_seqlens=torch.from_numpy(np.append(0, ends).astype(np.int32)) if packing else None,
+        document_lengths=tuple(lengths.tolist()),
     )
 
 
 class Loader:
-    """Steps of one rank, from any step on; the next one is prepared while one is trained."""
+    """Steps of one rank, from any step on; the next ones are prepared while one is trained.
+
+    device: where they are trained on; for a GPU they are pinned.
+    """
 
     def __init__(
         self,
@@ -115,6 +126,7 @@ class Loader:
         rank: int,
         world_size: int,
         quadratic_tokens: float,
+        device: torch.device = _CPU,
     ) -> None:
         self.documents = documents
         self.schedule = schedule
@@ -122,6 +134,7 @@ class Loader:
         self.micro_batch_tokens = config.train.micro_batch_tokens
         self.rank, self.world_size = rank, world_size
         self.quadratic_tokens = quadratic_tokens
+        self.device = device
 
     def step(self, step: int) -> StepBatch:
         """This rank's part of a step: a pure function of the step."""
@@ -149,18 +162,31 @@ class Loader:
 
     def steps(self, first: int) -> Iterator[StepBatch]:
         """Steps from `first` to the schedule's last."""
-        with ThreadPoolExecutor(1, thread_name_prefix="loader") as pool:
-            ahead = pool.submit(self.step, first) if first < self.schedule.num_steps else None
-            for step in range(first, self.schedule.num_steps):
-                assert ahead is not None
-                batch = ahead.result()
-                if step + 1 < self.schedule.num_steps:
-                    ahead = pool.submit(self.step, step + 1)
-                yield batch
+        pool = ThreadPoolExecutor(1, "loader", initializer=self._enter_thread)
+        try:
+            ahead: deque[Future[StepBatch]] = deque()
+            for step in range(first, self.schedule.num_steps + _STEPS_AHEAD):
+                if step < self.schedule.num_steps:
+                    ahead.append(pool.submit(self._prepare, step))
+                if step >= first + _STEPS_AHEAD:
+                    yield ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _enter_thread(self) -> None:
+        if self.device.type == "cuda":
+            # A thread begins on GPU 0: what it pins would take memory there on behalf of all ranks.
+            torch.cuda.set_device(self.device)
+
+    def _prepare(self, step: int) -> StepBatch:
+        batch = self.step(step)
+        if self.device.type == "cuda":
+            batch = replace(batch, micro_batches=[m.pinned() for m in batch.micro_batches])
+        return batch
 
     def _computed(self, lengths: np.ndarray) -> int:
         if len(lengths) == 0:
-            return 1
+            return _EMPTY_TOKENS
         return int(lengths.sum() if self.packing else len(lengths) * lengths.max())
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from neftune_dist.config import DataConfig
 from neftune_dist.data.corpus import Documents
@@ -25,3 +28,15 @@ def entries(config: DataConfig) -> list[str]:
     """What the cache holds, but for lock files."""
     folder = Path(config.cache_dir) / "corpora"
     return sorted(p.name for p in folder.iterdir() if p.suffix != ".lock")
+
+
+def documents_of(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> Documents:
+    """Documents of these input_ids and masks, without files."""
+    documents = Documents.__new__(Documents)
+    ids, masks = zip(*rows, strict=True)
+    documents._ids = np.concatenate(ids).astype(np.int32)
+    documents._supervised = np.concatenate(masks).astype(np.uint8)
+    documents.lengths = np.array([len(each) for each in ids], np.int64)
+    documents._offsets = np.concatenate([[0], np.cumsum(documents.lengths)])
+    documents.num_supervised = np.array([each.sum() for each in masks], np.int64)
+    return documents

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import queue
 import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from neftune_dist.config import Config, DataConfig, TrainConfig
 from neftune_dist.data.corpus import Corpus, Documents, prepare
 from neftune_dist.data.loader import Loader, MicroBatch, collate, evaluation_batches
 from neftune_dist.data.schedule import make_schedule
+from neftune_dist.loop import token_layout
+from neftune_dist.noise.law import TokenLayout
 
 QUADRATIC_TOKENS = 2e4
 
@@ -102,6 +106,10 @@ def test_collate_against_a_plain_loop(corpus: Corpus, packing: bool, indices: li
         assert batch.input_ids[batch.attention_mask == 0].eq(0).all()
     assert read_back(batch) == naive(corpus.train, indices)
     assert batch.lengths.tolist() == list(batch.document_lengths) == lengths
+    if batch.cu_seqlens is not None:
+        assert batch.cu_seqlens.dtype == torch.int32
+        assert batch.cu_seqlens.tolist() == [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    assert (batch.cu_seqlens is not None) == packing
     assert batch.documents.tolist() == indices
     assert batch.epochs.tolist() == [2] * len(indices)
     for tensor in (batch.input_ids, batch.position_ids, batch.positions, batch.targets):
@@ -121,11 +129,15 @@ def test_packed_and_padded_learn_the_same(corpus: Corpus, packing: bool) -> None
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_an_empty_micro_batch(corpus: Corpus, packing: bool) -> None:
-    """One token to run the model on, nothing to learn, no document to draw noise for."""
+    """Two tokens to run the model on, nothing to learn, no document to draw noise for."""
     none = np.zeros(0, np.int64)
     batch = collate(corpus.train, none, none, packing)
-    assert batch.input_ids.shape == (1, 1)
-    assert batch.document_lengths == (1,)
+    assert batch.input_ids.tolist() == [[0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1]]
+    assert batch.document_lengths == (2,)
+    assert (batch.cu_seqlens is not None) == packing
+    if batch.cu_seqlens is not None:
+        assert batch.cu_seqlens.tolist() == [0, 2]
     for tensor in (batch.positions, batch.targets, batch.lengths, batch.documents, batch.epochs):
         assert tensor.shape == (0,) and tensor.dtype == torch.int64
 
@@ -181,6 +193,88 @@ def test_stopping_early_leaves_no_thread(corpus: Corpus) -> None:
     assert threading.active_count() == before
 
 
+def test_two_steps_are_prepared_ahead_and_no_more(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = loader(corpus)
+    prepared: queue.Queue[int] = queue.Queue()
+    whole = made.step
+
+    def step(number: int) -> Any:
+        prepared.put(number)
+        return whole(number)
+
+    monkeypatch.setattr(made, "step", step)
+    steps = made.steps(7)
+    for number in range(7, 10):
+        assert next(steps).step == number
+        first = 7 if number == 7 else number + 2
+        for expected in range(first, number + 3):
+            assert prepared.get(timeout=30) == expected
+    steps.close()  # type: ignore[attr-defined]
+    assert prepared.empty()
+
+
+def test_stopping_does_not_wait_for_steps_not_begun(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = loader(corpus)
+    whole, submit = made.step, ThreadPoolExecutor.submit
+    begun, cancelled = threading.Event(), threading.Event()
+    prepared = []
+
+    def watched(pool: Any, task: Any, number: int) -> Future[Any]:
+        future = submit(pool, task, number)
+        if number == 2:
+            future.add_done_callback(lambda _: cancelled.set())
+        return future
+
+    def step(number: int) -> Any:
+        prepared.append(number)
+        if number == 1:
+            begun.set()
+            assert cancelled.wait(30)  # step 2, which comes after this one
+        return whole(number)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", watched)
+    monkeypatch.setattr(made, "step", step)
+    steps = made.steps(0)
+    next(steps)
+    assert begun.wait(30)
+    steps.close()  # type: ignore[attr-defined]
+    assert prepared == [0, 1]
+
+
+def test_batches_for_a_gpu_are_pinned_by_the_thread(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All tensors, and on the rank's own GPU, which a new thread is not on. (No GPU is needed.)"""
+    threads: dict[str, torch.device] = {}
+    pinned: set[int] = set()
+
+    def set_device(device: torch.device) -> None:
+        threads[threading.current_thread().name] = device
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        assert threads[threading.current_thread().name] == torch.device("cuda", 3)
+        copy = tensor.clone()
+        pinned.add(id(copy))
+        return copy
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    made = loader(corpus, max_steps=3)
+    plain = list(made.steps(0))
+    assert not pinned and not threads
+    made.device = torch.device("cuda", 3)
+    batches = list(made.steps(0))
+    assert same(batches, plain)
+    micro = [m for batch in batches for m in batch.micro_batches]
+    tensors = [t for m in micro for t in vars(m).values() if isinstance(t, torch.Tensor)]
+    assert {id(t) for t in tensors} == pinned
+    assert threading.current_thread().name not in threads
+
+
 def test_an_error_while_preparing_reaches_the_loop(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,5 +317,29 @@ def test_a_batch_moves_whole(corpus: Corpus) -> None:
     assert moved.document_lengths == batch.document_lengths
 
 
+def test_a_batch_that_is_there_is_not_copied(corpus: Corpus) -> None:
+    batch = collate(corpus.train, np.arange(3), np.zeros(3, np.int64), True)
+    there = batch.to(torch.device("cpu"))
+    assert all(value is vars(there)[name] for name, value in vars(batch).items())
+
+
+def test_the_noise_learns_the_layout_of_a_packed_batch(corpus: Corpus) -> None:
+    """From what lies on the device, without asking the host."""
+    batch = collate(corpus.train, np.array([4, 2, 9]), np.array([0, 1, 1]), True)
+    expected = TokenLayout.from_lengths(
+        batch.lengths, documents=batch.documents, epochs=batch.epochs
+    )
+    assert same(token_layout(batch), expected)
+
+
 def test_the_corpus_is_read_without_loading_it(corpus: Corpus, tmp_path: Path) -> None:
     assert isinstance(corpus.train[0][0], np.memmap)
+
+
+@pytest.mark.parametrize("indices", [[], [3], [9, 0, 9, 4]])
+def test_documents_are_gathered_in_order(corpus: Corpus, indices: list[int]) -> None:
+    found = corpus.train.gather(np.array(indices, np.int64))
+    for which, (tokens, dtype) in enumerate(zip(found, (np.int32, np.uint8), strict=True)):
+        one_by_one = [corpus.train[i][which].tolist() for i in indices]
+        assert tokens.dtype == dtype and type(tokens) is np.ndarray
+        assert tokens.tolist() == list(itertools.chain(*one_by_one))
