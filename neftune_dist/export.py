@@ -133,7 +133,7 @@ def _write_weights(
             numel = math.prod(shapes[name])
             whole = FlatShard(MASTER, name, 0, torch.empty(numel), numel)
             reader.read([whole])
-            tensors[name] = whole.tensor.to(dtype).view(shapes[name])
+            tensors[name] = whole.tensor[:].to(dtype).view(shapes[name])
             weight_map[name] = file
         # Tied weights are stored once, as transformers does.
         save_file(tensors, output / file, metadata={"format": "pt"})

@@ -47,6 +47,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from neftune_dist.config import UserError
 from neftune_dist.engine.base import FlatShard
 from neftune_dist.model.foreign import KnownReader
+from neftune_dist.optim import Blocks
 
 # No file item is larger, so that reading a range takes no more memory than this beside the range.
 _PIECE_ELEMENTS = 1 << 24
@@ -206,7 +207,7 @@ class _HashedStream(io.RawIOBase):
 class _SavePlanner(SavePlanner):
     def __init__(self, shards: Sequence[FlatShard]) -> None:
         self.pieces = {
-            (shard.key, shard.start + i): (shard.tensor[i : i + _PIECE_ELEMENTS], shard.numel)
+            (shard.key, shard.start + i): (shard, i)
             for shard in shards
             for i in range(0, shard.tensor.numel(), _PIECE_ELEMENTS)
         }
@@ -227,13 +228,14 @@ class _SavePlanner(SavePlanner):
                     type=WriteItemType.SHARD,
                     tensor_data=TensorWriteData(
                         chunk=ChunkStorageMetadata(
-                            torch.Size([start]), torch.Size([tensor.numel()])
+                            torch.Size([start]),
+                            torch.Size([min(_PIECE_ELEMENTS, shard.tensor.numel() - i)]),
                         ),
-                        properties=TensorProperties(dtype=tensor.dtype),
-                        size=torch.Size([numel]),
+                        properties=TensorProperties(dtype=shard.tensor.dtype),
+                        size=torch.Size([shard.numel]),
                     ),
                 )
-                for (key, start), (tensor, numel) in self.pieces.items()
+                for (key, start), (shard, i) in self.pieces.items()
             ]
         )
 
@@ -254,7 +256,8 @@ class _SavePlanner(SavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         index = write_item.index
         assert index.offset is not None
-        return self.pieces[index.fqn, index.offset[0]][0]
+        shard, i = self.pieces[index.fqn, index.offset[0]]
+        return shard.tensor[i : i + _PIECE_ELEMENTS]  # 8-bit moments are decoded here, by pieces
 
 
 class _LoadPlanner(LoadPlanner):
@@ -298,7 +301,13 @@ class _LoadPlanner(LoadPlanner):
         index = read_item.dest_index
         assert index.offset is not None
         whole = self.shards[index.fqn, index.offset[0]].tensor
+        if isinstance(whole, Blocks):
+            return torch.empty(read_item.lengths)
         return whole.narrow(0, read_item.dest_offsets[0], read_item.lengths[0])
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        pass
+        index = read_item.dest_index
+        assert index.offset is not None
+        whole = self.shards[index.fqn, index.offset[0]].tensor
+        if isinstance(whole, Blocks):
+            whole.write(read_item.dest_offsets[0], tensor)

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from neftune_dist import host
 from neftune_dist.checkpoint import flat, store
@@ -42,7 +41,7 @@ class Saver:
         timeout = timedelta(minutes=settings.timeout_minutes)
         self._world, self._aside = world, world.aside(timeout.total_seconds())
         self._group = dist.new_group(backend="gloo", timeout=timeout)
-        self._buffers: dict[tuple[str, int], Tensor] = {}
+        self._buffers: dict[tuple[str, int], Any] = {}  # each as the shard that it copies
         self._asynchronous: bool | None = None  # decided at the first save
         self._thread: Thread | None = None
         self._error: BaseException | None = None
@@ -131,9 +130,7 @@ class Saver:
         for shard in shards:
             key = (shard.key, shard.start)
             if key not in self._buffers:
-                self._buffers[key] = torch.empty(
-                    shard.tensor.shape, dtype=shard.tensor.dtype, pin_memory=pinned
-                )
+                self._buffers[key] = shard.room_on_host(pinned)
             self._buffers[key].copy_(shard.tensor, non_blocking=True)
             copies.append(replace(shard, tensor=self._buffers[key]))
         if pinned:

@@ -1,4 +1,5 @@
-"""The learning rate is a pure function of the step; AdamW is torch's, on the right groups."""
+"""The learning rate is a pure function of the step; AdamW is torch's, on the right groups; with
+moments of reduced precision it is the same within their rounding (tests/unit/test_moments.py)."""
 
 from __future__ import annotations
 
@@ -118,7 +119,7 @@ def test_adam_by_hand_and_after_a_resume() -> None:
     def run(value: torch.Tensor, steps: range, state: dict[str, torch.Tensor] | None) -> tuple:
         parameter = torch.nn.Parameter(value.clone())
         optimizer = MakeOptimizer(settings)([("a", parameter)], {"a": (1, 2)})
-        initialize_state(optimizer, [parameter])
+        initialize_state(optimizer, [parameter], [])
         if state:
             for name in STATE_NAMES:
                 optimizer.state[parameter][name].copy_(state[name])
@@ -148,7 +149,7 @@ def test_adam_by_hand_and_after_a_resume() -> None:
 def test_state_made_at_once_is_what_torch_makes_at_its_first_step() -> None:
     shards = [("a", torch.nn.Parameter(torch.ones(3)))]
     ready, lazy = (MakeOptimizer(config())(shards, {"a": (3,)}) for _ in range(2))
-    initialize_state(ready, [p for _, p in shards])
+    initialize_state(ready, [p for _, p in shards], [])
     shards[0][1].grad = torch.ones(3)
     lazy.step()
     mine, theirs = (o.state[shards[0][1]] for o in (ready, lazy))
@@ -166,7 +167,7 @@ def test_an_unwanted_update_changes_nothing_and_a_wanted_one_no_bit() -> None:
         parameter = torch.nn.Parameter(torch.randn(7, 5, generator=draw))
         make = MakeOptimizer(config(weight_decay=0.1, learning_rate=0.1))
         optimizer = make([("w", parameter)], {"w": (7, 5)})
-        initialize_state(optimizer, [parameter])
+        initialize_state(optimizer, [parameter], [])
         for step in range(4):
             parameter.grad = torch.randn(7, 5, generator=draw)
             if told:

@@ -1,0 +1,33 @@
+"""AdamW, the precision of its moments, and the learning rate."""
+
+from neftune_dist.optim.adamw import (
+    STATE_NAMES,
+    MakeOptimizer,
+    initialize_state,
+    learning_rate,
+    moments,
+    precision_of,
+    set_learning_rate,
+    set_updates,
+    skip_update_where,
+    state_bytes,
+)
+from neftune_dist.optim.blocks import Blocks
+from neftune_dist.optim.reduced import Moment, Piece, local
+
+__all__ = [
+    "STATE_NAMES",
+    "Blocks",
+    "MakeOptimizer",
+    "Moment",
+    "Piece",
+    "initialize_state",
+    "learning_rate",
+    "local",
+    "moments",
+    "precision_of",
+    "set_learning_rate",
+    "set_updates",
+    "skip_update_where",
+    "state_bytes",
+]

@@ -1,0 +1,136 @@
+"""The optimizer and the learning rate.
+
+The learning rate is a pure function of the step, so a resumed run needs no scheduler state. The
+optimizer is AdamW (Loshchilov and Hutter, arXiv 1711.05101), on whatever shards the engine holds:
+torch's where moments are float32, `ReducedAdamW` where they are smaller. Its state is made at once,
+so that a fresh run and a resumed one look the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neftune_dist.config import OptimConfig, scheduled
+from neftune_dist.optim.blocks import BLOCK, Blocks
+from neftune_dist.optim.reduced import (
+    MIN_NUMEL_8BIT,
+    STATE_NAMES,
+    Moment,
+    Piece,
+    ReducedAdamW,
+    local,
+)
+
+
+def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
+    """The rate of step 0 <= step < num_steps."""
+    return scheduled(
+        config.learning_rate,
+        config.schedule,
+        config.warmup_steps,
+        config.final_fraction,
+        step,
+        num_steps,
+    )
+
+
+@dataclass(frozen=True)
+class MakeOptimizer:
+    """Builds AdamW over an engine's shards. Weight decay falls on matrices only.
+
+    seed: of the rounding, where `states` is bf16.
+    """
+
+    config: OptimConfig
+    seed: int = 0
+
+    def __call__(
+        self,
+        parameters: Sequence[tuple[str, torch.nn.Parameter]],
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> torch.optim.Optimizer:
+        """
+        Args:
+            parameters: names and the shards to update.
+            shapes: of the whole parameters, by name.
+        """
+        matrices = [p for name, p in parameters if len(shapes[name]) >= 2]
+        vectors = [p for name, p in parameters if len(shapes[name]) < 2]
+        groups = [
+            {"params": matrices, "weight_decay": self.config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        settings: dict[str, Any] = {
+            "lr": self.config.learning_rate,
+            "betas": (self.config.beta1, self.config.beta2),
+            "eps": self.config.epsilon,
+        }
+        if self.config.states == "fp32":
+            return torch.optim.AdamW(groups, **settings, fused=True)
+        return ReducedAdamW(groups, **settings, states=self.config.states, seed=self.seed)
+
+
+def initialize_state(
+    optimizer: torch.optim.Optimizer, tensors: Sequence[Tensor], pieces: Sequence[Piece]
+) -> None:
+    """Zero moments and counts of updates, as torch makes them at its first step.
+
+    Args:
+        tensors: all that the optimizer updates. pieces: what they hold of which parameter.
+    """
+    if isinstance(optimizer, ReducedAdamW):
+        optimizer.hold(tensors, pieces)
+        return
+    for tensor in tensors:
+        optimizer.state[tensor] = {
+            "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
+            **{name: torch.zeros_like(tensor) for name in STATE_NAMES},
+        }
+
+
+def moments(optimizer: torch.optim.Optimizer, piece: Piece) -> dict[str, Moment]:
+    """A piece's moments by name, where the optimizer keeps them: to be read and to be written."""
+    state = optimizer.state[piece.tensor]
+    if isinstance(optimizer, ReducedAdamW):
+        held: dict[str, Moment] = next(each for one, each in state["pieces"] if one is piece)
+        return held
+    return {name: local(state[name])[piece.part] for name in STATE_NAMES}
+
+
+def precision_of(moment: Moment) -> str:
+    """How a moment is kept, for people."""
+    if isinstance(moment, Blocks):
+        return f"8-bit in blocks of {BLOCK}"
+    return str(moment.dtype).removeprefix("torch.")
+
+
+def state_bytes(config: OptimConfig, numel: int) -> int:
+    """Bytes of both moments of one parameter of `numel` elements, over all its shards."""
+    if config.states == "8bit" and numel >= MIN_NUMEL_8BIT:
+        return 2 * (numel + 4 * -(-numel // BLOCK))
+    return numel * (4 if config.states == "bf16" else 8)
+
+
+def set_updates(optimizer: torch.optim.Optimizer, num_updates: int) -> None:
+    """Tell Adam's bias correction how many updates have been made."""
+    for state in optimizer.state.values():
+        state["step"].fill_(num_updates)
+
+
+def skip_update_where(optimizer: torch.optim.Optimizer, unwanted: Tensor) -> None:
+    """Whether the next update is to change nothing: no parameter, no moment, no count. A bool
+    scalar on the parameters' device, so that the host need not wait for its value."""
+    # Torch's fused optimizers look for it; it is what GradScaler sets.
+    optimizer.found_inf = unwanted.float()  # type: ignore[attr-defined]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The rate of the next update, for every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate

@@ -1,0 +1,189 @@
+"""Adam's moments in 8 bits an element: blocks of 256, each with a float32 scale.
+
+After Dettmers et al., "8-bit optimizers via block-wise quantization" (arXiv 2110.02861), with two
+differences:
+
+- The exponent is one of two, not of ten: a code is the top bits of the scaled float, so encoding is
+  a shift. On a CPU a search in a table of 256 costs forty times as much, and is no more accurate.
+- The second moment is kept by its square root, which is what Adam divides by, and only zero becomes
+  zero. Kept as it is, small values beside a large one become zero, and the update explodes.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+BLOCK = 256  # elements of a block
+# Scales stay in between: the smallest code times the smallest scale has a square that float32
+# still holds at full precision, as has the greatest scale.
+_LEAST_SCALE, _GREATEST_SCALE = 2.0**-46, 2.0**63
+_ONE = 127 << 23  # the bits of 1.0
+
+
+class Blocks:
+    """A range of a flat float32 tensor, in 8 bits an element.
+
+    Blocks begin at multiples of 256 of the whole tensor, whatever range of it lies here. Reading
+    and writing again what was read changes neither code nor scale: a block's largest element has
+    the code of 1 and the others err by far less than half a code's width.
+
+    Args:
+        start: of the range within the whole. numel: of the range.
+        root: kept by the square root, and never negative; else with 7 bits and a sign.
+    """
+
+    dtype = torch.float32  # of what is read and written
+
+    def __init__(
+        self, start: int, numel: int, root: bool, device: torch.device, pinned: bool = False
+    ) -> None:
+        self.start, self.root, self._numel = start, root, numel
+        self._lead = start % BLOCK  # elements of the first block that do not lie here
+        rows = -(-(self._lead + numel) // BLOCK)
+        self.codes = torch.zeros(rows, BLOCK, dtype=torch.uint8, device=device, pin_memory=pinned)
+        self.scales = torch.full((rows,), _LEAST_SCALE, device=device, pin_memory=pinned)
+        self._mantissa_bits, self._top = (4, 255) if root else (3, 127)
+        # Rows of which a part has been written: their values, and how many are missing.
+        self._begun: dict[int, tuple[Tensor, int]] = {}
+
+    def numel(self) -> int:
+        """Elements here."""
+        return self._numel
+
+    @property
+    def nbytes(self) -> int:
+        """Of codes and scales."""
+        return self.codes.nbytes + self.scales.nbytes
+
+    def __getitem__(self, part: slice) -> Tensor:
+        """A range read, as a new tensor."""
+        first, stop, _ = part.indices(self._numel)
+        return self.load(first, stop, torch.empty(stop - first + 2 * BLOCK, device=self.device))
+
+    def copy_(self, other: Tensor | Blocks, non_blocking: bool = False) -> None:
+        """Become another of the same range, or the nearest to a tensor (numel,)."""
+        if isinstance(other, Tensor):
+            self.write(0, other)
+        else:
+            self.codes.copy_(other.codes, non_blocking=non_blocking)
+            self.scales.copy_(other.scales, non_blocking=non_blocking)
+
+    def on_host(self, pinned: bool) -> Blocks:
+        """Room for a copy in host memory."""
+        return Blocks(self.start, self._numel, self.root, torch.device("cpu"), pinned)
+
+    def load(self, first: int, stop: int, memory: Tensor) -> Tensor:
+        """The elements first <= i < stop.
+
+        Args:
+            memory: float32, of whole blocks' size at least. It receives all blocks that the range
+                touches, with zeros for what does not lie here.
+
+        Returns:
+            (stop - first,): a view of `memory`.
+        """
+        one, end = self._rows(first, stop)
+        whole = memory[: (end - one) * BLOCK]
+        codes = self.codes[one:end].view(-1).to(torch.int32)
+        torch.index_select(_values(self.root, self.device), 0, codes, out=whole)
+        whole.view(-1, BLOCK).mul_(self.scales[one:end, None])
+        if self.root:
+            whole.square_()
+        begin = self._lead + first - one * BLOCK
+        return whole[begin : begin + stop - first]
+
+    def store(self, first: int, stop: int, memory: Tensor, spare: Tensor) -> None:
+        """Write the elements first <= i < stop: all that lies here of their blocks.
+
+        Args:
+            memory: as `load` left it, with other values. It is used up.
+            spare: int32 of the same size, to work in.
+        """
+        one, end = self._rows(first, stop)
+        values = memory[: (end - one) * BLOCK].view(-1, BLOCK)
+        extra = spare[: (end - one) * BLOCK].view(-1, BLOCK)
+        bits = values.view(torch.int32)
+        if self.root:
+            values.sqrt_()
+            torch.gt(values, 0, out=extra)  # the least code of what is not zero: 1
+        else:
+            torch.bitwise_right_shift(bits, 24, out=extra).bitwise_and_(128)
+            values.abs_()
+        scales = self.scales[one:end]
+        torch.amax(values, 1, out=scales)
+        scales.nan_to_num_(_GREATEST_SCALE).clamp_(_LEAST_SCALE, _GREATEST_SCALE)
+        values.div_(scales[:, None])
+        # The bits as a number: half of the last place that stays, less the bits of code 0.
+        shift = 23 - self._mantissa_bits
+        bits.add_((1 << (shift - 1)) + (self._top << shift) - _ONE)
+        bits.bitwise_right_shift_(shift).clamp_(0, self._top)
+        if self.root:
+            torch.maximum(bits, extra, out=bits)
+        else:
+            bits.bitwise_or_(extra)
+        self.codes[one:end].copy_(bits)
+
+    def write(self, first: int, values: Tensor) -> None:
+        """Write any range, in any order: a block is encoded when all of it has come.
+
+        Args:
+            values: float32 (n,) on any device, for the elements from `first`.
+        """
+        stop = first + len(values)
+        while first < stop:
+            row, within = divmod(self._lead + first, BLOCK)
+            begin, end = self._row(row)
+            if first == begin and stop >= end:
+                last = self._rows(first, stop)[1] - 1
+                if stop < self._row(last)[1]:
+                    last -= 1
+                end = self._row(last)[1]
+                self._encode(row, within, values[: end - first])
+            else:
+                end = min(end, stop)
+                self._write_part(row, within, values[: end - first])
+            first, values = end, values[end - first :]
+
+    def _write_part(self, row: int, within: int, values: Tensor) -> None:
+        begin, end = self._row(row)
+        so_far, missing = self._begun.pop(row, (torch.zeros(BLOCK), end - begin))
+        so_far[within : within + len(values)] = values
+        missing -= len(values)
+        if missing:
+            self._begun[row] = so_far, missing
+        else:
+            within = self._lead + begin - row * BLOCK
+            self._encode(row, within, so_far[within : within + end - begin])
+
+    def _encode(self, row: int, within: int, values: Tensor) -> None:
+        """All that lies here of one or several blocks, the first of which is `row`."""
+        first = row * BLOCK + within - self._lead
+        memory = torch.zeros(len(values) + 2 * BLOCK, device=self.device)
+        memory[within : within + len(values)] = values
+        self.store(first, first + len(values), memory, torch.empty_like(memory, dtype=torch.int32))
+
+    def _row(self, row: int) -> tuple[int, int]:
+        """The elements of a row: the first, and the one behind the last."""
+        return max(0, row * BLOCK - self._lead), min(self._numel, (row + 1) * BLOCK - self._lead)
+
+    def _rows(self, first: int, stop: int) -> tuple[int, int]:
+        return (self._lead + first) // BLOCK, -(-(self._lead + stop) // BLOCK)
+
+    @property
+    def device(self) -> torch.device:
+        """Where codes and scales lie."""
+        return self.codes.device
+
+
+@cache
+def _values(root: bool, device: torch.device) -> Tensor:
+    """What the 256 codes are worth, as shares of the scale: from 0 up to 1, and signed, down."""
+    codes = torch.arange(256, dtype=torch.int32)
+    bits, top = (4, 255) if root else (3, 127)
+    size = codes if root else codes & 127
+    values = (((size - top) << (23 - bits)) + _ONE).view(torch.float32)
+    values = torch.where(size > 0, values, 0.0)
+    return (values if root else torch.where(codes < 128, values, -values)).to(device)
