@@ -96,9 +96,18 @@ def _node(arguments: argparse.Namespace) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.settings)
-    from neftune_dist.plan import plan
+    # A machine with GPUs plans as one without.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from neftune_dist.plan.report import plan
 
-    plan(config, arguments.world_size)
+    plan(
+        config,
+        arguments.world_size,
+        gpu=arguments.gpu,
+        mfu=arguments.mfu,
+        with_data=not arguments.without_data,
+        log=_flushed,
+    )
     return 0
 
 
@@ -210,9 +219,7 @@ def _parser() -> argparse.ArgumentParser:
 
     takes_config(verb("train", _train, "Fine-tune, under torchrun or alone; resumes by itself."))
     _add_launch(verb, takes_config)
-    added = verb("plan", _plan, "Validate and resolve a run; model state per rank, disk, steps.")
-    added.add_argument("--world-size", type=int, default=1, help="ranks to plan for")
-    takes_config(added)
+    _add_plan(verb, takes_config)
     takes_config(verb("prepare", _prepare, "Read and tokenise the data, fill the cache, report."))
     added = verb("checkpoints", _checkpoints, "List a run's checkpoints and what they can resume.")
     added.add_argument("run_dir")
@@ -253,6 +260,37 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--run-dir", default=".", help="where runs are to be written")
     added.add_argument("--model", help="a model directory or hub id: can it be had here?")
     return parser
+
+
+def _add_plan(
+    verb: Callable[..., argparse.ArgumentParser],
+    takes_config: Callable[[argparse.ArgumentParser], None],
+) -> None:
+    added = verb(
+        "plan",
+        _plan,
+        "Validate and resolve a run; memory of a rank by what it is for, steps, disk, FLOPs and "
+        "hours. Needs no GPU and no weights.",
+    )
+    added.epilog = (
+        "Memory is that of the real training step, run on tensors without content as one of so "
+        "many ranks. With --gpu, where the run does not fit: settings that make it fit are looked "
+        "for, and the exit code is 2."
+    )
+    takes_config(added)
+    added.add_argument("--world-size", type=int, default=1, help="ranks to plan for")
+    added.add_argument("--gpu", help="of each rank, such as H100; default: all that are known")
+    added.add_argument(
+        "--mfu",
+        type=float,
+        default=0.4,
+        help="share of the GPU's rate that is assumed for the time; default: %(default)s",
+    )
+    added.add_argument(
+        "--without-data",
+        action="store_true",
+        help="read no data: full micro-batches are assumed; steps and time stay unknown",
+    )
 
 
 def _add_launch(

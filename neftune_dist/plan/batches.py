@@ -1,0 +1,84 @@
+"""The heaviest micro-batches: those of the run's own layout, or all that the settings allow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from neftune_dist.config import Config
+from neftune_dist.data.corpus import Documents
+from neftune_dist.data.layout import lay_out
+from neftune_dist.data.loader import MicroBatch, collate
+from neftune_dist.data.schedule import Schedule
+from neftune_dist.model.flops import model_size
+
+# Laid out and looked at; of longer runs as many, evenly spread.
+MOST_STEPS = 1000
+
+
+def heaviest(
+    documents: Documents, schedule: Schedule, config: Config, world_size: int, model: Any
+) -> list[MicroBatch]:
+    """Of all ranks' first micro-batches in a step the heaviest; then, as a second and a third where
+    steps have them, that of all later ones, which meet the gradients of those before."""
+    found: list[tuple[float, np.ndarray, np.ndarray]] = []
+    most = 0
+    weight, quadratic_tokens = _weight(config, model), model_size(model).quadratic_tokens
+    steps = np.unique(np.linspace(0, schedule.num_steps - 1, MOST_STEPS).astype(int))
+    for step in steps.tolist():
+        indices, epochs = schedule.documents(step)
+        lengths = documents.lengths[indices]
+        supervised = documents.num_supervised[indices]
+        layout = lay_out(
+            lengths,
+            world_size,
+            config.train.micro_batch_tokens,
+            config.data.packing,
+            quadratic_tokens,
+        )
+        most = max(most, layout.num_micro_batches)
+        for place, groups in enumerate(layout.groups):
+            for group in map(list, filter(None, groups)):
+                tokens = lengths[group]
+                num_tokens = tokens.sum() if config.data.packing else len(group) * tokens.max()
+                cost = num_tokens + weight * supervised[group].sum()
+                which = min(place, 1)
+                if which == len(found):
+                    found.append((0.0, indices[:0], epochs[:0]))
+                if cost > found[which][0]:
+                    found[which] = (cost, indices[group], epochs[group])
+    batches = [collate(documents, *each[1:], config.data.packing) for each in found]
+    return [*batches, batches[-1]] if most > 2 else batches
+
+
+def fullest(config: Config) -> list[MicroBatch]:
+    """Where the data is not to be read: three micro-batches full of the longest documents, all of
+    whose tokens are learned."""
+    number = config.train.micro_batch_tokens // config.data.max_length
+    documents: Any = _Assumed(np.full(number, config.data.max_length))
+    batch = collate(documents, np.arange(number), np.zeros(number, np.int64), config.data.packing)
+    return [batch] * 3
+
+
+class _Assumed:
+    """Documents of these lengths; a document's first token is never learned."""
+
+    def __init__(self, lengths: np.ndarray) -> None:
+        self.lengths = lengths
+
+    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        lengths = self.lengths[indices]
+        supervised = np.ones(lengths.sum(), np.uint8)
+        supervised[np.cumsum(lengths) - lengths] = 0
+        return np.zeros(lengths.sum(), np.int32), supervised
+
+
+def _weight(config: Config, model: Any) -> float:
+    """Roughly what a supervised token adds to memory, as a number of tokens. It only ranks
+    micro-batches, which differ little."""
+    vocabulary, width = model.get_output_embeddings().weight.shape
+    layers = model.config.get_text_config().num_hidden_layers
+    logits = 12 * vocabulary / width if config.model.loss == "plain" else 4
+    activations = 2 if config.model.activation_checkpointing == "full" else 34
+    return float(logits / (layers * activations))

@@ -1,0 +1,327 @@
+"""`plan`: its figures against arithmetic, what it suggests, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from neftune_dist.cli import main
+from neftune_dist.config import Config, UserError, load_config
+from neftune_dist.data.layout import lay_out
+from neftune_dist.data.schedule import make_schedule
+from neftune_dist.model.flops import ModelSize, known_gpus, peak_flops
+from neftune_dist.plan import rehearsal, report
+from neftune_dist.plan.batches import fullest, heaviest
+from neftune_dist.plan.memory import KINDS, Memory, Peak
+from neftune_dist.plan.remedy import find_remedy
+from neftune_dist.plan.report import plan, read
+from tests import tiny
+from tests.unit.corpora import documents_of
+
+MIB = 2**20
+
+
+# ------------------------------------------------------------------------------- live memory
+
+
+def test_a_peak_is_split_by_what_storages_turn_out_to_be() -> None:
+    fake = FakeTensorMode()
+    with fake, Memory(fake, vocabulary=50) as memory:
+        weight = torch.zeros(100, 100)
+        memory.name(weight, "weights")
+        memory.default, memory.phase = "activations", "forward"
+        x = torch.zeros(10, 100)
+        y = x @ weight
+        view = y.view(-1)[5:]
+        logits = torch.zeros(10, 50)
+        del x
+        memory.phase = "backward"
+        late = torch.zeros(1000)
+        memory.name([late], "gradients")
+        del y, logits
+        memory.phase = "update"
+        torch.zeros(10)
+        del view
+    peak = memory.peak()
+    # The view keeps y; x, freed before, is not part of the greatest moment.
+    assert peak.parts == {
+        "weights": 40_000,
+        "gradients": 4_000,
+        "optimizer": 0,
+        "activations": 4_000,
+        "logits": 2_000,
+        "collectives": 0,
+    }
+    assert tuple(peak.parts) == KINDS
+    assert (peak.num_bytes, peak.moment, peak.host_bytes) == (50_000, "backward", 0)
+
+
+def test_memory_follows_resizing_host_and_shares() -> None:
+    fake = FakeTensorMode()
+    with fake, Memory(fake, vocabulary=50) as memory:
+        gathered = torch.empty(1000)
+        gathered.untyped_storage().resize_(0)
+        on_host, shard = torch.zeros(500), torch.zeros(800)
+        memory.name(on_host, "optimizer", on_host=True)
+        memory.name(shard, "weights", share=0.25)
+        gathered.untyped_storage().resize_(4000)
+        assert float(shard.sum()) == 0.0  # whoever asks for a value goes on
+    peak = memory.peak()
+    assert peak.num_bytes == 4000 + 800 and peak.host_bytes == 2000
+    # Nothing is left behind.
+    assert torch.empty(3).untyped_storage().resize_.__qualname__ != "Memory.__enter__"
+
+
+# --------------------------------------------------------------------------------- rehearsal
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration, rows, and a model without weights."""
+    folder = tmp_path_factory.mktemp("plan")
+    tiny.make_config(folder)
+    for weights in (folder / "model").glob("*.safetensors"):
+        weights.unlink()
+    return folder
+
+
+def settings(folder: Path, *words: str) -> Config:
+    return load_config(folder / "config.yaml", words)
+
+
+def state(folder: Path, ranks: int, *words: str) -> tuple[list[int], Peak]:
+    """Elements of each parameter, and the peak."""
+    config = settings(folder, *words)
+    subject = read(config)
+    return [p.numel() for p in subject.model.parameters()], subject.peak(config, ranks)
+
+
+@pytest.mark.parametrize("ranks", [1, 8, 512])
+def test_fsdp2_keeps_a_share_of_everything(ranks: int, folder: Path) -> None:
+    config = settings(folder)
+    subject = read(config)
+    peak = subject.peak(config, ranks)
+    # It shards rows, the last ranks' shards being the smaller ones.
+    shards = [-(-p.shape[0] // ranks) * math.prod(p.shape[1:]) for p in subject.model.parameters()]
+    buffers = 4 * 2 * (64 // 4 // 2)  # rotary frequencies, twice
+    assert peak.parts["weights"] == pytest.approx(4 * sum(shards) + buffers, abs=64)
+    counts = 4 * len(shards)  # of updates
+    assert peak.parts["optimizer"] == pytest.approx(8 * sum(shards) + counts, abs=256)
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_keeps_what_its_stage_says(stage: int, folder: Path) -> None:
+    ranks = 4
+    words = ("engine.name=deepspeed", f"engine.zero_stage={stage}", "model.dtype=bf16")
+    before = dict(os.environ)
+    sizes, peak = state(folder, ranks, *words)
+    n = sum(sizes)
+    compute = 2 * n / (ranks if stage == 3 else 1)
+    assert peak.parts["weights"] == pytest.approx(compute + 4 * n / ranks, rel=0.01)
+    assert peak.parts["optimizer"] == pytest.approx(8 * n / ranks, rel=0.01)
+    assert not dist.is_initialized() and dict(os.environ) == before
+
+
+def test_many_partitions_are_scaled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = []
+    for most in (64, 8):
+        monkeypatch.setattr(rehearsal, "_MOST_PARTITIONS", most)
+        peaks.append(state(folder, 64, "engine.name=deepspeed")[1])
+    for kind in KINDS:
+        assert peaks[1].parts[kind] == pytest.approx(peaks[0].parts[kind], rel=0.05, abs=2000)
+
+
+def test_each_way_to_save_memory_saves_it(folder: Path) -> None:
+    def peak(*words: str) -> Peak:
+        return state(folder, 2, *words)[1]
+
+    plain = peak("model.loss=plain")
+    chunked, full = peak("model.loss=chunked"), peak("model.activation_checkpointing=full")
+    selective, offloaded = (
+        peak("model.activation_checkpointing=selective"),
+        peak("engine.offload=cpu"),
+    )
+    assert chunked.parts["logits"] <= plain.parts["logits"]
+    assert full.num_bytes < selective.num_bytes < chunked.num_bytes
+    assert 0.2 < peak("optim.states=8bit").parts["optimizer"] / plain.parts["optimizer"] < 0.8
+    kept = plain.parts["weights"] + plain.parts["optimizer"]
+    assert offloaded.host_bytes > 0.99 * kept and offloaded.parts["optimizer"] == 0
+
+
+# ----------------------------------------------------------------------------------- batches
+
+
+def test_the_heaviest_micro_batches_are_found(folder: Path) -> None:
+    """Of two steps of six documents, on one rank: the first of each, and the later ones."""
+    lengths = [3, 9, 4, 4, 8, 2, 7, 9, 5, 6, 2, 3]
+    rows = [(np.zeros(n), (np.arange(n) > 0).astype(np.uint8)) for n in lengths]
+    config = settings(folder, "data.max_length=9", "train.micro_batch_tokens=16")
+    config.train.global_batch_size, config.train.max_steps = 6, 2
+    schedule = make_schedule(config.train, len(rows), "x")
+    subject = read(config)
+    sizes: dict[int, list[int]] = {0: [], 1: []}
+    for step in (0, 1):
+        chosen = np.array(lengths)[schedule.documents(step)[0]]
+        layout = lay_out(chosen, 1, 16, True, subject.size.quadratic_tokens)
+        for place, (group,) in enumerate(layout.groups):
+            sizes[min(place, 1)].append(int(chosen[list(group)].sum()))
+    found = heaviest(documents_of(rows), schedule, config, 1, subject.model)
+    assert [batch.input_ids.numel() for batch in found[:2]] == [max(sizes[0]), max(sizes[1])]
+    assert len(sizes[1]) > 2 and len(found) == 3 and found[2] is found[1]
+
+
+def test_without_data_micro_batches_are_full() -> None:
+    config = Config()
+    config.data.max_length, config.train.micro_batch_tokens = 100, 450
+    batch = fullest(config)[0]
+    assert batch.document_lengths == (100,) * 4
+    assert len(batch.positions) == 4 * 99
+    config.data.packing = False
+    assert fullest(config)[0].input_ids.shape == (4, 100)
+
+
+# ------------------------------------------------------------------------------------ remedy
+
+
+def suggested(
+    room: float, *words: str, ranks: int = 8, needs: dict[str, float] | None = None
+) -> tuple[str | None, list[str]]:
+    """What is suggested where a run needs so much, and what was tried on the way. The model is made
+    of numbers: 100 of state, 100 of activations, 40 of logits."""
+    config = load_config(None, ["model.name_or_path=x", *words])
+
+    def rehearse(changed: Config, ranks_then: int) -> Peak:
+        state = 100.0 * ranks / ranks_then
+        state *= 0.6 if changed.optim.states == "8bit" else 1
+        state *= 0.1 if changed.engine.offload == "cpu" else 1
+        kept = {"none": 1.0, "selective": 0.6, "full": 0.1}
+        activations = 100 * kept[changed.model.activation_checkpointing]
+        activations *= changed.train.micro_batch_tokens / 8192
+        logits = 40.0 if changed.model.loss == "plain" else 0.0
+        parts = {**dict.fromkeys(KINDS, 0), "weights": state, "activations": activations}
+        return Peak({**parts, "logits": logits}, "", 0)  # type: ignore[arg-type]
+
+    log: list[str] = []
+    peak = rehearse(config, ranks)
+    found = find_remedy(
+        config, ranks, peak, room, rehearse, lambda p: float(p.num_bytes), log.append
+    )
+    return found, log
+
+
+@pytest.mark.parametrize(
+    ("room", "words", "remedy"),
+    [
+        (205, ["model.loss=plain"], "model.loss=chunked"),
+        (170, [], "model.activation_checkpointing=selective"),
+        (112, [], "model.activation_checkpointing=full"),
+        # Not by a smaller batch, which would have to be too small.
+        (101, ["data.max_length=4096"], "model.activation_checkpointing=full "
+         "train.micro_batch_tokens=4096 optim.states=8bit"),
+        # The state alone is too large: what the batch takes need not be looked at before.
+        (60, [], "--world-size=16 model.activation_checkpointing=full"),
+        (1e-3, [], None),
+    ],
+)  # fmt: skip
+def test_the_cheapest_change_that_fits_is_found(
+    room: float, words: list[str], remedy: str | None
+) -> None:
+    found, tried = suggested(room, *words)
+    print(*tried, sep="\n")
+    assert found == remedy
+
+
+def test_a_change_that_contradicts_a_setting_is_passed_over() -> None:
+    found, tried = suggested(60, "engine.name=deepspeed", "engine.zero_stage=2")
+    assert found is not None and "reshard" not in found
+    assert "zero_stage=3" in tried[0]
+
+
+# ----------------------------------------------------------------------------- the whole plan
+
+
+def lines_of(folder: Path, *words: str, **options: Any) -> list[str]:
+    lines: list[str] = []
+    plan(settings(folder, *words), options.pop("ranks", 2), log=lines.append, **options)
+    return lines
+
+
+def test_a_plan_names_all_that_a_run_needs(folder: Path) -> None:
+    lines = lines_of(folder)
+    text = "\n".join(lines)
+    parts = [line.split() for line in lines if line.startswith("  ") and line.split()[0] in KINDS]
+    assert [part[0] for part in parts] == list(KINDS)
+    assert "steps: 10 of 10 documents" in text and "not yet measured on a GPU" in text
+    assert "by 6 N a token" in text and "an assumed 40% of the data-sheet rate" in text
+    for gpu in known_gpus():
+        assert any(line.split()[: len(gpu.split())] == gpu.split() for line in lines)
+    assert all("does not fit" not in line for line in lines)
+
+
+def test_without_data_none_is_read(folder: Path) -> None:
+    text = "\n".join(lines_of(folder, "data.source=/nowhere.jsonl", with_data=False))
+    assert "full micro-batches" in text and "steps:" not in text
+
+
+def test_what_does_not_fit_ends_with_what_would(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(folder)
+    peak = read(config).peak(config, 2)
+    monkeypatch.setattr(report, "MARGIN_GIB", 0)
+    room = 0.7 * peak.num_bytes
+    monkeypatch.setattr(report, "known_gpus", lambda: {"H100": room / 2**30})
+    with pytest.raises(UserError, match=r"append .*activation_checkpointing=") as raised:
+        lines_of(folder, gpu="H100")
+    words = str(raised.value).partition("append ")[2].rstrip(".").split()
+    changed = settings(folder, *words)
+    assert report.needed(read(changed).peak(changed, 2)) <= room
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--gpu", "H1000"], "--gpu=H1000 is not known; known: B200, "),
+        (["--mfu", "40"], "--mfu=40.0 is out of range"),
+        (["--world-size", "0"], "--world-size=0 is out of range"),
+        (["--world-size", "6", "engine.num_replicas=4"], "does not divide the 6 processes"),
+        (["model.name_or_path=/nowhere"], "/nowhere is no model directory"),
+        (["data.source=/nowhere.jsonl"], "/nowhere.jsonl"),
+    ],
+)
+def test_mistakes_are_told_in_one_sentence(
+    words: Sequence[str],
+    told: str,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # restored afterwards
+    with pytest.raises(SystemExit) as left:
+        main(["plan", str(folder / "config.yaml"), *words])
+    assert left.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("neftune-dist: ") and told in error
+
+
+def test_both_conventions_of_flops() -> None:
+    size = ModelSize(
+        num_parameters=7_000, num_matrix_parameters=6_000, num_layers=2, attention_width=32
+    )
+    assert size.six_n_flops(10) == 6 * 7_000 * 10
+    assert size.training_flops(10, 0) == 6 * 6_000 * 10
+
+
+def test_known_gpus_have_a_rate() -> None:
+    for name, gib in known_gpus().items():
+        assert peak_flops(name, "bf16") is not None and gib > 0
