@@ -54,8 +54,12 @@ class ModelConfig:
     weights: str | None = None  # from elsewhere: a folder of safetensors, a ZeRO checkpoint, a DCP
     revision: str | None = None  # branch, tag or commit, for a hub id
     dtype: str = "bf16"  # of the computation: bf16 | fp32; master weights are always fp32
-    attention: str = "auto"  # auto | varlen (packed) | sdpa | eager (padded)
-    activation_checkpointing: str = "none"  # none | full
+    attention: str = "auto"  # auto | varlen | flex (packed) | sdpa | eager (padded)
+    loss: str = "auto"  # auto | plain (all logits at once) | chunked | liger
+    activation_checkpointing: str = "none"  # none | selective (matrix products kept) | full
+    compile: bool = False  # each transformer block by torch.compile
+    kernels: str = "torch"  # torch | liger: norms, rotary embedding and SwiGLU (GPU)
+    float8: str = "none"  # none | tensorwise | rowwise: matrix products of the blocks (Hopper)
     trust_remote_code: bool = False
 
 
@@ -98,6 +102,8 @@ class EngineConfig:
     name: str = "fsdp2"  # fsdp2 | deepspeed
     zero_stage: int | None = None  # deepspeed: 1 | 2 | 3 (default 3)
     num_replicas: int | None = None  # fsdp2: HSDP, copies of the sharded model (default 1)
+    reshard_after_forward: bool | None = None  # fsdp2: False keeps weights until the backward
+    offload: str = "none"  # none | cpu: masters and Adam moments in host memory
 
 
 @dataclass
@@ -113,6 +119,7 @@ class OptimConfig:
     epsilon: float = 1e-8
     weight_decay: float = 0.0  # on matrices only
     max_grad_norm: float = 1.0  # 0: no clipping
+    states: str = "fp32"  # fp32 | bf16 (stochastically rounded) | 8bit: Adam's moments
 
 
 @dataclass
@@ -211,8 +218,11 @@ TYPES = _types(Config)
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "model.dtype": ("bf16", "fp32"),
-    "model.attention": ("auto", "varlen", "sdpa", "eager"),
-    "model.activation_checkpointing": ("none", "full"),
+    "model.attention": ("auto", "varlen", "flex", "sdpa", "eager"),
+    "model.loss": ("auto", "plain", "chunked", "liger"),
+    "model.activation_checkpointing": ("none", "selective", "full"),
+    "model.kernels": ("torch", "liger"),
+    "model.float8": ("none", "tensorwise", "rowwise"),
     "data.format": ("auto", "alpaca", "prompt_completion", "messages"),
     "data.template": ("chat", "alpaca"),
     "data.supervise": ("assistant", "all"),
@@ -223,7 +233,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "noise.schedule": ("constant", "linear", "cosine"),
     "engine.name": ("fsdp2", "deepspeed"),
     "engine.zero_stage": (None, 1, 2, 3),
+    "engine.offload": ("none", "cpu"),
     "optim.schedule": ("cosine", "linear", "constant"),
+    "optim.states": ("fp32", "bf16", "8bit"),
     "checkpoint.mode": ("auto", "async", "sync"),
 }
 
@@ -324,17 +336,26 @@ def _check_contradictions(config: Config) -> None:
             f"model.attention={model.attention} goes with data.packing=false; packed documents "
             "are kept apart by model.attention=varlen (or auto)."
         )
-    if not data.packing and model.attention == "varlen":
+    if not data.packing and model.attention in ("varlen", "flex"):
         raise UserError(
-            "model.attention=varlen goes with data.packing=true; padded rows use sdpa or eager."
+            f"model.attention={model.attention} goes with data.packing=true; padded rows use sdpa "
+            "or eager."
         )
     if train.max_steps is not None and train.num_epochs is not None:
         raise UserError("train.max_steps and train.num_epochs are both set: give one of them.")
     if config.engine.name == "fsdp2" and config.engine.zero_stage is not None:
         raise UserError("engine.zero_stage has no effect with engine.name=fsdp2: leave it out.")
-    if config.engine.name == "deepspeed" and config.engine.num_replicas is not None:
+    for key in ("num_replicas", "reshard_after_forward"):
+        if config.engine.name == "deepspeed" and getattr(config.engine, key) is not None:
+            raise UserError(f"engine.{key} has no effect with engine.name=deepspeed: leave it out.")
+    if model.float8 != "none" and (model.dtype != "bf16" or config.engine.name != "fsdp2"):
         raise UserError(
-            "engine.num_replicas has no effect with engine.name=deepspeed: leave it out."
+            f"model.float8={model.float8} goes with model.dtype=bf16 and engine.name=fsdp2."
+        )
+    if model.float8 == "tensorwise" and config.engine.offload != "none":
+        raise UserError(
+            f"model.float8=tensorwise does not go with engine.offload={config.engine.offload}: the "
+            "scales of its weights are reduced between GPUs; use model.float8=rowwise."
         )
     if data.source == BUILTIN_SOURCE and data.format not in ("auto", "alpaca"):
         raise UserError(f"data.format={data.format} does not fit data.source=builtin: use auto.")

@@ -100,6 +100,10 @@ class World:
         self._phase = self._num_asides = 0
         self._patience_seconds = math.inf
         if torch.cuda.is_available():
+            # Micro-batches differ in length: segments that grow leave no holes between them. To be
+            # set before the first allocation; the second name is for torch before 2.9.
+            for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+                os.environ.setdefault(name, "expandable_segments:True")
             if self.local_rank >= torch.cuda.device_count():
                 raise UserError(
                     f"Rank {self.rank} is number {self.local_rank} on its machine, which has "

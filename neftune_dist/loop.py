@@ -24,6 +24,7 @@ from neftune_dist.distributed import Stopped, World
 from neftune_dist.engine.base import Engine
 from neftune_dist.evaluate.held_out import HeldOut
 from neftune_dist.metrics import Recorder, memory_gib
+from neftune_dist.model.compute import num_compiled_graphs
 from neftune_dist.model.flops import ModelSize, peak_flops
 from neftune_dist.noise.hook import NEFTuneHandle
 from neftune_dist.noise.law import TokenLayout, expected_norm
@@ -86,6 +87,8 @@ class Trainer:
     def __post_init__(self) -> None:
         self.saved_step = self.progress.step  # of the newest checkpoint; 0: there is none
         self.last_update = self.progress  # as it was after the newest update
+        self.wait_seconds = 0.0  # of this rank, for the batch under way
+        self.waited_seconds = self.step_seconds = 0.0  # of all steps, the slowest rank's
 
     def run(self) -> bool:
         """Train to the schedule's end; False where a stop was asked for and saved instead.
@@ -113,6 +116,8 @@ class Trainer:
                 break
         self.watchdog.at(self.progress.step, "saving", limited=False)
         self.saver.wait()
+        share = self.waited_seconds / max(self.waited_seconds + self.step_seconds, 1e-9)
+        self.world.log(f"data: training waited for its batches {share:.2%} of the time")
         return self.progress.step == num_steps and evaluated
 
     def batches(self) -> Iterator[StepBatch]:
@@ -124,7 +129,8 @@ class Trainer:
             batch = next(steps, None)
             if batch is None:
                 return
-            self.stragglers.waited(time.perf_counter() - began)
+            self.wait_seconds = time.perf_counter() - began
+            self.stragglers.waited(self.wait_seconds)
             yield batch
 
     def train_step(self, batch: StepBatch, num_steps: int) -> bool:
@@ -142,9 +148,9 @@ class Trainer:
         forwards = [each for each in batch.micro_batches for _ in range(passes)]
         for i, micro_batch in enumerate(forwards):
             self.watchdog.at(batch.step + 1, f"forward and backward {i + 1} of {len(forwards)}")
-            layout = token_layout(micro_batch).to(self.world.device)
-            self.noise.describe(layout)
-            loss = self.engine.forward(micro_batch.to(self.world.device)) / passes
+            micro_batch = micro_batch.to(self.world.device)
+            self.noise.describe(token_layout(micro_batch))
+            loss = self.engine.forward(micro_batch) / passes
             # Exactly 1, but NaN where the loss is not finite: an infinite loss may have a finite
             # gradient, and the gradient's norm alone shall tell whether the step counts.
             one = 1 + 0 * loss.detach()
@@ -168,10 +174,11 @@ class Trainer:
                 float(self.stop_requested()),
                 float(self.saver.failed),
                 memory_gib(self.world.device),
+                self.wait_seconds,
                 *self.stragglers.measure(batch.step),
             ]
         )
-        self.stragglers.compare([p[6:] for p in parts])
+        self.stragglers.compare([p[7:] for p in parts])
         total_loss, total_norm, noised, stop, failed = (sum(p[i] for p in parts) for i in range(5))
         if failed:
             self.saver.wait()  # raises on all ranks
@@ -181,12 +188,10 @@ class Trainer:
         if updated:
             self.last_update = self.progress
         else:
-            documents, _ = self.loader.schedule.documents(batch.step)
-            self.world.log(
-                f"warning: step {self.progress.step} was skipped, no weight has changed: loss "
-                f"{loss_mean}, gradient norm {grad_norm}; its documents, as the training set "
-                f"counts them from 0: {', '.join(map(str, sorted(documents.tolist())))}"
-            )
+            self.warn_of_skip(batch, loss_mean, grad_norm)
+        wait_seconds, step_seconds = max(p[6] for p in parts), time.perf_counter() - began
+        self.waited_seconds += wait_seconds
+        self.step_seconds += step_seconds
         self.recorder.step(
             {
                 "step": self.progress.step,
@@ -200,25 +205,39 @@ class Trainer:
                 "noise_norm": total_norm / noised if noised else 0.0,
                 "noise_law": expected_norm(alpha, noise.distribution),
                 "num_skipped_steps": self.progress.num_skipped_steps,
-                **self.speed(batch, time.perf_counter() - began),
+                "num_compiled_graphs": num_compiled_graphs(),
+                **self.speed(batch, step_seconds),
+                "data_wait_seconds": wait_seconds,
                 "memory_gib": max(p[5] for p in parts),
                 "world_size": self.world.size,
             }
         )
         return stop > 0
 
+    def warn_of_skip(self, batch: StepBatch, loss: float, grad_norm: float) -> None:
+        """Say which step changed nothing, and which documents were in it."""
+        documents, _ = self.loader.schedule.documents(batch.step)
+        self.world.log(
+            f"warning: step {batch.step + 1} was skipped, no weight has changed: loss {loss}, "
+            f"gradient norm {grad_norm}; its documents, as the training set counts them from 0: "
+            f"{', '.join(map(str, sorted(documents.tolist())))}"
+        )
+
     def speed(self, batch: StepBatch, seconds: float) -> dict[str, Any]:
-        """Step time (seconds), real tokens per second over all ranks, and MFU where the device's
-        peak is known."""
+        """Step time (seconds), real tokens per second over all ranks, and MFU by both conventions
+        of `flops`, where the device's peak is known."""
         flops = self.size.training_flops(batch.num_tokens, batch.sum_squared_lengths)
-        flops *= num_passes(self.config.noise)
+        six_n = self.size.six_n_flops(batch.num_tokens)
         on_gpu = self.world.device.type == "cuda"
         name = torch.cuda.get_device_name(self.world.device) if on_gpu else None
         peak = peak_flops(name, self.config.model.dtype)
+        passes = num_passes(self.config.noise)
+        could = seconds * peak * self.world.size / passes if peak else None
         return {
             "step_seconds": seconds,
             "tokens_per_second": batch.num_tokens / seconds,
-            "mfu": flops / (seconds * peak * self.world.size) if peak else None,
+            "mfu": flops / could if could else None,
+            "mfu_6n": six_n / could if could else None,
         }
 
     def evaluate(self) -> bool:
@@ -287,15 +306,12 @@ def num_passes(noise: NoiseConfig) -> int:
 
 def token_layout(batch: MicroBatch) -> TokenLayout:
     """What the noise must know of a micro-batch's tokens."""
-    if len(batch.lengths) == 0:  # an empty micro-batch: its one token is padding
-        return TokenLayout.padding(batch.input_ids.numel())
-    if batch.attention_mask is None:
-        return TokenLayout.from_lengths(
-            batch.lengths, documents=batch.documents, epochs=batch.epochs
-        )
+    if len(batch.lengths) == 0:  # an empty micro-batch: its tokens are padding
+        return TokenLayout.padding(batch.input_ids.numel(), batch.input_ids.device)
     return TokenLayout.from_arguments(
         batch.input_ids,
         batch.attention_mask,
+        cu_seq_lens=batch.cu_seqlens,
         documents=batch.documents,
         epochs=batch.epochs,
     )

@@ -31,6 +31,7 @@ from neftune_dist.export import keep_small_files
 from neftune_dist.loop import Progress, Trainer, evaluation_due
 from neftune_dist.metrics import Recorder, is_evaluated
 from neftune_dist.model import load
+from neftune_dist.model.attention import VARLEN, implementation, varlen_kernel
 from neftune_dist.model.flops import ModelSize, model_size
 from neftune_dist.model.support import check_lengths
 from neftune_dist.model.weights import WeightFiles, weights_folder
@@ -85,6 +86,7 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
         world.rank,
         world.size,
         ready.size.quadratic_tokens,
+        world.device,
     )
     _report(ready.corpus, ready.schedule, loader, world)
     if ready.progress.step >= num_steps and not ready.evaluation_due:
@@ -100,14 +102,14 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
         length=config.noise.length,
     ).attach(ready.model)
     with world.agree():
-        engine = _make_engine(config, world)
-    engine.setup(ready.model, MakeOptimizer(config.optim))
+        engine = make_engine(config, world)
+    engine.setup(ready.model, MakeOptimizer(config.optim, config.train.seed))
     world.stop_together()
     with world.agree():
         _fill(engine, ready, stop)
     world.stop_together()
     engine.loaded(ready.progress.num_updates)
-    for line in [*engine.describe(), *_run_lines(config, ready)]:
+    for line in [*engine.describe(), compute_line(engine, config), *_run_lines(config, ready)]:
         world.log(line)
     with world.agree():
         recorder = Recorder(run_dir, config.logging, ready.progress.step, num_steps, world.is_first)
@@ -163,7 +165,7 @@ def _prepare(config: Config, run_dir: Path, world: World) -> _Prepared:
     with world.agree():
         schedule = make_schedule(config.train, len(corpus.train), corpus.fingerprint)
         model = load.build(folder, config.model, config.data.packing)
-        _check_vocabulary(model, tokenizer)
+        check_vocabulary(model, tokenizer)
         check_lengths(model.config, corpus.report.longest_tokens)
         identity = {
             **corpus.identity,
@@ -256,7 +258,8 @@ def _unwritable(run_dir: Path, error: OSError) -> UserError:
     return UserError(f"run_dir={run_dir} cannot be written: {error.strerror or error}.")
 
 
-def _make_engine(config: Config, world: World) -> Engine:
+def make_engine(config: Config, world: World) -> Engine:
+    """The engine that `engine.name` chooses, before its set-up."""
     # Imported here alone: the engine that was not chosen need not be importable.
     if config.engine.name == "fsdp2":
         from neftune_dist.engine.fsdp2 import FSDP2Engine
@@ -267,7 +270,28 @@ def _make_engine(config: Config, world: World) -> Engine:
     return DeepSpeedEngine(config, world)
 
 
-def _check_vocabulary(model: Any, tokenizer: Any) -> None:
+def compute_line(engine: Engine, config: Config) -> str:
+    """What the model's layers compute by, with what `auto` has come to."""
+    model = config.model
+    attention = implementation(model.attention, config.data.packing)
+    if attention == VARLEN:
+        attention = varlen_kernel(engine.device, model.dtype)
+    parts = [
+        f"attention {attention}",
+        f"loss {engine.loss}",
+        f"activation checkpointing {model.activation_checkpointing}",
+        f"blocks {'compiled' if model.compile else 'not compiled'}",
+    ]
+    if model.kernels != "torch":
+        parts.append(f"{model.kernels} kernels")
+    if model.float8 != "none":
+        emulated = "" if engine.device.type == "cuda" else ", emulated: its rounding, not its speed"
+        parts.append(f"float8 {model.float8}{emulated}")
+    return f"compute: {', '.join(parts)}"
+
+
+def check_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Raise `UserError` where the tokenizer has tokens that the model cannot embed."""
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(

@@ -30,7 +30,15 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 # What a step's record holds that is no property of the training.
-TIMINGS = ("step_seconds", "tokens_per_second", "mfu", "memory_gib")
+TIMINGS = (
+    "step_seconds",
+    "data_wait_seconds",
+    "tokens_per_second",
+    "mfu",
+    "mfu_6n",
+    "memory_gib",
+    "num_compiled_graphs",
+)
 DEADLINE_SECONDS = 240
 
 

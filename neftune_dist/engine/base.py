@@ -8,15 +8,16 @@ know of an engine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from neftune_dist.data.loader import MicroBatch
 from neftune_dist.model.loss import token_loss_sum
-from neftune_dist.optim import MakeOptimizer
+from neftune_dist.optim import MakeOptimizer, Moment, precision_of
 
 # The float32 master weights, beside the moments named in optim.STATE_NAMES.
 MASTER = "master"
@@ -27,14 +28,15 @@ class FlatShard:
     """A rank's range of one flattened tensor.
 
     kind: MASTER or a moment's name. name: the parameter's Hugging Face name.
-    start: of the range within the whole. tensor: 1-D view of the rank's memory, float32.
-    numel: elements of the whole tensor.
+    start: of the range within the whole. tensor: 1-D view of the rank's memory, float32; a moment
+    may be bfloat16, or 8-bit blocks, which are read and written as float32. numel: elements of the
+    whole tensor.
     """
 
     kind: str
     name: str
     start: int
-    tensor: Tensor
+    tensor: Moment
     numel: int
 
     @property
@@ -42,9 +44,19 @@ class FlatShard:
         """The tensor's key in a checkpoint."""
         return f"{self.kind}/{self.name}"
 
+    def room_on_host(self, pinned: bool) -> Moment:
+        """Memory for a copy of `tensor`, of its own precision, without content."""
+        if isinstance(self.tensor, Tensor):
+            shape, dtype = self.tensor.shape, self.tensor.dtype
+            return torch.empty(shape, dtype=dtype, pin_memory=pinned)
+        return self.tensor.on_host(pinned)
+
 
 class Engine(Protocol):
     """What the loop, evaluation and checkpoints use of an engine."""
+
+    device: torch.device  # of this rank's computation
+    loss: str  # plain, chunked or liger: what `model.loss` came to, after `setup`
 
     def setup(self, model: Any, make_optimizer: MakeOptimizer) -> None:
         """Shard a model that is on the meta device, and build the optimizer on the shards.
@@ -89,14 +101,30 @@ class Engine(Protocol):
         """Lines for the start of a run: the parallel layout and every dtype."""
 
 
-def batch_loss_sum(model: Any, batch: MicroBatch) -> Tensor:
-    """`token_loss_sum` of a micro-batch."""
+def describe_state(shards: Sequence[FlatShard]) -> str:
+    """A line of `Engine.describe`: how masters and moments are kept, and where."""
+    kept = [
+        " and ".join(sorted({precision_of(s.tensor) for s in shards if (s.kind == MASTER) == of}))
+        for of in (True, False)
+    ]
+    places = {"cpu": "host", "cuda": "GPU"}
+    where = {places.get(s.tensor.device.type, s.tensor.device.type) for s in shards}
+    return (
+        f"state: master weights {kept[0]}, Adam moments {kept[1]}, kept and updated in "
+        f"{' and '.join(sorted(where))} memory"
+    )
+
+
+def batch_loss_sum(model: Any, batch: MicroBatch, kind: str) -> Tensor:
+    """`token_loss_sum` of a micro-batch, by the kind that `resolve_loss` gave."""
     return token_loss_sum(
         model,
+        kind=kind,
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         attention_mask=batch.attention_mask,
-        document_lengths=batch.document_lengths,
+        cu_seqlens=batch.cu_seqlens,
+        longest=max(batch.document_lengths),
         positions=batch.positions,
         targets=batch.targets,
     )

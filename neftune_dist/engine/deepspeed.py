@@ -3,13 +3,15 @@
 Parameters compute in `model.dtype`; each rank keeps float32 masters and Adam moments of its
 partition; gradients are reduced and accumulated in float32. DeepSpeed makes a model's partitions
 from whole tensors; here each tensor is whole for a moment only (stage 3), and empty: the weights
-come later, into the partitions.
+come later, into the partitions. With `engine.offload=cpu` masters, gradients and moments lie in
+host memory, and the update is made there.
 """
 
 from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -22,12 +24,16 @@ from torch import Tensor, nn
 from neftune_dist.config import Config
 from neftune_dist.data.loader import MicroBatch
 from neftune_dist.distributed import World
-from neftune_dist.engine.base import MASTER, FlatShard, batch_loss_sum
+from neftune_dist.engine.base import MASTER, FlatShard, batch_loss_sum, describe_state
+from neftune_dist.model.compute import blocks
 from neftune_dist.model.load import initialize_buffers
+from neftune_dist.model.loss import resolve_loss
 from neftune_dist.optim import (
-    STATE_NAMES,
     MakeOptimizer,
+    Piece,
     initialize_state,
+    local,
+    moments,
     set_learning_rate,
     set_updates,
 )
@@ -47,9 +53,11 @@ class DeepSpeedEngine:
 
     def __init__(self, config: Config, world: World) -> None:
         self.world = world
+        self.device = world.device
         self.stage = config.engine.zero_stage or 3
+        self.loss = config.model.loss
         self.compute_dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
-        self.settings = _settings(config, self.stage)
+        self.settings = _settings(config, self.stage, on_gpu=world.device.type == "cuda")
         self.shapes: Mapping[str, tuple[int, ...]] = {}
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
         # DeepSpeed adopts the process group that exists.
@@ -63,6 +71,8 @@ class DeepSpeedEngine:
     def setup(self, model: Any, make_optimizer: MakeOptimizer) -> None:
         """See `Engine.setup`."""
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self.loss = resolve_loss(self.loss, model)
+        self.settings["zero_optimization"] |= _sizes(model, self.stage)
         whole = _Materializer(model, self.world.device, self.compute_dtype)
         with redirect_stdout(io.StringIO()):  # DeepSpeed prints memory reports on every rank
             if self.stage == 3:
@@ -72,6 +82,12 @@ class DeepSpeedEngine:
             else:
                 for _ in whole.parameters():
                     pass
+            if self.stage == 3:
+                # A block's weights come and go together, by hooks on the block alone: fewer and
+                # larger messages, and nothing of DeepSpeed's within what is compiled or recomputed.
+                deepspeed.utils.set_z3_leaf_modules(
+                    model, list({type(block) for block in blocks(model)})
+                )
             self.named = list(model.named_parameters())
             initialize_buffers(model, self.world.device)
             self.engine, *_ = deepspeed.initialize(
@@ -100,7 +116,8 @@ class DeepSpeedEngine:
             if hasattr(self.zero, name)
         )
         self.masters: list[Tensor] = list(masters)
-        initialize_state(self.zero.optimizer, self.masters)
+        self.pieces = list(self._pieces())
+        initialize_state(self.zero.optimizer, self.masters, self.pieces)
 
     def loaded(self, num_updates: int) -> None:
         """See `Engine.loaded`: the compute copies are made anew from the masters."""
@@ -113,7 +130,7 @@ class DeepSpeedEngine:
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """See `Engine.forward`."""
-        return batch_loss_sum(self.engine, batch)
+        return batch_loss_sum(self.engine, batch, self.loss)
 
     def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
         """See `Engine.backward`."""
@@ -129,22 +146,32 @@ class DeepSpeedEngine:
         set_learning_rate(self.zero.optimizer, learning_rate)
         # Where the norm is not finite it updates nothing, and calls the norm infinite.
         self.engine.step()
-        return float(self.engine.get_global_grad_norm())
+        norm = float(self.engine.get_global_grad_norm())
+        if not math.isfinite(norm):
+            # Stages 1 and 2, when offloaded, would add the next step's gradient to this one.
+            kept = getattr(self.zero, "averaged_gradients", {})
+            kept.update(dict.fromkeys(kept))
+        return norm
 
     def flat_state(self) -> list[FlatShard]:
         """See `Engine.flat_state`."""
         shards = []
-        for name, parameter in self.named:
-            numel = 1
-            for size in self.shapes[name]:
-                numel *= size
-            for start, master, piece in self._ranges(parameter, numel):
-                state = self.zero.optimizer.state[master]
-                shards.append(FlatShard(MASTER, name, start, master.detach()[piece], numel))
-                shards += [
-                    FlatShard(kind, name, start, state[kind][piece], numel) for kind in STATE_NAMES
-                ]
+        for piece in self.pieces:
+            held = {
+                MASTER: local(piece.tensor)[piece.part],
+                **moments(self.zero.optimizer, piece),
+            }
+            shards += [
+                FlatShard(kind, piece.name, piece.start, each, piece.numel)
+                for kind, each in held.items()
+            ]
         return shards
+
+    def _pieces(self) -> Iterator[Piece]:
+        for name, parameter in self.named:
+            numel = math.prod(self.shapes[name])
+            for start, master, part in self._ranges(parameter, numel):
+                yield Piece(master, part, name, start, numel)
 
     def _ranges(self, parameter: Any, numel: int) -> Iterator[tuple[int, Tensor, slice]]:
         """(start within the parameter, flat master tensor, slice of it) that this rank holds."""
@@ -182,17 +209,20 @@ class DeepSpeedEngine:
 
     def describe(self) -> list[str]:
         """See `Engine.describe`."""
-        master = {str(m.dtype).removeprefix("torch.") for m in self.masters}
         return [
             f"engine: deepspeed {deepspeed.__version__}, ZeRO stage {self.stage}, "
             f"{self.world.size} partitions on {self.world.device.type}; "
             f"compute {str(self.compute_dtype).removeprefix('torch.')}, "
-            f"master weights and Adam moments {', '.join(sorted(master))}, "
-            "gradients reduced and accumulated in float32"
+            "gradients reduced and accumulated in float32",
+            describe_state(self.flat_state()),
         ]
 
 
-def _settings(config: Config, stage: int) -> dict[str, Any]:
+def _settings(config: Config, stage: int, on_gpu: bool) -> dict[str, Any]:
+    # On a GPU messages go while it computes; gloo's would take the processor that computes.
+    zero: dict[str, Any] = {"stage": stage, "contiguous_gradients": True, "overlap_comm": on_gpu}
+    if config.engine.offload == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     return {
         # Micro-batches are driven by hand; these satisfy DeepSpeed's own arithmetic.
         "train_micro_batch_size_per_gpu": 1,
@@ -202,10 +232,24 @@ def _settings(config: Config, stage: int) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "gradient_clipping": config.optim.max_grad_norm,
-        "zero_optimization": {"stage": stage, "contiguous_gradients": True, "overlap_comm": False},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW does as well on the host
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
+    }
+
+
+def _sizes(model: nn.Module, stage: int) -> dict[str, int]:
+    """Elements of DeepSpeed's buckets: gradients leave a block at a time, and the weights of the
+    next block are fetched ahead, whole. Its defaults know no model: at 7B they hold a buffer of
+    2.5 blocks, and fetch a quarter of a block ahead."""
+    largest = max(parameter.numel() for parameter in model.parameters())
+    block = max(sum(p.numel() for p in each.parameters()) for each in [*blocks(model), nn.Module()])
+    unit = max(largest, block, 50_000_000)  # smaller messages are slower
+    return {
+        "reduce_bucket_size": unit,
+        **({"stage3_prefetch_bucket_size": unit} if stage == 3 else {}),
     }
 
 

@@ -1,31 +1,44 @@
 """FSDP2: `fully_shard` for each transformer block and the rest, optionally replicated (HSDP).
 
 Parameters are float32 shards and are their own masters; blocks compute in `model.dtype`; gradients
-are reduced and accumulated in float32, as shards, after every micro-batch.
+are reduced and accumulated in float32, as shards, after every micro-batch. With
+`engine.offload=cpu` shards, gradients and moments lie in host memory, and the update is made there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from neftune_dist.config import Config, UserError
 from neftune_dist.data.loader import MicroBatch
 from neftune_dist.distributed import World
-from neftune_dist.engine.base import MASTER, FlatShard, batch_loss_sum
-from neftune_dist.model.load import block_classes, initialize_buffers
+from neftune_dist.engine.base import MASTER, FlatShard, batch_loss_sum, describe_state
+from neftune_dist.model.compute import blocks
+from neftune_dist.model.extras import update_float8_scales
+from neftune_dist.model.load import initialize_buffers
+from neftune_dist.model.loss import resolve_loss
 from neftune_dist.optim import (
-    STATE_NAMES,
     MakeOptimizer,
+    Piece,
     initialize_state,
+    local,
+    moments,
     set_learning_rate,
     set_updates,
     skip_update_where,
@@ -37,6 +50,7 @@ class FSDP2Engine:
 
     def __init__(self, config: Config, world: World) -> None:
         self.world = world
+        self.device = world.device
         self.max_grad_norm = config.optim.max_grad_norm
         self.compute_dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
         self.num_replicas = config.engine.num_replicas or 1
@@ -45,7 +59,15 @@ class FSDP2Engine:
                 f"engine.num_replicas={self.num_replicas} does not divide the {world.size} "
                 "processes of this run."
             )
+        self.settings = config.model
+        self.loss = config.model.loss
+        self.reshard_after_forward = config.engine.reshard_after_forward is not False
         self.mesh = self._mesh()
+        self.offload: OffloadPolicy | None = None
+        self.state_device = world.device
+        if config.engine.offload == "cpu":
+            self.offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+            self.state_device = torch.device("cpu")
         self.shapes: Mapping[str, tuple[int, ...]] = {}
 
     def _mesh(self) -> DeviceMesh:
@@ -59,28 +81,49 @@ class FSDP2Engine:
     def setup(self, model: Any, make_optimizer: MakeOptimizer) -> None:
         """See `Engine.setup`."""
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self.loss = resolve_loss(self.loss, model)
         policy = MixedPrecisionPolicy(
             param_dtype=self.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-        blocks = block_classes(model)
-        for module in model.modules():
-            if type(module).__name__ in blocks:
-                fully_shard(module, mesh=self.mesh, mp_policy=policy)
-        fully_shard(model, mesh=self.mesh, mp_policy=policy)
-        model.to_empty(device=self.world.device)
+        options: dict[str, Any] = {
+            "mesh": self.mesh,
+            "mp_policy": policy,
+            "offload_policy": self.offload or OffloadPolicy(),
+        }
+        units: list[Any] = blocks(model)
+        for block in units:
+            # The backward begins with the last block: its weights are just there.
+            reshard = self.reshard_after_forward and block is not units[-1]
+            fully_shard(block, reshard_after_forward=reshard, **options)
+        fully_shard(model, **options)
+        # FSDP2 asks for the next block's weights when the GPU begins this one; asked for one block
+        # earlier, they are there when they are needed.
+        for block, following in pairwise(units):
+            block.set_modules_to_forward_prefetch([following])
+        model.to_empty(device=self.state_device)
+        for module in model.modules():  # buffers are not offloaded
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(self.world.device)
         initialize_buffers(model, self.world.device)
         self.model = model
         self.named = list(model.named_parameters())
         self.optimizer = make_optimizer(self.named, self.shapes)
-        initialize_state(self.optimizer, [p for _, p in self.named])
+        self.pieces = list(self._pieces())
+        initialize_state(self.optimizer, [p for _, p in self.named], self.pieces)
 
     def loaded(self, num_updates: int) -> None:
         """See `Engine.loaded`: the shards are the masters, so only Adam's count is due."""
         set_updates(self.optimizer, num_updates)
+        self._weights_changed()
+
+    def _weights_changed(self) -> None:
+        if self.settings.float8 == "tensorwise":
+            update_float8_scales(self.model)
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """See `Engine.forward`."""
-        return batch_loss_sum(self.model, batch)
+        return batch_loss_sum(self.model, batch, self.loss)
 
     def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
         """See `Engine.backward`."""
@@ -92,8 +135,9 @@ class FSDP2Engine:
         """See `Engine.step`."""
         grads = [p.grad.to_local() for _, p in self.named if isinstance(p.grad, DTensor)]
         square = torch.stack([g.square().sum(dtype=torch.float64) for g in grads]).sum()
+        square = square.to(self.world.device)  # where the process group works
         dist.all_reduce(square, group=self.mesh["shard"].get_group())
-        norm = square.sqrt()
+        norm = square.sqrt().to(self.state_device)
         if self.max_grad_norm:
             factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0).to(torch.float32)
             torch._foreach_mul_(grads, factor)
@@ -101,27 +145,30 @@ class FSDP2Engine:
         skip_update_where(self.optimizer, ~norm.isfinite())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._weights_changed()
         return float(norm)
 
     def flat_state(self) -> list[FlatShard]:
         """See `Engine.flat_state`."""
         shards = []
+        for piece in self.pieces:
+            held = {MASTER: local(piece.tensor)[piece.part], **moments(self.optimizer, piece)}
+            shards += [
+                FlatShard(kind, piece.name, piece.start, each, piece.numel)
+                for kind, each in held.items()
+            ]
+        return shards
+
+    def _pieces(self) -> Iterator[Piece]:
         for name, parameter in self.named:
             assert isinstance(parameter, DTensor)
             shape, offset = compute_local_shape_and_global_offset(
                 parameter.shape, parameter.device_mesh, parameter.placements
             )
             numel = parameter.numel()
-            if 0 in shape:
-                continue
-            start = offset[0] * (numel // parameter.shape[0]) if offset else 0
-            for kind, tensor in (
-                (MASTER, parameter.detach()),
-                *((each, self.optimizer.state[parameter][each]) for each in STATE_NAMES),
-            ):
-                assert isinstance(tensor, DTensor)
-                shards.append(FlatShard(kind, name, start, tensor.to_local().view(-1), numel))
-        return shards
+            if 0 not in shape:
+                start = offset[0] * (numel // parameter.shape[0]) if offset else 0
+                yield Piece(parameter, slice(0, math.prod(shape)), name, start, numel)
 
     @property
     def saves(self) -> bool:
@@ -138,10 +185,9 @@ class FSDP2Engine:
         layout = f"{shards} shards" + (
             f" x {self.num_replicas} replicas" if self.num_replicas > 1 else ""
         )
-        master = {str(p.dtype).removeprefix("torch.") for _, p in self.named}
         return [
             f"engine: fsdp2, {layout} on {self.world.device.type}; "
             f"compute {str(self.compute_dtype).removeprefix('torch.')}, "
-            f"master weights and Adam moments {', '.join(sorted(master))}, "
-            "gradients reduced and accumulated in float32"
+            "gradients reduced and accumulated in float32",
+            describe_state(self.flat_state()),
         ]

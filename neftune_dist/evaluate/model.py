@@ -18,7 +18,7 @@ from neftune_dist.data.loader import evaluation_batches
 from neftune_dist.data.template import Template
 from neftune_dist.model.attention import implementation
 from neftune_dist.model.load import load_model_config, load_tokenizer
-from neftune_dist.model.loss import token_loss_sum
+from neftune_dist.model.loss import resolve_loss, token_loss_sum
 from neftune_dist.model.support import check_model, check_packable
 
 _GENERATION_ROWS = 32
@@ -107,10 +107,12 @@ def _loss(model: Any, corpus: Corpus, config: Config, device: torch.device) -> f
         total += float(
             token_loss_sum(
                 model,
+                kind=resolve_loss("auto", model),
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
                 attention_mask=batch.attention_mask,
-                document_lengths=batch.document_lengths,
+                cu_seqlens=batch.cu_seqlens,
+                longest=max(batch.document_lengths),
                 positions=batch.positions,
                 targets=batch.targets,
             )

@@ -4,6 +4,9 @@ Convention: 2 operations for a multiply-add; the backward counts twice the forwa
 under activation checkpointing is not counted. Weights: 6 per token and matrix parameter (the
 embedding lookup is free; the output projection counts for every token). Attention: causal, over
 each document's own tokens: 6 * layers * width * L^2 for a document of L tokens.
+
+Beside it stands `6 N`: 6 per token and parameter, embedding and all, and nothing for attention. It
+is what most others report, and the figure to compare with theirs.
 """
 
 from __future__ import annotations
@@ -37,6 +40,21 @@ _PEAK_FP32 = {
     "H100": 67e12,
     "A100": 19.5e12,
 }
+# What a process can allocate of the device's memory, in GiB: below the number in the device's name,
+# part of which holds error correction and the driver's own. Rounded down.
+_MEMORY_GIB = {
+    "B200": 178,
+    "GB200": 184,
+    "H200": 139,
+    "GH200": 94,
+    "H100": 79,
+    "H100 NVL": 93,
+    "H100 PCIe": 79,
+    "A100": 79,
+    "A100 40GB": 39,
+    "L40S": 44,
+    "A10": 22,
+}
 
 
 @dataclass(frozen=True)
@@ -62,6 +80,10 @@ class ModelSize:
         weights = 6.0 * self.num_matrix_parameters * num_tokens
         attention = 6.0 * self.num_layers * self.attention_width * sum_squared_lengths
         return weights + attention
+
+    def six_n_flops(self, num_tokens: int) -> float:
+        """6 N D: operations by the count that knows no attention and no lookup."""
+        return 6.0 * self.num_parameters * num_tokens
 
 
 def model_size(model: Any) -> ModelSize:
@@ -93,3 +115,8 @@ def peak_flops(device_name: str | None, dtype: str) -> float | None:
     return next(
         (rate for words, rate in table.items() if re.search(rf"\b{words}\b", device_name)), None
     )
+
+
+def known_gpus() -> dict[str, int]:
+    """Names that `peak_flops` knows, too, and the memory of one device in GiB."""
+    return dict(_MEMORY_GIB)

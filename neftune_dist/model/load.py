@@ -19,14 +19,17 @@ from torch import Tensor, nn
 
 from neftune_dist.config import ModelConfig, UserError
 from neftune_dist.model.attention import implementation
+from neftune_dist.model.compute import configure
+from neftune_dist.model.loss import resolve_loss
 from neftune_dist.model.support import check_model, check_packable
 from neftune_dist.model.weights import first_line
 
 _SMALL_FILES = ["*.json", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
-def find(config: ModelConfig) -> Path:
-    """The model's directory; a hub id is downloaded into the hub's cache, weights included."""
+def find(config: ModelConfig, weights: bool = True) -> Path:
+    """The model's directory; a hub id is downloaded into the hub's cache, with or without its
+    weights."""
     name = config.name_or_path
     path = Path(name).expanduser()
     if path.is_dir():
@@ -41,12 +44,11 @@ def find(config: ModelConfig) -> Path:
     if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise UserError(f"model.name_or_path={name} is no model directory.")
     try:
+        wanted = [*_SMALL_FILES, "model*.safetensors"] if weights else _SMALL_FILES
         folder = Path(
-            huggingface_hub.snapshot_download(
-                name, revision=config.revision, allow_patterns=[*_SMALL_FILES, "model*.safetensors"]
-            )
+            huggingface_hub.snapshot_download(name, revision=config.revision, allow_patterns=wanted)
         )
-        if not list(folder.glob("model*.safetensors")):
+        if weights and not list(folder.glob("model*.safetensors")):
             huggingface_hub.snapshot_download(
                 name, revision=config.revision, allow_patterns=["pytorch_model*.bin"]
             )
@@ -109,14 +111,8 @@ def build(folder: Path, config: ModelConfig, packing: bool) -> Any:
             f"{_plain(error, config)}"
         ) from error
     check_model(model, packing)
-    if config.activation_checkpointing == "full":
-        if not model.supports_gradient_checkpointing:
-            raise UserError(f"{type(model).__name__} supports no activation checkpointing.")
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        if enable:
-            enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        else:  # its name before transformers 5.2x
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+    configure(model, config)
+    resolve_loss(config.loss, model)
     return model.train()
 
 
@@ -166,12 +162,6 @@ def _parameters_set_aside(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name, parameter in places:
             module._parameters[name] = parameter
-
-
-def block_classes(model: Any) -> set[str]:
-    """Class names of the repeated transformer blocks, the units of sharding."""
-    names = getattr(model, "_no_split_modules", None) or []
-    return set(names)
 
 
 def parameter_aliases(model: nn.Module) -> dict[str, list[str]]:

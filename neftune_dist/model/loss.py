@@ -1,45 +1,225 @@
-"""The loss: a sum over supervised tokens, with logits computed for those alone."""
+"""The loss: a sum over supervised tokens, whose logits alone are computed, a chunk at a time.
+
+The vocabulary projection becomes the loss: within one forward the output embedding hands back the
+sum of cross-entropies where the model expects logits. So the engine's own hooks on that module
+gather its weight, sharded or tied, as for any other.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from neftune_dist.config import UserError
+from neftune_dist.model.attention import packed_arguments
+from neftune_dist.model.extras import LossSum, liger_cross_entropy
+
+# Of the float32 logits that are there at a time. Large enough that the matrix products run at full
+# rate, small against what a block's activations take.
+CHUNK_BYTES = 2**28
+
+
+def resolve_loss(kind: str, model: Any) -> str:
+    """`model.loss` for this model: auto is chunked where the loss can stand in for the logits.
+
+    Raises:
+        UserError: it was asked for, and the model does more to its logits than project, or the
+            machine or a missing package does not allow it.
+    """
+    reason = _why_plain(model)
+    if kind == "auto":
+        return "plain" if reason else "chunked"
+    if kind != "plain" and reason:
+        raise UserError(f"{type(model).__name__} {reason}: set model.loss=plain (or auto).")
+    if kind == "liger":
+        liger_cross_entropy()
+    return kind
+
+
+def _why_plain(model: Any) -> str | None:
+    """Why the model's logits are needed, or None."""
+    config = model.config.get_text_config()
+    after = [
+        name
+        for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")
+        if getattr(config, name, None) is not None
+    ]
+    if after:
+        return f"changes its logits after their projection ({after[0]})"
+    if type(model.get_output_embeddings()) is not nn.Linear:
+        return "has no plain matrix as its output embedding"
+    return None
 
 
 def token_loss_sum(
     model: Any,
     *,
+    kind: str,
     input_ids: Tensor,
     position_ids: Tensor,
     attention_mask: Tensor | None,
-    document_lengths: tuple[int, ...],
+    cu_seqlens: Tensor | None,
+    longest: int,
     positions: Tensor,
     targets: Tensor,
 ) -> Tensor:
     """Sum of the cross-entropies of the targets, float32 scalar; 0 where there are none.
 
     Args:
-        model: the causal LM as its engine wraps it. It is called like the plain one, so whatever a
-            family does to its logits (scaling, capping) is done.
-        input_ids, position_ids: (B, S). attention_mask: (B, S), or None: one row of packed
-            documents with these document_lengths.
+        model: the causal LM as its engine wraps it. It is called like the plain one.
+        kind: plain (all logits at once), chunked or liger, see `resolve_loss`.
+        input_ids, position_ids: (B, S).
+        attention_mask: (B, S); None where one row holds packed documents.
+        cu_seqlens: int32 (num_documents + 1,), their cumulative lengths. longest: the greatest of
+            the lengths.
         positions: (num_supervised,), indices into the B * S tokens. targets: the tokens that
             follow them.
+
+    Raises:
+        RuntimeError: the model changes what its output embedding gives, so that the loss cannot
+            be computed there.
     """
-    kind = (
-        {"document_lengths": document_lengths}
-        if attention_mask is None
-        else {"attention_mask": attention_mask}
-    )
+    head = model.get_output_embeddings()
+    if attention_mask is None:
+        assert cu_seqlens is not None
+        arguments = packed_arguments(head_owner(model), cu_seqlens, longest)
+    else:
+        arguments = {"attention_mask": attention_mask}
 
-    # `logits_to_keep` would do for one row; rows of a padded batch keep different positions.
-    def keep_supervised(_: Any, args: tuple[Tensor]) -> tuple[Tensor]:
-        return (args[0].flatten(0, 1)[positions][None],)
-
-    with model.get_output_embeddings().register_forward_pre_hook(keep_supervised):
-        logits = model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False, **kind
+    def forward() -> Tensor:
+        logits: Tensor = model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, **arguments
         ).logits
-    return F.cross_entropy(logits[0].float(), targets, reduction="sum")
+        return logits
+
+    if kind == "plain":
+        # `logits_to_keep` would do for one row; rows of a padded batch keep different positions.
+        def keep_supervised(_: Any, args: tuple[Tensor]) -> tuple[Tensor]:
+            return (args[0].flatten(0, 1)[positions][None],)
+
+        with head.register_forward_pre_hook(keep_supervised):
+            logits = forward()
+        return F.cross_entropy(logits[0].float(), targets, reduction="sum")
+
+    given: list[Tensor] = []
+
+    def keep_result(_: Any, __: Any, output: Tensor) -> None:
+        given.append(output)
+
+    with _loss_as_logits(head, kind, positions, targets), head.register_forward_hook(keep_result):
+        loss = forward()
+    # Engines hand on views; a scaled or capped one would have memory of its own.
+    if not given or _storage(loss) != _storage(given[0]) or loss.numel() != 1:
+        raise RuntimeError(
+            f"{type(head_owner(model)).__name__} changes its logits after their projection: set "
+            "model.loss=plain."
+        )
+    return loss.view(())
+
+
+def head_owner(model: Any) -> Any:
+    """The transformers model within what an engine wraps it in."""
+    return getattr(model, "module", model)
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+@contextmanager
+def _loss_as_logits(
+    head: nn.Linear, kind: str, positions: Tensor, targets: Tensor
+) -> Iterator[None]:
+    """Meanwhile the projection gives the loss, as (1, 1, 1)."""
+    loss_sum: LossSum = liger_cross_entropy() if kind == "liger" else chunked_cross_entropy
+
+    def forward(hidden: Tensor) -> Tensor:
+        supervised = hidden.flatten(0, 1)[positions]
+        # No view: FSDP2 warns of those, which an operation in place would take from its hooks.
+        return loss_sum(supervised, head.weight, head.bias, targets).view(1, 1, 1).clone()
+
+    usual = head.__dict__.get("forward")
+    head.forward = forward  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        if usual is None:
+            del head.forward
+        else:
+            head.forward = usual  # type: ignore[method-assign]
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+) -> Tensor:
+    """`cross_entropy(linear(hidden, weight, bias).float(), targets, reduction="sum")` with no more
+    than `CHUNK_BYTES` of logits at a time.
+
+    Args:
+        hidden: (n, d). weight: (vocabulary, d). bias: (vocabulary,). targets: int64 (n,).
+
+    Returns:
+        float32 scalar. Its gradients are computed together with it, so that no logit is computed
+        twice, and summed over chunks in float32.
+    """
+    wanted = torch.is_grad_enabled()
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, wanted)
+    return loss
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        differentiate: bool,
+    ) -> Tensor:
+        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        wanted = [differentiate and each for each in ctx.needs_input_grad[:3]]
+        grads: list[Tensor | None] = [
+            torch.zeros_like(hidden, dtype=torch.float32) if wanted[0] else None,
+            None,
+            torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[2] else None,
+        ]
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for h, t, at in zip(
+            hidden.split(rows), targets.split(rows), range(0, len(hidden), rows), strict=False
+        ):
+            logits = F.linear(h, weight, bias).float()
+            normal = logits.logsumexp(1, keepdim=True)
+            loss += (normal - logits.gather(1, t[:, None])).sum()
+            if not any(wanted):
+                continue
+            # d loss / d logits = softmax - one_hot, in the logits' memory.
+            slope = logits.sub_(normal).exp_()
+            slope.scatter_add_(1, t[:, None], slope.new_full((len(t), 1), -1.0))
+            if grads[2] is not None:
+                grads[2] += slope.sum(0)
+            slope = slope.to(weight.dtype)
+            if grads[0] is not None:
+                grads[0][at : at + rows] = slope @ weight
+            if wanted[1]:
+                part = slope.T @ h
+                # One chunk needs no sum, and so no float32 copy of a large matrix.
+                grads[1] = part if grads[1] is None else grads[1].float().add_(part)
+        if wanted[1] and grads[1] is None:  # nothing was supervised
+            grads[1] = torch.zeros_like(weight)
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = [None if each is None else each.dtype for each in (hidden, weight, bias)]
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grads = [
+            None if each is None else each.mul_(grad).to(dtype)
+            for each, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*grads, None, None)

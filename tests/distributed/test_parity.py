@@ -122,6 +122,27 @@ LAYOUTS = {
         2,
         ["engine.name=deepspeed", "model.activation_checkpointing=full"],
     ),
+    "plain loss": (2, ["model.loss=plain"]),
+    "zero-3, plain loss": (2, ["engine.name=deepspeed", "model.loss=plain"]),
+    "selective activation checkpointing, weights kept": (
+        2,
+        ["model.activation_checkpointing=selective", "engine.reshard_after_forward=false"],
+    ),
+    "zero-3, selective activation checkpointing": (
+        2,
+        ["engine.name=deepspeed", "model.activation_checkpointing=selective"],
+    ),
+    "compiled, with every option": (
+        2,
+        [
+            "model.compile=true",
+            "model.activation_checkpointing=selective",
+            "model.loss=chunked",
+            "engine.offload=cpu",
+            "train.micro_batch_tokens=96",
+        ],
+    ),
+    "zero-3, compiled": (2, ["engine.name=deepspeed", "model.compile=true"]),
 }
 
 

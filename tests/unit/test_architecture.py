@@ -28,6 +28,8 @@ HOMES = {
     "deepspeed": {"engine/deepspeed"},
     "tensorboard": {"metrics"},
     "triton": {"noise/kernel"},
+    "liger_kernel": {"model/extras"},
+    "torchao": {"model/extras"},
 }
 
 
@@ -83,8 +85,8 @@ def test_third_party_packages_have_one_home() -> None:
 
 def test_imports_stand_at_the_top() -> None:
     """But for the engine that was chosen, the command line, which answers before torch loads, the
-    doctor, who comes where packages are missing, and Triton, which only GPUs have."""
-    allowed = {"train", "cli", "noise/op"}
+    doctor, who comes where packages are missing, and what only some have: Triton, extras."""
+    allowed = {"train", "cli", "noise/op", "model/extras"}
     late = [
         f"{name}: {imported}"
         for name, path in modules().items()

@@ -7,11 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
 from neftune_dist.config import ModelConfig, UserError
-from neftune_dist.model.attention import VARLEN, implementation, varlen_attention
+from neftune_dist.model.attention import (
+    VARLEN,
+    implementation,
+    packed_arguments,
+    varlen_attention,
+)
 from neftune_dist.model.load import build
 from neftune_dist.model.support import (
     PACKING_FAMILIES,
@@ -41,12 +47,16 @@ def alone(model: Any, document: Tensor) -> Tensor:
     return logits
 
 
+def ends(lengths: tuple[int, ...]) -> Tensor:
+    return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+
+
 def packed(model: Any, documents: tuple[Tensor, ...]) -> Tensor:
     lengths = tuple(d.shape[1] for d in documents)
     logits: Tensor = model(
         input_ids=torch.cat(documents, 1),
         position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
-        document_lengths=lengths,
+        **packed_arguments(model, ends(lengths), max(lengths)),
         use_cache=False,
     ).logits
     return logits
@@ -177,7 +187,7 @@ def test_bidirectional_settings_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("what", "given"),
     [
-        ("no document_lengths", {"document_lengths": None}),
+        ("no documents", {"cu_seqlens": None}),
         ("mask", {"attention_mask": torch.zeros(1, 1, 3, 3)}),
         ("caps", {"softcap": 30.0}),
         ("sinks", {"s_aux": torch.zeros(2)}),
@@ -185,7 +195,7 @@ def test_bidirectional_settings_are_refused(tmp_path: Path) -> None:
 )
 def test_attention_refuses_what_it_does_not_do(what: str, given: dict[str, Any]) -> None:
     x = torch.zeros(1, 2, 3, 4)
-    call: dict[str, Any] = {"attention_mask": None, "document_lengths": (2, 1), **given}
+    call: dict[str, Any] = {"attention_mask": None, "cu_seqlens": ends((2, 1)), **given}
     with pytest.raises(RuntimeError, match=what):
         varlen_attention(torch.nn.Module(), x, x, x, **call)
 
@@ -195,13 +205,13 @@ def test_attention_refuses_bidirectional_modules() -> None:
     module = torch.nn.Module()
     module.is_causal = False  # type: ignore[assignment]
     with pytest.raises(RuntimeError, match="later"):
-        varlen_attention(module, x, x, x, None, document_lengths=(2, 1))
+        varlen_attention(module, x, x, x, None, cu_seqlens=ends((2, 1)))
 
 
 def test_attention_refuses_lengths_that_do_not_add_up() -> None:
     x = torch.zeros(1, 2, 3, 4)
     with pytest.raises(RuntimeError):
-        varlen_attention(torch.nn.Module(), x, x, x, None, document_lengths=(2, 2))
+        varlen_attention(torch.nn.Module(), x, x, x, None, cu_seqlens=ends((2, 2)))
 
 
 def test_auto_attention() -> None:

@@ -307,6 +307,10 @@ def test_a_file_that_cannot_be_opened(path: str) -> None:
         (["model.attention=sdpa"], "model.attention=sdpa goes with data.packing=false"),
         (["model.attention=eager"], "model.attention=eager goes with data.packing=false"),
         (["model.attention=varlen", "data.packing=false"], "varlen goes with data.packing=true"),
+        (
+            ["model.float8=tensorwise", "engine.offload=cpu"],
+            "model.float8=tensorwise does not go with engine.offload=cpu",
+        ),
         (["data.format=messages"], "data.format=messages does not fit data.source=builtin"),
         (["evaluate.every_steps=5"], "evaluate.every_steps has no effect without held-out docum"),
         (["evaluate.max_documents=5"], "evaluate.max_documents has no effect without held-out do"),

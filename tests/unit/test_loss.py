@@ -11,11 +11,13 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from neftune_dist.data.corpus import Documents
+from neftune_dist.config import UserError
 from neftune_dist.data.loader import MicroBatch, collate
 from neftune_dist.engine.base import batch_loss_sum
-from neftune_dist.model.attention import VARLEN
+from neftune_dist.model.attention import VARLEN, packed_arguments
+from neftune_dist.model.loss import chunked_cross_entropy, resolve_loss
 from tests.families import family
+from tests.unit.corpora import documents_of
 
 # Positional, tied, scaled or capped: each touches the hidden states or logits in its own way.
 FAMILIES = ["llama", "mistral", "gpt2", "opt", "cohere", "granite", "gemma3_text"]
@@ -36,7 +38,7 @@ def documents() -> list[tuple[np.ndarray, np.ndarray]]:
 
 def batch(packing: bool, indices: list[int] | None = None) -> MicroBatch:
     chosen = np.array(range(5) if indices is None else indices, np.int64)
-    return collate(cast(Documents, documents()), chosen, np.zeros_like(chosen), packing)
+    return collate(documents_of(documents()), chosen, np.zeros_like(chosen), packing)
 
 
 def naive(model: Any) -> Tensor:
@@ -57,14 +59,18 @@ def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_packed_is_padded_is_naive(model_type: str) -> None:
+@pytest.mark.parametrize("kind", ["auto", "plain"])
+def test_packed_is_padded_is_naive(
+    model_type: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("neftune_dist.model.loss.CHUNK_BYTES", 4 * 97 * 5)  # 12 targets: 3 chunks
     model = make(model_type)
     expected = naive(model)
     expected_gradients = gradients(model, expected)
     atol = 1e-5 * max(float(g.abs().max()) for g in expected_gradients.values())
     for packing in (True, False):
         model.set_attn_implementation(VARLEN if packing else "sdpa")
-        loss = batch_loss_sum(model, batch(packing))
+        loss = batch_loss_sum(model, batch(packing), resolve_loss(kind, model))
         assert loss.dtype == torch.float32
         assert loss.shape == ()
         assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -75,19 +81,20 @@ def test_packed_is_padded_is_naive(model_type: str) -> None:
 def test_capped_logits_are_capped() -> None:
     model = make("gemma2", final_logit_softcapping=2.0)
     model.set_attn_implementation("eager")
-    loss = batch_loss_sum(model, batch(packing=False))
+    loss = batch_loss_sum(model, batch(packing=False), resolve_loss("auto", model))
     assert loss.item() == pytest.approx(naive(model).item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text"])
 @pytest.mark.parametrize("indices", [[], [1]])
+@pytest.mark.parametrize("kind", ["plain", "chunked"])
 def test_nothing_to_learn_is_exactly_zero(
-    model_type: str, packing: bool, indices: list[int]
+    model_type: str, packing: bool, indices: list[int], kind: str
 ) -> None:
     model = make(model_type)
     model.set_attn_implementation(VARLEN if packing else "sdpa")
-    loss = batch_loss_sum(model, batch(packing, indices))
+    loss = batch_loss_sum(model, batch(packing, indices), kind)
     assert loss.item() == 0.0
     # Zeros, not None: every parameter takes part in the collectives of the backward.
     assert all(not gradient.any() for gradient in gradients(model, loss).values())
@@ -101,7 +108,7 @@ def test_logits_are_computed_for_supervised_positions_only(packing: bool) -> Non
     model.lm_head.register_forward_hook(lambda _m, _a, out: rows.append(out.numel() // 97))
     model.zero_grad()
     work = batch(packing)
-    batch_loss_sum(model, work).backward()
+    batch_loss_sum(model, work, "plain").backward()
     assert rows == [len(work.targets)] == [12]
     # And the model is left as it was: its next forward gives every logit.
     model.set_attn_implementation("sdpa")
@@ -112,12 +119,12 @@ def test_the_sum_is_float32_under_bfloat16() -> None:
     model = make("llama").to(torch.bfloat16)
     model.set_attn_implementation(VARLEN)
     work = batch(packing=True)
-    loss = batch_loss_sum(model, work)
+    loss = batch_loss_sum(model, work, "chunked")
     assert loss.dtype == torch.float32
     logits = model(
         input_ids=work.input_ids,
         position_ids=work.position_ids,
-        document_lengths=work.document_lengths,
+        **packed_arguments(model, cast(Tensor, work.cu_seqlens), max(work.document_lengths)),
     ).logits[0, work.positions]
     assert logits.dtype == torch.bfloat16
     expected = F.cross_entropy(logits.double(), work.targets, reduction="sum")
@@ -129,3 +136,77 @@ def test_targets_are_the_tokens_that_follow() -> None:
         work = batch(packing)
         flat = work.input_ids.flatten()
         assert torch.equal(flat[work.positions + 1], work.targets)
+
+
+@pytest.mark.parametrize("num_targets", [0, 1, 5, 6, 23])
+@pytest.mark.parametrize("biased", [False, True])
+def test_chunks_add_up(num_targets: int, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neftune_dist.model.loss.CHUNK_BYTES", 4 * 31 * 6 + 3)
+    torch.manual_seed(0)
+    hidden = torch.randn(num_targets, 8, dtype=torch.float64)
+    weight = torch.randn(31, 8, dtype=torch.float64)
+    bias = torch.randn(31, dtype=torch.float64) if biased else None
+    targets = torch.randint(31, (num_targets,))
+    given = [each for each in (hidden, weight, bias) if each is not None]
+    for each in given:
+        each.requires_grad_()
+    expected = F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="sum")
+    single = [each.detach().float().requires_grad_() for each in given]
+    loss = chunked_cross_entropy(single[0], single[1], single[2] if biased else None, targets)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    factor = 0.37  # as the step's number of supervised tokens gives one
+    for found, true in zip(
+        torch.autograd.grad(loss * factor, single),
+        torch.autograd.grad(expected * factor, given),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, true.float(), atol=1e-6, rtol=1e-5)
+
+
+def test_chunks_in_bfloat16_are_no_worse_than_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against float64, over as many chunks as would show if sums were rounded between them."""
+    monkeypatch.setattr("neftune_dist.model.loss.CHUNK_BYTES", 4 * 64 * 4)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(512, 32).bfloat16(), torch.randn(64, 32).bfloat16()
+    targets = torch.randint(64, (512,))
+    true = weight.double().requires_grad_()
+    F.cross_entropy(hidden.double() @ true.T, targets, reduction="sum").backward()
+    errors = []
+    for compute in (
+        lambda w: chunked_cross_entropy(hidden, w, None, targets),
+        lambda w: F.cross_entropy((hidden @ w.T).float(), targets, reduction="sum"),
+    ):
+        given = weight.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(compute(given), given)
+        errors.append(float((gradient.double() - true.grad).norm() / true.grad.norm()))
+    assert errors[0] < 1.2 * errors[1]
+
+
+def test_nothing_is_differentiated_under_no_grad() -> None:
+    weight = torch.randn(31, 8, requires_grad=True)
+    with torch.no_grad():
+        loss = chunked_cross_entropy(torch.randn(5, 8), weight, None, torch.arange(5))
+    assert not loss.requires_grad
+
+
+def test_no_logits_are_left_over() -> None:
+    model = make("llama")
+    model.set_attn_implementation(VARLEN)
+    sizes = []
+    model.lm_head.register_forward_hook(lambda _m, _a, out: sizes.append(out.numel()))
+    batch_loss_sum(model, batch(packing=True), "chunked").backward()
+    assert sizes == [1]
+    # And the model is left as it was: its next forward gives every logit.
+    assert "forward" not in vars(model.lm_head)
+
+
+@pytest.mark.parametrize("model_type", ["cohere", "granite"])
+def test_scaled_logits_are_not_lost(model_type: str) -> None:
+    model = make(model_type)
+    assert resolve_loss("auto", model) == "plain"
+    with pytest.raises(UserError, match=r"changes its logits.*model.loss=plain"):
+        resolve_loss("chunked", model)
+    model.set_attn_implementation(VARLEN)
+    with pytest.raises(RuntimeError, match="changes its logits"):
+        batch_loss_sum(model, batch(packing=True), "chunked")
+    assert resolve_loss("auto", make("llama")) == "chunked"

@@ -1,0 +1,138 @@
+"""On a GPU: what the blocks compute by (attention, loss, kernels, compiling, float8) decides speed,
+and nothing else beyond rounding.
+
+One command: pytest tests/gpu
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from neftune_dist.model.attention import VARLEN_OPERATOR, varlen_attention
+from neftune_dist.model.extras import liger_cross_entropy
+from neftune_dist.model.loss import chunked_cross_entropy
+from tests import tiny
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+ENDS = [0, 300, 301, 812, 1000]
+
+
+@pytest.mark.parametrize("window", [0, 128])
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
+def test_varlen_attention_agrees_with_the_cpu(window: int, heads: tuple[int, int]) -> None:
+    """Values and gradients of bfloat16 inputs, against float32 on the CPU."""
+    torch.manual_seed(0)
+    given = [torch.randn(1000, n, 64).bfloat16() for n in (heads[0], heads[1], heads[1])]
+    grad = torch.randn(1000, heads[0], 64).bfloat16()
+    results = []
+    for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
+        inputs = [each.to(device, dtype, copy=True).requires_grad_() for each in given]
+        ends = torch.tensor(ENDS, dtype=torch.int32, device=device)
+        out, _ = VARLEN_OPERATOR(*inputs, ends, 512, 0.125, window)
+        found = torch.autograd.grad(out, inputs, grad.to(device, dtype))
+        results.append([each.float().cpu() for each in (out.detach(), *found)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=0.02 * float(other.abs().max()), rtol=0)
+
+
+def test_float32_attention_agrees_with_the_cpu() -> None:
+    torch.manual_seed(0)
+    given = [torch.randn(1, 4, 1000, 64) for _ in range(3)]
+    outs = [
+        varlen_attention(
+            torch.nn.Module(),
+            *(each.to(device) for each in given),
+            None,
+            cu_seqlens=torch.tensor(ENDS, dtype=torch.int32, device=device),
+            max_seqlen=512,
+        )[0].cpu()
+        for device in ("cuda", "cpu")
+    ]
+    torch.testing.assert_close(*outs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["chunked", "liger"])
+def test_the_loss_agrees_with_the_cpu(kind: str) -> None:
+    if kind == "liger" and importlib.util.find_spec("liger_kernel") is None:
+        pytest.skip("needs liger-kernel")
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(700, 256).bfloat16(), (torch.randn(32000, 256) / 16).bfloat16()
+    targets = torch.randint(32000, (700,))
+    compute = liger_cross_entropy() if kind == "liger" else chunked_cross_entropy
+    inputs = [each.cuda().requires_grad_() for each in (hidden, weight)]
+    loss = compute(*inputs, None, targets.cuda())
+    found = torch.autograd.grad(loss * 0.37, inputs)
+    exact = [each.double().requires_grad_() for each in (hidden, weight)]
+    true = torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, targets, reduction="sum")
+    expected = torch.autograd.grad(true * 0.37, exact)
+    assert loss.item() == pytest.approx(true.item(), rel=1e-3)
+    for one, other in zip(found, expected, strict=True):
+        assert float((one.cpu().double() - other).norm() / other.norm()) < 0.01
+
+
+OPTIONS = {
+    "plain loss": (["model.loss=plain"], 0.01),
+    "full": (["model.activation_checkpointing=full"], 0.01),
+    "selective": (["model.activation_checkpointing=selective"], 0.01),
+    "flex": (["model.attention=flex"], 0.01),
+    "compiled": (["model.compile=true"], 0.01),
+    "compiled, selective": (
+        ["model.compile=true", "model.activation_checkpointing=selective"],
+        0.01,
+    ),
+    "liger": (["model.kernels=liger", "model.loss=liger"], 0.01),
+    "offload": (["engine.offload=cpu"], 0.01),
+    "weights kept": (["engine.reshard_after_forward=false"], 0.01),
+    "bf16 moments": (["optim.states=bf16"], 0.01),
+    "8-bit moments": (["optim.states=8bit"], 0.02),
+    "float8": (["model.float8=tensorwise"], 0.02),
+    "float8 by rows": (["model.float8=rowwise", "model.compile=true"], 0.02),
+}
+NEEDS = {"liger": "liger_kernel", "float8": "torchao"}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tiny.make_config(tmp_path_factory.mktemp("options"), train={"max_steps": 8})
+    path.write_text(path.read_text().replace('"fp32"', '"bf16"'))
+    return path
+
+
+def losses(config: Path, run_dir: Path, *words: str) -> list[float]:
+    done = subprocess.run(
+        [sys.executable, "-m", "neftune_dist", "train", str(config), f"run_dir={run_dir}", *words],
+        env=tiny.environment(CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0")),
+        capture_output=True,
+        text=True,
+        timeout=tiny.DEADLINE_SECONDS,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [record["loss"] for record in tiny.steps(run_dir)]
+
+
+@pytest.fixture(scope="module")
+def expected(config: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    return losses(config, tmp_path_factory.mktemp("plain") / "run")
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_trains_the_same(
+    name: str, config: Path, expected: list[float], tmp_path: Path
+) -> None:
+    words, tolerance = OPTIONS[name]
+    for option, package in NEEDS.items():
+        if name.startswith(option) and importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}")
+    found = losses(config, tmp_path / "run", *words)
+    assert found == pytest.approx(expected, rel=tolerance)
+    assert expected[-1] < 0.9 * expected[0]

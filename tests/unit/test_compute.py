@@ -1,0 +1,190 @@
+"""What the blocks compute by decides speed and memory, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from neftune_dist.config import ModelConfig, UserError
+from neftune_dist.data.loader import MicroBatch, collate
+from neftune_dist.engine.base import batch_loss_sum
+from neftune_dist.model.attention import FLEX, VARLEN, VARLEN_OPERATOR, varlen_attention
+from neftune_dist.model.compute import blocks, configure, num_compiled_graphs
+from tests.families import family
+from tests.unit.corpora import documents_of
+
+
+def make(model_type: str = "llama", attention: str = VARLEN, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        family(model_type), dtype=torch.float32, attn_implementation=attention
+    ).train()
+    configure(model, ModelConfig(name_or_path="-", **settings))
+    return model
+
+
+def batches() -> list[MicroBatch]:
+    """Of every size: many documents, one, none, and all lengths different."""
+    random = np.random.default_rng(0)
+    documents = documents_of(
+        [(random.integers(3, 97, n), np.arange(n) > n // 2) for n in random.integers(2, 40, 40)]
+    )
+    chosen = ([0, 1, 2], [3], [4, 5], [6, 7, 8, 9], [], [10], list(range(20, 40)))
+    return [collate(documents, np.array(ids, np.int64), np.zeros(len(ids)), True) for ids in chosen]
+
+
+def train(model: Any, work: list[MicroBatch]) -> list[list[Tensor]]:
+    results = []
+    for batch in work:
+        model.zero_grad()
+        loss = batch_loss_sum(model, batch, "chunked")
+        loss.backward()
+        results.append([loss.detach(), *[p.grad.clone() for p in model.parameters()]])
+    return results
+
+
+class Operators(TorchDispatchMode):
+    """Counts what is called below autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[Any, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.calls[func] = self.calls.get(func, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma3_text", "gpt2", "opt"])
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_recomputing_changes_nothing(model_type: str, mode: str) -> None:
+    """Dropout included (gpt2): what is recomputed drops what was dropped."""
+    work = batches()[:2]
+    torch.manual_seed(1)
+    expected = train(make(model_type), work)
+    model = make(model_type, activation_checkpointing=mode)
+    torch.manual_seed(1)
+    for one, other in zip(expected, train(model, work), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_selective_computes_no_product_twice() -> None:
+    """And no attention; what lies between them, it does. Full computes all of it twice."""
+    calls = {}
+    for mode in ("none", "selective", "full"):
+        model, counted = make(activation_checkpointing=mode), Operators()
+        loss = batch_loss_sum(model, batches()[0], "chunked")
+        with counted:
+            loss.backward()
+        calls[mode] = counted.calls
+    products = {mode: calls[mode][torch.ops.aten.mm.default] for mode in calls}
+    assert products["selective"] == products["none"]
+    # The last product of a block need not be made again: nothing behind it wants its input.
+    assert products["full"] == products["none"] + 6 * 2
+    assert [calls[mode].get(VARLEN_OPERATOR, 0) for mode in calls] == [0, 0, 2]
+    silu = torch.ops.aten.silu.default
+    assert [calls[mode].get(silu, 0) for mode in calls] == [0, 2, 2]
+
+
+def test_compiled_blocks_take_every_length_with_one_graph() -> None:
+    work = batches()
+    expected = train(make(), work)
+    before = num_compiled_graphs()
+    found = train(make(compile=True), work)
+    assert num_compiled_graphs() == before + 1
+    for one, other in zip(expected, found, strict=True):
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * float(a.abs().max()))
+
+
+@pytest.mark.parametrize("window", [0, 5])
+def test_the_operator_is_what_torch_demands(window: int) -> None:
+    """Schema, fake implementation, autograd: `opcheck`; and its gradient, in float64."""
+    torch.manual_seed(0)
+    query = torch.randn(12, 4, 8, dtype=torch.float64, requires_grad=True)
+    key, value = (torch.randn(12, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    ends = torch.tensor([0, 3, 4, 12], dtype=torch.int32)
+    arguments = (query, key, value, ends, 8, 0.3, window)
+    torch.library.opcheck(VARLEN_OPERATOR, arguments)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: VARLEN_OPERATOR(q, k, v, ends, 8, 0.3, window)[0], (query, key, value)
+    )
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_dropout_of_nothing_is_none(window: int | None) -> None:
+    """The way with dropout, which drops almost never here, agrees with the operator."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 12, 8) for heads in (4, 2, 2))
+    arguments = (torch.nn.Module(), query, key, value, None)
+    settings: dict[str, Any] = {
+        "cu_seqlens": torch.tensor([0, 3, 4, 12], dtype=torch.int32),
+        "max_seqlen": 8,
+        "sliding_window": window,
+    }
+    plain, _ = varlen_attention(*arguments, **settings)
+    dropped, _ = varlen_attention(*arguments, dropout=1e-9, **settings)
+    torch.testing.assert_close(plain, dropped)
+
+
+@torch.no_grad()  # FlexAttention has no backward on a CPU
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox", "phi"])
+def test_flex_is_varlen(model_type: str) -> None:
+    for batch in batches():
+        losses = [
+            batch_loss_sum(make(model_type, attention).eval(), batch, "chunked")
+            for attention in (VARLEN, FLEX)
+        ]
+        torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
+
+
+def test_flex_refuses_sliding_windows() -> None:
+    with pytest.raises(RuntimeError, match=r"sliding window.*use varlen"):
+        batch_loss_sum(make("mistral", FLEX), batches()[0], "plain")
+
+
+def test_liger_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"model\.kernels=liger needs a GPU"):
+        make(kernels="liger")
+
+
+def test_liger_replaces_norms_and_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a model without memory: the kernels themselves need a GPU (tests/gpu)."""
+    pytest.importorskip("liger_kernel")
+    from transformers.models.llama import modeling_llama
+
+    for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"):  # it changes the module, too
+        monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    model = make(kernels="liger")
+    block: Any = blocks(model)[0]
+    for module in (block.mlp, block.input_layernorm, block.post_attention_layernorm):
+        assert "Liger" in module.forward.__qualname__
+    assert modeling_llama.apply_rotary_pos_emb.__module__.startswith("liger_kernel")
+    assert "Liger" not in type(model).forward.__qualname__  # the loss stays ours
+
+
+def test_float8_is_for_the_products_of_the_blocks() -> None:
+    pytest.importorskip("torchao")
+    for recipe in ("tensorwise", "rowwise"):
+        model = make(float8=recipe)
+        names = {type(module).__name__ for block in blocks(model) for module in block.modules()}
+        assert "Float8Linear" in names
+        assert "Linear" not in names
+        assert type(model.lm_head) is torch.nn.Linear
+
+
+def test_models_without_blocks_are_refused() -> None:
+    model = make()
+    model._no_split_modules = []
+    with pytest.raises(UserError, match="names no repeated blocks"):
+        configure(model, ModelConfig(compile=True))
