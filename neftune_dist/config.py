@@ -211,7 +211,7 @@ def _types(section: Any, prefix: str = "") -> dict[str, tuple[type, ...]]:
 
 
 # What a resumed run may change where `checkpoint.accept_changes` says so.
-ACCEPTABLE_CHANGES = ("optim.", "noise.", "model.dtype")
+ACCEPTABLE_CHANGES = ("optim.", "noise.", "model.dtype", "model.float8")
 
 # Dotted key: its type, and NoneType where it may be null.
 TYPES = _types(Config)

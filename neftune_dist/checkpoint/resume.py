@@ -24,7 +24,10 @@ _MAY_CHANGE = (
     "model.weights",  # what the run began with
     "model.revision",
     "model.attention",
+    "model.loss",
     "model.activation_checkpointing",
+    "model.compile",
+    "model.kernels",
     "model.trust_remote_code",
     "data.source",  # its content is compared instead
     "data.packing",

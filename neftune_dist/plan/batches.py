@@ -13,8 +13,14 @@ from neftune_dist.data.loader import MicroBatch, collate
 from neftune_dist.data.schedule import Schedule
 from neftune_dist.model.flops import model_size
 
-# Laid out and looked at; of longer runs as many, evenly spread.
-MOST_STEPS = 1000
+# Of longer runs, steps of so many documents in all are looked at, evenly spread.
+_MOST_DOCUMENTS = 150_000
+
+
+def looked_at(schedule: Schedule) -> np.ndarray:
+    """The steps among which the heaviest micro-batches are looked for, int64 (num_chosen,)."""
+    most = max(16, _MOST_DOCUMENTS // schedule.global_batch_size)
+    return np.unique(np.linspace(0, schedule.num_steps - 1, most).astype(np.int64))
 
 
 def heaviest(
@@ -25,8 +31,7 @@ def heaviest(
     found: list[tuple[float, np.ndarray, np.ndarray]] = []
     most = 0
     weight, quadratic_tokens = _weight(config, model), model_size(model).quadratic_tokens
-    steps = np.unique(np.linspace(0, schedule.num_steps - 1, MOST_STEPS).astype(int))
-    for step in steps.tolist():
+    for step in looked_at(schedule).tolist():
         indices, epochs = schedule.documents(step)
         lengths = documents.lengths[indices]
         supervised = documents.num_supervised[indices]

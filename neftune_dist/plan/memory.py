@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+_SET_UP = "set-up"
 KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "collectives")
 
 # What the innermost of these files on the stack says of a new storage. "": it is the model's own;
@@ -86,7 +87,7 @@ class Memory(TorchDispatchMode):
 
     def __init__(self, fake_mode: FakeTensorMode, vocabulary: int) -> None:
         super().__init__()
-        self.phase, self.default, self.vocabulary = "set-up", "weights", vocabulary
+        self.phase, self.default, self.vocabulary = _SET_UP, "weights", vocabulary
         self._fake_mode = fake_mode
         self._live: dict[int, _Storage] = {}
         self._history: list[tuple[str, _Storage, int]] = []  # phase, storage, bytes more
@@ -163,16 +164,17 @@ class Memory(TorchDispatchMode):
                 storage.kind, storage.on_host, storage.share = kind, on_host, share
 
     def peak(self) -> Peak:
-        """The device's, over all that has happened."""
+        """The device's, over all that has happened since set-up. (What set-up takes for a moment,
+        DeepSpeed takes on the host where the device has no room.)"""
         now = most = host = most_host = 0.0
         at = -1
-        for i, (_, storage, more) in enumerate(self._history):
+        for i, (phase, storage, more) in enumerate(self._history):
             if storage.on_host:
                 host += more * storage.share
                 most_host = max(most_host, host)
                 continue
             now += more * storage.share
-            if now > most:
+            if now > most and phase != _SET_UP:
                 most, at = now, i
         parts = dict.fromkeys(KINDS, 0.0)
         for _, storage, more in self._history[: at + 1]:

@@ -21,7 +21,7 @@ from neftune_dist.loop import num_passes
 from neftune_dist.model import load
 from neftune_dist.model.flops import ModelSize, known_gpus, model_size, peak_flops
 from neftune_dist.model.support import check_lengths
-from neftune_dist.plan.batches import MOST_STEPS, fullest, heaviest
+from neftune_dist.plan.batches import fullest, heaviest, looked_at
 from neftune_dist.plan.memory import Peak
 from neftune_dist.plan.rehearsal import rehearsable, rehearse
 from neftune_dist.plan.remedy import find_remedy
@@ -160,13 +160,12 @@ def _log_work(
 
 
 def _memory_lines(config: Config, peak: Peak, world_size: int, subject: Subject) -> Iterator[str]:
-    num_steps = subject.schedule.num_steps if subject.schedule else 0
     if subject.schedule is None:
         batches = "full micro-batches, all of whose tokens are learned"
-    elif num_steps > MOST_STEPS:
-        batches = f"the heaviest micro-batches of {MOST_STEPS} of the {num_steps} steps"
     else:
-        batches = "the heaviest micro-batches of all steps"
+        seen, steps = len(looked_at(subject.schedule)), subject.schedule.num_steps
+        of = f"{seen} of {steps} steps" if seen < steps else "all steps"
+        batches = f"the heaviest micro-batches of {of}"
     yield f"memory: GiB of {_each(world_size)}, at the peak ({peak.moment}), {batches}"
     for kind, amount in peak.parts.items():
         yield f"  {kind:<12}{amount / GIB:9.2f}"
@@ -194,7 +193,7 @@ def _gpu_lines(
     mfu: float,
     names: list[str],
 ) -> Iterator[str]:
-    yield f"time: on {world_size} of them, at an assumed {mfu:.0%} of the data-sheet rate"
+    yield f"GPUs: time on {world_size}, at an assumed {mfu:.0%} of the data-sheet rate"
     for name in names:
         gib = known_gpus()[name]
         fits = "fits" if needed(peak) <= gib * GIB else "does not fit"

@@ -22,17 +22,20 @@ from neftune_dist.config import load_config
 
 ROOT = Path(__file__).parents[2]
 _TICKS = os.sysconf("SC_CLK_TCK")
+_POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
 class Finished:
     """A process that came to its end.
 
-    out: what it printed. others: share of the machine's cores that other processes took meanwhile.
-    load: the machine's load average over a minute, just before.
+    out: what it printed. marks: seconds of processor time that it had used when each line of the
+    watched file was there. others: share of the machine's cores that other processes took
+    meanwhile. load: the machine's load average over a minute, just before.
     """
 
     out: str
+    marks: list[float]
     others: float
     load: float
 
@@ -87,7 +90,9 @@ def environment(threads: int) -> dict[str, str]:
     }
 
 
-def run(words: Sequence[object], threads: int, limit_seconds: float) -> Finished:
+def run(
+    words: Sequence[object], threads: int, limit_seconds: float, watched: Path | None = None
+) -> Finished:
     """Run Python with these words, and see what else the machine did meanwhile.
 
     Raises:
@@ -95,18 +100,29 @@ def run(words: Sequence[object], threads: int, limit_seconds: float) -> Finished
     """
     load = os.getloadavg()[0]
     began, busy, own = time.monotonic(), _busy_seconds(), _seconds_of_children()
-    done = subprocess.run(
-        [sys.executable, *map(str, words)],
-        env=environment(threads),
-        capture_output=True,
-        text=True,
-        timeout=limit_seconds,
-    )
-    if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, words))}\n{(done.stdout + done.stderr)[-3000:]}")
+    marks: list[float] = []
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(
+            [sys.executable, *map(str, words)], env=environment(threads), stdout=out, stderr=err
+        )
+        try:
+            while process.poll() is None and time.monotonic() - began < limit_seconds:
+                if watched is not None and watched.exists():
+                    number = watched.read_bytes().count(b"\n")
+                    marks += [_seconds_of(process.pid)] * (number - len(marks))
+                time.sleep(_POLL_SECONDS)
+        finally:
+            process.kill()
+            process.wait()
+        out.seek(0)
+        err.seek(0)
+        said = out.read()
+        if process.returncode:
+            raise SystemExit(f"{' '.join(map(str, words))}\n{(said + err.read())[-3000:]}")
     others = _busy_seconds() - busy - (_seconds_of_children() - own)
     cores = len(os.sched_getaffinity(0))
-    return Finished(done.stdout, max(0.0, others / (time.monotonic() - began) / cores), load)
+    share = max(0.0, others / (time.monotonic() - began) / cores)
+    return Finished(said, marks, share, load)
 
 
 def train(
@@ -122,6 +138,7 @@ def train(
             [*(launcher if ranks > 1 else []), "-m", "neftune_dist", "train", config],
             threads,
             limit_seconds,
+            watched=Path(folder) / "run/metrics.jsonl",
         )
         lines = (Path(folder) / "run/metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines], done
@@ -167,6 +184,15 @@ def _busy_seconds() -> float:
     """Of all cores, for all processes, since the machine started: user, nice and system time."""
     user, nice, system = Path("/proc/stat").read_text().split()[1:4]
     return (int(user) + int(nice) + int(system)) / _TICKS
+
+
+def _seconds_of(process: int) -> float:
+    """Processor time of a process and its threads; 0 where it has ended."""
+    try:
+        after_name = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(after_name[11]) + int(after_name[12])) / _TICKS
 
 
 def _seconds_of_children() -> float:

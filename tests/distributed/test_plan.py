@@ -65,16 +65,20 @@ class Measured:
         def saved(trainer: Trainer, *arguments: Any) -> None:
             profiler.stop()
             now = most = 0
-            for event in profiler.profiler.kineto_results.events():
+            results: Any = profiler.profiler
+            for event in results.kineto_results.events():
                 if event.name() == "[memory]":
                     now += event.nbytes()
                     most = max(most, now)
             (self.folder / f"{trainer.world.rank}.json").write_text(json.dumps(most))
             save(trainer, *arguments)
 
-        train.make_engine = made
-        Work.wait = waited
-        Trainer.save = saved  # type: ignore[method-assign]
+        for owner, name, mine in (
+            (train, "make_engine", made),
+            (Work, "wait", waited),
+            (Trainer, "save", saved),
+        ):
+            setattr(owner, name, mine)
 
 
 # Ranks, model and settings; together they have every engine, every stage, and every way to save
@@ -123,7 +127,10 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_the_plan_is_what_a_run_takes(case: str, configs: dict[str, Path], tmp_path: Path) -> None:
     ranks, model, words = CASES[case]
     run = tiny.run_forked(
-        *("train", configs[model], f"run_dir={tmp_path}", *words),
+        "train",
+        configs[model],
+        f"run_dir={tmp_path}",
+        *words,
         ranks=ranks,
         before=Measured(tmp_path),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ def test_a_peak_is_split_by_what_storages_turn_out_to_be() -> None:
         x = torch.zeros(10, 100)
         y = x @ weight
         view = y.view(-1)[5:]
-        logits = torch.zeros(10, 50)
         del x
+        logits = torch.zeros(10, 50)
         memory.phase = "backward"
         late = torch.zeros(1000)
         memory.name([late], "gradients")
@@ -66,6 +67,7 @@ def test_a_peak_is_split_by_what_storages_turn_out_to_be() -> None:
 
 
 def test_memory_follows_resizing_host_and_shares() -> None:
+    usual = torch.UntypedStorage.resize_
     fake = FakeTensorMode()
     with fake, Memory(fake, vocabulary=50) as memory:
         gathered = torch.empty(1000)
@@ -73,12 +75,13 @@ def test_memory_follows_resizing_host_and_shares() -> None:
         on_host, shard = torch.zeros(500), torch.zeros(800)
         memory.name(on_host, "optimizer", on_host=True)
         memory.name(shard, "weights", share=0.25)
+        memory.phase = "forward"
         gathered.untyped_storage().resize_(4000)
+        gathered.untyped_storage().resize_(0)
         assert float(shard.sum()) == 0.0  # whoever asks for a value goes on
     peak = memory.peak()
     assert peak.num_bytes == 4000 + 800 and peak.host_bytes == 2000
-    # Nothing is left behind.
-    assert torch.empty(3).untyped_storage().resize_.__qualname__ != "Memory.__enter__"
+    assert torch.UntypedStorage.resize_ is usual
 
 
 # --------------------------------------------------------------------------------- rehearsal
@@ -123,6 +126,7 @@ def test_fsdp2_keeps_a_share_of_everything(ranks: int, folder: Path) -> None:
 def test_deepspeed_keeps_what_its_stage_says(stage: int, folder: Path) -> None:
     ranks = 4
     words = ("engine.name=deepspeed", f"engine.zero_stage={stage}", "model.dtype=bf16")
+    import_module("neftune_dist.engine.deepspeed")
     before = dict(os.environ)
     sizes, peak = state(folder, ranks, *words)
     n = sum(sizes)
@@ -134,9 +138,9 @@ def test_deepspeed_keeps_what_its_stage_says(stage: int, folder: Path) -> None:
 
 def test_many_partitions_are_scaled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     peaks = []
-    for most in (64, 8):
+    for most in (16, 4):
         monkeypatch.setattr(rehearsal, "_MOST_PARTITIONS", most)
-        peaks.append(state(folder, 64, "engine.name=deepspeed")[1])
+        peaks.append(state(folder, 16, "engine.name=deepspeed")[1])
     for kind in KINDS:
         assert peaks[1].parts[kind] == pytest.approx(peaks[0].parts[kind], rel=0.05, abs=2000)
 
@@ -153,9 +157,8 @@ def test_each_way_to_save_memory_saves_it(folder: Path) -> None:
     )
     assert chunked.parts["logits"] <= plain.parts["logits"]
     assert full.num_bytes < selective.num_bytes < chunked.num_bytes
-    assert 0.2 < peak("optim.states=8bit").parts["optimizer"] / plain.parts["optimizer"] < 0.8
     kept = plain.parts["weights"] + plain.parts["optimizer"]
-    assert offloaded.host_bytes > 0.99 * kept and offloaded.parts["optimizer"] == 0
+    assert offloaded.host_bytes > 0.99 * kept > 100 * offloaded.parts["optimizer"]
 
 
 # ----------------------------------------------------------------------------------- batches
@@ -165,14 +168,14 @@ def test_the_heaviest_micro_batches_are_found(folder: Path) -> None:
     """Of two steps of six documents, on one rank: the first of each, and the later ones."""
     lengths = [3, 9, 4, 4, 8, 2, 7, 9, 5, 6, 2, 3]
     rows = [(np.zeros(n), (np.arange(n) > 0).astype(np.uint8)) for n in lengths]
-    config = settings(folder, "data.max_length=9", "train.micro_batch_tokens=16")
-    config.train.global_batch_size, config.train.max_steps = 6, 2
-    schedule = make_schedule(config.train, len(rows), "x")
+    config = settings(folder, "train.global_batch_size=6", "train.max_steps=2")
     subject = read(config)
+    config.train.micro_batch_tokens = 12
+    schedule = make_schedule(config.train, len(rows), "x")
     sizes: dict[int, list[int]] = {0: [], 1: []}
     for step in (0, 1):
         chosen = np.array(lengths)[schedule.documents(step)[0]]
-        layout = lay_out(chosen, 1, 16, True, subject.size.quadratic_tokens)
+        layout = lay_out(chosen, 1, 12, True, subject.size.quadratic_tokens)
         for place, (group,) in enumerate(layout.groups):
             sizes[min(place, 1)].append(int(chosen[list(group)].sum()))
     found = heaviest(documents_of(rows), schedule, config, 1, subject.model)
@@ -193,9 +196,7 @@ def test_without_data_micro_batches_are_full() -> None:
 # ------------------------------------------------------------------------------------ remedy
 
 
-def suggested(
-    room: float, *words: str, ranks: int = 8, needs: dict[str, float] | None = None
-) -> tuple[str | None, list[str]]:
+def suggested(room: float, *words: str, ranks: int = 8) -> tuple[str | None, list[str]]:
     """What is suggested where a run needs so much, and what was tried on the way. The model is made
     of numbers: 100 of state, 100 of activations, 40 of logits."""
     config = load_config(None, ["model.name_or_path=x", *words])
@@ -208,8 +209,8 @@ def suggested(
         activations = 100 * kept[changed.model.activation_checkpointing]
         activations *= changed.train.micro_batch_tokens / 8192
         logits = 40.0 if changed.model.loss == "plain" else 0.0
-        parts = {**dict.fromkeys(KINDS, 0), "weights": state, "activations": activations}
-        return Peak({**parts, "logits": logits}, "", 0)  # type: ignore[arg-type]
+        parts = {"weights": state, "activations": activations, "logits": logits}
+        return Peak({kind: round(parts.get(kind, 0)) for kind in KINDS}, "", 0)
 
     log: list[str] = []
     peak = rehearse(config, ranks)
@@ -225,12 +226,13 @@ def suggested(
         (205, ["model.loss=plain"], "model.loss=chunked"),
         (170, [], "model.activation_checkpointing=selective"),
         (112, [], "model.activation_checkpointing=full"),
-        # Not by a smaller batch, which would have to be too small.
-        (101, ["data.max_length=4096"], "model.activation_checkpointing=full "
-         "train.micro_batch_tokens=4096 optim.states=8bit"),
-        # The state alone is too large: what the batch takes need not be looked at before.
-        (60, [], "--world-size=16 model.activation_checkpointing=full"),
-        (1e-3, [], None),
+        (103, [], "model.activation_checkpointing=full train.micro_batch_tokens=2048"),
+        # Documents must fit; so not by a smaller batch.
+        (103, ["data.max_length=4096"], "model.activation_checkpointing=full optim.states=8bit"),
+        # The state alone is too large: that comes first; what turns out to be needless goes.
+        (75, [], "optim.states=8bit model.activation_checkpointing=full"),
+        (60, [], "model.activation_checkpointing=full engine.offload=cpu"),
+        (0.5, [], None),
     ],
 )  # fmt: skip
 def test_the_cheapest_change_that_fits_is_found(
@@ -270,7 +272,7 @@ def test_a_plan_names_all_that_a_run_needs(folder: Path) -> None:
 
 def test_without_data_none_is_read(folder: Path) -> None:
     text = "\n".join(lines_of(folder, "data.source=/nowhere.jsonl", with_data=False))
-    assert "full micro-batches" in text and "steps:" not in text
+    assert "full micro-batches" in text and "work:" not in text
 
 
 def test_what_does_not_fit_ends_with_what_would(
@@ -279,7 +281,7 @@ def test_what_does_not_fit_ends_with_what_would(
     config = settings(folder)
     peak = read(config).peak(config, 2)
     monkeypatch.setattr(report, "MARGIN_GIB", 0)
-    room = 0.7 * peak.num_bytes
+    room = 0.8 * peak.num_bytes
     monkeypatch.setattr(report, "known_gpus", lambda: {"H100": room / 2**30})
     with pytest.raises(UserError, match=r"append .*activation_checkpointing=") as raised:
         lines_of(folder, gpu="H100")
