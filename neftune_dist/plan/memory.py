@@ -222,3 +222,5 @@ def _tensors(where: Any) -> Iterator[Tensor]:
             yield from _tensors([getattr(leaf, name) for name in names])
         elif isinstance(leaf, Tensor):
             yield leaf
+        elif isinstance(leaf, list):  # of a class of its own, which tree_leaves does not look into
+            yield from _tensors(list(leaf))

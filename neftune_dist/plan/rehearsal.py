@@ -156,9 +156,11 @@ class _Kept:
 
     def name_gradients(self) -> None:
         """After a backward."""
+        # The model's own, which ZeRO-1 keeps whole. FSDP2 updates them, so they are shards.
+        self.memory.name([p.grad for p in self.engine.model.parameters()], "gradients")
         groups = self.optimizer.made.param_groups
         self._name([p.grad for group in groups for p in group["params"]], "gradients")
-        # DeepSpeed keeps some under names of its own, by stage.
+        # DeepSpeed keeps others under names of its own, by stage.
         zero = vars(self.engine.zero) if hasattr(self.engine, "zero") else {}
         self._name([each for name, each in zero.items() if "grad" in name], "gradients")
 

@@ -3,9 +3,9 @@
 All contenders train the same model on the same documents, tokenised once, with the same loss
 (supervised tokens alone), global batch, optimizer and noise strength; padded steps hold the very
 documents that this package's hold. Each runs in a process of its own, one after the other, round by
-round, so that peak memory (VmHWM) is its own. The first step of each is a warm-up and not counted. A
-useful token is a document's real token. On a machine that does other work, too, look at tokens per
-second of processor time, with --threads 1: threads that wait for each other use some up.
+round, so that peak memory (VmHWM) is its own. The first step of each is a warm-up and not counted.
+A useful token is a document's real token. On a machine that does other work, too, look at tokens
+per second of processor time, with --threads 1: threads that wait for each other use some up.
 
 TRL runs twice in each layout: as it comes, and at its best: without recomputation of activations
 (gradient_checkpointing, which TRL turns on and this package does not) and, padded, with the sampler

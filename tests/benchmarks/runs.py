@@ -164,11 +164,11 @@ def environment_line(packages: Sequence[str]) -> str:
 
 def show(rows: Mapping[str, Sequence[object]], heads: Sequence[str]) -> None:
     """A table: a name and a column for each head."""
-    width = max(map(len, rows), default=0)
-    columns = [max(12, len(head) + 2) for head in heads]
-    for name, cells in {"": heads, **rows}.items():
-        line = "".join(f"{c!s:>{w}}" for c, w in zip(cells, columns, strict=True))
-        print(f"{name:{width}}{line}")
+    lines = [["", *heads], *([name, *map(str, cells)] for name, cells in rows.items())]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for name, *cells in lines:
+        line = "".join(f"  {c:>{w}}" for c, w in zip(cells, widths[1:], strict=True))
+        print(f"{name:{widths[0]}}{line}")
 
 
 def _processor() -> str:
