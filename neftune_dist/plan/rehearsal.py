@@ -201,7 +201,7 @@ def _world(size: int) -> Iterator[None]:
 @contextmanager
 def _deepspeed(config: Config, model: Any) -> Iterator[None]:
     """What DeepSpeed must not do in a rehearsal: ask other ranks for values, move tensors that are
-    in place, and keep a process group for the next one."""
+    in place, and leave a process group or a function of its own behind."""
     if config.engine.name != "deepspeed":
         yield
         return
@@ -213,6 +213,8 @@ def _deepspeed(config: Config, model: Any) -> Iterator[None]:
         # It would be compiled first: a minute.
         stack.enter_context(patch("deepspeed.comm.torch.build_shm_op", lambda: None))
         stack.enter_context(patch("deepspeed.utils.groups._WORLD_GROUP", None))
+        # Stage 3 puts its own in this place, for good.
+        stack.enter_context(patch("torch.nn.functional.linear", torch.nn.functional.linear))
         stack.enter_context(patch.dict(os.environ))
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")

@@ -127,7 +127,7 @@ def test_deepspeed_keeps_what_its_stage_says(stage: int, folder: Path) -> None:
     ranks = 4
     words = ("engine.name=deepspeed", f"engine.zero_stage={stage}", "model.dtype=bf16")
     import_module("neftune_dist.engine.deepspeed")
-    before = dict(os.environ)
+    before, linear = dict(os.environ), torch.nn.functional.linear
     sizes, peak = state(folder, ranks, *words)
     n = sum(sizes)
     compute = 2 * n / (ranks if stage == 3 else 1)
@@ -138,6 +138,7 @@ def test_deepspeed_keeps_what_its_stage_says(stage: int, folder: Path) -> None:
     head = 2 * sizes[0]  # of the projection, computed together with the loss
     assert kept * 0.99 < peak.parts["gradients"] < kept * 1.01 + 3 * head
     assert not dist.is_initialized() and dict(os.environ) == before
+    assert torch.nn.functional.linear is linear
 
 
 def test_many_partitions_are_scaled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
