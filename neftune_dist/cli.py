@@ -134,7 +134,13 @@ def _export(arguments: argparse.Namespace) -> int:
     from neftune_dist.export import export
 
     output = Path(arguments.output) if arguments.output else None
-    export(Path(arguments.run_dir), output, step=arguments.step, dtype=arguments.dtype)
+    export(
+        Path(arguments.run_dir),
+        output,
+        step=arguments.step,
+        dtype=arguments.dtype,
+        adapter=arguments.adapter,
+    )
     return 0
 
 
@@ -227,7 +233,10 @@ def _parser() -> argparse.ArgumentParser:
     added = verb("export", _export, "Write a checkpoint as a Hugging Face model directory.")
     added.add_argument("run_dir")
     added.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
-    added.add_argument("--output", help="default: RUN_DIR/export")
+    added.add_argument("--output", help="default: RUN_DIR/export, or RUN_DIR/adapter")
+    added.add_argument(
+        "--adapter", action="store_true", help="the adapter alone, as PEFT loads it, not merged"
+    )
     added.add_argument("--dtype", choices=("original", "fp32", "bf16", "fp16"), default="original")
     added = verb("evaluate", _evaluate, "Held-out loss and answers of a run's export, noise off.")
     added.add_argument("run_dir", help="names the configuration and the held-out documents")

@@ -64,6 +64,19 @@ class ModelConfig:
 
 
 @dataclass
+class AdapterConfig:
+    """Small matrices trained in place of the weights, which stay frozen (PEFT)."""
+
+    method: str = "none"  # none | lora | dora
+    base: str = "plain"  # of frozen weights: plain (model.dtype) | nf4 (4 bits: QLoRA)
+    rank: int = 16
+    alpha: float = 32.0  # the adapter's output counts alpha / rank times
+    scaling: str = "standard"  # standard | rslora: alpha / sqrt(rank)
+    dropout: float = 0.0  # of the adapter's input
+    targets: str = "all"  # all matrices of the blocks, or layers' names: q_proj,v_proj
+
+
+@dataclass
 class DataConfig:
     """Which documents, and how they become tokens."""
 
@@ -177,6 +190,7 @@ class Config:
 
     run_dir: str = "runs/default"
     model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -223,6 +237,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "model.activation_checkpointing": ("none", "selective", "full"),
     "model.kernels": ("torch", "liger"),
     "model.float8": ("none", "tensorwise", "rowwise"),
+    "adapter.method": ("none", "lora", "dora"),
+    "adapter.base": ("plain", "nf4"),
+    "adapter.scaling": ("standard", "rslora"),
     "data.format": ("auto", "alpaca", "prompt_completion", "messages"),
     "data.template": ("chat", "alpaca"),
     "data.supervise": ("assistant", "all"),
@@ -241,6 +258,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 
 # key: (least, greatest), and whether each of them is itself allowed, as "[]" or "()"
 RANGES: dict[str, tuple[float, float, str]] = {
+    "adapter.rank": (1, 2**16, "[]"),
+    "adapter.alpha": (0, 2**16, "(]"),
+    "adapter.dropout": (0, 1, "[)"),
     "data.max_length": (2, 2**20, "[]"),  # 2^20: the positions a noise counter is promised for
     "data.num_held_out": (0, math.inf, "[)"),
     "data.max_bad_fraction": (0, 1, "[]"),
@@ -357,6 +377,7 @@ def _check_contradictions(config: Config) -> None:
             f"model.float8=tensorwise does not go with engine.offload={config.engine.offload}: the "
             "scales of its weights are reduced between GPUs; use model.float8=rowwise."
         )
+    _check_adapter(config)
     if data.source == BUILTIN_SOURCE and data.format not in ("auto", "alpaca"):
         raise UserError(f"data.format={data.format} does not fit data.source=builtin: use auto.")
     for key in ("every_steps", "max_documents"):
@@ -368,6 +389,26 @@ def _check_contradictions(config: Config) -> None:
     if config.optim.schedule == "constant" and config.optim.final_fraction:
         raise UserError("optim.final_fraction has no effect with optim.schedule=constant.")
     _check_noise(config.noise)
+
+
+def _check_adapter(config: Config) -> None:
+    adapter = config.adapter
+    if adapter.method == "none":
+        for name, usual in vars(AdapterConfig()).items():
+            if getattr(adapter, name) != usual:
+                raise UserError(
+                    f"adapter.{name} has no effect with adapter.method=none: set adapter.method."
+                )
+    elif config.model.float8 != "none":
+        raise UserError(
+            f"model.float8={config.model.float8} goes with adapter.method=none: frozen weights "
+            "have no float8 of their own."
+        )
+    if adapter.method == "dora" and adapter.base == "nf4":
+        raise UserError(
+            "adapter.method=dora goes with adapter.base=plain: it needs the frozen matrices "
+            "themselves in every step."
+        )
 
 
 def _check_checkpoint(checkpoint: CheckpointConfig) -> None:

@@ -1,6 +1,7 @@
 """A checkpoint as a Hugging Face model directory, on one small machine: no process group, no GPU.
 
 Tensors stream from the checkpoint into safetensors files; the peak of host memory is near one file.
+What a run trained beside frozen weights is merged into them, or written alone, as PEFT has it.
 """
 
 from __future__ import annotations
@@ -9,15 +10,19 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from neftune_dist.checkpoint import flat, store
-from neftune_dist.config import UserError
+from neftune_dist.config import AdapterConfig, ModelConfig, UserError
 from neftune_dist.engine.base import MASTER, FlatShard
+from neftune_dist.model import load
+from neftune_dist.model.adapters import merged, peft_name, peft_settings, quantized_names
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FILE_BYTES = 4 * 2**30
@@ -42,6 +47,7 @@ def export(
     *,
     step: int | None = None,
     dtype: str = "original",
+    adapter: bool = False,
     log: Callable[[str], None] = print,
 ) -> Path:
     """Write the model of a run's checkpoint to `output` (default RUN_DIR/export); its path.
@@ -49,9 +55,11 @@ def export(
     Args:
         step: of the checkpoint; None: the newest complete one.
         dtype: original (the base model's), fp32, bf16 or fp16.
+        adapter: write the trained adapter alone, as PEFT loads it (default RUN_DIR/adapter).
 
     Raises:
-        UserError: no such checkpoint, a damaged one, or `output` cannot be written.
+        UserError: no such checkpoint, a damaged one, frozen weights that are not where they were,
+            or `output` cannot be written.
     """
     checkpoint = _choose(run_dir, step)
     if flaw := checkpoint.first_flaw():
@@ -60,7 +68,10 @@ def export(
             "Choose another with --step."
         )
     state = checkpoint.trainer_state()
-    output = output or run_dir / "export"
+    adapted = AdapterConfig(**state["config"].get("adapter", {}))
+    if adapter and adapted.method == "none":
+        raise UserError(f"{run_dir} trained no adapter: leave out --adapter.")
+    output = output or run_dir / ("adapter" if adapter else "export")
     partial = output.with_name(output.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -68,10 +79,14 @@ def export(
         for file in sorted((run_dir / MODEL_FOLDER).iterdir()):
             shutil.copyfile(file, partial / file.name)
         chosen = _set_dtype(partial / "config.json", dtype)
-        _write_weights(checkpoint.folder, state, partial, chosen)
+        if adapter:
+            (partial / "config.json").unlink()
+            _write_adapter(checkpoint.folder, state, partial, adapted)
+        else:
+            _write_weights(_Content.of(checkpoint.folder, state, adapted), partial, chosen)
         (partial / "README.md").write_text(_card(state))
         if output.exists():
-            if not (output / "config.json").exists():
+            if not any((output / name).exists() for name in ("config.json", "adapter_config.json")):
                 raise UserError(f"{output} exists and is no export: choose another --output.")
             shutil.rmtree(output)
         partial.rename(output)
@@ -110,17 +125,56 @@ def _set_dtype(path: Path, dtype: str) -> torch.dtype:
     return chosen
 
 
-def _write_weights(
-    folder: Path, state: Mapping[str, Any], output: Path, dtype: torch.dtype
-) -> None:
-    shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
-    size = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+@dataclass(frozen=True)
+class _Content:
+    """A model's tensors: their shapes by name, in order, and each of them whole, float."""
+
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+
+    @staticmethod
+    def of(folder: Path, state: Mapping[str, Any], adapter: AdapterConfig) -> _Content:
+        """Of a checkpoint, its adapters merged into the weights that they were trained beside."""
+        shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
+        reader = flat.Reader(folder, alone=True)
+
+        def trained(name: str) -> Tensor:
+            return _read(reader, name, shapes[name])
+
+        if adapter.method == "none":
+            return _Content(shapes, trained)
+        kept = ("name_or_path", "weights", "revision", "trust_remote_code")
+        config = ModelConfig(**{key: state["config"]["model"][key] for key in kept})
+        base, packing = load.find(config), state["config"]["data"]["packing"]
+        plain = load.build(base, config, packing)
+        files = load.open_weights(plain, base, config, seed=0)
+        in_4_bits = quantized_names(load.build(base, config, packing, adapter))
+        parts = {name: trained(name) for name in shapes}
+        plain_shapes = {name: tuple(p.shape) for name, p in plain.named_parameters()}
+
+        def merge(name: str) -> Tensor:
+            shape = plain_shapes[name]
+            weight = files.read(name, 0, math.prod(shape)).view(shape)
+            return merged(name, weight, parts, adapter, name in in_4_bits)
+
+        return _Content(plain_shapes, merge)
+
+
+def _read(reader: flat.Reader, name: str, shape: tuple[int, ...]) -> Tensor:
+    """A trained parameter, whole, float32."""
+    numel = math.prod(shape)
+    tensor = torch.empty(numel)
+    reader.read([FlatShard(MASTER, name, 0, tensor, numel)])
+    return tensor.view(shape)
+
+
+def _write_weights(content: _Content, output: Path, dtype: torch.dtype) -> None:
+    size = {name: math.prod(shape) * dtype.itemsize for name, shape in content.shapes.items()}
     files: list[list[str]] = [[]]
-    for name in shapes:
+    for name in content.shapes:
         if files[-1] and sum(size[n] for n in files[-1]) + size[name] > _FILE_BYTES:
             files.append([])
         files[-1].append(name)
-    reader = flat.Reader(folder, alone=True)
     weight_map = {}
     for number, names in enumerate(files, 1):
         file = (
@@ -128,23 +182,44 @@ def _write_weights(
             if len(files) == 1
             else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         )
-        tensors = {}
-        for name in names:
-            numel = math.prod(shapes[name])
-            whole = FlatShard(MASTER, name, 0, torch.empty(numel), numel)
-            reader.read([whole])
-            tensors[name] = whole.tensor[:].to(dtype).view(shapes[name])
-            weight_map[name] = file
         # Tied weights are stored once, as transformers does.
+        tensors = {name: content.read(name).to(dtype) for name in names}
+        weight_map.update(dict.fromkeys(names, file))
         save_file(tensors, output / file, metadata={"format": "pt"})
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
         (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
+def _write_adapter(
+    folder: Path, state: Mapping[str, Any], output: Path, adapter: AdapterConfig
+) -> None:
+    shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
+    reader, tensors, layers = flat.Reader(folder, alone=True), {}, set()
+    for name, shape in shapes.items():
+        layer, saved = peft_name(name)
+        tensors[saved] = _read(reader, name, shape)
+        layers.add(layer)
+    save_file(tensors, output / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": state["config"]["model"]["name_or_path"],
+        "inference_mode": True,
+        **peft_settings(adapter, sorted(layers)),
+    }
+    (output / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
 def _card(state: Mapping[str, Any]) -> str:
     config = state["config"]
     noise, train, optim = config["noise"], config["train"], config["optim"]
+    adapter = AdapterConfig(**config.get("adapter", {}))
+    trained = (
+        "all weights"
+        if adapter.method == "none"
+        else f"{adapter.method}, rank {adapter.rank}, alpha {adapter.alpha:g} ({adapter.scaling}), "
+        f"on {adapter.targets} matrices, {adapter.base} weights"
+    )
     how = (
         f"NEFTune noise (arXiv 2310.05914), alpha {noise['alpha']} ({noise['schedule']}), "
         f"{noise['distribution']}, {noise['length']} length, {noise['stream']} stream"
@@ -163,6 +238,7 @@ Trained by neftune_dist {state["versions"]["neftune_dist"]} with {how}.
 
 | | |
 |---|---|
+| trained | {trained} |
 | steps | {progress["step"]} of {train["global_batch_size"]} documents |
 | tokens | {progress["num_tokens"]}, {progress["num_supervised_tokens"]} of them supervised |
 | longest document | {config["data"]["max_length"]} tokens |

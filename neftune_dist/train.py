@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from neftune_dist import __version__, attempt
 from neftune_dist.attempt import EXIT_DONE, EXIT_STOPPED
@@ -34,7 +35,6 @@ from neftune_dist.model import load
 from neftune_dist.model.attention import VARLEN, implementation, varlen_kernel
 from neftune_dist.model.flops import ModelSize, model_size
 from neftune_dist.model.support import check_lengths
-from neftune_dist.model.weights import WeightFiles, weights_folder
 from neftune_dist.noise.hook import NEFTune
 from neftune_dist.optim import MakeOptimizer
 from neftune_dist.watch.straggler import Stragglers
@@ -69,7 +69,7 @@ class _Prepared:
     found: store.Checkpoint | None
     progress: Progress
     evaluation_due: bool  # before the first step to be made
-    weights: WeightFiles | None  # None where a checkpoint holds them
+    weights: load.Weights | None  # None where a checkpoint holds all
     changes: list[str]  # of settings since the checkpoint
 
 
@@ -164,7 +164,7 @@ def _prepare(config: Config, run_dir: Path, world: World) -> _Prepared:
     found = resume.find(run_dir, config, world)
     with world.agree():
         schedule = make_schedule(config.train, len(corpus.train), corpus.fingerprint)
-        model = load.build(folder, config.model, config.data.packing)
+        model = load.build(folder, config.model, config.data.packing, config.adapter)
         check_vocabulary(model, tokenizer)
         check_lengths(model.config, corpus.report.longest_tokens)
         identity = {
@@ -172,19 +172,15 @@ def _prepare(config: Config, run_dir: Path, world: World) -> _Prepared:
             "data": corpus.fingerprint,
             "architecture": load.architecture(model.config),
         }
-        progress, weights = Progress(), None
+        progress = Progress()
         changes: list[str] = []
         if found:
             state = found.trainer_state()
             changes = resume.check_same_run(found, state, identity, config)
             progress = Progress(**state["progress"])
-        else:
-            weights = WeightFiles(
-                weights_folder(config.model, folder),
-                load.parameter_aliases(model),
-                {name: tuple(p.shape) for name, p in model.named_parameters()},
-                model.base_model_prefix,
-            )
+        weights = None
+        if not found or config.adapter.method != "none":
+            weights = load.open_weights(model, folder, config.model, config.train.seed)
     due = evaluation_due(config.evaluate, progress.step, schedule.num_steps)
     due = due and len(corpus.held_out) > 0
     if due and found:  # then only where a stop cut that evaluation short
@@ -215,12 +211,14 @@ def _prepare(config: Config, run_dir: Path, world: World) -> _Prepared:
 def _fill(engine: Engine, ready: _Prepared, stop: StopSignal) -> None:
     """Weights, and moments where there are any, into this rank's shards: just their ranges. Left
     unfinished where a stop is asked for."""
+    shards = engine.frozen_state()
     if ready.found:
         flat.Reader(ready.found.folder).read(engine.flat_state())
-        return
-    assert ready.weights is not None
-    for shard in engine.flat_state():
-        if shard.kind == MASTER and not stop():
+    else:
+        shards += [shard for shard in engine.flat_state() if shard.kind == MASTER]
+    for shard in shards:
+        if not stop():
+            assert ready.weights is not None and isinstance(shard.tensor, Tensor)
             end = shard.start + shard.tensor.numel()
             shard.tensor.copy_(ready.weights.read(shard.name, shard.start, end))
 
@@ -315,7 +313,7 @@ def _report(corpus: Corpus, schedule: Schedule, loader: Loader, world: World) ->
 def _run_lines(config: Config, ready: _Prepared) -> list[str]:
     noise = config.noise
     lines = [
-        f"model: {config.model.name_or_path}, {ready.size.num_parameters / 1e6:.1f} M parameters",
+        f"model: {config.model.name_or_path}, {ready.size.in_words()}",
         f"noise: alpha {noise.alpha} ({noise.schedule}), {noise.distribution}, "
         f"{noise.stream} stream, seed {config.noise_seed}"
         if noise.alpha

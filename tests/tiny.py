@@ -59,14 +59,14 @@ def make_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def make_model(folder: Path, *, tied: bool = True, seed: int = 0) -> Path:
+def make_model(folder: Path, *, tied: bool = True, seed: int = 0, intermediate: int = 112) -> Path:
     """A two-layer Llama with grouped queries, saved in float32 with its tokenizer."""
     tokenizer = make_tokenizer(folder)
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer) + 3,  # odd, so that shards are uneven
         hidden_size=64,
-        intermediate_size=112,
+        intermediate_size=intermediate,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

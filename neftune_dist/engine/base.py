@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from neftune_dist.data.loader import MicroBatch
 from neftune_dist.model.loss import token_loss_sum
@@ -21,16 +21,18 @@ from neftune_dist.optim import MakeOptimizer, Moment, precision_of
 
 # The float32 master weights, beside the moments named in optim.STATE_NAMES.
 MASTER = "master"
+# A parameter that is not trained, in the dtype in which it computes. It is read and never saved.
+FROZEN = "frozen"
 
 
 @dataclass(frozen=True)
 class FlatShard:
     """A rank's range of one flattened tensor.
 
-    kind: MASTER or a moment's name. name: the parameter's Hugging Face name.
-    start: of the range within the whole. tensor: 1-D view of the rank's memory, float32; a moment
-    may be bfloat16, or 8-bit blocks, which are read and written as float32. numel: elements of the
-    whole tensor.
+    kind: MASTER, FROZEN or a moment's name. name: the parameter's Hugging Face name.
+    start: of the range within the whole. tensor: 1-D view of the rank's memory, float32 unless
+    FROZEN; a moment may be bfloat16, or 8-bit blocks, which are read and written as float32.
+    numel: elements of the whole tensor.
     """
 
     kind: str
@@ -61,7 +63,8 @@ class Engine(Protocol):
     def setup(self, model: Any, make_optimizer: MakeOptimizer) -> None:
         """Shard a model that is on the meta device, and build the optimizer on the shards.
 
-        The weights have no content yet: fill `flat_state()`, then call `loaded()`.
+        The weights have no content yet: fill `flat_state()` and `frozen_state()`, then call
+        `loaded()`.
         """
 
     def loaded(self, num_updates: int) -> None:
@@ -86,19 +89,32 @@ class Engine(Protocol):
         together they cover every tensor. On replicas, as on one copy, all ranks list theirs;
         `saves` tells whether this rank writes them."""
 
+    def frozen_state(self) -> list[FlatShard]:
+        """What this rank holds of the parameters that are not trained."""
+
     @property
     def saves(self) -> bool:
         """Whether this rank's shards go into a checkpoint (one replica's do)."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Whole shape of each parameter, by its first Hugging Face name."""
+        """Whole shape of each trained parameter, by its first Hugging Face name."""
 
     def train(self, mode: bool) -> None:
         """Training or evaluation mode."""
 
     def describe(self) -> list[str]:
         """Lines for the start of a run: the parallel layout and every dtype."""
+
+
+def trained_and_frozen(
+    model: Any,
+) -> tuple[list[tuple[str, nn.Parameter]], list[tuple[str, nn.Parameter]]]:
+    """A model's parameters by first name, in order."""
+    named = list(model.named_parameters())
+    return [each for each in named if each[1].requires_grad], [
+        each for each in named if not each[1].requires_grad
+    ]
 
 
 def describe_state(shards: Sequence[FlatShard]) -> str:

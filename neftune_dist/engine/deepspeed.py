@@ -24,7 +24,14 @@ from torch import Tensor, nn
 from neftune_dist.config import Config
 from neftune_dist.data.loader import MicroBatch
 from neftune_dist.distributed import World
-from neftune_dist.engine.base import MASTER, FlatShard, batch_loss_sum, describe_state
+from neftune_dist.engine.base import (
+    FROZEN,
+    MASTER,
+    FlatShard,
+    batch_loss_sum,
+    describe_state,
+    trained_and_frozen,
+)
 from neftune_dist.model.compute import blocks
 from neftune_dist.model.load import initialize_buffers
 from neftune_dist.model.loss import resolve_loss
@@ -70,7 +77,7 @@ class DeepSpeedEngine:
 
     def setup(self, model: Any, make_optimizer: MakeOptimizer) -> None:
         """See `Engine.setup`."""
-        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self.shapes = {name: tuple(p.shape) for name, p in trained_and_frozen(model)[0]}
         self.loss = resolve_loss(self.loss, model)
         self.settings["zero_optimization"] |= _sizes(model, self.stage)
         whole = _Materializer(model, self.world.device, self.compute_dtype)
@@ -88,7 +95,11 @@ class DeepSpeedEngine:
                 deepspeed.utils.set_z3_leaf_modules(
                     model, list({type(block) for block in blocks(model)})
                 )
-            self.named = list(model.named_parameters())
+            self.named, self.frozen = trained_and_frozen(model)
+            if self.frozen and self.stage == 3:
+                # DeepSpeed learns from the gradient of a block's input that its backward is over;
+                # the first block's must have one, too, where nothing in front of it is trained.
+                model.get_input_embeddings().register_forward_hook(_wanting_gradient)
             initialize_buffers(model, self.world.device)
             self.engine, *_ = deepspeed.initialize(
                 model=model,
@@ -165,6 +176,20 @@ class DeepSpeedEngine:
                 FlatShard(kind, piece.name, piece.start, each, piece.numel)
                 for kind, each in held.items()
             ]
+        return shards
+
+    def frozen_state(self) -> list[FlatShard]:
+        """See `Engine.frozen_state`."""
+        shards = []
+        parameter: Any
+        for name, parameter in self.frozen:
+            start, held, numel = 0, parameter.data, parameter.numel()
+            if self.stage == 3:
+                numel, held = parameter.ds_numel, parameter.ds_tensor.data
+                start = held.numel() * self.world.rank
+                held = held[: max(0, numel - start)]  # the last partitions are padded
+            if held.numel():
+                shards.append(FlatShard(FROZEN, name, start, held.view(-1), numel))
         return shards
 
     def _pieces(self) -> Iterator[Piece]:
@@ -251,6 +276,10 @@ def _sizes(model: nn.Module, stage: int) -> dict[str, int]:
         "reduce_bucket_size": unit,
         **({"stage3_prefetch_bucket_size": unit} if stage == 3 else {}),
     }
+
+
+def _wanting_gradient(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    return output.requires_grad_()
 
 
 class _Materializer(nn.Module):

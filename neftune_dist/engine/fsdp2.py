@@ -28,7 +28,14 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from neftune_dist.config import Config, UserError
 from neftune_dist.data.loader import MicroBatch
 from neftune_dist.distributed import World
-from neftune_dist.engine.base import MASTER, FlatShard, batch_loss_sum, describe_state
+from neftune_dist.engine.base import (
+    FROZEN,
+    MASTER,
+    FlatShard,
+    batch_loss_sum,
+    describe_state,
+    trained_and_frozen,
+)
 from neftune_dist.model.compute import blocks
 from neftune_dist.model.extras import update_float8_scales
 from neftune_dist.model.load import initialize_buffers
@@ -80,7 +87,7 @@ class FSDP2Engine:
 
     def setup(self, model: Any, make_optimizer: MakeOptimizer) -> None:
         """See `Engine.setup`."""
-        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self.shapes = {name: tuple(p.shape) for name, p in trained_and_frozen(model)[0]}
         self.loss = resolve_loss(self.loss, model)
         policy = MixedPrecisionPolicy(
             param_dtype=self.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -107,7 +114,7 @@ class FSDP2Engine:
                     module._buffers[name] = buffer.to(self.world.device)
         initialize_buffers(model, self.world.device)
         self.model = model
-        self.named = list(model.named_parameters())
+        self.named, self.frozen = trained_and_frozen(model)
         self.optimizer = make_optimizer(self.named, self.shapes)
         self.pieces = list(self._pieces())
         initialize_state(self.optimizer, [p for _, p in self.named], self.pieces)
@@ -159,16 +166,30 @@ class FSDP2Engine:
             ]
         return shards
 
+    def frozen_state(self) -> list[FlatShard]:
+        """See `Engine.frozen_state`."""
+        return [
+            FlatShard(FROZEN, name, start, local(parameter)[:held], parameter.numel())
+            for name, parameter in self.frozen
+            for start, held in self._range(parameter)
+        ]
+
     def _pieces(self) -> Iterator[Piece]:
         for name, parameter in self.named:
-            assert isinstance(parameter, DTensor)
-            shape, offset = compute_local_shape_and_global_offset(
-                parameter.shape, parameter.device_mesh, parameter.placements
-            )
-            numel = parameter.numel()
-            if 0 not in shape:
-                start = offset[0] * (numel // parameter.shape[0]) if offset else 0
-                yield Piece(parameter, slice(0, math.prod(shape)), name, start, numel)
+            for start, held in self._range(parameter):
+                yield Piece(parameter, slice(0, held), name, start, parameter.numel())
+
+    @staticmethod
+    def _range(parameter: Tensor) -> Iterator[tuple[int, int]]:
+        """Where this rank's elements begin in the whole, and how many they are; nothing where there
+        are none."""
+        assert isinstance(parameter, DTensor)
+        shape, offset = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+        if 0 not in shape:
+            row = parameter.numel() // parameter.shape[0] if offset else 0
+            yield offset[0] * row if offset else 0, math.prod(shape)
 
     @property
     def saves(self) -> bool:

@@ -1,21 +1,24 @@
 """Floating-point operations of a training step, and what the hardware could do.
 
 Convention: 2 operations for a multiply-add; the backward counts twice the forward; recomputation
-under activation checkpointing is not counted. Weights: 6 per token and matrix parameter (the
-embedding lookup is free; the output projection counts for every token). Attention: causal, over
-each document's own tokens: 6 * layers * width * L^2 for a document of L tokens.
+under activation checkpointing is not counted. Weights: 6 per token and matrix parameter, 4 where it
+is frozen (the embedding lookup is free; the output projection counts for every token). Attention:
+causal, over each document's own tokens: 6 * layers * width * L^2 for a document of L tokens.
 
-Beside it stands `6 N`: 6 per token and parameter, embedding and all, and nothing for attention. It
-is what most others report, and the figure to compare with theirs.
+Beside it stands `6 N`: 6 per token and parameter (4 where it is frozen), embedding and all, and
+nothing for attention. It is what most others report, and the figure to compare with theirs.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+
+from neftune_dist.model.adapters import plain_name, plain_shapes
 
 # Dense bf16 tensor-core rates by the vendors' data sheets, in FLOP/s; by words of the device name,
 # the first that are in it.
@@ -62,46 +65,61 @@ class ModelSize:
     """What the cost of a model depends on.
 
     num_parameters: all, tied ones once. num_matrix_parameters: those that multiply activations.
+    num_trained, num_trained_matrix: of them, those that are not frozen.
     attention_width: num_heads * head_dim.
     """
 
     num_parameters: int
     num_matrix_parameters: int
+    num_trained: int
+    num_trained_matrix: int
     num_layers: int
     attention_width: int
+
+    def in_words(self) -> str:
+        """Its parameters, for people."""
+        frozen = self.num_trained < self.num_parameters
+        trained = f", {self.num_trained / 1e6:.1f} M of them trained" if frozen else ""
+        return f"{self.num_parameters / 1e6:.1f} M parameters{trained}"
 
     @property
     def quadratic_tokens(self) -> float:
         """Length at which a document's attention costs as much as all its matrices."""
-        return self.num_matrix_parameters / (self.num_layers * self.attention_width)
+        return self._per_token / (6.0 * self.num_layers * self.attention_width)
+
+    @property
+    def _per_token(self) -> float:
+        return 4.0 * self.num_matrix_parameters + 2.0 * self.num_trained_matrix
 
     def training_flops(self, num_tokens: int, sum_squared_lengths: int) -> float:
         """Operations of forward and backward over documents of these lengths."""
-        weights = 6.0 * self.num_matrix_parameters * num_tokens
+        weights = self._per_token * num_tokens
         attention = 6.0 * self.num_layers * self.attention_width * sum_squared_lengths
         return weights + attention
 
     def six_n_flops(self, num_tokens: int) -> float:
         """6 N D: operations by the count that knows no attention and no lookup."""
-        return 6.0 * self.num_parameters * num_tokens
+        return (4.0 * self.num_parameters + 2.0 * self.num_trained) * num_tokens
 
 
 def model_size(model: Any) -> ModelSize:
     """Sizes of a transformers causal LM (on the meta device, too), before it is sharded."""
     config = model.config.get_text_config()
-    num_parameters = sum(p.numel() for p in model.parameters())
-    embeddings = {
-        id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)
-    }
+    shapes = plain_shapes(model)
     head = model.get_output_embeddings()
-    projected = head.weight.numel() if head is not None else 0
-    if head is not None:
-        embeddings[id(head.weight)] = projected
-    matrices = sum(p.numel() for p in model.parameters() if p.dim() >= 2)
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    sizes = []  # of each parameter: elements, whether it multiplies activations, whether trained
+    for name, parameter in model.named_parameters():
+        shape = shapes.get(plain_name(name), tuple(parameter.shape))  # in 4 bits it is another
+        is_head = head is not None and parameter is head.weight
+        multiplies = is_head or (len(shape) >= 2 and id(parameter) not in tables)
+        sizes.append((math.prod(shape), multiplies, parameter.requires_grad))
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return ModelSize(
-        num_parameters=num_parameters,
-        num_matrix_parameters=matrices - sum(embeddings.values()) + projected,
+        num_parameters=sum(n for n, _, _ in sizes),
+        num_matrix_parameters=sum(n for n, multiplies, _ in sizes if multiplies),
+        num_trained=sum(n for n, _, trained in sizes if trained),
+        num_trained_matrix=sum(n for n, multiplies, trained in sizes if multiplies and trained),
         num_layers=config.num_hidden_layers,
         attention_width=config.num_attention_heads * head_dim,
     )

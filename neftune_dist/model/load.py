@@ -10,20 +10,22 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import huggingface_hub
 import torch
 import transformers
 from torch import Tensor, nn
 
-from neftune_dist.config import ModelConfig, UserError
+from neftune_dist.config import AdapterConfig, ModelConfig, UserError
+from neftune_dist.model import adapters
 from neftune_dist.model.attention import implementation
 from neftune_dist.model.compute import configure
 from neftune_dist.model.loss import resolve_loss
 from neftune_dist.model.support import check_model, check_packable
-from neftune_dist.model.weights import first_line
+from neftune_dist.model.weights import WeightFiles, first_line, weights_folder
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # model.dtype
 _SMALL_FILES = ["*.json", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
@@ -84,8 +86,11 @@ def load_model_config(folder: Path, config: ModelConfig) -> Any:
         ) from error
 
 
-def build(folder: Path, config: ModelConfig, packing: bool) -> Any:
-    """The causal LM on the meta device, float32, without weights, in training mode.
+def build(
+    folder: Path, config: ModelConfig, packing: bool, adapter: AdapterConfig | None = None
+) -> Any:
+    """The causal LM on the meta device, float32, without weights, in training mode; adapted where
+    `adapter` names a method.
 
     Raises:
         UserError: transformers cannot build it, or this package cannot train it as it should.
@@ -93,7 +98,8 @@ def build(folder: Path, config: ModelConfig, packing: bool) -> Any:
     hf_config = load_model_config(folder, config)
     if getattr(hf_config, "quantization_config", None):
         raise UserError(
-            f"The weights in {folder} are quantized: full fine-tuning needs plain ones."
+            f"The weights in {folder} are quantized: training needs plain ones (adapter.base=nf4 "
+            "quantises them as they are read)."
         )
     if packing:
         check_packable(hf_config)
@@ -111,9 +117,44 @@ def build(folder: Path, config: ModelConfig, packing: bool) -> Any:
             f"{_plain(error, config)}"
         ) from error
     check_model(model, packing)
+    if adapter is not None and adapter.method != "none":
+        adapters.attach(model, adapter, DTYPES[config.dtype])
     configure(model, config)
     resolve_loss(config.loss, model)
     return model.train()
+
+
+class Weights(Protocol):
+    """The content of a model's parameters."""
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flattened parameter, 1-D."""
+
+
+def open_weights(model: Any, folder: Path, config: ModelConfig, seed: int) -> Weights:
+    """What a new run's parameters begin with, and what its frozen ones are.
+
+    Args:
+        model: of `build`, on the meta device. folder: its directory.
+        seed: of what is drawn (adapters).
+
+    Raises:
+        UserError: as `WeightFiles`.
+    """
+    aliases = {
+        adapters.plain_name(first): [adapters.plain_name(name) for name in names]
+        for first, names in parameter_aliases(model).items()
+        if not adapters.is_adapter(first)
+    }
+    files = WeightFiles(
+        weights_folder(config, folder),
+        aliases,
+        adapters.plain_shapes(model),
+        model.base_model_prefix,
+    )
+    if len(aliases) == len(parameter_aliases(model)):
+        return files
+    return adapters.AdaptedWeights(model, files, seed)
 
 
 @torch.no_grad()

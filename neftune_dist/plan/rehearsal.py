@@ -84,7 +84,7 @@ def rehearse(config: Config, folder: Path, world_size: int, batches: Sequence[Mi
         UserError: as the engine and the model raise it.
     """
     config = rehearsable(config)
-    model = load.build(folder, config.model, config.data.packing)
+    model = load.build(folder, config.model, config.data.packing, config.adapter)
     vocabulary = model.get_output_embeddings().weight.shape[0]
     # The second meets gradients. With replicas the third meets more: FSDP2 keeps what the second
     # gave to the all-reduce until the next is made.

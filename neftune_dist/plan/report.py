@@ -61,7 +61,7 @@ def read(
 ) -> Subject:
     """Find, build and tokenise. Raises `UserError` where a run of `config` would."""
     folder = load.find(config.model, weights=False)
-    model = load.build(folder, rehearsable(config).model, config.data.packing)
+    model = load.build(folder, rehearsable(config).model, config.data.packing, config.adapter)
     if not with_data:
         check_lengths(model.config, config.data.max_length)
         return Subject(folder, model, model_size(model), None, None)
@@ -101,12 +101,11 @@ def plan(
     for line in config.to_yaml().splitlines():
         log(f"  {line}")
     subject = read(config, with_data, log)
-    log(f"model: {subject.size.num_parameters / 1e6:.1f} M parameters, {subject.size.num_layers} "
-        "layers")  # fmt: skip
+    log(f"model: {subject.size.in_words()}, {subject.size.num_layers} layers")
     flops = None
     if subject.corpus is not None and subject.schedule is not None:
         flops = _log_work(subject.corpus, subject.schedule, subject.size, config, log)
-    disk = subject.size.num_parameters * (8 if config.optim.states == "bf16" else 12)
+    disk = subject.size.num_trained * (8 if config.optim.states == "bf16" else 12)
     log(f"disk: {disk / GIB:.2f} GiB a checkpoint, {config.checkpoint.keep or 'all'} of them kept")
     peak = subject.peak(config, world_size)
     for line in _memory_lines(config, peak, world_size, subject):

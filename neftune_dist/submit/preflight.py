@@ -78,7 +78,9 @@ def preflight(config: Config, world_size: int, hub: Callable[[], Hub]) -> Outloo
     steps, made = _num_steps(config, rows), newest_step(run_dir)
     left = None if steps is None else max(0, steps - made)
     seconds, time = _predict(run_dir, world_size, left)
-    checkpoint = (parameters or 0) * CHECKPOINT_BYTES
+    # Of an adapter's size, torch would have to be asked; it is small.
+    whole = config.adapter.method == "none"
+    checkpoint = (parameters or 0) * CHECKPOINT_BYTES if whole else 0
     number = _num_checkpoints(config, steps, made)
     disk = f"{number} x {size_text(checkpoint)} for checkpoints" if checkpoint else "not checked"
     size = f"{parameters / 1e6:.1f} M parameters" if parameters else "size not known from here"

@@ -81,6 +81,7 @@ class Measured:
             setattr(owner, name, mine)
 
 
+QLORA = ["adapter.method=lora", "adapter.base=nf4"]
 # Ranks, model and settings; together they have every engine, every stage, and every way to save
 # memory.
 CASES: dict[str, tuple[int, str, list[str]]] = {
@@ -90,6 +91,8 @@ CASES: dict[str, tuple[int, str, list[str]]] = {
     "zero1": (2, "wide", ["engine.name=deepspeed", "engine.zero_stage=1", "model.dtype=bf16"]),
     "zero2": (2, "deep", ["engine.name=deepspeed", "engine.zero_stage=2", "optim.states=8bit"]),
     "zero3": (2, "deep", ["engine.name=deepspeed", "model.activation_checkpointing=selective"]),
+    "qlora": (2, "wide", [*QLORA, "model.dtype=bf16", "model.activation_checkpointing=full"]),
+    "zero3 qlora": (2, "wide", [*QLORA, "engine.name=deepspeed"]),
 }
 # Large enough that what the loop itself holds does not count.
 MODELS: dict[str, dict[str, Any]] = {
@@ -115,7 +118,7 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         )
         model = transformers.LlamaConfig(
             **{"tie_word_embeddings": False, **sizes},
-            intermediate_size=352,
+            intermediate_size=384,
             num_attention_heads=4,
             num_key_value_heads=2,
         )

@@ -30,6 +30,8 @@ HOMES = {
     "triton": {"noise/kernel"},
     "liger_kernel": {"model/extras"},
     "torchao": {"model/extras"},
+    "peft": {"model/adapters"},
+    "bitsandbytes": {"model/nf4"},
 }
 
 
@@ -86,7 +88,7 @@ def test_third_party_packages_have_one_home() -> None:
 def test_imports_stand_at_the_top() -> None:
     """But for the engine that was chosen, the command line, which answers before torch loads, the
     doctor, who comes where packages are missing, and what only some have: Triton, extras."""
-    allowed = {"train", "cli", "noise/op", "model/extras"}
+    allowed = {"train", "cli", "noise/op", "model/extras", "model/adapters", "model/nf4"}
     late = [
         f"{name}: {imported}"
         for name, path in modules().items()

@@ -181,7 +181,7 @@ def test_differences_name_the_keys() -> None:
             "noise.xyzzy=5",
             "unknown key noise.xyzzy; known: alpha, distribution, final_fraction, length, schedule",
         ),
-        ("xyzzy=5", "unknown key xyzzy; known: checkpoint, data, engine, evaluate, logging, model"),
+        ("xyzzy=5", "unknown key xyzzy; known: adapter, checkpoint, data, engine, evaluate,"),
         ("Noise.alpha=5", "unknown key Noise; did you mean noise?"),
         ("noise.alpha.x=5", "noise.alpha={'x': 5} is not a number"),
         ("model=5", "model is a section and takes keys below it"),

@@ -78,7 +78,7 @@ def test_embeddings_are_not_multiplied() -> None:
 
 
 def test_quadratic_tokens_is_where_attention_costs_as_much() -> None:
-    size = ModelSize(num_parameters=0, num_matrix_parameters=6400, num_layers=2, attention_width=32)
+    size = ModelSize(0, 6400, 0, 6400, num_layers=2, attention_width=32)
     length = int(size.quadratic_tokens)
     assert length == 100
     assert size.training_flops(length, length**2) == 2 * size.training_flops(length, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -322,11 +323,13 @@ def test_mistakes_are_told_in_one_sentence(
 
 
 def test_both_conventions_of_flops() -> None:
-    size = ModelSize(
-        num_parameters=7_000, num_matrix_parameters=6_000, num_layers=2, attention_width=32
-    )
+    size = ModelSize(7_000, 6_000, 7_000, 6_000, num_layers=2, attention_width=32)
     assert size.six_n_flops(10) == 6 * 7_000 * 10
     assert size.training_flops(10, 0) == 6 * 6_000 * 10
+    # Frozen matrices have no gradient of their own.
+    adapted = replace(size, num_trained=100, num_trained_matrix=50)
+    assert adapted.six_n_flops(10) == (4 * 7_000 + 2 * 100) * 10
+    assert adapted.training_flops(10, 0) == (4 * 6_000 + 2 * 50) * 10
 
 
 def test_known_gpus_have_a_rate() -> None:

@@ -1,0 +1,239 @@
+"""Small matrices that are trained beside frozen weights: LoRA, rsLoRA and DoRA of PEFT, QLoRA.
+
+Owns where they are put in, what they begin with, the frozen weights' content, and their merging
+into the weights. What is frozen lies in the dtype of the computation, or in 4 bits (`nf4`); what is
+trained is float32 with Adam's moments, as any parameter.
+
+LoRA (arXiv 2106.09685): W x + s B A x, s = alpha / rank (rsLoRA, arXiv 2312.03732: alpha / sqrt of
+rank). DoRA (arXiv 2402.09353): the rows of W + s B A are scaled to lengths that are trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neftune_dist.config import AdapterConfig, UserError
+from neftune_dist.model import nf4
+from neftune_dist.model.compute import blocks
+from neftune_dist.model.weights import WeightFiles
+
+_LORA_A, _LORA_B = "lora_A.default.weight", "lora_B.default.weight"
+_MAGNITUDE = "lora_magnitude_vector.default.weight"
+_BASE = "base_layer."  # where PEFT puts the layer that it adapts
+
+
+def attach(model: Any, config: AdapterConfig, dtype: torch.dtype) -> None:
+    """Put adapters into the blocks of a model on the meta device, and freeze all else.
+
+    Args:
+        dtype: of the computation, in which frozen weights lie.
+
+    Raises:
+        UserError: targets that the model does not have, a matrix that cannot be quantised, or a
+            missing package.
+    """
+    try:
+        with nf4.quiet_import():
+            import peft
+    except ImportError as error:
+        raise UserError(
+            f"adapter.method={config.method} needs the package peft: install it."
+        ) from error
+    settings = peft.LoraConfig(**peft_settings(config, targets(model, config)))
+    with torch.device("meta"):
+        peft.inject_adapter_in_model(settings, model)
+    if config.base == "nf4":
+        _quantize(model, dtype)
+    frozen: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or parameter.requires_grad:
+                continue
+            if id(parameter) not in frozen:  # tied ones stay one
+                frozen[id(parameter)] = nn.Parameter(parameter.to(dtype), requires_grad=False)
+            module._parameters[name] = frozen[id(parameter)]
+
+
+def targets(model: Any, config: AdapterConfig) -> list[str]:
+    """Last names of the layers to adapt. Raises `UserError` for such as the model has not."""
+    known = sorted({name.rpartition(".")[2] for name in _matrices(model)})
+    if not known:
+        raise UserError(f"{type(model).__name__} names no blocks with matrices to adapt.")
+    if config.targets == "all":
+        return known
+    wanted = sorted({name.strip() for name in config.targets.split(",")} - {""})
+    missing = [name for name in wanted if name not in known]
+    if missing or not wanted:
+        raise UserError(
+            f"adapter.targets={config.targets}: {type(model).__name__} has no "
+            f"{', '.join(missing) or 'such layer'}; it has {', '.join(known)}."
+        )
+    return wanted
+
+
+def peft_settings(config: AdapterConfig, names: list[str]) -> dict[str, Any]:
+    """What PEFT's `LoraConfig` takes."""
+    return {
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": names,
+        "use_rslora": config.scaling == "rslora",
+        "use_dora": config.method == "dora",
+        "task_type": "CAUSAL_LM",
+    }
+
+
+class AdaptedWeights:
+    """The content of an adapted model's parameters by ranges, as `WeightFiles` gives a plain one's.
+
+    Args:
+        model: adapted, its parameters not yet sharded. files: of the plain model.
+        seed: of what is drawn.
+    """
+
+    def __init__(self, model: Any, files: WeightFiles, seed: int) -> None:
+        self._files, self._seed = files, seed
+        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self._packed = {
+            f"{name}.weight": (module.in_features, module.weight.dtype)
+            for name, module in model.named_modules()
+            if isinstance(module, nf4.NF4Linear)
+        }
+        self._width = {
+            f"{name}.": module.in_features
+            for name, module in model.named_modules()
+            if hasattr(module, "lora_A")
+        }
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flattened parameter, 1-D."""
+        if name in self._packed:
+            width, dtype = self._packed[name]
+            return self._by_row(
+                name, start, stop, lambda rows: nf4.pack(rows).view(dtype), width=width
+            )
+        if name.endswith(_LORA_A):
+            return self._drawn(name)[start:stop]
+        if name.endswith(_LORA_B):
+            return torch.zeros(stop - start)
+        if name.endswith(_MAGNITUDE):
+            prefix = name.removesuffix(_MAGNITUDE)
+            return self._by_row(
+                f"{prefix}{_BASE}weight",
+                start,
+                stop,
+                lambda rows: torch.linalg.vector_norm(rows.float(), dim=1)[:, None],
+                width=self._width[prefix],
+            )
+        return self._files.read(plain_name(name), start, stop)
+
+    def _by_row(
+        self,
+        name: str,
+        start: int,
+        stop: int,
+        made: Callable[[Tensor], Tensor],
+        *,
+        width: int,
+    ) -> Tensor:
+        """Of what `made` makes of each row of a matrix of the files."""
+        each = 1 if name not in self._packed else self._shapes[name][1]
+        first, last = start // each, -(-stop // each)
+        rows = self._files.read(plain_name(name), first * width, last * width).view(-1, width)
+        return made(rows).flatten()[start - first * each : stop - first * each]
+
+    def _drawn(self, name: str) -> Tensor:
+        """Kaiming's uniform with a = sqrt(5), as PEFT begins, the same on any number of ranks."""
+        key = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+        bound = 1 / math.sqrt(self._shapes[name][1])
+        values = torch.empty(self._shapes[name]).uniform_(-bound, bound, generator=generator)
+        return values.flatten()
+
+
+def plain_shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters as the plain model has them, by its names; no adapter's."""
+    shapes = {
+        plain_name(name): tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if not is_adapter(name)
+    }
+    for name, module in model.named_modules():
+        if isinstance(module, nf4.NF4Linear):
+            shapes[plain_name(f"{name}.weight")] = (module.out_features, module.in_features)
+    return shapes
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name in the model without adapters."""
+    return name.replace(f".{_BASE}", ".")
+
+
+def is_adapter(name: str) -> bool:
+    """Whether the parameter belongs to an adapter."""
+    return name.endswith((_LORA_A, _LORA_B, _MAGNITUDE))
+
+
+def peft_name(name: str) -> tuple[str, str]:
+    """Of an adapter's parameter: the last name of its layer, and its name in PEFT's files."""
+    layer = name.partition(".lora_")[0].rpartition(".")[2]
+    saved = name.replace(_MAGNITUDE, "lora_magnitude_vector").replace(".default.", ".")
+    return layer, f"base_model.model.{saved}"
+
+
+def quantized_names(model: Any) -> set[str]:
+    """Of the plain model's parameters, those that lie in 4 bits in this adapted one."""
+    return {
+        plain_name(f"{name}.weight")
+        for name, module in model.named_modules()
+        if isinstance(module, nf4.NF4Linear)
+    }
+
+
+def merged(
+    name: str, weight: Tensor, trained: Mapping[str, Tensor], config: AdapterConfig, in_4_bits: bool
+) -> Tensor:
+    """What computes by itself what a frozen parameter and its adapter compute together.
+
+    Args:
+        name: of the plain model's parameter. weight: as the files have it.
+        trained: the adapters' parameters by name; those of other layers are passed over.
+        in_4_bits: whether it was trained beside its quantised self.
+    """
+    if in_4_bits:
+        weight = nf4.unpack(nf4.pack(weight), weight.shape[1], torch.float32)
+    prefix = name.removesuffix("weight")
+    if f"{prefix}{_LORA_A}" not in trained:
+        return weight
+    scale = config.alpha / (math.sqrt(config.rank) if config.scaling == "rslora" else config.rank)
+    total = weight.float() + scale * trained[f"{prefix}{_LORA_B}"] @ trained[f"{prefix}{_LORA_A}"]
+    if config.method == "dora":
+        lengths = torch.linalg.vector_norm(total, dim=1)
+        total *= (trained[f"{prefix}{_MAGNITUDE}"] / lengths)[:, None]
+    return total
+
+
+def _matrices(model: Any) -> dict[str, nn.Linear]:
+    """The blocks' linear layers by name."""
+    inside = {id(m) for block in blocks(model) for m in block.modules()}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if id(module) in inside and isinstance(module, nn.Linear)
+    }
+
+
+def _quantize(model: Any, dtype: torch.dtype) -> None:
+    """Every matrix of the blocks that is no adapter's."""
+    for name, linear in _matrices(model).items():
+        if is_adapter(f"{name}.weight"):
+            continue
+        nf4.check_width(plain_name(f"{name}.weight"), linear.in_features)
+        model.set_submodule(name, nf4.NF4Linear(linear, dtype))

@@ -1,0 +1,132 @@
+"""Frozen matrices in 4 bits: NF4 with doubly quantised scales (QLoRA, arXiv 2305.14314, section 3).
+
+A matrix is quantised row by row, and a packed row holds all that it takes to read it: so any rank
+makes its shard from the rows of the file that fall into it, and shards travel as plain tensors of
+the computation's dtype, which nobody computes with. That is 4.14 bits a weight at a width of 4096.
+
+A packed row: the codes of its weights, two a byte; the absolute maximum of every block of 64 of
+them, in 8 bits between the row's least and greatest; these two, float32; zeros up to a multiple of
+4 bytes. (QLoRA keeps 256 blocks' maxima in 8 bits around the mean of all.)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neftune_dist.config import UserError
+
+BLOCK = 64  # weights that share a scale
+
+
+def row_bytes(width: int) -> int:
+    """Bytes of a packed row of `width` weights, a multiple of `BLOCK`."""
+    return -(-(width // 2 + width // BLOCK + 8) // 4) * 4
+
+
+def pack(rows: Tensor) -> Tensor:
+    """Quantised rows: float (num_rows, width) to uint8 (num_rows, row_bytes)."""
+    num_rows, width = rows.shape
+    packed = torch.zeros(num_rows, row_bytes(width), dtype=torch.uint8, device=rows.device)
+    blocks = rows.float().reshape(num_rows, -1, BLOCK)
+    scales = blocks.abs().amax(2)
+    least, greatest = scales.amin(1, keepdim=True), scales.amax(1, keepdim=True)
+    step = (greatest - least) / 255
+    levels = torch.where(step > 0, (scales - least) / step, 0).round().to(torch.uint8)
+    scales = least + levels * step
+    # By the scale that will be read, of which a block's largest weight may be a little more.
+    units = torch.where(scales[..., None] > 0, blocks / scales[..., None], 0)
+    values = _functional().get_4bit_type("nf4", device=str(rows.device))
+    codes = torch.bucketize(units, (values[1:] + values[:-1]) / 2).to(torch.uint8)
+    codes = codes.view(num_rows, -1, 2)
+    num_codes, num_scales = width // 2, width // BLOCK
+    packed[:, :num_codes] = (codes[..., 0] << 4) | codes[..., 1]
+    packed[:, num_codes : num_codes + num_scales] = levels
+    bounds = torch.cat([least, step], 1).view(torch.uint8)
+    packed[:, num_codes + num_scales : num_codes + num_scales + 8] = bounds
+    return packed
+
+
+def unpack(packed: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """What packed rows stand for: uint8 (num_rows, row_bytes) to (num_rows, width) of `dtype`."""
+    num_rows, num_codes, num_scales = len(packed), width // 2, width // BLOCK
+    levels = packed[:, num_codes : num_codes + num_scales]
+    bounds = packed[:, num_codes + num_scales : num_codes + num_scales + 8].contiguous()
+    least, step = bounds.view(torch.float32).split(1, 1)
+    scales = least + levels * step
+    codes = packed[:, :num_codes].contiguous().view(-1, 1)
+    weights: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
+        codes, scales.flatten(), BLOCK, "nf4", (num_rows, width), dtype
+    )
+    return weights
+
+
+def check_width(name: str, width: int) -> None:
+    """Raise `UserError` where a matrix's rows cannot be quantised."""
+    if width % BLOCK:
+        raise UserError(
+            f"adapter.base=nf4 quantises blocks of {BLOCK} weights, and the rows of {name} have "
+            f"{width}: set adapter.base=plain."
+        )
+    _functional()
+
+
+class NF4Linear(nn.Linear):
+    """A frozen linear layer whose matrix lies packed, as (out_features, row_bytes / itemsize) of
+    `dtype`, and is unpacked for each product, forward and backward."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        shape = (linear.out_features, row_bytes(linear.in_features) // dtype.itemsize)
+        packed = torch.empty(shape, dtype=dtype, device=linear.weight.device)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As `nn.Linear`'s."""
+        product: Tensor = _Product.apply(input, self.weight, self.in_features)
+        return product if self.bias is None else product + self.bias
+
+
+class _Product(torch.autograd.Function):
+    """Keeps the packed matrix for its backward, not the unpacked one."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, width: int) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.width = width
+        return F.linear(input, unpack(weight.view(torch.uint8), width, input.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        return grad @ unpack(weight.view(torch.uint8), ctx.width, grad.dtype), None, None
+
+
+@contextmanager
+def quiet_import() -> Iterator[None]:
+    """Meanwhile bitsandbytes, whoever imports it, does not tell of kernels it could fetch."""
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _functional() -> Any:
+    """bitsandbytes, whose import registers its operators."""
+    try:
+        with quiet_import():
+            import bitsandbytes.functional
+    except ImportError as error:
+        raise UserError("adapter.base=nf4 needs the package bitsandbytes: install it.") from error
+    return bitsandbytes.functional

@@ -1,0 +1,264 @@
+"""LoRA, DoRA and QLoRA train the same under every engine as a plain PEFT model in one process.
+
+The reference is a loop of its own: PEFT's model, documents one by one, the frozen matrices of QLoRA
+replaced by what their 4 bits stand for.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+from neftune_dist import NEFTune
+from neftune_dist.config import load_config
+from neftune_dist.data.corpus import prepare
+from neftune_dist.data.schedule import make_schedule
+from neftune_dist.model import load, nf4
+from neftune_dist.model.adapters import peft_name
+from neftune_dist.noise.law import TokenLayout
+from neftune_dist.optim import learning_rate
+from tests import tiny
+
+STEPS = 6
+ZERO_3 = ["engine.name=deepspeed"]
+ZERO_1 = ["engine.name=deepspeed", "engine.zero_stage=1"]
+METHODS = {
+    "lora": ["adapter.method=lora"],
+    "qlora": ["adapter.method=lora", "adapter.base=nf4"],
+    "dora": ["adapter.method=dora", "adapter.targets=q_proj,v_proj,down_proj"],
+    "rslora": ["adapter.method=lora", "adapter.scaling=rslora", "adapter.alpha=8"],
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters")
+    path = tiny.make_config(
+        folder,
+        train={"max_steps": STEPS},
+        optim={"learning_rate": 2e-2},
+        checkpoint={"every_steps": 3, "keep": 0},
+    )
+    shutil.rmtree(folder / "model")
+    tiny.make_model(folder / "model", intermediate=128)  # blocks of 64
+    return path
+
+
+def peft_model(config_path: Path, method: str) -> Any:
+    """Plain PEFT, with the frozen matrices and the first adapters of a run."""
+    config = load_config(config_path, METHODS[method])
+    folder = Path(config.model.name_or_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if config.adapter.base == "nf4":
+        for name, matrix in model.model.layers.named_parameters():
+            if matrix.dim() == 2:
+                rows = nf4.unpack(nf4.pack(matrix.detach()), matrix.shape[1], torch.float32)
+                assert 0.03 < float((rows - matrix).norm() / matrix.norm()) < 0.15, name
+                matrix.data.copy_(rows)
+    adapter = config.adapter
+    wanted = "all-linear" if adapter.targets == "all" else adapter.targets.split(",")
+    model = peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=adapter.rank,
+            lora_alpha=adapter.alpha,
+            target_modules=wanted,
+            use_rslora=adapter.scaling == "rslora",
+            use_dora=adapter.method == "dora",
+            task_type="CAUSAL_LM",
+        ),
+    )
+    ours = load.build(folder, config.model, True, adapter)
+    first = load.open_weights(ours, folder, config.model, config.train.seed)
+    theirs = dict(model.named_parameters())
+    trained = {n: p for n, p in ours.named_parameters() if p.requires_grad}
+    assert {f"base_model.model.{n}" for n in trained} == {
+        n for n, p in theirs.items() if p.requires_grad
+    }
+    for name, parameter in trained.items():
+        held = theirs[f"base_model.model.{name}"]
+        begun = first.read(name, 0, parameter.numel()).view(parameter.shape)
+        if "lora_A" in name:
+            held.data.copy_(begun)
+        else:  # PEFT begins with the same zeros and lengths
+            torch.testing.assert_close(begun, held.detach())
+    return model.train()
+
+
+def reference(config_path: Path, method: str) -> tuple[list[dict[str, float]], Any]:
+    """Records of the plain loop, and the model that it has trained."""
+    config = load_config(config_path, METHODS[method])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.name_or_path)
+    corpus = prepare(config.data, tokenizer)
+    schedule = make_schedule(config.train, len(corpus.train), corpus.fingerprint)
+    model = peft_model(config_path, method)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": 0.01},
+            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        ]
+    )
+    records = []
+    with NEFTune(5.0, seed=config.noise_seed, stream="sample").attach(model) as noise:
+        for step in range(schedule.num_steps):
+            indices, epochs = schedule.documents(step)
+            number, total = int(corpus.train.num_supervised[indices].sum()), 0.0
+            for index, epoch in zip(indices.tolist(), epochs.tolist(), strict=True):
+                tokens, supervised = corpus.train[index]
+                ids = torch.from_numpy(tokens.astype("int64"))
+                learned = torch.from_numpy(supervised.astype(bool))[1:]
+                noise.describe(
+                    TokenLayout.from_lengths(
+                        torch.tensor([len(ids)]),
+                        documents=torch.tensor([index]),
+                        epochs=torch.tensor([epoch]),
+                    )
+                )
+                logits = model(input_ids=ids[None]).logits[0, :-1]
+                loss = F.cross_entropy(logits[learned], ids[1:][learned], reduction="sum")
+                (loss / number).backward()
+                total += float(loss.detach())
+            norm = torch.nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config.optim, step, schedule.num_steps)
+            optimizer.step()
+            optimizer.zero_grad()
+            records.append({"loss": total / number, "grad_norm": float(norm)})
+    assert records[-1]["loss"] < 0.9 * records[0]["loss"]  # it moves
+    return records, model.eval()
+
+
+@pytest.fixture(scope="module")
+def references(config: Path) -> dict[str, tuple[list[dict[str, float]], Any]]:
+    return {method: reference(config, method) for method in METHODS}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.mark.parametrize(
+    ("method", "ranks", "words"),
+    [
+        ("lora", 2, []),
+        ("lora", 2, [*ZERO_1, "train.micro_batch_tokens=96"]),
+        ("qlora", 2, []),
+        ("qlora", 3, [*ZERO_3, "train.micro_batch_tokens=96"]),
+        ("qlora", 1, ["model.activation_checkpointing=full", "data.packing=false"]),
+        ("dora", 2, []),
+        ("dora", 2, ZERO_3),
+        ("rslora", 2, ["engine.offload=cpu", "model.activation_checkpointing=selective"]),
+    ],
+)
+def test_every_engine_trains_what_peft_trains(
+    method: str, ranks: int, words: list[str], config: Path, references: Any, tmp_path: Path
+) -> None:
+    records = tiny.train(config, tmp_path / "run", *METHODS[method], *words, ranks=ranks)
+    expected, _ = references[method]
+    assert len(records) == len(expected)
+    for one, other in zip(records, expected, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert one[key] == pytest.approx(other[key], rel=2e-5), (one["step"], key)
+        assert one["noise_norm"] == pytest.approx(5 / 3**0.5, rel=0.01)
+
+
+@pytest.mark.parametrize("method", ["qlora", "dora"])
+def test_resumed_exported_and_loaded(
+    method: str, config: Path, references: Any, tmp_path: Path
+) -> None:
+    """The same bits after a resume, under the other engine the same loss; merged, and loaded by
+    PEFT, the model computes what the trained one did. Checkpoints hold what was trained alone."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    records = tiny.train(config, whole, *METHODS[method], ranks=2)
+    shutil.copytree(whole, cut)
+    for name in ("step_00000006", "latest"):
+        path = cut / "checkpoints" / name
+        path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
+    (cut / "metrics.jsonl").write_text("")
+    assert tiny.untimed(tiny.train(config, cut, *METHODS[method], ranks=2)) == tiny.untimed(
+        records[3:]
+    )
+    saved = [tiny.checkpoint_tensors(run / "checkpoints/step_00000006") for run in (whole, cut)]
+    assert saved[0].keys() == saved[1].keys()
+    assert all("lora_" in key for key in saved[0])
+    assert all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0])
+
+    other = tmp_path / "other"
+    shutil.copytree(whole, other)
+    shutil.rmtree(other / "checkpoints/step_00000006")
+    (other / "checkpoints/latest").unlink()
+    continued = tiny.train(config, other, *METHODS[method], *ZERO_3, ranks=3)
+    for one, two in zip(continued[-3:], records[3:], strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+
+    _, trained = references[method]
+    ids = torch.arange(5, 45)[None]
+    with torch.no_grad():
+        expected = trained(input_ids=ids).logits
+        for words in ([], ["--adapter"]):
+            done = tiny.run_forked("export", whole, *words)
+            assert done.returncode == 0, done.stderr
+        merged = transformers.AutoModelForCausalLM.from_pretrained(
+            whole / "export", dtype=torch.float32
+        )
+        torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-3, atol=2e-3)
+        base = peft_model(config, method).unload()
+        loaded = peft.PeftModel.from_pretrained(base, whole / "adapter").eval()
+        torch.testing.assert_close(loaded(input_ids=ids).logits, expected, rtol=1e-3, atol=2e-3)
+        plain = base(input_ids=ids).logits  # (PeftModel put its layers into it)
+        assert torch.equal(plain, loaded(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ["adapter.method=lora", "adapter.targets=q_proj,nothing"],
+            "LlamaForCausalLM has no nothing",
+        ),
+        (["adapter.method=dora", "adapter.base=nf4"], "adapter.method=dora goes with"),
+        (["adapter.rank=8"], "adapter.rank has no effect with adapter.method=none"),
+        (["adapter.method=lora", "adapter.rank=0"], "adapter.rank=0 is out of range"),
+        (["adapter.method=lora", "model.float8=rowwise", "model.dtype=bf16"], "goes with adapter"),
+    ],
+)
+def test_mistakes(words: list[str], told: str, config: Path, tmp_path: Path) -> None:
+    done = tiny.run_forked("train", config, f"run_dir={tmp_path / 'run'}", *words)
+    assert done.returncode == 2
+    assert told in done.stderr
+
+
+def test_a_width_that_has_no_blocks(tmp_path: Path) -> None:
+    config = tiny.make_config(tmp_path)
+    done = tiny.run_forked(
+        "train", config, f"run_dir={tmp_path / 'run'}", "adapter.method=lora", "adapter.base=nf4"
+    )
+    assert done.returncode == 2
+    assert "mlp.down_proj.weight have 112: set adapter.base=plain" in done.stderr
+
+
+def test_another_adapter_is_another_run(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    tiny.train(config, run, *METHODS["lora"], "train.max_steps=1")
+    done = tiny.run_forked("train", config, f"run_dir={run}", *METHODS["lora"], "adapter.rank=8")
+    assert done.returncode == 2
+    assert "adapter.rank (then 16, now 8)" in done.stderr
+
+
+def test_names_in_files() -> None:
+    name = "model.layers.0.mlp.down_proj.lora_A.default.weight"
+    assert peft_name(name) == (
+        "down_proj",
+        "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight",
+    )
+    assert json.dumps(peft_name(name))  # plain text
