@@ -5,7 +5,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$root/launcher/environment.sh"
 prepare_environment "$root" test
 cd "$root"
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Threads of several processes that wait for each other on few cores would only use them up.
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Tests mostly wait, for processes that start and for each other: one more at a time than cores. Those
 # of one file share what they set up, and so stay together.
 exec python -m pytest -n $(($(nproc) + 1)) --dist loadfile --no-loadscope-reorder "$@"

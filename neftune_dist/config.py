@@ -53,6 +53,7 @@ class ModelConfig:
     name_or_path: str = ""  # a Hugging Face directory, or a hub id
     weights: str | None = None  # from elsewhere: a folder of safetensors, a ZeRO checkpoint, a DCP
     revision: str | None = None  # branch, tag or commit, for a hub id
+    add_tokens: str | None = None  # special ones that the tokenizer lacks: <|a|>,<|b|>
     dtype: str = "bf16"  # of the computation: bf16 | fp32; master weights are always fp32
     attention: str = "auto"  # auto | varlen | flex (packed) | sdpa | eager (padded)
     loss: str = "auto"  # auto | plain (all logits at once) | chunked | liger
@@ -116,6 +117,7 @@ class EngineConfig:
     zero_stage: int | None = None  # deepspeed: 1 | 2 | 3 (default 3)
     num_replicas: int | None = None  # fsdp2: HSDP, copies of the sharded model (default 1)
     reshard_after_forward: bool | None = None  # fsdp2: False keeps weights until the backward
+    sequence_parallel: int = 1  # ranks that share a micro-batch, a slice of its tokens each
     offload: str = "none"  # none | cpu: masters and Adam moments in host memory
 
 
@@ -164,8 +166,7 @@ class CheckpointConfig:
     @property
     def accepted(self) -> tuple[str, ...]:
         """The keys that `accept_changes` lists."""
-        keys = (self.accept_changes or "").split(",")
-        return tuple(key.strip() for key in keys if key.strip())
+        return listed(self.accept_changes)
 
 
 @dataclass
@@ -173,6 +174,10 @@ class LoggingConfig:
     """What a step leaves behind."""
 
     tensorboard: bool = True
+    wandb: bool = False  # Weights & Biases
+    mlflow: bool = False
+    project: str = "neftune_dist"  # of wandb; mlflow's experiment
+    name: str | None = None  # of the run there; None: the last part of run_dir
     progress: bool = True
 
 
@@ -269,6 +274,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "noise.warmup_steps": (0, 2**32, "[]"),
     "noise.final_fraction": (0, 1, "[]"),
     "engine.num_replicas": (1, 2**16, "[]"),
+    "engine.sequence_parallel": (1, 2**16, "[]"),
     "optim.learning_rate": (0, 10, "[]"),
     "optim.warmup_steps": (0, 2**32, "[]"),
     "optim.final_fraction": (0, 1, "[]"),
@@ -296,9 +302,11 @@ RANGES: dict[str, tuple[float, float, str]] = {
 def load_config(path: str | os.PathLike[str] | None, words: Sequence[str] = ()) -> Config:
     """Defaults, then the YAML file at `path`, then `key=value` words; checked.
 
+    A file may begin with `extends: OTHER.yaml`, a file beside it whose settings come first.
+
     Raises `UserError` naming the key, the value and what is allowed.
     """
-    updates = [] if path is None else [(str(path), _read_yaml(Path(path)))]
+    updates = [] if path is None else _read_files(Path(path))
     updates += [(f"'{word}'", _read_word(word)) for word in words]
     config = OmegaConf.structured(Config)
     for where, update in updates:
@@ -345,12 +353,21 @@ def _check_contradictions(config: Config) -> None:
         raise UserError(
             "model.name_or_path is not set: give a Hugging Face model directory or a hub id."
         )
-    if data.max_length > train.micro_batch_tokens:
+    slices = config.engine.sequence_parallel
+    if data.max_length > train.micro_batch_tokens * slices:
+        shared = f" on each of {slices} ranks (engine.sequence_parallel)" if slices > 1 else ""
         raise UserError(
             f"data.max_length={data.max_length} does not fit into "
-            f"train.micro_batch_tokens={train.micro_batch_tokens}: a document is never split, "
-            "so raise the second or lower the first."
+            f"train.micro_batch_tokens={train.micro_batch_tokens}{shared}: a document is in one "
+            "micro-batch, so raise the second or lower the first."
         )
+    if slices > 1 and not (data.packing and model.attention in ("auto", "varlen")):
+        raise UserError(
+            f"engine.sequence_parallel={slices} goes with data.packing=true and "
+            "model.attention=varlen (or auto)."
+        )
+    if slices > 1 and config.noise.length == "padded":
+        raise UserError("noise.length=padded goes with engine.sequence_parallel=1.")
     if data.packing and model.attention in ("sdpa", "eager"):
         raise UserError(
             f"model.attention={model.attention} goes with data.packing=false; packed documents "
@@ -386,6 +403,12 @@ def _check_contradictions(config: Config) -> None:
                 f"evaluate.{key} has no effect without held-out documents: set data.num_held_out."
             )
     _check_checkpoint(config.checkpoint)
+    if not (config.logging.wandb or config.logging.mlflow):
+        for key in ("project", "name"):
+            if getattr(config.logging, key) != getattr(LoggingConfig(), key):
+                raise UserError(
+                    f"logging.{key} has no effect without logging.wandb or logging.mlflow."
+                )
     if config.optim.schedule == "constant" and config.optim.final_fraction:
         raise UserError("optim.final_fraction has no effect with optim.schedule=constant.")
     _check_noise(config.noise)
@@ -403,6 +426,11 @@ def _check_adapter(config: Config) -> None:
         raise UserError(
             f"model.float8={config.model.float8} goes with adapter.method=none: frozen weights "
             "have no float8 of their own."
+        )
+    if adapter.method != "none" and config.model.add_tokens:
+        raise UserError(
+            "model.add_tokens goes with adapter.method=none: an adapter leaves the embedding of "
+            "new tokens as it begins."
         )
     if adapter.method == "dora" and adapter.base == "nf4":
         raise UserError(
@@ -489,6 +517,25 @@ def _read_yaml(path: Path) -> Any:
     if not OmegaConf.is_dict(loaded):
         raise UserError(f"{path} must hold sections such as 'model:' and 'noise:'.")
     return OmegaConf.to_container(loaded, resolve=False)
+
+
+def listed(words: str | None) -> tuple[str, ...]:
+    """What a setting lists, separated by commas."""
+    return tuple(word for each in (words or "").split(",") if (word := each.strip()))
+
+
+def _read_files(path: Path, extended_by: tuple[Path, ...] = ()) -> list[tuple[str, Any]]:
+    """A file's settings behind those of the file it extends; where each was found."""
+    loaded = _read_yaml(path)
+    extends = loaded.pop("extends", None)
+    if extends is None:
+        return [(str(path), loaded)]
+    if not isinstance(extends, str) or not extends:
+        raise UserError(f"{path}: extends={_brief(extends)} is no file's name.")
+    parent, chain = path.parent / extends, (*extended_by, path)
+    if parent.resolve() in [each.resolve() for each in chain]:
+        raise UserError(f"{path}: extends={extends} comes back to a file that it extends.")
+    return [*_read_files(parent, chain), (str(path), loaded)]
 
 
 def _read_word(word: str) -> Any:

@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
 from typing import Any, TypeVar
@@ -83,6 +84,20 @@ class StopSignal:
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
+@dataclass(frozen=True)
+class Sharing:
+    """How ranks share the data: neighbours take slices of the same documents.
+
+    data_rank, data_size: of the groups that share no document. part: (index, count) of this rank's
+    slice. group: the ranks of its documents; None where it has them alone.
+    """
+
+    data_rank: int
+    data_size: int
+    part: tuple[int, int]
+    group: dist.ProcessGroup | None
+
+
 class World:
     """This process among the others.
 
@@ -126,6 +141,17 @@ class World:
                 device_id=self.device if backend == "nccl" else None,
             )
         self._store = dist.PrefixStore("neftune_dist", dist.distributed_c10d._get_default_store())
+
+    def share(self, count: int) -> Sharing:
+        """Slices of `count` ranks each. A collective. Raises `UserError` where they do not come
+        out even."""
+        if self.size % count:
+            raise UserError(
+                f"engine.sequence_parallel={count} does not divide the {self.size} processes of "
+                "this run."
+            )
+        group = dist.new_subgroups(count)[0] if count > 1 else None
+        return Sharing(self.rank // count, self.size // count, (self.rank % count, count), group)
 
     @property
     def is_first(self) -> bool:

@@ -41,6 +41,16 @@ def keep_small_files(model_folder: Path, run_dir: Path) -> None:
                 shutil.copyfile(file, target / file.name)
 
 
+def keep_vocabulary(tokenizer: Any, num_rows: int, run_dir: Path) -> None:
+    """Put a tokenizer with new tokens in the place of the model's own, and say how many rows its
+    embedding has now."""
+    target = run_dir / MODEL_FOLDER
+    tokenizer.save_pretrained(target)
+    path = target / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "vocab_size": num_rows}, indent=2) + "\n")
+
+
 def export(
     run_dir: Path,
     output: Path | None = None,

@@ -308,10 +308,19 @@ def token_layout(batch: MicroBatch) -> TokenLayout:
     """What the noise must know of a micro-batch's tokens."""
     if len(batch.lengths) == 0:  # an empty micro-batch: its tokens are padding
         return TokenLayout.padding(batch.input_ids.numel(), batch.input_ids.device)
-    return TokenLayout.from_arguments(
-        batch.input_ids,
-        batch.attention_mask,
+    ids, mask = batch.input_ids, batch.attention_mask
+    index, count = batch.part
+    if count > 1:  # the whole's, of which the slice is taken
+        ids = mask = torch.ones(1, batch.whole_tokens, dtype=torch.int64, device=ids.device)
+        mask[:, batch.whole_tokens - batch.tail :] = 0
+    layout = TokenLayout.from_arguments(
+        ids,
+        mask,
         cu_seq_lens=batch.cu_seqlens,
         documents=batch.documents,
         epochs=batch.epochs,
     )
+    if count == 1:
+        return layout
+    own = batch.whole_tokens // count
+    return layout.take(torch.arange(index * own, (index + 1) * own, device=ids.device))

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: metrics.jsonl, evaluations.jsonl, TensorBoard, a progress bar.
+"""What a run leaves to look at: metrics.jsonl, evaluations.jsonl, trackers, a progress bar.
 
 Owns these files, on rank 0 alone. A resumed run first drops what lies beyond its checkpoint, so
 that the files read as if the run had never stopped. A number that is not finite is written as null,
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from neftune_dist.config import LoggingConfig, UserError
+from neftune_dist.trackers import Trackers
 
 _STEPS, _EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 
@@ -30,7 +30,13 @@ class Recorder:
     """Records steps and evaluations. With `active` False (other ranks) it does nothing."""
 
     def __init__(
-        self, run_dir: Path, config: LoggingConfig, first_step: int, num_steps: int, active: bool
+        self,
+        run_dir: Path,
+        config: LoggingConfig,
+        facts: Mapping[str, Any],
+        first_step: int,
+        num_steps: int,
+        active: bool,
     ) -> None:
         self.active = active
         if not active:
@@ -40,11 +46,7 @@ class Recorder:
                 # A run from the start evaluates at step 0 anew, a resumed one does not.
                 _keep_until(run_dir / name, first_step if first_step else -1)
             self._files = {n: (run_dir / n).open("a") for n in (_STEPS, _EVALUATIONS)}
-            self._tensorboard = (
-                SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
-                if config.tensorboard
-                else None
-            )
+            self._trackers = Trackers(run_dir, config, facts, first_step)
         except OSError as error:
             raise UserError(
                 f"run_dir={run_dir} cannot be written: {error.strerror or error}."
@@ -101,8 +103,7 @@ class Recorder:
         for file in self._files.values():
             with suppress(OSError):  # counted when it was written
                 file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        self._trackers.close()
         if self._bar is not None:
             self._bar.close()
         if self._num_lost:
@@ -121,10 +122,7 @@ class Recorder:
             if not self._num_lost:
                 print(f"warning: {self._run_dir / name}: {error.strerror}", file=sys.stderr)
             self._num_lost += 1
-        if self._tensorboard is not None:
-            for key, value in record.items():
-                if key != "step" and value is not None:
-                    self._tensorboard.add_scalar(f"{prefix}/{key}", value, record["step"])
+        self._trackers.record(prefix, record)
 
 
 def is_evaluated(run_dir: Path, step: int) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,14 @@ from neftune_dist.data.schedule import Schedule, make_schedule
 from neftune_dist.distributed import Stopped, StopSignal, World
 from neftune_dist.engine.base import MASTER, Engine
 from neftune_dist.evaluate.held_out import HeldOut
-from neftune_dist.export import keep_small_files
+from neftune_dist.export import keep_small_files, keep_vocabulary
 from neftune_dist.loop import Progress, Trainer, evaluation_due
 from neftune_dist.metrics import Recorder, is_evaluated
 from neftune_dist.model import load
 from neftune_dist.model.attention import VARLEN, implementation, varlen_kernel
 from neftune_dist.model.flops import ModelSize, model_size
 from neftune_dist.model.support import check_lengths
+from neftune_dist.model.ulysses import share_sequences
 from neftune_dist.noise.hook import NEFTune
 from neftune_dist.optim import MakeOptimizer
 from neftune_dist.watch.straggler import Stragglers
@@ -79,14 +80,18 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
     with stop.at_once():
         ready = _prepare(config, run_dir, world)
     num_steps = ready.schedule.num_steps
+    with world.agree():
+        sharing = world.share(config.engine.sequence_parallel)
+        share_sequences(sharing.group, ready.model.config)
     loader = Loader(
         ready.corpus.train,
         ready.schedule,
         config,
-        world.rank,
-        world.size,
+        sharing.data_rank,
+        sharing.data_size,
         ready.size.quadratic_tokens,
         world.device,
+        sharing.part,
     )
     _report(ready.corpus, ready.schedule, loader, world)
     if ready.progress.step >= num_steps and not ready.evaluation_due:
@@ -97,9 +102,10 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
         config.noise.alpha,
         seed=config.noise_seed,
         stream=config.noise.stream,
-        rank=world.rank,
+        rank=sharing.data_rank,
         distribution=config.noise.distribution,
         length=config.noise.length,
+        slices=sharing.group,
     ).attach(ready.model)
     with world.agree():
         engine = make_engine(config, world)
@@ -107,15 +113,23 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
     world.stop_together()
     with world.agree():
         _fill(engine, ready, stop)
+    ready = replace(ready, weights=None)  # and with them the files' pages
     world.stop_together()
     engine.loaded(ready.progress.num_updates)
     for line in [*engine.describe(), compute_line(engine, config), *_run_lines(config, ready)]:
         world.log(line)
     with world.agree():
-        recorder = Recorder(run_dir, config.logging, ready.progress.step, num_steps, world.is_first)
+        recorder = Recorder(
+            run_dir,
+            config.logging,
+            {"config": config.to_dict(), "environment": _environment(world)},
+            ready.progress.step,
+            num_steps,
+            world.is_first,
+        )
     world.outlast(config.train.hang_minutes)
     saver = Saver(run_dir, config.checkpoint, world)
-    held_out = HeldOut(ready.corpus.held_out, config, world, ready.size.quadratic_tokens)
+    held_out = HeldOut(ready.corpus.held_out, config, world, sharing, ready.size.quadratic_tokens)
     stragglers = Stragglers(world)
     with world.agree():
         watchdog = Watchdog(world, attempt.folder_of_run(run_dir), config.train.hang_minutes)
@@ -191,6 +205,8 @@ def _prepare(config: Config, run_dir: Path, world: World) -> _Prepared:
             try:
                 (run_dir / "config.yaml").write_text(config.to_yaml())
                 keep_small_files(folder, run_dir)
+                if config.model.add_tokens:
+                    keep_vocabulary(tokenizer, model.config.vocab_size, run_dir)
             except OSError as error:
                 raise _unwritable(run_dir, error) from error
     return _Prepared(
@@ -330,6 +346,17 @@ def _run_lines(config: Config, ready: _Prepared) -> list[str]:
         )
         lines += [f"resume: {change}" for change in ready.changes]
     return lines
+
+
+def _environment(world: World) -> dict[str, Any]:
+    """Where a run runs, recorded with it."""
+    on_gpu = world.device.type == "cuda"
+    return {
+        **_versions(),
+        "host": platform.node(),
+        "device": torch.cuda.get_device_name(world.device) if on_gpu else platform.machine(),
+        "world_size": world.size,
+    }
 
 
 def _versions() -> dict[str, str]:

@@ -3,6 +3,9 @@
 A `MicroBatch` is all that a forward pass, the loss and the noise need, the same under every engine.
 An empty micro-batch is two tokens that nothing is learned from, so that every rank takes part in
 every collective; two, because torch.compile would compile once more for a dimension of size 1.
+
+Ranks that share sequences (`engine.sequence_parallel`) take slices of one micro-batch: as many
+tokens each, wherever documents begin and end.
 """
 
 from __future__ import annotations
@@ -38,6 +41,9 @@ class MicroBatch:
     lengths, documents, epochs: int64 (num_documents,), in order; none where the batch is empty.
     cu_seqlens: int32 (num_documents + 1,), where each document begins and the last one ends; None
         where padded. The tokens of an empty batch count as one document: (0, S).
+    part: (index, count) of a slice. Its input_ids, position_ids, positions and targets are its own;
+        documents and cu_seqlens are those of the whole, at whose end a slice may need padding: one
+        more document in cu_seqlens, of `tail` tokens.
     """
 
     input_ids: Tensor
@@ -51,6 +57,27 @@ class MicroBatch:
     cu_seqlens: Tensor | None
     # Known to the host without waiting for the device: lengths, or (S,) where the batch is empty.
     document_lengths: tuple[int, ...]
+    tail: int = 0
+    part: tuple[int, int] = (0, 1)
+
+    @property
+    def whole_tokens(self) -> int:
+        """Of all slices, packed: S where there is but one."""
+        return sum(self.document_lengths) + self.tail
+
+    def slice(self, index: int, count: int) -> MicroBatch:
+        """The `index`-th of `count` equal slices of a packed one, whose tokens they divide."""
+        own = self.whole_tokens // count
+        first, last = index * own, (index + 1) * own
+        inside = (self.positions >= first) & (self.positions < last)
+        return replace(
+            self,
+            input_ids=self.input_ids[:, first:last],
+            position_ids=self.position_ids[:, first:last],
+            positions=self.positions[inside] - first,
+            targets=self.targets[inside],
+            part=(index, count),
+        )
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same batch on another device; pinned, the host does not wait for the copies."""
@@ -81,23 +108,27 @@ class StepBatch:
 
 
 def collate(
-    documents: Documents, indices: np.ndarray, epochs: np.ndarray, packing: bool
+    documents: Documents, indices: np.ndarray, epochs: np.ndarray, packing: bool, slices: int = 1
 ) -> MicroBatch:
-    """The micro-batch of these documents, int64 (num_documents,) each; none gives an empty one."""
+    """The micro-batch of these documents, int64 (num_documents,) each; none gives an empty one.
+    Packed, it can be cut into so many `slices`."""
     if len(indices):
         lengths, (ids, supervised) = documents.lengths[indices], documents.gather(indices)
     else:
-        lengths = np.array([_EMPTY_TOKENS])
-        ids, supervised = np.zeros(_EMPTY_TOKENS, np.int32), np.zeros(_EMPTY_TOKENS, np.uint8)
+        empty = _EMPTY_TOKENS * slices
+        lengths = np.array([empty])
+        ids, supervised = np.zeros(empty, np.int32), np.zeros(empty, np.uint8)
     ends = np.cumsum(lengths)
+    tail = -int(ends[-1]) % slices
     token = np.arange(len(ids))
     within = token - np.repeat(ends - lengths, lengths)
     # The place of each token among the flattened rows.
-    rows, width = (1, len(ids)) if packing else (len(lengths), int(lengths.max()))
+    rows, width = (1, len(ids) + tail) if packing else (len(lengths), int(lengths.max()))
     place = token if packing else np.repeat(np.arange(rows) * width, lengths) + within
     input_ids, position_ids, mask = np.zeros((3, rows * width), np.int64)
     input_ids[place], position_ids[place], mask[place] = ids, within, 1
     learned = np.flatnonzero(supervised)
+    boundaries = np.concatenate([[0], ends, [len(ids) + tail] * bool(tail)])
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids.reshape(rows, width)),
         position_ids=torch.from_numpy(position_ids.reshape(rows, width)),
@@ -107,15 +138,17 @@ def collate(
         lengths=torch.from_numpy(lengths[: len(indices)]),
         documents=torch.from_numpy(np.asarray(indices, np.int64)),
         epochs=torch.from_numpy(np.asarray(epochs, np.int64)),
-        cu_seqlens=torch.from_numpy(np.append(0, ends).astype(np.int32)) if packing else None,
+        cu_seqlens=torch.from_numpy(boundaries.astype(np.int32)) if packing else None,
         document_lengths=tuple(lengths.tolist()),
+        tail=tail,
     )
 
 
 class Loader:
     """Steps of one rank, from any step on; the next ones are prepared while one is trained.
 
-    device: where they are trained on; for a GPU they are pinned.
+    rank, world_size: of those that share no document. device: where they are trained on; for a GPU
+    they are pinned. part: (index, count) of this rank's slice of each micro-batch.
     """
 
     def __init__(
@@ -127,14 +160,16 @@ class Loader:
         world_size: int,
         quadratic_tokens: float,
         device: torch.device = _CPU,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         self.documents = documents
         self.schedule = schedule
         self.packing = config.data.packing
-        self.micro_batch_tokens = config.train.micro_batch_tokens
+        self.micro_batch_tokens = config.train.micro_batch_tokens * part[1]
         self.rank, self.world_size = rank, world_size
         self.quadratic_tokens = quadratic_tokens
         self.device = device
+        self.part = part
 
     def step(self, step: int) -> StepBatch:
         """This rank's part of a step: a pure function of the step."""
@@ -150,7 +185,12 @@ class Loader:
         return StepBatch(
             step=step,
             micro_batches=[
-                collate(self.documents, indices[group], epochs[group], self.packing)
+                _own(
+                    collate(
+                        self.documents, indices[group], epochs[group], self.packing, self.part[1]
+                    ),
+                    self.part,
+                )
                 for group in mine
             ],
             num_documents=len(indices),
@@ -185,9 +225,15 @@ class Loader:
         return batch
 
     def _computed(self, lengths: np.ndarray) -> int:
+        slices = self.part[1]
         if len(lengths) == 0:
-            return _EMPTY_TOKENS
-        return int(lengths.sum() if self.packing else len(lengths) * lengths.max())
+            return _EMPTY_TOKENS * slices
+        tokens = int(lengths.sum() if self.packing else len(lengths) * lengths.max())
+        return -(-tokens // slices) * slices
+
+
+def _own(batch: MicroBatch, part: tuple[int, int]) -> MicroBatch:
+    return batch if part[1] == 1 else batch.slice(*part)
 
 
 def evaluation_batches(
@@ -197,15 +243,18 @@ def evaluation_batches(
     rank: int,
     world_size: int,
     quadratic_tokens: float,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[MicroBatch]:
-    """This rank's micro-batches over a fixed set of documents, laid out like a step."""
+    """This rank's micro-batches over a fixed set of documents, laid out like a step; the arguments
+    as `Loader` takes them."""
     layout = lay_out(
         documents.lengths[indices],
         world_size,
-        config.train.micro_batch_tokens,
+        config.train.micro_batch_tokens * part[1],
         config.data.packing,
         quadratic_tokens,
     )
     for groups in layout.groups:
         chosen = indices[list(groups[rank])]
-        yield collate(documents, chosen, np.zeros_like(chosen), config.data.packing)
+        epochs = np.zeros_like(chosen)
+        yield _own(collate(documents, chosen, epochs, config.data.packing, part[1]), part)

@@ -12,7 +12,7 @@ import torch
 from neftune_dist.config import Config
 from neftune_dist.data.corpus import Documents
 from neftune_dist.data.loader import evaluation_batches
-from neftune_dist.distributed import World
+from neftune_dist.distributed import Sharing, World
 from neftune_dist.engine.base import Engine
 
 
@@ -20,12 +20,17 @@ class HeldOut:
     """The held-out documents of a run. A collective of all ranks."""
 
     def __init__(
-        self, documents: Documents, config: Config, world: World, quadratic_tokens: float
+        self,
+        documents: Documents,
+        config: Config,
+        world: World,
+        sharing: Sharing,
+        quadratic_tokens: float,
     ) -> None:
         most = config.evaluate.max_documents or len(documents)
         self.indices = np.arange(min(most, len(documents)))
         self.documents, self.config, self.world = documents, config, world
-        self.quadratic_tokens = quadratic_tokens
+        self.sharing, self.quadratic_tokens = sharing, quadratic_tokens
 
     def evaluate(self, engine: Engine, stop_requested: Callable[[], bool]) -> dict[str, Any] | None:
         """`held_out_loss` (mean over supervised tokens), its perplexity, and the counts; None where
@@ -53,9 +58,10 @@ class HeldOut:
             self.documents,
             self.indices,
             self.config,
-            self.world.rank,
-            self.world.size,
+            self.sharing.data_rank,
+            self.sharing.data_size,
             self.quadratic_tokens,
+            self.sharing.part,
         )
         for batch in batches:
             if self.world.any(stop_requested()):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neftune_dist.config import AdapterConfig, UserError
+from neftune_dist.config import AdapterConfig, UserError, listed
 from neftune_dist.model import nf4
 from neftune_dist.model.compute import blocks
 from neftune_dist.model.weights import WeightFiles
@@ -67,7 +67,7 @@ def targets(model: Any, config: AdapterConfig) -> list[str]:
         raise UserError(f"{type(model).__name__} names no blocks with matrices to adapt.")
     if config.targets == "all":
         return known
-    wanted = sorted({name.strip() for name in config.targets.split(",")} - {""})
+    wanted = sorted(set(listed(config.targets)))
     missing = [name for name in wanted if name not in known]
     if missing or not wanted:
         raise UserError(

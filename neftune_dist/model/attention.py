@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.attention import flex_attention as flex
 from transformers import AttentionInterface
 
+from neftune_dist.model.ulysses import to_heads, to_slices
+
 VARLEN = "neftune_dist_varlen"
 FLEX = "neftune_dist_flex"
 
@@ -63,6 +65,7 @@ def varlen_attention(
 
     Args:
         query: (1, num_heads, num_tokens, head_dim). key, value: (1, num_key_value_heads, ...).
+            Where sequences are shared (`ulysses`), this rank's tokens.
         cu_seqlens: int32 (num_documents + 1,), from 0 to num_tokens. max_seqlen: no document is
             longer.
         sliding_window: tokens that a token sees, itself counted.
@@ -77,8 +80,10 @@ def varlen_attention(
     assert cu_seqlens is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = sliding_window or 0
+    query, key, value = to_heads(query, key, value)
     if dropout or (query.is_cuda and query.dtype == torch.float32):  # FlashAttention has neither
-        return _by_document(query, key, value, cu_seqlens, scale, window, dropout), None
+        out = _by_document(query, key, value, cu_seqlens, scale, window, dropout)
+        return to_slices(out), None
     out, _lse = torch.ops.neftune_dist.varlen_attention(
         *(each[0].transpose(0, 1) for each in (query, key, value)),
         cu_seqlens,
@@ -86,7 +91,7 @@ def varlen_attention(
         scale,
         window,
     )
-    return out[None], None
+    return to_slices(out[None]), None
 
 
 def flex_attention(

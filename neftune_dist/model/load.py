@@ -15,15 +15,16 @@ from typing import Any, Protocol
 import huggingface_hub
 import torch
 import transformers
+from tokenizers import AddedToken
 from torch import Tensor, nn
 
-from neftune_dist.config import AdapterConfig, ModelConfig, UserError
+from neftune_dist.config import AdapterConfig, ModelConfig, UserError, listed
 from neftune_dist.model import adapters
 from neftune_dist.model.attention import implementation
 from neftune_dist.model.compute import configure
 from neftune_dist.model.loss import resolve_loss
 from neftune_dist.model.support import check_model, check_packable
-from neftune_dist.model.weights import WeightFiles, first_line, weights_folder
+from neftune_dist.model.weights import GrownWeights, WeightFiles, first_line, weights_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # model.dtype
 _SMALL_FILES = ["*.json", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.py"]
@@ -63,15 +64,20 @@ def find(config: ModelConfig, weights: bool = True) -> Path:
 
 
 def load_tokenizer(folder: Path, config: ModelConfig) -> Any:
-    """The model's tokenizer."""
+    """The model's tokenizer, with `model.add_tokens`."""
     try:
-        return transformers.AutoTokenizer.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=config.trust_remote_code
         )
     except Exception as error:  # transformers raises whatever its parsers do
         raise UserError(
             f"The tokenizer in {folder} cannot be loaded: {_plain(error, config)}"
         ) from error
+    tokenizer.add_tokens(
+        [AddedToken(each, special=True, normalized=False) for each in listed(config.add_tokens)],
+        special_tokens=True,
+    )
+    return tokenizer
 
 
 def load_model_config(folder: Path, config: ModelConfig) -> Any:
@@ -117,11 +123,19 @@ def build(
             f"{_plain(error, config)}"
         ) from error
     check_model(model, packing)
+    if config.add_tokens:
+        _make_room(model, len(load_tokenizer(folder, config)))
     if adapter is not None and adapter.method != "none":
         adapters.attach(model, adapter, DTYPES[config.dtype])
     configure(model, config)
     resolve_loss(config.loss, model)
     return model.train()
+
+
+def _make_room(model: Any, num_tokens: int) -> None:
+    """Rows for new tokens, in the embedding and in the projection to the vocabulary."""
+    if num_tokens > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(num_tokens, mean_resizing=False)
 
 
 class Weights(Protocol):
@@ -146,12 +160,18 @@ def open_weights(model: Any, folder: Path, config: ModelConfig, seed: int) -> We
         for first, names in parameter_aliases(model).items()
         if not adapters.is_adapter(first)
     }
-    files = WeightFiles(
-        weights_folder(config, folder),
-        aliases,
-        adapters.plain_shapes(model),
-        model.base_model_prefix,
-    )
+    shapes = adapters.plain_shapes(model)
+    in_files = dict(shapes)
+    if config.add_tokens:
+        rows = load_model_config(folder, config).get_text_config().vocab_size
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        grown = {id(p) for module in ends if module is not None for p in module.parameters()}
+        for name, parameter in model.named_parameters():
+            if id(parameter) in grown:
+                in_files[name] = (min(rows, shapes[name][0]), *shapes[name][1:])
+    files = WeightFiles(weights_folder(config, folder), aliases, in_files, model.base_model_prefix)
+    if in_files != shapes:
+        return GrownWeights(files, in_files)
     if len(aliases) == len(parameter_aliases(model)):
         return files
     return adapters.AdaptedWeights(model, files, seed)

@@ -117,6 +117,43 @@ class WeightFiles:
                 )
 
 
+class GrownWeights:
+    """Weights some of whose parameters have more rows than in the files: every further one is the
+    mean of theirs, as of all tokens a new one knows as much.
+
+    Args:
+        shapes: in the files, by name.
+    """
+
+    def __init__(self, files: WeightFiles, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._files, self._shapes = files, shapes
+        self._means: dict[str, Tensor] = {}
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flattened parameter, 1-D."""
+        shape = self._shapes[name]
+        numel = math.prod(shape)
+        known = self._files.read(name, start, min(stop, numel)) if start < numel else None
+        if known is not None and stop <= numel:
+            return known
+        width = math.prod(shape[1:])
+        first = max(start, numel)
+        row = self._mean(name).repeat(-(-(stop - first) // width) + 1)
+        further = row[first % width :][: stop - first]
+        return further if known is None else torch.cat([known.float(), further])
+
+    def _mean(self, name: str) -> Tensor:
+        if name not in self._means:
+            rows, width = self._shapes[name][0], math.prod(self._shapes[name][1:])
+            total, step = torch.zeros(width, dtype=torch.float64), max(1, 2**24 // width)
+            for first in range(0, rows, step):
+                last = min(rows, first + step)
+                piece = self._files.read(name, first * width, last * width)
+                total += piece.view(-1, width).sum(0, dtype=torch.float64)
+            self._means[name] = (total / rows).float()
+        return self._means[name]
+
+
 def _candidates(names: list[str], prefix: str) -> list[str]:
     dotted = f"{prefix}."
     return [

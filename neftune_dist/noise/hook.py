@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate
 
 from neftune_dist.noise.law import (
@@ -56,6 +57,9 @@ class NEFTune:
         distribution: `uniform`, the paper's. `gaussian`, of the same variance. `symmetric`
             (SymNoise, arXiv 2312.01523): -1 or 1, so a norm of alpha; every batch is to be passed
             forward twice in a row, the second time with the opposite noise.
+        slices: process group of the ranks that hold the slices of this rank's sequences, equally
+            long: a document's norm is then that of all of it, counted by the rank that has its
+            first token. A collective of the group in every noised forward.
         length: `document`: the law. `padded`: L is the length of the padded or packed row, and
             padding is noised as well; what the widely copied hook does, for comparison.
 
@@ -75,6 +79,7 @@ class NEFTune:
         rank: int | None = None,
         distribution: str = "uniform",
         length: str = "document",
+        slices: ProcessGroup | None = None,
     ) -> None:
         _check_alpha(alpha)
         for name, value, known in (
@@ -94,7 +99,7 @@ class NEFTune:
         if rank is not None and not 0 <= rank < 1 << 32:
             raise ValueError(f"rank={rank} is out of range: from 0 to 2^32 - 1.")
         self.alpha, self.seed, self.stream, self.rank = alpha, seed, stream, rank
-        self.distribution, self.length = distribution, length
+        self.distribution, self.length, self.slices = distribution, length, slices
 
     def attach(self, model: nn.Module) -> NEFTuneHandle:
         """Put the noise on `model`, a transformers causal LM (or what wraps one).
@@ -305,6 +310,9 @@ class NEFTuneHandle:
         step, count = count_forward_(self._clock).unbind()
         squares = self._add(x, layout, alpha, step, count)
         documents = (layout.length > 0) & (layout.position == 0)
+        if self.neftune.slices is not None:
+            torch.distributed.all_reduce(squares, group=self.neftune.slices)
+            squares = torch.where(documents, squares[layout.segment], 0.0)
         self._norms.add_(torch.stack((squares.sqrt().sum(), documents.sum().to(torch.float64))))
         if not torch.compiler.is_compiling():
             self._last = _Forward(self._first_node, layout, alpha, step, count)
@@ -366,6 +374,7 @@ class NEFTuneHandle:
             distribution=n.distribution,
             embed_scale=self._embed_scale,
             row_length=x.shape[-2] if n.length == "padded" else None,
+            num_segments=layout.num_tokens * (n.slices.size() if n.slices else 1),
         )
 
 

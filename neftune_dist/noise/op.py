@@ -148,15 +148,17 @@ def add_noise(
     distribution: str = "uniform",
     embed_scale: float = 1.0,
     row_length: int | None = None,
+    num_segments: int | None = None,
 ) -> Tensor:
     """Add the law's noise to embeddings in place; say how much was added.
 
     Args:
         x: (rows, columns, hidden_size), or (num_tokens, hidden_size); any floating dtype.
         alpha, embed_scale, row_length: as `law.scales` takes them.
+        num_segments: above every segment of the layout; None: x's number of tokens.
 
     Returns:
-        float64 (num_tokens,): at index i the squared L2 norm of what document i of the batch
+        float64 (num_segments,): at index i the squared L2 norm of what document i of the batch
         received, over embed_scale; 0 beyond the number of documents. The same bits in whatever
         order a device adds them up.
     """
@@ -168,5 +170,5 @@ def add_noise(
     # In whole numbers, whose sum knows no order: a document's share of alpha^2 in units of 2^-40.
     share = (squares / unit * 2.0**40).clamp_max(2.0**60).to(torch.int64)
     share = torch.where(layout.length > 0, share, 0)
-    total = torch.zeros_like(share).index_add(0, layout.segment, share)
+    total = share.new_zeros(num_segments or len(share)).index_add(0, layout.segment, share)
     return total.to(torch.float64) * 2.0**-40 * strength.square()

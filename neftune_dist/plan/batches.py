@@ -31,14 +31,15 @@ def heaviest(
     found: list[tuple[float, np.ndarray, np.ndarray]] = []
     most = 0
     weight, quadratic_tokens = _weight(config, model), model_size(model).quadratic_tokens
+    slices = config.engine.sequence_parallel
     for step in looked_at(schedule).tolist():
         indices, epochs = schedule.documents(step)
         lengths = documents.lengths[indices]
         supervised = documents.num_supervised[indices]
         layout = lay_out(
             lengths,
-            world_size,
-            config.train.micro_batch_tokens,
+            world_size // slices,
+            config.train.micro_batch_tokens * slices,
             config.data.packing,
             quadratic_tokens,
         )
@@ -53,17 +54,29 @@ def heaviest(
                     found.append((0.0, indices[:0], epochs[:0]))
                 if cost > found[which][0]:
                     found[which] = (cost, indices[group], epochs[group])
-    batches = [collate(documents, *each[1:], config.data.packing) for each in found]
+    batches = [_fullest_slice(documents, *each[1:], config) for each in found]
     return [*batches, batches[-1]] if most > 2 else batches
 
 
 def fullest(config: Config) -> list[MicroBatch]:
     """Where the data is not to be read: three micro-batches full of the longest documents, all of
     whose tokens are learned."""
-    number = config.train.micro_batch_tokens // config.data.max_length
+    tokens = config.train.micro_batch_tokens * config.engine.sequence_parallel
+    number = tokens // config.data.max_length
     documents: Any = _Assumed(np.full(number, config.data.max_length))
-    batch = collate(documents, np.arange(number), np.zeros(number, np.int64), config.data.packing)
-    return [batch] * 3
+    epochs = np.zeros(number, np.int64)
+    return [_fullest_slice(documents, np.arange(number), epochs, config)] * 3
+
+
+def _fullest_slice(
+    documents: Documents, indices: np.ndarray, epochs: np.ndarray, config: Config
+) -> MicroBatch:
+    """Of the micro-batch of these documents, the rank's with the most to learn."""
+    slices = config.engine.sequence_parallel
+    batch = collate(documents, indices, epochs, config.data.packing, slices)
+    if slices == 1:
+        return batch
+    return max((batch.slice(i, slices) for i in range(slices)), key=lambda each: len(each.targets))
 
 
 class _Assumed:

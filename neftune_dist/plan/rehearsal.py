@@ -34,6 +34,7 @@ from neftune_dist.distributed import World
 from neftune_dist.engine.base import MASTER
 from neftune_dist.loop import token_layout
 from neftune_dist.model import load
+from neftune_dist.model.ulysses import share_sequences
 from neftune_dist.noise.hook import NEFTune
 from neftune_dist.optim import Blocks, MakeOptimizer
 from neftune_dist.plan.memory import Memory, Peak
@@ -92,7 +93,10 @@ def rehearse(config: Config, folder: Path, world_size: int, batches: Sequence[Mi
     layouts = [token_layout(batch) for batch in batches]
     zero3 = config.engine.name == "deepspeed" and config.engine.zero_stage in (None, 3)
     rehearsed = min(world_size, _MOST_PARTITIONS) if zero3 else world_size
-    with _world(rehearsed), _deepspeed(config, model):
+    slices = config.engine.sequence_parallel
+    # (Of the partitions that are not rehearsed none shares this rank's sequences.)
+    rehearsed = max(rehearsed, slices)
+    with _world(rehearsed), _deepspeed(config, model), _shared(slices, model) as group:
         engine = make_engine(config, _Rank0(rehearsed))
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with fake, Memory(fake, vocabulary) as memory:
@@ -102,6 +106,7 @@ def rehearse(config: Config, folder: Path, world_size: int, batches: Sequence[Mi
                 rank=0,
                 distribution=config.noise.distribution,
                 length=config.noise.length,
+                slices=group,
             ).attach(model)
             optimizer = _IdleOptimizer(config.optim, config.train.seed)
             engine.setup(model, optimizer)
@@ -196,6 +201,17 @@ def _world(size: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _shared(slices: int, model: Any) -> Iterator[dist.ProcessGroup | None]:
+    """Sequences shared by so many ranks."""
+    group = dist.new_group(range(slices)) if slices > 1 else None
+    share_sequences(group, model.config)
+    try:
+        yield group
+    finally:
+        share_sequences(None, model.config)
 
 
 @contextmanager

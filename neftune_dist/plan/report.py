@@ -127,14 +127,14 @@ def needed(peak: Peak) -> float:
 
 
 def _check_world(config: Config, world_size: int) -> None:
-    replicas = config.engine.num_replicas or 1
     if world_size < 1:
         raise UserError(f"--world-size={world_size} is out of range: it must be at least 1.")
-    if world_size % replicas:
-        raise UserError(
-            f"engine.num_replicas={replicas} does not divide the {world_size} processes of this "
-            "run."
-        )
+    for key in ("num_replicas", "sequence_parallel"):
+        count = getattr(config.engine, key) or 1
+        if world_size % count:
+            raise UserError(
+                f"engine.{key}={count} does not divide the {world_size} processes of this run."
+            )
 
 
 def _log_work(

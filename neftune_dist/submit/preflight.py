@@ -64,12 +64,13 @@ def preflight(config: Config, world_size: int, hub: Callable[[], Hub]) -> Outloo
     Raises:
         UserError: the job would fail on what can be seen from here.
     """
-    run_dir, replicas = Path(config.run_dir), config.engine.num_replicas or 1
-    if world_size % replicas:
-        raise UserError(
-            f"engine.num_replicas={replicas} does not divide the {world_size} processes of this "
-            "run."
-        )
+    run_dir = Path(config.run_dir)
+    for key in ("num_replicas", "sequence_parallel"):
+        count = getattr(config.engine, key) or 1
+        if world_size % count:
+            raise UserError(
+                f"engine.{key}={count} does not divide the {world_size} processes of this run."
+            )
     _check_run_dir(run_dir, config.checkpoint.resume)
     model, weights = inventory.find_model(config.model, hub), config.model.weights
     folders = [folder for folder in (model, weights and Path(weights)) if folder]

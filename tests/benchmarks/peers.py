@@ -7,10 +7,11 @@ round, so that peak memory (VmHWM) is its own. The first step of each is a warm-
 A useful token is a document's real token. On a machine that does other work, too, look at tokens
 per second of processor time, with --threads 1: threads that wait for each other use some up.
 
-TRL runs twice in each layout: as it comes, and at its best: without recomputation of activations
-(gradient_checkpointing, which TRL turns on and this package does not) and, padded, with the sampler
-that fills micro-batches by length (batch_rebalance; its order is its own, so its documents are
-others). Packed rows are TRL's `bfd`.
+TRL runs twice in each layout: as it comes (8 rows a forward pass, or all of the step's where they
+are fewer), and at its best: without recomputation of activations (gradient_checkpointing, which TRL
+turns on and this package does not) and, padded, with the sampler that fills micro-batches by length
+(batch_rebalance; its order is its own, so its documents are others), packed, one row a forward
+pass. Packed rows are TRL's `bfd`.
 
 usage: python tests/benchmarks/peers.py MODEL_DIR DATA [--rounds 3] [--alpha 5] [...]
        python tests/benchmarks/peers.py MODEL_DIR DATA --noise      what the noise costs of a step
@@ -119,10 +120,13 @@ def train_with_trl(args: argparse.Namespace, contender: str, seed: int) -> dict[
     import trl
 
     datasets.disable_progress_bars()
-    config = load_config(None, settings(args, seed))
-    _, _, loader = open_loader(config)
+    packing = "packing" in TRL[contender]
+    # A packed row takes documents from anywhere: enough of them, so that the last rows are full.
+    num_steps = (8 if packing else 1) * (args.steps + 1)
+    words = [*settings(args, seed), f"train.max_steps={num_steps}"]
+    _, _, loader = open_loader(load_config(None, words))
     rows = []
-    for step in range(args.steps + 1 if "packing" not in TRL[contender] else 8 * (args.steps + 1)):
+    for step in range(num_steps):
         for i in loader.schedule.documents(step)[0]:
             ids, supervised = loader.documents[int(i)]
             labels = [
@@ -130,12 +134,16 @@ def train_with_trl(args: argparse.Namespace, contender: str, seed: int) -> dict[
             ]
             rows.append({"input_ids": ids.tolist(), "labels": labels})
     tokens_per_document = sum(len(row["input_ids"]) for row in rows) / len(rows)
-    if "packing" in TRL[contender]:
-        # One row a forward pass, the fastest on a CPU: flattened rows attend across all of them.
-        micro = 1
-        accumulation = round(args.documents * tokens_per_document / args.length)
-    else:
-        micro, accumulation = args.micro_batch, args.documents // args.micro_batch
+    rows_a_step = args.documents
+    if packing:
+        rows_a_step = max(1, round(args.documents * tokens_per_document / args.length))
+    # One packed row is the fastest on a CPU: flattened rows attend across all of them.
+    micro = (
+        1
+        if packing and not TRL[contender].get("gradient_checkpointing", True)
+        else min(args.micro_batch, rows_a_step)
+    )
+    accumulation = rows_a_step // micro
     with tempfile.TemporaryDirectory() as folder:
         trainer_config = trl.SFTConfig(
             folder,
@@ -166,8 +174,8 @@ def train_with_trl(args: argparse.Namespace, contender: str, seed: int) -> dict[
             callbacks=[meter],
         )
         trainer.remove_callback(transformers.PrinterCallback)
-        model.register_forward_pre_hook(meter.see, with_kwargs=True)
-        trainer.train()
+        with model.register_forward_pre_hook(meter.see, with_kwargs=True):
+            trainer.train()
         gib = _peak_gib()
         apart = keeps_apart(model, next(iter(trainer.get_train_dataloader())))
     counted = meter.steps[1:]

@@ -101,3 +101,24 @@ def test_mistakes_are_told(run_dir: Path, tmp_path: Path) -> None:
     done = tiny.run("export", run_dir, "--output", tmp_path / "mine")
     assert done.returncode == 2
     assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_new_tokens_are_trained_saved_and_exported(tmp_path: Path) -> None:
+    """With a chat template that uses them, the same under one rank and two."""
+    config = tiny.make_config(tmp_path, train={"max_steps": 3})
+    model = tmp_path / "model"
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text(template.replace("<|assistant|>", "<|bot|>"))
+    words = ["model.add_tokens=<|bot|>,<|end|>,<|a|>,<|b|>"]
+    one = tiny.train(config, tmp_path / "one", *words)
+    two = tiny.train(config, tmp_path / "two", *words, "engine.name=deepspeed", ranks=2)
+    assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in two], rel=1e-5)
+    output = export(tmp_path / "one", log=lambda _: None)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(output)
+    exported = transformers.AutoModelForCausalLM.from_pretrained(output)
+    assert exported.get_input_embeddings().weight.shape[0] == len(tokenizer)
+    assert tokenizer.convert_tokens_to_ids("<|bot|>") == tokenizer.vocab_size
+    settings = load_config(tmp_path / "one" / "config.yaml")
+    result = evaluate_model(output, settings, num_answers=1, max_new_tokens=4, log=lambda _: None)
+    last = json.loads((tmp_path / "one/evaluations.jsonl").read_text().splitlines()[-1])
+    assert result.held_out_loss == pytest.approx(last["held_out_loss"], rel=1e-6)

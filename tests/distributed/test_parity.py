@@ -6,6 +6,7 @@ a plain transformers model with plain AdamW, under the noise put on by `NEFTune(
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -142,6 +143,18 @@ LAYOUTS = {
             "train.micro_batch_tokens=96",
         ],
     ),
+    "sequence 2 x data 2": (4, ["engine.sequence_parallel=2", "train.micro_batch_tokens=96"]),
+    "sequence 2 x data 1, zero-3, every option": (
+        2,
+        [
+            "engine.name=deepspeed",
+            "engine.sequence_parallel=2",
+            "model.activation_checkpointing=full",
+        ],
+    ),
+    # Two heads of keys for four ranks.
+    "sequence 4": (4, ["engine.sequence_parallel=4"]),
+    "sequence 2, compiled": (2, ["engine.sequence_parallel=2", "model.compile=true"]),
     "zero-3, compiled": (2, ["engine.name=deepspeed", "model.compile=true"]),
 }
 
@@ -156,6 +169,43 @@ def test_layout_trains_the_same(
     for record in records:
         assert record["world_size"] == ranks
         assert record["noise_norm"] == pytest.approx(5 / 3**0.5, rel=0.01)
+
+
+def test_slices_of_a_document_share_its_noise(config: Path, tmp_path: Path) -> None:
+    """Of the rank stream, too: two ranks that share all sequences draw what one alone draws, and
+    see the same held-out loss."""
+    words = ["noise.stream=rank", "train.max_steps=3"]
+    # As many tokens in a micro-batch: 2 x 128.
+    both = tiny.train(
+        config,
+        tmp_path / "both",
+        *words,
+        "engine.sequence_parallel=2",
+        "train.micro_batch_tokens=128",
+        ranks=2,
+    )
+    alone = tiny.train(config, tmp_path / "alone", *words)
+    assert_same(both, alone)
+    for one, other in zip(both, alone, strict=True):
+        assert one["noise_norm"] == pytest.approx(other["noise_norm"], rel=1e-6)
+        assert one["num_tokens"] == other["num_tokens"]
+    held_out = [
+        [json.loads(line)["held_out_loss"] for line in (run / "evaluations.jsonl").open()]
+        for run in (tmp_path / "both", tmp_path / "alone")
+    ]
+    assert held_out[0] == pytest.approx(held_out[1], rel=TOLERANCE)
+
+
+def test_heads_that_cannot_be_dealt(config: Path, tmp_path: Path) -> None:
+    words = [f"run_dir={tmp_path}", "engine.sequence_parallel=3", "train.micro_batch_tokens=96"]
+    done = tiny.run_forked("train", config, *words, ranks=3)
+    assert done.returncode == 2
+    assert (
+        "deals attention heads to 3 ranks, and the model has 4 heads over 2 of keys" in done.stderr
+    )
+    done = tiny.run_forked("train", config, *words, ranks=2)
+    assert done.returncode == 2
+    assert "engine.sequence_parallel=3 does not divide the 2 processes" in done.stderr
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "deepspeed"])

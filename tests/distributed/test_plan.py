@@ -92,6 +92,7 @@ CASES: dict[str, tuple[int, str, list[str]]] = {
     "zero2": (2, "deep", ["engine.name=deepspeed", "engine.zero_stage=2", "optim.states=8bit"]),
     "zero3": (2, "deep", ["engine.name=deepspeed", "model.activation_checkpointing=selective"]),
     "qlora": (2, "wide", [*QLORA, "model.dtype=bf16", "model.activation_checkpointing=full"]),
+    "sequences": (2, "wide", ["engine.sequence_parallel=2", "train.micro_batch_tokens=384"]),
     "zero3 qlora": (2, "wide", [*QLORA, "engine.name=deepspeed"]),
 }
 # Large enough that what the loop itself holds does not count.

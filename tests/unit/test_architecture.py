@@ -12,6 +12,7 @@ ORDER: list[set[str]] = [
     {"attempt", "host"},
     {"distributed", "launch"},
     {"watch"},
+    {"trackers"},
     {"data", "model", "noise", "optim", "metrics"},
     {"engine"},
     {"checkpoint"},
@@ -26,7 +27,9 @@ HOMES = {
     "omegaconf": {"config"},
     "datasets": {"data/formats"},
     "deepspeed": {"engine/deepspeed"},
-    "tensorboard": {"metrics"},
+    "tensorboard": {"trackers"},
+    "wandb": {"trackers"},
+    "mlflow": {"trackers"},
     "triton": {"noise/kernel"},
     "liger_kernel": {"model/extras"},
     "torchao": {"model/extras"},
@@ -88,7 +91,15 @@ def test_third_party_packages_have_one_home() -> None:
 def test_imports_stand_at_the_top() -> None:
     """But for the engine that was chosen, the command line, which answers before torch loads, the
     doctor, who comes where packages are missing, and what only some have: Triton, extras."""
-    allowed = {"train", "cli", "noise/op", "model/extras", "model/adapters", "model/nf4"}
+    allowed = {
+        "train",
+        "cli",
+        "noise/op",
+        "model/extras",
+        "model/adapters",
+        "model/nf4",
+        "trackers",
+    }
     late = [
         f"{name}: {imported}"
         for name, path in modules().items()

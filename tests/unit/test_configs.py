@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from neftune_dist.config import Config, differences, load_config
+from neftune_dist.config import Config, UserError, differences, load_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -17,10 +17,39 @@ def test_loads_and_says_nothing_twice(path: Path) -> None:
     config = load_config(path, ["model.name_or_path=somewhere"])
     given = OmegaConf.to_container(OmegaConf.load(path))
     assert isinstance(given, dict)
-    changed = differences(Config().to_dict(), config.to_dict())
+    before = Config()
+    if "extends" in given:
+        before = load_config(path.parent / given["extends"], ["model.name_or_path=elsewhere"])
+    changed = differences(before.to_dict(), config.to_dict())
     for section, values in given.items():
         for key in values if isinstance(values, dict) else []:
             name = f"{section}.{key}"
             # Settings that the paper names, or a reader looks for, are spelled out all the same.
             spelled_out = ("noise.alpha", "data.source", "data.max_length", "optim.", "train.")
             assert name in changed or name.startswith(spelled_out), f"{name} is the default"
+
+
+def test_a_file_extends_another(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("model: {name_or_path: m}\nnoise: {alpha: 15, seed: 3}\n")
+    (tmp_path / "more.yaml").write_text("extends: base.yaml\nnoise: {alpha: 10}\n")
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below/most.yaml").write_text("extends: ../more.yaml\ntrain: {seed: 1}\n")
+    config = load_config(tmp_path / "below/most.yaml", ["noise.seed=4"])
+    assert (config.noise.alpha, config.noise.seed, config.train.seed) == (10, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("extends: none.yaml", "none.yaml cannot be read: No such file"),
+        ("extends: [a.yaml]", "extends=['a.yaml'] is no file's name"),
+        ("extends: other.yaml", "extends=self.yaml comes back to a file that it extends"),
+        ("noise: {extends: other.yaml}", "unknown key noise.extends"),
+    ],
+)
+def test_what_cannot_be_extended_is_told(text: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "self.yaml").write_text(text)
+    (tmp_path / "other.yaml").write_text("extends: self.yaml")
+    with pytest.raises(UserError) as raised:
+        load_config(tmp_path / "self.yaml")
+    assert told in str(raised.value)

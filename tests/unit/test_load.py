@@ -587,3 +587,30 @@ def test_the_architecture_is_told_apart_from_the_rest(tmp_path: Path) -> None:
     assert load.architecture(build(tmp_path).config) == seen
     other.num_hidden_layers = 3
     assert load.architecture(other) != seen
+
+
+def test_new_tokens_get_rows_before_sharding(tmp_path: Path) -> None:
+    """Whatever range a rank asks for: the files' rows, then their mean; tied and untied."""
+    for tied in (True, False):
+        folder = tiny.make_model(tmp_path / str(tied), tied=tied)
+        config = ModelConfig(str(folder), add_tokens="<|a|>, <|b|>,<|c|>,<|d|>")
+        tokenizer = load.load_tokenizer(folder, config)
+        old = load.load_model_config(folder, config).vocab_size
+        new = len(tokenizer)
+        assert new > old and tokenizer("<|b|>")["input_ids"] == [tokenizer.vocab_size + 1]
+        model = load.build(folder, config, packing=True)
+        assert model.config.vocab_size == new
+        content = load.open_weights(model, folder, config, seed=0)
+        plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for name, parameter in model.named_parameters():
+            before = plain.get_parameter(name)
+            numel = parameter.numel()
+            whole = content.read(name, 0, numel).view(parameter.shape)
+            assert torch.equal(whole[: len(before)], before)
+            if len(parameter) == new:
+                mean = before.double().mean(0).float()
+                assert torch.equal(whole[old:], mean.expand(new - old, -1))
+            cuts = [0, numel // 3, before.numel() - 5, before.numel() + 7, numel]
+            cuts = sorted({min(cut, numel) for cut in cuts})
+            pieces = [content.read(name, a, b) for a, b in itertools.pairwise(cuts)]
+            assert torch.equal(torch.cat(pieces), whole.flatten())

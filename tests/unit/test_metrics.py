@@ -27,19 +27,19 @@ def steps(run_dir: Path) -> list[int]:
 
 
 def test_a_resumed_run_drops_what_lies_beyond_its_checkpoint(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path, QUIET, 0, 9, active=True)
+    recorder = Recorder(tmp_path, QUIET, {}, 0, 9, active=True)
     for step in range(1, 6):
         recorder.step(record(step))
     recorder.evaluation({"step": 0, "held_out_loss": 1.0})
     recorder.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # killed while writing
-    recorder = Recorder(tmp_path, QUIET, 3, 9, active=True)
+    recorder = Recorder(tmp_path, QUIET, {}, 3, 9, active=True)
     recorder.step(record(4))
     recorder.close()
     assert steps(tmp_path) == [1, 2, 3, 4]
     assert len((tmp_path / "evaluations.jsonl").read_text().splitlines()) == 1
-    Recorder(tmp_path, QUIET, 0, 9, active=True).close()  # from the start: nothing is left
+    Recorder(tmp_path, QUIET, {}, 0, 9, active=True).close()  # from the start: nothing is left
     assert (tmp_path / "metrics.jsonl").read_text() == ""
     assert (tmp_path / "evaluations.jsonl").read_text() == ""
 
@@ -47,7 +47,7 @@ def test_a_resumed_run_drops_what_lies_beyond_its_checkpoint(tmp_path: Path) -> 
 def test_what_is_not_finite_is_null_in_json_and_left_out_of_tensorboard(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recorder = Recorder(tmp_path, LoggingConfig(), 0, 9, active=True)
+    recorder = Recorder(tmp_path, LoggingConfig(), {}, 0, 9, active=True)
     for step, loss in ((1, math.nan), (2, math.inf), (3, 0.5)):
         recorder.step({**record(step), "loss": loss, "grad_norm": -loss, "noise_norm": 0.0})
         recorder.evaluation({"step": step, "held_out_loss": loss})
@@ -68,7 +68,7 @@ def test_a_bar_shows_what_is_not_finite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    recorder = Recorder(tmp_path, LoggingConfig(tensorboard=False), 0, 9, active=True)
+    recorder = Recorder(tmp_path, LoggingConfig(tensorboard=False), {}, 0, 9, active=True)
     recorder.step({**record(1), "loss": math.nan})
     recorder.close()
     assert "1/9" in (shown := capsys.readouterr().err)
@@ -77,7 +77,7 @@ def test_a_bar_shows_what_is_not_finite(
 
 def test_whether_a_step_was_evaluated(tmp_path: Path) -> None:
     assert not is_evaluated(tmp_path, 3)
-    recorder = Recorder(tmp_path, QUIET, 0, 9, active=True)
+    recorder = Recorder(tmp_path, QUIET, {}, 0, 9, active=True)
     recorder.evaluation({"step": 3, "held_out_loss": 1.0})
     recorder.close()
     with (tmp_path / "evaluations.jsonl").open("a") as file:
@@ -86,7 +86,7 @@ def test_whether_a_step_was_evaluated(tmp_path: Path) -> None:
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path, QUIET, 0, 9, active=False)
+    recorder = Recorder(tmp_path, QUIET, {}, 0, 9, active=False)
     recorder.step(record(1))
     recorder.close()
     assert not list(tmp_path.iterdir())
@@ -95,7 +95,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 def test_a_full_disk_is_told_and_does_not_end_the_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recorder = Recorder(tmp_path, QUIET, 0, 9, active=True)
+    recorder = Recorder(tmp_path, QUIET, {}, 0, 9, active=True)
     recorder._files["metrics.jsonl"] = Path("/dev/full").open("a")  # noqa: SIM115 (it closes it)
     recorder.step(record(1))
     recorder.step(record(2))
@@ -106,4 +106,4 @@ def test_a_full_disk_is_told_and_does_not_end_the_training(
 
 def test_a_run_directory_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be written"):
-        Recorder(tmp_path / "missing", QUIET, 0, 9, active=True)
+        Recorder(tmp_path / "missing", QUIET, {}, 0, 9, active=True)

@@ -1,0 +1,84 @@
+"""Sequence parallelism by all-to-all (DeepSpeed-Ulysses, arXiv 2309.14509).
+
+Ranks that share a micro-batch hold a slice of its tokens each; all layers but attention need no
+more. Around attention two all-to-all exchanges turn slices of tokens with all heads into all tokens
+with a share of the heads, and back: each rank then attends as one that had the sequence alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._functional_collectives import all_to_all_single_autograd, wait_tensor
+
+from neftune_dist.config import UserError
+
+# Of the ranks that share this one's sequences; None: it has them alone. There is one for a process:
+# attention is called deep within a model, which knows of no groups.
+_group: dist.ProcessGroup | None = None
+
+
+def share_sequences(group: dist.ProcessGroup | None, hf_config: Any) -> None:
+    """From here on every packed attention of this process is over slices, one a rank of `group`.
+
+    Raises:
+        UserError: the model's heads cannot be dealt to so many ranks.
+    """
+    global _group
+    _group = group
+    if group is None:
+        return
+    config, size = hf_config.get_text_config(), group.size()
+    heads = config.num_attention_heads
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    if heads % size or (shared % size and size % shared):
+        raise UserError(
+            f"engine.sequence_parallel={size} deals attention heads to {size} ranks, and the model "
+            f"has {heads} heads over {shared} of keys: take a number that divides them."
+        )
+
+
+def to_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """From slices of tokens with all heads to all tokens with this rank's heads.
+
+    Args:
+        tensors: (1, heads, own_tokens, head_dim); of fewer heads than ranks each goes to several.
+
+    Returns:
+        (1, heads / ranks, num_tokens, head_dim) each; what was given where nothing is shared.
+    """
+    return tensors if _group is None else tuple(map(_to_heads, tensors))
+
+
+def to_slices(attended: Tensor) -> Tensor:
+    """Back: (1, num_tokens, heads / ranks, head_dim) to (1, own_tokens, heads, head_dim)."""
+    if _group is None:
+        return attended
+    size = _group.size()
+    _, num_tokens, heads, dim = attended.shape
+    sent = attended.reshape(size, num_tokens // size, heads, dim)
+    # By rank, that is by group of heads: (size, own_tokens, heads, dim).
+    found = _exchange(sent).transpose(0, 1)
+    return found.reshape(1, num_tokens // size, size * heads, dim)
+
+
+def _to_heads(tensor: Tensor) -> Tensor:
+    assert _group is not None
+    size = _group.size()
+    _, heads, own_tokens, dim = tensor.shape
+    if heads < size:
+        tensor, heads = tensor.repeat_interleave(size // heads, dim=1), size
+    sent = tensor.view(size, heads // size, own_tokens, dim).transpose(1, 2)
+    # By rank, that is by slice: (size, own_tokens, heads / size, dim).
+    found = _exchange(sent).reshape(1, size * own_tokens, heads // size, dim)
+    return found.transpose(1, 2)
+
+
+def _exchange(sent: Tensor) -> Tensor:
+    """Part i of dimension 0 goes to rank i; of what comes, part i is from rank i."""
+    flat = sent.contiguous().flatten(0, 1)
+    assert _group is not None
+    found: Tensor = wait_tensor(all_to_all_single_autograd(flat, None, None, _group))
+    return found.view(sent.shape)

@@ -1,0 +1,151 @@
+"""Where a run's numbers go besides its own files: TensorBoard, Weights & Biases, MLflow.
+
+Each is one small class of the same three calls. A resumed run continues its record under the same
+identity, kept in the run directory. Refused with `UserError`: a package that is missing, a server
+that does not answer when the run begins. Later, a tracker that fails is given up with a warning:
+the run's own files hold every number.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch.utils.tensorboard import SummaryWriter
+
+from neftune_dist.config import LoggingConfig, UserError
+
+
+class Tracker(Protocol):
+    """One place where numbers are looked at."""
+
+    def record(self, values: Mapping[str, float], step: int) -> None:
+        """Numbers by name, after a step."""
+
+    def close(self) -> None:
+        """Nothing more will come."""
+
+
+class Trackers:
+    """Those that `logging` asks for.
+
+    Args:
+        facts: the run's configuration and environment, as plain nested dicts; recorded with it.
+        first_step: numbers beyond it, of a run that was cut short, are no longer the run's.
+    """
+
+    def __init__(
+        self, run_dir: Path, config: LoggingConfig, facts: Mapping[str, Any], first_step: int
+    ) -> None:
+        self._running: dict[str, Tracker] = {}
+        if config.tensorboard:
+            self._running["tensorboard"] = _TensorBoard(run_dir, facts, first_step)
+        for name, kind in (("wandb", _WandB), ("mlflow", _MLflow)):
+            if not getattr(config, name):
+                continue
+            try:
+                self._running[name] = kind(run_dir, config, facts)
+            except ImportError as error:
+                raise UserError(f"logging.{name}=true needs the package {name}.") from error
+            except Exception as error:  # of whatever its client and its server raise
+                first = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise UserError(f"logging.{name}=true: it cannot begin a run: {first}") from error
+
+    def record(self, prefix: str, record: Mapping[str, Any]) -> None:
+        """The numbers of a record that has its `step`, under `prefix/name`."""
+        values = {
+            f"{prefix}/{key}": float(value)
+            for key, value in record.items()
+            if key != "step" and isinstance(value, (int, float))
+        }
+        for name in list(self._running):
+            self._try(name, lambda tracker: tracker.record(values, record["step"]))
+
+    def close(self) -> None:
+        """Flush and leave all of them."""
+        for name in list(self._running):
+            self._try(name, lambda tracker: tracker.close())
+        self._running.clear()
+
+    def _try(self, name: str, what: Any) -> None:
+        try:
+            what(self._running[name])
+        except Exception as error:  # training does not depend on a server
+            del self._running[name]
+            print(f"warning: {name} has failed and gets no more numbers: {error}", file=sys.stderr)
+
+
+class _TensorBoard:
+    def __init__(self, run_dir: Path, facts: Mapping[str, Any], first_step: int) -> None:
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+        if not first_step:
+            lines = [f"    {key}: {value}" for key, value in _flat(facts).items()]
+            self._writer.add_text("run", "\n".join(lines))
+
+    def record(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    """Steps are numbers of their own there: its internal count could not go back on a resume."""
+
+    def __init__(self, run_dir: Path, config: LoggingConfig, facts: Mapping[str, Any]) -> None:
+        import wandb
+
+        kept = run_dir / "wandb_id.txt"
+        self._run = wandb.init(
+            project=config.project,
+            name=config.name or run_dir.resolve().name,
+            id=kept.read_text().strip() if kept.exists() else None,
+            resume="allow",
+            dir=str(run_dir),
+            config=dict(facts),
+        )
+        kept.write_text(self._run.id)
+        for prefix in ("train", "evaluate"):
+            self._run.define_metric(f"{prefix}/*", step_metric="step")
+
+    def record(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log({**values, "step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _MLflow:
+    def __init__(self, run_dir: Path, config: LoggingConfig, facts: Mapping[str, Any]) -> None:
+        import mlflow
+
+        kept = run_dir / "mlflow_id.txt"
+        mlflow.set_experiment(config.project)
+        run = mlflow.start_run(
+            run_id=kept.read_text().strip() if kept.exists() else None,
+            run_name=config.name or run_dir.resolve().name,
+        )
+        if not kept.exists():
+            # A parameter cannot change there, so a resumed run writes none; 500 characters at most.
+            mlflow.log_params({key: str(value)[:500] for key, value in _flat(facts).items()})
+            kept.write_text(run.info.run_id)
+        self._mlflow = mlflow
+
+    def record(self, values: Mapping[str, float], step: int) -> None:
+        self._mlflow.log_metrics(dict(values), step=step)
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in facts.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,136 @@
+"""What trackers are told, through doubles of the clients that most machines do not have."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from neftune_dist.config import LoggingConfig, UserError, load_config
+from neftune_dist.trackers import Trackers
+
+FACTS = {"config": {"noise": {"alpha": 5.0}}, "environment": {"torch": "2"}}
+RECORD = {"step": 4, "loss": 1.5, "mfu": None, "num_tokens": 7}
+
+
+class Wandb:
+    """As much of the client as is used; it remembers what it was told."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.begun: list[dict[str, Any]] = []
+        self.logged: list[dict[str, Any]] = []
+        self.finished, self.fails_at = 0, fails_at
+
+    def init(self, **settings: Any) -> Any:
+        self.begun.append(settings)
+        return SimpleNamespace(
+            id=settings["id"] or "abc",
+            define_metric=lambda name, step_metric: None,
+            log=self.log,
+            finish=self.finish,
+        )
+
+    def log(self, values: dict[str, Any]) -> None:
+        if values["step"] == self.fails_at:
+            raise ConnectionError("gone")
+        self.logged.append(values)
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+class Mlflow:
+    def __init__(self) -> None:
+        self.told: list[tuple[Any, ...]] = []
+
+    def set_experiment(self, name: str) -> None:
+        self.told.append(("experiment", name))
+
+    def start_run(self, run_id: str | None, run_name: str) -> Any:
+        self.told.append(("start", run_id, run_name))
+        return SimpleNamespace(info=SimpleNamespace(run_id=run_id or "xyz"))
+
+    def log_params(self, params: dict[str, str]) -> None:
+        self.told.append(("params", params))
+
+    def log_metrics(self, values: dict[str, float], step: int) -> None:
+        self.told.append(("metrics", values, step))
+
+    def end_run(self) -> None:
+        self.told.append(("end",))
+
+
+def settings(**words: Any) -> LoggingConfig:
+    return LoggingConfig(tensorboard=False, **words)
+
+
+def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run goes on under the same identity, and counts its own steps."""
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for first_step in (0, 3):
+        trackers = Trackers(tmp_path, settings(wandb=True, name="mine"), FACTS, first_step)
+        trackers.record("train", RECORD)
+        trackers.close()
+    assert [each["id"] for each in wandb.begun] == [None, "abc"]
+    assert wandb.begun[0]["config"] == FACTS
+    assert (wandb.begun[0]["project"], wandb.begun[0]["name"]) == ("neftune_dist", "mine")
+    assert wandb.logged == [{"train/loss": 1.5, "train/num_tokens": 7.0, "step": 4}] * 2
+    assert wandb.finished == 2
+
+
+def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = Mlflow()
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    run = tmp_path / "run"
+    run.mkdir()
+    for first_step in (0, 3):
+        trackers = Trackers(run, settings(mlflow=True), FACTS, first_step)
+        trackers.record("evaluate", RECORD)
+        trackers.close()
+    values = {"evaluate/loss": 1.5, "evaluate/num_tokens": 7.0}
+    assert mlflow.told == [
+        ("experiment", "neftune_dist"),
+        ("start", None, "run"),
+        ("params", {"config.noise.alpha": "5.0", "environment.torch": "2"}),
+        ("metrics", values, 4),
+        ("end",),
+        ("experiment", "neftune_dist"),
+        ("start", "xyz", "run"),
+        ("metrics", values, 4),
+        ("end",),
+    ]
+
+
+def test_a_server_that_goes_away_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wandb = Wandb(fails_at=4)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    trackers = Trackers(tmp_path, settings(wandb=True), FACTS, 0)
+    for step in (3, 4, 5):
+        trackers.record("train", {**RECORD, "step": step})
+    trackers.close()
+    assert [each["step"] for each in wandb.logged] == [3]
+    assert capsys.readouterr().err == ("warning: wandb has failed and gets no more numbers: gone\n")
+
+
+def test_what_cannot_begin_is_told_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"logging.wandb=true needs the package wandb"):
+        Trackers(tmp_path, settings(wandb=True), FACTS, 0)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: 1 / 0))
+    with pytest.raises(UserError, match="it cannot begin a run: division by zero"):
+        Trackers(tmp_path, settings(wandb=True), FACTS, 0)
+
+
+@pytest.mark.parametrize("word", ["logging.project=x", "logging.name=x"])
+def test_names_for_nobody_are_refused(word: str) -> None:
+    with pytest.raises(UserError, match="has no effect without logging"):
+        load_config(None, ["model.name_or_path=m", word])
+    load_config(None, ["model.name_or_path=m", word, "logging.mlflow=true"])
