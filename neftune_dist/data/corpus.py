@@ -27,13 +27,14 @@ from neftune_dist.data.formats import (
     BadRow,
     Conversation,
     Source,
+    Turn,
     detect_format,
     open_source,
     to_conversation,
 )
 from neftune_dist.data.template import Document, Rendered, Template
 
-_VERSION = 2  # of what this module and the template make of the same input
+_VERSION = 3  # of what this module and the template make of the same input
 _BATCH_ROWS = 1000
 _PROGRESS_SECONDS = 5.0
 _NAMED_ROWS = 20  # bad rows that the report names one by one
@@ -344,7 +345,9 @@ def _sync(file: Path) -> None:
 
 def _conversation(stored: dict[str, Any]) -> Conversation:
     return Conversation(
-        tuple((role, text) for role, text in stored["turns"]),
+        tuple(Turn(*turn) for turn in stored["turns"]),
         stored["context"],
         tuple((key, value) for key, value in stored["extra"]),
+        stored["tools"],
+        stored["text"],
     )

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import datasets
 import pyarrow
@@ -27,7 +27,7 @@ import pyarrow.parquet
 from neftune_dist.config import BUILTIN_SOURCE, DataConfig, UserError
 from neftune_dist.data import builtin
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 _SUFFIX = re.compile(r"(\.jsonl?|\.parquet(?!\.gz))(\.gz)?$")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -38,29 +38,52 @@ class BadRow(Exception):
     """One row that cannot be used, and why; the caller knows which row it was."""
 
 
+class Turn(NamedTuple):
+    """What one role of `ROLES` says.
+
+    tool_calls: what an assistant calls beside its content, or in its place: a JSON list of OpenAI's
+        form, `{"type": "function", "function": {"name": ..., "arguments": {...}}}`; or nothing.
+    """
+
+    role: str
+    content: str
+    tool_calls: str = ""
+
+
 @dataclass(frozen=True)
 class Conversation:
-    """Turns of (role, content), roles of `ROLES`.
+    """Turns, of which at least one is an answer; or a plain text, which has none.
 
     context: the `input` of an Alpaca row, which the Alpaca prompt sets apart from the instruction.
     extra: the row's other text fields, kept for evaluation (the built-in set's `task`).
+    tools: what the assistant may call: a JSON list of the functions' schemas, or nothing.
+    text: of a document without turns: it goes through no template and is learned whole.
     """
 
-    turns: tuple[tuple[str, str], ...]
+    turns: tuple[Turn, ...]
     context: str = ""
     extra: tuple[tuple[str, str], ...] = ()
+    tools: str = ""
+    text: str = ""
 
-    def messages(self) -> list[dict[str, str]]:
-        """As a chat template takes it; an Alpaca row's context follows its instruction."""
-        messages = [{"role": role, "content": content} for role, content in self.turns]
+    def messages(self) -> list[dict[str, Any]]:
+        """As a chat template takes it; an Alpaca row's context follows its instruction. The key
+        `tool_calls` is there where there are any."""
+        messages = []
+        for turn in self.turns:
+            message: dict[str, Any] = {"role": turn.role, "content": turn.content}
+            if turn.tool_calls:
+                message["tool_calls"] = json.loads(turn.tool_calls)
+            messages.append(message)
         if self.context:
-            messages[0]["content"] += "\n\n" + self.context
+            asked = next(message for message in messages if message["role"] == "user")
+            asked["content"] += "\n\n" + self.context
         return messages
 
-    def opening(self) -> list[dict[str, str]]:
-        """The messages in front of the first answer."""
-        roles = [role for role, _ in self.turns]
-        return self.messages()[: roles.index("assistant")]
+    def opening(self) -> list[dict[str, Any]]:
+        """The messages in front of the first answer; none of a plain text."""
+        roles = [turn.role for turn in self.turns]
+        return self.messages()[: roles.index("assistant")] if roles else []
 
 
 @dataclass(frozen=True)
@@ -223,7 +246,7 @@ def to_conversation(row: Mapping[str, Any], format_name: str) -> Conversation:
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
         raise BadRow("field 'messages' is missing or not a list of turns")
-    turns = []
+    turns: list[Turn] = []
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict):
             raise BadRow(f"turn {number} is not an object with 'role' and 'content'")
@@ -233,22 +256,22 @@ def to_conversation(row: Mapping[str, Any], format_name: str) -> Conversation:
             raise BadRow(f"turn {number}: {error}") from None
         if role not in ROLES:
             raise BadRow(f"turn {number} has the role {role[:40]!r}; known: {', '.join(ROLES)}")
-        turns.append((role, content))
-    if turns[0][0] == "assistant":
+        turns.append(Turn(role, content))
+    if turns[0].role == "assistant":
         raise BadRow("the first turn is the assistant's, with nothing that it answers")
     return _answered(tuple(turns))
 
 
-def _pair(row: Mapping[str, Any], asked: str, answered: str) -> tuple[tuple[str, str], ...]:
-    return ("user", _text(row, asked)), ("assistant", _text(row, answered))
+def _pair(row: Mapping[str, Any], asked: str, answered: str) -> tuple[Turn, ...]:
+    return Turn("user", _text(row, asked)), Turn("assistant", _text(row, answered))
 
 
 def _answered(
-    turns: tuple[tuple[str, str], ...],
+    turns: tuple[Turn, ...],
     context: str = "",
     extra: tuple[tuple[str, str], ...] = (),
 ) -> Conversation:
-    if not any(role == "assistant" and content.strip() for role, content in turns):
+    if not any(turn.role == "assistant" and turn.content.strip() for turn in turns):
         raise BadRow("the answer is empty")
     return Conversation(turns, context, extra)
 

@@ -132,7 +132,7 @@ def _answers(
     log: Callable[[str], None],
 ) -> list[Answer]:
     template = Template(tokenizer, config.data)
-    chosen = corpus.held_out_conversations[:num_answers]
+    chosen = [spoken for spoken in corpus.held_out_conversations if spoken.turns][:num_answers]
     prompts = [template.prompt_ids(conversation) for conversation in chosen]
     end = tokenizer.eos_token_id
     answers: list[Answer] = []
@@ -152,7 +152,7 @@ def _answers(
             pad_token_id=0 if end is None else end,
         )
         for conversation, row in zip(chosen[first:], out, strict=False):
-            expected = next(text for role, text in conversation.turns if role == "assistant")
+            expected = next(turn.content for turn in conversation.turns if turn.role == "assistant")
             said = tokenizer.decode(row[width:], skip_special_tokens=True).strip()
             checkable = config.data.source == BUILTIN_SOURCE
             answers.append(

@@ -16,6 +16,7 @@ from neftune_dist import cli
 from neftune_dist.config import DataConfig, UserError
 from neftune_dist.data import builtin
 from neftune_dist.data.corpus import Documents, prepare
+from neftune_dist.data.formats import Turn
 from tests.unit.corpora import entries, numbered, texts
 
 GOOD = {"instruction": "Say hello.", "output": "Hello."}
@@ -238,8 +239,8 @@ def test_held_out_conversations_are_those_of_the_documents(tmp_path: Path, smoll
     made = prepare(DataConfig(num_held_out=60, cache_dir=str(tmp_path)), smollm2)
     answers = {(row["instruction"], row["input"]): row for row in builtin.rows()}
     for i, spoken in enumerate(made.held_out_conversations):
-        row = answers[spoken.turns[0][1], spoken.context]
-        assert spoken.turns[1] == ("assistant", row["output"])
+        row = answers[spoken.turns[0].content, spoken.context]
+        assert spoken.turns[1] == Turn("assistant", row["output"])
         assert dict(spoken.extra) == {"task": row["task"]}
         assert f"{row['output']}<|im_end|>" in smollm2.decode(made.held_out[i][0].tolist())
 

@@ -17,6 +17,7 @@ from neftune_dist.data import builtin
 from neftune_dist.data.formats import (
     BadRow,
     Conversation,
+    Turn,
     detect_format,
     open_source,
     to_conversation,
@@ -316,19 +317,19 @@ def test_fields_of_no_known_format(row: dict[str, Any]) -> None:
     [
         (
             {"instruction": "a", "input": "", "output": "b"},
-            Conversation((("user", "a"), ("assistant", "b"))),
+            Conversation((Turn("user", "a"), Turn("assistant", "b"))),
         ),
         (
             {"instruction": "a", "input": "c", "output": "b", "task": "t"},
-            Conversation((("user", "a"), ("assistant", "b")), "c", (("task", "t"),)),
+            Conversation((Turn("user", "a"), Turn("assistant", "b")), "c", (("task", "t"),)),
         ),
         (
             {"instruction": "a", "output": "b", "category": "q"},
-            Conversation((("user", "a"), ("assistant", "b"))),
+            Conversation((Turn("user", "a"), Turn("assistant", "b"))),
         ),
         (
             {"prompt": "a", "completion": "b", "input": "not of this format"},
-            Conversation((("user", "a"), ("assistant", "b"))),
+            Conversation((Turn("user", "a"), Turn("assistant", "b"))),
         ),
         (
             turns(
@@ -336,11 +337,11 @@ def test_fields_of_no_known_format(row: dict[str, Any]) -> None:
             ),
             Conversation(
                 (
-                    ("system", "s"),
-                    ("user", "a"),
-                    ("assistant", ""),
-                    ("user", ""),
-                    ("assistant", "b"),
+                    Turn("system", "s"),
+                    Turn("user", "a"),
+                    Turn("assistant", ""),
+                    Turn("user", ""),
+                    Turn("assistant", "b"),
                 )
             ),
         ),
