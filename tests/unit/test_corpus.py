@@ -109,9 +109,9 @@ def test_a_template_without_end_of_turn_shows_in_the_report(
             r"2 of 100 rows cannot be used, more than data\.max_bad_fraction=0\.01; the first: "
             r"row 99: field 'output' is missing",
         ),
-        ([{"text": "a"}], {}, r"1 of 1 rows.*row 1: the fields text are of no known format"),
+        ([{"body": "a"}], {}, r"1 of 1 rows.*row 1: the fields body are of no known format"),
         (
-            [{"text": "a"}],
+            [{"body": "a"}],
             {"max_bad_fraction": 1.0},
             r"no document to learn from: of 1 rows, 1 cannot be used \(the first: row 1: the field",
         ),
