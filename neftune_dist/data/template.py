@@ -42,11 +42,14 @@ class Rendered:
     """A conversation's text and the half-open character spans that are learned.
 
     marks_end: whether the last answer's span goes beyond its content, to an end-of-turn token.
+    framed: the tokenizer's beginning goes in front of it, its end-of-sequence token, learned,
+        behind it; a chat template writes both itself.
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
     marks_end: bool
+    framed: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +85,9 @@ class Template:
         self._backend.no_truncation()
         self._backend.no_padding()
         # What the tokenizer puts in front of a text. A chat template writes its own.
-        self._prefix = np.zeros(0, np.int32)
+        probe = tokenizer("a", return_special_tokens_mask=True)
+        num_special = probe["special_tokens_mask"].index(0)
+        self._prefix = np.array(probe["input_ids"][:num_special], np.int32)
         self._chat_template = ""
         if config.template == "alpaca":
             if tokenizer.eos_token_id is None:
@@ -90,9 +95,6 @@ class Template:
                     f"The tokenizer {name} has no end-of-sequence token, with which the Alpaca "
                     "prompt's answers end."
                 )
-            probe = tokenizer("a", return_special_tokens_mask=True)
-            num_special = probe["special_tokens_mask"].index(0)
-            self._prefix = np.array(probe["input_ids"][:num_special], np.int32)
             return
         try:
             self._chat_template = tokenizer.get_chat_template()
@@ -122,14 +124,20 @@ class Template:
     def prompt_ids(self, conversation: Conversation) -> list[int]:
         """The tokens of `prompt`."""
         [(ids, _)] = self._tokenize([self.prompt(conversation)])
-        return [*self._prefix.tolist(), *ids.tolist()]
+        prefix = self._prefix.tolist() if self.config.template == "alpaca" else []
+        return [*prefix, *ids.tolist()]
 
     def render(self, conversation: Conversation) -> Rendered:
         """Text and learned spans. Raises `BadRow` where the template cannot express the turns."""
+        if conversation.text:
+            if self.tokenizer.eos_token_id is None:
+                raise BadRow("the tokenizer has no end-of-sequence token, with which a text ends")
+            span = (0, len(conversation.text))
+            return Rendered(conversation.text, (span,), marks_end=True, framed=True)
         if self.config.template == "alpaca":
-            prompt, answer = _alpaca_prompt(conversation), conversation.turns[-1][1]
+            prompt, answer = _alpaca_prompt(conversation), conversation.turns[-1].content
             span = (len(prompt), len(prompt) + len(answer))
-            return Rendered(prompt + answer, (span,), marks_end=True)
+            return Rendered(prompt + answer, (span,), marks_end=True, framed=True)
         messages = conversation.messages()
         text = self._apply(messages)
         spans = []
@@ -162,7 +170,7 @@ class Template:
             if cuts:
                 ids, offsets = self._tokenize_in_pieces(r.text, cuts)
             supervised = _learned(offsets, r.spans)
-            if self.config.template == "alpaca":
+            if r.framed:
                 ids = np.concatenate([self._prefix, ids])
                 supervised = np.concatenate([np.zeros(len(self._prefix), np.uint8), supervised])
                 if ids[-1] != self.tokenizer.eos_token_id:
@@ -199,7 +207,7 @@ class Template:
             offsets.append(piece_offsets + first)
         return np.concatenate(ids), np.concatenate(offsets)
 
-    def _apply(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
+    def _apply(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
         try:
             text: str = self.tokenizer.apply_chat_template(
                 messages,
@@ -213,13 +221,13 @@ class Template:
 
 
 def _alpaca_prompt(conversation: Conversation) -> str:
-    roles = [role for role, _ in conversation.turns]
+    roles = [turn.role for turn in conversation.turns]
     if roles != ["user", "assistant"]:
         raise BadRow(
             "the Alpaca prompt takes one instruction and one answer, not the turns "
             f"{', '.join(roles[:4])}{', ...' if len(roles) > 4 else ''}"
         )
-    instruction = conversation.turns[0][1]
+    instruction = conversation.turns[0].content
     if conversation.context:
         return _ALPACA_WITH_INPUT.format_map(
             {"instruction": instruction, "input": conversation.context}

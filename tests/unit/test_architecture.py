@@ -25,7 +25,7 @@ ORDER: list[set[str]] = [
 ]
 HOMES = {
     "omegaconf": {"config"},
-    "datasets": {"data/formats"},
+    "datasets": {"data/sources"},
     "deepspeed": {"engine/deepspeed"},
     "tensorboard": {"trackers"},
     "wandb": {"trackers"},

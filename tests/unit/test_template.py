@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from neftune_dist.config import DataConfig, UserError
-from neftune_dist.data.formats import BadRow, Conversation, detect_format, to_conversation
+from neftune_dist.data.formats import BadRow, Conversation, Turn, detect_format, to_conversation
 from neftune_dist.data.template import Document, Template
 
 END = "<|im_end|>"  # of SmolLM2
@@ -32,8 +32,8 @@ ASK = "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 def conversation(*turns: str, system: str = "") -> Conversation:
     """Turns of user and assistant by turns."""
     roles = ["user", "assistant"] * len(turns)
-    pairs = tuple(zip(roles, turns, strict=False))
-    return Conversation((("system", system), *pairs) if system else pairs)
+    pairs = tuple(Turn(*pair) for pair in zip(roles, turns, strict=False))
+    return Conversation((Turn("system", system), *pairs) if system else pairs)
 
 
 def rows(path: Path, number: int) -> list[Conversation]:
@@ -150,7 +150,7 @@ def test_real_answers(
     spoken = rows(request.getfixturevalue(source), 400)
     documents = template.encode([template.render(each) for each in spoken])
     for each, made in zip(spoken, documents, strict=True):
-        answer = each.turns[-1][1]
+        answer = each.turns[-1].content
         expected = f" {answer} </s>" if how == "llama2 chat" else answer + tokenizer.eos_token
         assert learned(tokenizer, made) == [expected]
         assert made.end_learned
@@ -228,7 +228,7 @@ def test_the_alpaca_prompt_is_stanford_s(smollm2: Any) -> None:
         "Below is an instruction that describes a task. Write a response that appropriately "
         "completes the request.\n\n### Instruction:\nAdd {a} and {input}.\n\n### Response:"
     )
-    spoken = Conversation((("user", "Add {0}."), ("assistant", "x")), "1 %s")
+    spoken = Conversation((Turn("user", "Add {0}."), Turn("assistant", "x")), "1 %s")
     assert template.prompt(spoken) == (
         "Below is an instruction that describes a task, paired with an input that provides "
         "further context. Write a response that appropriately completes the request.\n\n"
@@ -237,7 +237,7 @@ def test_the_alpaca_prompt_is_stanford_s(smollm2: Any) -> None:
 
 
 def test_an_input_reaches_the_chat(smollm2: Any) -> None:
-    spoken = Conversation((("user", "Sort."), ("assistant", "1 2")), "2 1")
+    spoken = Conversation((Turn("user", "Sort."), Turn("assistant", "1 2")), "2 1")
     assert "user\nSort.\n\n2 1" + END in make(smollm2).render(spoken).text
 
 
