@@ -39,6 +39,7 @@ class UserError(Exception):
 
 
 BUILTIN_SOURCE = "builtin"
+TEMPLATES = ("chat", "alpaca", "vicuna", "llama2")  # or the path of a .jinja file
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
@@ -71,8 +72,9 @@ class DataConfig:
     split: str = "train"  # for a hub id
     revision: str | None = None  # for a hub id
     format: str = "auto"  # auto | alpaca | prompt_completion | messages
-    template: str = "chat"  # chat (the tokenizer's own) | alpaca (the Alpaca prompt)
-    supervise: str = "assistant"  # assistant (end of turn included) | all
+    template: str = "chat"  # chat (the model's own) | alpaca | vicuna | llama2 | a .jinja file
+    system_prompt: str | None = None  # put in front of conversations that have none
+    supervise: str = "assistant"  # assistant (ends of turns included) | last (answer alone) | all
     max_length: int = 512  # tokens of one document
     too_long: str = "truncate"  # truncate | drop
     packing: bool = True  # True: padding-free, documents isolated; False: one padded row each
@@ -224,8 +226,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "model.kernels": ("torch", "liger"),
     "model.float8": ("none", "tensorwise", "rowwise"),
     "data.format": ("auto", "alpaca", "prompt_completion", "messages"),
-    "data.template": ("chat", "alpaca"),
-    "data.supervise": ("assistant", "all"),
+    "data.supervise": ("assistant", "last", "all"),
     "data.too_long": ("truncate", "drop"),
     "noise.distribution": ("uniform", "gaussian", "symmetric"),
     "noise.length": ("document", "padded"),
@@ -359,6 +360,7 @@ def _check_contradictions(config: Config) -> None:
         )
     if data.source == BUILTIN_SOURCE and data.format not in ("auto", "alpaca"):
         raise UserError(f"data.format={data.format} does not fit data.source=builtin: use auto.")
+    _check_template(data)
     for key in ("every_steps", "max_documents"):
         if getattr(config.evaluate, key) and not data.num_held_out:
             raise UserError(
@@ -368,6 +370,19 @@ def _check_contradictions(config: Config) -> None:
     if config.optim.schedule == "constant" and config.optim.final_fraction:
         raise UserError("optim.final_fraction has no effect with optim.schedule=constant.")
     _check_noise(config.noise)
+
+
+def _check_template(data: DataConfig) -> None:
+    if data.template not in TEMPLATES and not data.template.endswith(".jinja"):
+        raise UserError(
+            f"data.template={_brief(data.template)} is not known; allowed: {', '.join(TEMPLATES)}, "
+            "or the path of a .jinja file."
+        )
+    if data.template == "alpaca" and data.system_prompt is not None:
+        raise UserError(
+            "data.system_prompt has no effect with data.template=alpaca, whose own first sentence "
+            "stands in its place: leave it out."
+        )
 
 
 def _check_checkpoint(checkpoint: CheckpointConfig) -> None:

@@ -32,14 +32,23 @@ from neftune_dist.data.formats import (
     open_source,
     to_conversation,
 )
-from neftune_dist.data.template import Document, Rendered, Template
+from neftune_dist.data.rendered import Rendered
+from neftune_dist.data.template import Document, Template
 
 _VERSION = 3  # of what this module and the template make of the same input
 _BATCH_ROWS = 1000
 _PROGRESS_SECONDS = 5.0
 _NAMED_ROWS = 20  # bad rows that the report names one by one
 # Settings that decide what a cache entry holds.
-_DECISIVE = ("format", "template", "supervise", "max_length", "too_long", "num_held_out")
+_DECISIVE = (
+    "format",
+    "template",
+    "system_prompt",
+    "supervise",
+    "max_length",
+    "too_long",
+    "num_held_out",
+)
 
 Example = tuple[Conversation, Document]
 
@@ -301,7 +310,7 @@ def _fit(document: Document, config: DataConfig, report: Report) -> Document | N
     if not too_long:
         return document
     report.num_truncated += 1
-    return Document(document.input_ids[kept], document.supervised[kept], end_learned=False)
+    return document.cut(config.max_length)
 
 
 def _split(examples: list[Example], num_held_out: int) -> tuple[list[Example], list[Example]]:
