@@ -12,9 +12,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
-from functools import reduce
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
@@ -65,13 +64,29 @@ class ModelConfig:
 
 
 @dataclass
+class SourceConfig:
+    """One source of a mixture."""
+
+    source: str = ""  # as data.source
+    split: str = "train"  # for a hub id
+    revision: str | None = None  # for a hub id
+    format: str = "auto"  # as data.format
+    weight: float = 1.0  # times that a document occurs in an epoch; of 2.3, a hash chooses the 0.3
+    max_documents: int = 0  # of it to train on, chosen by a hash; 0: all
+
+
+@dataclass
 class DataConfig:
     """Which documents, and how they become tokens."""
 
-    source: str = BUILTIN_SOURCE  # builtin, a .json/.jsonl (.gz too) or .parquet file, a hub id
+    # builtin; a .json, .jsonl, .csv or .tsv (.gz and .zst too), .parquet or .arrow file; a
+    # directory or a glob of such; a hub id.
+    source: str = BUILTIN_SOURCE
     split: str = "train"  # for a hub id
     revision: str | None = None  # for a hub id
-    format: str = "auto"  # auto | alpaca | prompt_completion | messages
+    format: str = "auto"  # auto | alpaca | dolly | sharegpt | messages | prompt_completion | text
+    mixture: list[SourceConfig] = field(default_factory=list)  # in place of data.source
+    duplicates: str = "keep"  # keep | drop: conversations that are there already
     template: str = "chat"  # chat (the model's own) | alpaca | vicuna | llama2 | a .jinja file
     system_prompt: str | None = None  # put in front of conversations that have none
     supervise: str = "assistant"  # assistant (ends of turns included) | last (answer alone) | all
@@ -79,8 +94,24 @@ class DataConfig:
     too_long: str = "truncate"  # truncate | drop
     packing: bool = True  # True: padding-free, documents isolated; False: one padded row each
     num_held_out: int = 0  # documents kept for evaluation (whole prompts: no leakage)
+    held_out_fraction: float = 0.0  # in place of a number
+    held_out_source: str | None = None  # in place of both: files of their own
     max_bad_fraction: float = 0.01  # share of unreadable rows above which the run is refused
     cache_dir: str = field(default_factory=lambda: _cache_home() + "/neftune_dist")
+
+    @property
+    def sources(self) -> dict[str, SourceConfig]:
+        """What is trained on, by the key of the setting that names it."""
+        if self.mixture:
+            return {f"data.mixture[{i}].source": each for i, each in enumerate(self.mixture)}
+        return {
+            "data.source": SourceConfig(self.source, self.split, self.revision, self.format),
+        }
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether any documents are kept for evaluation."""
+        return bool(self.num_held_out or self.held_out_fraction or self.held_out_source)
 
 
 @dataclass
@@ -205,8 +236,11 @@ class Config:
 def _types(section: Any, prefix: str = "") -> dict[str, tuple[type, ...]]:
     types: dict[str, tuple[type, ...]] = {}
     for name, hint in get_type_hints(section).items():
+        of_items = [item for item in get_args(hint) if is_dataclass(item)]
         if is_dataclass(hint):
             types |= _types(hint, f"{prefix}{name}.")
+        elif of_items:  # of a list: data.mixture[].weight
+            types |= {prefix + name: (list,), **_types(of_items[0], f"{prefix}{name}[].")}
         else:
             types[prefix + name] = get_args(hint) or (hint,)
     return types
@@ -218,6 +252,7 @@ ACCEPTABLE_CHANGES = ("optim.", "noise.", "model.dtype", "model.float8")
 # Dotted key: its type, and NoneType where it may be null.
 TYPES = _types(Config)
 
+_FORMATS = ("auto", "alpaca", "dolly", "sharegpt", "messages", "prompt_completion", "text")
 CHOICES: dict[str, tuple[Any, ...]] = {
     "model.dtype": ("bf16", "fp32"),
     "model.attention": ("auto", "varlen", "flex", "sdpa", "eager"),
@@ -225,7 +260,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "model.activation_checkpointing": ("none", "selective", "full"),
     "model.kernels": ("torch", "liger"),
     "model.float8": ("none", "tensorwise", "rowwise"),
-    "data.format": ("auto", "alpaca", "prompt_completion", "messages"),
+    "data.format": _FORMATS,
+    "data.mixture[].format": _FORMATS,
+    "data.duplicates": ("keep", "drop"),
     "data.supervise": ("assistant", "last", "all"),
     "data.too_long": ("truncate", "drop"),
     "noise.distribution": ("uniform", "gaussian", "symmetric"),
@@ -243,7 +280,10 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 # key: (least, greatest), and whether each of them is itself allowed, as "[]" or "()"
 RANGES: dict[str, tuple[float, float, str]] = {
     "data.max_length": (2, 2**20, "[]"),  # 2^20: the positions a noise counter is promised for
+    "data.mixture[].weight": (0, 1000, "(]"),
+    "data.mixture[].max_documents": (0, math.inf, "[)"),
     "data.num_held_out": (0, math.inf, "[)"),
+    "data.held_out_fraction": (0, 1, "[)"),
     "data.max_bad_fraction": (0, 1, "[]"),
     "noise.alpha": (0, 1000, "[]"),
     "noise.seed": (0, 2**63 - 1, "[]"),
@@ -299,13 +339,13 @@ def load_config(path: str | os.PathLike[str] | None, words: Sequence[str] = ()) 
 
 def check(config: Config) -> None:
     """Refuse values out of range and settings that contradict each other or have no effect."""
-    for key in TYPES:
-        value: Any = reduce(getattr, key.split("."), config)
-        if key in CHOICES and value not in CHOICES[key]:
-            allowed = ", ".join(str(c) for c in CHOICES[key] if c is not None)
+    for key, value in _values(config):
+        known = re.sub(r"\[\d+\]", "[]", key)
+        if known in CHOICES and value not in CHOICES[known]:
+            allowed = ", ".join(str(c) for c in CHOICES[known] if c is not None)
             raise UserError(f"{key}={_brief(value)} is not known; allowed: {allowed}.")
-        if key in RANGES and value is not None:
-            least, greatest, ends = RANGES[key]
+        if known in RANGES and value is not None:
+            least, greatest, ends = RANGES[known]
             above = value >= least if ends[0] == "[" else value > least
             below = value <= greatest if ends[1] == "]" else value < greatest
             if not (above and below):  # written so that NaN is refused
@@ -318,6 +358,18 @@ def check(config: Config) -> None:
         if isinstance(value, str) and _UNPRINTABLE.search(value):
             raise UserError(f"{key}={value!a} holds characters that are no plain text.")
     _check_contradictions(config)
+
+
+def _values(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values; data.mixture[0].weight in a list."""
+    for name, value in vars(section).items():
+        if is_dataclass(value):
+            yield from _values(value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            for i, item in enumerate(value):
+                yield from _values(item, f"{prefix}{name}[{i}].")
+        else:
+            yield prefix + name, value
 
 
 def _check_contradictions(config: Config) -> None:
@@ -358,11 +410,10 @@ def _check_contradictions(config: Config) -> None:
             f"model.float8=tensorwise does not go with engine.offload={config.engine.offload}: the "
             "scales of its weights are reduced between GPUs; use model.float8=rowwise."
         )
-    if data.source == BUILTIN_SOURCE and data.format not in ("auto", "alpaca"):
-        raise UserError(f"data.format={data.format} does not fit data.source=builtin: use auto.")
+    _check_data(data)
     _check_template(data)
     for key in ("every_steps", "max_documents"):
-        if getattr(config.evaluate, key) and not data.num_held_out:
+        if getattr(config.evaluate, key) and not data.holds_out:
             raise UserError(
                 f"evaluate.{key} has no effect without held-out documents: set data.num_held_out."
             )
@@ -370,6 +421,24 @@ def _check_contradictions(config: Config) -> None:
     if config.optim.schedule == "constant" and config.optim.final_fraction:
         raise UserError("optim.final_fraction has no effect with optim.schedule=constant.")
     _check_noise(config.noise)
+
+
+def _check_data(data: DataConfig) -> None:
+    if data.mixture:
+        for key in ("source", "split", "revision", "format"):
+            if getattr(data, key) != getattr(DataConfig, key):
+                raise UserError(
+                    f"data.{key}={getattr(data, key)} has no effect with data.mixture, whose "
+                    "entries have their own: leave it out."
+                )
+    for key, each in data.sources.items():
+        if each.source == BUILTIN_SOURCE and each.format not in ("auto", "alpaca"):
+            form = key.replace(".source", ".format")
+            raise UserError(f"{form}={each.format} does not fit {key}=builtin: use auto.")
+    ways = ("num_held_out", "held_out_fraction", "held_out_source")
+    given = [f"data.{way}={getattr(data, way)}" for way in ways if getattr(data, way)]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} each say what is held out: give one of them.")
 
 
 def _check_template(data: DataConfig) -> None:
@@ -472,16 +541,34 @@ def _read_word(word: str) -> Any:
     if str in TYPES.get(key, ()) and text != "null":
         text = json.dumps(text, ensure_ascii=False)  # quoted: YAML reads run_dir=007 as 7
     try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={text}"]), resolve=False)
+        update = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={text}"]), resolve=False)
+        section, _, name = key.rpartition(".")
+        if TYPES.get(key) == (list,) and isinstance(update, dict):
+            items = update[section][name]
+            update[section][name] = items and [_spaced(item) for item in items]
+        return update
     except (YAMLError, OmegaConfBaseException, RecursionError, ValueError) as error:
         raise UserError(f"{word!a} cannot be read: {_reason(error)}.") from error
+
+
+def _spaced(item: Any) -> Any:
+    """An entry written without spaces, {source:a.json,weight:2}, in which YAML sees no values."""
+    if not isinstance(item, dict):
+        return item
+    spaced: dict[Any, Any] = {}
+    for key, value in item.items():
+        name, colon, text = str(key).partition(":")
+        spaced |= {name: OmegaConf.from_dotlist([f"x={text}"])["x"]} if colon else {key: value}
+    return spaced
 
 
 def _check_update(update: dict[Any, Any], where: str, prefix: str = "") -> None:
     """Refuse unknown keys and wrong types; what an interpolation gives is checked later."""
     for name, value in update.items():
         key = f"{prefix}{name}"
-        if key in TYPES and "." not in str(name):
+        if TYPES.get(key) == (list,):
+            _check_list(key, value, where)
+        elif key in TYPES and "." not in str(name):
             if not (isinstance(value, str) and "${" in value):
                 _check_type(key, value, where)
         elif any(known.startswith(f"{key}.") for known in TYPES):
@@ -492,13 +579,31 @@ def _check_update(update: dict[Any, Any], where: str, prefix: str = "") -> None:
             raise UserError(f"{where}: unknown key {key}; {_hint(key, prefix)}")
 
 
+def _check_list(key: str, items: Any, where: str) -> None:
+    known = {each.removeprefix(f"{key}[].") for each in TYPES if each.startswith(f"{key}[].")}
+    form = f"{key}=[{{source: a.json, weight: 2}}, {{source: b.json}}]"
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise UserError(f"{where}: {key} is a list of entries, such as {form}.")
+    for i, item in enumerate(items):
+        for name, value in item.items():
+            if name not in known:
+                raise UserError(
+                    f"{where}: unknown key {key}[{i}].{name}; known: {', '.join(sorted(known))}."
+                )
+            if not (isinstance(value, str) and "${" in value):
+                _check_type(f"{key}[{i}].{name}", value, where)
+        if not item.get("source"):
+            raise UserError(f"{where}: {key}[{i}] names no source; write {form}.")
+
+
 def _check_type(key: str, value: Any, where: str) -> None:
-    wanted = TYPES[key][0]
-    allowed = (*TYPES[key], int) if wanted is float else TYPES[key]
+    types = TYPES[re.sub(r"\[\d+\]", "[]", key)]
+    wanted = types[0]
+    allowed = (*types, int) if wanted is float else types
     # By type(), because True is an instance of int; "???" is OmegaConf's word for no value.
     if type(value) not in allowed or value == "???":
         kinds = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-        kind = kinds[wanted] + (" or null" if NoneType in TYPES[key] else "")
+        kind = kinds[wanted] + (" or null" if NoneType in types else "")
         quotes = ": put it in quotes" if wanted is str and type(value) in (int, float, bool) else ""
         shown = "null" if value is None else _brief(value)
         raise UserError(f"{where}: {key}={shown} is not {kind}{quotes}.")
@@ -522,9 +627,11 @@ def _brief(value: Any) -> str:
 
 
 def _escaped(value: Any) -> Any:
-    """Nested dicts whose text no interpolation is read from."""
+    """Nested dicts and lists whose text no interpolation is read from."""
     if isinstance(value, dict):
         return {key: _escaped(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_escaped(each) for each in value]
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     return value

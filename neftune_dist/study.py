@@ -65,7 +65,7 @@ def study(
     if not alphas or len(set(alphas)) < len(alphas):
         raise UserError(f"--alphas={','.join(map(_plain, alphas))}: the values must be distinct.")
     configs = [load_config(config_path, [*settings, *_noise_words(alpha)]) for alpha in alphas]
-    if not configs[0].data.num_held_out:
+    if not configs[0].data.holds_out:
         raise UserError("data.num_held_out=0, but a study compares held-out losses: set it.")
     folder = Path(configs[0].run_dir).expanduser()
     pairs = [(configs[0].train.seed + i, alpha) for i in range(num_seeds) for alpha in alphas]

@@ -29,7 +29,9 @@ _MAY_CHANGE = (
     "model.compile",
     "model.kernels",
     "model.trust_remote_code",
-    "data.source",  # its content is compared instead
+    "data.source",  # its content is compared instead, and that of the next two
+    "data.mixture",
+    "data.held_out_source",
     "data.packing",
     "data.cache_dir",
     "data.max_bad_fraction",

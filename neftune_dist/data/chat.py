@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from neftune_dist.data.formats import BadRow, Conversation
+from neftune_dist.data.formats import Conversation
+from neftune_dist.data.sources import BadRow
 
 # Some templates write today's date, which would make the tokens depend on the day they were made
 # (law 4). They get the date that Llama 3's own template falls back on. The "+" keeps the template's

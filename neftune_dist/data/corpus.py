@@ -1,9 +1,9 @@
 """The tokenised documents of a run: made once, cached by content, read by memory map.
 
-Owns the cache (`data.cache_dir`) and the report on what became of every row. A cache entry is named
-by a digest of all that decides its content, so it is never stale; it is written aside and renamed,
-so a half-written one is never read; a file lock lets any number of processes and jobs start at
-once. Nothing here is a collective.
+Owns the cache (`data.cache_dir`) and the way of every row into it. A cache entry is named by a
+digest of all that decides its content, so it is never stale; it is written aside and renamed, so a
+half-written one is never read; a file lock lets any number of processes and jobs start at once.
+Nothing here is a collective.
 """
 
 from __future__ import annotations
@@ -15,136 +15,90 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock
 
-from neftune_dist.config import DataConfig, UserError
-from neftune_dist.data.formats import (
-    BadRow,
-    Conversation,
-    Source,
-    Turn,
-    detect_format,
-    open_source,
-    to_conversation,
-)
+from neftune_dist.config import DataConfig, SourceConfig, UserError
+from neftune_dist.data import files
+from neftune_dist.data.audit import Audit
+from neftune_dist.data.documents import Conversations, Documents, Spool, Table
+from neftune_dist.data.formats import Conversation, detect_format, to_conversation
 from neftune_dist.data.rendered import Rendered
+from neftune_dist.data.report import NAMED_ROWS, Report, SourceReport
+from neftune_dist.data.selection import Selection, select
+from neftune_dist.data.sources import BadRow, Source, open_source
 from neftune_dist.data.template import Document, Template
 
 _VERSION = 3  # of what this module and the template make of the same input
-_BATCH_ROWS = 1000
+# Tokenised together: many, unless they are long.
+_BATCH_ROWS, _BATCH_CHARACTERS = 1000, 2**22
 _PROGRESS_SECONDS = 5.0
-_NAMED_ROWS = 20  # bad rows that the report names one by one
-# Settings that decide what a cache entry holds.
+# Settings that decide what a cache entry holds, beside those of the sources and the template.
 _DECISIVE = (
     "format",
-    "template",
     "system_prompt",
     "supervise",
     "max_length",
     "too_long",
+    "duplicates",
     "num_held_out",
+    "held_out_fraction",
 )
 
-Example = tuple[Conversation, Document]
-
-
-@dataclass
-class Report:
-    """What became of the rows of a source: num_rows is the sum of num_documents, num_held_out and
-    the three kinds that were left out. Tokens and lengths are of the documents to train on."""
-
-    source: str
-    num_rows: int = 0
-    num_documents: int = 0
-    num_held_out: int = 0
-    num_tokens: int = 0
-    num_supervised_tokens: int = 0
-    num_truncated: int = 0
-    num_dropped_too_long: int = 0
-    num_nothing_to_learn: int = 0
-    num_bad_rows: int = 0
-    end_of_turn_learned: float = 0.0  # share of documents whose last token is learned
-    longest_tokens: int = 0
-    bad_rows: list[str] = field(default_factory=list)
-
-    def lines(self) -> list[str]:
-        """The report as a person reads it."""
-        supervised = self.num_supervised_tokens / max(1, self.num_tokens)
-        lines = [
-            f"data: {self.source}: {self.num_rows} rows, {self.num_documents} documents to train "
-            f"on, {self.num_held_out} held out",
-            f"data: {self.num_tokens} tokens, {supervised:.1%} of them supervised; longest "
-            f"document {self.longest_tokens} tokens; end of turn learned in "
-            f"{self.end_of_turn_learned:.1%} of documents",
-        ]
-        if self.num_truncated:
-            lines.append(f"data: {self.num_truncated} documents truncated to data.max_length")
-        if self.num_dropped_too_long:
-            lines.append(
-                f"data: {self.num_dropped_too_long} documents over data.max_length dropped"
-            )
-        if self.num_nothing_to_learn:
-            lines.append(
-                f"data: {self.num_nothing_to_learn} documents skipped: no supervised token within "
-                "data.max_length"
-            )
-        if self.num_bad_rows:
-            lines.append(f"data: {self.num_bad_rows} rows skipped:")
-            lines += [f"data:   {self.source}, {each}" for each in self.bad_rows]
-            if self.num_bad_rows > len(self.bad_rows):
-                lines.append(f"data:   and {self.num_bad_rows - len(self.bad_rows)} more")
-        return lines
-
-
-class Documents:
-    """Tokenised documents in memory maps. Indexable; cheap to open, whatever their number."""
-
-    def __init__(self, folder: Path) -> None:
-        self._ids = np.load(folder / "input_ids.npy", mmap_mode="r")
-        self._supervised = np.load(folder / "supervised.npy", mmap_mode="r")
-        self._offsets = np.load(folder / "offsets.npy")
-        self.lengths = np.diff(self._offsets)  # int64 (num_documents,): tokens
-        self.num_supervised = np.load(folder / "num_supervised.npy")  # int64 (num_documents,)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """input_ids int32 and supervised uint8, each (length,)."""
-        piece = slice(self._offsets[index], self._offsets[index + 1])
-        return self._ids[piece], self._supervised[piece]
-
-    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The documents int64 (num_chosen,) one behind the other: input_ids int32 and supervised
-        uint8, each (num_tokens,)."""
-        lengths = self.lengths[indices]
-        begins = self._offsets[indices] - (np.cumsum(lengths) - lengths)
-        tokens = np.arange(lengths.sum()) + np.repeat(begins, lengths)
-        return self._ids[tokens], self._supervised[tokens]
+_Row = tuple[str, Conversation, Rendered]  # its place in the source first
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and held-out documents, what was reported of them, and their fingerprint."""
+    """Training and held-out documents, what was reported of them, and their fingerprint. A document
+    that an epoch has several times is several documents, each with an index of its own."""
 
     train: Documents
     held_out: Documents
-    held_out_conversations: list[Conversation]
+    held_out_conversations: Conversations
     report: Report
     fingerprint: str
     # Digests of what made it, for a message that says which of them is another.
     identity: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Input:
+    """What is read: sources to train on with their settings, then the held-out source if any."""
+
+    sources: tuple[Source, ...]
+    settings: tuple[SourceConfig, ...]
+
+    @staticmethod
+    def open(config: DataConfig) -> _Input:
+        sources = [open_source(each, key) for key, each in config.sources.items()]
+        if config.held_out_source:
+            if not files.is_local(config.held_out_source):
+                raise UserError(files.no_file(config.held_out_source, "data.held_out_source"))
+            own = SourceConfig(config.held_out_source)
+            sources.append(open_source(own, "data.held_out_source"))
+        return _Input(tuple(sources), tuple(config.sources.values()))
+
+    def identity(self) -> list[list[Any]]:
+        """Plain values: digests, and how often what they stand for is trained on."""
+        own = [[each.digest] for each in self.sources[len(self.settings) :]]
+        return [
+            [source.digest, each.format, each.weight, each.max_documents]
+            for source, each in zip(self.sources, self.settings, strict=False)
+        ] + own
+
+    def formats(self, config: DataConfig) -> list[str]:
+        """Of each source; that of the held-out one is the training data's where that is said."""
+        return [*(each.format for each in self.settings), config.format][: len(self.sources)]
+
+
 def prepare(
     config: DataConfig, tokenizer: Any, progress: Callable[[str], None] = lambda _: None
 ) -> Corpus:
-    """The corpus of `config.source`, from the cache or made now.
+    """The corpus of the sources in `config`, from the cache or made now.
 
     Args:
         progress: told a line every few seconds.
@@ -154,8 +108,8 @@ def prepare(
             that cannot be written or is damaged.
     """
     template = Template(tokenizer, config)
-    source = open_source(config)
-    fingerprint = _fingerprint(config, source, template)
+    given = _Input.open(config)
+    fingerprint = _fingerprint(config, given, template)
     try:
         root = Path(config.cache_dir).expanduser() / "corpora"
     except RuntimeError as error:
@@ -166,136 +120,195 @@ def prepare(
         if not entry.exists():
             with FileLock(root / f"{fingerprint}.lock"):
                 if not entry.exists():
-                    _make(entry, config, source, template, progress)
+                    _make(entry, config, given, template, progress)
     except (OSError, NotImplementedError) as error:  # the second from a disk without file locks
         raise UserError(
             f"The tokenised data cannot be written to data.cache_dir={config.cache_dir}: "
             f"{getattr(error, 'strerror', None) or error}."
         ) from error
-    tokenizer_digest = hashlib.sha256(json.dumps(template.identity(), sort_keys=True).encode())
-    identity = {"dataset": source.digest, "tokenizer": tokenizer_digest.hexdigest()[:24]}
-    corpus = replace(load(entry, source.name), identity=identity)
-    _refuse_bad_share(corpus.report, config)
+    identity = {
+        "dataset": _short_digest(given.identity()),
+        "tokenizer": _short_digest(template.identity()),
+    }
+    corpus = replace(load(entry, [source.name for source in given.sources]), identity=identity)
+    for source, told in zip(given.sources, corpus.report.sources, strict=True):
+        _refuse_bad_share(source, told, config)
     return corpus
 
 
-def load(entry: Path, source_name: str) -> Corpus:
-    """Open a finished cache entry. Raises `UserError` where it has been damaged since."""
+def load(entry: Path, names: list[str]) -> Corpus:
+    """Open a finished cache entry. Raises `UserError` where it has been damaged since.
+
+    Args:
+        names: of the sources; the same content may have been read under others.
+    """
     try:
-        report = Report(**json.loads((entry / "report.json").read_text()))
-        with (entry / "held_out.jsonl").open(encoding="utf-8") as file:
-            conversations = [_conversation(json.loads(line)) for line in file]
-        train, held_out = Documents(entry / "train"), Documents(entry / "held_out")
+        stored = json.loads((entry / "report.json").read_text())
+        told = [SourceReport(**each) for each in stored.pop("sources")]
+        for each, name in zip(told, names, strict=True):
+            each.name = name
+        report = Report(told, audit=Audit(**stored.pop("audit")), **stored)
+        train, held_out = (Documents(entry, part) for part in ("train", "held_out"))
+        conversations = Conversations(entry)
+        if len(conversations) != len(held_out):
+            raise ValueError(f"{len(held_out)} conversations are wanted, of {len(conversations)}")
     except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
         raise UserError(
             f"The tokenised data in {entry} is damaged ({error}): remove that directory, and it "
             "is made again."
         ) from error
-    report.source = source_name  # the same content may have been read under another name
     return Corpus(train, held_out, conversations, report, entry.name)
 
 
-def _fingerprint(config: DataConfig, source: Source, template: Template) -> str:
-    decisive = {
-        "version": _VERSION,
-        "source": source.digest,
-        "settings": {key: getattr(config, key) for key in _DECISIVE},
-        "tokenizer": template.identity(),
-    }
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:24]
+def _fingerprint(config: DataConfig, given: _Input, template: Template) -> str:
+    return _short_digest(
+        {
+            "version": _VERSION,
+            "sources": given.identity(),
+            "settings": {key: getattr(config, key) for key in _DECISIVE},
+            "tokenizer": template.identity(),
+        }
+    )
+
+
+def _short_digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def _make(
     entry: Path,
     config: DataConfig,
-    source: Source,
+    given: _Input,
     template: Template,
     progress: Callable[[str], None],
 ) -> None:
-    report = Report(source.name)
-    examples = list(_examples(config, source, report, template, progress))
-    if report.num_rows == 0:
-        raise UserError(f"data.source={source.name} is empty.")
-    _refuse_bad_share(report, config)
-    if not examples:
-        raise UserError(
-            f"data.source={source.name} holds no document to learn from: of {report.num_rows} "
-            f"rows, {report.num_bad_rows} cannot be used"
-            + (f" (the first: {report.bad_rows[0]})" if report.bad_rows else "")
-            + f", {report.num_dropped_too_long} are over data.max_length={config.max_length}, "
-            f"{report.num_nothing_to_learn} have no supervised token within it."
-        )
-    held_out, train = _split(examples, config.num_held_out)
     # Only the holder of the entry's lock is here: what others have left was left by the dead.
     for left in entry.parent.glob(f"{entry.name}.*.part"):
         shutil.rmtree(left, ignore_errors=True)
     aside = entry.with_name(f"{entry.name}.{os.getpid()}.part")
+    report = Report([SourceReport(each.name, left_out=[*each.left_out]) for each in given.sources])
     try:
-        for name, part in (("train", train), ("held_out", held_out)):
-            _write_documents(aside / name, [document for _, document in part])
-        (aside / "held_out.jsonl").write_text(
-            "".join(json.dumps(asdict(conversation)) + "\n" for conversation, _ in held_out),
-            encoding="utf-8",
-        )
-        documents = [document for _, document in train]
-        report.num_documents, report.num_held_out = len(train), len(held_out)
-        report.num_tokens = sum(len(d.input_ids) for d in documents)
-        report.num_supervised_tokens = sum(int(d.supervised.sum()) for d in documents)
-        report.longest_tokens = max(len(d.input_ids) for d in documents)
-        report.end_of_turn_learned = sum(d.end_learned for d in documents) / len(documents)
-        (aside / "report.json").write_text(json.dumps(asdict(report), indent=1))
-        for file in aside.rglob("*.*"):
-            _sync(file)
+        spool = Spool(aside)
+        try:
+            _fill(spool, config, given, report, template, progress)
+        finally:
+            spool.close()
+        table = spool.table()
+        chosen = select(table, config, given.settings)
+        _finish(aside, spool, table, chosen, report)
         aside.rename(entry)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _refuse_bad_share(report: Report, config: DataConfig) -> None:
-    if report.num_bad_rows > config.max_bad_fraction * report.num_rows:
-        raise UserError(
-            f"data.source={report.source}: {report.num_bad_rows} of {report.num_rows} rows cannot "
-            f"be used, more than data.max_bad_fraction={config.max_bad_fraction}; the first: "
-            f"{report.bad_rows[0]}."
-        )
-
-
-def _examples(
+def _fill(
+    spool: Spool,
     config: DataConfig,
-    source: Source,
+    given: _Input,
     report: Report,
     template: Template,
     progress: Callable[[str], None],
-) -> Iterator[Example]:
-    rendered = _rendered(config, source, report, template)
+) -> None:
+    """Put all documents of all sources into the spool."""
     told = time.monotonic()
-    while batch := list(islice(rendered, _BATCH_ROWS)):
-        documents = template.encode([r for _, r in batch])
-        for (conversation, _), document in zip(batch, documents, strict=True):
-            kept = _fit(document, config, report)
-            if kept is not None:
-                yield conversation, kept
-        if time.monotonic() - told > _PROGRESS_SECONDS:
-            told = time.monotonic()
-            progress(f"data: {report.num_rows} rows tokenised")
+    formats = given.formats(config)
+    for i, (source, own) in enumerate(zip(given.sources, report.sources, strict=True)):
+        # Any document may be held out, unless there is a source for that.
+        is_kept = i >= len(given.settings) if config.held_out_source else config.holds_out
+        rendered = _rendered(source, formats[i], own, report, template)
+        for batch in _batches(rendered):
+            documents = template.encode([r for _, _, r in batch])
+            for (place, conversation, _), document in zip(batch, documents, strict=True):
+                fitted = _fit(document, config, report)
+                if fitted is None:
+                    continue
+                own.num_documents += 1
+                report.num_plain_texts += bool(conversation.text)
+                report.num_turns_left_out += conversation.num_left_out
+                spool.add(fitted, conversation, i, place, is_kept)
+            if time.monotonic() - told > _PROGRESS_SECONDS:
+                told = time.monotonic()
+                progress(f"data: {report.num_rows} rows tokenised")
+        _refuse_useless(source, own, report, config)
+
+
+def _finish(folder: Path, spool: Spool, table: Table, chosen: Selection, report: Report) -> None:
+    """Make a spool an entry: its parts, and the report."""
+    spool.choose(table, chosen.train, chosen.held_out)
+    for name in ("num_duplicates", "num_dropped_duplicates", "num_leaked", "num_not_chosen"):
+        setattr(report, name, getattr(chosen, name))
+    report.num_documents, report.num_held_out = len(chosen.train), len(chosen.held_out)
+    lengths = table.lengths[chosen.train]
+    report.num_tokens, report.longest_tokens = int(lengths.sum()), int(lengths.max())
+    report.num_supervised_tokens = int(table.num_supervised[chosen.train].sum())
+    report.audit = Audit.of(table.spoken[chosen.train], table.end_learned[chosen.train])
+    times = np.bincount(table.source[chosen.train], minlength=len(report.sources))
+    for own, number in zip(report.sources, times, strict=True):
+        own.num_occurrences = int(number)
+    (folder / "report.json").write_text(json.dumps(asdict(report), indent=1))
+    for file in folder.rglob("*.*"):
+        _sync(file)
+
+
+def _refuse_useless(source: Source, own: SourceReport, report: Report, config: DataConfig) -> None:
+    what = f"{source.key}={source.name}"
+    if own.num_rows == 0:
+        raise UserError(f"{what} is empty.")
+    _refuse_bad_share(source, own, config)
+    if own.num_documents == 0:
+        raise UserError(
+            f"{what} holds no document to learn from: of {own.num_rows} rows, {own.num_bad_rows} "
+            "cannot be used"
+            + (f" (the first: {own.bad_rows[0]})" if own.bad_rows else "")
+            + f", {report.num_dropped_too_long} are over data.max_length={config.max_length}, "
+            f"{report.num_nothing_to_learn} have no supervised token within it."
+        )
+
+
+def _refuse_bad_share(source: Source, own: SourceReport, config: DataConfig) -> None:
+    if own.num_bad_rows > config.max_bad_fraction * own.num_rows:
+        raise UserError(
+            f"{source.key}={source.name}: {own.num_bad_rows} of {own.num_rows} rows cannot "
+            f"be used, more than data.max_bad_fraction={config.max_bad_fraction}; the first: "
+            f"{own.bad_rows[0]}."
+        )
 
 
 def _rendered(
-    config: DataConfig, source: Source, report: Report, template: Template
-) -> Iterator[tuple[Conversation, Rendered]]:
-    format_name = None if config.format == "auto" else config.format
-    for number, row in source.rows:
+    source: Source, format_name: str, own: SourceReport, report: Report, template: Template
+) -> Iterator[_Row]:
+    """The good rows. All rows of a source have the format of the first good one."""
+    for place, row in source.rows:
         report.num_rows += 1
+        own.num_rows += 1
         try:
             if isinstance(row, BadRow):
                 raise row
-            format_name = format_name or detect_format(row)
-            conversation = to_conversation(row, format_name)
-            yield conversation, template.render(conversation)
+            found = detect_format(row) if format_name == "auto" else format_name
+            conversation = to_conversation(row, found)
+            rendered = template.render(conversation)
         except BadRow as error:
             report.num_bad_rows += 1
-            if len(report.bad_rows) < _NAMED_ROWS:
-                report.bad_rows.append(f"row {number}: {error}")
+            own.num_bad_rows += 1
+            if len(own.bad_rows) < NAMED_ROWS:
+                own.bad_rows.append(f"{place}: {error}")
+            continue
+        format_name = found
+        yield str(place), conversation, rendered
+
+
+def _batches(
+    rendered: Iterator[_Row],
+) -> Iterator[list[_Row]]:
+    batch, characters = [], 0
+    for each in rendered:
+        batch.append(each)
+        characters += len(each[2].text)
+        if len(batch) == _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _fit(document: Document, config: DataConfig, report: Report) -> Document | None:
@@ -313,50 +326,8 @@ def _fit(document: Document, config: DataConfig, report: Report) -> Document | N
     return document.cut(config.max_length)
 
 
-def _split(examples: list[Example], num_held_out: int) -> tuple[list[Example], list[Example]]:
-    """(held out, to train on): whole prompts are held out, chosen by a hash of the prompt, so no
-    prompt is on both sides and the choice does not depend on the order of the rows. A prompt is all
-    that stands in front of the first answer."""
-    by_prompt: dict[str, list[int]] = {}
-    for i, (conversation, _) in enumerate(examples):
-        prompt = json.dumps(conversation.opening())
-        by_prompt.setdefault(hashlib.sha256(prompt.encode()).hexdigest(), []).append(i)
-    chosen: set[int] = set()
-    for key in sorted(by_prompt):
-        if len(chosen) >= num_held_out:
-            break
-        chosen.update(by_prompt[key])
-    if len(chosen) == len(examples):
-        raise UserError(
-            f"data.num_held_out={num_held_out} leaves none of the {len(examples)} documents to "
-            "train on."
-        )
-    held_out = [example for i, example in enumerate(examples) if i in chosen]
-    return held_out, [example for i, example in enumerate(examples) if i not in chosen]
-
-
-def _write_documents(folder: Path, documents: list[Document]) -> None:
-    folder.mkdir(parents=True)
-    lengths = np.array([len(d.input_ids) for d in documents], dtype=np.int64)
-    np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-    np.save(folder / "num_supervised.npy", np.array([d.supervised.sum() for d in documents], "i8"))
-    for name, dtype in (("input_ids", np.int32), ("supervised", np.uint8)):
-        flat = [getattr(document, name) for document in documents]
-        np.save(folder / f"{name}.npy", np.concatenate([np.zeros(0, dtype), *flat]))
-
-
 def _sync(file: Path) -> None:
     """Put a file on the disk, so that a machine that dies leaves no entry with a name and no
     content."""
     with file.open("rb") as opened:
         os.fsync(opened.fileno())
-
-
-def _conversation(stored: dict[str, Any]) -> Conversation:
-    return Conversation(
-        tuple(Turn(*turn) for turn in stored["turns"]),
-        stored["context"],
-        tuple((key, value) for key, value in stored["extra"]),
-        stored["tools"],
-        stored["text"],
-    )

@@ -1,41 +1,41 @@
-"""Rows of any supported source, as conversations.
+"""Rows of every format, as conversations.
 
-Owns reading (local JSON, JSON lines and Parquet, gzip too; hub ids through `datasets`; the built-in
-set) and the recognition of row formats. A source that cannot be read is a `UserError`; a single bad
-row is a `BadRow`, which the caller counts and reports.
+Owns the recognition of formats and what each makes of its fields:
+
+    alpaca             instruction, input?, output; system?   (Evol-Instruct, Platypus too)
+    dolly              instruction, context?, response
+    sharegpt           conversations of from, value (or role, content); system?, tools?
+    messages           messages of role, content, tool_calls; tools?   (OpenAI's)
+    prompt_completion  prompt, completion: texts, or lists of messages (TRL's)
+    text               text: learned whole, through no template
+
+Whatever would be learned wrongly, or silently not at all, is a `BadRow` that says why.
 """
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import io
 import json
-import os
-import re
-import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from textwrap import shorten
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import datasets
-import pyarrow
-import pyarrow.parquet
-
-from neftune_dist.config import BUILTIN_SOURCE, DataConfig, UserError
-from neftune_dist.data import builtin
+from neftune_dist.data import fields
+from neftune_dist.data.sources import BadRow, kind_of
 
 ROLES = ("system", "user", "assistant", "tool")
-_SUFFIX = re.compile(r"(\.jsonl?|\.parquet(?!\.gz))(\.gz)?$")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-Rows = Iterator[tuple[int, "Mapping[str, Any] | BadRow"]]
-
-
-class BadRow(Exception):
-    """One row that cannot be used, and why; the caller knows which row it was."""
+# What the turns of a row are called elsewhere. A function call is the assistant's.
+_ALIASES = {
+    **{role: role for role in ROLES},
+    **dict.fromkeys(("human",), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
+    "observation": "tool",
+}
+_OPENAI_ROLES = {**{role: role for role in ROLES}, "developer": "system"}
+# Fields of a turn that say something which would not be learned, or learned as something else.
+_NOT_TAKEN = ("function_call", "reasoning_content", "thinking", "audio", "refusal")
+# A document of 2^20 tokens, the longest `data.max_length`, has about as many characters.
+_MOST_CHARACTERS = 4 * 2**20
 
 
 class Turn(NamedTuple):
@@ -43,11 +43,14 @@ class Turn(NamedTuple):
 
     tool_calls: what an assistant calls beside its content, or in its place: a JSON list of OpenAI's
         form, `{"type": "function", "function": {"name": ..., "arguments": {...}}}`; or nothing.
+    tool_call_id, name: of a tool's turn, which call it answers and which function it is.
     """
 
     role: str
     content: str
     tool_calls: str = ""
+    tool_call_id: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,10 @@ class Conversation:
 
     context: the `input` of an Alpaca row, which the Alpaca prompt sets apart from the instruction.
     extra: the row's other text fields, kept for evaluation (the built-in set's `task`).
-    tools: what the assistant may call: a JSON list of the functions' schemas, or nothing.
+    tools: what the assistant may call: a JSON list of OpenAI's form, `{"type": "function",
+        "function": {"name": ..., "parameters": ...}}`; or nothing.
     text: of a document without turns: it goes through no template and is learned whole.
+    num_left_out: turns of the row that are not here, as nothing asks for them or answers them.
     """
 
     turns: tuple[Turn, ...]
@@ -65,15 +70,19 @@ class Conversation:
     extra: tuple[tuple[str, str], ...] = ()
     tools: str = ""
     text: str = ""
+    num_left_out: int = 0
 
     def messages(self) -> list[dict[str, Any]]:
-        """As a chat template takes it; an Alpaca row's context follows its instruction. The key
-        `tool_calls` is there where there are any."""
+        """As a chat template takes it; an Alpaca row's context follows its instruction. Keys
+        beside `role` and `content` are there where they say something."""
         messages = []
         for turn in self.turns:
             message: dict[str, Any] = {"role": turn.role, "content": turn.content}
             if turn.tool_calls:
                 message["tool_calls"] = json.loads(turn.tool_calls)
+            message |= {
+                key: value for key in ("tool_call_id", "name") if (value := getattr(turn, key))
+            }
             messages.append(message)
         if self.context:
             asked = next(message for message in messages if message["role"] == "user")
@@ -86,208 +95,211 @@ class Conversation:
         return self.messages()[: roles.index("assistant")] if roles else []
 
 
-@dataclass(frozen=True)
-class Source:
-    """A readable source: its name, a digest of its content, and its rows.
-
-    rows: pairs of a number and the row, or what is wrong with it. Rows count from 1; in a file of
-        JSON lines, blank lines count, so that the number is the line's.
-    """
-
-    name: str
-    digest: str
-    rows: Rows
-
-
-def open_source(config: DataConfig) -> Source:
-    """The source named by `data.source`. Raises `UserError` where it cannot be read."""
-    name = config.source
-    if name == BUILTIN_SOURCE:
-        _refuse_revision(config)
-        rows = builtin.rows()
-        digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-        return Source(name, digest, enumerate(rows, 1))
-    path = Path(os.path.expanduser(name))
-    if name.startswith(("/", ".", "~")) or _suffix(path) or os.path.exists(path):
-        _refuse_revision(config)
-        return _open_file(path)
-    if not _HUB_ID.fullmatch(name):
-        raise UserError(f"data.source={name} is neither a file nor a hub id such as org/name.")
-    return _open_hub(config)
-
-
-def _refuse_revision(config: DataConfig) -> None:
-    if config.revision is not None or config.split != DataConfig.split:
-        raise UserError(
-            f"data.split and data.revision have no effect with data.source={config.source}, which "
-            "is no hub id: leave them out."
-        )
-
-
-def _suffix(path: Path) -> str:
-    """The suffix that tells how to read a file, or nothing."""
-    found = _SUFFIX.search(path.name.lower())
-    return found[1] if found else ""
-
-
-def _open_file(path: Path) -> Source:
-    if not os.path.exists(path):
-        raise UserError(f"data.source={path} does not exist.")
-    suffix = _suffix(path)
-    if not suffix or not path.is_file():
-        what = "is a directory" if path.is_dir() else "cannot be read"
-        raise UserError(
-            f"data.source={path} {what}: give a .json, .jsonl (.gz too) or .parquet file."
-        )
-    try:
-        digest = _digest(path)
-    except OSError as error:
-        raise UserError(f"data.source={path} cannot be read: {error.strerror or error}.") from error
-    return Source(str(path), digest, (_parquet_rows if suffix == ".parquet" else _json_rows)(path))
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _json_rows(path: Path) -> Rows:
-    try:
-        with _open_text(path) as file:
-            first = file.read(1)
-            while first.isspace():
-                first = file.read(1)
-            file.seek(0)
-            if first == "[":
-                yield from enumerate(map(_mapping, json.load(file)), 1)
-                return
-            for number, line in enumerate(file, 1):
-                if not line.isspace():
-                    yield number, _parse(line)
-    except UnicodeDecodeError as error:
-        raise UserError(f"data.source={path} is not UTF-8 text: {error}.") from error
-    except (ValueError, RecursionError) as error:  # a number of too many digits is a ValueError
-        raise UserError(f"data.source={path} is not valid JSON: {error}.") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"data.source={path} is a damaged gzip file: {error}.") from error
-    except OSError as error:
-        raise UserError(f"data.source={path} cannot be read: {error.strerror or error}.") from error
-
-
-def _open_text(path: Path) -> IO[str]:
-    if path.suffix.lower() == ".gz":
-        return io.TextIOWrapper(gzip.open(path), encoding="utf-8-sig")
-    return path.open(encoding="utf-8-sig")
-
-
-def _parse(line: str) -> Mapping[str, Any] | BadRow:
-    try:
-        return _mapping(json.loads(line))
-    except (ValueError, RecursionError) as error:
-        return BadRow(f"not valid JSON ({error})")
-
-
-def _mapping(row: Any) -> Mapping[str, Any] | BadRow:
-    return row if isinstance(row, dict) else BadRow(f"not an object of fields but {_kind(row)}")
-
-
-def _parquet_rows(path: Path) -> Rows:
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"data.source={path} is not a readable Parquet file: {error}.") from error
-
-
-def _open_hub(config: DataConfig) -> Source:
-    name = config.source
-    try:
-        loaded = datasets.load_dataset(name, split=config.split, revision=config.revision)
-    except Exception as error:  # the hub's clients raise a dozen unrelated types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"data.source={name} is no local file, and the dataset of that name could not be "
-            f"loaded from the hub: {reason}"
-        ) from error
-    return Source(f"{name}[{config.split}]", loaded._fingerprint, enumerate(loaded, 1))
-
-
 def detect_format(row: Mapping[str, Any]) -> str:
     """The format whose fields the row has. Raises `BadRow` where it has those of none."""
-    for name, needed in (
-        ("messages", {"messages"}),
-        ("alpaca", {"instruction", "output"}),
-        ("prompt_completion", {"prompt", "completion"}),
-    ):
-        if needed <= set(row):
+    for name, needed in _FIELDS.items():
+        if all(field in row for field in needed):
             return name
     found = ", ".join(ascii(key)[1:-1] for key in row) or "(none)"
-    raise BadRow(
-        f"the fields {shorten(found, 80)} are of no known format "
-        "(messages; instruction, output; prompt, completion)"
-    )
+    known = "; ".join(", ".join(each) for each in _FIELDS.values())
+    raise BadRow(f"the fields {shorten(found, 80)} are of no known format ({known})")
 
 
 def to_conversation(row: Mapping[str, Any], format_name: str) -> Conversation:
-    """The row as a conversation with an answer.
+    """The row as a conversation with an answer, or a plain text.
 
-    Raises `BadRow` naming the field that is missing or wrong.
+    A trailing turn that nothing answers is left out, in every format; so are leading answers in
+    ShareGPT's, which begin where a longer conversation was cut. Both are counted in `num_left_out`.
+
+    Raises `BadRow` naming the field or the turn that is missing or wrong.
     """
-    if format_name == "alpaca":
-        context = _text(row, "input") if row.get("input") is not None else ""
-        extra = (("task", row["task"]),) if isinstance(row.get("task"), str) else ()
-        return _answered(_pair(row, "instruction", "output"), context, extra)
-    if format_name == "prompt_completion":
-        return _answered(_pair(row, "prompt", "completion"))
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise BadRow("field 'messages' is missing or not a list of turns")
-    turns: list[Turn] = []
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict):
-            raise BadRow(f"turn {number} is not an object with 'role' and 'content'")
-        try:
-            role, content = _text(message, "role"), _text(message, "content")
-        except BadRow as error:
-            raise BadRow(f"turn {number}: {error}") from None
-        if role not in ROLES:
-            raise BadRow(f"turn {number} has the role {role[:40]!r}; known: {', '.join(ROLES)}")
-        turns.append(Turn(role, content))
+    for field in _FIELDS[format_name]:
+        if field not in row:
+            others = (name for name in _FIELDS if all(each in row for each in _FIELDS[name]))
+            hint = f": the row is of the format {other}" if (other := next(others, "")) else ""
+            raise BadRow(f"field '{field}' is missing{hint}")
+    conversation = _MAKERS[format_name](row)
+    length = len(conversation.text) + len(conversation.context)
+    length += sum(len(turn.content) + len(turn.tool_calls) for turn in conversation.turns)
+    if length > _MOST_CHARACTERS:
+        raise BadRow(f"{length} characters are more than the {_MOST_CHARACTERS} of a document")
+    return conversation
+
+
+def _alpaca(row: Mapping[str, Any], context: str = "input", answer: str = "output") -> Conversation:
+    if row.get("history"):
+        raise BadRow("field 'history' holds turns: give all turns as 'messages'")
+    asked, said = fields.text(row, "instruction"), fields.text(row, answer)
+    given = fields.text(row, context) if row.get(context) is not None else ""
+    if not asked.strip() and not given.strip():
+        raise BadRow("the instruction is empty")
+    if not said.strip():
+        raise BadRow("the answer is empty")
+    if not asked.strip():
+        asked, given = given, ""
+    extra = (("task", row["task"]),) if isinstance(row.get("task"), str) else ()
+    turns = (*_system(row), Turn("user", asked), Turn("assistant", said))
+    return Conversation(turns, given if given.strip() else "", extra)
+
+
+def _dolly(row: Mapping[str, Any]) -> Conversation:
+    return _alpaca(row, "context", "response")
+
+
+def _plain_text(row: Mapping[str, Any]) -> Conversation:
+    text = fields.text(row, "text")
+    if not text.strip():
+        raise BadRow("the text is empty")
+    return Conversation((), text=text)
+
+
+def _prompt_completion(row: Mapping[str, Any]) -> Conversation:
+    prompt, completion = row["prompt"], row["completion"]
+    if not isinstance(prompt, list) and not isinstance(completion, list):
+        asked, said = fields.text(row, "prompt"), fields.text(row, "completion")
+        if not asked.strip():
+            raise BadRow("the prompt is empty")
+        if not said.strip():
+            raise BadRow("the answer is empty")
+        return Conversation((*_system(row), Turn("user", asked), Turn("assistant", said)))
+    before, after = _turns(row, "prompt"), _turns(row, "completion")
+    for number, turn in enumerate(before, 1):
+        if turn.role == "assistant":
+            raise BadRow(
+                f"turn {number} of 'prompt' is an answer, which would be learned with the "
+                "completion: give the turns as 'messages'"
+            )
+    if after[0].role != "assistant":
+        raise BadRow(f"the completion begins with the role {after[0].role}, not assistant")
+    return _answered((*before, *after), row)
+
+
+def _messages(row: Mapping[str, Any]) -> Conversation:
+    turns = _turns(row, "messages")
     if turns[0].role == "assistant":
         raise BadRow("the first turn is the assistant's, with nothing that it answers")
-    return _answered(tuple(turns))
+    return _answered(turns, row)
 
 
-def _pair(row: Mapping[str, Any], asked: str, answered: str) -> tuple[Turn, ...]:
-    return Turn("user", _text(row, asked)), Turn("assistant", _text(row, answered))
+def _sharegpt(row: Mapping[str, Any]) -> Conversation:
+    """Roles must take turns, a system turn first: where the same one speaks twice, turns were lost
+    between, so the conversation is refused, as FastChat does."""
+    turns = _turns(row, "conversations")
+    head = 1 if turns[0].role == "system" else 0
+    opened = next((i for i, turn in enumerate(turns) if turn.role == "user"), len(turns))
+    if opened == len(turns):
+        raise BadRow("no turn is the user's")
+    if any(turn.role != "assistant" for turn in turns[head:opened]):
+        raise BadRow(f"turn {head + 1} is the {turns[head].role}'s, before the user has spoken")
+    previous = turns[opened]
+    for number, turn in enumerate(turns[opened + 1 :], opened + 2):
+        if turn.role not in _following(previous):
+            raise BadRow(
+                f"turn {number} is the {turn.role}'s and cannot follow one of the {previous.role}: "
+                "a turn is missing, or out of order"
+            )
+        previous = turn
+    made = _answered((*turns[:head], *turns[opened:]), row)
+    return replace(made, num_left_out=made.num_left_out + opened - head)
 
 
-def _answered(
-    turns: tuple[Turn, ...],
-    context: str = "",
-    extra: tuple[tuple[str, str], ...] = (),
-) -> Conversation:
-    if not any(turn.role == "assistant" and turn.content.strip() for turn in turns):
-        raise BadRow("the answer is empty")
-    return Conversation(turns, context, extra)
+def _following(turn: Turn) -> tuple[str, ...]:
+    """Roles that may speak after a turn."""
+    if turn.role == "assistant":  # some write their calls into the content
+        return ("tool",) if turn.tool_calls else ("user", "tool")
+    return ("assistant", "tool") if turn.role == "tool" else ("assistant",)
 
 
-def _text(row: Mapping[str, Any], field: str) -> str:
-    if field not in row:
-        raise BadRow(f"field '{field}' is missing")
-    value = row[field]
-    if not isinstance(value, str):
-        raise BadRow(f"field '{field}' is not text but {_kind(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise BadRow(f"field '{field}' holds a lone surrogate, which is no text") from None
-    return value
+def _answered(turns: Sequence[Turn], row: Mapping[str, Any]) -> Conversation:
+    """With the row's system prompt and tools, up to the last answer."""
+    if all(turn.role != "assistant" for turn in turns):
+        raise BadRow("no turn is the assistant's")
+    ends = max(i for i, turn in enumerate(turns) if turn.role == "assistant") + 1
+    system = _system(row)
+    if system and turns[0].role == "system":
+        raise BadRow("the row has a field 'system' and a system turn as well")
+    return Conversation(
+        (*system, *turns[:ends]), tools=fields.tools(row), num_left_out=len(turns) - ends
+    )
 
 
-def _kind(value: Any) -> str:
-    return "null" if value is None else type(value).__name__
+def _system(row: Mapping[str, Any]) -> tuple[Turn, ...]:
+    if row.get("system") is None or row["system"] == "":
+        return ()
+    return (Turn("system", fields.text(row, "system")),)
+
+
+def _turns(row: Mapping[str, Any], field: str) -> list[Turn]:
+    messages = row[field]
+    if not isinstance(messages, list) or not messages:
+        raise BadRow(f"field '{field}' is not a list of turns but {fields.shape(messages)}")
+    aliases = _ALIASES if field == "conversations" else _OPENAI_ROLES
+    turns = []
+    for number, message in enumerate(messages, 1):
+        try:
+            turns.append(_turn(message, aliases))
+        except BadRow as error:
+            raise BadRow(f"turn {number}: {error}") from None
+    return turns
+
+
+def _turn(message: Any, aliases: Mapping[str, str]) -> Turn:
+    if not isinstance(message, dict):
+        raise BadRow(f"not an object with 'role' and 'content' but {kind_of(message)}")
+    by = "from" if "from" in message and aliases is _ALIASES else "role"
+    called = fields.text(message, by)
+    role = aliases.get(called.lower() if aliases is _ALIASES else called)
+    if role is None:
+        raise BadRow(f"the role {called[:40]!a} is not known; known: {', '.join(aliases)}")
+    for field in _NOT_TAKEN:
+        if message.get(field):
+            raise BadRow(f"field '{field}' would not be learned: put what it says into the content")
+    if role == "assistant" and message.get("weight") not in (None, 1):
+        raise BadRow(f"field 'weight' is {message['weight']!a}: every answer is learned alike")
+    if called.lower() == "function_call":
+        return Turn(role, "", fields.calls([fields.parsed(message, "value")]))
+    calls = message.get("tool_calls")
+    if calls and role != "assistant":
+        raise BadRow(f"field 'tool_calls' in a turn of the {role}")
+    content = _content(message, "value" if by == "from" else "content", bool(calls))
+    if not content.strip() and not calls and role in ("user", "assistant"):
+        raise BadRow(f"the {'answer' if role == 'assistant' else 'content'} is empty")
+    identity = {
+        key: fields.text(message, key)
+        for key in ("tool_call_id", "name")
+        if role == "tool" and message.get(key) is not None
+    }
+    return Turn(role, content, fields.calls(calls) if calls else "", **identity)
+
+
+def _content(message: Mapping[str, Any], field: str, may_be_null: bool) -> str:
+    """Text, or a list of parts that are all text."""
+    content = message.get(field)
+    if content is None and may_be_null:
+        return ""
+    if not isinstance(content, list):
+        return fields.text(message, field)
+    for number, part in enumerate(content, 1):
+        kind = part.get("type") if isinstance(part, dict) else kind_of(part)
+        if kind != "text":
+            raise BadRow(f"part {number} of the content is {str(kind)[:40]!a}, not text")
+    return "".join(fields.text(part, "text") for part in content)
+
+
+# What tells a format, the more telling first; a row may have other fields besides.
+_FIELDS = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "dolly": ("instruction", "response"),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+_MAKERS: dict[str, Callable[[Mapping[str, Any]], Conversation]] = {
+    "messages": _messages,
+    "sharegpt": _sharegpt,
+    "alpaca": _alpaca,
+    "dolly": _dolly,
+    "prompt_completion": _prompt_completion,
+    "text": _plain_text,
+}

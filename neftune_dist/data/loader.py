@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from neftune_dist.config import Config
-from neftune_dist.data.corpus import Documents
+from neftune_dist.data.documents import Documents
 from neftune_dist.data.layout import lay_out
 from neftune_dist.data.schedule import Schedule
 

@@ -15,8 +15,9 @@ import re
 from dataclasses import dataclass
 
 from neftune_dist.data.chat import ChatTemplate, tools_of
-from neftune_dist.data.formats import BadRow, Conversation
+from neftune_dist.data.formats import Conversation
 from neftune_dist.data.rendered import Chunk, Rendered, Span
+from neftune_dist.data.sources import BadRow
 
 _THOUGHT = re.compile(r"</?think>")
 
@@ -104,6 +105,7 @@ class _Talk:
                 raise BadRow(
                     f"the chat template leaves out or changes what the {role} says in turn {i + 1}"
                 )
+            self._check_calls(i, self.text[cursor:end])
             cursor = max(cursor, place[1] if end is None or place[1] <= end else 0)
             spans.append(Span(*place, role))
         return spans
@@ -124,11 +126,16 @@ class _Talk:
         # Behind the end-of-turn token, before the template's own white space that leads to the next
         # turn: no model generates that.
         tail = self._end_of_turn(through[place[1] :].rstrip(), i, through)
-        calls = message.get("tool_calls", [])
-        if any(call["function"]["name"] not in tail for call in calls):
-            raise BadRow(f"the chat template leaves out what the assistant calls in turn {i + 1}")
+        calls = self._check_calls(i, tail)
         marked = tail.endswith(self.template.special) if calls else bool(tail)
         return _Turn(through[: place[1]] + tail, tuple(prompts), place[0]), marked
+
+    def _check_calls(self, i: int, said: str) -> bool:
+        """Whether message i calls tools. Raises `BadRow` where one of them is not in the text."""
+        calls = self.messages[i].get("tool_calls", [])
+        if any(call["function"]["name"] not in said for call in calls):
+            raise BadRow(f"the chat template leaves out what the assistant calls in turn {i + 1}")
+        return bool(calls)
 
     def _end_of_turn(self, tail: str, i: int, through: str) -> str:
         """Of the text behind an answer, what is there too when a turn follows: some templates

@@ -11,8 +11,9 @@ llama2: Llama-2-chat's, as Meta's reference code builds it: each exchange is tok
 from __future__ import annotations
 
 from neftune_dist.config import UserError
-from neftune_dist.data.formats import BadRow, Conversation
+from neftune_dist.data.formats import Conversation
 from neftune_dist.data.rendered import FRAME, Chunk, Rendered, Span
+from neftune_dist.data.sources import BadRow
 
 _ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
@@ -87,15 +88,15 @@ def _alpaca(conversation: Conversation) -> list[list[_Part]]:
             "the Alpaca prompt takes one instruction and one answer, not the turns "
             f"{', '.join(roles[:4])}{', ...' if len(roles) > 4 else ''}"
         )
-    (_, instruction, _), (_, answer, _) = conversation.turns
+    asked, said = conversation.turns
     context = [(FRAME, "\n\n### Input:\n"), ("user", conversation.context)]
     return [
         [
             (FRAME, _ALPACA_WITH_INPUT if conversation.context else _ALPACA_WITHOUT_INPUT),
-            ("user", instruction),
+            ("user", asked.content),
             *(context if conversation.context else []),
             (FRAME, "\n\n### Response:"),
-            ("assistant", answer),
+            ("assistant", said.content),
         ]
     ]
 

@@ -19,8 +19,9 @@ import numpy as np
 from neftune_dist.config import DataConfig, UserError
 from neftune_dist.data import masks, prompts
 from neftune_dist.data.chat import ChatTemplate
-from neftune_dist.data.formats import BadRow, Conversation, Turn
+from neftune_dist.data.formats import Conversation, Turn
 from neftune_dist.data.rendered import SPEAKERS, TEXT, Chunk, Rendered, Span
+from neftune_dist.data.sources import BadRow
 
 _Pieces = tuple[np.ndarray, np.ndarray]
 
@@ -88,6 +89,7 @@ class Template:
         return {
             "backend": self._backend.to_str(),
             "prefix": self._prefix.tolist(),
+            "fixed_prompt": "" if self._chat else self.config.template,
             "chat_template": self._chat.source if self._chat else "",
             "special_tokens": {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()},
         }

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from neftune_dist.config import Config
-from neftune_dist.data.corpus import Documents
+from neftune_dist.data.documents import Documents
 from neftune_dist.data.loader import evaluation_batches
 from neftune_dist.distributed import World
 from neftune_dist.engine.base import Engine

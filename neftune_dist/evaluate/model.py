@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +133,12 @@ def _answers(
     log: Callable[[str], None],
 ) -> list[Answer]:
     template = Template(tokenizer, config.data)
-    chosen = [spoken for spoken in corpus.held_out_conversations if spoken.turns][:num_answers]
+    spoken = (each for each in corpus.held_out_conversations if each.turns)  # no plain text
+    chosen = list(islice(spoken, num_answers))
     prompts = [template.prompt_ids(conversation) for conversation in chosen]
     end = tokenizer.eos_token_id
+    sources = {each.source for each in config.data.sources.values()}
+    checkable = sources == {BUILTIN_SOURCE} and not config.data.held_out_source
     answers: list[Answer] = []
     for first in range(0, len(chosen), _GENERATION_ROWS):
         rows = prompts[first : first + _GENERATION_ROWS]
@@ -154,7 +158,6 @@ def _answers(
         for conversation, row in zip(chosen[first:], out, strict=False):
             expected = next(turn.content for turn in conversation.turns if turn.role == "assistant")
             said = tokenizer.decode(row[width:], skip_special_tokens=True).strip()
-            checkable = config.data.source == BUILTIN_SOURCE
             answers.append(
                 Answer(
                     prompt=conversation.messages()[0]["content"],

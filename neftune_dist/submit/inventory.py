@@ -6,23 +6,22 @@ job would refuse for want of a file is refused here, with `UserError`.
 
 from __future__ import annotations
 
+import csv
 import gzip
 import importlib
+import io
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from neftune_dist.config import BUILTIN_SOURCE, DataConfig, ModelConfig, UserError
-from neftune_dist.data import builtin
+from neftune_dist.config import BUILTIN_SOURCE, DataConfig, ModelConfig, SourceConfig, UserError
+from neftune_dist.data import builtin, files
 
-_SUFFIX = re.compile(r"(\.jsonl?|\.parquet(?!\.gz))(\.gz)?$")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _TRUE = ("1", "ON", "YES", "TRUE")
 _COUNTED_BYTES = (
     64 * 2**20
@@ -78,19 +77,13 @@ def is_model_path(name: str) -> bool:
     return named or os.path.exists(name)
 
 
-def is_data_path(source: str) -> bool:
-    """Whether `data.source` names a file on this machine."""
-    named = source.startswith(("/", ".", "~")) or bool(_suffix(source))
-    return source != BUILTIN_SOURCE and (named or os.path.exists(source))
-
-
 def find_model(model: ModelConfig, hub: Callable[[], Hub]) -> Path | None:
     """The model's directory; None where the job has to download it. Raises `UserError`."""
     name = model.name_or_path
     if model.weights is not None and not Path(model.weights).is_dir():
         raise UserError(f"model.weights={model.weights} is no directory.")
     if not is_model_path(name):
-        if not _HUB_ID.fullmatch(name):
+        if not files.HUB_ID.fullmatch(name):
             raise UserError(f"model.name_or_path={name} is neither a directory nor a hub id.")
         return _cached("model.name_or_path", "models", name, model.revision, hub())
     path = Path(name)
@@ -117,32 +110,48 @@ def count_parameters(folders: Iterable[Path]) -> int | None:
 
 
 def count_rows(data: DataConfig, hub: Callable[[], Hub]) -> Rows | None:
-    """Of the source; None where that takes reading it whole. Raises `UserError`."""
-    source = data.source
+    """Documents of an epoch and those held out, if every row is one; None where that takes reading
+    a source whole. Raises `UserError`."""
+    counted = [_weighted(_count_source(each, key, hub), each) for key, each in data.sources.items()]
+    if data.held_out_source:
+        if not files.is_local(data.held_out_source):
+            raise UserError(files.no_file(data.held_out_source, "data.held_out_source"))
+        _count_source(SourceConfig(data.held_out_source), "data.held_out_source", hub)
+    known = [rows for rows in counted if rows]
+    if len(known) < len(counted):
+        return None
+    return Rows(sum(rows.number for rows in known), all(rows.exact for rows in known))
+
+
+def _weighted(rows: Rows | None, config: SourceConfig) -> Rows | None:
+    if rows is None:
+        return None
+    number = min(rows.number, config.max_documents or rows.number)
+    return Rows(round(number * config.weight), rows.exact and config.weight % 1 == 0)
+
+
+def _count_source(config: SourceConfig, key: str, hub: Callable[[], Hub]) -> Rows | None:
+    source = config.source
     if source == BUILTIN_SOURCE:
         return Rows(len(builtin.rows()))
-    if not is_data_path(source):
-        if not _HUB_ID.fullmatch(source):
-            raise UserError(
-                f"data.source={source} is neither a file nor a hub id such as org/name."
-            )
-        _cached("data.source", "datasets", source, data.revision, hub())
+    if not files.is_local(source):
+        if not files.HUB_ID.fullmatch(source):
+            raise UserError(f"{key}={source} is neither a file nor a hub id such as org/name.")
+        _cached(key, "datasets", source, config.revision, hub())
         return None
-    path = Path(source)
-    if not path.exists():
-        raise UserError(f"data.source={path} does not exist.")
-    if not _suffix(source) or not path.is_file():
-        what = "is a directory" if path.is_dir() else "cannot be read"
-        raise UserError(
-            f"data.source={path} {what}: give a .json, .jsonl (.gz too) or .parquet file."
-        )
-    try:
-        rows = _count(path)
-    except (OSError, EOFError, ValueError) as error:  # of which pyarrow's are subclasses
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"data.source={path} cannot be read: {reason}.") from error
-    if rows and not rows.number:
-        raise UserError(f"data.source={path} is empty.")
+    counted = []
+    for path in files.find(source, key).paths:
+        try:
+            counted.append(_count(path))
+        except (OSError, EOFError, ValueError, csv.Error) as error:  # pyarrow's are among them
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{key}={path} cannot be read: {reason}.") from error
+    known = [rows for rows in counted if rows]
+    if len(known) < len(counted):
+        return None
+    rows = Rows(sum(rows.number for rows in known), all(rows.exact for rows in known))
+    if not rows.number:
+        raise UserError(f"{key}={source} is empty.")
     return rows
 
 
@@ -188,24 +197,23 @@ def _tensors(file: Path) -> dict[str, Any]:
     return dict(header)
 
 
-def _suffix(name: str) -> str:
-    """The suffix that tells how to read a file, or nothing."""
-    found = _SUFFIX.search(os.path.basename(name).lower())
-    return found[1] if found else ""
-
-
 @cache  # the tasks of an array read the same file
 def _count(path: Path) -> Rows | None:
+    kind = files.kind(path)
     if path.stat().st_size == 0:
         return Rows(0)
-    if _suffix(path.name) == ".parquet":
+    if kind == "parquet":
         try:
             parquet = importlib.import_module("pyarrow.parquet")
         except ImportError:  # a login node may lack it
             return None
         return Rows(parquet.read_metadata(path).num_rows)
+    if kind == "arrow" or path.suffix.lower() == ".zst":
+        return None
     with path.open("rb") as raw, gzip.open(raw) as unzipped:
         text: Any = unzipped if path.suffix.lower() == ".gz" else raw
+        if kind != "json":
+            return _count_table(text, "\t" if kind == "tsv" else ",")
         head = text.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
         text.seek(0)
         if head.startswith(b"["):
@@ -219,3 +227,12 @@ def _count(path: Path) -> Rows | None:
             if read > _COUNTED_BYTES:
                 return Rows(round(number * path.stat().st_size / raw.tell()), exact=False)
     return Rows(number)
+
+
+def _count_table(text: Any, delimiter: str) -> Rows | None:
+    content = text.read(_COUNTED_BYTES + 1)
+    if len(content) > _COUNTED_BYTES:
+        return None  # line breaks may stand within quotes
+    csv.field_size_limit(_COUNTED_BYTES)
+    lines = io.StringIO(content.decode("utf-8-sig"), newline="")
+    return Rows(max(0, sum(1 for row in csv.reader(lines, delimiter=delimiter) if row) - 1))

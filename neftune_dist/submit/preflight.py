@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from neftune_dist.config import Config, UserError
+from neftune_dist.config import Config, DataConfig, SourceConfig, UserError
+from neftune_dist.data import files
 from neftune_dist.submit import inventory
 from neftune_dist.submit.inventory import Hub, Rows
 
@@ -49,8 +50,14 @@ def anchor(config: Config) -> None:
         model.name_or_path = _absolute("model.name_or_path", model.name_or_path)
     if model.weights is not None:
         model.weights = _absolute("model.weights", model.weights)
-    if inventory.is_data_path(data.source):
-        data.source = _absolute("data.source", data.source)
+    named: list[DataConfig | SourceConfig] = [data, *data.mixture]
+    for each in named:
+        if files.is_local(each.source):
+            each.source = _absolute("data.source", each.source)
+    if data.template.endswith(".jinja"):
+        data.template = _absolute("data.template", data.template)
+    if data.held_out_source:
+        data.held_out_source = _absolute("data.held_out_source", data.held_out_source)
     if checkpoint.resume not in ("auto", "never"):
         checkpoint.resume = _absolute("checkpoint.resume", checkpoint.resume)
 
@@ -87,7 +94,7 @@ def preflight(config: Config, world_size: int, hub: Callable[[], Hub]) -> Outloo
     length = "not known before the data is read" if steps is None else f"{about}{steps}"
     notes = (
         f"model: {config.model.name_or_path}, {size}{place}",
-        f"data: {config.data.source}, {rows or 'rows not counted here'}",
+        f"data: {_sources(config)}, {rows or 'rows not counted here'}",
         f"steps: {length}" + (f", {left or 'none'} of them left" if made and steps else ""),
         f"disk: {disk}",
         f"time: {time}",
@@ -170,10 +177,13 @@ def _check_run_dir(run_dir: Path, resume: str) -> None:
 
 def _num_steps(config: Config, rows: Rows | None) -> int | None:
     """Where every row becomes a document; None: not known. Refuses too few rows."""
-    train, held_out = config.train, config.data.num_held_out
+    train, data = config.train, config.data
+    held_out = data.num_held_out
+    if rows and data.held_out_fraction:
+        held_out = max(1, round(rows.number * data.held_out_fraction))
     if rows and rows.exact and rows.number - held_out < train.global_batch_size:
         raise UserError(
-            f"data.source={config.data.source} has {rows.number} rows, too few for one step of "
+            f"data.source={_sources(config)} has {rows.number} rows, too few for one step of "
             f"train.global_batch_size={train.global_batch_size} beside "
             f"data.num_held_out={held_out}."
         )
@@ -182,6 +192,10 @@ def _num_steps(config: Config, rows: Rows | None) -> int | None:
     epochs = DEFAULT_EPOCHS if train.num_epochs is None else train.num_epochs
     documents = max(1, round(epochs * (rows.number - held_out)))
     return math.ceil(documents / train.global_batch_size)
+
+
+def _sources(config: Config) -> str:
+    return " + ".join(each.source for each in config.data.sources.values())
 
 
 def _num_checkpoints(config: Config, steps: int | None, made: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from neftune_dist.config import DataConfig
-from neftune_dist.data.corpus import Documents
+from neftune_dist.data.documents import Documents
 
 
 def numbered(number: int, prompts: int | None = None) -> list[dict[str, str]]:
@@ -37,6 +37,6 @@ def documents_of(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> Documents:
     documents._ids = np.concatenate(ids).astype(np.int32)
     documents._supervised = np.concatenate(masks).astype(np.uint8)
     documents.lengths = np.array([len(each) for each in ids], np.int64)
-    documents._offsets = np.concatenate([[0], np.cumsum(documents.lengths)])
+    documents._starts = np.cumsum(documents.lengths) - documents.lengths
     documents.num_supervised = np.array([each.sum() for each in masks], np.int64)
     return documents

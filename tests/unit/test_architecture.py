@@ -24,7 +24,7 @@ ORDER: list[set[str]] = [
 ]
 HOMES = {
     "omegaconf": {"config"},
-    "datasets": {"data/formats"},
+    "datasets": {"data/sources"},
     "deepspeed": {"engine/deepspeed"},
     "tensorboard": {"metrics"},
     "triton": {"noise/kernel"},

@@ -42,7 +42,7 @@ def test_the_second_time_nothing_is_tokenised(
     second = prepare(config, tiny_tokenizer)
     assert second.fingerprint == first.fingerprint
     assert second.report == first.report
-    assert second.held_out_conversations == first.held_out_conversations
+    assert [*second.held_out_conversations] == [*first.held_out_conversations]
     assert texts(second.train, tiny_tokenizer) == texts(first.train, tiny_tokenizer)
     assert texts(second.held_out, tiny_tokenizer) == texts(first.held_out, tiny_tokenizer)
     assert entries(config) == [first.fingerprint]
@@ -66,7 +66,9 @@ def test_the_same_content_under_another_name(
         {"max_length": 100},
         {"too_long": "drop"},
         {"num_held_out": 2},
+        {"held_out_fraction": 0.2},
         {"format": "alpaca"},
+        {"duplicates": "drop"},
     ],
 )
 def test_other_settings_have_another_fingerprint(
@@ -124,9 +126,9 @@ def test_the_fingerprint_is_that_of_another_process(
     [
         lambda entry: (entry / "report.json").write_text("{"),
         lambda entry: (entry / "report.json").write_text("{}"),
-        lambda entry: (entry / "train" / "input_ids.npy").write_bytes(b""),
-        lambda entry: (entry / "train" / "offsets.npy").unlink(),
-        lambda entry: os.truncate(entry / "train" / "supervised.npy", 200),
+        lambda entry: (entry / "input_ids.bin").write_bytes(b""),
+        lambda entry: (entry / "train.npy").unlink(),
+        lambda entry: os.truncate(entry / "supervised.bin", 200),
         lambda entry: (entry / "held_out.jsonl").write_text('{"turns": 1}\n'),
     ],
 )
@@ -158,20 +160,20 @@ def prepare_elsewhere(config: DataConfig, folder: str, told: Any) -> None:
 
 def prepare_slowly(config: DataConfig, folder: str, told: Any) -> None:
     """Write, and hang before the entry is renamed."""
-    whole = corpus._write_documents
+    whole = corpus._finish
 
     def write_and_hang(*arguments: Any) -> None:
         whole(*arguments)
         told.put("written")
         time.sleep(DEADLINE_SECONDS)
 
-    corpus._write_documents = write_and_hang
+    corpus._finish = write_and_hang
     prepare(config, AutoTokenizer.from_pretrained(folder))
 
 
 def prepare_together(config: DataConfig, folder: str, barrier: Any, told: Any) -> None:
     """Begin when all have begun; write slowly, so that all the others come meanwhile."""
-    whole, num_written = corpus._write_documents, 0
+    whole, num_written = corpus._finish, 0
 
     def write_slowly(*arguments: Any) -> None:
         nonlocal num_written
@@ -179,7 +181,7 @@ def prepare_together(config: DataConfig, folder: str, barrier: Any, told: Any) -
         whole(*arguments)
         time.sleep(0.5)
 
-    corpus._write_documents = write_slowly
+    corpus._finish = write_slowly
     tokenizer = AutoTokenizer.from_pretrained(folder)
     barrier.wait(DEADLINE_SECONDS)
     made = prepare(config, tokenizer)
@@ -211,7 +213,7 @@ def test_an_entry_appears_whole_or_not_at_all(
     seen = []
 
     def fail(source: Path, target: Path) -> None:
-        seen.append(corpus.load(Path(source), "rows").report.num_documents)
+        seen.append(corpus.load(Path(source), ["rows"]).report.num_documents)
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "rename", fail)

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from neftune_dist.config import UserError
-from neftune_dist.data.formats import BadRow, Conversation, Turn
+from neftune_dist.data.formats import Conversation, Turn
 from neftune_dist.data.rendered import SPEAKERS
+from neftune_dist.data.sources import BadRow
 from tests.chat_families import ANSWERS, FAMILIES, QUESTIONS, SYSTEM, ChatFamily
 from tests.unit.test_template import conversation, decode, document, learned, make, with_template
 
@@ -250,8 +251,9 @@ def test_tools_that_the_template_cannot_express(tiny_tokenizer: Any) -> None:
     tokenizer = FAMILIES["chatml"].tokenizer(tiny_tokenizer)
     with pytest.raises(BadRow, match="leaves out the tools, such as look_up"):
         make(tokenizer).render(CALLING)
-    with pytest.raises(BadRow, match="leaves out what the assistant calls in turn 2"):
-        make(tokenizer).render(replace(CALLING, tools=""))
+    for supervise in ("assistant", "last", "all"):
+        with pytest.raises(BadRow, match="leaves out what the assistant calls in turn 2"):
+            make(tokenizer, supervise=supervise).render(replace(CALLING, tools=""))
 
 
 # A template of one's own.

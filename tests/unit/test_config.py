@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 
 from neftune_dist import config as module
-from neftune_dist.config import CHOICES, RANGES, TYPES, Config, UserError, differences, load_config
+from neftune_dist.config import (
+    CHOICES,
+    RANGES,
+    TYPES,
+    Config,
+    SourceConfig,
+    UserError,
+    differences,
+    load_config,
+)
 
 ROOT = Path(__file__).parents[2]
 MODEL = "model.name_or_path=m"
@@ -140,6 +149,7 @@ def test_the_noise_has_the_seed_of_the_run_unless_it_has_its_own() -> None:
         ["run_dir=né 漢😀", "data.source=%x", "data.cache_dir=~"],
         [r"run_dir=\${not.one}", r"data.source=a\\\${b}", "data.cache_dir=$HOME/${run_dir}"],
         [r"run_dir=C:\temp\\", "checkpoint.resume=a$b"],
+        [r"data.mixture=[{source: 'a \${b}.json', weight: 0.5}, {source: builtin, format: auto}]"],
     ],
 )
 def test_what_is_written_loads_back_equal(words: list[str], yaml: Callable[[str], Path]) -> None:
@@ -312,6 +322,22 @@ def test_a_file_that_cannot_be_opened(path: str) -> None:
             "model.float8=tensorwise does not go with engine.offload=cpu",
         ),
         (["data.format=messages"], "data.format=messages does not fit data.source=builtin"),
+        (
+            ["data.mixture=[{source: a.json}]", "data.source=b.json"],
+            "data.source=b.json has no effect with data.mixture",
+        ),
+        (
+            ["data.mixture=[{source: a.json}]", "data.format=alpaca"],
+            "data.format=alpaca has no effect with data.mixture",
+        ),
+        (
+            ["data.mixture=[{source: builtin, format: text}]"],
+            "data.mixture[0].format=text does not fit data.mixture[0].source=builtin",
+        ),
+        (
+            ["data.num_held_out=5", "data.held_out_source=a.json"],
+            "data.num_held_out=5 and data.held_out_source=a.json each say what is held out",
+        ),
         (["evaluate.every_steps=5"], "evaluate.every_steps has no effect without held-out docum"),
         (["evaluate.max_documents=5"], "evaluate.max_documents has no effect without held-out do"),
         (["optim.schedule=constant", "optim.final_fraction=0.1"], "optim.final_fraction has no ef"),
@@ -344,6 +370,64 @@ def test_a_model_is_needed() -> None:
         load_config(None)
 
 
+# Mixtures.
+
+MIXTURE = [SourceConfig("a.json", weight=2.0), SourceConfig("org/b", split="x", max_documents=9)]
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "data.mixture=[{source: a.json, weight: 2}, {source: org/b, split: x, max_documents: 9}]",
+        "data.mixture=[{source:a.json,weight:2},{source:org/b,split:x,max_documents:9}]",
+        'data.mixture=[{"source":"a.json","weight":2},{"source":"org/b","split":"x","max_documents":9}]',
+    ],
+)
+def test_a_mixture_is_a_word(word: str) -> None:
+    assert load_config(None, [MODEL, word]).data.mixture == MIXTURE
+
+
+def test_a_mixture_in_a_file_is_replaced_by_a_word(yaml: Callable[[str], Path]) -> None:
+    path = yaml(
+        "data:\n  mixture:\n  - source: a.json\n    weight: 2\n  - source: ${run_dir}/b.csv\n"
+    )
+    words = [MODEL, "run_dir=/r"]
+    assert load_config(path, words).data.mixture == [MIXTURE[0], SourceConfig("/r/b.csv")]
+    assert load_config(path, [*words, "data.mixture=[]"]).data.mixture == []
+    assert load_config(path, [*words, "data.mixture=[{source:c.json}]"]).data.mixture == [
+        SourceConfig("c.json")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a.json", "data.mixture is a list of entries, such as data.mixture=[{source: a.json, w"),
+        ("[a.json]", "data.mixture is a list of entries, such as"),
+        ("{source: a.json}", "data.mixture is a list of entries, such as"),
+        ("null", "data.mixture is a list of entries, such as"),
+        ("[{weight: 2}]", "data.mixture[0] names no source"),
+        ("[{source: a.json}, {source: ''}]", "data.mixture[1] names no source"),
+        ("[{source: a.json, wieght: 2}]", "unknown key data.mixture[0].wieght; known: format, max"),
+        ("[{source: a.json, weight: x}]", "data.mixture[0].weight=x is not a number"),
+        ("[{source:a.json,weight:x}]", "data.mixture[0].weight=x is not a number"),
+        ("[{source: 007}]", "data.mixture[0].source=7 is not text: put it in quotes"),
+        ("[{source: a.json, weight: 0}]", "data.mixture[0].weight=0.0 is out of range"),
+        ("[{source: a.json, weight: -1}]", "data.mixture[0].weight=-1.0 is out of range"),
+        ("[{source: a.json, max_documents: -1}]", "data.mixture[0].max_documents=-1 is out of ra"),
+        ("[{source: a.json, max_documents: 1.5}]", "max_documents=1.5 is not a whole number"),
+        ("[{source: a.json, format: csv}]", "data.mixture[0].format=csv is not known; allowed: a"),
+        ("[{source: a.json", "cannot be read"),
+    ],
+)
+def test_a_mixture_is_refused(text: str, said: str) -> None:
+    assert said in refused(None, f"data.mixture={text}")
+
+
+def test_one_entry_of_a_mixture_is_no_key() -> None:
+    assert "data.mixture is a list of entries" in refused(None, "data.mixture.0.weight=3")
+
+
 # The tables against the tree.
 
 
@@ -356,6 +440,8 @@ def test_every_number_has_its_bounds_and_every_default_is_within() -> None:
     assert numbers == {*RANGES} | {key for key in CHOICES if key in numbers}
     config = Config()
     config.model.name_or_path = "m"
+    module.check(config)
+    config.data.mixture = [SourceConfig("builtin")]
     module.check(config)
 
 
@@ -372,18 +458,21 @@ def test_the_bounds_hold(key: str) -> None:
             continue
         for number, allowed in ((bound, included), (bound + inside, True), (bound - inside, False)):
             config = Config()
-            section, name = key.split(".")
-            setattr(getattr(config, section), name, number)
+            config.data.mixture = [SourceConfig("a.json")]
+            section, *items, name = key.replace("[]", ".0").split(".")
+            place = getattr(config, section)
+            setattr(getattr(place, items[0])[0] if items else place, name, number)
             try:
                 module.check(config)
             except UserError as error:
-                out_of_range = f"{key}={number} is out of range" in str(error)
+                shown = key.replace("[]", "[0]")
+                out_of_range = f"{shown}={number} is out of range" in str(error)
                 assert out_of_range != allowed, str(error)
 
 
 def test_sections_are_flat() -> None:
-    """Two levels, so that every key is section.name."""
-    assert all(key.count(".") == 1 for key in TYPES if key != "run_dir")
+    """Two levels, so that every key is section.name, but for entries of a list."""
+    assert all(key.count(".") == 1 for key in TYPES if key != "run_dir" and "[]" not in key)
     assert {key.split(".")[0] for key in TYPES} == {f.name for f in dataclasses.fields(Config)}
 
 

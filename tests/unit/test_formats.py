@@ -1,10 +1,9 @@
-"""Rows out of files: every container gives the same rows, every bad one is named, none crashes."""
+"""Rows of every format, as conversations: nothing lost, nothing put in."""
 
 from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,358 +11,289 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from neftune_dist.config import DataConfig, UserError
-from neftune_dist.data import builtin
-from neftune_dist.data.formats import (
-    BadRow,
-    Conversation,
-    Turn,
-    detect_format,
-    open_source,
-    to_conversation,
-)
+from neftune_dist.config import SourceConfig
+from neftune_dist.data.formats import Conversation, Turn, detect_format, to_conversation
+from neftune_dist.data.sources import BadRow, open_source
+from tests.unit.conftest import shared
 
-ROWS: list[dict[str, Any]] = [
-    {"instruction": "Say hello.", "input": "", "output": "Hello."},
-    {"instruction": "Übersetze 漢字 😀", "input": "a\u2028b\tc", "output": "two\nlines\n"},
-    {"instruction": "x", "input": None, "output": "y"},
-]
+ASKED = (Turn("user", "a"), Turn("assistant", "b"))
+SYSTEM = Turn("system", "s")
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1, "é": None}}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
 
-def lines(rows: list[Any]) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+def dumped(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
-def parquet(path: Path, rows: list[Any]) -> None:
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2)
+def said(*pairs: tuple[Any, Any], **more: Any) -> dict[str, Any]:
+    return {"conversations": [{"from": who, "value": what} for who, what in pairs], **more}
 
 
-WRITERS: dict[str, Callable[[Path], Any]] = {
-    "array.json": lambda p: p.write_bytes(json.dumps(ROWS).encode()),
-    "indented.json": lambda p: p.write_text(
-        "\n " + json.dumps(ROWS, indent=2, ensure_ascii=False), encoding="utf-8"
+def turns(*pairs: tuple[Any, Any], field: str = "messages", **more: Any) -> dict[str, Any]:
+    return {field: [{"role": role, "content": content} for role, content in pairs], **more}
+
+
+CASES: dict[str, tuple[str, dict[str, Any], Conversation]] = {
+    "alpaca": ("alpaca", {"instruction": "a", "input": "", "output": "b"}, Conversation(ASKED)),
+    "alpaca with input": (
+        "alpaca",
+        {"instruction": "a", "input": "c", "output": "b", "task": "t"},
+        Conversation(ASKED, "c", (("task", "t"),)),
     ),
-    "lines.jsonl": lambda p: p.write_bytes(lines(ROWS)),
-    "lines.json": lambda p: p.write_bytes(lines(ROWS)),
-    "array.jsonl": lambda p: p.write_bytes(json.dumps(ROWS).encode()),
-    "windows.jsonl": lambda p: p.write_bytes(lines(ROWS).replace(b"\n", b"\r\n")),
-    "no_end.jsonl": lambda p: p.write_bytes(lines(ROWS).rstrip()),
-    "bom.json": lambda p: p.write_bytes(b"\xef\xbb\xbf" + json.dumps(ROWS).encode()),
-    "bom.jsonl": lambda p: p.write_bytes(b"\xef\xbb\xbf" + lines(ROWS)),
-    "array.json.gz": lambda p: p.write_bytes(gzip.compress(json.dumps(ROWS).encode())),
-    "lines.jsonl.gz": lambda p: p.write_bytes(gzip.compress(lines(ROWS))),
-    "bom.jsonl.gz": lambda p: p.write_bytes(gzip.compress(b"\xef\xbb\xbf" + lines(ROWS))),
-    "two.jsonl.gz": lambda p: p.write_bytes(
-        gzip.compress(lines(ROWS[:1])) + gzip.compress(lines(ROWS[1:]))
+    "alpaca of nothing but an input": (
+        "alpaca",
+        {"instruction": " ", "input": "a", "output": "b"},
+        Conversation(ASKED),
     ),
-    "SHOUTED.JSONL": lambda p: p.write_bytes(lines(ROWS)),
-    "dotted.v1.jsonl": lambda p: p.write_bytes(lines(ROWS)),
-    "table.parquet": lambda p: parquet(p, ROWS),
+    "alpaca with system": (
+        "alpaca",
+        {"instruction": "a", "input": None, "output": "b", "system": "s"},
+        Conversation((SYSTEM, *ASKED)),
+    ),
+    "evol-instruct": ("alpaca", {"instruction": "a", "output": "b"}, Conversation(ASKED)),
+    "platypus": (
+        "alpaca",
+        {"input": "", "output": "b", "instruction": "a", "data_source": "MATH/PRM-800K"},
+        Conversation(ASKED),
+    ),
+    "alpaca with its whole text": (
+        "alpaca",
+        {"instruction": "a", "input": "", "output": "b", "text": "Below is ..."},
+        Conversation(ASKED),
+    ),
+    "dolly": (
+        "dolly",
+        {"instruction": "a", "context": "c", "response": "b", "category": "qa"},
+        Conversation(ASKED, "c"),
+    ),
+    "dolly without context": (
+        "dolly",
+        {"instruction": "a", "context": "", "response": "b"},
+        Conversation(ASKED),
+    ),
+    "sharegpt": ("sharegpt", said(("human", "a"), ("gpt", "b"), id="x"), Conversation(ASKED)),
+    "sharegpt, other names": (
+        "sharegpt",
+        said(("user", "a"), ("bing", "b"), ("HUMAN", "a"), ("ChatGPT", "b")),
+        Conversation((*ASKED, *ASKED)),
+    ),
+    "sharegpt, more names": (
+        "sharegpt",
+        said(("user", "a"), ("bard", "b"), ("human", "a"), ("model", "b")),
+        Conversation((*ASKED, *ASKED)),
+    ),
+    "sharegpt with a system turn": (
+        "sharegpt",
+        said(("system", "s"), ("human", "a"), ("gpt", "b")),
+        Conversation((SYSTEM, *ASKED)),
+    ),
+    "sharegpt with a system field": (
+        "sharegpt",
+        said(("human", "a"), ("gpt", "b"), system="s"),
+        Conversation((SYSTEM, *ASKED)),
+    ),
+    "sharegpt cut at both ends": (
+        "sharegpt",
+        said(("system", "s"), ("gpt", "x"), ("human", "a"), ("gpt", "b"), ("human", "y")),
+        Conversation((SYSTEM, *ASKED), num_left_out=2),
+    ),
+    "sharegpt, two leading answers": (
+        "sharegpt",
+        said(("gpt", "x"), ("gpt", "y"), ("human", "a"), ("gpt", "b")),
+        Conversation(ASKED, num_left_out=2),
+    ),
+    "wizardlm": (
+        "sharegpt",
+        turns(("user", "a"), ("assistant", "b"), field="conversations", idx=1),
+        Conversation(ASKED),
+    ),
+    "sharegpt with tools": (
+        "sharegpt",
+        said(
+            ("human", "a"),
+            ("function_call", dumped({"name": "f", "arguments": {"x": 1, "é": None}})),
+            ("observation", "7"),
+            ("gpt", "b"),
+            tools=dumped([TOOL["function"]]),
+        ),
+        Conversation(
+            (
+                Turn("user", "a"),
+                Turn("assistant", "", dumped([CALL])),
+                Turn("tool", "7"),
+                Turn("assistant", "b"),
+            ),
+            tools=dumped([TOOL]),
+        ),
+    ),
+    "sharegpt with two calls, and calls in the content": (
+        "sharegpt",
+        said(
+            ("human", "a"),
+            ("function_call", dumped([CALL["function"], CALL["function"]])),
+            ("tool", "7"),
+            ("tool", "8"),
+            ("gpt", "<call>"),
+            ("tool", ""),
+            ("gpt", "b"),
+            tools=" ",
+        ),
+        Conversation(
+            (
+                Turn("user", "a"),
+                Turn("assistant", "", dumped([CALL, CALL])),
+                Turn("tool", "7"),
+                Turn("tool", "8"),
+                Turn("assistant", "<call>"),
+                Turn("tool", ""),
+                Turn("assistant", "b"),
+            )
+        ),
+    ),
+    "messages": (
+        "messages",
+        turns(("system", ""), ("user", "a"), ("assistant", "b"), ("user", "c"), prompt="p"),
+        Conversation((Turn("system", ""), *ASKED), num_left_out=1),
+    ),
+    "messages in parts": (
+        "messages",
+        turns(
+            ("developer", "s"),
+            ("user", [{"type": "text", "text": "a"}, {"type": "text", "text": ""}]),
+            ("assistant", "b"),
+        ),
+        Conversation((SYSTEM, *ASKED)),
+    ),
+    "messages with tools": (
+        "messages",
+        {
+            "messages": [
+                {"role": "user", "content": "a", "tool_calls": None, "name": "Ann"},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [
+                        {
+                            "id": "call_1",
+                            "type": "function",
+                            "function": {"name": "f", "arguments": '{"x": 1, "é": null}'},
+                        }
+                    ],
+                },
+                {"role": "tool", "content": "7", "tool_call_id": "call_1", "name": "f"},
+                {"role": "assistant", "content": "b", "refusal": None, "weight": 1},
+            ],
+            "tools": [TOOL],
+        },
+        Conversation(
+            (
+                Turn("user", "a"),
+                Turn("assistant", "", dumped([{"id": "call_1", **CALL}])),
+                Turn("tool", "7", "", "call_1", "f"),
+                Turn("assistant", "b"),
+            ),
+            tools=dumped([TOOL]),
+        ),
+    ),
+    "prompt and completion": (
+        "prompt_completion",
+        {"prompt": "a", "completion": "b", "input": "not of this format"},
+        Conversation(ASKED),
+    ),
+    "prompt and completion of messages": (
+        "prompt_completion",
+        {
+            "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}],
+            "completion": [{"role": "assistant", "content": "b"}],
+        },
+        Conversation((SYSTEM, *ASKED)),
+    ),
+    "text": ("text", {"text": " a\n", "url": "x"}, Conversation((), text=" a\n")),
 }
 
 
-def read(path: Path | str) -> list[tuple[int, Mapping[str, Any] | BadRow]]:
-    return list(open_source(DataConfig(source=str(path))).rows)
+@pytest.mark.parametrize("name", CASES)
+def test_every_format(name: str) -> None:
+    format_name, row, expected = CASES[name]
+    assert detect_format(row) == format_name
+    assert to_conversation(row, format_name) == expected
 
 
-def said(path: Path | str) -> str:
-    with pytest.raises(UserError) as raised:
-        read(path)
-    text = str(raised.value)
-    assert "\n" not in text and str(path)[:200] in text, text
-    return text
-
-
-@pytest.mark.parametrize("name", WRITERS)
-def test_every_container_gives_the_same_rows(name: str, tmp_path: Path) -> None:
-    WRITERS[name](tmp_path / name)
-    assert read(tmp_path / name) == list(enumerate(ROWS, 1))
-
-
-def test_blank_lines_count_and_are_no_rows(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b"\n  \n" + lines(ROWS[:1]) + b"\n\t\n" + lines(ROWS[1:2]) + b"\n")
-    assert read(path) == [(3, ROWS[0]), (6, ROWS[1])]
-
-
-def test_the_digest_is_of_the_content(tmp_path: Path) -> None:
-    one, two, three = (tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl"))
-    one.write_bytes(lines(ROWS))
-    two.write_bytes(lines(ROWS))
-    three.write_bytes(lines(ROWS[::-1]))
-    digests = [open_source(DataConfig(source=str(path))).digest for path in (one, two, three)]
-    assert digests[0] == digests[1] != digests[2]
-
-
-def test_the_builtin_set() -> None:
-    source = open_source(DataConfig())
-    assert [row for _, row in source.rows] == builtin.rows()
-
-
-def test_a_home_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "rows.jsonl").write_bytes(lines(ROWS))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert len(read("~/rows.jsonl")) == 3
-
-
-# Sources that cannot be read.
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "/nowhere/rows.jsonl",
-        "nowhere/rows.json.gz",
-        "./rows",
-        "~/no such file.parquet",
-        "~nosuchuser/rows.json",
-        "/" + "a" * 5000,
-    ],
-)
-def test_a_missing_file(name: str) -> None:
-    with pytest.raises(UserError, match=r"data\.source=.* does not exist"):
-        read(name)
-
-
-def test_a_directory(tmp_path: Path) -> None:
-    assert "is a directory" in said(tmp_path)
-    (tmp_path / "folder.json").mkdir()
-    assert "is a directory" in said(tmp_path / "folder.json")
-
-
-@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet.gz", "rows", "rows.json.bz2"])
-def test_a_suffix_that_is_not_known(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_bytes(lines(ROWS))
-    assert ".parquet" in said(tmp_path / name)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "reason"),
-    [
-        ("cut.json", json.dumps(ROWS).encode()[:-9], "not valid JSON"),
-        ("comma.json", b'[{"a": 1},]', "not valid JSON"),
-        ("deep.json", b"[" * 100_000, "not valid JSON"),
-        ("digits.json", b"[" + b"1" * 5000 + b"]", "not valid JSON"),
-        ("latin.jsonl", '{"instruction": "é"}'.encode("latin-1"), "not UTF-8"),
-        ("latin.json", '["é"]'.encode("latin-1"), "not UTF-8"),
-        ("utf16.json", json.dumps(ROWS).encode("utf-16"), "not UTF-8"),
-        ("zipped.json", gzip.compress(lines(ROWS)), "not UTF-8"),
-        ("cut.jsonl.gz", gzip.compress(lines(ROWS * 500))[:-20], "damaged gzip"),
-        ("flipped.json.gz", gzip.compress(lines(ROWS))[:-6] + b"x" * 6, "damaged gzip"),
-        ("plain.jsonl.gz", lines(ROWS), "damaged gzip"),
-        ("empty.json.gz", b"\x1f\x8b", "damaged gzip"),
-        ("text.parquet", lines(ROWS), "not a readable Parquet"),
-        ("empty.parquet", b"", "not a readable Parquet"),
-    ],
-)
-def test_a_damaged_file(name: str, content: bytes, reason: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_bytes(content)
-    assert reason in said(tmp_path / name)
-
-
-def test_damage_behind_good_rows(tmp_path: Path) -> None:
-    """What was read before the damage must not pass for the whole."""
-    path = tmp_path / "cut.jsonl.gz"
-    path.write_bytes(
-        gzip.compress(lines([{"n": i, "text": "x" * 97} for i in range(50_000)]))[:-40]
-    )
-    rows = open_source(DataConfig(source=str(path))).rows
-    assert next(rows)[0] == 1
-    with pytest.raises(UserError, match="damaged gzip"):
-        list(rows)
-
-
-def test_parquet_text_that_is_not_utf8(tmp_path: Path) -> None:
-    path = tmp_path / "latin.parquet"
-    text = pyarrow.array([b"\xe9\xff"], pyarrow.binary()).view(pyarrow.string())
-    pyarrow.parquet.write_table(pyarrow.table({"prompt": text, "completion": ["b"]}), path)
-    assert "not a readable Parquet" in said(path)
-
-
-def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(lines(ROWS))
-
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "open", refuse)  # the tests may run as root, who reads everything
-    assert "Permission denied" in said(path)
-
-
-@pytest.mark.parametrize("name", ["no-one/no-data", "nodata"])
-def test_a_hub_that_cannot_be_reached(name: str) -> None:
-    text = said(name)
-    assert "no local file" in text and "hub" in text
-
-
-@pytest.mark.parametrize("name", ["a b", "a/b/c", "http://host/rows", "a//b"])
-def test_neither_a_file_nor_a_hub_id(name: str) -> None:
-    assert "neither a file nor a hub id" in said(name)
-
-
-@pytest.mark.parametrize("setting", [{"revision": "main"}, {"split": "test"}])
-@pytest.mark.parametrize("local", [True, False])
-def test_hub_settings_without_a_hub(setting: dict[str, str], local: bool, tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(lines(ROWS))
-    source = str(path) if local else "builtin"
-    with pytest.raises(UserError, match=r"data\.split and data\.revision have no effect"):
-        open_source(DataConfig(source=source, **setting))
-
-
-# Rows that cannot be used.
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        (b'{"a": ', "not valid JSON"),
-        (b"[1, 2]", "not an object of fields but list"),
-        (b"null", "not an object of fields but null"),
-        (b'"text"', "not an object of fields but str"),
-        (b"[" * 100_000, "not valid JSON"),
-        (b'{"a":' * 100_000, "not valid JSON"),
-        (b"1" * 5000, "not valid JSON"),
-        (b'{"a": 1} {"b": 2}', "not valid JSON"),
-    ],
-)
-def test_one_bad_line_among_good_ones(line: bytes, reason: str, tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(lines(ROWS[:1]) + line + b"\n" + lines(ROWS[1:]))
-    (_, first), (number, bad), *rest = read(path)
-    assert first == ROWS[0] and rest == [(3, ROWS[1]), (4, ROWS[2])]
-    assert number == 2 and isinstance(bad, BadRow) and reason in str(bad)
-
-
-def test_one_bad_element_of_an_array(tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
-    path.write_text(json.dumps([ROWS[0], None, 5, ROWS[1]]))
-    kinds = [(number, isinstance(row, BadRow)) for number, row in read(path)]
-    assert kinds == [(1, False), (2, True), (3, True), (4, False)]
-
-
-def turns(*pairs: tuple[Any, Any]) -> dict[str, Any]:
-    return {"messages": [{"role": role, "content": content} for role, content in pairs]}
-
-
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        ({"instruction": 5, "output": "b"}, "'instruction' is not text but int"),
-        ({"instruction": "a", "output": None}, "'output' is not text but null"),
-        ({"instruction": "a", "output": ["b"]}, "'output' is not text but list"),
-        ({"instruction": "a", "input": 7, "output": "b"}, "'input' is not text but int"),
-        ({"instruction": "a", "output": ""}, "the answer is empty"),
-        ({"instruction": "a", "output": " \n"}, "the answer is empty"),
-        ({"instruction": "\ud800", "output": "b"}, "'instruction' holds a lone surrogate"),
-        ({"prompt": "a", "completion": "\udfff"}, "'completion' holds a lone surrogate"),
-        ({"prompt": b"a", "completion": "b"}, "'prompt' is not text but bytes"),
-        ({"messages": None}, "'messages' is missing or not a list"),
-        ({"messages": []}, "'messages' is missing or not a list"),
-        ({"messages": "hello"}, "'messages' is missing or not a list"),
-        ({"messages": ["hello"]}, "turn 1 is not an object"),
-        ({"messages": [{"role": "user"}]}, "turn 1: field 'content' is missing"),
-        ({"messages": [{"content": "a"}]}, "turn 1: field 'role' is missing"),
-        (turns(("user", "a"), ("assistant", None)), "turn 2: field 'content' is not text but null"),
-        (turns(("user", "a"), ("bot", "b")), "turn 2 has the role 'bot'; known: system, user"),
-        (turns(("user", "a"), (["assistant"], "b")), "turn 2: field 'role' is not text but list"),
-        (turns(("user", "a"), ("user", "b")), "the answer is empty"),
-        (turns(("user", "a"), ("assistant", " ")), "the answer is empty"),
-        (turns(("assistant", "a"), ("user", "b")), "the first turn is the assistant's"),
-        (turns(("user", "a"), ("assistant", "\udc80")), "turn 2: field 'content' holds a lone"),
-    ],
-)
-def test_a_bad_row_says_what_is_wrong(row: dict[str, Any], reason: str) -> None:
-    with pytest.raises(BadRow) as raised:
-        to_conversation(row, detect_format(row))
-    assert reason in str(raised.value)
-    str(raised.value).encode()  # can be printed, whatever the row held
-
-
-@pytest.mark.parametrize(
-    ("row", "format_name", "reason"),
-    [
-        ({"prompt": "a", "completion": "b"}, "alpaca", "'instruction' is missing"),
-        ({"instruction": "a"}, "alpaca", "'output' is missing"),
-        ({"instruction": "a", "output": "b"}, "prompt_completion", "'prompt' is missing"),
-        ({"instruction": "a", "output": "b"}, "messages", "'messages' is missing"),
-    ],
-)
-def test_a_row_of_another_format(row: dict[str, Any], format_name: str, reason: str) -> None:
-    with pytest.raises(BadRow, match=reason):
-        to_conversation(row, format_name)
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {},
-        {"text": "a"},
-        {"instruction": "a"},
-        {"completion": "b"},
-        {"\ud800": 1},
-        {f"field {i}": 1 for i in range(1000)},
-    ],
-)
-def test_fields_of_no_known_format(row: dict[str, Any]) -> None:
-    with pytest.raises(BadRow, match="no known format") as raised:
-        detect_format(row)
-    assert len(str(raised.value).encode()) < 250
-
-
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        (
-            {"instruction": "a", "input": "", "output": "b"},
-            Conversation((Turn("user", "a"), Turn("assistant", "b"))),
-        ),
-        (
-            {"instruction": "a", "input": "c", "output": "b", "task": "t"},
-            Conversation((Turn("user", "a"), Turn("assistant", "b")), "c", (("task", "t"),)),
-        ),
-        (
-            {"instruction": "a", "output": "b", "category": "q"},
-            Conversation((Turn("user", "a"), Turn("assistant", "b"))),
-        ),
-        (
-            {"prompt": "a", "completion": "b", "input": "not of this format"},
-            Conversation((Turn("user", "a"), Turn("assistant", "b"))),
-        ),
-        (
-            turns(
-                ("system", "s"), ("user", "a"), ("assistant", ""), ("user", ""), ("assistant", "b")
-            ),
-            Conversation(
-                (
-                    Turn("system", "s"),
-                    Turn("user", "a"),
-                    Turn("assistant", ""),
-                    Turn("user", ""),
-                    Turn("assistant", "b"),
-                )
-            ),
-        ),
-    ],
-)
-def test_the_three_formats(row: dict[str, Any], expected: Conversation) -> None:
-    assert to_conversation(row, detect_format(row)) == expected
-
-
-def test_an_input_follows_its_instruction() -> None:
-    conversation = to_conversation({"instruction": "a", "input": "c", "output": "b"}, "alpaca")
-    assert conversation.messages() == [
-        {"role": "user", "content": "a\n\nc"},
+def test_messages_are_what_a_chat_template_takes() -> None:
+    made = to_conversation(CASES["messages with tools"][1], "messages")
+    assert made.messages() == [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [{"id": "call_1", **CALL}]},
+        {"role": "tool", "content": "7", "tool_call_id": "call_1", "name": "f"},
         {"role": "assistant", "content": "b"},
     ]
-    assert conversation.opening() == conversation.messages()[:1]
+    assert made.opening() == made.messages()[:1]
+    assert to_conversation({"text": "a"}, "text").opening() == []
 
 
-def test_messages_out_of_parquet(tmp_path: Path) -> None:
+@pytest.mark.parametrize("system", ["", "s"])
+def test_an_input_follows_its_instruction(system: str) -> None:
+    row = {"instruction": "a", "input": "c", "output": "b", "system": system}
+    conversation = to_conversation(row, "alpaca")
+    first = [{"role": "system", "content": "s"}] if system else []
+    asked = {"role": "user", "content": "a\n\nc"}
+    assert conversation.messages() == [*first, asked, {"role": "assistant", "content": "b"}]
+    assert conversation.opening() == conversation.messages()[:-1]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if "messages" in name and "parts" not in name]
+)
+def test_the_same_out_of_a_table(name: str, tmp_path: Path) -> None:
+    """Where every turn has all fields of any of them, as nulls."""
+    format_name, row, expected = CASES[name]
     path = tmp_path / "rows.parquet"
-    row = turns(("user", "a"), ("assistant", "b"))
-    parquet(path, [row, row, row])
-    for _, read_row in read(path):
-        assert isinstance(read_row, dict)
-        assert to_conversation(read_row, "messages") == to_conversation(row, "messages")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    [(_, stored)] = open_source(SourceConfig(str(path))).rows
+    assert isinstance(stored, dict)
+    made = to_conversation(stored, format_name)
+    assert [turn.content for turn in made.turns] == [turn.content for turn in expected.turns]
+    assert [turn.role for turn in made.turns] == [turn.role for turn in expected.turns]
+
+
+# Real files.
+
+FILES = {
+    "alpaca_union.json.gz": ("alpaca", 15_130, 9),
+    "dolly_3k.json.gz": ("alpaca", 2_996, 0),
+    "rasbt_instruction_1100.json.gz": ("alpaca", 1_100, 0),
+    "fastchat_dummy_conversation.json.gz": ("sharegpt", 500, 0),
+    "llamafactory_glaive_toolcall.json.gz": ("sharegpt", 300, 0),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_real_files_read_whole(name: str) -> None:
+    format_name, num_rows, num_bad = FILES[name]
+    path = shared(f"data/train/{name}")
+    raw = json.loads(gzip.decompress(path.read_bytes()))
+    bad = []
+    for original, (place, row) in zip(raw, open_source(SourceConfig(str(path))).rows, strict=True):
+        assert row == original and isinstance(row, dict)
+        assert detect_format(row) == format_name
+        try:
+            made = to_conversation(row, format_name)
+        except BadRow as error:
+            bad.append(f"{place}: {error}")
+            continue
+        if format_name == "alpaca":
+            assert (made.turns[0].content, made.context) == (row["instruction"], row["input"])
+            assert made.turns[1:] == (Turn("assistant", row["output"]),)
+            continue
+        assert len(made.turns) == len(row["conversations"])
+        for turn, spoken in zip(made.turns, row["conversations"], strict=True):
+            if spoken["from"] == "function_call":
+                [call] = json.loads(turn.tool_calls)
+                assert call["function"] == json.loads(spoken["value"])
+            else:
+                assert turn.content == spoken["value"] and not turn.tool_calls
+        listed = [each["function"] for each in json.loads(made.tools or "[]")]
+        assert listed == json.loads(row.get("tools", "[]"))
+    assert len(raw) == num_rows and len(bad) == num_bad
+    assert all(each.endswith(": the answer is empty") for each in bad)

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from neftune_dist.config import Config, DataConfig, TrainConfig
-from neftune_dist.data.corpus import Corpus, Documents, prepare
+from neftune_dist.data.corpus import Corpus, prepare
+from neftune_dist.data.documents import Documents
 from neftune_dist.data.loader import Loader, MicroBatch, collate, evaluation_batches
 from neftune_dist.data.schedule import make_schedule
 from neftune_dist.loop import token_layout

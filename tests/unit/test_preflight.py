@@ -11,8 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from neftune_dist.config import Config, DataConfig, TrainConfig, UserError
-from neftune_dist.data import formats, schedule
+from neftune_dist.config import Config, DataConfig, SourceConfig, TrainConfig, UserError
+from neftune_dist.data import schedule
 from neftune_dist.submit import cluster, inventory, preflight, snapshot
 from neftune_dist.submit.inventory import Hub, Rows
 
@@ -93,6 +93,8 @@ def no_hub() -> Hub:
         ("a.json", b"\xef\xbb\xbf[1, 2, 3, 4]", 4),
         ("a.jsonl.gz", gzip.compress(b"{}\n" * 7, mtime=0), 7),
         ("a.JSON.GZ", gzip.compress(b"[1, 2]", mtime=0), 2),
+        ("a.csv", b'\xef\xbb\xbfprompt,completion\n"a\nb",c\n\nd,e\n', 2),
+        ("a.tsv.gz", gzip.compress(b"prompt\tcompletion\na\tb\n", mtime=0), 1),
     ],
 )
 def test_rows_are_counted(tmp_path: Path, name: str, content: bytes, number: int) -> None:
@@ -105,10 +107,50 @@ def test_rows_of_parquet_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["x"] * 12}), path)
     assert inventory.count_rows(DataConfig(source=str(path)), no_hub) == Rows(12)
-    path = tmp_path / "b.parquet"
+    (tmp_path / "b.jsonl").write_text("{}\n" * 5)
+    assert inventory.count_rows(DataConfig(source=str(tmp_path)), no_hub) == Rows(17)
+    assert inventory.count_rows(DataConfig(source=f"{tmp_path}/*.j*"), no_hub) == Rows(5)
+    path = tmp_path / "c.parquet"
     path.write_bytes(b"no such file")
-    with pytest.raises(UserError, match="cannot be read"):
-        inventory.count_rows(DataConfig(source=str(path)), no_hub)
+    with pytest.raises(UserError, match=r"data\.source=.*c\.parquet cannot be read"):
+        inventory.count_rows(DataConfig(source=str(tmp_path)), no_hub)
+
+
+def test_rows_of_a_mixture_are_counted(tmp_path: Path) -> None:
+    one, two = (str(tmp_path / name) for name in ("a.jsonl", "b.jsonl"))
+    Path(one).write_text("{}\n" * 10)
+    Path(two).write_text("{}\n" * 8)
+    data = DataConfig(mixture=[SourceConfig(one, weight=2), SourceConfig(two, max_documents=5)])
+    assert inventory.count_rows(data, no_hub) == Rows(25)
+    data.mixture[0].weight = 0.25
+    assert inventory.count_rows(data, no_hub) == Rows(7, exact=False)  # of 2.5, half to even
+    data.held_out_source = str(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match=r"data\.held_out_source=.* does not exist"):
+        inventory.count_rows(data, no_hub)
+    data.held_out_source = "org/name"
+    with pytest.raises(UserError, match=r"data\.held_out_source=org/name is no file"):
+        inventory.count_rows(data, no_hub)
+    data.mixture[1].source = str(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match=r"data\.mixture\[1\]\.source=.* does not exist"):
+        inventory.count_rows(data, no_hub)
+
+
+def test_paths_of_data_are_made_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = Config(
+        data=DataConfig(
+            mixture=[SourceConfig("x/*.json"), SourceConfig("org/name")], held_out_source="h.csv"
+        )
+    )
+    preflight.anchor(config)
+    assert [each.source for each in config.data.mixture] == [f"{tmp_path}/x/*.json", "org/name"]
+    assert (config.data.source, config.data.held_out_source) == ("builtin", f"{tmp_path}/h.csv")
+
+
+def test_a_share_that_is_held_out_is_not_trained_on() -> None:
+    train = TrainConfig(global_batch_size=10, num_epochs=1)
+    config = Config(data=DataConfig(held_out_fraction=0.25), train=train)
+    assert preflight._num_steps(config, Rows(100)) == 8
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
@@ -131,11 +173,6 @@ def test_a_long_array_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(inventory, "_COUNTED_BYTES", 10)
     (tmp_path / "a.json").write_text("[" + "1," * 100 + "1]")
     assert inventory.count_rows(DataConfig(source=str(tmp_path / "a.json")), no_hub) is None
-
-
-def test_files_are_told_from_hub_ids_as_training_does() -> None:
-    for name in ("a.json", "a.JSONL", "a.jsonl.gz", "a.parquet", "a.parquet.gz", "a.csv", "org/a"):
-        assert inventory._suffix(name) == formats._suffix(Path(name))
 
 
 def test_the_code_is_kept(tmp_path: Path) -> None:

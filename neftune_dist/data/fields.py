@@ -1,0 +1,100 @@
+"""Fields of a row, checked: text that can be learned, and the JSON of functions and their calls."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from neftune_dist.data.sources import BadRow, kind_of
+
+# Control characters that are no white space: damage, or the codes of a terminal.
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
+
+
+def calls(listed: Any) -> str:
+    """Tool calls in OpenAI's form, their arguments an object, as templates take them. Raises
+    `BadRow`."""
+    if not isinstance(listed, list):
+        raise BadRow(f"field 'tool_calls' is not a list but {kind_of(listed)}")
+    if len(listed) == 1 and isinstance(listed[0], list):  # of one turn that calls several
+        listed = listed[0]
+    made = []
+    for number, call in enumerate(listed, 1):
+        function = call.get("function", call) if isinstance(call, dict) else call
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or not name:
+            raise BadRow(f"call {number} is not an object with the 'name' of a function")
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            arguments = parsed(function, "arguments")
+        if not isinstance(arguments, dict):
+            raise BadRow(f"the arguments of {name[:40]!a} are no object but {kind_of(arguments)}")
+        identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        made.append(
+            {**identity, "type": "function", "function": {"name": name, "arguments": arguments}}
+        )
+    return _dumped(made, "tool_calls")
+
+
+def tools(row: Mapping[str, Any]) -> str:
+    """The functions of a row's field `tools`, a list or its JSON, in OpenAI's form. Raises
+    `BadRow`."""
+    listed = row.get("tools")
+    if isinstance(listed, str):
+        listed = parsed(row, "tools") if listed.strip() else None
+    if not listed:
+        return ""
+    if not isinstance(listed, list):
+        raise BadRow(f"field 'tools' is not a list of functions but {kind_of(listed)}")
+    made = []
+    for number, tool in enumerate(listed, 1):
+        function = tool.get("function", tool) if isinstance(tool, dict) else tool
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise BadRow(f"tool {number} is not an object with the 'name' of a function")
+        made.append({"type": "function", "function": function})
+    return _dumped(made, "tools")
+
+
+def parsed(row: Mapping[str, Any], field: str) -> Any:
+    """What a field holds that is JSON in text. Raises `BadRow`."""
+    try:
+        return json.loads(text(row, field))
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"field '{field}' is not valid JSON ({error})") from None
+
+
+def _dumped(value: Any, field: str) -> str:
+    try:
+        return _checked(json.dumps(value, ensure_ascii=False), field)
+    except (TypeError, RecursionError) as error:  # a table may hold times and bytes
+        raise BadRow(f"field '{field}' cannot be written as JSON ({error})") from None
+
+
+def text(row: Mapping[str, Any], field: str) -> str:
+    """A field that must be text, and can be encoded. Raises `BadRow`."""
+    if field not in row:
+        raise BadRow(f"field '{field}' is missing")
+    value = row[field]
+    if not isinstance(value, str):
+        raise BadRow(f"field '{field}' is not text but {kind_of(value)}")
+    return _checked(value, field)
+
+
+def _checked(value: str, field: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BadRow(f"field '{field}' holds a lone surrogate, which is no text") from None
+    if found := _CONTROL.search(value):
+        raise BadRow(
+            f"field '{field}' holds a control character, U+{ord(found[0]):04X}, at "
+            f"character {found.start() + 1}"
+        )
+    return value
+
+
+def shape(value: Any) -> str:
+    """What stands where a list of turns should."""
+    return "an empty list" if value == [] else kind_of(value)

@@ -1,0 +1,116 @@
+"""What became of every row, for a person to read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from neftune_dist.data.audit import Audit
+
+NAMED_ROWS = 20  # bad rows of a source that the report names one by one
+
+
+@dataclass
+class SourceReport:
+    """Of one source. num_documents: that can be learned from. num_occurrences: in an epoch; 0 of
+    the held-out source."""
+
+    name: str
+    num_rows: int = 0
+    num_bad_rows: int = 0
+    num_documents: int = 0
+    num_occurrences: int = 0
+    bad_rows: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)  # files of a directory
+
+
+@dataclass
+class Report:
+    """What became of the rows of all sources.
+
+    num_rows is the sum of the documents that are trained on, num_held_out and the kinds that were
+    left out: num_dropped_too_long, num_nothing_to_learn, num_bad_rows, num_dropped_duplicates,
+    num_leaked, num_not_chosen. num_documents counts a document as often as an epoch has it; tokens
+    and lengths are of those.
+    """
+
+    sources: list[SourceReport]
+    num_rows: int = 0
+    num_documents: int = 0
+    num_held_out: int = 0
+    num_tokens: int = 0
+    num_supervised_tokens: int = 0
+    num_truncated: int = 0
+    num_dropped_too_long: int = 0
+    num_nothing_to_learn: int = 0
+    num_bad_rows: int = 0
+    num_duplicates: int = 0
+    num_dropped_duplicates: int = 0
+    num_leaked: int = 0
+    num_not_chosen: int = 0
+    num_plain_texts: int = 0
+    num_turns_left_out: int = 0
+    longest_tokens: int = 0
+    audit: Audit = field(default_factory=Audit)
+
+    @property
+    def source(self) -> str:
+        """The sources' names."""
+        return " + ".join(each.name for each in self.sources)
+
+    @property
+    def bad_rows(self) -> list[str]:
+        """Those that are named, with the name of their source where there are several."""
+        if len(self.sources) == 1:
+            return self.sources[0].bad_rows
+        return [f"{each.name}, {row}" for each in self.sources for row in each.bad_rows]
+
+    def lines(self) -> list[str]:
+        """The report as a person reads it."""
+        supervised = self.num_supervised_tokens / max(1, self.num_tokens)
+        several = len(self.sources) > 1
+        lines = [
+            f"data: {f'{len(self.sources)} sources' if several else self.source}: {self.num_rows} "
+            f"rows, {self.num_documents} documents to train on, {self.num_held_out} held out",
+            f"data: {self.num_tokens} tokens, {supervised:.1%} of them supervised; longest "
+            f"document {self.longest_tokens} tokens; end of turn learned in "
+            f"{self.audit.end_of_turn_learned:.1%} of documents",
+            *self.audit.lines(),
+        ]
+        for each in self.sources if several else []:
+            times = f"{each.num_occurrences} times in an epoch"
+            lines.append(
+                f"data:   {each.name}: {each.num_rows} rows, {each.num_documents} documents, "
+                f"{times if each.num_occurrences else 'not trained on'}"
+            )
+        lines += [f"data: {number} {what}" for number, what in self._counted() if number]
+        for each in self.sources:
+            if each.left_out:
+                names = ", ".join(each.left_out[:5]) + (", ..." if len(each.left_out) > 5 else "")
+                lines.append(f"data: {each.name}: not read: {names}")
+        return lines + self._bad_lines()
+
+    def _counted(self) -> list[tuple[int, str]]:
+        dropped = "dropped" if self.num_dropped_duplicates else "kept (data.duplicates)"
+        return [
+            (self.num_truncated, "documents truncated to data.max_length"),
+            (self.num_dropped_too_long, "documents over data.max_length dropped"),
+            (
+                self.num_nothing_to_learn,
+                "documents skipped: no supervised token within data.max_length",
+            ),
+            (self.num_duplicates, f"duplicates of a conversation {dropped}"),
+            (self.num_leaked, "documents removed: their prompt is held out"),
+            (self.num_not_chosen, "documents left out by weight or max_documents"),
+            (self.num_plain_texts, "documents of plain text, learned whole, without a template"),
+            (self.num_turns_left_out, "turns left out that nothing asks for or answers"),
+        ]
+
+    def _bad_lines(self) -> list[str]:
+        if not self.num_bad_rows:
+            return []
+        lines = [f"data: {self.num_bad_rows} rows skipped:"]
+        for each in self.sources:
+            lines += [f"data:   {each.name}, {row}" for row in each.bad_rows]
+            if each.num_bad_rows > len(each.bad_rows):
+                lines.append(f"data:   and {each.num_bad_rows - len(each.bad_rows)} more")
+        return lines

@@ -1,0 +1,330 @@
+"""The rows of a source: files of every kind, the hub, the built-in set.
+
+Owns reading, a row at a time: no file is held in memory. A source that cannot be read is a
+`UserError`; a single bad row is a `BadRow`, which the caller counts and reports.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import datasets
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
+
+from neftune_dist.config import BUILTIN_SOURCE, SourceConfig, UserError
+from neftune_dist.data import builtin, files
+
+_BATCH_ROWS = 1000  # of a table, turned into Python's values at a time
+_PIECE_CHARACTERS = 2**20  # of a JSON array, read at a time
+# A longer line is a file without line breaks rather than a row.
+_LONGEST_LINE_BYTES = 64 * 2**20
+_BOM = b"\xef\xbb\xbf"
+_MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet", b"ARROW1": ".arrow"}
+
+Numbered = Iterator[tuple[int, "Mapping[str, Any] | BadRow"]]
+Rows = Iterator[tuple[str, "Mapping[str, Any] | BadRow"]]
+
+
+class BadRow(Exception):
+    """One row that cannot be used, and why; the caller knows which row it was."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A readable source: the setting and the name that it goes by, a digest of its content, and its
+    rows.
+
+    rows: pairs of a place and the row, or what is wrong with it. A place is `row 7`, with the
+        file's name in front where there are several. Rows count from 1; in a file of lines (JSON,
+        CSV) the number is that of the line on which the row begins.
+    left_out: names in a directory that are no files of rows.
+    """
+
+    key: str
+    name: str
+    digest: str
+    rows: Rows
+    left_out: tuple[str, ...] = ()
+
+
+def open_source(config: SourceConfig, key: str = "data.source") -> Source:
+    """The source of that name; `key` is the setting's. Raises `UserError` where it cannot be
+    read."""
+    name = config.source
+    if name == BUILTIN_SOURCE:
+        _refuse_revision(config, key)
+        rows = builtin.rows()
+        digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        return Source(key, name, digest, _placed(enumerate(rows, 1)))
+    if files.is_local(name):
+        _refuse_revision(config, key)
+        return _open_files(name, key)
+    if not files.HUB_ID.fullmatch(name):
+        raise UserError(f"{key}={name} is neither a file nor a hub id such as org/name.")
+    return _open_hub(config, key)
+
+
+def _refuse_revision(config: SourceConfig, key: str) -> None:
+    if config.revision is not None or config.split != SourceConfig.split:
+        section = key.rpartition(".")[0]
+        raise UserError(
+            f"{section}.split and {section}.revision have no effect with {key}={config.source}, "
+            "which is no hub id: leave them out."
+        )
+
+
+def _open_files(name: str, key: str) -> Source:
+    found = files.find(name, key)
+    digests = []
+    for path in found.paths:
+        try:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"{key}={path} cannot be read: {error.strerror or error}.") from error
+        digests.append((files.kind(path), digest))
+    whole = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+    return Source(key, os.path.expanduser(name), whole, _rows_of(found.paths, key), found.left_out)
+
+
+def _open_hub(config: SourceConfig, key: str) -> Source:
+    name = config.source
+    try:
+        loaded = datasets.load_dataset(name, split=config.split, revision=config.revision)
+    except Exception as error:  # the hub's clients raise a dozen unrelated types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{key}={name} is no local file, and the dataset of that name could not be "
+            f"loaded from the hub: {reason}"
+        ) from error
+    rows = _placed(enumerate(loaded, 1))
+    return Source(key, f"{name}[{config.split}]", loaded._fingerprint, rows)
+
+
+def _placed(rows: Any, file: str = "") -> Rows:
+    for number, row in rows:
+        yield f"{file}row {number}", row
+
+
+def _rows_of(paths: tuple[Path, ...], key: str) -> Rows:
+    root = os.path.commonpath([path.parent for path in paths])
+    for path in paths:
+        file = f"{os.path.relpath(path, root)}, " if len(paths) > 1 else ""
+        yield from _placed(_rows_of_file(path, key), file)
+
+
+def _rows_of_file(path: Path, key: str) -> Numbered:
+    """The rows of one file; what ends the reading is told with the last row before it."""
+    what, kind, number = f"{key}={path}", files.kind(path), 0
+    try:
+        for number, row in _READERS[kind](path):
+            yield number, row
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} is not UTF-8 text{_behind(number)}: {error}.") from error
+    except (zlib.error, gzip.BadGzipFile, EOFError) as error:
+        raise UserError(f"{what} is a damaged gzip file{_behind(number)}: {error}.") from error
+    except (pyarrow.ArrowException, ValueError, RecursionError, csv.Error) as error:
+        # Of which numbers of too many digits, in JSON, are ValueErrors.
+        told = {"parquet": "a readable Parquet file", "arrow": "a readable Arrow file"}
+        form = told.get(kind, f"valid {kind.upper()}")
+        reason = getattr(error, "msg", None) or str(error).splitlines()[0]
+        raise UserError(f"{what} is not {form}{_behind(number)}: {reason}.") from error
+    except OSError as error:
+        form = "is a damaged zstd file" if path.suffix.lower() == ".zst" else "cannot be read"
+        raise UserError(f"{what} {form}{_behind(number)}: {error.strerror or error}.") from error
+
+
+def _behind(number: int) -> str:
+    return f" behind row {number}" if number else ""
+
+
+def _open_bytes(path: Path) -> IO[bytes]:
+    """The file's content, not compressed. Raises `ValueError` where it is not what its name
+    says."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        return gzip.open(path)  # type: ignore[return-value]
+    raw = path.open("rb")
+    head = raw.read(8)
+    raw.seek(0)
+    if suffix == ".zst":
+        if not head:
+            raw.close()
+            raise OSError("it is empty")
+        return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
+    for magic, real in _MAGIC.items():
+        if head.startswith(magic):
+            raw.close()
+            raise ValueError(f"by its content it is a {real} file and should be named so")
+    return raw
+
+
+def _json_rows(path: Path) -> Numbered:
+    """An array of objects, or one object a line."""
+    with _open_bytes(path) as file:
+        is_array = file.read(2**16).removeprefix(_BOM).lstrip().startswith(b"[")
+    with _open_bytes(path) as file:
+        if is_array:
+            text = io.TextIOWrapper(file, encoding="utf-8-sig")  # type: ignore[type-var]
+            for number, value in enumerate(_elements(text), 1):
+                yield number, _mapping(value)
+        else:
+            yield from _json_lines(file)
+
+
+def _json_lines(file: IO[bytes]) -> Numbered:
+    number, is_first = 0, True
+    while line := file.readline(_LONGEST_LINE_BYTES):
+        number += 1
+        if len(line) == _LONGEST_LINE_BYTES and not line.endswith(b"\n"):
+            while line and not line.endswith(b"\n"):
+                line = file.readline(_LONGEST_LINE_BYTES)
+            yield number, BadRow(f"a line of more than {_LONGEST_LINE_BYTES // 2**20} MiB")
+            continue
+        if number == 1:
+            line = line.removeprefix(_BOM)
+        if not line or line.isspace():
+            continue
+        if is_first and line.strip() == b"{":
+            raise ValueError(
+                "it is one object over several lines, neither an array of objects nor one object a "
+                "line"
+            )
+        is_first = False
+        try:
+            yield number, _mapping(json.loads(line.decode()))
+        except UnicodeDecodeError as error:
+            yield number, BadRow(f"not UTF-8 text ({error})")
+        except (ValueError, RecursionError) as error:
+            yield number, BadRow(f"not valid JSON ({error})")
+
+
+def _elements(text: IO[str]) -> Iterator[Any]:
+    """The elements of a JSON array, of which a piece is held in memory, and never less than one
+    element. Raises `ValueError`, at a mistake after looking for the element's end in all the
+    rest."""
+    decode = json.JSONDecoder().raw_decode
+    buffer, at = "", 0
+
+    def more() -> bool:
+        nonlocal buffer, at
+        # As much again as there is: an element of any length is looked at a few times only.
+        piece = text.read(max(_PIECE_CHARACTERS, len(buffer) - at))
+        if piece:
+            buffer, at = buffer[at:] + piece, 0
+        return bool(piece)
+
+    def following() -> str:
+        """The next character that is no white space, not yet taken; nothing at the end."""
+        nonlocal at
+        while True:
+            while at < len(buffer) and buffer[at] in " \t\n\r":
+                at += 1
+            if at < len(buffer) or not more():
+                return buffer[at : at + 1]
+
+    assert following() == "["
+    at += 1
+    while following() != "]":
+        while True:
+            try:
+                value, end = decode(buffer, at)
+            except (ValueError, RecursionError):
+                if not more():
+                    raise
+                continue
+            # A number at the end of what was read may go on behind it.
+            if end < len(buffer) or not more():
+                break
+        at = end
+        yield value
+        if following() == ",":
+            at += 1
+            if following() == "]":
+                raise ValueError("a comma stands before the end of the array")
+        elif following() != "]":
+            raise ValueError("the array ends without ']', or a ',' is missing")
+    at += 1
+    if following():
+        raise ValueError("more follows behind the array")
+
+
+def _mapping(row: Any) -> Mapping[str, Any] | BadRow:
+    return row if isinstance(row, dict) else BadRow(f"not an object of fields but {kind_of(row)}")
+
+
+def kind_of(value: Any) -> str:
+    """A value's type, as a person calls it."""
+    return "null" if value is None else type(value).__name__
+
+
+def _table_rows(path: Path, delimiter: str) -> Numbered:
+    """Of text with a header, quoted as spreadsheets do."""
+    csv.field_size_limit(_LONGEST_LINE_BYTES)  # of the whole process; 128 KiB were it not set
+    with _open_bytes(path) as file:
+        # newline="": line breaks within quotes stay as they are.
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")  # type: ignore[type-var]
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        header = [name.strip() for name in next(reader, [])]
+        twice = {name for name in header if header.count(name) > 1}
+        if twice or "" in header:
+            flaw = f"names {min(twice)!a} twice" if twice - {""} else "has a column without a name"
+            raise ValueError(f"its first line, the header, {flaw}")
+        while True:
+            number = reader.line_num + 1
+            try:
+                values = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield number, BadRow(f"not valid CSV ({error})")
+                continue
+            if len(values) == len(header):
+                yield number, dict(zip(header, values, strict=True))
+            elif values:
+                yield number, BadRow(f"{len(values)} values under a header of {len(header)}")
+
+
+def _parquet_rows(path: Path) -> Numbered:
+    with pyarrow.parquet.ParquetFile(path) as file:
+        yield from enumerate(_values(file.iter_batches(_BATCH_ROWS)), 1)
+
+
+def _arrow_rows(path: Path) -> Numbered:
+    """The file form and the stream form, which `datasets` writes."""
+    with pyarrow.memory_map(str(path)) as file:
+        try:
+            stored = pyarrow.ipc.open_file(file)
+        except pyarrow.ArrowInvalid:
+            file.seek(0)
+            batches: Any = pyarrow.ipc.open_stream(file)
+        else:
+            batches = map(stored.get_batch, range(stored.num_record_batches))
+        yield from enumerate(_values(batches), 1)
+
+
+def _values(batches: Any) -> Iterator[Mapping[str, Any]]:
+    for batch in batches:
+        for first in range(0, batch.num_rows, _BATCH_ROWS):
+            yield from batch.slice(first, _BATCH_ROWS).to_pylist()
+
+
+_READERS: dict[str, Callable[[Path], Numbered]] = {
+    "json": _json_rows,
+    "csv": lambda path: _table_rows(path, ","),
+    "tsv": lambda path: _table_rows(path, "\t"),
+    "parquet": _parquet_rows,
+    "arrow": _arrow_rows,
+}
