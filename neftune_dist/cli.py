@@ -113,13 +113,25 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _prepare(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.settings)
+    from neftune_dist.data.audit import shown
     from neftune_dist.data.corpus import prepare
     from neftune_dist.model.load import find, load_tokenizer
 
-    corpus = prepare(config.data, load_tokenizer(find(config.model), config.model), _flushed)
+    tokenizer = load_tokenizer(find(config.model), config.model)
+    corpus = prepare(config.data, tokenizer, _flushed)
     for line in corpus.report.lines():
         print(line)
+    names = [source.name for source in corpus.report.sources]
+    for text in shown(corpus.train, names, tokenizer, arguments.show, _is_colourful()):
+        print(f"\n{text}")
     return 0
+
+
+def _is_colourful() -> bool:
+    """Whether what is printed may hold the colour codes of a terminal (no-color.org)."""
+    if os.environ.get("FORCE_COLOR"):
+        return True
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def _checkpoints(arguments: argparse.Namespace) -> int:
@@ -226,7 +238,15 @@ def _parser() -> argparse.ArgumentParser:
     takes_config(verb("train", _train, "Fine-tune, under torchrun or alone; resumes by itself."))
     _add_launch(verb, takes_config)
     _add_plan(verb, takes_config)
-    takes_config(verb("prepare", _prepare, "Read and tokenise the data, fill the cache, report."))
+    added = verb("prepare", _prepare, "Read and tokenise the data, fill the cache, report.")
+    takes_config(added)
+    added.add_argument(
+        "--show",
+        type=int,
+        default=0,
+        metavar="N",
+        help="print N documents, what is learned of them in colour or in brackets",
+    )
     added = verb("checkpoints", _checkpoints, "List a run's checkpoints and what they can resume.")
     added.add_argument("run_dir")
     added.add_argument("--verify", action="store_true", help="read all files, compare checksums")

@@ -38,6 +38,7 @@ class UserError(Exception):
 
 
 BUILTIN_SOURCE = "builtin"
+TEMPLATES = ("chat", "alpaca", "vicuna", "llama2")  # or the path of a .jinja file
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
@@ -100,8 +101,9 @@ class DataConfig:
     format: str = "auto"  # auto | alpaca | dolly | sharegpt | messages | prompt_completion | text
     mixture: list[SourceConfig] = field(default_factory=list)  # in place of data.source
     duplicates: str = "keep"  # keep | drop: conversations that are there already
-    template: str = "chat"  # chat (the tokenizer's own) | alpaca (the Alpaca prompt)
-    supervise: str = "assistant"  # assistant (end of turn included) | all
+    template: str = "chat"  # chat (the model's own) | alpaca | vicuna | llama2 | a .jinja file
+    system_prompt: str | None = None  # put in front of conversations that have none
+    supervise: str = "assistant"  # assistant (ends of turns included) | last (answer alone) | all
     max_length: int = 512  # tokens of one document
     too_long: str = "truncate"  # truncate | drop
     packing: bool = True  # True: padding-free, documents isolated; False: one padded row each
@@ -283,8 +285,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "data.format": _FORMATS,
     "data.mixture[].format": _FORMATS,
     "data.duplicates": ("keep", "drop"),
-    "data.template": ("chat", "alpaca"),
-    "data.supervise": ("assistant", "all"),
+    "data.supervise": ("assistant", "last", "all"),
     "data.too_long": ("truncate", "drop"),
     "noise.distribution": ("uniform", "gaussian", "symmetric"),
     "noise.length": ("document", "padded"),
@@ -448,6 +449,7 @@ def _check_contradictions(config: Config) -> None:
         )
     _check_adapter(config)
     _check_data(data)
+    _check_template(data)
     for key in ("every_steps", "max_documents"):
         if getattr(config.evaluate, key) and not data.holds_out:
             raise UserError(
@@ -506,6 +508,19 @@ def _check_data(data: DataConfig) -> None:
     given = [f"data.{way}={getattr(data, way)}" for way in ways if getattr(data, way)]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} each say what is held out: give one of them.")
+
+
+def _check_template(data: DataConfig) -> None:
+    if data.template not in TEMPLATES and not data.template.endswith(".jinja"):
+        raise UserError(
+            f"data.template={_brief(data.template)} is not known; allowed: {', '.join(TEMPLATES)}, "
+            "or the path of a .jinja file."
+        )
+    if data.template == "alpaca" and data.system_prompt is not None:
+        raise UserError(
+            "data.system_prompt has no effect with data.template=alpaca, whose own first sentence "
+            "stands in its place: leave it out."
+        )
 
 
 def _check_checkpoint(checkpoint: CheckpointConfig) -> None:

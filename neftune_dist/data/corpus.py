@@ -23,21 +23,23 @@ from filelock import FileLock
 
 from neftune_dist.config import DataConfig, SourceConfig, UserError
 from neftune_dist.data import files
+from neftune_dist.data.audit import Audit
 from neftune_dist.data.documents import Conversations, Documents, Spool, Table
 from neftune_dist.data.formats import Conversation, detect_format, to_conversation
+from neftune_dist.data.rendered import Rendered
 from neftune_dist.data.report import NAMED_ROWS, Report, SourceReport
 from neftune_dist.data.selection import Selection, select
 from neftune_dist.data.sources import BadRow, Source, open_source
-from neftune_dist.data.template import Document, Rendered, Template
+from neftune_dist.data.template import Document, Template
 
 _VERSION = 3  # of what this module and the template make of the same input
 # Tokenised together: many, unless they are long.
 _BATCH_ROWS, _BATCH_CHARACTERS = 1000, 2**22
 _PROGRESS_SECONDS = 5.0
-# Settings that decide what a cache entry holds, beside those of the sources.
+# Settings that decide what a cache entry holds, beside those of the sources and the template.
 _DECISIVE = (
     "format",
-    "template",
+    "system_prompt",
     "supervise",
     "max_length",
     "too_long",
@@ -45,6 +47,8 @@ _DECISIVE = (
     "num_held_out",
     "held_out_fraction",
 )
+
+_Row = tuple[str, Conversation, Rendered]  # its place in the source first
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ def load(entry: Path, names: list[str]) -> Corpus:
         told = [SourceReport(**each) for each in stored.pop("sources")]
         for each, name in zip(told, names, strict=True):
             each.name = name
-        report = Report(told, **stored)
+        report = Report(told, audit=Audit(**stored.pop("audit")), **stored)
         train, held_out = (Documents(entry, part) for part in ("train", "held_out"))
         conversations = Conversations(entry)
         if len(conversations) != len(held_out):
@@ -213,15 +217,15 @@ def _fill(
         is_kept = i >= len(given.settings) if config.held_out_source else config.holds_out
         rendered = _rendered(source, formats[i], own, report, template)
         for batch in _batches(rendered):
-            documents = template.encode([r for _, r in batch])
-            for (conversation, _), document in zip(batch, documents, strict=True):
+            documents = template.encode([r for _, _, r in batch])
+            for (place, conversation, _), document in zip(batch, documents, strict=True):
                 fitted = _fit(document, config, report)
                 if fitted is None:
                     continue
                 own.num_documents += 1
                 report.num_plain_texts += bool(conversation.text)
                 report.num_turns_left_out += conversation.num_left_out
-                spool.add(fitted, conversation, i, is_kept)
+                spool.add(fitted, conversation, i, place, is_kept)
             if time.monotonic() - told > _PROGRESS_SECONDS:
                 told = time.monotonic()
                 progress(f"data: {report.num_rows} rows tokenised")
@@ -237,7 +241,7 @@ def _finish(folder: Path, spool: Spool, table: Table, chosen: Selection, report:
     lengths = table.lengths[chosen.train]
     report.num_tokens, report.longest_tokens = int(lengths.sum()), int(lengths.max())
     report.num_supervised_tokens = int(table.num_supervised[chosen.train].sum())
-    report.end_of_turn_learned = float(table.end_learned[chosen.train].mean())
+    report.audit = Audit.of(table.spoken[chosen.train], table.end_learned[chosen.train])
     times = np.bincount(table.source[chosen.train], minlength=len(report.sources))
     for own, number in zip(report.sources, times, strict=True):
         own.num_occurrences = int(number)
@@ -272,7 +276,7 @@ def _refuse_bad_share(source: Source, own: SourceReport, config: DataConfig) -> 
 
 def _rendered(
     source: Source, format_name: str, own: SourceReport, report: Report, template: Template
-) -> Iterator[tuple[Conversation, Rendered]]:
+) -> Iterator[_Row]:
     """The good rows. All rows of a source have the format of the first good one."""
     for place, row in source.rows:
         report.num_rows += 1
@@ -290,16 +294,16 @@ def _rendered(
                 own.bad_rows.append(f"{place}: {error}")
             continue
         format_name = found
-        yield conversation, rendered
+        yield str(place), conversation, rendered
 
 
 def _batches(
-    rendered: Iterator[tuple[Conversation, Rendered]],
-) -> Iterator[list[tuple[Conversation, Rendered]]]:
+    rendered: Iterator[_Row],
+) -> Iterator[list[_Row]]:
     batch, characters = [], 0
     for each in rendered:
         batch.append(each)
-        characters += len(each[1].text)
+        characters += len(each[2].text)
         if len(batch) == _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -319,7 +323,7 @@ def _fit(document: Document, config: DataConfig, report: Report) -> Document | N
     if not too_long:
         return document
     report.num_truncated += 1
-    return Document(document.input_ids[kept], document.supervised[kept], end_learned=False)
+    return document.cut(config.max_length)
 
 
 def _sync(file: Path) -> None:

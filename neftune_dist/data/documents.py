@@ -12,17 +12,20 @@ import json
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, overload
 
 import numpy as np
 
 from neftune_dist.data.formats import Conversation, Turn
+from neftune_dist.data.rendered import SPEAKERS
 from neftune_dist.data.template import Document
 
 _FILES = {"input_ids.bin": np.int32, "supervised.bin": np.uint8}
 _SPOKEN = "conversations.jsonl"
 _HELD_OUT = "held_out.jsonl"
+_ORIGINS = "origins.jsonl"
 
 
 class Documents:
@@ -34,7 +37,8 @@ class Documents:
         )
         index = np.load(folder / f"{part}.npy")
         # int64 (num_documents,) each, in tokens.
-        self._starts, self.lengths, self.num_supervised = index
+        self._starts, self.lengths, self.num_supervised, self._numbers = index
+        self._origins = folder / _ORIGINS
         ends = int((self._starts + self.lengths).max(initial=0))
         if not ends <= len(self._ids) == len(self._supervised):
             raise ValueError(f"{ends} tokens are wanted, of {len(self._ids)}")
@@ -46,6 +50,12 @@ class Documents:
         """input_ids int32 and supervised uint8, each (length,)."""
         piece = slice(self._starts[index], self._starts[index] + self.lengths[index])
         return self._ids[piece], self._supervised[piece]
+
+    def origin(self, index: int) -> tuple[int, str]:
+        """Which source a document is from, by its index, and where it stands in that."""
+        with self._origins.open(encoding="utf-8") as file:
+            source, place = json.loads(next(islice(file, int(self._numbers[index]), None)))
+        return source, place
 
     def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The documents int64 (num_chosen,) one behind the other: input_ids int32 and supervised
@@ -93,6 +103,7 @@ class Table:
     content, prompt: uint64 digests of the conversation, and of what precedes the first answer with
         case and white space made alike. (Of 10 million documents two differ and have the same one
         with a probability of 3e-6.)
+    spoken: int32 (num_documents, len(SPEAKERS), 2), tokens and learned ones of each speaker.
     """
 
     lengths: np.ndarray
@@ -101,6 +112,7 @@ class Table:
     source: np.ndarray
     content: np.ndarray
     prompt: np.ndarray
+    spoken: np.ndarray
 
 
 class Spool:
@@ -110,14 +122,19 @@ class Spool:
         folder.mkdir(parents=True)
         self._folder = folder
         self._files: list[IO[bytes]] = [(folder / name).open("wb") for name in _FILES]
-        self._spoken = (folder / _SPOKEN).open("wb")
+        self._conversations = (folder / _SPOKEN).open("wb")
+        self._origins = (folder / _ORIGINS).open("wb")
         self._columns = {name: array("q") for name in ("lengths", "num_supervised", "source")}
         self._columns |= {name: array("Q") for name in ("content", "prompt")}
         self._end_learned = bytearray()
+        self._spoken = array("i")
         self._lines = array("q")  # where a conversation begins; -1: not kept
 
-    def add(self, document: Document, conversation: Conversation, source: int, keep: bool) -> None:
-        """Write a document; `keep`: its conversation too, as it may be held out."""
+    def add(
+        self, document: Document, conversation: Conversation, source: int, place: str, keep: bool
+    ) -> None:
+        """Write a document, which stands at a place in a source; `keep`: its conversation too, as
+        it may be held out."""
         for file, values in zip(
             self._files, (document.input_ids, document.supervised), strict=True
         ):
@@ -132,9 +149,11 @@ class Spool:
         for name, value in row.items():
             self._columns[name].append(value)
         self._end_learned.append(document.end_learned)
-        self._lines.append(self._spoken.tell() if keep else -1)
+        self._spoken.extend(_spoken_by(document))
+        self._origins.write(json.dumps([source, place]).encode() + b"\n")
+        self._lines.append(self._conversations.tell() if keep else -1)
         if keep:
-            self._spoken.write(json.dumps(asdict(conversation)).encode() + b"\n")
+            self._conversations.write(json.dumps(asdict(conversation)).encode() + b"\n")
 
     def table(self) -> Table:
         """Of all that was added; nothing can be added after."""
@@ -143,13 +162,17 @@ class Spool:
             name: np.frombuffer(column, np.uint64 if column.typecode == "Q" else np.int64)
             for name, column in self._columns.items()
         }
-        return Table(**columns, end_learned=np.frombuffer(self._end_learned, np.bool_))
+        spoken = np.frombuffer(self._spoken, np.int32).reshape(-1, len(SPEAKERS), 2)
+        return Table(
+            **columns, end_learned=np.frombuffer(self._end_learned, np.bool_), spoken=spoken
+        )
 
     def choose(self, table: Table, train: np.ndarray, held_out: np.ndarray) -> None:
         """Make the parts: int64 indices of documents, with repetitions."""
         starts = np.cumsum(table.lengths) - table.lengths
         for part, chosen in (("train", train), ("held_out", held_out)):
-            index = [starts[chosen], table.lengths[chosen], table.num_supervised[chosen]]
+            columns = (starts, table.lengths, table.num_supervised, np.arange(len(starts)))
+            index = [column[chosen] for column in columns]
             np.save(self._folder / f"{part}.npy", np.stack(index))
         spoken = self._folder / _SPOKEN
         with spoken.open("rb") as every, (self._folder / _HELD_OUT).open("wb") as kept:
@@ -160,8 +183,16 @@ class Spool:
 
     def close(self) -> None:
         """Close the files; a second time does nothing."""
-        for file in (*self._files, self._spoken):
+        for file in (*self._files, self._conversations, self._origins):
             file.close()
+
+
+def _spoken_by(document: Document) -> list[int]:
+    """Tokens and learned ones of each of `SPEAKERS`."""
+    pairs = document.speakers * 2 + document.supervised
+    kinds = np.bincount(pairs, minlength=2 * len(SPEAKERS)).reshape(-1, 2)
+    counts: list[int] = np.stack([kinds.sum(axis=1), kinds[:, 1]], axis=1).ravel().tolist()
+    return counts
 
 
 def _beside(conversation: Conversation) -> tuple[str, ...]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from neftune_dist.data.audit import Audit
+
 NAMED_ROWS = 20  # bad rows of a source that the report names one by one
 
 
@@ -47,8 +49,8 @@ class Report:
     num_not_chosen: int = 0
     num_plain_texts: int = 0
     num_turns_left_out: int = 0
-    end_of_turn_learned: float = 0.0  # share of documents whose last token is learned
     longest_tokens: int = 0
+    audit: Audit = field(default_factory=Audit)
 
     @property
     def source(self) -> str:
@@ -71,7 +73,8 @@ class Report:
             f"rows, {self.num_documents} documents to train on, {self.num_held_out} held out",
             f"data: {self.num_tokens} tokens, {supervised:.1%} of them supervised; longest "
             f"document {self.longest_tokens} tokens; end of turn learned in "
-            f"{self.end_of_turn_learned:.1%} of documents",
+            f"{self.audit.end_of_turn_learned:.1%} of documents",
+            *self.audit.lines(),
         ]
         for each in self.sources if several else []:
             times = f"{each.num_occurrences} times in an epoch"

@@ -1,72 +1,56 @@
-"""Conversations to text, and from text to tokens with the mask of what is learned.
+"""Conversations to tokens, with the mask of what is learned.
 
-Owns the chat template's use, the Alpaca prompt, and law 3's mask: which tokens are supervised is
-decided by character spans of the rendered text, never by token ids, so that an end-of-turn token is
-learned even where it equals the padding token.
+Owns the choice of the template and law 3's mask: which tokens are supervised is decided by
+character spans of the rendered text, never by token ids, so that an end-of-turn token is learned
+even where it equals the padding token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from neftune_dist.config import DataConfig, UserError
-from neftune_dist.data.formats import BadRow, Conversation
+from neftune_dist.data import masks, prompts
+from neftune_dist.data.chat import ChatTemplate
+from neftune_dist.data.formats import Conversation, Turn
+from neftune_dist.data.rendered import SPEAKERS, TEXT, Chunk, Rendered, Span
+from neftune_dist.data.sources import BadRow
 
-# The prompt of Stanford Alpaca, which the NEFTune paper's Alpaca runs use (appendix A).
-_ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
-)
-_ALPACA_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes "
-    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
-)
-# Some templates write today's date, which would make the tokens depend on the day they were made
-# (law 4). They get the date that Llama 3's own template falls back on. The "+" keeps the template's
-# first white space.
-_FIXED_DATE = (
-    "{% macro strftime_now(format) %}{{ format|replace('%d', '26')|replace('%m', '07')"
-    "|replace('%b', 'Jul')|replace('%B', 'July')|replace('%y', '24')|replace('%Y', '2024') }}"
-    "{% endmacro +%}"
-)
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A conversation's text and the half-open character spans that are learned.
-
-    marks_end: whether the last answer's span goes beyond its content, to an end-of-turn token.
-    framed: the tokenizer's beginning goes in front of it, its end-of-sequence token, learned,
-        behind it; a chat template writes both itself.
-    """
-
-    text: str
-    spans: tuple[tuple[int, int], ...]
-    marks_end: bool
-    framed: bool = False
+_Pieces = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """One document, not yet cut to length.
+    """One document.
 
     input_ids: int32 (length,). supervised: uint8 (length,), 1 where the token is learned (never the
-    first one). end_learned: whether the token that ends the last answer is there and learned.
+    first one). speakers: uint8 (length,), who says the token, as an index of `SPEAKERS`.
+    end_learned: whether the token that ends the last learned answer is there and learned.
     """
 
     input_ids: np.ndarray
     supervised: np.ndarray
+    speakers: np.ndarray
     end_learned: bool
+
+    def cut(self, max_length: int) -> Document:
+        """The first tokens of a document that is longer."""
+        kept = slice(max_length)
+        return Document(
+            self.input_ids[kept], self.supervised[kept], self.speakers[kept], end_learned=False
+        )
 
 
 class Template:
-    """Renders and tokenises conversations as `data.template` and `data.supervise` say."""
+    """Renders and tokenises conversations as `data.template`, `data.supervise` and
+    `data.system_prompt` say."""
 
     def __init__(self, tokenizer: Any, config: DataConfig) -> None:
         self.tokenizer = tokenizer
@@ -77,177 +61,171 @@ class Template:
                 f"The tokenizer {name} gives no character offsets, which the loss mask needs: use "
                 "a model with a tokenizer.json."
             )
-        # Without a post-processor: special tokens are put in here, and some post-processors take
-        # spaces off the offsets, which would hide who said them.
-        backend = tokenizer.backend_tokenizer
-        self._backend = type(backend).from_str(backend.to_str())
-        self._backend.post_processor = None
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        self._backend = _bare(tokenizer.backend_tokenizer)
         # What the tokenizer puts in front of a text. A chat template writes its own.
         probe = tokenizer("a", return_special_tokens_mask=True)
         num_special = probe["special_tokens_mask"].index(0)
         self._prefix = np.array(probe["input_ids"][:num_special], np.int32)
-        self._chat_template = ""
-        if config.template == "alpaca":
-            if tokenizer.eos_token_id is None:
-                raise UserError(
-                    f"The tokenizer {name} has no end-of-sequence token, with which the Alpaca "
-                    "prompt's answers end."
-                )
+        self._chat: ChatTemplate | None = None
+        if prompts.is_fixed(config.template):
+            prompts.check_tokenizer(config.template, name, tokenizer.eos_token)
             return
-        try:
-            self._chat_template = tokenizer.get_chat_template()
-        except ValueError as error:
+        self._chat = ChatTemplate(tokenizer, _jinja(tokenizer, config.template, name))
+        if config.system_prompt is not None and not self._chat.expresses_system():
             raise UserError(
-                f"The tokenizer {name} has no chat template: set data.template=alpaca, or use a "
-                "model that has one."
-            ) from error
-        if "strftime_now" in self._chat_template:
-            self._chat_template = _FIXED_DATE + self._chat_template
+                f"data.system_prompt cannot be used: the chat template of {name} takes no system "
+                "prompt."
+            )
+
+    @cached_property
+    def _literal(self) -> Any:
+        """The tokenizer that reads no special token in a text."""
+        literal = _bare(self.tokenizer.backend_tokenizer)
+        literal.encode_special_tokens = True
+        return literal
 
     def identity(self) -> dict[str, Any]:
         """All of the tokenizer that decides what a conversation becomes, as plain values."""
         return {
             "backend": self._backend.to_str(),
             "prefix": self._prefix.tolist(),
-            "chat_template": self._chat_template,
+            "fixed_prompt": "" if self._chat else self.config.template,
+            "chat_template": self._chat.source if self._chat else "",
             "special_tokens": {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()},
         }
 
-    def prompt(self, conversation: Conversation) -> str:
-        """The text in front of the first answer, as generation is given it."""
-        if self.config.template == "alpaca":
-            return _alpaca_prompt(conversation)
-        return self._apply(conversation.opening(), add_generation_prompt=True)
-
-    def prompt_ids(self, conversation: Conversation) -> list[int]:
-        """The tokens of `prompt`."""
-        [(ids, _)] = self._tokenize([self.prompt(conversation)])
-        prefix = self._prefix.tolist() if self.config.template == "alpaca" else []
-        return [*prefix, *ids.tolist()]
-
     def render(self, conversation: Conversation) -> Rendered:
-        """Text and learned spans. Raises `BadRow` where the template cannot express the turns."""
+        """Text and spans. Raises `BadRow` where the template cannot express the turns."""
         if conversation.text:
             if self.tokenizer.eos_token_id is None:
                 raise BadRow("the tokenizer has no end-of-sequence token, with which a text ends")
-            span = (0, len(conversation.text))
-            return Rendered(conversation.text, (span,), marks_end=True, framed=True)
-        if self.config.template == "alpaca":
-            prompt, answer = _alpaca_prompt(conversation), conversation.turns[-1].content
-            span = (len(prompt), len(prompt) + len(answer))
-            return Rendered(prompt + answer, (span,), marks_end=True, framed=True)
-        messages = conversation.messages()
-        text = self._apply(messages)
-        spans = []
-        marks_end = False
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._apply(messages[:i], add_generation_prompt=True)
-            through = text if i == len(messages) - 1 else self._apply(messages[: i + 1])
-            if not text.startswith(through):
-                raise BadRow(
-                    f"the chat template renders turn {i + 1} differently once later turns follow, "
-                    "so what the assistant said in it cannot be told apart"
-                )
-            if not through.startswith(before):
-                raise BadRow(
-                    f"the chat template's generation prompt is not what turn {i + 1} begins with, "
-                    "so what the assistant said in it cannot be told apart"
-                )
-            end, marks_end = _turn_end(through, len(before), message["content"])
-            spans.append((len(before), end))
-        return Rendered(text, tuple(spans), marks_end)
+            span = Span(0, len(conversation.text), TEXT, learned=True)
+            chunk = Chunk(conversation.text, (span,), starts=True, ends=True)
+            return Rendered((chunk,), marks_end=True)
+        conversation = self._with_system(conversation)
+        if self._chat is not None:
+            return masks.render(self._chat, conversation, self.config.supervise)
+        last_only = self.config.supervise == "last"
+        return prompts.render(self.config.template, conversation, last_only)
+
+    def prompt(self, conversation: Conversation) -> str:
+        """The text in front of the first answer, as generation is given it."""
+        return self._prompt(conversation).text
+
+    def prompt_ids(self, conversation: Conversation) -> list[int]:
+        """The tokens of `prompt`: those that the document begins with."""
+        chunk = self._prompt(conversation)
+        [(ids, _)] = self._tokenize([chunk.text], chunk.literal)
+        return [*(self._prefix.tolist() if chunk.starts else []), *ids.tolist()]
 
     def encode(self, rendered: Sequence[Rendered]) -> list[Document]:
-        """Tokens and masks, in one call of the tokenizer."""
+        """Tokens and masks, in few calls of the tokenizer."""
+        pieces = self._encode_chunks([chunk for each in rendered for chunk in each.chunks])
         documents = []
-        encoded = self._tokenize([r.text for r in rendered])
-        for r, (ids, offsets) in zip(rendered, encoded, strict=True):
-            cuts = [begin for begin, _ in r.spans if _inside_token(offsets, begin)]
-            if cuts:
-                ids, offsets = self._tokenize_in_pieces(r.text, cuts)
-            supervised = _learned(offsets, r.spans)
-            if r.framed:
-                ids = np.concatenate([self._prefix, ids])
-                supervised = np.concatenate([np.zeros(len(self._prefix), np.uint8), supervised])
-                if ids[-1] != self.tokenizer.eos_token_id:
-                    ids = np.append(ids, np.int32(self.tokenizer.eos_token_id))
-                    supervised = np.append(supervised, np.uint8(1))
+        for each in rendered:
+            encoded = [next(pieces) for _ in each.chunks]
+            ids, supervised, speakers = (
+                np.concatenate(part) for part in zip(*encoded, strict=True)
+            )
             if self.config.supervise == "all":
                 supervised = np.ones_like(supervised)
             supervised[:1] = 0  # nothing comes before it that could predict it
-            documents.append(Document(ids, supervised, r.marks_end))
+            documents.append(Document(ids, supervised, speakers, each.marks_end))
         return documents
 
-    def _tokenize(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _prompt(self, conversation: Conversation) -> Chunk:
+        conversation = self._with_system(conversation)
+        if self._chat is not None:
+            return Chunk(self._chat.prompt(conversation), ())
+        first = prompts.render(self.config.template, conversation, last_only=False).chunks[0]
+        begin = next(span.begin for span in first.spans if span.speaker == "assistant")
+        return replace(first, text=first.text[:begin], spans=(), ends=False)
+
+    def _with_system(self, conversation: Conversation) -> Conversation:
+        said = self.config.system_prompt
+        if said is None or any(turn.role == "system" for turn in conversation.turns):
+            return conversation
+        return replace(conversation, turns=(Turn("system", said), *conversation.turns))
+
+    def _encode_chunks(
+        self, chunks: Sequence[Chunk]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Of each chunk: input_ids, supervised, speakers, each (length,)."""
+        encoded = {
+            literal: iter(self._tokenize([c.text for c in chunks if c.literal == literal], literal))
+            for literal in (False, True)
+        }
+        for chunk in chunks:
+            ids, offsets = next(encoded[chunk.literal])
+            begins = sorted(span.begin for span in chunk.spans if span.learned)
+            cuts = [begin for begin in begins if _is_joined(chunk.text, offsets, begin)]
+            if cuts:
+                ids, offsets = self._tokenize_in_pieces(chunk.text, cuts, chunk.literal)
+            supervised, speakers = _painted(offsets, chunk.spans)
+            prefix, end = self._prefix, self.tokenizer.eos_token_id
+            if chunk.starts and ids[: len(prefix)].tolist() != prefix.tolist():
+                ids = np.concatenate([prefix, ids])
+                supervised = np.concatenate([np.zeros(len(prefix), np.uint8), supervised])
+                speakers = np.concatenate([np.zeros(len(prefix), np.uint8), speakers])
+            if chunk.ends and ids[-1:].tolist() != [end]:
+                last = chunk.spans[-1]
+                ids = np.append(ids, np.int32(end))
+                supervised = np.append(supervised, np.uint8(last.learned))
+                speakers = np.append(speakers, np.uint8(SPEAKERS.index(last.speaker)))
+            yield ids, supervised, speakers
+
+    def _tokenize(self, texts: list[str], literal: bool) -> list[_Pieces]:
         """Of each text, without special tokens around it: input_ids int32 (length,) and half-open
         character offsets int64 (length, 2)."""
+        backend = self._literal if literal else self._backend
         return [
             (np.array(e.ids, np.int32), np.array(e.offsets, np.int64).reshape(-1, 2))
-            for e in self._backend.encode_batch(texts, add_special_tokens=False)
+            for e in backend.encode_batch(texts, add_special_tokens=False)
         ]
 
-    def _tokenize_in_pieces(self, text: str, cuts: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    def _tokenize_in_pieces(self, text: str, cuts: list[int], literal: bool) -> _Pieces:
         """As `_tokenize`, with no token across a cut. A token that holds the prompt's end and the
         answer's beginning (':"' with the Alpaca prompt) could be neither learned nor generated."""
         ids, offsets = [], []
         for first, last in pairwise([0, *cuts, len(text)]):
-            [(piece_ids, piece_offsets)] = self._tokenize([text[first:last]])
+            [(piece_ids, piece_offsets)] = self._tokenize([text[first:last]], literal)
             if first:
                 # Tokenizers made from sentencepiece put a space in front of whatever they are
                 # given: a line break takes it, unless one token holds the break and more.
-                [(broken_ids, broken_offsets)] = self._tokenize(["\n" + text[first:last]])
-                if not _inside_token(broken_offsets, 1):
-                    kept = broken_offsets[:, 0] >= 1
-                    piece_ids, piece_offsets = broken_ids[kept], broken_offsets[kept] - 1
+                [(broken_ids, broken)] = self._tokenize(["\n" + text[first:last]], literal)
+                if not _inside_token(broken, 1):
+                    kept = broken[:, 0] >= 1
+                    piece_ids, piece_offsets = broken_ids[kept], broken[kept] - 1
             ids.append(piece_ids)
             offsets.append(piece_offsets + first)
         return np.concatenate(ids), np.concatenate(offsets)
 
-    def _apply(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+
+def _bare(backend: Any) -> Any:
+    """The tokenizer without a post-processor: special tokens are put in here, and some
+    post-processors take spaces off the offsets, which would hide who said them."""
+    bare = type(backend).from_str(backend.to_str())
+    bare.post_processor = None
+    bare.no_truncation()
+    bare.no_padding()
+    return bare
+
+
+def _jinja(tokenizer: Any, template: str, name: str) -> str:
+    if template != "chat":
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=self._chat_template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except Exception as error:  # a template is a program, and can fail in any way
-            raise BadRow(f"the chat template refuses the turns: {error}") from error
-        return text
-
-
-def _alpaca_prompt(conversation: Conversation) -> str:
-    roles = [turn.role for turn in conversation.turns]
-    if roles != ["user", "assistant"]:
-        raise BadRow(
-            "the Alpaca prompt takes one instruction and one answer, not the turns "
-            f"{', '.join(roles[:4])}{', ...' if len(roles) > 4 else ''}"
-        )
-    instruction = conversation.turns[0].content
-    if conversation.context:
-        return _ALPACA_WITH_INPUT.format_map(
-            {"instruction": instruction, "input": conversation.context}
-        )
-    return _ALPACA_WITHOUT_INPUT.format_map({"instruction": instruction})
-
-
-def _turn_end(text: str, start: int, content: str) -> tuple[int, bool]:
-    """Where the assistant's turn ends, and whether anything marks its end: behind the end-of-turn
-    token, before the template's own white space that leads to the next turn (no model generates
-    that)."""
-    inside = text.find(content, start)
-    if inside < 0:  # a template that trims contents
-        content = content.strip()
-        inside = text.find(content, start)
-    if inside < 0:
-        raise BadRow("the chat template changes the assistant's text")
-    content_end = inside + len(content)
-    tail = text[content_end:].rstrip()
-    return content_end + len(tail), bool(tail)
+            return Path(template).expanduser().read_text(encoding="utf-8")
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"data.template={template} cannot be read: {reason}.") from error
+    try:
+        own: str = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise UserError(
+            f"The tokenizer {name} has no chat template: set data.template=alpaca, vicuna, llama2 "
+            "or the path of a .jinja file, or use a model that has one."
+        ) from error
+    return own
 
 
 def _inside_token(offsets: np.ndarray, place: int) -> bool:
@@ -255,10 +233,21 @@ def _inside_token(offsets: np.ndarray, place: int) -> bool:
     return bool(np.any((offsets[:, 0] < place) & (place < offsets[:, 1])))
 
 
-def _learned(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
-    """uint8 (length,): 1 for the tokens that begin within a span."""
-    starts = offsets[:, 0]
-    learned = np.zeros(len(offsets), np.uint8)
-    for begin, end in spans:
-        learned[(begin <= starts) & (starts < end)] = 1
-    return learned
+def _is_joined(text: str, offsets: np.ndarray, begin: int) -> bool:
+    """Whether what an answer begins with changes the tokens in front of it, which would then not
+    be those of the prompt alone: by a token that holds both, or because the prompt ends in much
+    white space, whose tokens in many tokenizers depend on whether a word follows."""
+    return _inside_token(offsets, begin) or (begin > 1 and text[begin - 2 : begin].isspace())
+
+
+def _painted(offsets: np.ndarray, spans: Sequence[Span]) -> _Pieces:
+    """supervised and speakers, each uint8 (length,). A learned span has the tokens that begin in
+    it; any other those that end in it, for their first one may begin with a space in front."""
+    first, last = offsets[:, 0], offsets[:, 1] - 1
+    supervised, speakers = np.zeros(len(offsets), np.uint8), np.zeros(len(offsets), np.uint8)
+    for span in spans:
+        place = first if span.learned else last
+        inside = (span.begin <= place) & (place < span.end)
+        supervised[inside] = span.learned
+        speakers[inside] = SPEAKERS.index(span.speaker)
+    return supervised, speakers

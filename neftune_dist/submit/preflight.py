@@ -54,6 +54,8 @@ def anchor(config: Config) -> None:
     for each in named:
         if files.is_local(each.source):
             each.source = _absolute("data.source", each.source)
+    if data.template.endswith(".jinja"):
+        data.template = _absolute("data.template", data.template)
     if data.held_out_source:
         data.held_out_source = _absolute("data.held_out_source", data.held_out_source)
     if checkpoint.resume not in ("auto", "never"):

@@ -45,6 +45,18 @@ def dolly() -> Path:
 
 
 @pytest.fixture(scope="session")
+def fastchat() -> Path:
+    """500 conversations of several turns, in ShareGPT's layout."""
+    return shared("data/train/fastchat_dummy_conversation.json.gz")
+
+
+@pytest.fixture(scope="session")
+def toolcalls() -> Path:
+    """300 conversations with tools, in ShareGPT's layout."""
+    return shared("data/train/llamafactory_glaive_toolcall.json.gz")
+
+
+@pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
     """SmolLM2-135M-Instruct as a model directory, converted once into the user's cache."""
     made = subprocess.run(

@@ -87,7 +87,7 @@ def test_truncated_documents_keep_their_beginning_and_lose_their_end(
     assert cut.train.lengths.tolist() == [whole.train.lengths[0], 48]
     np.testing.assert_array_equal(cut.train[1][0], whole.train[1][0][:48])
     np.testing.assert_array_equal(cut.train[1][1], whole.train[1][1][:48])
-    assert cut.report.end_of_turn_learned == 0.5
+    assert cut.report.audit.end_of_turn_learned == 0.5
 
 
 def test_a_template_without_end_of_turn_shows_in_the_report(
@@ -96,7 +96,7 @@ def test_a_template_without_end_of_turn_shows_in_the_report(
     endless = copy.deepcopy(tiny_tokenizer)
     endless.chat_template = endless.chat_template.replace("{{ eos_token }}", "")
     report = prepare(write(numbered(5)), endless).report
-    assert report.end_of_turn_learned == 0.0
+    assert report.audit.end_of_turn_learned == 0.0
     assert any("end of turn learned in 0.0% of documents" in line for line in report.lines())
 
 
@@ -490,7 +490,7 @@ def test_alpaca_in_seconds(alpaca: Path, smollm2: Any, tmp_path: Path) -> None:
     assert report.num_rows == 15_130 and report.num_bad_rows == 9
     assert report.num_documents + report.num_nothing_to_learn == 15_121
     assert all(": the answer is empty" in each for each in report.bad_rows)
-    assert report.end_of_turn_learned == 1 - report.num_truncated / report.num_documents
+    assert report.audit.end_of_turn_learned == 1 - report.num_truncated / report.num_documents
     assert seconds < 30  # about 6 of one core
 
 

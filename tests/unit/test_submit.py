@@ -582,13 +582,17 @@ def test_paths_become_absolute_and_hub_ids_stay(site: Site) -> None:
     config = Config(run_dir="a")
     config.model.name_or_path, config.model.weights = "org/name", "w"
     config.data.source, config.checkpoint.resume = "tatsu-lab/alpaca", "old/step_00000005"
+    config.data.template = "mine.jinja"
     preflight.anchor(config)
+    assert config.data.template == str(site.here / "mine.jinja")
     assert (config.model.name_or_path, config.data.source) == ("org/name", "tatsu-lab/alpaca")
     assert config.model.weights == str(site.here / "w")
     assert config.checkpoint.resume == str(site.here / "old" / "step_00000005")
     config.data.source, config.checkpoint.resume = "builtin", "auto"
+    config.data.template = "vicuna"
     preflight.anchor(config)
     assert (config.data.source, config.checkpoint.resume) == ("builtin", "auto")
+    assert config.data.template == "vicuna"
 
 
 def test_snapshots_are_numbered(site: Site) -> None:

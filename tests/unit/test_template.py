@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from neftune_dist.config import DataConfig, UserError
-from neftune_dist.data.formats import BadRow, Conversation, Turn, detect_format, to_conversation
+from neftune_dist.data.formats import Conversation, Turn, detect_format, to_conversation
+from neftune_dist.data.sources import BadRow
 from neftune_dist.data.template import Document, Template
 
 END = "<|im_end|>"  # of SmolLM2
@@ -169,13 +170,9 @@ def test_supervise_all(smollm2: Any, llama2: Any) -> None:
 
 
 def test_the_first_token_is_never_learned(tiny_tokenizer: Any) -> None:
-    """Nothing comes before it: here the answer is the document's very first text."""
-    silent = with_template(
-        tiny_tokenizer,
-        "{% for m in messages if m['role'] == 'assistant' %}{{ m['content'] }}</s>{% endfor %}",
-    )
-    made = document(make(silent), conversation("unsaid", "one two"))
-    assert decode(silent, made.input_ids) == "one two</s>"
+    """Nothing comes before it: here the text begins at once."""
+    made = document(make(tiny_tokenizer), Conversation((), text="one two"))
+    assert decode(tiny_tokenizer, made.input_ids) == "one two</s>"
     assert made.supervised[0] == 0 and made.supervised[1:].all()
 
 

@@ -1,0 +1,268 @@
+"""Every family's chat template: what is learned, decoded back, is what the assistant said."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from neftune_dist.config import UserError
+from neftune_dist.data.formats import Conversation, Turn
+from neftune_dist.data.rendered import SPEAKERS
+from neftune_dist.data.sources import BadRow
+from tests.chat_families import ANSWERS, FAMILIES, QUESTIONS, SYSTEM, ChatFamily
+from tests.unit.test_template import conversation, decode, document, learned, make, with_template
+
+ROWS = 12
+# Tokenizers, and the families whose own are of that kind.
+KINDS = {
+    "tiny_tokenizer": tuple(FAMILIES),
+    "smollm2": ("smollm2", "chatml", "qwen-2.5", "qwen-3", "llama-3", "phi-4"),
+    "llama2": ("llama-2-chat", "mistral-v0.1", "zephyr", "vicuna", "phi-3", "gemma-3"),
+}
+TALK = conversation(QUESTIONS[0], ANSWERS[0], QUESTIONS[1], ANSWERS[1])
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> ChatFamily:
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(scope="module")
+def talks(alpaca: Path, fastchat: Path) -> list[Conversation]:
+    """Real ones: of one exchange, and of several."""
+    rows = [row for row in json.loads(gzip.decompress(alpaca.read_bytes())) if row["output"]]
+    single = [conversation(row["instruction"], row["output"]) for row in rows[:ROWS]]
+    long = json.loads(gzip.decompress(fastchat.read_bytes()))[:ROWS]
+    return single + [conversation(*(t["value"] for t in row["conversations"])) for row in long]
+
+
+def test_the_family_s_format(family: ChatFamily, tiny_tokenizer: Any) -> None:
+    made = make(family.tokenizer(tiny_tokenizer))
+    said = SYSTEM if family.takes_system else ""
+    spoken = conversation(*(turn.content for turn in TALK.turns), system=said)
+    assert made.render(spoken).text == family.text.replace("{s}", SYSTEM)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [(name, kind) for kind, names in KINDS.items() for name in names]
+)
+def test_real_talks(
+    name: str, kind: str, talks: list[Conversation], request: pytest.FixtureRequest
+) -> None:
+    family = FAMILIES[name]
+    tokenizer = family.tokenizer(request.getfixturevalue(kind))
+    template = make(tokenizer)
+    documents = template.encode([template.render(each) for each in talks])
+    for each, made in zip(talks, documents, strict=True):
+        answers = [turn.content for turn in each.turns if turn.role == "assistant"]
+        assert learned(tokenizer, made) == [family.learned(answer) for answer in answers]
+        assert made.end_learned
+        said = SPEAKERS.index("assistant")
+        assert np.array_equal(made.supervised == 1, made.speakers == said)
+        if len(answers) == 1:
+            prompt = template.prompt_ids(each)
+            assert made.input_ids[: len(prompt)].tolist() == prompt
+            assert np.flatnonzero(made.supervised)[0] == len(prompt)
+
+
+def test_a_system_prompt(family: ChatFamily, tiny_tokenizer: Any) -> None:
+    tokenizer = family.tokenizer(tiny_tokenizer)
+    if not family.takes_system:
+        with pytest.raises(UserError, match=r"data\.system_prompt.*takes no system prompt"):
+            make(tokenizer, system_prompt=SYSTEM)
+        with pytest.raises(BadRow, match="the chat template refuses the turns"):
+            make(tokenizer).render(conversation("a", "b", system=SYSTEM))
+        return
+    template = make(tokenizer, system_prompt=SYSTEM)
+    made = document(template, TALK)
+    assert template.render(TALK).text == family.text.replace("{s}", SYSTEM)
+    assert learned(tokenizer, made) == [family.learned(answer) for answer in ANSWERS]
+    system = made.input_ids[made.speakers == SPEAKERS.index("system")]
+    assert decode(tokenizer, system).strip() == SYSTEM
+    own = conversation(*(turn.content for turn in TALK.turns), system="Of my own.")
+    assert SYSTEM not in template.render(own).text
+
+
+def test_the_last_answer_alone(family: ChatFamily, tiny_tokenizer: Any) -> None:
+    tokenizer = family.tokenizer(tiny_tokenizer)
+    made = document(make(tokenizer, supervise="last"), TALK)
+    assert learned(tokenizer, made) == [family.learned(ANSWERS[-1])]
+    first = decode(tokenizer, made.input_ids[made.speakers == SPEAKERS.index("assistant")])
+    assert ANSWERS[0] in first
+    everything = document(make(tokenizer, supervise="all"), TALK)
+    assert everything.input_ids.tolist() == made.input_ids.tolist()
+    assert everything.supervised[1:].all() and everything.end_learned
+
+
+# Templates that write a turn otherwise once others follow.
+
+MARKED = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content if loop.last else m.content.split('</think>')[-1] }}{{ eos_token }}\n"
+    "{% endgeneration %}{% else %}{{ m.content }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+THOUGHT = "<think>\nHm.\n</think>\n\n"
+PENSIVE = conversation("a", THOUGHT + "one", "b", THOUGHT + "two")
+
+
+def test_reasoning_that_the_history_drops(tiny_tokenizer: Any) -> None:
+    """As in Qwen 3: refused by turn, unless the last answer alone is to be learned."""
+    tokenizer = FAMILIES["qwen-3"].tokenizer(tiny_tokenizer)
+    with pytest.raises(BadRow, match=r"turn 2 differently.*data\.supervise=last"):
+        make(tokenizer).render(PENSIVE)
+    made = document(make(tokenizer, supervise="last"), PENSIVE)
+    assert learned(tokenizer, made) == [THOUGHT + "two<|im_end|>"]
+    assert decode(tokenizer, made.input_ids).count("Hm.") == 1
+
+
+def test_reasoning_is_generated_where_the_answer_has_some(tiny_tokenizer: Any) -> None:
+    tokenizer = FAMILIES["qwen-3"].tokenizer(tiny_tokenizer)
+    template = make(tokenizer)
+    for answer, prompt_end in (
+        (THOUGHT + "5", "assistant\n"),
+        ("5", "assistant\n<think>\n\n</think>\n\n"),
+    ):
+        spoken = conversation("2 + 3?", answer)
+        made = document(template, spoken)
+        assert learned(tokenizer, made) == [answer + "<|im_end|>"]
+        assert template.prompt(spoken).endswith(prompt_end)
+        prompt = template.prompt_ids(spoken)
+        assert made.input_ids[: len(prompt)].tolist() == prompt
+    # Written with other white space than the template's, it is still the same reasoning.
+    loose = document(template, conversation("2 + 3?", "<think>Hm.</think>5"))
+    assert learned(tokenizer, loose) == [THOUGHT + "5<|im_end|>"]
+
+
+def test_the_template_s_own_marks(tiny_tokenizer: Any) -> None:
+    """They say what is left of an answer in the history; what no model generates is not learned,
+    although these hold it."""
+    tokenizer = with_template(tiny_tokenizer, MARKED)
+    made = document(make(tokenizer), PENSIVE)
+    assert learned(tokenizer, made) == ["\n\none</s>", THOUGHT + "two</s>"]
+    headed = MARKED.replace("<|{{ m.role }}|>\n{% if", "{% if").replace(
+        "{% generation %}", "{% generation %}<|assistant|>\n"
+    )
+    made = document(make(with_template(tiny_tokenizer, headed)), PENSIVE)
+    assert learned(tokenizer, made) == ["\n\none</s>", THOUGHT + "two</s>"]
+
+
+def test_marks_at_a_wrong_place_are_not_believed(tiny_tokenizer: Any) -> None:
+    """Those inside a macro are counted from its own beginning."""
+    inside = "{% macro all() %}" + MARKED + "{% endmacro %}{{ 'Once upon a time.' }}{{ all() }}"
+    with pytest.raises(BadRow, match="turn 2 differently"):
+        make(with_template(tiny_tokenizer, inside)).render(PENSIVE)
+
+
+def test_an_answer_given_twice(tiny_tokenizer: Any) -> None:
+    """Each is found behind its own question, also where the system prompt moves."""
+    tokenizer = FAMILIES["mistral-v0.3"].tokenizer(tiny_tokenizer)
+    spoken = conversation("a", "OK", "a", "OK", "OK", "OK", system="s")
+    made = document(make(tokenizer), spoken)
+    assert learned(tokenizer, made) == [" OK</s>"] * 3
+
+
+# Turns that do not reach the text.
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
+def test_a_template_that_drops_turns_is_found_out(role: str, tiny_tokenizer: Any) -> None:
+    dropping = (
+        f"{{% for m in messages if m.role != '{role}' %}}<{{{{ m.role }}}}>{{{{ m.content }}}}"
+        "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    spoken = Conversation(
+        (
+            Turn("system", "Be brief, please."),
+            Turn("user", "What is it?"),
+            Turn("tool", "A lookup's result."),
+            Turn("assistant", "A tree."),
+        )
+    )
+    number = [turn.role for turn in spoken.turns].index(role) + 1
+    for supervise in ("all", "assistant"):
+        template = make(with_template(tiny_tokenizer, dropping), supervise=supervise)
+        with pytest.raises(BadRow, match=rf"turn {number}\b"):
+            template.render(spoken)
+
+
+# Tools.
+
+CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "tree"}}}
+TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}
+CALLING = Conversation(
+    (
+        Turn("user", "What is a tree?"),
+        Turn("assistant", "", json.dumps([CALL])),
+        Turn("tool", '{"found": "a plant"}'),
+        Turn("assistant", "A plant."),
+    ),
+    tools=json.dumps([TOOL]),
+)
+
+
+def test_calls_are_learned_and_results_are_not(tiny_tokenizer: Any) -> None:
+    tokenizer = FAMILIES["qwen-2.5"].tokenizer(tiny_tokenizer)
+    made = document(make(tokenizer), CALLING)
+    call = '\n<tool_call>\n{"name": "look_up", "arguments": {"word": "tree"}}\n</tool_call>'
+    assert learned(tokenizer, made) == [call[1:] + "<|im_end|>", "A plant.<|im_end|>"]
+    assert made.end_learned
+    result = made.input_ids[made.speakers == SPEAKERS.index("tool")]
+    assert decode(tokenizer, result).strip() == '{"found": "a plant"}'
+    prompt = make(tokenizer).prompt_ids(CALLING)
+    assert made.input_ids[: len(prompt)].tolist() == prompt
+    assert '"parameters"' in decode(tokenizer, np.array(prompt))
+
+
+def test_real_calls(toolcalls: Path, tiny_tokenizer: Any) -> None:
+    tokenizer = FAMILIES["qwen-2.5"].tokenizer(tiny_tokenizer)
+    template = make(tokenizer)
+    for row in json.loads(gzip.decompress(toolcalls.read_bytes()))[:40]:
+        made = document(template, called(row))
+        texts = learned(tokenizer, made)
+        said = [t["value"] for t in row["conversations"] if t["from"] in ("gpt", "function_call")]
+        for text, value in zip(texts, said, strict=True):
+            if text.startswith("<tool_call>"):
+                text = text.removeprefix("<tool_call>").removesuffix("</tool_call><|im_end|>")
+                assert json.loads(text) == json.loads(value)
+            else:
+                assert text == value + "<|im_end|>"
+
+
+def called(row: dict[str, Any]) -> Conversation:
+    roles = {"human": "user", "gpt": "assistant", "observation": "tool"}
+    turns = []
+    for turn in row["conversations"]:
+        if turn["from"] == "function_call":
+            call = {"type": "function", "function": json.loads(turn["value"])}
+            turns.append(Turn("assistant", "", json.dumps([call])))
+        else:
+            turns.append(Turn(roles[turn["from"]], turn["value"]))
+    return Conversation(tuple(turns), tools=row["tools"])
+
+
+def test_tools_that_the_template_cannot_express(tiny_tokenizer: Any) -> None:
+    tokenizer = FAMILIES["chatml"].tokenizer(tiny_tokenizer)
+    with pytest.raises(BadRow, match="leaves out the tools, such as look_up"):
+        make(tokenizer).render(CALLING)
+    for supervise in ("assistant", "last", "all"):
+        with pytest.raises(BadRow, match="leaves out what the assistant calls in turn 2"):
+            make(tokenizer, supervise=supervise).render(replace(CALLING, tools=""))
+
+
+# A template of one's own.
+
+
+def test_a_template_from_a_file(tmp_path: Path, llama2: Any) -> None:
+    path = tmp_path / "zephyr.jinja"
+    path.write_text(FAMILIES["zephyr"].template)
+    made = document(make(llama2, template=str(path)), TALK)
+    assert learned(llama2, made) == [answer + "</s>" for answer in ANSWERS]
+    with pytest.raises(UserError, match=r"other\.jinja cannot be read: No such file"):
+        make(llama2, template=str(tmp_path / "other.jinja"))
