@@ -140,6 +140,7 @@ LAYOUTS = {
             "model.activation_checkpointing=selective",
             "model.loss=chunked",
             "engine.offload=cpu",
+            "engine.sequence_parallel=2",
             "train.micro_batch_tokens=96",
         ],
     ),
@@ -154,7 +155,6 @@ LAYOUTS = {
     ),
     # Two heads of keys for four ranks.
     "sequence 4": (4, ["engine.sequence_parallel=4"]),
-    "sequence 2, compiled": (2, ["engine.sequence_parallel=2", "model.compile=true"]),
     "zero-3, compiled": (2, ["engine.name=deepspeed", "model.compile=true"]),
 }
 
