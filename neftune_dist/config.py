@@ -495,10 +495,11 @@ def _check_adapter(config: Config) -> None:
 def _check_data(data: DataConfig) -> None:
     if data.mixture:
         for key in ("source", "split", "revision", "format"):
-            if getattr(data, key) != getattr(DataConfig, key):
+            default = getattr(DataConfig, key)
+            if getattr(data, key) != default:
                 raise UserError(
                     f"data.{key}={getattr(data, key)} has no effect with data.mixture, whose "
-                    "entries have their own: leave it out."
+                    f"entries have their own: leave it out, or at data.{key}={default or 'null'}."
                 )
     for key, each in data.sources.items():
         if each.source == BUILTIN_SOURCE and each.format not in ("auto", "alpaca"):
