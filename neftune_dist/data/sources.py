@@ -164,6 +164,9 @@ def _open_bytes(path: Path) -> IO[bytes]:
             raw.close()
             raise OSError("it is empty")
         return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raw.close()
+        raise ValueError("it is UTF-16 text and must be UTF-8")
     for magic, real in _MAGIC.items():
         if head.startswith(magic):
             raw.close()

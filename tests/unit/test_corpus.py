@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
 import time
+import tracemalloc
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,10 @@ import numpy as np
 import pytest
 
 from neftune_dist import cli
-from neftune_dist.config import DataConfig, UserError
-from neftune_dist.data import builtin
-from neftune_dist.data.corpus import Documents, prepare
+from neftune_dist.config import DataConfig, SourceConfig, UserError
+from neftune_dist.data import builtin, corpus
+from neftune_dist.data.corpus import prepare
+from neftune_dist.data.documents import Documents
 from neftune_dist.data.formats import Turn
 from tests.unit.corpora import entries, numbered, texts
 
@@ -235,6 +239,70 @@ def test_more_held_out_keeps_those_held_out_before(
     assert {*few} < {*many}
 
 
+def test_a_share_is_held_out_as_its_number_is(
+    write: Callable[..., DataConfig], tiny_tokenizer: Any
+) -> None:
+    rows = [*numbered(200, prompts=100), {"instruction": "bad"}]
+    one = prepare(write(rows, held_out_fraction=0.15), tiny_tokenizer)
+    two = prepare(write(rows, num_held_out=30), tiny_tokenizer)
+    assert (len(one.held_out), len(one.train)) == (30, 170)
+    assert texts(one.held_out, tiny_tokenizer) == texts(two.held_out, tiny_tokenizer)
+    few = prepare(write(numbered(9), held_out_fraction=0.01), tiny_tokenizer)
+    assert len(few.held_out) == 1
+
+
+def test_a_source_of_its_own_is_held_out_and_leaks_nothing(
+    write: Callable[..., DataConfig], tiny_tokenizer: Any
+) -> None:
+    """Whatever the format, the case and the white space of the same question."""
+    held_out = write(
+        [
+            {"messages": [*asked("Count  to 3.\n"), {"role": "assistant", "content": "Three."}]},
+            {"messages": [*asked("COUNT TO 4. now"), {"role": "assistant", "content": "Four."}]},
+            {"messages": [*asked("Something else."), {"role": "assistant", "content": "Else."}]},
+            {"messages": asked("No answer.")},
+        ],
+        "held_out.jsonl",
+    )
+    rows = [
+        *numbered(20, prompts=10),
+        {"instruction": "Count to 4.", "input": "NOW", "output": "4"},
+    ]
+    config = write(rows, held_out_source=held_out.source, max_bad_fraction=0.3)
+    made = prepare(config, tiny_tokenizer)
+    report = made.report
+    assert (report.num_leaked, report.num_documents, report.num_held_out) == (3, 18, 3)
+    assert (report.num_rows, report.num_bad_rows) == (25, 1)
+    assert not any(
+        "Count to 3." in text or "NOW" in text for text in texts(made.train, tiny_tokenizer)
+    )
+    assert [each.turns[1].content for each in made.held_out_conversations] == [
+        "Three.",
+        "Four.",
+        "Else.",
+    ]
+    lines = "\n".join(report.lines())
+    assert "3 documents removed: their prompt is held out" in lines
+    assert "held_out.jsonl: 4 rows, 3 documents, not trained on" in lines
+    assert "held_out.jsonl, row 4: no turn is the assistant's" in lines
+    Path(held_out.source).write_text(Path(held_out.source).read_text() + "\n")
+    assert prepare(config, tiny_tokenizer).fingerprint != made.fingerprint
+    assert prepare(config, tiny_tokenizer).identity["dataset"] != made.identity["dataset"]
+
+
+def asked(question: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}]
+
+
+def test_a_held_out_source_that_holds_all_prompts(
+    write: Callable[..., DataConfig], tiny_tokenizer: Any
+) -> None:
+    same = write(numbered(9), "same.jsonl")
+    config = write(numbered(9), held_out_source=same.source)
+    with pytest.raises(UserError, match=r"held_out_source=.*leaves none of the 9 documents"):
+        prepare(config, tiny_tokenizer)
+
+
 def test_held_out_conversations_are_those_of_the_documents(tmp_path: Path, smollm2: Any) -> None:
     made = prepare(DataConfig(num_held_out=60, cache_dir=str(tmp_path)), smollm2)
     answers = {(row["instruction"], row["input"]): row for row in builtin.rows()}
@@ -243,6 +311,172 @@ def test_held_out_conversations_are_those_of_the_documents(tmp_path: Path, smoll
         assert spoken.turns[1] == Turn("assistant", row["output"])
         assert dict(spoken.extra) == {"task": row["task"]}
         assert f"{row['output']}<|im_end|>" in smollm2.decode(made.held_out[i][0].tolist())
+
+
+# Duplicates, plain texts, turns that are left out.
+
+
+def test_duplicates_are_counted_and_dropped_where_asked(
+    write: Callable[..., DataConfig], tiny_tokenizer: Any
+) -> None:
+    """The same conversation, not the same row, and no more than alike is not the same."""
+    again = [{**row, "id": 7} for row in numbered(4)] + [{**GOOD, "output": "hello."}, GOOD, GOOD]
+    rows = [*numbered(10), *again]
+    kept = prepare(write(rows), tiny_tokenizer).report
+    assert (kept.num_duplicates, kept.num_dropped_duplicates, kept.num_documents) == (5, 0, 17)
+    assert any("5 duplicates of a conversation kept" in line for line in kept.lines())
+    made = prepare(write(rows, duplicates="drop"), tiny_tokenizer)
+    assert (made.report.num_dropped_duplicates, made.report.num_documents) == (5, 12)
+    assert len({*texts(made.train, tiny_tokenizer)}) == 12
+    assert any("5 duplicates of a conversation dropped" in line for line in made.report.lines())
+
+
+def test_a_plain_text_is_learned_whole(
+    write: Callable[..., DataConfig], tiny_tokenizer: Any
+) -> None:
+    """Between the tokenizer's beginning and its end, without a template; but for the first
+    token, which nothing predicts."""
+    made = prepare(write([{"text": " Once\nupon. "}, {"text": "x"}]), tiny_tokenizer)
+    ids, supervised = made.train[0]
+    prefix = tiny_tokenizer("")["input_ids"]
+    inside = tiny_tokenizer(" Once\nupon. ", add_special_tokens=False)["input_ids"]
+    assert ids.tolist() == [*prefix, *inside, tiny_tokenizer.eos_token_id]
+    assert supervised.tolist() == [0] + [1] * (len(ids) - 1)
+    assert made.report.num_plain_texts == 2 and made.report.end_of_turn_learned == 1.0
+    assert any("2 documents of plain text, learned whole" in line for line in made.report.lines())
+
+
+def test_turns_that_are_left_out_are_counted(
+    write: Callable[..., DataConfig], tiny_tokenizer: Any
+) -> None:
+    spoken = [("gpt", "x"), ("human", "a"), ("gpt", "b"), ("human", "y")]
+    rows = [{"conversations": [{"from": who, "value": what} for who, what in spoken]}] * 3
+    report = prepare(write(rows), tiny_tokenizer).report
+    assert report.num_turns_left_out == 6
+    assert any("6 turns left out that nothing asks for or answers" in x for x in report.lines())
+
+
+# Mixtures.
+
+
+def mixed(write: Callable[..., DataConfig], *entries: dict[str, Any], **more: Any) -> DataConfig:
+    """Of sources of 100, 200, ... rows whose prompts begin with the source's letter."""
+    mixture = []
+    for i, entry in enumerate(entries):
+        letter = "ABC"[i]
+        rows = [{"prompt": f"{letter} {n}?", "completion": f"{n}."} for n in range(100 * (i + 1))]
+        source = write(rows, f"{letter}.jsonl").source
+        mixture.append(SourceConfig(source, **entry))
+    return DataConfig(mixture=mixture, cache_dir=write([]).cache_dir, **more)
+
+
+def occurrences(documents: Documents, tokenizer: Any) -> dict[str, Counter[str]]:
+    """How often each prompt is there, by the letter of its source."""
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    for prompt in prompts(documents, tokenizer):
+        question = prompt.split("\n")[1].split("<|")[0].removesuffix("</s>")
+        found[question[0]][question] += 1
+    return found
+
+
+def test_a_weight_is_the_times_that_a_document_occurs(
+    write: Callable[..., DataConfig], tiny_tokenizer: Any
+) -> None:
+    config = mixed(write, {"weight": 2.3}, {"weight": 0.25}, {})
+    made = prepare(config, tiny_tokenizer)
+    found = occurrences(made.train, tiny_tokenizer)
+    assert {*found["A"].values()} == {2, 3} and len(found["A"]) == 100
+    assert abs(found["A"].total() - 230) < 20  # 4.6 is the spread of the binomial
+    assert {*found["B"].values()} == {1} and abs(found["B"].total() - 50) < 25
+    assert {*found["C"].values()} == {1} and len(found["C"]) == 300
+    report = made.report
+    assert report.num_documents == len(made.train) == sum(each.total() for each in found.values())
+    assert [each.num_documents for each in report.sources] == [100, 200, 300]
+    assert [each.num_occurrences for each in report.sources] == [
+        found[letter].total() for letter in "ABC"
+    ]
+    assert report.num_not_chosen == 200 - len(found["B"])
+    assert report.num_tokens == int(made.train.lengths.sum())
+    told = f"A.jsonl: 100 rows, 100 documents, {found['A'].total()} times in an epoch"
+    assert any(told in line for line in report.lines())
+    # A repetition is a document of its own, of the same tokens.
+    ids = [made.train[i][0].tolist() for i in range(len(made.train))]
+    assert ids[0] == ids[1] and made.train.gather(np.array([0, 1]))[0].tolist() == ids[0] * 2
+
+
+def test_a_cap_is_not_the_first_ones_and_grows_by_more(
+    write: Callable[..., DataConfig], tiny_tokenizer: Any
+) -> None:
+    few, many = (
+        occurrences(
+            prepare(mixed(write, {"max_documents": number}), tiny_tokenizer).train, tiny_tokenizer
+        )["A"]
+        for number in (10, 40)
+    )
+    assert (len(few), len(many)) == (10, 40) and {*few} < {*many}
+    assert {*few} != {f"A {n}?" for n in range(10)}
+    half = prepare(mixed(write, {"max_documents": 40, "weight": 1.5}), tiny_tokenizer)
+    found = occurrences(half.train, tiny_tokenizer)["A"]
+    assert {*found} == {*many} and 45 < found.total() < 75  # the 0.5 is another choice than the cap
+
+
+def test_a_mixture_holds_out_before_it_repeats(
+    write: Callable[..., DataConfig], tiny_tokenizer: Any
+) -> None:
+    config = mixed(write, {"weight": 3.0}, {"max_documents": 50}, num_held_out=60)
+    made = prepare(config, tiny_tokenizer)
+    train, held_out = ({*prompts(each, tiny_tokenizer)} for each in (made.train, made.held_out))
+    assert not train & held_out and len(held_out) == len(made.held_out) == 60
+    assert (
+        made.report.num_documents == 3 * (100 - sum(" A" in p or "\nA" in p for p in held_out)) + 50
+    )
+
+
+@pytest.mark.parametrize("change", [{"weight": 2.0}, {"max_documents": 99}, {"format": "text"}])
+def test_what_is_mixed_is_in_the_fingerprint(
+    change: dict[str, Any], write: Callable[..., DataConfig], tiny_tokenizer: Any
+) -> None:
+    base = prepare(mixed(write, {}, {}), tiny_tokenizer)
+    again = prepare(mixed(write, {}, {}), tiny_tokenizer)
+    assert (base.fingerprint, base.identity) == (again.fingerprint, again.identity)
+    if "format" in change:
+        with pytest.raises(UserError, match="field 'text' is missing"):
+            prepare(mixed(write, change, {}), tiny_tokenizer)
+        return
+    other = prepare(mixed(write, change, {}), tiny_tokenizer)
+    assert other.fingerprint != base.fingerprint
+    assert other.identity["dataset"] != base.identity["dataset"]
+
+
+# More rows than memory holds.
+
+
+def test_memory_does_not_grow_with_the_rows(
+    tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for digests and the like. Python's memory and numpy's; the tokenizer's own is that of a
+    batch."""
+    monkeypatch.setattr(corpus, "_BATCH_ROWS", 50)
+    peaks = []
+    for number in (100, 400, 2_000):  # the first fills what is made once
+        path = tmp_path / f"{number}.jsonl"
+        with path.open("w") as file:
+            for i in range(number):
+                row = {"instruction": f"Count to {i}.", "output": f"{i}, " * 20}
+                file.write(json.dumps(row) + "\n")
+        config = DataConfig(
+            source=str(path),
+            template="alpaca",
+            num_held_out=number // 10,
+            cache_dir=str(tmp_path),
+        )
+        tracemalloc.start()
+        made = prepare(config, tiny_tokenizer)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(made.train) + len(made.held_out) == number
+    per_row = (peaks[2] - peaks[1]) / 1_600
+    assert per_row < 250, peaks  # bytes; a row's tokens and mask take about 600
 
 
 # Real data, and the command line.
