@@ -32,7 +32,7 @@ from neftune_dist.data.selection import Selection, select
 from neftune_dist.data.sources import BadRow, Source, open_source
 from neftune_dist.data.template import Document, Template
 
-_VERSION = 3  # of what this module and the template make of the same input
+_VERSION = 4  # of what this module and the template make of the same input
 # Tokenised together: many, unless they are long.
 _BATCH_ROWS, _BATCH_CHARACTERS = 1000, 2**22
 _PROGRESS_SECONDS = 5.0

@@ -66,9 +66,11 @@ class _Talk:
         self.messages, self.tools = conversation.messages(), tools_of(conversation)
         self.text = template.apply(self.messages, self.tools)
         self.answers = [i for i, each in enumerate(self.messages) if each["role"] == "assistant"]
+        calls = [call for each in self.messages for call in each.get("tool_calls", [])]
+        called = [call["function"]["name"] for call in calls]
         for tool in self.tools or []:
-            name = tool.get("function", tool).get("name", "")
-            if name not in self.text:
+            name = tool["function"]["name"]
+            if self.text.count(name) <= called.count(name):
                 raise BadRow(f"the chat template leaves out the tools, such as {name}")
 
     def answer(self, i: int, behind: int) -> tuple[Span, bool]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from neftune_dist.config import UserError
-from neftune_dist.data.formats import Conversation, Turn
+from neftune_dist.data.formats import Conversation, Turn, to_conversation
 from neftune_dist.data.rendered import SPEAKERS
 from neftune_dist.data.sources import BadRow
 from tests.chat_families import ANSWERS, FAMILIES, QUESTIONS, SYSTEM, ChatFamily
@@ -39,7 +39,7 @@ def talks(alpaca: Path, fastchat: Path) -> list[Conversation]:
     rows = [row for row in json.loads(gzip.decompress(alpaca.read_bytes())) if row["output"]]
     single = [conversation(row["instruction"], row["output"]) for row in rows[:ROWS]]
     long = json.loads(gzip.decompress(fastchat.read_bytes()))[:ROWS]
-    return single + [conversation(*(t["value"] for t in row["conversations"])) for row in long]
+    return single + [to_conversation(row, "sharegpt") for row in long]
 
 
 def test_the_family_s_format(family: ChatFamily, tiny_tokenizer: Any) -> None:
@@ -224,7 +224,7 @@ def test_real_calls(toolcalls: Path, tiny_tokenizer: Any) -> None:
     tokenizer = FAMILIES["qwen-2.5"].tokenizer(tiny_tokenizer)
     template = make(tokenizer)
     for row in json.loads(gzip.decompress(toolcalls.read_bytes()))[:40]:
-        made = document(template, called(row))
+        made = document(template, to_conversation(row, "sharegpt"))
         texts = learned(tokenizer, made)
         said = [t["value"] for t in row["conversations"] if t["from"] in ("gpt", "function_call")]
         for text, value in zip(texts, said, strict=True):
@@ -235,22 +235,12 @@ def test_real_calls(toolcalls: Path, tiny_tokenizer: Any) -> None:
                 assert text == value + "<|im_end|>"
 
 
-def called(row: dict[str, Any]) -> Conversation:
-    roles = {"human": "user", "gpt": "assistant", "observation": "tool"}
-    turns = []
-    for turn in row["conversations"]:
-        if turn["from"] == "function_call":
-            call = {"type": "function", "function": json.loads(turn["value"])}
-            turns.append(Turn("assistant", "", json.dumps([call])))
-        else:
-            turns.append(Turn(roles[turn["from"]], turn["value"]))
-    return Conversation(tuple(turns), tools=row["tools"])
-
-
 def test_tools_that_the_template_cannot_express(tiny_tokenizer: Any) -> None:
     tokenizer = FAMILIES["chatml"].tokenizer(tiny_tokenizer)
-    with pytest.raises(BadRow, match="leaves out the tools, such as look_up"):
-        make(tokenizer).render(CALLING)
+    calls_alone = FAMILIES["qwen-3"].tokenizer(tiny_tokenizer)
+    for other in (tokenizer, calls_alone):
+        with pytest.raises(BadRow, match="leaves out the tools, such as look_up"):
+            make(other).render(CALLING)
     for supervise in ("assistant", "last", "all"):
         with pytest.raises(BadRow, match="leaves out what the assistant calls in turn 2"):
             make(tokenizer, supervise=supervise).render(replace(CALLING, tools=""))
