@@ -342,7 +342,7 @@ def test_a_plain_text_is_learned_whole(
     inside = tiny_tokenizer(" Once\nupon. ", add_special_tokens=False)["input_ids"]
     assert ids.tolist() == [*prefix, *inside, tiny_tokenizer.eos_token_id]
     assert supervised.tolist() == [0] + [1] * (len(ids) - 1)
-    assert made.report.num_plain_texts == 2 and made.report.end_of_turn_learned == 1.0
+    assert made.report.num_plain_texts == 2 and made.report.audit.end_of_turn_learned == 1.0
     assert any("2 documents of plain text, learned whole" in line for line in made.report.lines())
 
 
