@@ -100,13 +100,13 @@ def test_trained(name: str, folder: Path, tmp_path: Path) -> None:
         "model.dtype=fp32",
         f"data.source={folder / rows}.jsonl",
         f"data.cache_dir={folder / 'cache'}",
-        "data.max_length=96",
+        "data.max_length=256",
         "data.num_held_out=4",
         "optim.warmup_steps=1",
         "train.num_epochs=null",
         "train.max_steps=2",
         "train.global_batch_size=4",
-        "train.micro_batch_tokens=256",
+        "train.micro_batch_tokens=512",
         "logging.progress=false",
     )
     assert [record["step"] for record in records] == [1, 2]
