@@ -177,13 +177,13 @@ def _prepare(config: Config, run_dir: Path, world: World) -> _Prepared:
     corpus = world.in_turn(lambda: prepare(config.data, tokenizer, world.log))
     found = resume.find(run_dir, config, world)
     with world.agree():
-        schedule = make_schedule(config.train, len(corpus.train), corpus.fingerprint)
+        schedule = make_schedule(config.train, len(corpus.train), corpus.content)
         model = load.build(folder, config.model, config.data.packing, config.adapter)
         check_vocabulary(model, tokenizer)
         check_lengths(model.config, corpus.report.longest_tokens)
         identity = {
             **corpus.identity,
-            "data": corpus.fingerprint,
+            "data": corpus.content,
             "architecture": load.architecture(model.config),
         }
         progress = Progress()

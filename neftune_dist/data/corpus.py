@@ -32,7 +32,7 @@ from neftune_dist.data.selection import Selection, select
 from neftune_dist.data.sources import BadRow, Source, open_source
 from neftune_dist.data.template import Document, Template
 
-_VERSION = 4  # of what this module and the template make of the same input
+_VERSION = 5  # of what this module and the template make of the same input
 # Tokenised together: many, unless they are long.
 _BATCH_ROWS, _BATCH_CHARACTERS = 1000, 2**22
 _PROGRESS_SECONDS = 5.0
@@ -53,7 +53,8 @@ _Row = tuple[str, Conversation, Rendered]  # its place in the source first
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and held-out documents, what was reported of them, and their fingerprint. A document
+    """Training and held-out documents, what was reported of them, the name of their cache entry,
+    and a digest of their content, which decides the order of the steps (law 4). A document
     that an epoch has several times is several documents, each with an index of its own."""
 
     train: Documents
@@ -63,6 +64,11 @@ class Corpus:
     fingerprint: str
     # Digests of what made it, for a message that says which of them is another.
     identity: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def content(self) -> str:
+        """The same for the same tokens and masks, by whatever version they were made."""
+        return self.report.content
 
 
 @dataclass(frozen=True)
@@ -235,6 +241,7 @@ def _fill(
 def _finish(folder: Path, spool: Spool, table: Table, chosen: Selection, report: Report) -> None:
     """Make a spool an entry: its parts, and the report."""
     spool.choose(table, chosen.train, chosen.held_out)
+    report.content = spool.digest()
     for name in ("num_duplicates", "num_dropped_duplicates", "num_leaked", "num_not_chosen"):
         setattr(report, name, getattr(chosen, name))
     report.num_documents, report.num_held_out = len(chosen.train), len(chosen.held_out)

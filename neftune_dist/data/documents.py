@@ -181,6 +181,15 @@ class Spool:
                 kept.write(every.readline())
         spoken.unlink()
 
+    def digest(self) -> str:
+        """Of the training part's tokens and masks, in order; however they were made."""
+        total = hashlib.sha256()
+        for name in _FILES:
+            with (self._folder / name).open("rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+        total.update(np.load(self._folder / "train.npy")[:2].tobytes())
+        return total.hexdigest()[:24]
+
     def close(self) -> None:
         """Close the files; a second time does nothing."""
         for file in (*self._files, self._conversations, self._origins):

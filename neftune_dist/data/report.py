@@ -34,6 +34,7 @@ class Report:
     """
 
     sources: list[SourceReport]
+    content: str = ""  # digest of what is trained on, token by token
     num_rows: int = 0
     num_documents: int = 0
     num_held_out: int = 0

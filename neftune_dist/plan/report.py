@@ -69,7 +69,7 @@ def read(
     check_vocabulary(model, tokenizer)
     corpus = prepare(config.data, tokenizer, log)
     check_lengths(model.config, corpus.report.longest_tokens)
-    schedule = make_schedule(config.train, len(corpus.train), corpus.fingerprint)
+    schedule = make_schedule(config.train, len(corpus.train), corpus.content)
     return Subject(folder, model, model_size(model), corpus, schedule)
 
 

@@ -69,7 +69,7 @@ def open_loader(config: Config) -> tuple[Any, ModelSize, Loader]:
     folder = load.find(config.model)
     model = load.build(folder, config.model, config.data.packing)
     corpus = prepare(config.data, load.load_tokenizer(folder, config.model), lambda _: None)
-    schedule = make_schedule(config.train, len(corpus.train), corpus.fingerprint)
+    schedule = make_schedule(config.train, len(corpus.train), corpus.content)
     size = model_size(model)
     return model, size, Loader(corpus.train, schedule, config, 0, 1, size.quadratic_tokens)
 

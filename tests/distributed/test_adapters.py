@@ -98,7 +98,7 @@ def reference(config_path: Path, method: str) -> tuple[list[dict[str, float]], A
     config = load_config(config_path, METHODS[method])
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.name_or_path)
     corpus = prepare(config.data, tokenizer)
-    schedule = make_schedule(config.train, len(corpus.train), corpus.fingerprint)
+    schedule = make_schedule(config.train, len(corpus.train), corpus.content)
     model = peft_model(config_path, method)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(

@@ -71,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.make_model(made / "llama", intermediate=128)
     tokenizer = tiny.make_tokenizer(made / "opt")
     torch.manual_seed(0)
-    config = family("opt", vocab_size=len(tokenizer), max_position_embeddings=128)
+    config = family("opt", vocab_size=len(tokenizer), max_position_embeddings=512)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(made / "opt")
     tiny.make_rows(made / "alpaca.jsonl", 24)
     turns = [("human", "Count."), ("gpt", "One, two."), ("human", "On."), ("gpt", "Three, four.")]

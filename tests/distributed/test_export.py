@@ -108,6 +108,7 @@ def test_new_tokens_are_trained_saved_and_exported(tmp_path: Path) -> None:
     config = tiny.make_config(tmp_path, train={"max_steps": 3})
     model = tmp_path / "model"
     template = (model / "chat_template.jinja").read_text()
+    template = template.replace("m['role'] }}|>", "m['role']|replace('assistant', 'bot') }}|>")
     (model / "chat_template.jinja").write_text(template.replace("<|assistant|>", "<|bot|>"))
     words = ["model.add_tokens=<|bot|>,<|end|>,<|a|>,<|b|>"]
     one = tiny.train(config, tmp_path / "one", *words)

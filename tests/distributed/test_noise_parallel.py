@@ -340,7 +340,7 @@ def expected(config: Path) -> Digests:
     settings = load_config(config)
     tokenizer = transformers.AutoTokenizer.from_pretrained(settings.model.name_or_path)
     corpus = prepare(settings.data, tokenizer)
-    schedule = make_schedule(settings.train, len(corpus.train), corpus.fingerprint)
+    schedule = make_schedule(settings.train, len(corpus.train), corpus.content)
     found = Digests()
     for step in range(STEPS):
         for document, epoch in zip(*schedule.documents(step), strict=True):

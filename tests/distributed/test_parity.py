@@ -40,7 +40,7 @@ def reference(config_path: Path, *words: str, skipped: Sequence[int] = ()) -> li
     folder = config.model.name_or_path
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     corpus = prepare(config.data, tokenizer)
-    schedule = make_schedule(config.train, len(corpus.train), corpus.fingerprint)
+    schedule = make_schedule(config.train, len(corpus.train), corpus.content)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     plain = [p for p in model.parameters() if p.dim() < 2]

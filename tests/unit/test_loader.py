@@ -35,7 +35,7 @@ def loader(
 ) -> Loader:
     train = {"global_batch_size": 24, "micro_batch_tokens": 256, "max_steps": 200, **train}
     config = Config(data=DataConfig(packing=packing), train=TrainConfig(**train))
-    schedule = make_schedule(config.train, len(corpus.train), corpus.fingerprint)
+    schedule = make_schedule(config.train, len(corpus.train), corpus.content)
     return Loader(corpus.train, schedule, config, rank, world_size, QUADRATIC_TOKENS)
 
 
