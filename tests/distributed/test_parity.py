@@ -140,7 +140,6 @@ LAYOUTS = {
             "model.activation_checkpointing=selective",
             "model.loss=chunked",
             "engine.offload=cpu",
-            "engine.sequence_parallel=2",
             "train.micro_batch_tokens=96",
         ],
     ),

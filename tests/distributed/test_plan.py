@@ -21,6 +21,7 @@ from torch.distributed import Work
 from neftune_dist import train
 from neftune_dist.config import load_config
 from neftune_dist.loop import Trainer
+from neftune_dist.model import load
 from neftune_dist.plan.report import read
 from tests import tiny
 
@@ -48,6 +49,12 @@ class Measured:
             activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
         )
         make_engine, save, wait = train.make_engine, Trainer.save, Work.wait
+        open_weights, opened = load.open_weights, []
+
+        def kept(*arguments: Any) -> Any:
+            # The profiler hears of it when the mapped files are let go, not when they were opened.
+            opened.append(open_weights(*arguments))
+            return opened[-1]
 
         def made(*arguments: Any) -> Any:
             profiler.start()
@@ -77,6 +84,7 @@ class Measured:
             (train, "make_engine", made),
             (Work, "wait", waited),
             (Trainer, "save", saved),
+            (load, "open_weights", kept),
         ):
             setattr(owner, name, mine)
 
