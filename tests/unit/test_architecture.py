@@ -24,7 +24,7 @@ ORDER: list[set[str]] = [
     {"cli"},
 ]
 HOMES = {
-    "omegaconf": {"config"},
+    "omegaconf": {"config/sections", "config/reading"},
     "datasets": {"data/sources"},
     "deepspeed": {"engine/deepspeed"},
     "tensorboard": {"trackers"},

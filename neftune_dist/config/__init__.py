@@ -1,0 +1,62 @@
+"""Every knob of a run, and where its value comes from: defaults, then YAML, then `key=value` words.
+
+Owns the configuration tree, its sources and the checks that need nothing but the configuration
+itself. It imports no torch, so a login node can validate a run. Unknown keys, wrong types and
+contradictions are refused with `UserError`.
+"""
+
+from neftune_dist.config.checks import check
+from neftune_dist.config.errors import UserError
+from neftune_dist.config.reading import load_config
+from neftune_dist.config.sections import (
+    ACCEPTABLE_CHANGES,
+    BUILTIN_SOURCE,
+    CHOICES,
+    RANGES,
+    TEMPLATES,
+    TYPES,
+    AdapterConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EngineConfig,
+    EvaluateConfig,
+    JudgeConfig,
+    LoggingConfig,
+    ModelConfig,
+    NoiseConfig,
+    OptimConfig,
+    SourceConfig,
+    TrainConfig,
+    differences,
+    listed,
+    scheduled,
+)
+
+__all__ = [
+    "ACCEPTABLE_CHANGES",
+    "BUILTIN_SOURCE",
+    "CHOICES",
+    "RANGES",
+    "TEMPLATES",
+    "TYPES",
+    "AdapterConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EngineConfig",
+    "EvaluateConfig",
+    "JudgeConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "NoiseConfig",
+    "OptimConfig",
+    "SourceConfig",
+    "TrainConfig",
+    "UserError",
+    "check",
+    "differences",
+    "listed",
+    "load_config",
+    "scheduled",
+]

@@ -1,0 +1,167 @@
+"""A configuration from its sources: defaults, then YAML, then `key=value` words."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from neftune_dist.config.checks import check
+from neftune_dist.config.errors import UserError, brief
+from neftune_dist.config.sections import TYPES, Config
+
+
+def load_config(path: str | os.PathLike[str] | None, words: Sequence[str] = ()) -> Config:
+    """Defaults, then the YAML file at `path`, then `key=value` words; checked.
+
+    A file may begin with `extends: OTHER.yaml`, a file beside it whose settings come first.
+
+    Raises `UserError` naming the key, the value and what is allowed.
+    """
+    updates = [] if path is None else _read_files(Path(path))
+    updates += [(f"'{word}'", _read_word(word)) for word in words]
+    config = OmegaConf.structured(Config)
+    for where, update in updates:
+        _check_update(update, where)
+        try:
+            config = OmegaConf.merge(config, update)
+        except OmegaConfBaseException as error:
+            raise UserError(f"{where} cannot be read: {_reason(error)}.") from error
+    try:
+        resolved = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key} cannot be resolved: {_reason(error)}.") from error
+    assert isinstance(resolved, Config)
+    check(resolved)
+    return resolved
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        loaded = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, RecursionError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" (line {where.line + 1})" if where else ""
+        raise UserError(f"{path} is not valid YAML{line}: {_reason(error)}.") from error
+    except (OSError, ValueError) as error:  # no file, no UTF-8, no more than a bare word
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"The configuration file {path} cannot be read: {reason}.") from error
+    if not OmegaConf.is_dict(loaded):
+        raise UserError(f"{path} must hold sections such as 'model:' and 'noise:'.")
+    return OmegaConf.to_container(loaded, resolve=False)
+
+
+def _read_files(path: Path, extended_by: tuple[Path, ...] = ()) -> list[tuple[str, Any]]:
+    """A file's settings behind those of the file it extends; where each was found."""
+    loaded = _read_yaml(path)
+    extends = loaded.pop("extends", None)
+    if extends is None:
+        return [(str(path), loaded)]
+    if not isinstance(extends, str) or not extends:
+        raise UserError(f"{path}: extends={brief(extends)} is no file's name.")
+    parent, chain = path.parent / extends, (*extended_by, path)
+    if parent.resolve() in [each.resolve() for each in chain]:
+        raise UserError(f"{path}: extends={extends} comes back to a file that it extends.")
+    return [*_read_files(parent, chain), (str(path), loaded)]
+
+
+def _read_word(word: str) -> Any:
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise UserError(f"'{word}' is not of the form key=value, such as noise.alpha=5.")
+    if str in TYPES.get(key, ()) and text != "null":
+        text = json.dumps(text, ensure_ascii=False)  # quoted: YAML reads run_dir=007 as 7
+    try:
+        update = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={text}"]), resolve=False)
+        section, _, name = key.rpartition(".")
+        if TYPES.get(key) == (list,) and isinstance(update, dict):
+            items = update[section][name]
+            update[section][name] = items and [_spaced(item) for item in items]
+        return update
+    except (YAMLError, OmegaConfBaseException, RecursionError, ValueError) as error:
+        raise UserError(f"{word!a} cannot be read: {_reason(error)}.") from error
+
+
+def _spaced(item: Any) -> Any:
+    """An entry written without spaces, {source:a.json,weight:2}, in which YAML sees no values."""
+    if not isinstance(item, dict):
+        return item
+    spaced: dict[Any, Any] = {}
+    for key, value in item.items():
+        name, colon, text = str(key).partition(":")
+        spaced |= {name: OmegaConf.from_dotlist([f"x={text}"])["x"]} if colon else {key: value}
+    return spaced
+
+
+def _check_update(update: dict[Any, Any], where: str, prefix: str = "") -> None:
+    """Refuse unknown keys and wrong types; what an interpolation gives is checked later."""
+    for name, value in update.items():
+        key = f"{prefix}{name}"
+        if TYPES.get(key) == (list,):
+            _check_list(key, value, where)
+        elif key in TYPES and "." not in str(name):
+            if not (isinstance(value, str) and "${" in value):
+                _check_type(key, value, where)
+        elif any(known.startswith(f"{key}.") for known in TYPES):
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: {key} is a section and takes keys below it.")
+            _check_update(value, where, f"{key}.")
+        else:
+            raise UserError(f"{where}: unknown key {key}; {_hint(key, prefix)}")
+
+
+def _check_list(key: str, items: Any, where: str) -> None:
+    known = {each.removeprefix(f"{key}[].") for each in TYPES if each.startswith(f"{key}[].")}
+    form = f"{key}=[{{source: a.json, weight: 2}}, {{source: b.json}}]"
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise UserError(f"{where}: {key} is a list of entries, such as {form}.")
+    for i, item in enumerate(items):
+        for name, value in item.items():
+            if name not in known:
+                raise UserError(
+                    f"{where}: unknown key {key}[{i}].{name}; known: {', '.join(sorted(known))}."
+                )
+            if not (isinstance(value, str) and "${" in value):
+                _check_type(f"{key}[{i}].{name}", value, where)
+        if not item.get("source"):
+            raise UserError(f"{where}: {key}[{i}] names no source; write {form}.")
+
+
+def _check_type(key: str, value: Any, where: str) -> None:
+    types = TYPES[re.sub(r"\[\d+\]", "[]", key)]
+    wanted = types[0]
+    allowed = (*types, int) if wanted is float else types
+    # By type(), because True is an instance of int; "???" is OmegaConf's word for no value.
+    if type(value) not in allowed or value == "???":
+        kinds = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+        kind = kinds[wanted] + (" or null" if NoneType in types else "")
+        quotes = ": put it in quotes" if wanted is str and type(value) in (int, float, bool) else ""
+        shown = "null" if value is None else brief(value)
+        raise UserError(f"{where}: {key}={shown} is not {kind}{quotes}.")
+
+
+def _hint(key: str, prefix: str) -> str:
+    if key in TYPES:
+        section, _, name = key.rpartition(".")
+        return f"write '{section}:' and, on the next line, indented, '{name}:'."
+    sections = () if prefix else vars(Config())
+    near = difflib.get_close_matches(key, [*TYPES, *sections], n=1)
+    if near:
+        return f"did you mean {near[0]}?"
+    names = {each[len(prefix) :].split(".")[0] for each in TYPES if each.startswith(prefix)}
+    return f"known: {', '.join(sorted(names))}."
+
+
+def _reason(error: Exception) -> str:
+    """One line, without the full stop."""
+    text = str(getattr(error, "problem", None) or error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")
