@@ -35,6 +35,8 @@ HOMES = {
     "torchao": {"model/extras"},
     "peft": {"model/adapters"},
     "bitsandbytes": {"model/nf4"},
+    "sacrebleu": {"evaluate/text"},
+    "rouge_score": {"evaluate/text"},
 }
 
 
