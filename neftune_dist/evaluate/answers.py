@@ -175,17 +175,14 @@ def _row(
 
 
 def _read_partial(folder: Path) -> dict[int, dict[str, Any]]:
-    """What was answered before, by the instruction's index; lines that are not whole are none."""
+    """What was answered before, by the instruction's index; less a line that was cut short."""
     done: dict[int, dict[str, Any]] = {}
     for path in sorted(folder.glob(_PARTIAL)):
         for line in path.read_bytes().splitlines(keepends=True):
-            if not line.endswith(b"\n"):
-                continue
-            try:
+            if line.endswith(b"\n"):
                 row = json.loads(line)
-                done[row.pop("index")] = vars(Generated(**row))
-            except (ValueError, TypeError, KeyError, AttributeError):
-                continue
+                index = row.pop("index")
+                done[index] = vars(Generated(**row))
     return done
 
 
