@@ -193,7 +193,8 @@ class EvaluateConfig:
     every_steps: int = 0  # while training; 0: before the first and after the last step only
     max_documents: int = 0  # 0: all held-out documents
     train_documents: int = 0  # of the training set, whose loss is taken without and with noise
-    instructions: str = "held_out"  # to be answered: held_out, or a file of such (AlpacaEval's)
+    # To be answered: held_out, or a file of such (AlpacaEval's); null: none.
+    instructions: str | None = "held_out"
     max_instructions: int = 200  # the first of them; 0: all
     max_new_tokens: int = 512  # of an answer
     repetition_penalty: float = 1.2  # of greedy decoding, as in the paper; 1: none

@@ -36,6 +36,8 @@ HOMES = {
     "peft": {"model/adapters"},
     "bitsandbytes": {"model/nf4"},
     "lm_eval": {"evaluate/harness"},
+    "sacrebleu": {"evaluate/text"},
+    "rouge_score": {"evaluate/text"},
 }
 
 
