@@ -19,8 +19,10 @@ from torch import Tensor
 from neftune_dist.cli import main
 from neftune_dist.config import Config, UserError, load_config
 from neftune_dist.distributed import World
+from neftune_dist.evaluate import evaluation
 from neftune_dist.evaluate.losses import document_losses
 from neftune_dist.evaluate.subject import open_subject
+from neftune_dist.evaluate.win_rate import Judgement
 from neftune_dist.noise.law import SampleStream, TokenLayout, draw, scales
 from tests import tiny
 from tests.unit.corpora import documents_of
@@ -285,3 +287,43 @@ def test_the_folder(folder: Path, tmp_path: Path, run_evaluate: Callable[..., An
     code, said = run_evaluate(*words, "evaluate.train_documents=3")  # losses are taken anew
     assert code == 0, said
     assert len(json.loads((out / "items.json").read_text())["train"]) == 3
+
+
+def test_a_judge_that_is_down_takes_nothing_with_it(
+    folder: Path,
+    tmp_path: Path,
+    run_evaluate: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked, theirs = tmp_path / "asked.json", tmp_path / "theirs.json"
+    rows = [{"instruction": f"Count to {i}."} for i in range(3)]
+    asked.write_text(json.dumps(rows))
+    theirs.write_text(json.dumps([{**row, "output": "No."} for row in rows[:2]]))
+    out = tmp_path / "out"
+    words = [folder, "--output", out, "model.dtype=fp32", "evaluate.max_new_tokens=3"]
+    words += [f"evaluate.instructions={asked}", f"judge.reference={theirs}", "judge.model=x"]
+    words += ["judge.url=http://127.0.0.1:9/v1", "judge.key_variable=null", "judge.max_retries=0"]
+    code, said = run_evaluate(*words)
+    assert code == 2
+    assert "over different instructions" in said
+    assert not out.exists()  # told before the first answer
+
+    theirs.write_text(json.dumps([{**row, "output": "No."} for row in rows]))
+    code, said = run_evaluate(*words)
+    assert code == 2
+    assert "127.0.0.1:9" in said
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["answers"]["num"], summary["judge"]) == (3, None)
+    assert len(json.loads((out / "answers.json").read_text())) == 3
+
+    def judged(ours: Any, theirs: Any, *_: Any) -> list[Judgement]:
+        assert [row["output"] for row in theirs] == ["No."] * 3
+        return [Judgement(row["instruction"], 2.0, 1, 3) for row in ours]
+
+    monkeypatch.setattr(evaluation, "compare", judged)
+    code, said = run_evaluate(*words)
+    assert code == 0, said
+    assert "answers: there from before" in said
+    assert "win rate 100.0 %" in said
+    assert json.loads((out / "summary.json").read_text())["judge"]["num_wins"] == 3
+    assert json.loads((out / "items.json").read_text())["judge"] == [2.0] * 3
