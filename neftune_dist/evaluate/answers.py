@@ -104,8 +104,8 @@ def generate(
         limit: most tokens of a prompt and its answer that the model takes; None: any.
     """
     width = max(map(len, prompts))
-    # Masked, padding decides nothing; but where transformers does not exempt it, it is punished as a
-    # repetition, so a row is padded with a token of its own, which is one anyway.
+    # Masked, padding decides nothing; but a transformers that does not exempt it punishes it as a
+    # repetition. So a row is padded with a token of its own, which is one anyway.
     ids = torch.tensor([[row[0]] * (width - len(row)) + row for row in prompts])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
     ends = subject.end_tokens
