@@ -21,6 +21,7 @@ ORDER: list[set[str]] = [
     {"export"},
     {"train"},
     {"plan", "study", "doctor", "submit"},
+    {"arguments"},
     {"cli"},
 ]
 HOMES = {
