@@ -64,6 +64,7 @@ class Corpus:
     fingerprint: str
     # Digests of what made it, for a message that says which of them is another.
     identity: dict[str, str] = field(default_factory=dict)
+    chat_template: str | None = None  # in Jinja, for users of the trained model; None: it has none
 
     @property
     def content(self) -> str:
@@ -136,7 +137,11 @@ def prepare(
         "dataset": _short_digest(given.identity()),
         "tokenizer": _short_digest(template.identity()),
     }
-    corpus = replace(load(entry, [source.name for source in given.sources]), identity=identity)
+    corpus = replace(
+        load(entry, [source.name for source in given.sources]),
+        identity=identity,
+        chat_template=template.as_jinja(),
+    )
     for source, told in zip(given.sources, corpus.report.sources, strict=True):
         _refuse_bad_share(source, told, config)
     return corpus
