@@ -136,6 +136,7 @@ def prepare(
     identity = {
         "dataset": _short_digest(given.identity()),
         "tokenizer": _short_digest(template.identity()),
+        "template": _short_digest(template.identity()["chat_template"]),
     }
     corpus = replace(
         load(entry, [source.name for source in given.sources]),
