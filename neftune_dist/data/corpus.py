@@ -22,7 +22,6 @@ import numpy as np
 from filelock import FileLock
 
 from neftune_dist.config import DataConfig, SourceConfig, UserError
-from neftune_dist.data import files
 from neftune_dist.data.audit import Audit
 from neftune_dist.data.documents import Conversations, Documents, Spool, Table
 from neftune_dist.data.formats import Conversation, detect_format, to_conversation
@@ -82,11 +81,8 @@ class _Input:
     @staticmethod
     def open(config: DataConfig) -> _Input:
         sources = [open_source(each, key) for key, each in config.sources.items()]
-        if config.held_out_source:
-            if not files.is_local(config.held_out_source):
-                raise UserError(files.no_file(config.held_out_source, "data.held_out_source"))
-            own = SourceConfig(config.held_out_source)
-            sources.append(open_source(own, "data.held_out_source"))
+        if config.held_out:
+            sources.append(open_source(config.held_out, "data.held_out_source"))
         return _Input(tuple(sources), tuple(config.sources.values()))
 
     def identity(self) -> list[list[Any]]:
