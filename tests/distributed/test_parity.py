@@ -7,8 +7,10 @@ a plain transformers model with plain AdamW, under the noise put on by `NEFTune(
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +217,34 @@ def test_a_rank_without_a_document(engine: str, config: Path, tmp_path: Path) ->
     assert_same(
         tiny.train(config, tmp_path / "run", f"engine.name={engine}", *words, ranks=3), expected
     )
+
+
+@dataclass(frozen=True)
+class BuildFolder:
+    """Where torch would put the operators that it compiles."""
+
+    folder: Path
+
+    def __call__(self) -> None:
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(self.folder)
+
+
+def test_deepspeed_compiles_nothing(config: Path, tmp_path: Path) -> None:
+    """So that no run waits for the lock which another left there when it was killed."""
+    lock = tmp_path / "built" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    done = tiny.run_forked(
+        "train",
+        config,
+        f"run_dir={tmp_path / 'run'}",
+        "engine.name=deepspeed",
+        "train.max_steps=1",
+        ranks=2,
+        before=BuildFolder(tmp_path / "built"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert [path for path in (tmp_path / "built").rglob("*") if path.is_file()] == [lock]
 
 
 def test_untied_head(tmp_path: Path) -> None:
