@@ -152,11 +152,11 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
     )
     try:
         finished = trainer.run()
-    except BaseException:
+    except BaseException as error:
         watchdog.close()
         saver.abandon()
         with suppress(UserError):  # the first failure is the one to tell
-            recorder.close()
+            recorder.close(failed=not isinstance(error, Stopped))
         raise
     watchdog.close()
     with world.agree():

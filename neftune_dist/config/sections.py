@@ -191,7 +191,7 @@ class LoggingConfig:
 
     tensorboard: bool = True
     wandb: bool = False  # Weights & Biases
-    mlflow: bool = False
+    mlflow: bool = False  # where MLFLOW_TRACKING_URI says
     project: str = "neftune_dist"  # of wandb; mlflow's experiment
     name: str | None = None  # of the run there; None: the last part of run_dir
     progress: bool = True
