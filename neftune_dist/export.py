@@ -28,6 +28,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FILE_BYTES = 4 * 2**30
 # Everything in a model directory that is not weights: configuration, tokenizer, code.
 _SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
+_CHAT_TEMPLATE = "chat_template.jinja"
 MODEL_FOLDER = "model"  # in a run directory: those files, so that export needs nothing else
 
 
@@ -49,6 +50,21 @@ def keep_vocabulary(tokenizer: Any, num_rows: int, run_dir: Path) -> None:
     path = target / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "vocab_size": num_rows}, indent=2) + "\n")
+
+
+def keep_template(source: str | None, run_dir: Path) -> None:
+    """Put the chat template that a run trains with in the place of the model's own, which would
+    now be another; None: it has none."""
+    target = run_dir / MODEL_FOLDER
+    own = target / "tokenizer_config.json"
+    if own.exists():
+        settings = json.loads(own.read_text())
+        settings.pop("chat_template", None)
+        own.write_text(json.dumps(settings, indent=2) + "\n")
+    if source is None:
+        (target / _CHAT_TEMPLATE).unlink(missing_ok=True)
+    else:
+        (target / _CHAT_TEMPLATE).write_text(source, encoding="utf-8")
 
 
 def export(
@@ -94,7 +110,7 @@ def export(
             _write_adapter(checkpoint.folder, state, partial, adapted)
         else:
             _write_weights(_Content.of(checkpoint.folder, state, adapted), partial, chosen)
-        (partial / "README.md").write_text(_card(state))
+        (partial / "README.md").write_text(_card(state, partial))
         if output.exists():
             if not any((output / name).exists() for name in ("config.json", "adapter_config.json")):
                 raise UserError(f"{output} exists and is no export: choose another --output.")
@@ -220,8 +236,13 @@ def _write_adapter(
     (output / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _card(state: Mapping[str, Any]) -> str:
+def _card(state: Mapping[str, Any], folder: Path) -> str:
     config = state["config"]
+    prompts = f"data.template={config['data']['template']}"
+    if config["data"]["template"] != "chat" and not (folder / _CHAT_TEMPLATE).exists():
+        prompts += ", for which there is no chat template here"
+    elif config["data"].get("system_prompt") is not None:
+        prompts += "; the chat template puts data.system_prompt in front"
     noise, train, optim = config["noise"], config["train"], config["optim"]
     adapter = AdapterConfig(**config.get("adapter", {}))
     trained = (
@@ -249,6 +270,7 @@ Trained by neftune_dist {state["versions"]["neftune_dist"]} with {how}.
 | | |
 |---|---|
 | trained | {trained} |
+| prompts | {prompts} |
 | steps | {progress["step"]} of {train["global_batch_size"]} documents |
 | tokens | {progress["num_tokens"]}, {progress["num_supervised_tokens"]} of them supervised |
 | longest document | {config["data"]["max_length"]} tokens |
