@@ -37,6 +37,7 @@ HOMES = {
     "bitsandbytes": {"model/nf4"},
     "sacrebleu": {"evaluate/text"},
     "rouge_score": {"evaluate/text"},
+    "alpaca_eval": {"evaluate/alpaca"},
 }
 
 
@@ -100,6 +101,7 @@ def test_imports_stand_at_the_top() -> None:
         "model/extras",
         "model/adapters",
         "model/nf4",
+        "evaluate/alpaca",
         "trackers",
     }
     late = [
