@@ -12,6 +12,7 @@ from pathlib import Path
 
 from neftune_dist.config import Config, UserError, load_config
 from neftune_dist.evaluate.judge import compare
+from neftune_dist.evaluate.win_rate import Judgement
 from neftune_dist.study import report
 from neftune_dist.study.measures import Judged
 from neftune_dist.study.results import Run, alphas_of, check_comparable, read_run
@@ -105,30 +106,33 @@ def _report(runs: Sequence[Run], config: Config, folder: Path) -> None:
 
 
 def _judged(runs: Sequence[Run], config: Config, folder: Path) -> Judged:
-    """Answers of every other alpha compared with those of the least one at the same seed, in one
-    go, so that the limits of cost and requests are the study's."""
+    """Answers of every other alpha compared with those of the least one at the same seed."""
     base, *others = alphas_of(runs)
     answers = {(run.alpha, run.seed): run.evaluation.answers for run in runs if run.evaluation}
     chosen = [
-        (run.alpha, run.seed)
-        for run in runs
-        if run.alpha in others
-        and answers.get((run.alpha, run.seed))
-        and answers.get((base, run.seed))
+        (alpha, seed)
+        for alpha, seed in answers
+        if alpha in others and answers[alpha, seed] and answers.get((base, seed))
     ]
-    if not _has_judge(config) or not chosen:
+    if not _has_judge(config):
         return {}
-    judgements = compare(
-        [answer for place in chosen for answer in answers[place]],
-        [answer for _, seed in chosen for answer in answers[base, seed]],
-        config.judge,
-        folder / "judgements",
-        lambda line: print(line, flush=True),
-    )
-    judged, first = {}, 0
-    for place in chosen:
-        judged[place] = judgements[first : first + len(answers[place])]
-        first += len(answers[place])
+    # An endpoint is asked for all in one go, so that the limits of cost and requests are the
+    # study's; the alpaca_eval package knows of one set of answers at a time.
+    groups = [[place] for place in chosen] if config.judge.annotator else [chosen] if chosen else []
+    judged: dict[tuple[float, int], Sequence[Judgement]] = {}
+    for group in groups:
+        place = folder / "judgements"
+        found = compare(
+            [answer for each in group for answer in answers[each]],
+            [answer for _, seed in group for answer in answers[base, seed]],
+            config.judge,
+            run_dir(place, *group[0]) if config.judge.annotator else place,
+            lambda line: print(line, flush=True),
+        )
+        first = 0
+        for each in group:
+            judged[each] = found[first : first + len(answers[each])]
+            first += len(answers[each])
     return judged
 
 

@@ -86,6 +86,7 @@ def _markdown(
         "Answers": _means(runs, "answers") + pictured("answers"),
         "Abilities": _tasks(runs) + pictured("tasks"),
         "Judged": _judged(judged, alphas[0]) + pictured("win_rates"),
+        "Judged against the reference": _against_reference(runs),
         "Method": _METHOD,
     }
     told = [f"## {title}\n\n{text.strip()}" for title, text in sections.items() if text]
@@ -183,6 +184,18 @@ def _judged(judged: Judged, base: float) -> str:
         agreement = "" if rate.order_agreement is None else f"{rate.order_agreement:.0f} %"
         rows.append([plain(alpha), str(seed), *shown, *map(str, counts), agreement])
     return f"Against the answers of alpha {plain(base)} at the same seed.\n\n{_table(heads, rows)}"
+
+
+def _against_reference(runs: Sequence[Run]) -> str:
+    """Where `judge.reference` names answers, with which `evaluate` compares each run's."""
+    rows = []
+    for run in runs:
+        rate = run.evaluation.summary.get("judge") if run.evaluation else None
+        if rate:
+            keys = ("win_rate", "length_controlled")
+            shown = ["" if rate.get(key) is None else f"{rate[key]:.1f} %" for key in keys]
+            rows.append([plain(run.alpha), str(run.seed), *shown])
+    return _table(["alpha", "seed", "win rate", "at equal lengths"], rows) if rows else ""
 
 
 def _tested(p: float) -> str:

@@ -321,6 +321,17 @@ def test_the_judge_is_asked_of_answers_at_the_same_seed(
     assert "| 5 | 1 | 12.5 % |" in text
     assert "no judge is configured" not in text
 
+    folders = []
+
+    def by_package(ours: Any, theirs: Any, judge: Any, folder: Path, log: Any) -> list[Judgement]:
+        folders.append((folder.name, len(ours), len(theirs)))
+        return [Judgement(row["instruction"], 1.5, 9, 9) for row in ours]
+
+    monkeypatch.setattr(conduct, "compare", by_package)
+    words[1:] = ["judge.annotator=a"]
+    assert study(config, words, **request, report_only=True) == 0
+    assert folders == [("alpha_5_seed_0", 8, 8), ("alpha_5_seed_1", 8, 8)]
+
     def fail(*_: Any) -> list[Judgement]:
         raise UserError("No key.")
 

@@ -79,11 +79,11 @@ def write_run(folder: Path, alpha: float, seed: int, effects: Effects, without: 
         "losses": {"held_out_loss": held_out, "train_loss": None, "train_loss_noisy": None},
         "answers": {"num": NUM_ITEMS, "characters": float(characters.mean()), "self_bleu": 0.25},
         "tasks": {"arc_easy": {"accuracy": float(np.mean(right)), "num_items": NUM_ITEMS}},
-        "judge": None,
+        "judge": {"win_rate": 50.0 + seed, "length_controlled": 50.0 - seed},
     }
     for part in filter(None, without.split(",")):
         summary[part] = None
-        items.pop(part)
+        items.pop(part, None)
         answers = [] if part == "answers" else answers
     contents = {"summary": summary, "items": items, "answers": answers}
     for name, content in contents.items():
@@ -184,7 +184,7 @@ def test_few_seeds_speak_of_these_runs_alone(tmp_path: Path, num_seeds: int) -> 
 def test_what_was_not_measured_has_no_section(
     tmp_path: Path, without: str, absent: list[str]
 ) -> None:
-    text = written(tmp_path, make_runs(tmp_path, {}, 3, without))
+    text = written(tmp_path, make_runs(tmp_path, {}, 3, f"judge,{without}"))
     for part in [*absent, "## Judged", "plots/win_rates.svg"]:
         assert part not in text
     assert "## Not measured\n\n- Something: not asked for." in text
@@ -214,6 +214,7 @@ def test_the_page_is_one_file_with_the_pictures_of_the_markdown(tmp_path: Path) 
     assert {"training_loss", "held_out_loss", "answers", "tasks", "win_rates"} < set(names)
     assert len(re.findall('src="data:image/svg[+]xml;base64,', page)) == len(names)
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert "| 5 | 1 | 51.0 % | 49.0 % |" in text
     assert "<script" not in page and "<table>" in page
     before = {path: path.read_bytes() for path in tmp_path.glob("plots/*.svg")}
     assert {path.stem for path in before} == set(names)
