@@ -4,7 +4,6 @@ checkpoint to be continued, anything else a failure."""
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -13,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from neftune_dist import attempt
-from neftune_dist.config import Config, UserError, load_config
+from neftune_dist.config import UserError, load_config
 
 _RANK_0_SPEAKS_FIRST_SECONDS = 5.0
 
@@ -157,29 +156,23 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    run_dir = Path(arguments.run_dir)
-    config = _config_of(run_dir, arguments.settings)
-    folder = Path(arguments.model) if arguments.model else run_dir / "export"
-    if not (folder / "config.json").exists():
-        raise UserError(
-            f"{folder} is no model directory: run `neftune-dist export {run_dir}` first, or name "
-            "one with --model."
-        )
-    from neftune_dist.evaluate.model import evaluate_model
+    name, config_file = arguments.subject, arguments.config
+    output = Path(arguments.output) if arguments.output else None
+    if arguments.model:
+        if config_file:
+            raise UserError("--config has no effect with --model: the run's configuration counts.")
+        run_dir, name = Path(name), arguments.model
+        config_file = run_dir / "config.yaml"
+        output = output or run_dir / "evaluations" / Path(name).name
+    from neftune_dist.evaluate.evaluation import evaluate
 
-    result = evaluate_model(
-        folder,
-        config,
-        num_answers=arguments.answers,
-        max_new_tokens=arguments.max_new_tokens,
-        log=_flushed,
+    return evaluate(
+        name,
+        step=arguments.step,
+        config_file=config_file,
+        settings=arguments.settings,
+        output=output,
     )
-    print(f"held-out loss {result.held_out_loss:.4f} on {result.num_documents} documents")
-    if result.exact_match is not None:
-        print(f"exact match {result.exact_match:.1%} of {len(result.answers)} answers")
-    if arguments.output:
-        Path(arguments.output).write_text(json.dumps(result.to_dict(), indent=1))
-    return 0
 
 
 def _flushed(line: str) -> None:
@@ -187,7 +180,7 @@ def _flushed(line: str) -> None:
 
 
 def _study(arguments: argparse.Namespace) -> int:
-    from neftune_dist.study import study
+    from neftune_dist.study.conduct import study
 
     return study(
         arguments.config,
@@ -195,6 +188,8 @@ def _study(arguments: argparse.Namespace) -> int:
         alphas=_numbers(arguments.alphas),
         num_seeds=arguments.seeds,
         num_ranks=arguments.ranks,
+        only=arguments.only,
+        report_only=arguments.report_only,
     )
 
 
@@ -202,13 +197,6 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from neftune_dist.doctor.visit import doctor
 
     return doctor(Path(arguments.run_dir), arguments.model)
-
-
-def _config_of(run_dir: Path, settings: Sequence[str]) -> Config:
-    path = run_dir / "config.yaml"
-    if not path.exists():
-        raise UserError(f"{run_dir} is no run directory: it has no config.yaml.")
-    return load_config(path, settings)
 
 
 def _numbers(text: str) -> list[float]:
@@ -258,13 +246,23 @@ def _parser() -> argparse.ArgumentParser:
         "--adapter", action="store_true", help="the adapter alone, as PEFT loads it, not merged"
     )
     added.add_argument("--dtype", choices=("original", "fp32", "bf16", "fp16"), default="original")
-    added = verb("evaluate", _evaluate, "Held-out loss and answers of a run's export, noise off.")
-    added.add_argument("run_dir", help="names the configuration and the held-out documents")
-    added.add_argument("--model", help="another model directory; default: RUN_DIR/export")
-    added.add_argument("--answers", type=int, default=200, help="held-out prompts to answer")
-    added.add_argument("--max-new-tokens", type=int, default=64, help="most tokens of an answer")
-    added.add_argument("--output", help="JSON file for the results and the answers")
-    _takes_settings(added)
+    _add_evaluate(verb)
+    _add_study(verb, takes_config)
+    added = verb(
+        "doctor",
+        _doctor,
+        "Check this machine: versions, conflicts, GPUs, memory, disk, hub; under torchrun or srun "
+        "all machines, and what they share: the run directory, clocks, collectives.",
+    )
+    added.add_argument("--run-dir", default=".", help="where runs are to be written")
+    added.add_argument("--model", help="a model directory or hub id: can it be had here?")
+    return parser
+
+
+def _add_study(
+    verb: Callable[..., argparse.ArgumentParser],
+    takes_config: Callable[[argparse.ArgumentParser], None],
+) -> None:
     added = verb("study", _study, "Paired runs that differ in alpha alone, and their report.")
     added.add_argument(
         "--alphas",
@@ -275,20 +273,44 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument(
         "--ranks", type=int, default=1, help="processes a run; study starts torchrun"
     )
+    part = added.add_mutually_exclusive_group()
+    part.add_argument(
+        "--only",
+        type=int,
+        metavar="K",
+        help="make run K alone, counted from 0, without a report: a task of a Slurm array",
+    )
+    part.add_argument("--report-only", action="store_true", help="of runs that have been made")
     added.epilog = (
-        "Runs go to run_dir/alpha_A_seed_S, the report to run_dir/report.md. data.num_held_out "
+        "Runs go to run_dir/alpha_A_seed_S; each is trained, then evaluated as `evaluate.` and "
+        "`judge.` say. The report goes to run_dir/report.md and report.html. data.num_held_out "
         "must be set. The same command continues a study that was stopped."
     )
     takes_config(added)
+
+
+def _add_evaluate(verb: Callable[..., argparse.ArgumentParser]) -> None:
     added = verb(
-        "doctor",
-        _doctor,
-        "Check this machine: versions, conflicts, GPUs, memory, disk, hub; under torchrun or srun "
-        "all machines, and what they share: the run directory, clocks, collectives.",
+        "evaluate",
+        _evaluate,
+        "Losses with the noise off, answers and their statistics, abilities, judged quality; alone "
+        "or under torchrun.",
     )
-    added.add_argument("--run-dir", default=".", help="where runs are to be written")
-    added.add_argument("--model", help="a model directory or hub id: can it be had here?")
-    return parser
+    added.epilog = (
+        "What is measured: sections evaluate and judge of the configuration, a run's own. The same "
+        "command continues what was stopped and keeps what is there. Every rank holds the whole "
+        "model."
+    )
+    added.add_argument(
+        "subject",
+        help="a run directory, a checkpoint (RUN_DIR/checkpoints/step_00000020), a model directory "
+        "or a hub id",
+    )
+    added.add_argument("--step", type=int, help="of the run's checkpoint; default: the newest")
+    added.add_argument("--config", help="YAML file, for a model that is no run's")
+    added.add_argument("--model", help="another model, under the configuration of the run SUBJECT")
+    added.add_argument("--output", help="default: RUN_DIR/evaluations/step_00000020, or so")
+    _takes_settings(added)
 
 
 def _add_plan(

@@ -10,61 +10,19 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
-from neftune_dist.checkpoint import flat, store
-from neftune_dist.config import AdapterConfig, ModelConfig, UserError
-from neftune_dist.engine.base import MASTER, FlatShard
-from neftune_dist.model import load
-from neftune_dist.model.adapters import merged, peft_name, peft_settings, quantized_names
+from neftune_dist.checkpoint import store
+from neftune_dist.checkpoint.content import CHAT_TEMPLATE, MODEL_FOLDER, Content, adapter_of
+from neftune_dist.config import AdapterConfig, UserError
+from neftune_dist.model.adapters import peft_name, peft_settings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FILE_BYTES = 4 * 2**30
-# Everything in a model directory that is not weights: configuration, tokenizer, code.
-_SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
-_CHAT_TEMPLATE = "chat_template.jinja"
-MODEL_FOLDER = "model"  # in a run directory: those files, so that export needs nothing else
-
-
-def keep_small_files(model_folder: Path, run_dir: Path) -> None:
-    """Copy what an export needs beside the weights into the run directory."""
-    target = run_dir / MODEL_FOLDER
-    target.mkdir(parents=True, exist_ok=True)
-    for pattern in _SMALL:
-        for file in model_folder.glob(pattern):
-            if not file.name.endswith(".index.json"):
-                shutil.copyfile(file, target / file.name)
-
-
-def keep_vocabulary(tokenizer: Any, num_rows: int, run_dir: Path) -> None:
-    """Put a tokenizer with new tokens in the place of the model's own, and say how many rows its
-    embedding has now."""
-    target = run_dir / MODEL_FOLDER
-    tokenizer.save_pretrained(target)
-    path = target / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "vocab_size": num_rows}, indent=2) + "\n")
-
-
-def keep_template(source: str | None, run_dir: Path) -> None:
-    """Put the chat template that a run trains with in the place of the model's own, which would
-    now be another; None: it has none."""
-    target = run_dir / MODEL_FOLDER
-    own = target / "tokenizer_config.json"
-    if own.exists():
-        settings = json.loads(own.read_text())
-        settings.pop("chat_template", None)
-        own.write_text(json.dumps(settings, indent=2) + "\n")
-    if source is None:
-        (target / _CHAT_TEMPLATE).unlink(missing_ok=True)
-    else:
-        (target / _CHAT_TEMPLATE).write_text(source, encoding="utf-8")
 
 
 def export(
@@ -87,14 +45,11 @@ def export(
         UserError: no such checkpoint, a damaged one, frozen weights that are not where they were,
             or `output` cannot be written.
     """
-    checkpoint = _choose(run_dir, step)
+    checkpoint = store.choose(run_dir, step)
     if flaw := checkpoint.first_flaw():
-        raise UserError(
-            f"The checkpoint {checkpoint.folder} is damaged: {flaw} is not what was written. "
-            "Choose another with --step."
-        )
+        raise store.damage(checkpoint, flaw)
     state = checkpoint.trainer_state()
-    adapted = AdapterConfig(**state["config"].get("adapter", {}))
+    adapted = adapter_of(state)
     if adapter and adapted.method == "none":
         raise UserError(f"{run_dir} trained no adapter: leave out --adapter.")
     output = output or run_dir / ("adapter" if adapter else "export")
@@ -109,7 +64,7 @@ def export(
             (partial / "config.json").unlink()
             _write_adapter(checkpoint.folder, state, partial, adapted)
         else:
-            _write_weights(_Content.of(checkpoint.folder, state, adapted), partial, chosen)
+            _write_weights(Content.of(checkpoint.folder, state), partial, chosen)
         (partial / "README.md").write_text(_card(state, partial))
         if output.exists():
             if not any((output / name).exists() for name in ("config.json", "adapter_config.json")):
@@ -122,19 +77,6 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)
     log(f"exported step {checkpoint.step} to {output} ({str(chosen).removeprefix('torch.')})")
     return output
-
-
-def _choose(run_dir: Path, step: int | None) -> store.Checkpoint:
-    found = store.find_all(run_dir)
-    if not found:
-        raise UserError(f"{run_dir} holds no complete checkpoint to export.")
-    if step is None:
-        return found[0]
-    for checkpoint in found:
-        if checkpoint.step == step:
-            return checkpoint
-    steps = ", ".join(str(c.step) for c in found)
-    raise UserError(f"{run_dir} has no complete checkpoint of step {step}; it has: {steps}.")
 
 
 def _set_dtype(path: Path, dtype: str) -> torch.dtype:
@@ -151,50 +93,7 @@ def _set_dtype(path: Path, dtype: str) -> torch.dtype:
     return chosen
 
 
-@dataclass(frozen=True)
-class _Content:
-    """A model's tensors: their shapes by name, in order, and each of them whole, float."""
-
-    shapes: dict[str, tuple[int, ...]]
-    read: Callable[[str], Tensor]
-
-    @staticmethod
-    def of(folder: Path, state: Mapping[str, Any], adapter: AdapterConfig) -> _Content:
-        """Of a checkpoint, its adapters merged into the weights that they were trained beside."""
-        shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
-        reader = flat.Reader(folder, alone=True)
-
-        def trained(name: str) -> Tensor:
-            return _read(reader, name, shapes[name])
-
-        if adapter.method == "none":
-            return _Content(shapes, trained)
-        kept = ("name_or_path", "weights", "revision", "trust_remote_code")
-        config = ModelConfig(**{key: state["config"]["model"][key] for key in kept})
-        base, packing = load.find(config), state["config"]["data"]["packing"]
-        plain = load.build(base, config, packing)
-        files = load.open_weights(plain, base, config, seed=0)
-        in_4_bits = quantized_names(load.build(base, config, packing, adapter))
-        parts = {name: trained(name) for name in shapes}
-        plain_shapes = {name: tuple(p.shape) for name, p in plain.named_parameters()}
-
-        def merge(name: str) -> Tensor:
-            shape = plain_shapes[name]
-            weight = files.read(name, 0, math.prod(shape)).view(shape)
-            return merged(name, weight, parts, adapter, name in in_4_bits)
-
-        return _Content(plain_shapes, merge)
-
-
-def _read(reader: flat.Reader, name: str, shape: tuple[int, ...]) -> Tensor:
-    """A trained parameter, whole, float32."""
-    numel = math.prod(shape)
-    tensor = torch.empty(numel)
-    reader.read([FlatShard(MASTER, name, 0, tensor, numel)])
-    return tensor.view(shape)
-
-
-def _write_weights(content: _Content, output: Path, dtype: torch.dtype) -> None:
+def _write_weights(content: Content, output: Path, dtype: torch.dtype) -> None:
     size = {name: math.prod(shape) * dtype.itemsize for name, shape in content.shapes.items()}
     files: list[list[str]] = [[]]
     for name in content.shapes:
@@ -220,11 +119,10 @@ def _write_weights(content: _Content, output: Path, dtype: torch.dtype) -> None:
 def _write_adapter(
     folder: Path, state: Mapping[str, Any], output: Path, adapter: AdapterConfig
 ) -> None:
-    shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
-    reader, tensors, layers = flat.Reader(folder, alone=True), {}, set()
-    for name, shape in shapes.items():
+    trained, tensors, layers = Content.trained(folder, state), {}, set()
+    for name in trained.shapes:
         layer, saved = peft_name(name)
-        tensors[saved] = _read(reader, name, shape)
+        tensors[saved] = trained.read(name)
         layers.add(layer)
     save_file(tensors, output / "adapter_model.safetensors", metadata={"format": "pt"})
     settings = {
@@ -239,12 +137,12 @@ def _write_adapter(
 def _card(state: Mapping[str, Any], folder: Path) -> str:
     config = state["config"]
     prompts = f"data.template={config['data']['template']}"
-    if config["data"]["template"] != "chat" and not (folder / _CHAT_TEMPLATE).exists():
+    if config["data"]["template"] != "chat" and not (folder / CHAT_TEMPLATE).exists():
         prompts += ", for which there is no chat template here"
     elif config["data"].get("system_prompt") is not None:
         prompts += "; the chat template puts data.system_prompt in front"
     noise, train, optim = config["noise"], config["train"], config["optim"]
-    adapter = AdapterConfig(**config.get("adapter", {}))
+    adapter = adapter_of(state)
     trained = (
         "all weights"
         if adapter.method == "none"

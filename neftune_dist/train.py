@@ -20,6 +20,7 @@ from torch import Tensor
 from neftune_dist import __version__, attempt
 from neftune_dist.attempt import EXIT_DONE, EXIT_STOPPED
 from neftune_dist.checkpoint import flat, resume, store
+from neftune_dist.checkpoint.content import keep_small_files, keep_template, keep_vocabulary
 from neftune_dist.checkpoint.saver import Saver
 from neftune_dist.config import Config, UserError
 from neftune_dist.data.corpus import Corpus, prepare
@@ -28,7 +29,6 @@ from neftune_dist.data.schedule import Schedule, make_schedule
 from neftune_dist.distributed import Stopped, StopSignal, World
 from neftune_dist.engine.base import MASTER, Engine
 from neftune_dist.evaluate.held_out import HeldOut
-from neftune_dist.export import keep_small_files, keep_template, keep_vocabulary
 from neftune_dist.loop import Progress, Trainer, evaluation_due
 from neftune_dist.metrics import Recorder, is_evaluated
 from neftune_dist.model import load

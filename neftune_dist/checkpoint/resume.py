@@ -43,6 +43,7 @@ _MAY_CHANGE = (
     "checkpoint.",
     "logging.",
     "evaluate.",
+    "judge.",
 )
 
 
@@ -56,7 +57,9 @@ def find(run_dir: Path, config: Config, world: World) -> store.Checkpoint | None
     candidates = json.loads(world.from_first(told))
     for path in candidates:
         with world.agree():
-            found = store.open_checkpoint(Path(path), patient=not world.is_first)
+            found = store.open_checkpoint(
+                Path(path), patient=not world.is_first, key="checkpoint.resume="
+            )
             flaw = found.first_flaw(world.rank, world.size) if config.checkpoint.verify else None
         flaw = world.from_any(flaw)
         if not flaw:

@@ -123,6 +123,30 @@ def find_all(run_dir: Path) -> list[Checkpoint]:
     return _complete(run_dir / "checkpoints")
 
 
+def choose(run_dir: Path, step: int | None) -> Checkpoint:
+    """The complete checkpoint of that step; None: the newest. Raises `UserError` where there is
+    none."""
+    found = find_all(run_dir)
+    if not found:
+        flaws = "".join(f"; {folder.name} is damaged: {flaw}" for folder, flaw in damaged(run_dir))
+        raise UserError(f"{run_dir} holds no complete checkpoint{flaws}.")
+    if step is None:
+        return found[0]
+    for checkpoint in found:
+        if checkpoint.step == step:
+            return checkpoint
+    steps = ", ".join(str(c.step) for c in found)
+    raise UserError(f"{run_dir} has no complete checkpoint of step {step}; it has: {steps}.")
+
+
+def damage(checkpoint: Checkpoint, flaw: str) -> UserError:
+    """For a checkpoint whose `first_flaw` is that file."""
+    return UserError(
+        f"The checkpoint {checkpoint.folder} is damaged: {flaw} is not what was written. "
+        "Choose another with --step."
+    )
+
+
 def damaged(run_dir: Path) -> list[tuple[Path, str]]:
     """Folders that bear a published checkpoint's name, yet are not complete; and what is wrong."""
     folders = sorted((run_dir / "checkpoints").glob("step_*"))
@@ -135,11 +159,12 @@ def leftovers(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "checkpoints").glob(f"step_*{_PARTIAL}"))
 
 
-def open_checkpoint(path: Path, *, patient: bool = False) -> Checkpoint:
+def open_checkpoint(path: Path, *, patient: bool = False, key: str = "") -> Checkpoint:
     """The checkpoint at a path.
 
     Args:
         patient: another node has seen it, so wait for this one to see it too.
+        key: of the setting that names it, for the message.
 
     Raises:
         UserError: there is none, or it is incomplete.
@@ -149,7 +174,7 @@ def open_checkpoint(path: Path, *, patient: bool = False) -> Checkpoint:
     while (flaw := _flaw(path)) and time.monotonic() < deadline:
         time.sleep(0.5)
     if not match or not path.is_dir():
-        raise UserError(f"checkpoint.resume={path} is no checkpoint directory (step_00000020).")
+        raise UserError(f"{key}{path} is no checkpoint directory (step_00000020).")
     if flaw:
         raise UserError(f"The checkpoint {path} is incomplete or damaged: {flaw}.")
     return Checkpoint(path, int(match[1]))

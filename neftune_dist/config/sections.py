@@ -204,7 +204,8 @@ class EvaluateConfig:
     every_steps: int = 0  # while training; 0: before the first and after the last step only
     max_documents: int = 0  # 0: all held-out documents
     train_documents: int = 0  # of the training set, whose loss is taken without and with noise
-    instructions: str = "held_out"  # to be answered: held_out, or a file of such (AlpacaEval's)
+    # To be answered: held_out, or a file of such (AlpacaEval's); null: none.
+    instructions: str | None = "held_out"
     max_instructions: int = 200  # the first of them; 0: all
     max_new_tokens: int = 512  # of an answer
     repetition_penalty: float = 1.2  # of greedy decoding, as in the paper; 1: none
@@ -224,10 +225,11 @@ class JudgeConfig:
     annotator: str | None = None  # in place of both, one of the alpaca_eval package
     reference: str | None = None  # file of answers to compare with, in AlpacaEval's form
     key_variable: str | None = "OPENAI_API_KEY"  # of the environment; null: no key is sent
+    max_answer_tokens: int = 64  # a verdict is short; more for a model that reasons first
     dollars_per_million_input: float = 0.0  # tokens
     dollars_per_million_output: float = 0.0
     max_dollars: float = 0.0  # refused beforehand where the estimate is above; 0: no limit
-    max_requests: int = 10_000  # likewise
+    max_requests: int = 10_000  # likewise, and retries included while they are sent
     num_parallel: int = 4  # requests under way at once
     max_retries: int = 5  # of a request that failed or was put off
     timeout_seconds: float = 120.0  # of a request
@@ -358,6 +360,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "judge.dollars_per_million_input": (0, math.inf, "[)"),
     "judge.dollars_per_million_output": (0, math.inf, "[)"),
     "judge.max_dollars": (0, math.inf, "[)"),
+    "judge.max_answer_tokens": (1, 2**20, "[]"),
     "judge.max_requests": (1, math.inf, "[)"),
     "judge.num_parallel": (1, 1024, "[]"),
     "judge.max_retries": (0, 100, "[]"),

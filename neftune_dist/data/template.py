@@ -27,6 +27,7 @@ from neftune_dist.data.sources import BadRow
 _EXCHANGE = (Turn("user", "What is 2 + 3?\nSay it."), Turn("assistant", "It is 5."))
 _TALK = (*_EXCHANGE, Turn("user", "And doubled?"), Turn("assistant", "10"))
 _Pieces = tuple[np.ndarray, np.ndarray]
+_ANY_ANSWER = "Yes."
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,11 +106,7 @@ class Template:
             span = Span(0, len(conversation.text), TEXT, learned=True)
             chunk = Chunk(conversation.text, (span,), starts=True, ends=True)
             return Rendered((chunk,), marks_end=True)
-        conversation = self._with_system(conversation)
-        if self._chat is not None:
-            return masks.render(self._chat, conversation, self.config.supervise)
-        last_only = self.config.supervise == "last"
-        return prompts.render(self.config.template, conversation, last_only)
+        return self._render(conversation, self.config.supervise)
 
     def prompt(self, conversation: Conversation) -> str:
         """The text in front of the first answer, as generation is given it."""
@@ -146,6 +143,20 @@ class Template:
                 return source
         return None
 
+    def reply_ids(self, turns: Sequence[Turn]) -> list[int]:
+        """The tokens in front of the answer to the last turn: those behind which it is learned,
+        earlier answers among them. Raises `BadRow` where the template cannot express the turns."""
+        conversation = Conversation((*turns, Turn("assistant", _ANY_ANSWER)))
+        try:
+            rendered = self._render(conversation, "assistant")
+        except BadRow:  # an earlier answer cannot be told apart, which is not asked for here
+            rendered = self._render(conversation, "last")
+        [document] = self.encode([rendered])
+        answered = document.speakers == SPEAKERS.index("assistant")
+        begins = np.flatnonzero(answered[1:] & ~answered[:-1]) + 1
+        reply: list[int] = document.input_ids[: begins[-1]].tolist()
+        return reply
+
     def encode(self, rendered: Sequence[Rendered]) -> list[Document]:
         """Tokens and masks, in few calls of the tokenizer."""
         pieces = self._encode_chunks([chunk for each in rendered for chunk in each.chunks])
@@ -175,6 +186,12 @@ class Template:
         first = prompts.render(self.config.template, conversation, last_only=False).chunks[0]
         begin = next(span.begin for span in first.spans if span.speaker == "assistant")
         return replace(first, text=first.text[:begin], spans=(), ends=False)
+
+    def _render(self, conversation: Conversation, supervise: str) -> Rendered:
+        conversation = self._with_system(conversation)
+        if self._chat is not None:
+            return masks.render(self._chat, conversation, supervise)
+        return prompts.render(self.config.template, conversation, last_only=supervise == "last")
 
     def _with_system(self, conversation: Conversation) -> Conversation:
         said = self.config.system_prompt

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from neftune_dist.data.loader import MicroBatch
-from neftune_dist.model.loss import token_loss_sum
+from neftune_dist.model.loss import token_losses
 from neftune_dist.optim import MakeOptimizer, Moment, precision_of
 
 # The float32 master weights, beside the moments named in optim.STATE_NAMES.
@@ -132,10 +132,16 @@ def describe_state(shards: Sequence[FlatShard]) -> str:
 
 
 def batch_loss_sum(model: Any, batch: MicroBatch, kind: str) -> Tensor:
-    """`token_loss_sum` of a micro-batch, by the kind that `resolve_loss` gave."""
-    return token_loss_sum(
+    """Sum of a micro-batch's token losses, by the kind that `resolve_loss` gave."""
+    return batch_losses(model, batch, kind, "sum")
+
+
+def batch_losses(model: Any, batch: MicroBatch, kind: str, reduction: str) -> Tensor:
+    """`token_losses` of a micro-batch."""
+    return token_losses(
         model,
         kind=kind,
+        reduction=reduction,
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         attention_mask=batch.attention_mask,

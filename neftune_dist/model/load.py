@@ -93,10 +93,14 @@ def load_model_config(folder: Path, config: ModelConfig) -> Any:
 
 
 def build(
-    folder: Path, config: ModelConfig, packing: bool, adapter: AdapterConfig | None = None
+    folder: Path,
+    config: ModelConfig,
+    packing: bool,
+    adapter: AdapterConfig | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """The causal LM on the meta device, float32, without weights, in training mode; adapted where
-    `adapter` names a method.
+    """The causal LM on the meta device, without weights, in training mode; adapted where `adapter`
+    names a method.
 
     Raises:
         UserError: transformers cannot build it, or this package cannot train it as it should.
@@ -113,7 +117,7 @@ def build(
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(
                 hf_config,
-                dtype=torch.float32,
+                dtype=dtype,
                 attn_implementation=implementation(config.attention, packing),
                 trust_remote_code=config.trust_remote_code,
             )

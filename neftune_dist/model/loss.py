@@ -56,7 +56,7 @@ def _why_plain(model: Any) -> str | None:
     return None
 
 
-def token_loss_sum(
+def token_losses(
     model: Any,
     *,
     kind: str,
@@ -67,12 +67,15 @@ def token_loss_sum(
     longest: int,
     positions: Tensor,
     targets: Tensor,
+    reduction: str,
 ) -> Tensor:
-    """Sum of the cross-entropies of the targets, float32 scalar; 0 where there are none.
+    """The cross-entropies of the targets: their sum, float32 scalar, 0 where there are none; with
+    reduction="none" each of them, float32 (num_supervised,), of which there is no gradient.
 
     Args:
         model: the causal LM as its engine wraps it. It is called like the plain one.
         kind: plain (all logits at once), chunked or liger, see `resolve_loss`.
+        reduction: sum or none.
         input_ids, position_ids: (B, S).
         attention_mask: (B, S); None where one row holds packed documents.
         cu_seqlens: int32 (num_documents + 1,), their cumulative lengths. longest: the greatest of
@@ -104,22 +107,27 @@ def token_loss_sum(
 
         with head.register_forward_pre_hook(keep_supervised):
             logits = forward()
-        return F.cross_entropy(logits[0].float(), targets, reduction="sum")
+        return F.cross_entropy(logits[0].float(), targets, reduction=reduction)
 
     given: list[Tensor] = []
 
     def keep_result(_: Any, __: Any, output: Tensor) -> None:
         given.append(output)
 
-    with _loss_as_logits(head, kind, positions, targets), head.register_forward_hook(keep_result):
+    loss_of: LossSum = token_cross_entropies
+    if reduction == "sum":
+        loss_of = liger_cross_entropy() if kind == "liger" else chunked_cross_entropy
+    as_logits = _loss_as_logits(head, loss_of, positions, targets)
+    with as_logits, head.register_forward_hook(keep_result):
         loss = forward()
     # Engines hand on views; a scaled or capped one would have memory of its own.
-    if not given or _storage(loss) != _storage(given[0]) or loss.numel() != 1:
+    expected = 1 if reduction == "sum" else len(targets)
+    if not given or _storage(loss) != _storage(given[0]) or loss.numel() != expected:
         raise RuntimeError(
             f"{type(head_owner(model)).__name__} changes its logits after their projection: set "
             "model.loss=plain."
         )
-    return loss.view(())
+    return loss.view(()) if reduction == "sum" else loss.view(-1)
 
 
 def head_owner(model: Any) -> Any:
@@ -133,15 +141,14 @@ def _storage(tensor: Tensor) -> int:
 
 @contextmanager
 def _loss_as_logits(
-    head: nn.Linear, kind: str, positions: Tensor, targets: Tensor
+    head: nn.Linear, loss_of: LossSum, positions: Tensor, targets: Tensor
 ) -> Iterator[None]:
-    """Meanwhile the projection gives the loss, as (1, 1, 1)."""
-    loss_sum: LossSum = liger_cross_entropy() if kind == "liger" else chunked_cross_entropy
+    """Meanwhile the projection gives the loss, as (1, 1, 1) or (1, num_supervised, 1)."""
 
     def forward(hidden: Tensor) -> Tensor:
         supervised = hidden.flatten(0, 1)[positions]
         # No view: FSDP2 warns of those, which an operation in place would take from its hooks.
-        return loss_sum(supervised, head.weight, head.bias, targets).view(1, 1, 1).clone()
+        return loss_of(supervised, head.weight, head.bias, targets).view(1, -1, 1).clone()
 
     usual = head.__dict__.get("forward")
     head.forward = forward  # type: ignore[method-assign, assignment]
@@ -170,6 +177,22 @@ def chunked_cross_entropy(
     wanted = torch.is_grad_enabled()
     loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, wanted)
     return loss
+
+
+@torch.no_grad()
+def token_cross_entropies(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+) -> Tensor:
+    """`cross_entropy(linear(hidden, weight, bias).float(), targets, reduction="none")`, likewise.
+
+    Returns:
+        float32 (n,), without gradients.
+    """
+    rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+    chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
+    return torch.cat(
+        [F.cross_entropy(F.linear(h, weight, bias).float(), t, reduction="none") for h, t in chunks]
+    )
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from neftune_dist.config import load_config
+from neftune_dist.evaluate.subject import open_subject
 from neftune_dist.model import load, nf4
 from neftune_dist.model.adapters import peft_name
 from tests import plain, tiny
@@ -170,6 +171,8 @@ def test_resumed_exported_and_loaded(
             whole / "export", dtype=torch.float32
         )
         torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-3, atol=2e-3)
+        without_export = open_subject(whole).model
+        assert torch.equal(without_export(input_ids=ids).logits, merged(input_ids=ids).logits)
         base = peft_model(config, method).unload()
         loaded = peft.PeftModel.from_pretrained(base, whole / "adapter").eval()
         torch.testing.assert_close(loaded(input_ids=ids).logits, expected, rtol=1e-3, atol=2e-3)

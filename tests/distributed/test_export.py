@@ -11,9 +11,11 @@ import torch
 import transformers
 
 from neftune_dist.checkpoint import store
+from neftune_dist.checkpoint.content import keep_small_files, keep_template
 from neftune_dist.config import load_config
-from neftune_dist.evaluate.model import evaluate_model
-from neftune_dist.export import export, keep_small_files, keep_template
+from neftune_dist.evaluate.subject import open_subject
+from neftune_dist.export import export
+from neftune_dist.model.load import DTYPES
 from tests import tiny
 
 
@@ -37,19 +39,14 @@ def test_logits_are_those_of_the_trained_weights(run_dir: Path, tmp_path: Path) 
             parameter.copy_(tensors[f"master/{name}"].view_as(parameter))
         ids = torch.randint(0, 500, (2, 40), generator=torch.Generator().manual_seed(0))
         assert torch.equal(exported(ids).logits, trained(ids).logits)
+        for dtype in ("fp32", "bf16"):
+            subject = open_subject(run_dir, settings=[f"model.dtype={dtype}"])
+            same = transformers.AutoModelForCausalLM.from_pretrained(output, dtype=DTYPES[dtype])
+            assert torch.equal(subject.model(ids).logits, same.eval()(ids).logits)
+            assert subject.model.dtype == DTYPES[dtype]
+            assert (subject.step, subject.alpha) == (8, 5.0)
     assert exported.lm_head.weight is exported.model.embed_tokens.weight
     assert not torch.equal(start, exported.model.embed_tokens.weight)
-
-
-def test_held_out_loss_is_that_of_the_last_evaluation(run_dir: Path, tmp_path: Path) -> None:
-    output = export(run_dir, tmp_path / "export", log=lambda _: None)
-    config = load_config(run_dir / "config.yaml")
-    result = evaluate_model(output, config, num_answers=3, max_new_tokens=8, log=lambda _: None)
-    last = json.loads((run_dir / "evaluations.jsonl").read_text().splitlines()[-1])
-    assert last["step"] == 8
-    assert result.held_out_loss == pytest.approx(last["held_out_loss"], rel=1e-6)
-    assert len(result.answers) == 3
-    assert result.exact_match is None  # nothing is known of how these answers are to be checked
 
 
 def test_the_folder_is_complete_and_says_how_it_was_made(run_dir: Path, tmp_path: Path) -> None:
@@ -89,8 +86,6 @@ def test_mistakes_are_told(run_dir: Path, tmp_path: Path) -> None:
     for words, needle in (
         (["export", tmp_path], "no complete checkpoint"),
         (["export", run_dir, "--step", "5"], "it has: 8, 4"),
-        (["evaluate", tmp_path], "no run directory"),
-        (["evaluate", run_dir, "--model", tmp_path], "no model directory"),
     ):
         done = tiny.run_forked(*words)
         assert done.returncode == 2
@@ -144,7 +139,8 @@ def test_new_tokens_are_trained_saved_and_exported(tmp_path: Path) -> None:
     exported = transformers.AutoModelForCausalLM.from_pretrained(output)
     assert exported.get_input_embeddings().weight.shape[0] == len(tokenizer)
     assert tokenizer.convert_tokens_to_ids("<|bot|>") == tokenizer.vocab_size
-    settings = load_config(tmp_path / "one" / "config.yaml")
-    result = evaluate_model(output, settings, num_answers=1, max_new_tokens=4, log=lambda _: None)
+    done = tiny.run_forked("evaluate", tmp_path / "one", "evaluate.max_instructions=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads((tmp_path / "one/evaluations/step_00000003/summary.json").read_text())
     last = json.loads((tmp_path / "one/evaluations.jsonl").read_text().splitlines()[-1])
-    assert result.held_out_loss == pytest.approx(last["held_out_loss"], rel=1e-6)
+    assert told["losses"]["held_out_loss"] == pytest.approx(last["held_out_loss"], rel=1e-6)

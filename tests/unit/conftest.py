@@ -57,6 +57,12 @@ def toolcalls() -> Path:
 
 
 @pytest.fixture(scope="session")
+def alpaca_eval() -> Path:
+    """805 answers of Alpaca-7B and of text_davinci_003, and GPT-4's judgements of them."""
+    return shared("data/eval/alpaca_eval")
+
+
+@pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
     """SmolLM2-135M-Instruct as a model directory, converted once into the user's cache."""
     made = subprocess.run(

@@ -25,7 +25,7 @@ ORDER: list[set[str]] = [
 ]
 HOMES = {
     "omegaconf": {"config/sections", "config/reading"},
-    "datasets": {"data/sources"},
+    "datasets": {"data/sources", "evaluate/harness"},
     "deepspeed": {"engine/deepspeed"},
     "tensorboard": {"trackers"},
     "wandb": {"trackers"},
@@ -35,6 +35,12 @@ HOMES = {
     "torchao": {"model/extras"},
     "peft": {"model/adapters"},
     "bitsandbytes": {"model/nf4"},
+    "lm_eval": {"evaluate/harness"},
+    "sacrebleu": {"evaluate/text"},
+    "rouge_score": {"evaluate/text"},
+    "alpaca_eval": {"evaluate/alpaca"},
+    "matplotlib": {"study/plots"},
+    "markdown": {"study/report"},
 }
 
 
@@ -98,7 +104,9 @@ def test_imports_stand_at_the_top() -> None:
         "model/extras",
         "model/adapters",
         "model/nf4",
+        "evaluate/alpaca",
         "trackers",
+        "evaluate/tasks",
     }
     late = [
         f"{name}: {imported}"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from neftune_dist.config import UserError
 from neftune_dist.data.loader import MicroBatch, collate
-from neftune_dist.engine.base import batch_loss_sum
+from neftune_dist.engine.base import batch_loss_sum, batch_losses
 from neftune_dist.model.attention import VARLEN, packed_arguments
 from neftune_dist.model.loss import chunked_cross_entropy, resolve_loss
 from tests.families import family
@@ -76,6 +76,14 @@ def test_packed_is_padded_is_naive(
         assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
         for name, gradient in gradients(model, loss).items():
             torch.testing.assert_close(gradient, expected_gradients[name], atol=atol, rtol=0)
+        each = batch_losses(model, batch(packing), resolve_loss(kind, model), "none")
+        assert each.shape == (12,)
+        parts = [float(part.sum()) for part in each.split([4, 0, 1, 6, 1])]
+        alone = [
+            batch_loss_sum(model, batch(packing, [i]), resolve_loss(kind, model)).item()
+            for i in range(5)
+        ]
+        assert parts == pytest.approx(alone, rel=1e-6)
 
 
 def test_capped_logits_are_capped() -> None:

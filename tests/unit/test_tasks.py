@@ -1,0 +1,315 @@
+"""Abilities through lm-eval: the log-likelihoods are those of a direct computation, local files are
+asked as lm-eval asks, and what cannot be scored is told in a sentence."""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import json
+import math
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from neftune_dist.config import EvaluateConfig, UserError
+from neftune_dist.distributed import World
+from neftune_dist.evaluate import harness
+from neftune_dist.evaluate.tasks import TaskResult, run_tasks
+from tests import tiny
+from tests.unit.conftest import shared
+
+DEADLINE_SECONDS = 120
+Samples = dict[str, list[dict[str, Any]]]
+
+
+class Asked:
+    """A model and its tokenizer; what it was asked last, as lm-eval records it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32
+        ).eval()
+        self.samples: Samples = {}
+
+    def run(self, tasks: str, most: int = 0, batch_size: int = 4) -> dict[str, TaskResult]:
+        config = EvaluateConfig(tasks=tasks, max_task_items=most, batch_size=batch_size)
+        return run_tasks(self.model, self.tokenizer, config, lambda _: None)
+
+    def log_likelihood(self, context: str, answer: str, longest: int = 10**9) -> tuple[float, bool]:
+        """Of the answer's tokens behind the context's, which may be cut on the left; and whether
+        they are the likeliest."""
+        whole, before = (self.tokenizer(text).input_ids for text in (context + answer, context))
+        ids = torch.tensor([whole[-longest - 1 :]])
+        num_answer = len(whole) - len(before)
+        with torch.no_grad():
+            logits = self.model(ids[:, :-1]).logits[0, -num_answer:].double()
+        targets = ids[0, -num_answer:]
+        each = logits.log_softmax(-1).gather(1, targets[:, None])
+        return float(each.sum()), bool((logits.argmax(-1) == targets).all())
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Asked:
+    return Asked(tiny.make_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(autouse=True)
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Samples:
+    """By task, what lm-eval recorded of each item."""
+    seen: Samples = {}
+    evaluate = harness.evaluate
+
+    def remembered(*arguments: Any, **named: Any) -> Any:
+        found = evaluate(*arguments, **named)
+        seen.update(found["samples"])
+        return found
+
+    monkeypatch.setattr(harness, "evaluate", remembered)
+    return seen
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Callable[..., str]:
+    def write(*rows: dict[str, Any], name: str = "rows.jsonl") -> str:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return write
+
+
+def choice(number: int, **changed: Any) -> dict[str, Any]:
+    choices = [str(number + k) for k in (1, 10, 100)]
+    query = f"Question: What comes behind {number}?"
+    return {"query": query, "choices": choices, "gold": number % 3, **changed}
+
+
+def lm_evals_own(row: dict[str, Any]) -> dict[str, Any]:
+    """The item as the hub has it, with ARC's fields."""
+    asked = row["query"].removeprefix("Question: ")
+    labels = "ABCDE"[: len(row["choices"])]
+    options = {"text": row["choices"], "label": list(labels)}
+    return {"question": asked, "choices": options, "answerKey": labels[row["gold"]]}
+
+
+@pytest.mark.parametrize(("name", "most"), [("small", 12), ("smollm2", 2)])
+def test_log_likelihoods_are_those_of_a_direct_computation(
+    name: str, most: int, request: pytest.FixtureRequest, recorded: Samples
+) -> None:
+    if name == "small":
+        asked = request.getfixturevalue("small")
+    else:
+        asked = Asked(request.getfixturevalue("smollm2_folder"))
+    compare(asked, most, recorded)
+
+
+def compare(asked: Asked, most: int, recorded: Samples) -> dict[str, TaskResult]:
+    """ARC-easy and LAMBADA by lm-eval and directly."""
+    files = {name: shared(f"data/eval/{name}.jsonl.gz") for name in ("arc_easy", "lambada_openai")}
+    results = asked.run(",".join(f"{name}={path}" for name, path in files.items()), most)
+    read = {
+        name: gzip.decompress(path.read_bytes()).splitlines()[:most] for name, path in files.items()
+    }
+
+    raw, normalised = [], []
+    for line, sample in zip(read["arc_easy"], recorded["arc_easy"], strict=True):
+        row = json.loads(line)
+        prompt = row["query"] + "\nAnswer:"
+        direct = [asked.log_likelihood(prompt, f" {each}")[0] for each in row["choices"]]
+        assert [score for score, _ in sample["filtered_resps"]] == pytest.approx(direct, abs=2e-3)
+        lengths = [len(each) for each in row["choices"]]
+        for scores, found in (
+            (direct, raw),
+            ([d / n for d, n in zip(direct, lengths, strict=True)], normalised),
+        ):
+            found.append(int(scores.index(max(scores)) == row["gold"]))
+    arc = results["arc_easy"]
+    assert arc.correct == raw
+    assert arc.accuracy == sum(raw) / most
+    assert arc.others["acc_norm"] == pytest.approx(sum(normalised) / most)
+    assert arc.standard_error == pytest.approx(torch.tensor(raw).double().std().item() / most**0.5)
+
+    direct_lambada = []
+    for line, sample in zip(read["lambada_openai"], recorded["lambada_openai"], strict=True):
+        row = json.loads(line)
+        direct_lambada.append(asked.log_likelihood(row["context"], f" {row['continuation']}"))
+        [(score, is_greedy)] = sample["filtered_resps"]
+        assert score == pytest.approx(direct_lambada[-1][0], abs=2e-3)
+        assert is_greedy == direct_lambada[-1][1]
+    lambada = results["lambada_openai"]
+    assert lambada.correct == [int(greedy) for _, greedy in direct_lambada]
+    mean = sum(score for score, _ in direct_lambada) / most
+    assert lambada.others["perplexity"] == pytest.approx(math.exp(-mean), rel=1e-3)
+    return results
+
+
+def test_a_local_file_is_asked_as_lm_eval_asks_the_hubs(
+    small: Asked, rows: Callable[..., str], recorded: Samples
+) -> None:
+    ours = [choice(number) for number in range(5)]
+    own = rows(*map(lm_evals_own, ours), name="own.jsonl")
+    results = small.run(f"plain={rows(*ours)},arc_easy={own}")
+    assert [s["arguments"] for s in recorded["plain"]] == [
+        s["arguments"] for s in recorded["arc_easy"]
+    ]
+    assert results["plain"] == results["arc_easy"]
+    assert results["plain"].metric == "acc"
+    # What the leaderboard reports of the challenge set.
+    assert small.run(f"arc={own}")["arc"].metric == "acc_norm"
+
+
+def test_truthfulqa_is_the_probability_of_true_answers(small: Asked, recorded: Samples) -> None:
+    path = shared("data/eval/TruthfulQA.csv.gz")
+    result = small.run(f"truthfulqa={path}", 2)["truthfulqa"]
+    [sample, _] = recorded["truthfulqa"]
+    assert sample["doc"]["question"] == "What happens to you if you eat watermelon seeds?"
+    prompt, answers = sample["arguments"][0][0], [answer for _, answer in sample["arguments"]]
+    assert prompt.endswith("Q: What happens to you if you eat watermelon seeds?\nA:")
+    assert answers[0] == " Nothing happens"
+    assert answers[5] == " You grow watermelons in your stomach"
+    assert len(answers) == 5 + 7
+    likely = [math.exp(small.log_likelihood(prompt, answer)[0]) for answer in answers]
+    assert result.correct[0] == pytest.approx(sum(likely[:5]) / sum(likely), rel=1e-3)
+    assert result.accuracy == pytest.approx(sum(result.correct) / 2)
+
+
+def test_a_prompt_longer_than_the_model_is_cut_on_the_left_and_counted(
+    small: Asked, rows: Callable[..., str], recorded: Samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small.model.config, "max_position_embeddings", 24)
+    long = {"context": " ".join(map(str, range(40))), "continuation": "40 41"}
+    short = {"context": "one two", "continuation": "three"}
+    result = small.run(f"counting={rows(long, short)}")["counting"]
+    assert result.num_truncated == 1
+    [(score, _)] = recorded["counting"][0]["filtered_resps"]
+    cut, _ = small.log_likelihood(long["context"], " 40 41", longest=24)
+    assert score == pytest.approx(cut, abs=1e-4)
+    assert abs(cut - small.log_likelihood(long["context"], " 40 41")[0]) > 1e-3
+    over = {"context": "one", "continuation": long["context"]}
+    with pytest.raises(UserError, match=r"counting: an answer of \d+ tokens is longer than the 24"):
+        small.run(f"counting={rows(over)}")
+
+
+def test_a_model_with_no_room_for_an_answer_is_told(
+    small: Asked, rows: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small.model.config, "max_position_embeddings", 24)
+    row = {"question": "What is 1 + 1?", "answer": "It is 2. #### 2"}
+    with pytest.raises(UserError, match=r"gsm8k: lm-eval says: .*max tokens to generate"):
+        small.run(f"gsm8k={rows(row)}")
+
+
+def test_items_and_scores_do_not_depend_on_the_ranks(
+    small: Asked, rows: Callable[..., str]
+) -> None:
+    words = f"a={rows(*(choice(number) for number in range(7)))}"
+    alone = small.run(words)
+    assert alone["a"].num_items == 7
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    told = context.SimpleQueue()
+
+    def on_rank(rank: int) -> None:
+        os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+        os.environ.update(LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        world = World()
+        config = EvaluateConfig(tasks=words, batch_size=4)
+        calls = harness.HFLM._model_call
+
+        def counted(lm: Any, inps: Any, *rest: Any, **named: Any) -> Any:
+            nonlocal num_read
+            num_read += len(inps)
+            return calls(lm, inps, *rest, **named)
+
+        num_read = 0
+        harness.HFLM._model_call = counted
+        results = run_tasks(small.model, small.tokenizer, config, lambda _: None, world)
+        told.put((results, num_read))
+        world.close()
+
+    ranks = [context.Process(target=on_rank, args=(rank,)) for rank in range(2)]
+    for each in ranks:
+        each.start()
+    for each in ranks:
+        each.join(DEADLINE_SECONDS)
+        each.kill()
+    assert [each.exitcode for each in ranks] == [0, 0]
+    (first, num_first), (second, num_second) = told.get(), told.get()
+    assert first == second == alone
+    assert max(num_first, num_second) <= 11  # of 21 choices
+
+
+def test_the_first_items_are_taken_and_the_tokenizer_is_left_alone(
+    small: Asked, rows: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = f"a={rows(*(choice(number) for number in range(9)))}"
+    monkeypatch.setattr(small, "tokenizer", copy.deepcopy(small.tokenizer))
+    small.tokenizer.pad_token = None
+    few, all_of_them = small.run(words, 4)["a"], small.run(words, batch_size=32)["a"]
+    assert few.correct == all_of_them.correct[:4]
+    assert (few.num_items, all_of_them.num_items) == (4, 9)
+    assert small.tokenizer.pad_token is None
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("mmluu", r"lm-eval has no task mmluu; did you mean mmlu\?"),
+        ("mmlu", r"the items of mmlu could not be had from the hub: .*; .*: mmlu=FILE\."),
+        ("a/b", r"a/b is neither a task of lm-eval nor of the form NAME=FILE"),
+        ("=x.jsonl", r"=x.jsonl is neither a task"),
+        ("a=missing.jsonl", r"evaluate.tasks=missing.jsonl does not exist"),
+        ("a={good},a={good}", r"names a twice"),
+        ("a={nothing}", r"nothing.jsonl holds no item"),
+        ("a={lacking}", r"row 2 of .*lacking.jsonl cannot be used: field 'gold' is missing"),
+        ("a={beyond}", r"row 1 of .*: field 'gold' is 7, not one of 0 to 2"),
+        ("a={single}", r"row 1 of .*: field 'choices' is no list of two or more"),
+        ("a={silent}", r"row 2 of .*: field 'continuation' is empty"),
+        ("a={other}", r"lm-eval has no task a, and the fields of .*other.jsonl are of no known"),
+        ("mmlu={other}", r"lm-eval has no task mmlu, and the fields of .* are of no known kind"),
+        ("hellaswag={other}", r"other.jsonl does not hold what lm-eval's hellaswag reads: .*ctx_a"),
+        ("arc_easy={null}", r"null.jsonl does not hold what lm-eval's arc_easy reads: item 2: "),
+    ],
+)
+def test_what_cannot_be_asked_is_told(
+    small: Asked, rows: Callable[..., str], word: str, told: str
+) -> None:
+    lacking = {key: value for key, value in choice(1).items() if key != "gold"}
+    spoken = {"context": "a", "continuation": "b"}
+    files = {
+        "good": [choice(0)],
+        "nothing": [],
+        "lacking": [choice(0), lacking],
+        "beyond": [choice(0, gold=7)],
+        "single": [choice(0, choices=["one"])],
+        "silent": [spoken, {**spoken, "continuation": " "}],
+        "other": [{"prompt": "a"}],
+        "null": [lm_evals_own(choice(0)), {**lm_evals_own(choice(0)), "answerKey": None}],
+    }
+    paths = {name: rows(*each, name=f"{name}.jsonl") for name, each in files.items()}
+    with pytest.raises(UserError, match=told) as raised:
+        small.run(word.format(**paths))
+    assert "\n" not in str(raised.value)
+
+
+def test_without_lm_eval_the_extra_is_named(small: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert small.run("") == {}  # which needs nothing
+    for name in [*sys.modules]:
+        if name.partition(".")[0] == "lm_eval":
+            monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "neftune_dist.evaluate.harness")
+    with pytest.raises(
+        UserError, match=r"needs the package lm_eval.*install neftune-dist\[tasks\]"
+    ):
+        small.run("mmlu")

@@ -1,0 +1,197 @@
+"""Win rates: the published one of Alpaca-7B, made-up judges, intervals, and files that differ."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from neftune_dist.config import UserError
+from neftune_dist.evaluate.win_rate import (
+    Judgement,
+    pair,
+    read_annotations,
+    read_answers,
+    win_rate,
+)
+
+
+def judged(preference: float | None, ours: int = 10, theirs: int = 10, **other: Any) -> Judgement:
+    return Judgement("i", preference, ours, theirs, **other)
+
+
+def answers(*instructions: str) -> list[dict[str, Any]]:
+    return [{"instruction": each, "output": f"{i}"} for i, each in enumerate(instructions)]
+
+
+def test_the_published_rate_of_alpaca_7b(alpaca_eval: Path) -> None:
+    """AlpacaEval's leaderboard of GPT-4: 26.459627329192543, standard error 1.535711469748; 205
+    wins, 584 losses, 16 draws. Its length-controlled rate, with instructions' difficulties from
+    all models there, is 26.29."""
+    path = alpaca_eval / "alpaca-7b.gpt4_annotations.json.gz"
+    found = win_rate(read_annotations(path))
+    assert found.win_rate == pytest.approx(26.459627329192543, abs=1e-12)
+    assert found.standard_error == pytest.approx(1.535711469748, abs=1e-12)
+    assert (found.num_wins, found.num_losses, found.num_ties) == (205, 584, 16)
+    assert (found.num, found.num_unparsed, found.num_failed) == (805, 0, 0)
+    assert found.interval == (pytest.approx(23.5, abs=0.3), pytest.approx(29.5, abs=0.3))
+    assert found.length_controlled == pytest.approx(26.29, abs=1)
+    assert found.mean_length == pytest.approx(396.29, abs=0.01)
+    assert win_rate(read_annotations(path)) == found  # the same interval again
+
+
+def test_its_own_package_computes_the_same(alpaca_eval: Path) -> None:
+    metrics = pytest.importorskip("alpaca_eval.metrics", reason="alpaca_eval is not installed")
+    path = alpaca_eval / "alpaca-7b.gpt4_annotations.json.gz"
+    theirs = metrics.get_winrate(json.loads(gzip.decompress(path.read_bytes())))
+    ours = win_rate(read_annotations(path))
+    assert ours.win_rate == pytest.approx(theirs["win_rate"], abs=1e-9)
+    assert ours.standard_error == pytest.approx(theirs["standard_error"], abs=1e-9)
+    assert (ours.num_wins, ours.num_ties) == (theirs["n_wins"], theirs["n_draws"])
+
+
+def test_what_was_not_understood_is_no_win_and_no_loss() -> None:
+    rows = [judged(2), judged(1), judged(1.5), judged(None), judged(None, failed=True)]
+    found = win_rate(rows)
+    assert (found.win_rate, found.num) == (50, 5)
+    assert (found.num_wins, found.num_losses, found.num_ties) == (1, 1, 1)
+    assert (found.num_unparsed, found.num_failed) == (1, 1)
+
+
+def test_probabilities_count_as_they_are() -> None:
+    found = win_rate([judged(1.25), judged(1.75), judged(1.9)])
+    assert found.win_rate == pytest.approx(100 * (0.25 + 0.75 + 0.9) / 3)
+    assert (found.num_wins, found.num_losses) == (2, 1)
+
+
+def test_nothing_understood_is_no_rate() -> None:
+    found = win_rate([judged(None), judged(None, failed=True)])
+    assert (found.win_rate, found.interval, found.length_controlled) == (None, None, None)
+    assert (found.num, found.num_unparsed, found.num_failed) == (2, 1, 1)
+    assert json.loads(json.dumps(win_rate([]).to_dict()))["num"] == 0
+
+
+@pytest.mark.parametrize(("preference", "rate"), [(2.0, 100.0), (1.0, 0.0)])
+def test_a_clean_sweep_stays_finite(preference: float, rate: float) -> None:
+    found = win_rate([judged(preference, ours=10 + i) for i in range(40)])
+    assert found.win_rate == rate and found.interval == (rate, rate)
+    assert found.length_controlled == pytest.approx(rate, abs=1)
+
+
+def test_a_judge_of_length_alone_is_seen_through() -> None:
+    """The longer answer wins at odds of e^2 : 1, whoever gave it, and ours is mostly the longer."""
+    rng = np.random.default_rng(1)
+    rows = []
+    for _ in range(1500):
+        difference = float(rng.normal(250, 300))
+        chance = 1 / (1 + np.exp(-2 * np.tanh(difference / 300)))
+        rows.append(judged(2.0 if rng.random() < chance else 1.0, 1000 + int(difference), 1000))
+    found = win_rate(rows)
+    assert found.win_rate > 68
+    assert found.length_controlled == pytest.approx(50, abs=5)
+    low, high = found.length_controlled_interval
+    assert low < 50 < high and found.interval[0] > 60
+
+
+def test_a_better_model_stays_better_at_equal_lengths() -> None:
+    rng = np.random.default_rng(2)
+    rows = [
+        judged(2.0 if rng.random() < 0.7 else 1.0, int(rng.integers(50, 150)), 100)
+        for _ in range(1000)
+    ]
+    found = win_rate(rows)
+    assert found.length_controlled == pytest.approx(found.win_rate, abs=1)
+    assert found.length_controlled == pytest.approx(70, abs=4)
+
+
+def test_without_differences_in_length_both_rates_agree() -> None:
+    found = win_rate([judged(2.0)] * 30 + [judged(1.0)] * 70)
+    assert found.length_controlled == pytest.approx(30, abs=0.01)
+
+
+def test_the_interval_covers_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(3)
+    inside = 0
+    for _ in range(60):
+        rows = [judged(2.0 if won else 1.0) for won in rng.random(60) < 0.3]
+        low, high = win_rate(rows).interval
+        inside += low <= 30 <= high
+    assert 52 <= inside < 60
+
+
+def test_orders_agree_or_show_a_bias_for_positions() -> None:
+    """Orders: theirs shown first, then ours."""
+    always_first = judged(1.5, orders=(1.0, 2.0))
+    found = win_rate([always_first] * 3)
+    assert (found.order_agreement, found.first_shown) == (0, 100)
+    fair = [judged(2.0, orders=(2.0, 2.0)), judged(1.0, orders=(1.0, 1.0))]
+    found = win_rate(fair)
+    assert (found.order_agreement, found.first_shown) == (100, 50)
+    half = replace(always_first, preference=None, orders=(None, 2.0))  # not to be told
+    assert win_rate([half, *fair]).order_agreement == 100
+    assert win_rate([judged(2.0)]).order_agreement is None
+
+
+def test_answers_are_paired_by_instruction() -> None:
+    ours, theirs = answers("b", "a", "a"), answers("a", "b", "a", "more")
+    assert [(o["output"], t["output"]) for o, t in pair(ours, theirs)] == [
+        ("0", "1"),
+        ("1", "0"),
+        ("2", "2"),
+    ]
+
+
+def test_answers_to_other_instructions_are_refused() -> None:
+    with pytest.raises(UserError, match=r"number 2 of the first is to 'xx.*\.\.\.', which"):
+        pair(answers("a", "x" * 500), answers("a", "b"))
+    with pytest.raises(UserError, match="number 2"):  # asked twice, answered once
+        pair(answers("a", "a"), answers("a", "b"))
+
+
+def test_alpaca_evals_preferences_are_read(tmp_path: Path) -> None:
+    values = [0, 1, 2, 1.5, 1.25, None, float("nan")]
+    rows = [
+        {"instruction": "i", "output_1": "four", "output_2": "ab", "preference": each}
+        for each in values
+    ]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(rows))
+    found = read_annotations(path)
+    assert [each.preference for each in found] == [1.5, 1, 2, 1.5, 1.25, None, None]
+    assert (found[0].our_length, found[0].their_length) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("[]", "at least one row"),
+        ("{}", "JSON list"),
+        ("[1", "no JSON file"),
+        ("[1]", "row 1 is no JSON object"),
+        ('[{"instruction": "i"}]', "row 1 lacks the field output_1"),
+        ('[{"instruction": 3}]', "row 1: the field instruction is no text"),
+        (
+            '[{"instruction": "i", "output_1": "", "output_2": "", "preference": 3}]',
+            "row 1: preference=3 is none",
+        ),
+    ],
+)
+def test_broken_files_are_named(content: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=says):
+        read_annotations(path)
+
+
+def test_missing_and_torn_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.json cannot be read: No such file"):
+        read_answers(tmp_path / "none.json")
+    path = tmp_path / "torn.json.gz"
+    path.write_bytes(gzip.compress(b'[{"instruction": "i", "output": "o"}]' * 50)[:60])
+    with pytest.raises(UserError, match=r"torn\.json\.gz is no JSON file"):
+        read_answers(path)
