@@ -117,7 +117,7 @@ def _outcomes(
                 return
             try:
                 done.put((prompt, _outcome(endpoint, prompt, cache)))
-            except Exception as error:  # a full disk: said where the main thread waits
+            except Exception as error:  # such as a full disk: the main thread waits for it
                 done.put((prompt, error))
 
     for _ in range(min(endpoint.config.num_parallel, count)):
@@ -175,8 +175,12 @@ class _Cache:
             self._append(json.dumps(row) + "\n")
 
     def _append(self, text: str) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(text)
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            cause = error.strerror or error
+            raise UserError(f"{self._path} cannot be written: {cause}.") from error
 
     def _name(self, prompt: str) -> str:
         asked = [self._config.model, self._config.max_answer_tokens, prompt]

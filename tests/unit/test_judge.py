@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import socket
 import subprocess
@@ -59,11 +60,9 @@ class Server:
                     with outer._lock:
                         outer._at_once -= 1
 
-            def answer(self, text: str, reason: str = "stop") -> None:
-                choice = {
-                    "message": {"role": "assistant", "content": text},
-                    "finish_reason": reason,
-                }
+            def answer(self, text: str, **other: Any) -> None:
+                message = {"role": "assistant", "content": text}
+                choice = {"message": message, "finish_reason": "stop", "index": 0, **other}
                 usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
                 self.send(200, json.dumps({"choices": [choice], "usage": usage}))
 
@@ -197,6 +196,13 @@ def test_answers_that_cannot_be_read_are_counted_and_never_wins(
     rates = win_rate(found)
     assert (rates.num_wins, rates.num_unparsed, rates.num_failed) == (1, 2, 0)
     assert any("3 of 6 answers hold no verdict" in line for line in compare.lines)
+
+
+def test_answers_that_were_cut_are_told_of(server: Server, compare: Compared) -> None:
+    server.behave = lambda _, __, handler: handler.answer("Let me see.", finish_reason="length")
+    compare(settings(server, max_answer_tokens=3))
+    assert compare.lines[-1].endswith("12 were cut at judge.max_answer_tokens")
+    assert server.requests[0]["max_tokens"] == 3
 
 
 @pytest.mark.parametrize(
@@ -436,6 +442,24 @@ def test_what_was_answered_is_not_asked_again(server: Server, compare: Compared)
     assert len(server.requests) == 26
 
 
+@pytest.mark.parametrize("num_written", [0, 3])
+def test_a_folder_that_cannot_be_written_ends_it(
+    num_written: int, server: Server, compare: Compared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noticed where the first answer comes, or later in a thread."""
+    real, left = Path.open, [None] * num_written
+
+    def full(self: Path, mode: str = "r", **others: Any) -> Any:
+        if mode == "a" and not left:
+            raise OSError(28, "No space left on device")
+        if mode == "a":
+            left.pop()
+        return real(self, mode, **others)
+
+    monkeypatch.setattr(Path, "open", full)
+    assert "requests.jsonl cannot be written: No space" in compare.refused(settings(server))
+
+
 def test_ctrl_c_keeps_what_was_answered(
     server: Server, compare: Compared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -565,16 +589,22 @@ def test_an_annotator_without_its_package_is_named(
     assert "pip install 'neftune-dist[alpaca-eval]'" in text
 
 
-def test_the_annotator_of_alpaca_eval_1(tmp_path: Path) -> None:
+def test_the_annotators_of_both_alpaca_evals(tmp_path: Path) -> None:
     """Through the package itself and its OpenAI client, against the local server, in a process of
-    its own: the package reads the environment once. It asks in one order, drawn by a hash."""
+    its own: the package reads the environment once. It asks in one order, drawn by a hash: 1 ranks
+    the answers, 2 reads the probability of a token."""
     pytest.importorskip("alpaca_eval", reason="alpaca_eval is not installed")
     server = Server()
 
-    def behave(prompt: str, *_: Any) -> str:
+    def behave(prompt: str, attempt: int, handler: Any) -> str | None:
         good_first = prompt.index("good") < prompt.index("bad")
         if "question 3" in prompt:
             return "none of them"
+        if server.requests[-1].get("logprobs"):
+            tokens = zip("mM", (0.8, 0.2) if good_first else (0.2, 0.8), strict=True)
+            top = [{"token": each, "logprob": math.log(p), "bytes": None} for each, p in tokens]
+            logprobs = {"content": [{**top[0], "top_logprobs": top}]}
+            return handler.answer("m", logprobs=logprobs)
         ranks = (1, 2) if good_first else (2, 1)
         return str([{"model": f"model_{i + 1}", "rank": rank} for i, rank in enumerate(ranks)])
 
@@ -587,10 +617,12 @@ from neftune_dist.evaluate.win_rate import win_rate
 ours = [{"instruction": f"question {i}", "output": f"good {i}"} for i in range(5)]
 theirs = [{"instruction": f"question {i}", "output": f"bad {i}"} for i in range(5)]
 theirs[4]["output"] = ours[4]["output"]
-for annotator in ("alpaca_eval_gpt4", "alpaca_eval_gpt4", "alpaca_eval_gpt5"):
+one, two = "alpaca_eval_gpt4", "weighted_alpaca_eval_gpt4_turbo"
+for annotator in (one, one, two, "alpaca_eval_gpt5"):
+    config = JudgeConfig(annotator=annotator, num_parallel=1)
     try:
-        found = compare(ours, theirs, JudgeConfig(annotator=annotator), Path("out"), print)
-        print([each.preference for each in found], win_rate(found).win_rate)
+        found = compare(ours, theirs, config, Path(annotator), print)
+        print([each.preference and round(each.preference, 3) for each in found], win_rate(found))
     except UserError as error:
         print(error)
 """
@@ -608,10 +640,12 @@ for annotator in ("alpaca_eval_gpt4", "alpaca_eval_gpt4", "alpaca_eval_gpt5"):
         timeout=120,
     )
     server.close()
-    assert done.stdout.count("[2.0, 2.0, 2.0, None, 1.5] 87.5") == 2, done.stdout + done.stderr
+    said = done.stdout + done.stderr
+    assert done.stdout.count("[2.0, 2.0, 2.0, None, 1.5] WinRate(win_rate=87.5") == 2, said
+    assert "[1.8, 1.8, 1.8, None, 1.5] WinRate(win_rate=72.5" in done.stdout, said
     assert "alpaca_eval_gpt5 is none of alpaca_eval's" in done.stdout
-    assert len(server.requests) == 4 + 0  # the second time from its cache
-    metrics = json.loads((tmp_path / "out" / "alpaca_eval.json").read_text())
+    assert len(server.requests) == 4 + 4  # none the second time: from its cache
+    metrics = json.loads((tmp_path / "alpaca_eval_gpt4" / "alpaca_eval.json").read_text())
     assert metrics["win_rate"] == 87.5 and metrics["n_total"] == 4
-    written = [path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert KEY not in "".join([*written, done.stdout, done.stderr])
+    written = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
+    assert KEY not in "".join([*written, said])
