@@ -215,6 +215,7 @@ def test_answers_that_were_cut_are_told_of(server: Server, compare: Compared) ->
         ("`B`.", 0.0),
         ("A is wrong about the date.\n\nBetter: B\n", 0.0),
         ("Better: B", 0.0),
+        ("Better: B would be a matter of taste.\nBetter: A", 1.0),
         ("", None),
         ("Better: C", None),
         ("Better: A or B", None),
@@ -561,7 +562,7 @@ def test_the_key_is_sent_and_never_written(
     written = [path.read_text() for path in compare.folder.rglob("*") if path.is_file()]
     everything = "".join([*written, *compare.lines, *capfd.readouterr(), caplog.text])
     assert "You are ***." in everything and "you sent ***" in everything
-    assert KEY not in everything and KEY[:12] not in everything
+    assert KEY not in everything and KEY[:8] not in everything
 
 
 def test_a_missing_key_is_one_sentence(
@@ -569,7 +570,7 @@ def test_a_missing_key_is_one_sentence(
 ) -> None:
     monkeypatch.setenv("JUDGE_KEY", " \n")
     assert "environment variable JUDGE_KEY" in compare.refused(settings(server))
-    monkeypatch.setenv("JUDGE_KEY", f"{KEY}\nX-Header: 1")  # a library would quote it
+    monkeypatch.setenv("JUDGE_KEY", f"{KEY}\nHeader:1")  # a library would quote it
     assert "JUDGE_KEY holds characters that no key has" in compare.refused(settings(server))
     assert not server.requests
     server.behave = by_quality
