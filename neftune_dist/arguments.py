@@ -48,6 +48,21 @@ def make_parser(runs: Mapping[str, object]) -> argparse.ArgumentParser:
     )
     added.add_argument("--dtype", choices=("original", "fp32", "bf16", "fp16"), default="original")
     _add_evaluate(verb)
+    _add_study(verb, takes_config)
+    added = verb(
+        "doctor",
+        "Check this machine: versions, conflicts, GPUs, memory, disk, hub; under torchrun or srun "
+        "all machines, and what they share: the run directory, clocks, collectives.",
+    )
+    added.add_argument("--run-dir", default=".", help="where runs are to be written")
+    added.add_argument("--model", help="a model directory or hub id: can it be had here?")
+    return parser
+
+
+def _add_study(
+    verb: Callable[..., argparse.ArgumentParser],
+    takes_config: Callable[[argparse.ArgumentParser], None],
+) -> None:
     added = verb("study", "Paired runs that differ in alpha alone, and their report.")
     added.add_argument(
         "--alphas",
@@ -58,19 +73,20 @@ def make_parser(runs: Mapping[str, object]) -> argparse.ArgumentParser:
     added.add_argument(
         "--ranks", type=int, default=1, help="processes a run; study starts torchrun"
     )
+    part = added.add_mutually_exclusive_group()
+    part.add_argument(
+        "--only",
+        type=int,
+        metavar="K",
+        help="make run K alone, counted from 0, without a report: a task of a Slurm array",
+    )
+    part.add_argument("--report-only", action="store_true", help="of runs that have been made")
     added.epilog = (
-        "Runs go to run_dir/alpha_A_seed_S, the report to run_dir/report.md. data.num_held_out "
+        "Runs go to run_dir/alpha_A_seed_S; each is trained, then evaluated as `evaluate.` and "
+        "`judge.` say. The report goes to run_dir/report.md and report.html. data.num_held_out "
         "must be set. The same command continues a study that was stopped."
     )
     takes_config(added)
-    added = verb(
-        "doctor",
-        "Check this machine: versions, conflicts, GPUs, memory, disk, hub; under torchrun or srun "
-        "all machines, and what they share: the run directory, clocks, collectives.",
-    )
-    added.add_argument("--run-dir", default=".", help="where runs are to be written")
-    added.add_argument("--model", help="a model directory or hub id: can it be had here?")
-    return parser
 
 
 def _add_evaluate(verb: Callable[..., argparse.ArgumentParser]) -> None:

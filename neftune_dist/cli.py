@@ -181,7 +181,7 @@ def _flushed(line: str) -> None:
 
 
 def _study(arguments: argparse.Namespace) -> int:
-    from neftune_dist.study import study
+    from neftune_dist.study.conduct import study
 
     return study(
         arguments.config,
@@ -189,6 +189,8 @@ def _study(arguments: argparse.Namespace) -> int:
         alphas=_numbers(arguments.alphas),
         num_seeds=arguments.seeds,
         num_ranks=arguments.ranks,
+        only=arguments.only,
+        report_only=arguments.report_only,
     )
 
 

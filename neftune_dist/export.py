@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from neftune_dist.checkpoint import store
-from neftune_dist.checkpoint.content import MODEL_FOLDER, Content, adapter_of
+from neftune_dist.checkpoint.content import CHAT_TEMPLATE, MODEL_FOLDER, Content, adapter_of
 from neftune_dist.config import AdapterConfig, UserError
 from neftune_dist.model.adapters import peft_name, peft_settings
 
@@ -65,7 +65,7 @@ def export(
             _write_adapter(checkpoint.folder, state, partial, adapted)
         else:
             _write_weights(Content.of(checkpoint.folder, state), partial, chosen)
-        (partial / "README.md").write_text(_card(state))
+        (partial / "README.md").write_text(_card(state, partial))
         if output.exists():
             if not any((output / name).exists() for name in ("config.json", "adapter_config.json")):
                 raise UserError(f"{output} exists and is no export: choose another --output.")
@@ -134,8 +134,13 @@ def _write_adapter(
     (output / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _card(state: Mapping[str, Any]) -> str:
+def _card(state: Mapping[str, Any], folder: Path) -> str:
     config = state["config"]
+    prompts = f"data.template={config['data']['template']}"
+    if config["data"]["template"] != "chat" and not (folder / CHAT_TEMPLATE).exists():
+        prompts += ", for which there is no chat template here"
+    elif config["data"].get("system_prompt") is not None:
+        prompts += "; the chat template puts data.system_prompt in front"
     noise, train, optim = config["noise"], config["train"], config["optim"]
     adapter = adapter_of(state)
     trained = (
@@ -163,6 +168,7 @@ Trained by neftune_dist {state["versions"]["neftune_dist"]} with {how}.
 | | |
 |---|---|
 | trained | {trained} |
+| prompts | {prompts} |
 | steps | {progress["step"]} of {train["global_batch_size"]} documents |
 | tokens | {progress["num_tokens"]}, {progress["num_supervised_tokens"]} of them supervised |
 | longest document | {config["data"]["max_length"]} tokens |

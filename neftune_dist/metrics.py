@@ -96,14 +96,15 @@ class Recorder:
         else:
             print(line, flush=True)
 
-    def close(self) -> None:
-        """Flush everything. Raises `UserError` where records could not be written."""
+    def close(self, failed: bool = False) -> None:
+        """Flush everything, as the run has failed or is over. Raises `UserError` where records
+        could not be written."""
         if not self.active:
             return
         for file in self._files.values():
             with suppress(OSError):  # counted when it was written
                 file.close()
-        self._trackers.close()
+        self._trackers.close(failed)
         if self._bar is not None:
             self._bar.close()
         if self._num_lost:

@@ -8,6 +8,7 @@ the run's own files hold every number.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,8 +25,8 @@ class Tracker(Protocol):
     def record(self, values: Mapping[str, float], step: int) -> None:
         """Numbers by name, after a step."""
 
-    def close(self) -> None:
-        """Nothing more will come."""
+    def close(self, failed: bool) -> None:
+        """Nothing more will come, because the run has failed or because it is over."""
 
 
 class Trackers:
@@ -47,10 +48,12 @@ class Trackers:
                 continue
             try:
                 self._running[name] = kind(run_dir, config, facts)
-            except ImportError as error:
-                raise UserError(f"logging.{name}=true needs the package {name}.") from error
             except Exception as error:  # of whatever its client and its server raise
+                if isinstance(error, ImportError) and error.name == name:
+                    raise UserError(f"logging.{name}=true needs the package {name}.") from error
                 first = (str(error).strip() or type(error).__name__).splitlines()[0]
+                if name == "mlflow" and not os.environ.get("MLFLOW_TRACKING_URI"):
+                    first = f"MLFLOW_TRACKING_URI is not set ({first})"
                 raise UserError(f"logging.{name}=true: it cannot begin a run: {first}") from error
 
     def record(self, prefix: str, record: Mapping[str, Any]) -> None:
@@ -63,10 +66,10 @@ class Trackers:
         for name in list(self._running):
             self._try(name, lambda tracker: tracker.record(values, record["step"]))
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Flush and leave all of them."""
         for name in list(self._running):
-            self._try(name, lambda tracker: tracker.close())
+            self._try(name, lambda tracker: tracker.close(failed))
         self._running.clear()
 
     def _try(self, name: str, what: Any) -> None:
@@ -88,7 +91,7 @@ class _TensorBoard:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self._writer.close()
 
 
@@ -114,8 +117,8 @@ class _WandB:
     def record(self, values: Mapping[str, float], step: int) -> None:
         self._run.log({**values, "step": step})
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
 class _MLflow:
@@ -137,8 +140,8 @@ class _MLflow:
     def record(self, values: Mapping[str, float], step: int) -> None:
         self._mlflow.log_metrics(dict(values), step=step)
 
-    def close(self) -> None:
-        self._mlflow.end_run()
+    def close(self, failed: bool) -> None:
+        self._mlflow.end_run("FAILED" if failed else "FINISHED")
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from neftune_dist import __version__, attempt
 from neftune_dist.attempt import EXIT_DONE, EXIT_STOPPED
 from neftune_dist.checkpoint import flat, resume, store
-from neftune_dist.checkpoint.content import keep_small_files, keep_vocabulary
+from neftune_dist.checkpoint.content import keep_small_files, keep_template, keep_vocabulary
 from neftune_dist.checkpoint.saver import Saver
 from neftune_dist.config import Config, UserError
 from neftune_dist.data.corpus import Corpus, prepare
@@ -152,11 +152,11 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
     )
     try:
         finished = trainer.run()
-    except BaseException:
+    except BaseException as error:
         watchdog.close()
         saver.abandon()
         with suppress(UserError):  # the first failure is the one to tell
-            recorder.close()
+            recorder.close(failed=not isinstance(error, Stopped))
         raise
     watchdog.close()
     with world.agree():
@@ -207,6 +207,8 @@ def _prepare(config: Config, run_dir: Path, world: World) -> _Prepared:
                 keep_small_files(folder, run_dir)
                 if config.model.add_tokens:
                     keep_vocabulary(tokenizer, model.config.vocab_size, run_dir)
+                if config.data.template != "chat" or config.data.system_prompt is not None:
+                    keep_template(corpus.chat_template, run_dir)
             except OSError as error:
                 raise _unwritable(run_dir, error) from error
     return _Prepared(
@@ -317,6 +319,11 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
 def _report(corpus: Corpus, schedule: Schedule, loader: Loader, world: World) -> None:
     for line in corpus.report.lines():
         world.log(line)
+    if corpus.chat_template is None:
+        world.log(
+            "warning: data.template cannot be written as a chat template for this tokenizer; "
+            "exports will have none"
+        )
     first = loader.step(0)
     steps_per_epoch = schedule.num_documents / schedule.global_batch_size
     world.log(

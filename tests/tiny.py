@@ -126,11 +126,9 @@ def command(verb: str, *words: object, ranks: int = 1) -> list[str]:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """One thread a process, no GPU, no hub; and this Python's own programs first: another ninja
-    would compile DeepSpeed's operator anew."""
+    """One thread a process, no GPU, no hub."""
     return {
         **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",

@@ -27,6 +27,7 @@ from neftune_dist.model.adapters import merged, quantized_names
 # Everything in a model directory that is not weights: configuration, tokenizer, code.
 _SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
 MODEL_FOLDER = "model"  # in a run directory: those files
+CHAT_TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
@@ -104,3 +105,18 @@ def keep_vocabulary(tokenizer: Any, num_rows: int, run_dir: Path) -> None:
     path = target / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "vocab_size": num_rows}, indent=2) + "\n")
+
+
+def keep_template(source: str | None, run_dir: Path) -> None:
+    """Put the chat template that a run trains with in the place of the model's own, which would
+    now be another; None: it has none."""
+    target = run_dir / MODEL_FOLDER
+    own = target / "tokenizer_config.json"
+    if own.exists():
+        settings = json.loads(own.read_text())
+        settings.pop("chat_template", None)
+        own.write_text(json.dumps(settings, indent=2) + "\n")
+    if source is None:
+        (target / CHAT_TEMPLATE).unlink(missing_ok=True)
+    else:
+        (target / CHAT_TEMPLATE).write_text(source, encoding="utf-8")

@@ -113,6 +113,10 @@ def check_same_run(
     changed = [
         key for key in differences(before, config.to_dict()) if not key.startswith(_MAY_CHANGE)
     ]
+    template = config.data.template
+    from_file = template.endswith(".jinja") and before["data"]["template"].endswith(".jinja")
+    if from_file and "data.template" in changed:
+        changed.remove("data.template")  # their content is compared below
     refused = [key for key in changed if key not in config.checkpoint.accepted]
     if refused:
         shown = ", ".join(
@@ -125,7 +129,10 @@ def check_same_run(
             f"The checkpoint {found.folder} was made with other settings of {shown}: restore them, "
             f"{accept}or set another run_dir."
         )
-    for key, what in (("tokenizer", "another tokenizer"), ("dataset", "another dataset")):
+    read = {"tokenizer": "another tokenizer", "dataset": "another dataset"}
+    if from_file and "template" in state["identity"]:
+        read = {"template": f"another text in data.template={template}", **read}
+    for key, what in read.items():
         if state["identity"][key] != identity[key]:
             raise UserError(f"The checkpoint {found.folder} was made with {what}: {mend}")
     if state["identity"]["data"] != identity["data"]:

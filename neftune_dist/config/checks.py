@@ -174,6 +174,9 @@ def _check_data(data: DataConfig) -> None:
     given = [f"data.{way}={getattr(data, way)}" for way in ways if getattr(data, way)]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} each say what is held out: give one of them.")
+    for key in ("held_out_split", "held_out_revision"):
+        if data.held_out is None and getattr(data, key) != getattr(DataConfig, key):
+            raise UserError(f"data.{key} has no effect without data.held_out_source: leave it out.")
 
 
 def _check_template(data: DataConfig) -> None:

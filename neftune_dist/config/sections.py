@@ -81,7 +81,9 @@ class DataConfig:
     packing: bool = True  # True: padding-free, documents isolated; False: one padded row each
     num_held_out: int = 0  # documents kept for evaluation (whole prompts: no leakage)
     held_out_fraction: float = 0.0  # in place of a number
-    held_out_source: str | None = None  # in place of both: files of their own
+    held_out_source: str | None = None  # in place of both: one of their own, as data.source
+    held_out_split: str = "train"  # for a hub id
+    held_out_revision: str | None = None  # for a hub id
     max_bad_fraction: float = 0.01  # share of unreadable rows above which the run is refused
     cache_dir: str = field(default_factory=lambda: _cache_home() + "/neftune_dist")
 
@@ -93,6 +95,15 @@ class DataConfig:
         return {
             "data.source": SourceConfig(self.source, self.split, self.revision, self.format),
         }
+
+    @property
+    def held_out(self) -> SourceConfig | None:
+        """The source of held-out documents alone, if there is one."""
+        if self.held_out_source is None:
+            return None
+        return SourceConfig(
+            self.held_out_source, self.held_out_split, self.held_out_revision, self.format
+        )
 
     @property
     def holds_out(self) -> bool:
@@ -180,7 +191,7 @@ class LoggingConfig:
 
     tensorboard: bool = True
     wandb: bool = False  # Weights & Biases
-    mlflow: bool = False
+    mlflow: bool = False  # where MLFLOW_TRACKING_URI says
     project: str = "neftune_dist"  # of wandb; mlflow's experiment
     name: str | None = None  # of the run there; None: the last part of run_dir
     progress: bool = True

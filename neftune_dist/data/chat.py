@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from neftune_dist.data import prompts
 from neftune_dist.data.formats import Conversation
 from neftune_dist.data.sources import BadRow
 
@@ -28,10 +29,11 @@ Tools = list[Any] | None
 class ChatTemplate:
     """One Jinja template, with the tokenizer whose special tokens it writes.
 
-    special: the texts of the special tokens.
+    given: the template as it was written. special: the texts of the special tokens.
     """
 
     def __init__(self, tokenizer: Any, source: str) -> None:
+        self.given = source
         self.source = _FIXED_DATE + source if "strftime_now" in source else source
         self.special = tuple(
             str(token) for token in tokenizer.added_tokens_decoder.values() if token.special
@@ -89,6 +91,16 @@ class ChatTemplate:
         except BadRow:
             return False
         return said in text
+
+
+def with_system(source: str, said: str) -> str:
+    """A template that puts a system prompt in front of conversations that have none."""
+    turn = f"{{'role': 'system', 'content': {prompts.quoted(said)}}}"
+    # The "+" keeps the template's first white space.
+    return (
+        "{%- if messages[0]['role'] != 'system' %}"
+        f"{{%- set messages = [{turn}] + messages %}}{{%- endif +%}}{source}"
+    )
 
 
 def tools_of(conversation: Conversation) -> Tools:

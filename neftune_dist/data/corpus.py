@@ -22,7 +22,6 @@ import numpy as np
 from filelock import FileLock
 
 from neftune_dist.config import DataConfig, SourceConfig, UserError
-from neftune_dist.data import files
 from neftune_dist.data.audit import Audit
 from neftune_dist.data.documents import Conversations, Documents, Spool, Table
 from neftune_dist.data.formats import Conversation, detect_format, to_conversation
@@ -64,6 +63,7 @@ class Corpus:
     fingerprint: str
     # Digests of what made it, for a message that says which of them is another.
     identity: dict[str, str] = field(default_factory=dict)
+    chat_template: str | None = None  # in Jinja, for users of the trained model; None: it has none
 
     @property
     def content(self) -> str:
@@ -81,11 +81,8 @@ class _Input:
     @staticmethod
     def open(config: DataConfig) -> _Input:
         sources = [open_source(each, key) for key, each in config.sources.items()]
-        if config.held_out_source:
-            if not files.is_local(config.held_out_source):
-                raise UserError(files.no_file(config.held_out_source, "data.held_out_source"))
-            own = SourceConfig(config.held_out_source)
-            sources.append(open_source(own, "data.held_out_source"))
+        if config.held_out:
+            sources.append(open_source(config.held_out, "data.held_out_source"))
         return _Input(tuple(sources), tuple(config.sources.values()))
 
     def identity(self) -> list[list[Any]]:
@@ -135,8 +132,13 @@ def prepare(
     identity = {
         "dataset": _short_digest(given.identity()),
         "tokenizer": _short_digest(template.identity()),
+        "template": _short_digest(template.identity()["chat_template"]),
     }
-    corpus = replace(load(entry, [source.name for source in given.sources]), identity=identity)
+    corpus = replace(
+        load(entry, [source.name for source in given.sources]),
+        identity=identity,
+        chat_template=template.as_jinja(),
+    )
     for source, told in zip(given.sources, corpus.report.sources, strict=True):
         _refuse_bad_share(source, told, config)
     return corpus

@@ -52,11 +52,6 @@ def is_local(source: str) -> bool:
     return named or os.path.exists(source)
 
 
-def no_file(source: str, key: str) -> str:
-    """The sentence for a source that must be local and is not."""
-    return f"{key}={source} is no file: give a {_READABLE} file, a directory or a glob of them."
-
-
 def find(source: str, key: str) -> Files:
     """The files of a local source: a file, all in a directory (not in those below it), or all that
     a glob matches (`**` for any depth).

@@ -6,9 +6,13 @@ vicuna: Vicuna v1.1's, as FastChat trains it: one sentence, then exchanges, an e
 llama2: Llama-2-chat's, as Meta's reference code builds it: each exchange is tokenised on its own
     between a beginning-of-sequence and an end-of-sequence token, contents are stripped, and no part
     of them is ever read as a special token.
+
+Each is there a second time as a Jinja program, for whoever uses the trained model.
 """
 
 from __future__ import annotations
+
+import json
 
 from neftune_dist.config import UserError
 from neftune_dist.data.formats import Conversation
@@ -31,6 +35,60 @@ _LLAMA2_MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
 _NAMES = {"alpaca": "Alpaca", "vicuna": "Vicuna", "llama2": "Llama-2"}
 _Part = tuple[str, str]  # who says it, and what
+
+# What stands in front of these programs sets `begin` (in front of the first exchange), `again` (of
+# every other), `end` (behind an answer), `system` (or none) and the sentences above.
+_LIFT_SYSTEM = """
+{%- if messages[0]['role'] == 'system' %}
+{%- set system = messages[0]['content'] %}
+{%- set messages = messages[1:] %}
+{%- endif %}"""
+_ALTERNATE = """
+{%- for message in messages %}
+{%- if message['role'] != ['user', 'assistant'][loop.index0 % 2] %}
+{{- raise_exception('This prompt takes questions and answers by turns.') }}
+{%- endif %}"""
+_JINJA = {
+    # An Alpaca row's input may be given as the message's own `input`.
+    "alpaca": r"""
+{%- if messages | map(attribute='role') | list not in (['user'], ['user', 'assistant']) %}
+{{- raise_exception('The Alpaca prompt takes one instruction and one answer.') }}
+{%- endif %}
+{%- if messages[0]['input'] %}
+{{- begin + with_input + messages[0]['content'] + '\n\n### Input:\n' + messages[0]['input'] }}
+{%- else %}
+{{- begin + without_input + messages[0]['content'] }}
+{%- endif %}
+{{- '\n\n### Response:' }}
+{%- if messages | length == 2 %}
+{{- messages[1]['content'] + end }}
+{%- endif %}""",
+    "vicuna": _LIFT_SYSTEM
+    + _ALTERNATE
+    + r"""
+{%- if message['role'] == 'assistant' %}
+{{- ' ASSISTANT: ' + message['content'] + end }}
+{%- else %}
+{{- (begin + (usual if system is none else system) + ' ' if loop.first else again) + 'USER: ' }}
+{{- message['content'] }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- ' ASSISTANT:' }}
+{%- endif %}""",
+    "llama2": _LIFT_SYSTEM
+    + _ALTERNATE
+    + r"""
+{%- if message['role'] == 'assistant' %}
+{{- ' ' + message['content'].strip() + ' ' + end }}
+{%- elif loop.first and system is not none %}
+{%- set asked = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + message['content'] %}
+{{- begin + '[INST] ' + asked.rstrip() + ' [/INST]' }}
+{%- else %}
+{{- (begin if loop.first else again) + '[INST] ' + message['content'].strip() + ' [/INST]' }}
+{%- endif %}
+{%- endfor %}""",
+}
 
 
 def is_fixed(template: str) -> bool:
@@ -69,6 +127,40 @@ def check_tokenizer(template: str, name: str, end: str | None) -> None:
             f"The tokenizer {name} has no end-of-sequence token, with which the "
             f"{_NAMES[template]} prompt's answers end."
         )
+
+
+def as_jinja(template: str, *, prefix: str, end: str, gap: str, system: str | None) -> str:
+    """The prompt as a program for `apply_chat_template`.
+
+    Args:
+        prefix: the special tokens that the tokenizer puts in front of a text.
+        end: the end-of-sequence token.
+        gap: what makes a text behind a special token the tokens of that text alone.
+        system: of conversations that have no system prompt.
+    """
+    begin = prefix + gap if prefix else ""
+    values = {
+        "begin": begin,
+        "again": begin or gap if template == "llama2" else gap,
+        "end": end,
+        "system": system,
+        "usual": _VICUNA_SYSTEM,
+        "with_input": _ALPACA_WITH_INPUT,
+        "without_input": _ALPACA_WITHOUT_INPUT,
+    }
+    return (
+        "\n".join(
+            f"{{%- set {name} = {quoted(value)} %}}"
+            for name, value in values.items()
+            if name in _JINJA[template]
+        )
+        + _JINJA[template]
+    )
+
+
+def quoted(text: str | None) -> str:
+    """A value as Jinja writes it."""
+    return "none" if text is None else json.dumps(text, ensure_ascii=False)
 
 
 def _chunk(parts: list[_Part], *, learned: bool, starts: bool, ends: bool, literal: bool) -> Chunk:

@@ -78,9 +78,9 @@ def open_source(config: SourceConfig, key: str = "data.source") -> Source:
 
 def _refuse_revision(config: SourceConfig, key: str) -> None:
     if config.revision is not None or config.split != SourceConfig.split:
-        section = key.rpartition(".")[0]
+        its = key.removesuffix("source")
         raise UserError(
-            f"{section}.split and {section}.revision have no effect with {key}={config.source}, "
+            f"{its}split and {its}revision have no effect with {key}={config.source}, "
             "which is no hub id: leave them out."
         )
 

@@ -18,11 +18,14 @@ import numpy as np
 
 from neftune_dist.config import DataConfig, UserError
 from neftune_dist.data import masks, prompts
-from neftune_dist.data.chat import ChatTemplate
+from neftune_dist.data.chat import ChatTemplate, with_system
 from neftune_dist.data.formats import Conversation, Turn
 from neftune_dist.data.rendered import SPEAKERS, TEXT, Chunk, Rendered, Span
 from neftune_dist.data.sources import BadRow
 
+# What a fixed prompt in Jinja is tried on.
+_EXCHANGE = (Turn("user", "What is 2 + 3?\nSay it."), Turn("assistant", "It is 5."))
+_TALK = (*_EXCHANGE, Turn("user", "And doubled?"), Turn("assistant", "10"))
 _Pieces = tuple[np.ndarray, np.ndarray]
 _ANY_ANSWER = "Yes."
 
@@ -115,6 +118,31 @@ class Template:
         [(ids, _)] = self._tokenize([chunk.text], chunk.literal)
         return [*(self._prefix.tolist() if chunk.starts else []), *ids.tolist()]
 
+    def as_jinja(self) -> str | None:
+        """The template as a chat template for whoever uses the trained model: what it makes of a
+        conversation are the tokens of the document (what looks like a special token is one there;
+        and no tokens are kept apart where a prompt ends).
+
+        None where this tokenizer reads a text behind a special token otherwise than the text alone.
+        """
+        said = self.config.system_prompt
+        if self._chat is not None:
+            return self._chat.given if said is None else with_system(self._chat.given, said)
+        prefix = "".join(self.tokenizer.convert_ids_to_tokens(self._prefix.tolist()))
+        alone = self.config.template == "alpaca"
+        talks = [_EXCHANGE] if alone else [_TALK, (Turn("system", "Be\nbrief."), *_TALK)]
+        for gap in ("", " "):
+            source = prompts.as_jinja(
+                self.config.template,
+                prefix=prefix,
+                end=self.tokenizer.eos_token,
+                gap=gap,
+                system=said,
+            )
+            if all(self._is_made_by(source, Conversation(turns)) for turns in talks):
+                return source
+        return None
+
     def reply_ids(self, turns: Sequence[Turn]) -> list[int]:
         """The tokens in front of the answer to the last turn: those behind which it is learned,
         earlier answers among them. Raises `BadRow` where the template cannot express the turns."""
@@ -143,6 +171,13 @@ class Template:
             supervised[:1] = 0  # nothing comes before it that could predict it
             documents.append(Document(ids, supervised, speakers, each.marks_end))
         return documents
+
+    def _is_made_by(self, source: str, conversation: Conversation) -> bool:
+        [document] = self.encode([self.render(conversation)])
+        made = self.tokenizer.apply_chat_template(
+            conversation.messages(), chat_template=source, return_dict=False
+        )
+        return bool(made == document.input_ids.tolist())
 
     def _prompt(self, conversation: Conversation) -> Chunk:
         conversation = self._with_system(conversation)

@@ -11,7 +11,6 @@ import platform
 import re
 import shutil
 import socket
-import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -125,15 +124,6 @@ def _no_cxx() -> str:
     return "" if shutil.which(command) else f"no {command} found"
 
 
-def _no_ninja() -> str:
-    if shutil.which("ninja"):
-        return ""
-    folder = Path(sys.executable).parent
-    if (folder / "ninja").exists():
-        return f"{folder} is not in PATH"
-    return "no ninja found"
-
-
 def _no_triton_compiler() -> str:
     import torch
 
@@ -185,13 +175,8 @@ CONFLICTS = (
         "compiler",
         WARNING,
         _no_cxx,
-        "DeepSpeed compiles for the CPU: install g++ or set CXX, or stay with engine.name=fsdp2",
-    ),
-    Conflict(
-        "ninja",
-        WARNING,
-        _no_ninja,
-        "DeepSpeed compiles with ninja: install it, or activate the environment",
+        "torch.compile needs one on a CPU: install g++ or set CXX, or stay with "
+        "model.compile=false and model.attention=auto",
     ),
     Conflict(
         "Triton",

@@ -13,6 +13,7 @@ import io
 import logging
 import math
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import redirect_stdout
@@ -50,6 +51,12 @@ os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "ERROR")
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
+
+# On a CPU each run would begin by compiling an operator for inference, which training never calls:
+# a minute, and a compiler needed. A run killed meanwhile leaves torch's lock file behind, on which
+# all later ones, whoever's, would wait for ever, without a word. (As an attribute of its package
+# that module is hidden by torch itself.)
+sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)

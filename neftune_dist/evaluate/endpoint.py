@@ -166,8 +166,6 @@ class Endpoint:
                 raise TimeoutError
             if len(content) > _LARGEST_REPLY_BYTES:
                 raise http.client.HTTPException("the reply has no end")
-        if response.length:  # read1, unlike read, does not say so
-            raise http.client.HTTPException("the connection was dropped")
         return content
 
     def _parsed(self, content: bytes) -> Reply:

@@ -226,8 +226,6 @@ def _deepspeed(config: Config, model: Any) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch(f"{zero}.assert_ints_same_as_other_ranks"))
         stack.enter_context(patch("deepspeed.comm.comm.cdb", None))
-        # It would be compiled first: a minute.
-        stack.enter_context(patch("deepspeed.comm.torch.build_shm_op", lambda: None))
         stack.enter_context(patch("deepspeed.utils.groups._WORLD_GROUP", None))
         # Stage 3 puts its own in this place, for good.
         stack.enter_context(patch("torch.nn.functional.linear", torch.nn.functional.linear))

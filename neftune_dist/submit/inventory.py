@@ -113,10 +113,8 @@ def count_rows(data: DataConfig, hub: Callable[[], Hub]) -> Rows | None:
     """Documents of an epoch and those held out, if every row is one; None where that takes reading
     a source whole. Raises `UserError`."""
     counted = [_weighted(_count_source(each, key, hub), each) for key, each in data.sources.items()]
-    if data.held_out_source:
-        if not files.is_local(data.held_out_source):
-            raise UserError(files.no_file(data.held_out_source, "data.held_out_source"))
-        _count_source(SourceConfig(data.held_out_source), "data.held_out_source", hub)
+    if data.held_out:
+        _count_source(data.held_out, "data.held_out_source", hub)
     known = [rows for rows in counted if rows]
     if len(known) < len(counted):
         return None

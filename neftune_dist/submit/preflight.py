@@ -56,7 +56,7 @@ def anchor(config: Config) -> None:
             each.source = _absolute("data.source", each.source)
     if data.template.endswith(".jinja"):
         data.template = _absolute("data.template", data.template)
-    if data.held_out_source:
+    if data.held_out_source and files.is_local(data.held_out_source):
         data.held_out_source = _absolute("data.held_out_source", data.held_out_source)
     if checkpoint.resume not in ("auto", "never"):
         checkpoint.resume = _absolute("checkpoint.resume", checkpoint.resume)

@@ -1,7 +1,7 @@
 """LoRA, DoRA and QLoRA train the same under every engine as a plain PEFT model in one process.
 
-The reference is a loop of its own: PEFT's model, documents one by one, the frozen matrices of QLoRA
-replaced by what their 4 bits stand for.
+The reference is the plain loop over PEFT's model, the frozen matrices of QLoRA replaced by what
+their 4 bits stand for.
 """
 
 from __future__ import annotations
@@ -14,19 +14,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 
-from neftune_dist import NEFTune
 from neftune_dist.config import load_config
-from neftune_dist.data.corpus import prepare
-from neftune_dist.data.schedule import make_schedule
 from neftune_dist.evaluate.subject import open_subject
 from neftune_dist.model import load, nf4
 from neftune_dist.model.adapters import peft_name
-from neftune_dist.noise.law import TokenLayout
-from neftune_dist.optim import learning_rate
-from tests import tiny
+from tests import plain, tiny
 
 STEPS = 6
 ZERO_3 = ["engine.name=deepspeed"]
@@ -91,49 +85,13 @@ def peft_model(config_path: Path, method: str) -> Any:
             held.data.copy_(begun)
         else:  # PEFT begins with the same zeros and lengths
             torch.testing.assert_close(begun, held.detach())
-    return model.train()
+    return model
 
 
 def reference(config_path: Path, method: str) -> tuple[list[dict[str, float]], Any]:
     """Records of the plain loop, and the model that it has trained."""
-    config = load_config(config_path, METHODS[method])
-    tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.name_or_path)
-    corpus = prepare(config.data, tokenizer)
-    schedule = make_schedule(config.train, len(corpus.train), corpus.content)
     model = peft_model(config_path, method)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": 0.01},
-            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-        ]
-    )
-    records = []
-    with NEFTune(5.0, seed=config.noise_seed, stream="sample").attach(model) as noise:
-        for step in range(schedule.num_steps):
-            indices, epochs = schedule.documents(step)
-            number, total = int(corpus.train.num_supervised[indices].sum()), 0.0
-            for index, epoch in zip(indices.tolist(), epochs.tolist(), strict=True):
-                tokens, supervised = corpus.train[index]
-                ids = torch.from_numpy(tokens.astype("int64"))
-                learned = torch.from_numpy(supervised.astype(bool))[1:]
-                noise.describe(
-                    TokenLayout.from_lengths(
-                        torch.tensor([len(ids)]),
-                        documents=torch.tensor([index]),
-                        epochs=torch.tensor([epoch]),
-                    )
-                )
-                logits = model(input_ids=ids[None]).logits[0, :-1]
-                loss = F.cross_entropy(logits[learned], ids[1:][learned], reduction="sum")
-                (loss / number).backward()
-                total += float(loss.detach())
-            norm = torch.nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config.optim, step, schedule.num_steps)
-            optimizer.step()
-            optimizer.zero_grad()
-            records.append({"loss": total / number, "grad_norm": float(norm)})
+    records = plain.train(model, load_config(config_path, METHODS[method]))
     assert records[-1]["loss"] < 0.9 * records[0]["loss"]  # it moves
     return records, model.eval()
 

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from neftune_dist.checkpoint import store
+from neftune_dist.checkpoint.content import keep_small_files, keep_template
 from neftune_dist.config import load_config
 from neftune_dist.evaluate.subject import open_subject
 from neftune_dist.export import export
@@ -95,6 +96,31 @@ def test_mistakes_are_told(run_dir: Path, tmp_path: Path) -> None:
     done = tiny.run("export", run_dir, "--output", tmp_path / "mine")
     assert done.returncode == 2
     assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_the_prompts_of_the_run_are_the_export_s(tmp_path: Path) -> None:
+    """Not those of the model that it began with."""
+    config = tiny.make_config(tmp_path, train={"max_steps": 1})
+    own = tmp_path / "model" / "tokenizer_config.json"
+    own.write_text(json.dumps({**json.loads(own.read_text()), "chat_template": "of old"}))
+    words = ["data.template=vicuna", "data.system_prompt=Be brief."]
+    tiny.train(config, tmp_path / "run", *words)
+    output = export(tmp_path / "run", log=lambda _: None)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(output)
+    assert "chat_template" not in json.loads((output / "tokenizer_config.json").read_text())
+    asked = [{"role": "user", "content": "Why?"}]
+    text = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    assert text == "Be brief. USER: Why? ASSISTANT:"
+    card = (output / "README.md").read_text()
+    assert "| prompts | data.template=vicuna; the chat template puts data.system_prompt in" in card
+
+
+def test_no_chat_template_rather_than_another(tmp_path: Path) -> None:
+    folder = tiny.make_model(tmp_path / "base")
+    keep_small_files(folder, tmp_path)
+    keep_template(None, tmp_path)
+    assert transformers.AutoTokenizer.from_pretrained(folder).chat_template == tiny.TEMPLATE
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "model").chat_template is None
 
 
 def test_new_tokens_are_trained_saved_and_exported(tmp_path: Path) -> None:

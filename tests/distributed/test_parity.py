@@ -7,23 +7,19 @@ a plain transformers model with plain AdamW, under the noise put on by `NEFTune(
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 
-from neftune_dist import NEFTune
 from neftune_dist.config import load_config
-from neftune_dist.data.corpus import prepare
-from neftune_dist.data.schedule import make_schedule
-from neftune_dist.noise.law import TokenLayout
-from neftune_dist.optim import learning_rate
-from tests import tiny
+from tests import plain, tiny
 
 STEPS = 10
 TOLERANCE = 1e-5  # relative, float32
@@ -37,50 +33,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reference(config_path: Path, *words: str, skipped: Sequence[int] = ()) -> list[dict[str, Any]]:
     """The records of the plain loop; at the `skipped` steps it makes no update."""
     config = load_config(config_path, words)
-    folder = config.model.name_or_path
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    corpus = prepare(config.data, tokenizer)
-    schedule = make_schedule(config.train, len(corpus.train), corpus.content)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    plain = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": config.optim.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ]
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        config.model.name_or_path, dtype=torch.float32
     )
-    records = []
-    with NEFTune(config.noise.alpha, seed=config.noise_seed, stream="sample").attach(
-        model
-    ) as noise:
-        for step in range(schedule.num_steps):
-            indices, epochs = schedule.documents(step)
-            number = int(corpus.train.num_supervised[indices].sum())
-            total = 0.0
-            for index, epoch in zip(indices.tolist(), epochs.tolist(), strict=True):
-                ids, supervised = corpus.train[index]
-                ids = torch.from_numpy(ids.astype("int64"))
-                learned = torch.from_numpy(supervised.astype(bool))[1:]
-                noise.describe(
-                    TokenLayout.from_lengths(
-                        torch.tensor([len(ids)]),
-                        documents=torch.tensor([index]),
-                        epochs=torch.tensor([epoch]),
-                    )
-                )
-                logits = model(input_ids=ids[None]).logits[0, :-1]
-                loss = F.cross_entropy(logits[learned], ids[1:][learned], reduction="sum")
-                (loss / number).backward()
-                total += float(loss.detach())
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config.optim, step, schedule.num_steps)
-            if step + 1 not in skipped:
-                optimizer.step()
-            optimizer.zero_grad()
-            records.append({"step": step + 1, "loss": total / number, "grad_norm": float(norm)})
-    return records
+    return plain.train(model, config, skipped)
 
 
 def assert_same(actual: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
@@ -215,6 +171,34 @@ def test_a_rank_without_a_document(engine: str, config: Path, tmp_path: Path) ->
     assert_same(
         tiny.train(config, tmp_path / "run", f"engine.name={engine}", *words, ranks=3), expected
     )
+
+
+@dataclass(frozen=True)
+class BuildFolder:
+    """Where torch would put the operators that it compiles."""
+
+    folder: Path
+
+    def __call__(self) -> None:
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(self.folder)
+
+
+def test_deepspeed_compiles_nothing(config: Path, tmp_path: Path) -> None:
+    """So that no run waits for the lock which another left there when it was killed."""
+    lock = tmp_path / "built" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    done = tiny.run_forked(
+        "train",
+        config,
+        f"run_dir={tmp_path / 'run'}",
+        "engine.name=deepspeed",
+        "train.max_steps=1",
+        ranks=2,
+        before=BuildFolder(tmp_path / "built"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert [path for path in (tmp_path / "built").rglob("*") if path.is_file()] == [lock]
 
 
 def test_untied_head(tmp_path: Path) -> None:

@@ -357,6 +357,26 @@ def another_vocabulary(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
+def test_a_template_of_a_file_is_compared_by_its_text(config: Path, tmp_path: Path) -> None:
+    one, two, run_dir = tmp_path / "one.jinja", tmp_path / "two.jinja", tmp_path / "run"
+    for path in (one, two):
+        path.write_text(tiny.TEMPLATE)
+    tiny.train(config, run_dir, f"data.template={one}", "train.max_steps=1")
+    done = tiny.run_forked(
+        "train", config, f"run_dir={run_dir}", f"data.template={two}", "train.max_steps=1"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "nothing is left to train" in done.stdout
+    one.write_text(tiny.TEMPLATE.replace("<|", "<<|"))
+    what = f"another text in data.template={one}"
+    assert_refused_by_what_it_read([f"data.template={one}"], what, config, run_dir)
+    done = tiny.run_forked(
+        "train", config, f"run_dir={run_dir}", "data.template=llama2", "train.max_steps=20"
+    )
+    assert done.returncode == 2
+    assert f"data.template (then {one}, now llama2)" in done.stderr
+
+
 @pytest.mark.parametrize("change", [another_template, another_vocabulary])
 def test_another_tokenizer_is_refused(
     change: Callable[[Path], None],

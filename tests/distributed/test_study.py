@@ -1,116 +1,167 @@
-"""A study is runs that differ in alpha and seed alone, and a report that claims no more than they
-show."""
+"""A study is runs that differ in alpha and seed alone, evaluated alike, and a report of what they
+recorded. What a report may claim: tests/unit/test_study.py."""
 
 from __future__ import annotations
 
 import json
 import math
-import random
 import shutil
 import signal
 import statistics
 import subprocess
+import sys
 import time
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from neftune_dist import study as module
-from neftune_dist.config import UserError, load_config
-from neftune_dist.study import Run, interval, read_run, report, study
+from neftune_dist.config import UserError, differences, load_config
+from neftune_dist.evaluate.win_rate import Judgement
+from neftune_dist.study import conduct, runs
+from neftune_dist.study.conduct import study
+from neftune_dist.study.results import read_run
 from tests import tiny
 
 NUM_STEPS = 3
+RUNS = ("alpha_0_seed_0", "alpha_5_seed_0", "alpha_0_seed_1", "alpha_5_seed_1")
+
+
+def forked(command: Sequence[str]) -> tuple[int, str]:
+    """In place of `runs.execute`: the same command in a process that has imported everything."""
+    assert command[:3] == [sys.executable, "-m", "neftune_dist"]
+    done = tiny.run_forked(command[3], *command[4:])
+    return done.returncode, (done.stderr.strip().splitlines() or [""])[-1]
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its alpha is to be overridden; its noise.seed contradicts alpha 0."""
     noise: dict[str, Any] = {"alpha": 9.0, "seed": 7}
+    evaluate = {"max_instructions": 8, "max_new_tokens": 4, "train_documents": 8}
     folder = tmp_path_factory.mktemp("study")
-    return tiny.make_config(folder, noise=noise, train={"max_steps": NUM_STEPS})
+    return tiny.make_config(folder, noise=noise, evaluate=evaluate, train={"max_steps": NUM_STEPS})
 
 
 @pytest.fixture(scope="module")
-def finished(config: Path) -> Path:
-    """The directory of a study of two values of alpha and one seed."""
+def finished(config: Path) -> Iterator[Path]:
+    """The directory of a study of two values of alpha and two seeds."""
     folder = config.parent / "finished"
-    done = tiny.run("study", config, f"run_dir={folder}", "--alphas=0,5")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RANK", raising=False)
+        patch.setattr(runs, "execute", forked)
+        code = study(config, [f"run_dir={folder}"], alphas=[0, 5], num_seeds=2, num_ranks=1)
+    assert code == 0
+    yield folder
 
 
-def evaluations(run_dir: Path) -> list[dict[str, Any]]:
+def losses(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "evaluations.jsonl").read_text().splitlines()]
+
+
+def evaluated(run_dir: Path, name: str) -> Any:
+    return json.loads((runs.evaluation_folder(run_dir, NUM_STEPS) / f"{name}.json").read_text())
 
 
 def test_each_run_has_its_alpha_its_seed_and_all_steps(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
-        "alpha_0_seed_0",
-        "alpha_5_seed_0",
+        *RUNS,
+        "plots",
         "report.md",
+        "report.html",
     }
-    for alpha, noise_seed in ((0, None), (5, 7)):
-        run_dir = finished / f"alpha_{alpha}_seed_0"
-        settings = load_config(run_dir / "config.yaml")
-        assert (settings.noise.alpha, settings.noise.seed) == (alpha, noise_seed)
-        assert settings.train.seed == 0
-        steps = tiny.steps(run_dir)
+    for name in RUNS:
+        alpha, seed = float(name.split("_")[1]), int(name.split("_")[3])
+        settings = load_config(finished / name / "config.yaml")
+        assert (settings.noise.alpha, settings.noise.seed) == (alpha, 7 if alpha else None)
+        assert settings.train.seed == seed
+        steps = tiny.steps(finished / name)
         assert [step["step"] for step in steps] == list(range(1, NUM_STEPS + 1))
         for step in steps:
             assert step["noise_norm"] == pytest.approx(alpha / math.sqrt(3), rel=0.05)
+        summary = evaluated(finished / name, "summary")
+        assert (summary["subject"]["step"], summary["subject"]["alpha"]) == (NUM_STEPS, alpha)
+        assert summary["answers"]["num"] == 8
+
+
+def test_runs_of_one_seed_are_the_same_but_for_their_noise(finished: Path) -> None:
+    """To the last bit: the loss before the first step, and the documents of every step."""
+    read = {name: read_run(finished / name, 0, 0) for name in RUNS}
+    assert len({run.first for run in read.values()}) == 1
+    for seed in (0, 1):
+        zero, five = read[f"alpha_0_seed_{seed}"], read[f"alpha_5_seed_{seed}"]
+        assert zero.documents == five.documents
+        changed = differences(zero.config.to_dict(), five.config.to_dict())
+        assert changed == ["noise.alpha", "noise.seed", "run_dir"]
+        assert [s["learning_rate"] for s in zero.steps] == [s["learning_rate"] for s in five.steps]
+        # The first batch's loss differs by its noise alone.
+        assert zero.steps[0]["loss"] != five.steps[0]["loss"]
+        assert zero.last != five.last
+    assert read["alpha_0_seed_0"].documents != read["alpha_0_seed_1"].documents
 
 
 def test_the_report_holds_what_the_runs_recorded(finished: Path) -> None:
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in (finished / "report.md").read_text().splitlines()
-        if line.startswith(("| 0 |", "| 5 |"))
-    ]
-    last = {}
-    for alpha, row in ((0, rows[0]), (5, rows[1])):
-        run_dir = finished / f"alpha_{alpha}_seed_0"
-        steps, losses = tiny.steps(run_dir), evaluations(run_dir)
-        assert [each["step"] for each in losses] == [0, NUM_STEPS]
-        last[alpha] = losses[1]["held_out_loss"]
-        norm = statistics.fmean(step["noise_norm"] for step in steps)
-        law = alpha / math.sqrt(3)
-        figures = [losses[0]["held_out_loss"], last[alpha], steps[-1]["loss"], norm, law]
-        assert row == [str(alpha), *(f"{figure:.4f}" for figure in figures)]
-    difference = f"{last[5] - last[0]:+.4f}"
-    assert last[5] != last[0]
-    assert rows[2] == ["5", difference, difference, "too few seeds"]
     text = (finished / "report.md").read_text()
-    assert "- alpha 5: no difference seen: 1 seed is too few to tell noise from effect." in text
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    for alpha in (0, 5):
+        folders = [finished / f"alpha_{alpha}_seed_{seed}" for seed in (0, 1)]
+        figures = [
+            [losses(f)[0]["held_out_loss"] for f in folders],
+            [losses(f)[1]["held_out_loss"] for f in folders],
+            [tiny.steps(f)[-1]["loss"] for f in folders],
+            [statistics.fmean(s["noise_norm"] for s in tiny.steps(f)) for f in folders],
+            [alpha / math.sqrt(3)],
+        ]
+        assert [str(alpha), *(f"{statistics.fmean(each):.4f}" for each in figures)] in rows
+    by_seed = []
+    for seed in (0, 1):
+        sums = [evaluated(finished / f"alpha_{a}_seed_{seed}", "items")["held_out"] for a in (5, 0)]
+        means = [sum(row[0] for row in each) / sum(row[1] for row in each) for each in sums]
+        by_seed.append(means[0] - means[1])
+    assert ["held-out loss", "5", *(f"{each:+.4f}" for each in by_seed)] in rows
+    assert "2 seeds are too few to tell it from chance" in text
+    assert "no judge is configured" in text and "`evaluate.tasks` names none" in text
 
 
-def test_a_finished_study_is_read_again_not_run_again(config: Path, finished: Path) -> None:
-    files = [*finished.glob("*/*.jsonl"), finished / "report.md"]
+def test_a_finished_study_is_read_again_not_run_again(
+    config: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "execute", forked)
+    files = [
+        *finished.glob("*/*.jsonl"),
+        *finished.glob("*/evaluations/*/*"),
+        *finished.glob("*.*"),
+    ]
     before = [file.read_bytes() for file in files]
-    done = tiny.run("study", config, f"run_dir={finished}", "--alphas=0,5")
-    assert done.returncode == 0, done.stdout + done.stderr
+    times = [file.stat().st_mtime_ns for file in finished.glob("*/evaluations/*/summary.json")]
+    words = [f"run_dir={finished}"]
+    assert study(config, words, alphas=[0, 5], num_seeds=2, num_ranks=1) == 0
     assert [file.read_bytes() for file in files] == before
+    summaries = finished.glob("*/evaluations/*/summary.json")
+    assert [file.stat().st_mtime_ns for file in summaries] == times and len(times) == len(RUNS)
 
 
 def test_alpha_0_twice_is_the_same_to_the_last_bit(config: Path, finished: Path) -> None:
     again = config.parent / "again"
     done = tiny.run("study", config, f"run_dir={again}", "--alphas=0")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "one alpha alone" in done.stdout
+    assert "One alpha alone" in done.stdout
     one, two = finished / "alpha_0_seed_0", again / "alpha_0_seed_0"
     assert len(tiny.steps(one)) == NUM_STEPS
     assert tiny.untimed(tiny.steps(one)) == tiny.untimed(tiny.steps(two))
-    assert evaluations(one) == evaluations(two)
-
-
-def test_runs_go_under_torchrun(config: Path) -> None:
-    folder = config.parent / "ranks"
-    done = tiny.run("study", config, f"run_dir={folder}", "--alphas=2.5", "--ranks=2")
-    assert done.returncode == 0, done.stdout + done.stderr
-    steps = tiny.steps(folder / "alpha_2.5_seed_0")
-    assert [step["world_size"] for step in steps] == [2] * NUM_STEPS
+    assert losses(one) == losses(two)
+    for name in ("items", "answers"):
+        found = [evaluated(run, name) for run in (one, two)]
+        for rows in found if name == "answers" else []:
+            for row in rows:
+                row.pop("generator")
+        assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(("ranks", "code"), [(1, 2), (2, 1)])  # torchrun makes any failure 1
@@ -151,6 +202,7 @@ def test_a_stopped_study_saves_and_says_so(config: Path, tmp_path: Path) -> None
     assert "stopped; the same command continues" in errors
     step = tiny.steps(run_dir)[-1]["step"]
     assert (run_dir / "checkpoints" / f"step_{step:08d}").is_dir()
+    assert not (run_dir / "evaluations").exists()
     assert not (tmp_path / "alpha_5_seed_0").exists()
 
 
@@ -164,6 +216,8 @@ def test_a_stopped_study_saves_and_says_so(config: Path, tmp_path: Path) -> None
         ({"alphas": [0, math.nan]}, [], "noise.alpha=nan"),
         ({"num_seeds": 0}, [], "--seeds=0"),
         ({"num_ranks": 0}, [], "--ranks=0"),
+        ({"only": 2}, [], "--only=2: the runs of this study are 0 to 1"),
+        ({"only": -1}, [], "--only=-1"),
         ({}, ["data.num_held_out=0"], "data.num_held_out"),
     ],
 )
@@ -174,8 +228,7 @@ def test_what_cannot_be_studied_is_refused_before_the_first_run(
     config: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(module, "_execute", lambda command: pytest.fail("a run was started"))
+    monkeypatch.setattr(runs, "execute", lambda command: pytest.fail("a run was started"))
     request: dict[str, Any] = {"alphas": [0, 5], "num_seeds": 1, "num_ranks": 1}
     with pytest.raises(UserError, match=needle):
         study(config, words, **(request | changes))
@@ -187,31 +240,108 @@ def test_a_study_within_torchrun_is_refused(config: Path, monkeypatch: pytest.Mo
         study(config, [], alphas=[0, 5], num_seeds=1, num_ranks=1)
 
 
-def test_seeds_go_up_from_that_of_the_configuration(
-    config: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    commands: list[list[str]] = []
+@pytest.fixture
+def commands(finished: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What a study starts; instead of training, a finished run is copied."""
+    started: list[list[str]] = []
 
-    def execute(command: list[str]) -> tuple[int, str]:
-        commands.append(command)
-        run_dir = Path(command[-1].removeprefix("run_dir="))
-        shutil.copytree(finished / "alpha_0_seed_0", run_dir)
+    def execute(command: Sequence[str]) -> tuple[int, str]:
+        started.append(list(command))
+        if "train" in command:
+            target = Path(command[-1].removeprefix("run_dir="))
+            shutil.copytree(finished / "alpha_0_seed_0", target)
         return 0, ""
 
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(module, "_execute", execute)
-    folder = config.parent / "seeds"
-    words = ["train.seed=40", f"run_dir={folder}"]
-    assert study(config, words, alphas=[0.5, 3], num_seeds=2, num_ranks=1) == 0
-    assert [command[-1].rpartition("/")[2] for command in commands] == [
-        "alpha_0.5_seed_40",
-        "alpha_3_seed_40",
-        "alpha_0.5_seed_41",
-        "alpha_3_seed_41",
-    ]
-    for command in commands:
-        resolved = load_config(command[command.index("train") + 1], command[-5:])
-        assert command[-1].endswith(f"/alpha_{resolved.noise.alpha:g}_seed_{resolved.train.seed}")
+    monkeypatch.setattr(runs, "execute", execute)
+    return started
+
+
+def test_seeds_go_up_from_that_of_the_configuration(
+    config: Path, tmp_path: Path, commands: list[list[str]]
+) -> None:
+    words = ["train.seed=40", f"run_dir={tmp_path}", "evaluate.max_new_tokens=5"]
+    assert study(config, words, alphas=[0.5, 3], num_seeds=2, num_ranks=2) == 0
+    train, evaluate = commands[::2], commands[1::2]
+    names = ["alpha_0.5_seed_40", "alpha_3_seed_40", "alpha_0.5_seed_41", "alpha_3_seed_41"]
+    assert [Path(command[-1]).name for command in train] == names
+    for command, name in zip(train, names, strict=True):
+        assert "--nproc_per_node=2" in command
+        resolved = load_config(command[command.index("train") + 1], command[-6:])
+        assert name == f"alpha_{resolved.noise.alpha:g}_seed_{resolved.train.seed}"
+    for command, name in zip(evaluate, names, strict=True):
+        assert "--nproc_per_node=2" in command
+        subject = command.index("evaluate") + 1
+        assert command[subject] == str(tmp_path / name)
+        asked = load_config(config, command[subject + 1 :])
+        assert asked.evaluate == load_config(config, words).evaluate
+        assert asked.judge == load_config(config).judge
+
+
+def test_a_task_of_an_array_makes_its_own_run(
+    config: Path, tmp_path: Path, commands: list[list[str]]
+) -> None:
+    request: dict[str, Any] = {"alphas": [0, 5], "num_seeds": 2, "num_ranks": 1}
+    words = [f"run_dir={tmp_path}"]
+    for number, name in enumerate(RUNS):
+        with pytest.raises(UserError, match=name):
+            study(config, words, **request, report_only=True)
+        assert study(config, words, **request, only=number) == 0
+        assert {path.name for path in tmp_path.iterdir()} == set(RUNS[: number + 1])
+    assert len(commands) == 2 * len(RUNS)
+    # The copies are all of alpha 0 and seed 0, and are taken for what their directories say.
+    assert study(config, words, **request, report_only=True) == 0
+    assert (tmp_path / "report.html").exists() and len(commands) == 2 * len(RUNS)
+
+
+def test_the_judge_is_asked_of_answers_at_the_same_seed(
+    config: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request: dict[str, Any] = {"alphas": [0, 5], "num_seeds": 2, "num_ranks": 1}
+    words = [f"run_dir={finished}", "judge.url=http://127.0.0.1:9", "judge.model=m"]
+    outputs = {
+        name: [row["output"] for row in evaluated(finished / name, "answers")] for name in RUNS
+    }
+
+    def compare(ours: Any, theirs: Any, judge: Any, folder: Path, log: Any) -> list[Judgement]:
+        assert (judge.model, folder) == ("m", finished / "judgements")
+        said = [[row["output"] for row in rows] for rows in (ours, theirs)]
+        assert said[0] == outputs["alpha_5_seed_0"] + outputs["alpha_5_seed_1"]
+        assert said[1] == outputs["alpha_0_seed_0"] + outputs["alpha_0_seed_1"]
+        # Ours all win at seed 0, and one of them at seed 1.
+        return [
+            Judgement(row["instruction"], 2.0 if i <= 8 else 1.0, 9, 9)
+            for i, row in enumerate(ours)
+        ]
+
+    before = (finished / "report.md").read_bytes()
+    monkeypatch.setattr(conduct, "compare", compare)
+    assert study(config, words, **request, report_only=True) == 0
+    text = (finished / "report.md").read_text()
+    assert "| win rate | 5 | +50.00 | -37.50 |" in text
+    assert "| 5 | 1 | 12.5 % |" in text
+    assert "no judge is configured" not in text
+
+    folders = []
+
+    def by_package(ours: Any, theirs: Any, judge: Any, folder: Path, log: Any) -> list[Judgement]:
+        folders.append((folder.name, len(ours), len(theirs)))
+        return [Judgement(row["instruction"], 1.5, 9, 9) for row in ours]
+
+    monkeypatch.setattr(conduct, "compare", by_package)
+    words[1:] = ["judge.annotator=a"]
+    assert study(config, words, **request, report_only=True) == 0
+    assert folders == [("alpha_5_seed_0", 8, 8), ("alpha_5_seed_1", 8, 8)]
+
+    def fail(*_: Any) -> list[Judgement]:
+        raise UserError("No key.")
+
+    monkeypatch.setattr(conduct, "compare", fail)
+    with pytest.raises(UserError, match="No key"):
+        study(config, words, **request, report_only=True)
+    text = (finished / "report.md").read_text()
+    assert "the judge was not to be had. No key." in text and "## Losses" in text
+    assert study(config, [f"run_dir={finished}"], **request, report_only=True) == 0
+    assert (finished / "report.md").read_bytes() == before
 
 
 def test_an_unfinished_run_is_not_read(finished: Path, tmp_path: Path) -> None:
@@ -227,12 +357,14 @@ def test_an_unfinished_run_is_not_read(finished: Path, tmp_path: Path) -> None:
 
 
 def test_skipped_steps_are_left_out_of_the_mean(tmp_path: Path) -> None:
-    def write(losses: list[float | None], held_out: list[float | None]) -> None:
+    (tmp_path / "config.yaml").write_text("model: {name_or_path: m}\n")
+
+    def write(training: list[float | None], held_out: list[float | None]) -> None:
         step = {"noise_norm": 1.0, "noise_law": 1.0, "num_tokens": 9, "num_supervised_tokens": 3}
-        steps = [{**step, "step": i + 1, "loss": loss} for i, loss in enumerate(losses)]
+        steps = [{**step, "step": i + 1, "loss": loss} for i, loss in enumerate(training)]
         evaluations = [
             {"step": at, "held_out_loss": loss}
-            for at, loss in zip((0, len(losses)), held_out, strict=True)
+            for at, loss in zip((0, len(training)), held_out, strict=True)
         ]
         for name, records in (("metrics", steps), ("evaluations", evaluations)):
             lines = [json.dumps(record) + "\n" for record in records]
@@ -246,52 +378,3 @@ def test_skipped_steps_are_left_out_of_the_mean(tmp_path: Path) -> None:
     write([9.0] * 20, [4.0, None])
     with pytest.raises(UserError, match="no finite loss"):
         read_run(tmp_path, 5, 0)
-
-
-def make_runs(base: float, alpha: float, differences: list[float]) -> list[Run]:
-    runs = []
-    for seed, difference in enumerate(differences):
-        plain = Run(base, seed, 3.0, 2.0 + seed, 1.5, 0.0, 0.0, [(1, 90, 30)])
-        runs += [replace(plain, alpha=alpha, last=plain.last + difference), plain]
-    return runs
-
-
-@pytest.mark.parametrize(
-    ("differences", "words"),
-    [
-        ([-0.03, -0.02, -0.04], "held-out loss lower by 0.0300; the interval excludes 0."),
-        ([0.03, 0.02, 0.04], "held-out loss higher by 0.0300; the interval excludes 0."),
-        ([-0.03, 0.02, 0.01], "no difference seen: the interval includes 0."),
-        ([0.0, 0.0, 0.0], "no difference seen: the interval includes 0."),
-        ([-0.5, -0.5], "no difference seen: 2 seeds are too few to tell noise from effect."),
-        ([-0.5], "no difference seen: 1 seed is too few to tell noise from effect."),
-    ],
-)
-def test_the_conclusion_claims_what_the_interval_allows(
-    differences: list[float], words: str
-) -> None:
-    text = report(make_runs(0, 5, differences))
-    assert f"- alpha 5: {words}" in text
-    assert f"| 5 | {' | '.join(f'{d:+.4f}' for d in differences)} | " in text
-
-
-def test_the_smallest_alpha_is_compared_with() -> None:
-    text = report(make_runs(2.5, 10, [0.2, 0.1, 0.3]))
-    assert "minus that of alpha 2.5" in text
-    assert "- alpha 10: held-out loss higher by 0.2000" in text
-
-
-def test_runs_of_other_documents_are_not_compared() -> None:
-    one, two = make_runs(0, 5, [0.1])
-    with pytest.raises(UserError, match="documents"):
-        report([one, replace(two, steps=[(1, 91, 30)])])
-
-
-def test_the_interval_is_that_of_the_mean() -> None:
-    draw = random.Random(1)
-    values = [draw.gauss(0.5, 2) for _ in range(200)]
-    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-    bounds = interval(values)
-    assert bounds is not None and bounds == interval(values)
-    assert bounds[0] == pytest.approx(mean - 1.96 * error, abs=0.1 * error)
-    assert bounds[1] == pytest.approx(mean + 1.96 * error, abs=0.1 * error)

@@ -40,6 +40,8 @@ HOMES = {
     "sacrebleu": {"evaluate/text"},
     "rouge_score": {"evaluate/text"},
     "alpaca_eval": {"evaluate/alpaca"},
+    "matplotlib": {"study/plots"},
+    "markdown": {"study/report"},
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from neftune_dist.study import run_words
+from neftune_dist.study.runs import pairs, run_words
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,7 +58,7 @@ def marked(*words: str) -> str:
 
 def test_batch_scripts_are_sound_and_work_unedited() -> None:
     scripts = sorted((ROOT / "slurm").glob("*.sbatch"))
-    assert {script.stem for script in scripts} >= {"train", "sweep", "evaluate", "export"}
+    assert {script.stem for script in scripts} >= {"train", "sweep", "evaluate", "export", "study"}
     for script in scripts:
         subprocess.run(["bash", "-n", script], check=True)
         text = script.read_text()
@@ -74,7 +74,7 @@ def test_batch_scripts_are_sound_and_work_unedited() -> None:
         (0, {}, 0.0, 0),
         (11, {}, 15.0, 2),
         (1, {"ALPHAS": "5 2.5", "SEEDS": "7"}, 2.5, 7),
-        (2, {"ALPHAS": "5.0 0", "SEEDS": "3 4"}, 0.0, 3),
+        (2, {"ALPHAS": "5.0 0", "SEEDS": "3 4"}, 5.0, 4),
     ],
 )
 def test_the_sweep_trains_the_runs_of_the_study(
@@ -92,6 +92,17 @@ def test_the_sweep_trains_the_runs_of_the_study(
     wanted = run_words(["optim.schedule=linear"], Path("runs/it is"), alpha, seed)
     options = ["--processes", "3", "--max-restarts=0"]
     assert done.stdout == marked("-m", "neftune_dist", "launch", "run.yaml", *wanted, *options)
+
+
+def test_the_study_evaluates_the_run_that_the_sweep_trained(batch: Callable[..., Any]) -> None:
+    words = ("x.yaml", "train.seed=3", "--alphas", "0,5", "--seeds", "2")
+    task = batch("study.sbatch", *words, SLURM_ARRAY_TASK_ID="2")
+    study = ("--cpu-bind=none", "python3", "-m", "neftune_dist", "study", *words)
+    assert task.stdout == marked(*study, "--only", "2")
+    whole = batch("study.sbatch", *words, "--report-only")
+    assert whole.stdout == marked(*study, "--report-only")
+    assert batch("study.sbatch").returncode == 2
+    assert pairs([0, 5], [3, 4])[2] == (0, 4)
 
 
 def test_the_default_array_of_the_sweep_is_all_its_runs(batch: Callable[..., Any]) -> None:

@@ -109,8 +109,8 @@ def test_compiled_blocks_take_every_length_with_one_graph() -> None:
 def test_the_operator_is_what_torch_demands(window: int) -> None:
     """Schema, fake implementation, autograd: `opcheck`; and its gradient, in float64."""
     torch.manual_seed(0)
-    query = torch.randn(12, 4, 8, dtype=torch.float64, requires_grad=True)
-    key, value = (torch.randn(12, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    query = torch.randn(12, 2, 4, dtype=torch.float64, requires_grad=True)
+    key, value = (torch.randn(12, 1, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     ends = torch.tensor([0, 3, 4, 12], dtype=torch.int32)
     arguments = (query, key, value, ends, 8, 0.3, window)
     torch.library.opcheck(VARLEN_OPERATOR, arguments)

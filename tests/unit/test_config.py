@@ -343,6 +343,8 @@ def test_a_file_that_cannot_be_opened(path: str) -> None:
             ["data.num_held_out=5", "data.held_out_source=a.json"],
             "data.num_held_out=5 and data.held_out_source=a.json each say what is held out",
         ),
+        (["data.held_out_split=test"], "data.held_out_split has no effect without data.held_out_s"),
+        (["data.held_out_revision=v1"], "data.held_out_revision has no effect without data.held"),
         (["evaluate.every_steps=5"], "evaluate.every_steps has no effect without held-out docum"),
         (["evaluate.max_documents=5"], "evaluate.max_documents has no effect without held-out do"),
         (["optim.schedule=constant", "optim.final_fraction=0.1"], "optim.final_fraction has no ef"),

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 
@@ -301,6 +302,30 @@ def test_a_held_out_source_that_holds_all_prompts(
     config = write(numbered(9), held_out_source=same.source)
     with pytest.raises(UserError, match=r"held_out_source=.*leaves none of the 9 documents"):
         prepare(config, tiny_tokenizer)
+
+
+def test_a_held_out_source_of_the_hub(
+    write: Callable[..., DataConfig], tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked_for = []
+
+    def load_dataset(name: str, **which: Any) -> datasets.Dataset:
+        asked_for.append((name, which))
+        return datasets.Dataset.from_list(
+            [{"messages": [*asked("Else?"), {"role": "assistant", "content": "Else."}]}]
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    config = write(
+        numbered(9),
+        held_out_source="org/name",
+        held_out_split="test_sft",
+        held_out_revision="v1",
+    )
+    made = prepare(config, tiny_tokenizer)
+    assert asked_for == [("org/name", {"split": "test_sft", "revision": "v1"})]
+    assert (made.report.num_documents, made.report.num_held_out) == (9, 1)
+    assert "org/name[test_sft]: 1 rows, 1 documents, not trained" in "\n".join(made.report.lines())
 
 
 def test_held_out_conversations_are_those_of_the_documents(tmp_path: Path, smollm2: Any) -> None:

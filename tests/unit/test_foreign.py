@@ -21,25 +21,27 @@ from tests import tiny
 TRAIN = """
 import sys
 import deepspeed, torch, transformers
-stage, folder = int(sys.argv[1]), sys.argv[2]
+folder = sys.argv[1]
 deepspeed.init_distributed("gloo")
-model = transformers.AutoModelForCausalLM.from_pretrained(folder + "/model", dtype=torch.float32)
-decayed = [p for p in model.parameters() if p.dim() > 1]
-others = [p for p in model.parameters() if p.dim() < 2]
-engine, *_ = deepspeed.initialize(
-    model=model,
-    optimizer=torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}]),
-    config={
-        "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": True},
-        "zero_optimization": {"stage": stage},
-        "zero_allow_untested_optimizer": True,
-    },
-)
-ids = torch.arange(20)[None]
-engine.backward(engine(input_ids=ids, labels=ids).loss)
-engine.step()
-engine.save_checkpoint(f"{folder}/zero_{stage}")
+for stage in (1, 2, 3):
+    path = folder + "/model"
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}]),
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "bf16": {"enabled": True},
+            "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True,
+        },
+    )
+    ids = torch.arange(20)[None]
+    engine.backward(engine(input_ids=ids, labels=ids).loss)
+    engine.step()
+    engine.save_checkpoint(f"{folder}/zero_{stage}")
 """
 
 
@@ -64,23 +66,29 @@ def assert_ranges(weights: WeightFiles, shapes: dict[str, tuple[int, ...]], expe
             assert torch.equal(weights.read(name, start, stop), whole[start:stop]), name
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_checkpoints(stage: int, folder: Path) -> None:
-    """Against DeepSpeed's own consolidation."""
+@pytest.fixture(scope="module")
+def zero_checkpoints(folder: Path) -> Path:
+    """Folder of one checkpoint of each stage, by 2 ranks."""
     script = folder / "train.py"
     script.write_text(TRAIN)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*launcher, str(script), str(stage), str(folder)],
+        [*launcher, str(script), str(folder)],
         env=tiny.environment(DS_ACCELERATOR="cpu"),
         capture_output=True,
         text=True,
         timeout=tiny.DEADLINE_SECONDS,
     )
     assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_checkpoints(stage: int, zero_checkpoints: Path, folder: Path) -> None:
+    """Against DeepSpeed's own consolidation."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    saved = folder / f"zero_{stage}"
+    saved = zero_checkpoints / f"zero_{stage}"
     expected = get_fp32_state_dict_from_zero_checkpoint(str(saved))
     before = transformers.AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
     assert not torch.equal(expected["model.norm.weight"], before["model.norm.weight"])

@@ -215,6 +215,7 @@ def test_answers_that_were_cut_are_told_of(server: Server, compare: Compared) ->
         ("`B`.", 0.0),
         ("A is wrong about the date.\n\nBetter: B\n", 0.0),
         ("Better: B", 0.0),
+        ("Better: B would be a matter of taste.\nBetter: A", 1.0),
         ("", None),
         ("Better: C", None),
         ("Better: A or B", None),
@@ -442,23 +443,22 @@ def test_what_was_answered_is_not_asked_again(server: Server, compare: Compared)
     assert len(server.requests) == 26
 
 
+@pytest.mark.parametrize("num_written", [0, 3])
 def test_a_folder_that_cannot_be_written_ends_it(
-    server: Server, compare: Compared, monkeypatch: pytest.MonkeyPatch
+    num_written: int, server: Server, compare: Compared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wherever it is noticed: first where the first answer comes, then in a thread."""
-    real = Path.open
-    writes = []
+    """Noticed where the first answer comes, or later in a thread."""
+    real, left = Path.open, [None] * num_written
 
     def full(self: Path, mode: str = "r", **others: Any) -> Any:
-        writes.append(mode)
-        if mode == "a" and writes.count("a") > allowed:
+        if mode == "a" and not left:
             raise OSError(28, "No space left on device")
+        if mode == "a":
+            left.pop()
         return real(self, mode, **others)
 
     monkeypatch.setattr(Path, "open", full)
-    for allowed in (0, 3):
-        writes.clear()
-        assert "requests.jsonl cannot be written: No space" in compare.refused(settings(server))
+    assert "requests.jsonl cannot be written: No space" in compare.refused(settings(server))
 
 
 def test_ctrl_c_keeps_what_was_answered(
@@ -562,7 +562,7 @@ def test_the_key_is_sent_and_never_written(
     written = [path.read_text() for path in compare.folder.rglob("*") if path.is_file()]
     everything = "".join([*written, *compare.lines, *capfd.readouterr(), caplog.text])
     assert "You are ***." in everything and "you sent ***" in everything
-    assert KEY not in everything and KEY[:12] not in everything
+    assert KEY not in everything and KEY[:8] not in everything
 
 
 def test_a_missing_key_is_one_sentence(
@@ -570,7 +570,7 @@ def test_a_missing_key_is_one_sentence(
 ) -> None:
     monkeypatch.setenv("JUDGE_KEY", " \n")
     assert "environment variable JUDGE_KEY" in compare.refused(settings(server))
-    monkeypatch.setenv("JUDGE_KEY", f"{KEY}\nX-Header: 1")  # a library would quote it
+    monkeypatch.setenv("JUDGE_KEY", f"{KEY}\nHeader:1")  # a library would quote it
     assert "JUDGE_KEY holds characters that no key has" in compare.refused(settings(server))
     assert not server.requests
     server.behave = by_quality

@@ -128,8 +128,9 @@ def test_rows_of_a_mixture_are_counted(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.held_out_source=.* does not exist"):
         inventory.count_rows(data, no_hub)
     data.held_out_source = "org/name"
-    with pytest.raises(UserError, match=r"data\.held_out_source=org/name is no file"):
-        inventory.count_rows(data, no_hub)
+    hub = Hub(True, tmp_path, tmp_path)
+    with pytest.raises(UserError, match=r"data\.held_out_source=org/name is not on this machine"):
+        inventory.count_rows(data, lambda: hub)
     data.mixture[1].source = str(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match=r"data\.mixture\[1\]\.source=.* does not exist"):
         inventory.count_rows(data, no_hub)
@@ -145,6 +146,9 @@ def test_paths_of_data_are_made_absolute(monkeypatch: pytest.MonkeyPatch, tmp_pa
     preflight.anchor(config)
     assert [each.source for each in config.data.mixture] == [f"{tmp_path}/x/*.json", "org/name"]
     assert (config.data.source, config.data.held_out_source) == ("builtin", f"{tmp_path}/h.csv")
+    config.data.held_out_source = "org/name"
+    preflight.anchor(config)
+    assert config.data.held_out_source == "org/name"
 
 
 def test_a_share_that_is_held_out_is_not_trained_on() -> None:

@@ -234,6 +234,8 @@ def test_hub_settings_without_a_hub(setting: dict[str, str], local: bool, tmp_pa
         open_source(source)
     with pytest.raises(UserError, match=r"data\.mixture\[1\]\.split and .*have no effect"):
         open_source(source, "data.mixture[1].source")
+    with pytest.raises(UserError, match=r"data\.held_out_split and .*have no effect"):
+        open_source(source, "data.held_out_source")
 
 
 def test_a_directory_that_datasets_saved(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ class Wandb:
     def __init__(self, fails_at: int | None = None) -> None:
         self.begun: list[dict[str, Any]] = []
         self.logged: list[dict[str, Any]] = []
-        self.finished, self.fails_at = 0, fails_at
+        self.ended: list[int] = []
+        self.fails_at = fails_at
 
     def init(self, **settings: Any) -> Any:
         self.begun.append(settings)
@@ -38,8 +39,8 @@ class Wandb:
             raise ConnectionError("gone")
         self.logged.append(values)
 
-    def finish(self) -> None:
-        self.finished += 1
+    def finish(self, exit_code: int) -> None:
+        self.ended.append(exit_code)
 
 
 class Mlflow:
@@ -59,8 +60,8 @@ class Mlflow:
     def log_metrics(self, values: dict[str, float], step: int) -> None:
         self.told.append(("metrics", values, step))
 
-    def end_run(self) -> None:
-        self.told.append(("end",))
+    def end_run(self, status: str) -> None:
+        self.told.append(("end", status))
 
 
 def settings(**words: Any) -> LoggingConfig:
@@ -74,12 +75,12 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for first_step in (0, 3):
         trackers = Trackers(tmp_path, settings(wandb=True, name="mine"), FACTS, first_step)
         trackers.record("train", RECORD)
-        trackers.close()
+        trackers.close(failed=first_step == 0)
     assert [each["id"] for each in wandb.begun] == [None, "abc"]
     assert wandb.begun[0]["config"] == FACTS
     assert (wandb.begun[0]["project"], wandb.begun[0]["name"]) == ("neftune_dist", "mine")
     assert wandb.logged == [{"train/loss": 1.5, "train/num_tokens": 7.0, "step": 4}] * 2
-    assert wandb.finished == 2
+    assert wandb.ended == [1, 0]
 
 
 def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,18 +91,18 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for first_step in (0, 3):
         trackers = Trackers(run, settings(mlflow=True), FACTS, first_step)
         trackers.record("evaluate", RECORD)
-        trackers.close()
+        trackers.close(failed=first_step == 0)
     values = {"evaluate/loss": 1.5, "evaluate/num_tokens": 7.0}
     assert mlflow.told == [
         ("experiment", "neftune_dist"),
         ("start", None, "run"),
         ("params", {"config.noise.alpha": "5.0", "environment.torch": "2"}),
         ("metrics", values, 4),
-        ("end",),
+        ("end", "FAILED"),
         ("experiment", "neftune_dist"),
         ("start", "xyz", "run"),
         ("metrics", values, 4),
-        ("end",),
+        ("end", "FINISHED"),
     ]
 
 
@@ -127,6 +128,14 @@ def test_what_cannot_begin_is_told_at_the_start(
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: 1 / 0))
     with pytest.raises(UserError, match="it cannot begin a run: division by zero"):
         Trackers(tmp_path, settings(wandb=True), FACTS, 0)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+    def set_experiment(_: str) -> None:
+        raise ImportError("no database", name="sqlalchemy")
+
+    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(set_experiment=set_experiment))
+    with pytest.raises(UserError, match=r"MLFLOW_TRACKING_URI is not set \(no database\)"):
+        Trackers(tmp_path, settings(mlflow=True), FACTS, 0)
 
 
 @pytest.mark.parametrize("word", ["logging.project=x", "logging.name=x"])

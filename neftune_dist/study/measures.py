@@ -1,0 +1,179 @@
+"""What is compared: measures of a run, item by item where there are items, and their differences.
+
+Few are compared, of those that an evaluation holds, since each further one is another chance to see
+an effect that is none: of the lengths the characters, of the repetitions that of 2-grams. The rest
+is shown in tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from neftune_dist.evaluate.win_rate import Judgement, WinRate, win_rate
+from neftune_dist.study.compare import FEWEST_SEEDS, Difference, concluded, corrected, paired
+from neftune_dist.study.results import Run, alphas_of, seeds_of
+
+Judged = Mapping[tuple[float, int], Sequence[Judgement]]  # by alpha and seed, against the base
+_ItemValues = tuple[np.ndarray, np.ndarray]  # (num_items,): values, weights
+
+TASK, RAW, LENGTH_CONTROLLED = "task ", "win_rate", "win_rate_length_controlled"
+LENGTH, HELD_OUT = "characters", "held_out_loss"
+_NORMAL_95 = 1.96
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a measure is called and shown.
+
+    Attributes:
+        better: 1 where more is better, -1 where less is, 0 where neither.
+        group: losses | answers | abilities | judged.
+        words: for less and for more.
+        scale: to what is shown, in which `paired` computes.
+    """
+
+    name: str
+    label: str
+    better: int
+    group: str
+    digits: int = 4
+    unit: str = ""
+    words: tuple[str, str] = ("lower", "higher")
+    scale: float = 1.0
+
+    def shown(self, value: float, sign: bool = False) -> str:
+        """A value of it, without its unit; with a sign where it is a difference."""
+        return f"{value:{'+' if sign else ''}.{self.digits}f}"
+
+
+_FIXED = {
+    each.name: each
+    for each in (
+        Measure(HELD_OUT, "held-out loss", -1, "losses"),
+        Measure("train_loss", "loss of training documents, noise off", 0, "losses"),
+        Measure(
+            LENGTH, "length of answers", 0, "answers", 1, " characters", ("smaller", "greater")
+        ),
+        Measure("repetition_2_percent", "repetition of 2-grams", -1, "answers", 3, " points"),
+        Measure("log_diversity", "log-diversity", 0, "answers", 3),
+        Measure("rouge_l", "ROUGE-L", 1, "answers"),
+        Measure("bleu", "BLEU", 1, "answers"),
+        Measure("cut", "answers cut at the limit", -1, "answers", 2, " points", scale=100.0),
+        Measure("exact_match", "exact match", 1, "answers", 2, " points", scale=100.0),
+        Measure(RAW, "win rate", 1, "judged", 2, " points", scale=100.0),
+        Measure(LENGTH_CONTROLLED, "win rate at equal lengths", 1, "judged", 2, " points"),
+    )
+}
+
+
+def measure(name: str) -> Measure:
+    """By its name in a `Difference`; tasks' names begin with `TASK`."""
+    if name.startswith(TASK):
+        task = name.removeprefix(TASK)
+        return Measure(name, f"accuracy on {task}", 1, "abilities", 2, " points", scale=100.0)
+    return _FIXED[name]
+
+
+def differences(runs: Sequence[Run], judged: Judged) -> list[Difference]:
+    """Of every alpha from the least one, in each measure that all the runs have; corrected for
+    their number."""
+    alphas, seeds = alphas_of(runs), seeds_of(runs)
+    by_place = {(run.alpha, run.seed): run for run in runs}
+    tasks = {
+        t: 0 for run in runs if run.evaluation for t in run.evaluation.items.get("tasks") or {}
+    }
+    found: list[Difference | None] = []
+    for alpha in alphas[1:]:
+        ours, theirs = ([by_place[a, seed] for seed in seeds] for a in (alpha, alphas[0]))
+        for name in [*_FIXED, *(TASK + task for task in tasks)]:
+            if measure(name).group != "judged":
+                found.append(_difference(name, alpha, ours, theirs))
+        judgements = [judged[alpha, seed] for seed in seeds if (alpha, seed) in judged]
+        if len(judgements) == len(seeds):
+            found += _won(alpha, judgements)
+    return corrected([each for each in found if each is not None])
+
+
+def _difference(
+    name: str, alpha: float, ours: Sequence[Run], theirs: Sequence[Run]
+) -> Difference | None:
+    items = [[_items(run, name) for run in runs] for runs in (ours, theirs)]
+    if any(each is None for of_runs in items for each in of_runs):
+        if name != HELD_OUT:
+            return None
+        losses = np.array([[run.last for run in runs] for runs in (ours, theirs)])
+        return concluded(
+            name,
+            alpha,
+            base=float(losses[1].mean()),
+            value=float(losses[0].mean()),
+            by_seed=losses[0] - losses[1],
+            item_variance=None,
+            num_items=0,
+        )
+    values, weights = (
+        np.array([[each[part] for each in of_runs if each] for of_runs in items]) for part in (0, 1)
+    )
+    values = values * measure(name).scale
+    return paired(name, alpha, values[0], values[1], np.minimum(weights[0], weights[1]))
+
+
+def _items(run: Run, name: str) -> _ItemValues | None:
+    """A run's values of a measure; None where the evaluation holds none of it."""
+    if run.evaluation is None:
+        return None
+    items = run.evaluation.items
+    rows: Sequence[float | bool | None]
+    if name in (HELD_OUT, "train_loss"):
+        documents = np.array(items.get("held_out" if name == HELD_OUT else "train") or [])
+        if not len(documents):
+            return None
+        return documents[:, 0] / np.maximum(documents[:, 1], 1), documents[:, 1]
+    if name.startswith(TASK):
+        rows = (items.get("tasks") or {}).get(name.removeprefix(TASK)) or []
+    elif name == "exact_match":
+        rows = [answer["correct"] for answer in run.evaluation.answers]
+    else:
+        rows = (items.get("answers") or {}).get(name) or []
+    values = np.array([np.nan if row is None else float(row) for row in rows])
+    known = ~np.isnan(values)
+    return (values, known.astype(np.float64)) if known.any() else None
+
+
+def _won(alpha: float, judgements: Sequence[Sequence[Judgement]]) -> list[Difference | None]:
+    """Win rates against the base, less one half: raw, and at equal lengths."""
+    scale = measure(RAW).scale
+    preferences = np.array(
+        [[np.nan if j.preference is None else j.preference - 1 for j in of] for of in judgements]
+    )
+    half = np.full_like(preferences, scale / 2)
+    known = (~np.isnan(preferences)).astype(np.float64)
+    raw = paired(RAW, alpha, scale * preferences, half, known)
+    rates: list[WinRate] = [win_rate(of) for of in judgements]
+    controlled = np.array([rate.length_controlled for rate in rates], dtype=np.float64)
+    if np.isnan(controlled).any():
+        return [raw]
+    # The same instructions are judged at all seeds, so their errors may go together: not less than
+    # that of the mean is the mean of the errors.
+    intervals = [rate.length_controlled_interval or (0.0, 0.0) for rate in rates]
+    errors = [(high - low) / (2 * _NORMAL_95) for low, high in intervals]
+    return [
+        raw,
+        concluded(
+            LENGTH_CONTROLLED,
+            alpha,
+            base=scale / 2,
+            value=float(controlled.mean()),
+            by_seed=controlled - scale / 2,
+            item_variance=float(np.mean(errors)) ** 2,
+            num_items=int(known.any(axis=0).sum()),
+        ),
+    ]
+
+
+def too_few(runs: Sequence[Run]) -> bool:
+    """Whether there are too few seeds for an interval over them."""
+    return len(seeds_of(runs)) < FEWEST_SEEDS

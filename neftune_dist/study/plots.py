@@ -1,0 +1,217 @@
+"""The report's pictures: SVG, each a file, legible on white and on black, the same at every call.
+
+A picture of what no run has recorded is not made.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from neftune_dist.study.compare import Difference
+from neftune_dist.study.measures import measure
+from neftune_dist.study.results import Run, alphas_of, seeds_of
+from neftune_dist.study.runs import plain
+
+_GREY = "#808080"  # of text and axes, on a transparent ground
+_COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377")  # Paul Tol's bright
+_STYLE = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "neftune_dist",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": _GREY,
+    "axes.edgecolor": _GREY,
+    "axes.labelcolor": _GREY,
+    "axes.titlesize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": _GREY,
+    "ytick.color": _GREY,
+    "legend.frameon": False,
+}
+_PANELS_A_ROW = 3
+_SMOOTHED_SHARE = 50  # of the steps: a mean over each fiftieth of them
+_ANSWERS = {
+    "characters": "length (characters)",
+    "tokens": "length (tokens)",
+    "repetition_2_percent": "repetition of 2-grams (%)",
+    "log_diversity": "log-diversity",
+    "self_bleu": "self-BLEU",
+    "rouge_l": "ROUGE-L",
+    "bleu": "BLEU",
+    "cut": "share cut at the limit",
+    "exact_match": "exact match",
+}
+
+
+def plots(runs: Sequence[Run], differences: Sequence[Difference]) -> dict[str, bytes]:
+    """SVG by name: training_loss, held_out_loss, losses, answers, tasks, win_rates,
+    differences."""
+    made: dict[str, bytes] = {}
+    with matplotlib.rc_context(_STYLE):
+        for name, figure in (
+            ("training_loss", _curves(runs, _training_curve, "loss, noise on")),
+            ("held_out_loss", _curves(runs, _held_out_curve, "held-out loss, noise off")),
+            ("losses", _losses(runs)),
+            ("answers", _answers(runs)),
+            ("tasks", _tasks(runs)),
+            ("win_rates", _differences([d for d in differences if _is_judged(d)], rates=True)),
+            ("differences", _differences([d for d in differences if not _is_judged(d)])),
+        ):
+            if figure is not None:
+                file = io.BytesIO()
+                figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+                made[name] = file.getvalue()
+    return made
+
+
+Curve = tuple[np.ndarray, np.ndarray]  # steps, values
+Value = Callable[[Run], float | None]
+
+
+def _training_curve(run: Run) -> Curve:
+    """Means over stretches of steps; a skipped step may have no loss."""
+    steps = [(s["step"], s["loss"]) for s in run.steps if s["loss"] is not None]
+    parts = np.array_split(np.array(steps, dtype=float), min(_SMOOTHED_SHARE, len(steps)))
+    means = np.array([part.mean(axis=0) for part in parts])
+    return means[:, 0], means[:, 1]
+
+
+def _held_out_curve(run: Run) -> Curve:
+    known = np.array([(step, loss) for step, loss in run.held_out if loss is not None])
+    return known[:, 0], known[:, 1]
+
+
+def _curves(runs: Sequence[Run], of: Callable[[Run], Curve], label: str) -> Figure:
+    """A line a run, thin, and the mean over the seeds of each alpha, thick."""
+    figure, (axes,) = _figure(1, width=6.0)
+    for alpha in alphas_of(runs):
+        curves = [of(run) for run in runs if run.alpha == alpha]
+        colour = _colour(runs, alpha)
+        for steps, values in curves if len(curves) > 1 else []:
+            axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.5)
+        if all(np.array_equal(steps, curves[0][0]) for steps, _ in curves):
+            mean = np.mean([values for _, values in curves], axis=0)
+            axes.plot(curves[0][0], mean, color=colour, linewidth=1.8, label=_label(alpha))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("step")
+    axes.set_ylabel(label)
+    axes.legend()
+    return figure
+
+
+def _losses(runs: Sequence[Run]) -> Figure | None:
+    """After training: of training documents clean and noisy, of held-out ones."""
+    panels: dict[str, Value] = {
+        "training documents, noise off": _summary("losses", "train_loss"),
+        "training documents, noise on": _summary("losses", "train_loss_noisy"),
+        "held-out documents, noise off": lambda run: run.last,
+    }
+    return _panels(runs, panels)
+
+
+def _answers(runs: Sequence[Run]) -> Figure | None:
+    return _panels(runs, {label: _summary("answers", key) for key, label in _ANSWERS.items()})
+
+
+def _tasks(runs: Sequence[Run]) -> Figure | None:
+    names = dict.fromkeys(
+        name for r in runs if r.evaluation for name in r.evaluation.summary.get("tasks") or {}
+    )
+    return _panels(runs, {f"accuracy, {name}": _accuracy(name) for name in names})
+
+
+def _summary(part: str, key: str) -> Value:
+    def of(run: Run) -> float | None:
+        return (run.evaluation.summary.get(part) or {}).get(key) if run.evaluation else None
+
+    return of
+
+
+def _accuracy(name: str) -> Value:
+    def of(run: Run) -> float | None:
+        tasks = (run.evaluation.summary.get("tasks") or {}) if run.evaluation else {}
+        return tasks[name]["accuracy"] if name in tasks else None
+
+    return of
+
+
+def _panels(runs: Sequence[Run], panels: Mapping[str, Value]) -> Figure | None:
+    """One for each value that any run has: a dot a run, a bar for the mean over the seeds."""
+    values = {label: [(run, of(run)) for run in runs] for label, of in panels.items()}
+    values = {label: each for label, each in values.items() if any(v is not None for _, v in each)}
+    if not values:
+        return None
+    alphas, seeds = alphas_of(runs), seeds_of(runs)
+    figure, all_axes = _figure(len(values))
+    for axes, (label, of_runs) in zip(all_axes, values.items(), strict=True):
+        for i, alpha in enumerate(alphas):
+            known = [(r.seed, v) for r, v in of_runs if r.alpha == alpha and v is not None]
+            if not known:
+                continue
+            at = [
+                i + 0.3 * (seeds.index(seed) - (len(seeds) - 1) / 2) / len(seeds)
+                for seed, _ in known
+            ]
+            colour = _colour(runs, alpha)
+            axes.plot(at, [v for _, v in known], "o", color=colour, markersize=4)
+            axes.hlines(fmean(v for _, v in known), i - 0.3, i + 0.3, color=colour, linewidth=1.8)
+        axes.set_title(label)
+        _alpha_axis(axes, alphas)
+    return figure
+
+
+def _differences(differences: Sequence[Difference], rates: bool = False) -> Figure | None:
+    """A panel a measure: of each alpha the mean and its interval; win rates themselves, in place of
+    their difference from one half."""
+    if not differences:
+        return None
+    names = list(dict.fromkeys(each.measure for each in differences))
+    alphas = list(dict.fromkeys(each.alpha for each in differences))
+    figure, all_axes = _figure(len(names))
+    for axes, name in zip(all_axes, names, strict=True):
+        kind = measure(name)
+        for each in (d for d in differences if d.measure == name):
+            i, base = alphas.index(each.alpha), each.base if rates else 0.0
+            colour = _COLOURS[(i + 1) % len(_COLOURS)]
+            axes.plot(i, base + each.mean, "o", color=colour, markersize=4)
+            if each.low is not None and each.high is not None:
+                axes.vlines(i, base + each.low, base + each.high, color=colour, linewidth=1.8)
+        axes.axhline(50.0 if rates else 0.0, color=_GREY, linewidth=0.6, linestyle="--")
+        title = f"{kind.label} (%)" if rates else f"{kind.label}, difference"
+        axes.set_title(title if rates or not kind.unit else f"{title} ({kind.unit.strip()})")
+        _alpha_axis(axes, alphas)
+    return figure
+
+
+def _is_judged(difference: Difference) -> bool:
+    return measure(difference.measure).group == "judged"
+
+
+def _figure(number: int, width: float | None = None) -> tuple[Figure, list[Any]]:
+    """So many panels, in rows."""
+    columns = min(number, _PANELS_A_ROW)
+    rows = -(-number // columns)
+    figure = Figure(figsize=(width or 3.3 * columns, 3.4 if width else 2.3 * rows), layout="tight")
+    return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(number)]
+
+
+def _alpha_axis(axes: Any, alphas: Sequence[float]) -> None:
+    axes.set_xticks(range(len(alphas)), list(map(plain, alphas)))
+    axes.set_xlim(-0.6, len(alphas) - 0.4)
+    axes.set_xlabel("alpha")
+
+
+def _colour(runs: Sequence[Run], alpha: float) -> str:
+    return _COLOURS[alphas_of(runs).index(alpha) % len(_COLOURS)]
+
+
+def _label(alpha: float) -> str:
+    return f"alpha {plain(alpha)}"

@@ -1,0 +1,231 @@
+"""The report: Markdown with its pictures beside it, and the same as one HTML file.
+
+Parts that were not measured have no section; one line names them.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+
+import markdown
+
+from neftune_dist.evaluate.win_rate import win_rate
+from neftune_dist.study.compare import FEWEST_SEEDS, Difference
+from neftune_dist.study.findings import conclusion
+from neftune_dist.study.measures import Judged, differences, measure
+from neftune_dist.study.plots import plots
+from neftune_dist.study.results import Run, alphas_of, seeds_of
+from neftune_dist.study.runs import plain
+
+_METHOD = f"""\
+Runs of one seed began with the same weights and took the same documents in the same steps; they
+differ in alpha alone. Every difference is that of two runs of one seed, on the same item: held-out
+document (weighed by its supervised tokens), instruction, task item. Their mean is over seeds.
+
+The 95 % interval has two sources, each by a bootstrap: which seeds were drawn, and which items.
+Each draws one less than there are (Rao and Wu 1988); the two variances are added, which errs
+on the wide side; the interval is Student's with Satterthwaite's degrees of freedom, since bare
+percentiles of few seeds are too narrow. It speaks of other seeds and other items of the same kind;
+not of other data, models, learning rates or lengths of training. With fewer than {FEWEST_SEEDS}
+seeds it is over items alone, and speaks of the trained models, not of alpha.
+
+`p` is that of no difference; `p (Holm)` is corrected for all comparisons of this report. A win rate
+is compared with one half. At equal lengths: by logistic regression on the difference in characters,
+in the manner of AlpacaEval 2; its variance over items is at most what is taken."""
+
+_STYLE = """\
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; display: block; overflow-x: auto; font-size: 14px; }
+th, td { padding: .2rem .6rem; border-bottom: 1px solid #8884; }
+img { max-width: 100%; }"""
+
+
+def write(folder: Path, runs: Sequence[Run], judged: Judged, notes: Sequence[str]) -> str:
+    """Write plots/*.svg, report.md and report.html into `folder`; the Markdown.
+
+    Args:
+        notes: why something is missing, for the reader.
+    """
+    found = differences(runs, judged)
+    pictures = plots(runs, found)
+    (folder / "plots").mkdir(exist_ok=True)
+    for name, svg in pictures.items():
+        (folder / "plots" / f"{name}.svg").write_bytes(svg)
+    text = _markdown(runs, judged, found, list(pictures), notes)
+    for name, content in (("report.md", text), ("report.html", _html(text, pictures))):
+        aside = folder / f"{name}.new"  # a reader never finds half of one
+        aside.write_text(content)
+        os.replace(aside, folder / name)
+    return text
+
+
+def _markdown(
+    runs: Sequence[Run],
+    judged: Judged,
+    found: Sequence[Difference],
+    pictures: Sequence[str],
+    notes: Sequence[str],
+) -> str:
+    def pictured(*names: str) -> str:
+        made = [name for name in names if name in pictures]
+        return "".join(f"\n\n![{n.replace('_', ' ')}](plots/{n}.svg)" for n in made)
+
+    alphas, seeds = alphas_of(runs), seeds_of(runs)
+    sections = {
+        "Conclusion": conclusion(found, len(seeds)),
+        "Not measured": "\n".join(f"- {note}" for note in notes),
+        "Paired differences": _differences(found, alphas[0]) + pictured("differences"),
+        "By seed": _by_seed(found, seeds),
+        "Losses": _losses(runs) + pictured("training_loss", "held_out_loss", "losses"),
+        "Answers": _means(runs, "answers") + pictured("answers"),
+        "Abilities": _tasks(runs) + pictured("tasks"),
+        "Judged": _judged(judged, alphas[0]) + pictured("win_rates"),
+        "Judged against the reference": _against_reference(runs),
+        "Method": _METHOD,
+    }
+    told = [f"## {title}\n\n{text.strip()}" for title, text in sections.items() if text]
+    begins = (
+        f"{len(runs)} runs of {len(runs[0].steps)} steps: `{runs[0].config.model.name_or_path}`; "
+        f"alpha {', '.join(map(plain, alphas))}; seeds {', '.join(map(str, seeds))}."
+    )
+    return "\n\n".join(["# Study of noise.alpha", begins, *told]) + "\n"
+
+
+def _differences(found: Sequence[Difference], base: float) -> str:
+    if not found:
+        return ""
+    heads = ["measure", "alpha", f"at alpha {plain(base)}", "at alpha", "difference"]
+    heads += ["95 % interval", "over", "items", "p", "p (Holm)"]
+    rows = []
+    for each in sorted(found, key=lambda d: _order(found, d)):
+        kind = measure(each.measure)
+        shown = [kind.shown(each.base), kind.shown(each.value), kind.shown(each.mean, True)]
+        bounds = "too few seeds"
+        if each.low is not None and each.high is not None:
+            bounds = f"{kind.shown(each.low, True)} to {kind.shown(each.high, True)}"
+        tests = ["" if p is None else _tested(p) for p in (each.p, each.p_holm)]
+        items = str(each.num_items or "")
+        name = f"{kind.label}{f' ({kind.unit.strip()})' if kind.unit else ''}"
+        rows.append([name, plain(each.alpha), *shown, bounds, each.over, items, *tests])
+    return _table(heads, rows)
+
+
+def _by_seed(found: Sequence[Difference], seeds: Sequence[int]) -> str:
+    rows = []
+    for each in sorted(found, key=lambda d: _order(found, d)):
+        kind = measure(each.measure)
+        rows.append([kind.label, plain(each.alpha), *(kind.shown(v, True) for v in each.by_seed)])
+    heads = ["difference in", "alpha", *(f"seed {seed}" for seed in seeds)]
+    return _table(heads, rows) if rows else ""
+
+
+def _order(found: Sequence[Difference], one: Difference) -> int:
+    """Those of one measure together."""
+    return list(dict.fromkeys(each.measure for each in found)).index(one.measure)
+
+
+def _losses(runs: Sequence[Run]) -> str:
+    heads = ["alpha", "held-out loss before", "held-out loss after"]
+    heads += ["training loss, last tenth of steps, noise on", "noise norm", "noise law"]
+    rows = []
+    for alpha in alphas_of(runs):
+        these = [
+            (r.first, r.last, r.training, r.mean("noise_norm"), r.mean("noise_law"))
+            for r in runs
+            if r.alpha == alpha
+        ]
+        rows.append([plain(alpha), *(f"{v:.4f}" for v in map(fmean, zip(*these, strict=True)))])
+    return f"Means over the seeds.\n\n{_table(heads, rows)}\n\n{_means(runs, 'losses')}".strip()
+
+
+def _means(runs: Sequence[Run], part: str) -> str:
+    """Of a part of the summaries."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for run in runs:
+        values = (run.evaluation.summary.get(part) or {}) if run.evaluation else {}
+        for key, value in values.items():
+            if isinstance(value, int | float):
+                found.setdefault(key, {}).setdefault(run.alpha, []).append(float(value))
+    shown = _by_alpha(found, alphas_of(runs))
+    return f"After training, as evaluated; means over the seeds.\n\n{shown}" if found else ""
+
+
+def _tasks(runs: Sequence[Run]) -> str:
+    found: dict[str, dict[float, list[float]]] = {}
+    for run in runs:
+        tasks = (run.evaluation.summary.get("tasks") or {}) if run.evaluation else {}
+        for name, task in tasks.items():
+            found.setdefault(name, {}).setdefault(run.alpha, []).append(task["accuracy"])
+    return f"Accuracy.\n\n{_by_alpha(found, alphas_of(runs))}" if found else ""
+
+
+def _by_alpha(found: dict[str, dict[float, list[float]]], alphas: Sequence[float]) -> str:
+    """Means over the seeds, a column for each of `found`."""
+    rows = [[plain(alpha), *(_figure(of.get(alpha)) for of in found.values())] for alpha in alphas]
+    return _table(["alpha", *found], rows)
+
+
+def _judged(judged: Judged, base: float) -> str:
+    if not judged:
+        return ""
+    heads = ["alpha", "seed", "win rate", "at equal lengths", "wins", "losses", "ties"]
+    heads += ["not understood", "not answered", "same in both orders"]
+    rows = []
+    for (alpha, seed), judgements in judged.items():
+        rate = win_rate(judgements)
+        shown = ["" if v is None else f"{v:.1f} %" for v in (rate.win_rate, rate.length_controlled)]
+        counts = (rate.num_wins, rate.num_losses, rate.num_ties, rate.num_unparsed, rate.num_failed)
+        agreement = "" if rate.order_agreement is None else f"{rate.order_agreement:.0f} %"
+        rows.append([plain(alpha), str(seed), *shown, *map(str, counts), agreement])
+    return f"Against the answers of alpha {plain(base)} at the same seed.\n\n{_table(heads, rows)}"
+
+
+def _against_reference(runs: Sequence[Run]) -> str:
+    """Where `judge.reference` names answers, with which `evaluate` compares each run's."""
+    rows = []
+    for run in runs:
+        rate = run.evaluation.summary.get("judge") if run.evaluation else None
+        if rate:
+            keys = ("win_rate", "length_controlled")
+            shown = ["" if rate.get(key) is None else f"{rate[key]:.1f} %" for key in keys]
+            rows.append([plain(run.alpha), str(run.seed), *shown])
+    return _table(["alpha", "seed", "win rate", "at equal lengths"], rows) if rows else ""
+
+
+def _tested(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _figure(values: Sequence[float] | None) -> str:
+    if not values:
+        return ""
+    mean = fmean(values)
+    return f"{mean:.0f}" if mean.is_integer() and abs(mean) > 1 else f"{mean:.5g}"
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---:"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _html(text: str, pictures: dict[str, bytes]) -> str:
+    """One file: pictures within it, nothing to be loaded, no script."""
+    body: str = markdown.markdown(text, extensions=["tables", "sane_lists"])
+
+    def inline(match: re.Match[str]) -> str:
+        svg = base64.b64encode(pictures[match[1]]).decode()
+        return f'src="data:image/svg+xml;base64,{svg}"'
+
+    body = re.sub(r'src="plots/(\w+)\.svg"', inline, body)
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width">\n'
+        f"<title>Study of noise.alpha</title>\n<style>\n{_STYLE}\n</style>\n</head>\n"
+        f"<body>\n{body}\n</body>\n</html>\n"
+    )

@@ -1,0 +1,206 @@
+"""What finished runs and their evaluations say, read from their folders; and whether runs can be
+compared: they may differ in alpha and seed alone, and must have seen the same documents.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from neftune_dist.config import Config, UserError, differences, load_config
+from neftune_dist.study.runs import evaluation_folder
+
+# What changes nothing that is trained, and what a study changes itself.
+_FREE = (
+    "run_dir",
+    "data.cache_dir",
+    "noise.alpha",
+    "noise.seed",
+    "train.hang_minutes",
+    "train.seed",
+)
+_FREE_SECTIONS = ("logging.", "checkpoint.", "evaluate.", "judge.")
+_SAME_LOSS = 1e-3  # relative, before training: other hardware, not other weights
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A folder that `neftune-dist evaluate` made: summary.json, items.json, answers.json."""
+
+    summary: dict[str, Any]
+    items: dict[str, Any]
+    answers: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished run left. Losses are means over supervised tokens.
+
+    Attributes:
+        steps: the records of metrics.jsonl.
+        held_out: step and loss, noise off, as training went on.
+        evaluation: None where it has not been evaluated after its last step.
+    """
+
+    alpha: float
+    seed: int
+    folder: Path
+    config: Config
+    steps: list[dict[str, Any]]
+    held_out: list[tuple[int, float | None]]
+    evaluation: Evaluation | None
+
+    @property
+    def first(self) -> float:
+        """Held-out loss before training."""
+        return _number(self.held_out[0][1])
+
+    @property
+    def last(self) -> float:
+        """Held-out loss after training."""
+        return _number(self.held_out[-1][1])
+
+    @property
+    def training(self) -> float:
+        """Loss over the last tenth of the steps, noise on; skipped steps may have none."""
+        tail = self.steps[-max(1, len(self.steps) // 10) :]
+        losses = [step["loss"] for step in tail if step["loss"] is not None]
+        return fmean(losses) if losses else math.nan
+
+    def mean(self, key: str) -> float:
+        """Of a step's record, over the steps: `noise_norm`, `noise_law`."""
+        return fmean(step[key] for step in self.steps)
+
+    @property
+    def documents(self) -> list[tuple[int, int, int]]:
+        """Of each step: number, tokens, supervised tokens; equal where documents are."""
+        return [(s["step"], s["num_tokens"], s["num_supervised_tokens"]) for s in self.steps]
+
+    @property
+    def name(self) -> str:
+        """As its directory is called."""
+        return self.folder.name
+
+
+def alphas_of(runs: Sequence[Run]) -> list[float]:
+    """Ascending; the first one is what the others are compared with."""
+    return sorted({run.alpha for run in runs})
+
+
+def seeds_of(runs: Sequence[Run]) -> list[int]:
+    """Ascending."""
+    return sorted({run.seed for run in runs})
+
+
+def read_run(folder: Path, alpha: float, seed: int) -> Run:
+    """A finished run, with its evaluation where there is one. Raises `UserError`."""
+    steps = _rows(folder / "metrics.jsonl")
+    held_out = {row["step"]: row["held_out_loss"] for row in _rows(folder / "evaluations.jsonl")}
+    if not steps or not {0, steps[-1]["step"]} <= held_out.keys():
+        raise UserError(f"{folder} lacks the held-out loss before or after its training.")
+    last = steps[-1]["step"]
+    run = Run(
+        alpha=alpha,
+        seed=seed,
+        folder=folder,
+        config=load_config(folder / "config.yaml"),
+        steps=steps,
+        held_out=sorted((step, loss) for step, loss in held_out.items() if step <= last),
+        evaluation=_evaluation(evaluation_folder(folder, last)),
+    )
+    if math.isnan(run.first + run.last + run.training):
+        raise UserError(f"{folder} has no finite loss before or after its training.")
+    return run
+
+
+def check_comparable(runs: Sequence[Run]) -> None:
+    """Refuse runs that differ in more than alpha and seed. Raises `UserError` naming two of them.
+
+    Documents and steps are compared among the runs of a seed; what was evaluated, among all."""
+    for run in runs:
+        first = next(each for each in runs if each.seed == run.seed)
+        others = [
+            key
+            for key in differences(runs[0].config.to_dict(), run.config.to_dict())
+            if key not in _FREE and not key.startswith(_FREE_SECTIONS)
+        ]
+        if others:
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            _refuse(runs[0], run, f"{others[0]}{more}")
+        if run.documents != first.documents:
+            _refuse(first, run, "their documents or steps")
+        if abs(run.first - first.first) > _SAME_LOSS * abs(first.first):
+            losses = f"{first.first:.4f} and {run.first:.4f}"
+            _refuse(first, run, f"their held-out loss before training ({losses})")
+    evaluated = [run for run in runs if run.evaluation]
+    for what, of in _EVALUATED.items():
+        # What is missing is left out of the report, which says so.
+        having = [(run, its) for run in evaluated if (its := _of(run, of)) is not None]
+        for run, its in having:
+            if its != having[0][1]:
+                _refuse(having[0][0], run, f"{what} that they were evaluated on")
+
+
+def _refuse(one: Run, two: Run, what: str) -> None:
+    raise UserError(
+        f"Runs {one.name} and {two.name} differ in {what}, so they are not compared: "
+        "set another run_dir."
+    )
+
+
+_EVALUATED: dict[str, Callable[[Evaluation], Any]] = {
+    "the held-out documents": lambda e: [tokens for _, tokens in e.items["held_out"]],
+    "the training documents": lambda e: [tokens for _, tokens in e.items["train"]],
+    "the instructions": lambda e: [a["instruction"] for a in e.answers] or None,
+    "the tasks": lambda e: {name: len(items) for name, items in e.items["tasks"].items()},
+}
+
+
+def _of(run: Run, what: Callable[[Evaluation], Any]) -> Any:
+    """None where the evaluation did not take it."""
+    assert run.evaluation is not None
+    try:
+        return what(run.evaluation)
+    except (KeyError, TypeError):  # no such part, or null
+        return None
+
+
+def _evaluation(folder: Path) -> Evaluation | None:
+    if not (folder / "summary.json").exists():
+        return None
+    summary, items = (_read(folder / f"{name}.json") for name in ("summary", "items"))
+    answers = _read(folder / "answers.json") if (folder / "answers.json").exists() else []
+    if not (isinstance(summary, dict) and isinstance(items, dict) and isinstance(answers, list)):
+        raise UserError(f"{folder} is no evaluation: its files are not of the form they should be.")
+    return Evaluation(summary, items, answers)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [_parsed(line, path) for line in _text(path).splitlines()]
+
+
+def _read(path: Path) -> Any:
+    return _parsed(_text(path), path)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+
+
+def _parsed(text: str, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error

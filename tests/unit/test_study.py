@@ -1,0 +1,299 @@
+"""The report of a study claims what its runs show and no more: planted effects are found, chance is
+not, and the intervals hold what they promise."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from neftune_dist.config import Config, UserError
+from neftune_dist.evaluate.win_rate import Judgement
+from neftune_dist.study import report
+from neftune_dist.study.compare import Difference, corrected, paired
+from neftune_dist.study.findings import conclusion
+from neftune_dist.study.measures import differences
+from neftune_dist.study.results import Run, check_comparable, read_run
+
+NUM_STEPS, NUM_ITEMS = 20, 120
+Effects = dict[str, float]
+
+
+def write_run(folder: Path, alpha: float, seed: int, effects: Effects, without: str = "") -> Path:
+    """A finished run and its evaluation: every measure has an effect of the item, one of the seed,
+    chance, and what `effects` adds at this alpha."""
+    run = folder / f"alpha_{alpha:g}_seed_{seed}"
+    evaluation = run / "evaluations" / f"step_{NUM_STEPS:08d}"
+    evaluation.mkdir(parents=True)
+    config = Config(run_dir=str(run))
+    config.model.name_or_path, config.noise.alpha, config.train.seed = "a-model", alpha, seed
+    config.data.num_held_out = NUM_ITEMS
+    (run / "config.yaml").write_text(config.to_yaml())
+    chance = np.random.default_rng([seed, round(10 * alpha)])
+
+    def values(name: str, level: float, spread: float) -> np.ndarray:
+        item = np.random.default_rng(len(name)).normal(size=NUM_ITEMS)
+        of_seed = 0.2 * np.random.default_rng(1000 + seed).normal()
+        own = 0.3 * chance.normal(size=NUM_ITEMS) + 0.02 * chance.normal()
+        return level + spread * (item + of_seed + own) + effects.get(name, 0.0)
+
+    steps = [
+        {
+            "step": i + 1,
+            "loss": 3.0 - 0.05 * i + 0.01 * chance.normal(),
+            "num_tokens": 90 + i + seed,
+            "num_supervised_tokens": 30,
+            "noise_norm": alpha / 3**0.5,
+            "noise_law": alpha / 3**0.5,
+        }
+        for i in range(NUM_STEPS)
+    ]
+    tokens = np.random.default_rng(7).integers(5, 50, NUM_ITEMS)
+    losses = values("held_out_loss", 2.0, 0.3)
+    held_out = float((losses * tokens).sum() / tokens.sum())
+    evaluations = [{"step": s, "held_out_loss": v} for s, v in ((0, 3.0), (NUM_STEPS, held_out))]
+    for name, rows in (("metrics", steps), ("evaluations", evaluations)):
+        (run / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    characters = values("characters", 400, 60)
+    of_answers: dict[str, list[float | None]] = {
+        "characters": characters.round().tolist(),
+        "rouge_l": values("rouge_l", 0.3, 0.1).tolist(),
+        "repetition_2_percent": [v if i % 3 else None for i, v in enumerate(values("rep", 4, 1))],
+    }
+    right = (values("arc_easy", 0.5, 0.4) > 0.5).astype(int).tolist()
+    answers = [
+        {"instruction": f"Say {i}.", "output": "x" * round(c), "correct": None}
+        for i, c in enumerate(characters)
+    ]
+    items = {
+        "held_out": [[loss * n, int(n)] for loss, n in zip(losses, tokens, strict=True)],
+        "answers": of_answers,
+        "tasks": {"arc_easy": right},
+    }
+    summary = {
+        "losses": {"held_out_loss": held_out, "train_loss": None, "train_loss_noisy": None},
+        "answers": {"num": NUM_ITEMS, "characters": float(characters.mean()), "self_bleu": 0.25},
+        "tasks": {"arc_easy": {"accuracy": float(np.mean(right)), "num_items": NUM_ITEMS}},
+        "judge": {"win_rate": 50.0 + seed, "length_controlled": 50.0 - seed},
+    }
+    for part in filter(None, without.split(",")):
+        summary[part] = None
+        items.pop(part, None)
+        answers = [] if part == "answers" else answers
+    contents = {"summary": summary, "items": items, "answers": answers}
+    for name, content in contents.items():
+        (evaluation / f"{name}.json").write_text(json.dumps(content))
+    return run
+
+
+def make_runs(folder: Path, effects: Effects, num_seeds: int = 4, without: str = "") -> list[Run]:
+    """Of alpha 0, and of alpha 5, which has the effects."""
+    return [
+        read_run(write_run(folder, alpha, seed, effects if alpha else {}, without), alpha, seed)
+        for seed in range(num_seeds)
+        for alpha in (0.0, 5.0)
+    ]
+
+
+def judgements(runs: list[Run], at_equal_lengths: float, of_length: float) -> Any:
+    """By (alpha, seed), of a judge who likes alpha 5 by so much, and length by so much."""
+    judged = {}
+    for ours in (run for run in runs if run.alpha):
+        theirs = next(run for run in runs if not run.alpha and run.seed == ours.seed)
+        assert ours.evaluation and theirs.evaluation
+        draw = np.random.default_rng(ours.seed)
+        rows = []
+        for one, two in zip(ours.evaluation.answers, theirs.evaluation.answers, strict=True):
+            longer = np.tanh((len(one["output"]) - len(two["output"])) / 40)
+            likes = 1 / (1 + np.exp(-(at_equal_lengths + of_length * longer)))
+            preference = 1.0 + float(draw.random() < likes)
+            lengths = len(one["output"]), len(two["output"])
+            rows.append(Judgement(one["instruction"], preference, *lengths))
+        judged[ours.alpha, ours.seed] = rows
+    return judged
+
+
+def told(runs: list[Run], judged: Any = None) -> str:
+    return conclusion(differences(runs, judged or {}), len(runs) // 2)
+
+
+def written(folder: Path, runs: list[Run], judged: Any = None) -> str:
+    return report.write(folder, runs, judged or {}, ["Something: not asked for."])
+
+
+def test_planted_effects_are_found_with_direction_and_size(tmp_path: Path) -> None:
+    effects = {"held_out_loss": -0.1, "characters": 50, "rouge_l": -0.04, "arc_easy": 0.3}
+    runs = make_runs(tmp_path, effects)
+    text = told(runs)
+    assert "better: held-out loss, accuracy on arc_easy; worse: ROUGE-L; different:" in text
+    by_measure = {each.measure: each for each in differences(runs, {})}
+    for name in ("held_out_loss", "characters", "rouge_l"):
+        each = by_measure[name]
+        assert each.stands and each.over == "seeds and items" and each.num_items == NUM_ITEMS
+        assert each.low is not None and each.high is not None
+        assert each.low < effects[name] < each.high
+    assert re.search(r"- Losses: held-out loss lower by 0\.\d{4} \(-0\.\d+ to -0\.\d+\)\.", text)
+    assert re.search(r"- Answers: length of answers greater by [45]\d\.\d characters \(\+", text)
+    assert by_measure["repetition_2_percent"].num_items == NUM_ITEMS * 2 // 3
+
+
+def test_without_an_effect_no_difference_is_seen(tmp_path: Path) -> None:
+    text = told(make_runs(tmp_path, {}))
+    assert "**alpha 5**: no difference seen.\n" in text
+    assert "no difference seen in accuracy on arc_easy (" in text
+    assert "points is ruled out" in text
+    assert "Warning" not in text
+    assert "5 comparisons were made" in text
+
+
+def test_a_gain_that_length_explains_is_warned_of(tmp_path: Path) -> None:
+    runs = make_runs(tmp_path, {"characters": 60})
+    text = told(runs, judgements(runs, 0.0, 1.5))
+    assert "**Warning:** the gain in win rate (" in text
+    assert re.search(r"disappears once length is controlled \([4-6]\d\.\d+ %, not told", text)
+    assert "better:" not in text and "win rate higher" in text
+    assert "**Warning:** the answers only became longer, by " in text
+    text = told(runs, judgements(runs, 1.5, 0.0))
+    assert re.search(r"win rate at equal lengths [78]\d", text) and "above one half" in text
+    assert "Warning" not in text
+
+
+@pytest.mark.parametrize("num_seeds", [1, 2])
+def test_few_seeds_speak_of_these_runs_alone(tmp_path: Path, num_seeds: int) -> None:
+    runs = make_runs(tmp_path, {"held_out_loss": -0.1}, num_seeds)
+    text = told(runs)
+    seeds = "1 seed is" if num_seeds == 1 else "2 seeds are"
+    assert f"**No effect of alpha is claimed: {seeds} too few to tell it from chance.**" in text
+    assert "**alpha 5**: in these runs alone, better: held-out loss; no difference" in text
+    assert {each.over for each in differences(runs, {})} == {"items"}
+
+
+@pytest.mark.parametrize(
+    ("without", "absent"),
+    [
+        ("tasks", ["## Abilities", "arc_easy", "plots/tasks.svg"]),
+        ("answers", ["## Answers", "ROUGE-L", "plots/answers.svg"]),
+        ("tasks,answers", ["## Abilities", "## Answers"]),
+    ],
+)
+def test_what_was_not_measured_has_no_section(
+    tmp_path: Path, without: str, absent: list[str]
+) -> None:
+    text = written(tmp_path, make_runs(tmp_path, {}, 3, f"judge,{without}"))
+    for part in [*absent, "## Judged", "plots/win_rates.svg"]:
+        assert part not in text
+    assert "## Not measured\n\n- Something: not asked for." in text
+    assert "plots/held_out_loss.svg" in text
+
+
+def test_runs_without_an_evaluation_are_compared_by_their_own_held_out_loss(
+    tmp_path: Path,
+) -> None:
+    runs = make_runs(tmp_path, {"held_out_loss": -0.1})
+    (tmp_path / "alpha_5_seed_2/evaluations" / f"step_{NUM_STEPS:08d}" / "summary.json").unlink()
+    runs = [read_run(run.folder, run.alpha, run.seed) for run in runs]
+    (only,) = differences(runs, {})
+    assert (only.measure, only.over, only.num_items) == ("held_out_loss", "seeds", 0)
+    assert only.by_seed == pytest.approx(
+        [five.last - zero.last for zero, five in zip(runs[::2], runs[1::2], strict=True)]
+    )
+    few = [run for run in runs if run.seed in (1, 2)]
+    assert "2 seeds are too few to tell noise from effect" in told(few)
+
+
+def test_the_page_is_one_file_with_the_pictures_of_the_markdown(tmp_path: Path) -> None:
+    runs = make_runs(tmp_path, {}, 3)
+    text = written(tmp_path, runs, judgements(runs, 0.3, 0.3))
+    page = (tmp_path / "report.html").read_text()
+    names = re.findall(r"!\[[\w ]+\]\(plots/(\w+)\.svg\)", text)
+    assert {"training_loss", "held_out_loss", "answers", "tasks", "win_rates"} < set(names)
+    assert len(re.findall('src="data:image/svg[+]xml;base64,', page)) == len(names)
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert "| 5 | 1 | 51.0 % | 49.0 % |" in text
+    assert "<script" not in page and "<table>" in page
+    before = {path: path.read_bytes() for path in tmp_path.glob("plots/*.svg")}
+    assert {path.stem for path in before} == set(names)
+    assert written(tmp_path, runs, judgements(runs, 0.3, 0.3)) == text
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def change(name: str, old: str, new: str) -> Callable[[Path], None]:
+    def edit(run: Path) -> None:
+        (path,) = run.rglob(name)
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new, 1))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "what"),
+    [
+        (change("metrics.jsonl", '"num_tokens": 91', '"num_tokens": 92'), "documents or steps"),
+        (change("evaluations.jsonl", ": 3.0}", ": 3.1}"), "held-out loss before training"),
+        (change("config.yaml", "warmup_steps: 0", "warmup_steps: 1"), "warmup_steps"),
+        (change("answers.json", "Say 3.", "Tell 3."), "the instructions"),
+        (change("items.json", "[0, ", "["), "the tasks"),
+    ],
+)
+def test_runs_that_differ_in_more_than_alpha_are_refused(
+    tmp_path: Path, edit: Callable[[Path], None], what: str
+) -> None:
+    runs = make_runs(tmp_path, {}, 2)
+    check_comparable(runs)
+    edit(runs[-1].folder)
+    runs[-1] = read_run(runs[-1].folder, 5.0, 1)
+    with pytest.raises(UserError, match=f"alpha_5_seed_1 differ in .*{what}"):
+        check_comparable(runs)
+
+
+@pytest.mark.parametrize("num_seeds", [2, 3, 6])
+@pytest.mark.parametrize("spread", [(0.0, 1.0, 1.0), (1.0, 0.0, 0.1), (1.0, 3.0, 3.0)])
+def test_intervals_hold_the_truth_as_often_as_they_say(
+    num_seeds: int, spread: tuple[float, float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of seeds, items and both: in 95 of 100 studies, a few more or less. Of 2 seeds the interval
+    is over items alone, and holds what these seeds have."""
+    monkeypatch.setattr("neftune_dist.study.compare._RESAMPLES", 200)
+    draw, held, num = np.random.default_rng(0), 0, 200
+    for _ in range(num):
+        of_seed = spread[0] * draw.normal(size=(num_seeds, 1))
+        own = spread[1] * draw.normal(size=(1, 30)) + spread[2] * draw.normal(size=(num_seeds, 30))
+        truth = 0.5 if num_seeds > 2 else 0.5 + of_seed.mean()
+        each = paired("x", 5, 0.5 + of_seed + own, np.zeros_like(own), np.ones_like(own))
+        assert each is not None and each.low is not None and each.high is not None
+        held += each.low <= truth <= each.high
+    assert 0.91 <= held / num <= 0.995
+
+
+def test_a_weighted_mean_and_its_items_without_a_value() -> None:
+    values = np.array([[1.0, 2.0, np.nan] * 5])
+    base = np.array([[0.5, 1.0, 3.0] * 5])
+    each = paired("x", 5, values, base, np.array([[1.0, 3.0, 0.0] * 5]))
+    assert each is not None
+    assert each.by_seed == (pytest.approx((0.5 + 3 * 1.0) / 4),)
+    assert (each.value, each.base) == (pytest.approx(7 / 4), pytest.approx(3.5 / 4))
+    assert (each.num_items, each.over) == (10, "items")
+    assert paired("x", 5, values, base, np.zeros((1, 15))) is None
+
+
+def test_holm_counts_every_comparison() -> None:
+    p = [0.01, 0.04, 0.03, None]
+    plain = [Difference("x", 5, 0, 0, (1.0,), 0.1, 2, each, "items", 9) for each in p]
+    found = corrected(plain)
+    assert [each.p_holm for each in found] == [pytest.approx(0.03), 0.06, 0.06, None]
+    assert [each.stands for each in found] == [True, False, False, False]
+
+
+def test_an_effect_that_many_comparisons_explain_is_called_so(tmp_path: Path) -> None:
+    runs = make_runs(tmp_path, {})
+    difference = Difference("rouge_l", 5.0, 0.3, 0.31, (0.01,) * 3, 0.001, 0.02, 0.04, "seeds", 0)
+    others = [Difference("bleu", 5.0, 0.3, 0.3, (0.0,) * 3, -1, 1, 0.9, "seeds", 0)] * 3
+    text = conclusion(corrected([difference, *others]), len(runs) // 2)
+    assert "no difference seen that stands; perhaps by chance: ROUGE-L" in text
+    assert "which so many comparisons may show by chance" in text
