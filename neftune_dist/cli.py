@@ -175,6 +175,16 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     )
 
 
+def _chat(arguments: argparse.Namespace) -> int:
+    settings = [w for w in arguments.words if "=" in w and not Path(w).exists()]
+    names = [word for word in arguments.words if word not in settings]
+    if not names:
+        raise UserError("chat needs a subject: a run, a checkpoint, a model directory or a hub id.")
+    from neftune_dist.chat import chat
+
+    return chat(names, [*settings, *arguments.settings], temperature=arguments.temperature)
+
+
 def _flushed(line: str) -> None:
     print(line, flush=True)
 
@@ -245,6 +255,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     added.add_argument("--dtype", choices=("original", "fp32", "bf16", "fp16"), default="original")
     _add_evaluate(verb)
+    added = verb("chat", _chat, "Talk to a model in the terminal, or to two side by side.")
+    added.add_argument(
+        "words",
+        nargs="+",
+        metavar="SUBJECT | key=value",
+        help="one or two of: a run directory, a checkpoint, a model directory, a hub id; and "
+        "settings for them, such as evaluate.max_new_tokens=200",
+    )
+    added.add_argument(
+        "--temperature", type=float, default=0.0, help="of sampling; default: 0, greedy"
+    )
+    added.set_defaults(settings=[])
     added = verb("study", _study, "Paired runs that differ in alpha alone, and their report.")
     added.add_argument(
         "--alphas",
