@@ -36,6 +36,7 @@ _HELP = (
 STOPPED = "[stopped]"
 _LEAST_COLUMN = 32  # characters, below which answers stand one behind the other
 _GAP = " | "
+_INTERRUPTED = 130  # as shells have it
 
 
 def chat(names: Sequence[str], settings: Sequence[str], *, temperature: float = 0.0) -> int:
@@ -52,10 +53,16 @@ def chat(names: Sequence[str], settings: Sequence[str], *, temperature: float = 
         raise UserError(f"chat takes one subject or two, not {len(names)}: {', '.join(names)}.")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise UserError(f"--temperature={temperature} is not 0 or more.")
-    subjects = [open_subject(name, settings=settings) for name in names]
-    speakers = [Speaker.of(subject, temperature) for subject in subjects]
+    speakers = []
+    try:
+        for subject in [open_subject(name, settings=settings) for name in names]:
+            if sys.stdin.isatty():
+                print(f"loading {subject.name}", flush=True)
+            speakers.append(Speaker.of(subject, temperature))
+    except KeyboardInterrupt:
+        return _INTERRUPTED
     if sys.stdin.isatty():
-        print(" and ".join(speaker.name for speaker in speakers), _HELP, sep="\n", flush=True)
+        print(_HELP, flush=True)
     for speaker in speakers:
         if not speaker.remembers:
             _mistake(f"{speaker.name} has a template of one question: it forgets the ones before.")
@@ -191,6 +198,8 @@ def _talk(speakers: list[Speaker]) -> int:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
+            if sys.stdin.isatty():
+                print(flush=True)
             return 0
         except KeyboardInterrupt:
             print("\n(Ctrl-D or /quit ends.)", flush=True)
@@ -220,15 +229,17 @@ def _ask(speakers: list[Speaker], question: str) -> None:
         answer = speakers[0].answer(question, _show)
         _show(f"\n{answer.remark}\n" if answer.remark else "\n")
         return
-    texts = []
+    texts: list[str] = []
+    answer = Answer("", "")
     for speaker in speakers:
         try:
-            answer = speaker.answer(question, lambda _: None)
+            if answer.remark != STOPPED:  # one Ctrl-C stops both
+                answer = speaker.answer(question, lambda _: None)
+            else:
+                answer = Answer("", STOPPED)
         except BadRow as error:
             answer = Answer("", f"[{error}]")
         texts.append("\n".join(filter(None, answer)))
-        if answer.remark == STOPPED:  # one Ctrl-C stops both
-            break
     names = [speaker.name for speaker in speakers]
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
     for line in side_by_side(names, texts, width):
@@ -242,21 +253,21 @@ def side_by_side(names: Sequence[str], texts: Sequence[str], width: int) -> list
     if column < _LEAST_COLUMN:
         return [
             line
-            for name, text in zip(names, texts, strict=False)
+            for name, text in zip(names, texts, strict=True)
             for line in (f"--- {name}", *text.splitlines())
         ]
     wrapped = [
-        [part for line in text.splitlines() for part in textwrap.wrap(line, column) or [""]]
-        for text in texts
-    ]
-    wrapped = [
-        [*textwrap.wrap(name, column), "-" * column, *lines]
-        for name, lines in zip_longest(names, wrapped, fillvalue=[])
+        [*textwrap.wrap(name, column), "-" * column, *_wrapped(text, column)]
+        for name, text in zip(names, texts, strict=True)
     ]
     return [
         _GAP.join(f"{part:<{column}}" for part in parts).rstrip()
         for parts in zip_longest(*wrapped, fillvalue="")
     ]
+
+
+def _wrapped(text: str, column: int) -> list[str]:
+    return [part for line in text.splitlines() for part in textwrap.wrap(line, column) or [""]]
 
 
 def _show(text: str) -> None:
