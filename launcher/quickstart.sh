@@ -30,14 +30,14 @@ python "$root/launcher/smollm2.py" "$model"
 neftune-dist prepare "${words[@]}"
 neftune-dist launch "${words[@]}" --processes "$nproc"
 
-before="$run_dir/evaluation_before.json"
-after="$run_dir/evaluation_after.json"
-answers=(--answers 100 --max-new-tokens 32) # twice the longest built-in answer
+# Without the paper's penalty on repetitions: the right answers repeat what was asked about.
+answers=(evaluate.max_instructions=100 evaluate.max_new_tokens=32 evaluate.repetition_penalty=1)
+before="$run_dir/evaluations/before"
+after="$run_dir/evaluations/$(cat "$run_dir/checkpoints/latest")"
 export OMP_NUM_THREADS=$cores
-[ -e "$before" ] ||
-  neftune-dist evaluate "$run_dir" --model "$model" "${answers[@]}" --output "$before"
-if [ ! -e "$after" ] || [ "$run_dir/checkpoints/latest" -nt "$after" ]; then
-  neftune-dist export "$run_dir"
-  neftune-dist evaluate "$run_dir" "${answers[@]}" --output "$after"
-fi
-python "$root/launcher/summary.py" "$run_dir" "$0${*:+ $*}"
+done_in() { grep -qs '"exact_match"' "$1/summary.json"; }
+done_in "$before" ||
+  neftune-dist evaluate "$run_dir" --model "$model" --output "$before" "${answers[@]}"
+done_in "$after" || neftune-dist evaluate "$run_dir" "${answers[@]}"
+[ "$run_dir/export" -nt "$run_dir/checkpoints/latest" ] || neftune-dist export "$run_dir"
+python "$root/launcher/summary.py" "$run_dir" "$after" "$0${*:+ $*}"

@@ -1,4 +1,4 @@
-"""What a quickstart run learned, and where everything lies. usage: summary.py RUN_DIR COMMAND"""
+"""What a quickstart run learned, and where all lies. usage: summary.py RUN_DIR AFTER COMMAND"""
 
 from __future__ import annotations
 
@@ -8,26 +8,30 @@ from pathlib import Path
 from typing import Any
 
 
-def main(run_dir: Path, command: str) -> None:
-    """Print the comparison of evaluation_before.json and evaluation_after.json."""
-    before = json.loads((run_dir / "evaluation_before.json").read_text())
-    after = json.loads((run_dir / "evaluation_after.json").read_text())
+def main(run_dir: Path, folder: Path, command: str) -> None:
+    """Print the comparison of the evaluations in RUN_DIR/evaluations/before and `folder`."""
+    folders = (run_dir / "evaluations" / "before", folder)
+    before, after = (json.loads((each / "summary.json").read_text()) for each in folders)
+    answers = [json.loads((each / "answers.json").read_text()) for each in folders]
     if run_dir.is_relative_to(Path.cwd()):
         run_dir = run_dir.relative_to(Path.cwd())
     steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     last = steps[-1]
     print()
     print(f"{'':24}{'before':>12}{'after':>12}")
-    print(f"{'held-out loss':24}{before['held_out_loss']:12.4f}{after['held_out_loss']:12.4f}")
-    if after["exact_match"] is not None:
-        print(f"{'exact match':24}{before['exact_match']:12.1%}{after['exact_match']:12.1%}")
-    print(f"(noise off, {after['num_documents']} held-out documents, {last['step']} steps)")
-    for old, new in _examples(before["answers"], after["answers"]):
+    losses = [each["losses"]["held_out_loss"] for each in (before, after)]
+    print(f"{'held-out loss':24}{losses[0]:12.4f}{losses[1]:12.4f}")
+    right = [each["answers"]["exact_match"] for each in (before, after)]
+    if right[1] is not None:
+        print(f"{'exact match':24}{right[0]:12.1%}{right[1]:12.1%}")
+    number = after["losses"]["num_documents"]
+    print(f"(noise off, {number} held-out documents, {last['step']} steps)")
+    for old, new in _examples(*answers):
         print()
-        print(f"  question  {_line(old['prompt'])}")
-        print(f"  expected  {_line(old['expected'])}")
-        print(f"  before    {_line(old['answer'])}")
-        print(f"  after     {_line(new['answer'])}")
+        print(f"  question  {_line(old['instruction'])}")
+        print(f"  expected  {_line(old['reference'])}")
+        print(f"  before    {_line(old['output'])}")
+        print(f"  after     {_line(new['output'])}")
     print()
     print(f"metrics      {run_dir / 'metrics.jsonl'}")
     print(f"TensorBoard  .venv/bin/tensorboard --logdir {run_dir / 'tensorboard'}")
@@ -53,4 +57,4 @@ def _line(text: str) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

@@ -25,6 +25,7 @@ from neftune_dist.config.sections import (
     NoiseConfig,
 )
 
+_URL = re.compile(r"https?://([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?(/[\w./~%+-]*)?", re.ASCII)
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
@@ -229,6 +230,17 @@ def _check_evaluation(config: Config) -> None:
         for name, usual in vars(JudgeConfig()).items():
             if getattr(judge, name) != usual:
                 raise UserError(f"judge.{name} has no effect without judge.url or judge.annotator.")
+    if judge.annotator:
+        for name in ("key_variable", "max_answer_tokens", "max_retries", "timeout_seconds"):
+            if getattr(judge, name) != getattr(JudgeConfig(), name):
+                raise UserError(
+                    f"judge.{name} has no effect with judge.annotator: alpaca_eval has its own."
+                )
+    if judge.url and not _URL.fullmatch(judge.url):
+        raise UserError(
+            f"judge.url={brief(judge.url)} is no address of an endpoint, such as "
+            "https://api.openai.com/v1 (without a name, a password or a query)."
+        )
     if judge.max_dollars and not (
         judge.dollars_per_million_input or judge.dollars_per_million_output
     ):

@@ -214,10 +214,11 @@ class JudgeConfig:
     annotator: str | None = None  # in place of both, one of the alpaca_eval package
     reference: str | None = None  # file of answers to compare with, in AlpacaEval's form
     key_variable: str | None = "OPENAI_API_KEY"  # of the environment; null: no key is sent
+    max_answer_tokens: int = 64  # a verdict is short; more for a model that reasons first
     dollars_per_million_input: float = 0.0  # tokens
     dollars_per_million_output: float = 0.0
     max_dollars: float = 0.0  # refused beforehand where the estimate is above; 0: no limit
-    max_requests: int = 10_000  # likewise
+    max_requests: int = 10_000  # likewise, and retries included while they are sent
     num_parallel: int = 4  # requests under way at once
     max_retries: int = 5  # of a request that failed or was put off
     timeout_seconds: float = 120.0  # of a request
@@ -348,6 +349,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "judge.dollars_per_million_input": (0, math.inf, "[)"),
     "judge.dollars_per_million_output": (0, math.inf, "[)"),
     "judge.max_dollars": (0, math.inf, "[)"),
+    "judge.max_answer_tokens": (1, 2**20, "[]"),
     "judge.max_requests": (1, math.inf, "[)"),
     "judge.num_parallel": (1, 1024, "[]"),
     "judge.max_retries": (0, 100, "[]"),

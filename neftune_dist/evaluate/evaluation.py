@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -230,7 +231,8 @@ def lines(summary: dict[str, Any]) -> list[str]:
         told.append(
             f"{number} answers" + (f", exact match {right:.1%}" if right is not None else "")
         )
-        told += [f"  {name.replace('_', ' ')} {value:.4g}" for name, value in answers.items()]
+        figures = ", ".join(f"{name.replace('_', ' ')} {v:.4g}" for name, v in answers.items())
+        told += textwrap.wrap(figures, 98, initial_indent="  ", subsequent_indent="  ")
     for name, task in (summary["tasks"] or {}).items():
         told.append(
             f"{name} {task['accuracy']:.1%} +- {task['standard_error']:.1%} "

@@ -21,6 +21,7 @@ from neftune_dist import NEFTune
 from neftune_dist.config import load_config
 from neftune_dist.data.corpus import prepare
 from neftune_dist.data.schedule import make_schedule
+from neftune_dist.evaluate.subject import open_subject
 from neftune_dist.model import load, nf4
 from neftune_dist.model.adapters import peft_name
 from neftune_dist.noise.law import TokenLayout
@@ -212,6 +213,8 @@ def test_resumed_exported_and_loaded(
             whole / "export", dtype=torch.float32
         )
         torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-3, atol=2e-3)
+        without_export = open_subject(whole).model
+        assert torch.equal(without_export(input_ids=ids).logits, merged(input_ids=ids).logits)
         base = peft_model(config, method).unload()
         loaded = peft.PeftModel.from_pretrained(base, whole / "adapter").eval()
         torch.testing.assert_close(loaded(input_ids=ids).logits, expected, rtol=1e-3, atol=2e-3)

@@ -15,6 +15,7 @@ from neftune_dist.config import EvaluateConfig, load_config
 from neftune_dist.evaluate.subject import open_subject
 from neftune_dist.evaluate.tasks import run_tasks
 from neftune_dist.export import export
+from neftune_dist.model.load import DTYPES
 from tests import tiny
 
 
@@ -38,6 +39,12 @@ def test_logits_are_those_of_the_trained_weights(run_dir: Path, tmp_path: Path) 
             parameter.copy_(tensors[f"master/{name}"].view_as(parameter))
         ids = torch.randint(0, 500, (2, 40), generator=torch.Generator().manual_seed(0))
         assert torch.equal(exported(ids).logits, trained(ids).logits)
+        for dtype in ("fp32", "bf16"):
+            subject = open_subject(run_dir, settings=[f"model.dtype={dtype}"])
+            same = transformers.AutoModelForCausalLM.from_pretrained(output, dtype=DTYPES[dtype])
+            assert torch.equal(subject.model(ids).logits, same.eval()(ids).logits)
+            assert subject.model.dtype == DTYPES[dtype]
+            assert (subject.step, subject.alpha) == (8, 5.0)
     assert exported.lm_head.weight is exported.model.embed_tokens.weight
     assert not torch.equal(start, exported.model.embed_tokens.weight)
 

@@ -38,6 +38,7 @@ HOMES = {
     "lm_eval": {"evaluate/harness"},
     "sacrebleu": {"evaluate/text"},
     "rouge_score": {"evaluate/text"},
+    "alpaca_eval": {"evaluate/alpaca"},
 }
 
 
@@ -101,6 +102,7 @@ def test_imports_stand_at_the_top() -> None:
         "model/extras",
         "model/adapters",
         "model/nf4",
+        "evaluate/alpaca",
         "trackers",
         "evaluate/tasks",
     }

@@ -128,26 +128,8 @@ def test_export_runs_as_a_step_in_the_container(batch: Callable[..., Any]) -> No
     assert done.stdout == marked("--cpu-bind=none", *inside, *step)
 
 
-def test_evaluate_exports_first_what_is_not_exported_yet(
-    batch: Callable[..., Any], tmp_path: Path
-) -> None:
-    run_dir = tmp_path / "a run"
-    (run_dir / "checkpoints").mkdir(parents=True)
-    (run_dir / "checkpoints" / "latest").touch()
-
-    def verbs(*words: str) -> list[str]:
-        done = batch("evaluate.sbatch", "a run", *words)
-        assert done.returncode == 0, done.stderr
-        last = marked("evaluate", "a run", "--output", "a run/evaluation.json", *words)
-        assert done.stdout.endswith(last)
-        return re.findall("<(export|evaluate)><a run>", done.stdout)
-
-    assert verbs("--answers", "3") == ["export", "evaluate"]
-    assert verbs("--model", "x") == ["evaluate"]
-    (run_dir / "export").mkdir()
-    (run_dir / "export" / "config.json").touch()
-    assert verbs("noise.alpha=5") == ["evaluate"]
-    later = (run_dir / "export").stat().st_mtime + 1
-    os.utime(run_dir / "checkpoints" / "latest", (later, later))
-    assert verbs("noise.alpha=5") == ["export", "evaluate"]
+def test_evaluate_runs_as_a_step(batch: Callable[..., Any]) -> None:
+    done = batch("evaluate.sbatch", "a run", "--step", 5, "noise.alpha=5")
+    step = ("-m", "neftune_dist", "evaluate", "a run", "--step", "5", "noise.alpha=5")
+    assert done.stdout == marked("--cpu-bind=none", "python3", *step)
     assert batch("evaluate.sbatch").returncode == 2

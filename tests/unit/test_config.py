@@ -25,6 +25,7 @@ from neftune_dist.config import (
 
 ROOT = Path(__file__).parents[2]
 MODEL = "model.name_or_path=m"
+_JUDGE = ("judge.url=http://h/v1", "judge.model=j")
 
 
 @pytest.fixture
@@ -363,10 +364,25 @@ def test_a_file_that_cannot_be_opened(path: str) -> None:
         ),
         (["checkpoint.accept_changes=optim.lr"], "accept_changes: unknown key optim.lr"),
         (["checkpoint.accept_changes=train.seed"], "train.seed cannot change within a run"),
+        (["judge.url=http://h/v1"], "judge.url and judge.model go together"),
+        (["judge.max_retries=1"], "judge.max_retries has no effect without judge.url or judge.ann"),
+        ([*_JUDGE, "judge.annotator=a"], "names its own endpoint and model"),
+        (["judge.annotator=a", "judge.max_retries=1"], "no effect with judge.annotator"),
+        ([*_JUDGE, "judge.max_dollars=1"], "judge.max_dollars needs prices"),
+        ([*_JUDGE, "judge.url=api.openai.com/v1"], "is no address of an endpoint"),
+        ([*_JUDGE, "judge.url=https://me:word@host/v1"], "is no address of an endpoint"),
+        ([*_JUDGE, "judge.url=https://host/v1?key=k"], "is no address of an endpoint"),
     ],
 )
 def test_contradictions_and_settings_without_effect(words: list[str], said: str) -> None:
     assert said in refused(None, *words)
+
+
+@pytest.mark.parametrize(
+    "url", ["https://api.openai.com/v1", "http://[::1]:8000", "http://10.0.0.1:80/a-b/v1beta/"]
+)
+def test_a_judge_is_named_by_its_address(url: str) -> None:
+    assert load_config(None, [MODEL, *_JUDGE, f"judge.url={url}"]).judge.url == url
 
 
 def test_a_model_is_needed() -> None:

@@ -1,0 +1,287 @@
+"""What is evaluated, and that its losses are those of each document alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from neftune_dist.cli import main
+from neftune_dist.config import Config, UserError, load_config
+from neftune_dist.distributed import World
+from neftune_dist.evaluate.losses import document_losses
+from neftune_dist.evaluate.subject import open_subject
+from neftune_dist.noise.law import SampleStream, TokenLayout, draw, scales
+from tests import tiny
+from tests.unit.corpora import documents_of
+
+LENGTHS = [7, 3, 2, 10, 3, 31]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_model(tmp_path_factory.mktemp("model"), tied=False)
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    made = World()
+    yield made
+    made.close()
+
+
+def documents() -> list[tuple[np.ndarray, np.ndarray]]:
+    random = np.random.default_rng(0)
+    masks = [random.integers(0, 2, length, np.uint8) for length in LENGTHS]
+    for mask in masks:
+        mask[0], mask[-1] = 0, 1
+    return [(random.integers(3, 500, len(m)).astype(np.int32), m) for m in masks]
+
+
+def alone(model: Any, ids: np.ndarray, mask: np.ndarray, noise: Tensor | None = None) -> float:
+    """Sum of the losses of one document, by transformers itself."""
+    tokens = torch.from_numpy(ids).long()[None]
+    embeds = model.get_input_embeddings()(tokens)
+    if noise is not None:
+        embeds = embeds + noise
+    with torch.no_grad():
+        logits = model(inputs_embeds=embeds).logits[0, :-1].double()
+    each = F.cross_entropy(logits, tokens[0, 1:], reduction="none")
+    return float(each[torch.from_numpy(mask[1:]).bool()].sum())
+
+
+def settings(folder: Path, *words: str) -> Config:
+    fixed = ["model.dtype=fp32", "train.micro_batch_tokens=32", "data.max_length=32"]
+    return load_config(None, [*fixed, f"model.name_or_path={folder}", *words])
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_losses_are_those_of_each_document_alone(folder: Path, world: World, packing: str) -> None:
+    config = settings(folder, f"data.packing={packing}")
+    subject = open_subject(folder, settings=["model.dtype=fp32"])
+    found = document_losses(subject.model, documents_of(documents()), 6, config, world)
+    expected = [alone(subject.model, *each) for each in documents()]
+    assert found.sums == pytest.approx(expected, rel=1e-6)
+    assert found.num_tokens == [int(mask.sum()) for _, mask in documents()]
+    assert found.mean == pytest.approx(sum(expected) / sum(found.num_tokens), rel=1e-6)
+    assert found.perplexity == pytest.approx(np.exp(found.mean))
+    assert subject.model.config._attn_implementation == "sdpa"  # as generation needs it
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_losses_with_noise_are_those_of_the_law(folder: Path, world: World, packing: str) -> None:
+    config = settings(folder, f"data.packing={packing}", "noise.alpha=15", "train.seed=3")
+    model = open_subject(folder, settings=["model.dtype=fp32"]).model
+    model.config.attention_dropout = 0.5
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5  # as of a model that is trained with dropout
+    rows = documents_of(documents())
+    found = document_losses(model, rows, 6, config, world, noisy=True)
+    expected = []
+    for i, (ids, mask) in enumerate(documents()):
+        layout = TokenLayout.from_lengths(
+            torch.tensor([len(ids)]), documents=torch.tensor([i]), epochs=torch.tensor([2**32 - 1])
+        )
+        noise = draw(SampleStream(3), layout, 64) * scales(layout, 64, 15.0)[:, None]
+        expected.append(alone(model, ids, mask, noise))
+    assert found.sums == pytest.approx(expected, rel=1e-5)
+    clean = document_losses(model, rows, 6, config, world)
+    assert clean.sums == pytest.approx([alone(model, *each) for each in documents()], rel=1e-6)
+    assert min(abs(a - b) for a, b in zip(clean.sums, found.sums, strict=True)) > 1e-4
+
+
+@pytest.mark.parametrize("words", [["noise.length=padded"], ["noise.distribution=symmetric"]])
+def test_every_kind_of_noise_is_added_again_alike(
+    folder: Path, world: World, words: list[str]
+) -> None:
+    config = settings(folder, *words)
+    model = open_subject(folder, settings=["model.dtype=fp32"]).model
+    rows = documents_of(documents())
+    once, again = (
+        document_losses(model, rows, 6, config, world, noisy=True).sums for _ in range(2)
+    )
+    assert once == again
+    assert once != document_losses(model, rows, 6, config, world).sums
+
+
+def test_a_model_directory_is_what_transformers_loads(folder: Path) -> None:
+    subject = open_subject(folder)
+    expected = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    ids = torch.arange(3, 40)[None]
+    assert torch.equal(subject.model(ids).logits, expected.eval()(ids).logits)
+    assert (subject.step, subject.alpha, subject.run_dir) == (None, None, None)
+    assert not any(p.requires_grad for p in subject.model.parameters())
+
+
+def test_answers_end_where_the_template_ends_a_turn(folder: Path, tmp_path: Path) -> None:
+    """Not only at what the model's files name, which of a base model is another token."""
+    copy = shutil.copytree(folder, tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(copy)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|over|>"]})
+    tokenizer.chat_template = tiny.TEMPLATE.replace("{{ eos_token }}", "<|over|>")
+    tokenizer.save_pretrained(copy)
+    over = tokenizer.convert_tokens_to_ids("<|over|>")
+    assert open_subject(copy).end_tokens == [1, over]
+    assert open_subject(folder).end_tokens == [1]
+    own = transformers.GenerationConfig(eos_token_id=[1, 7], temperature=0.3, do_sample=True)
+    own.save_pretrained(copy)
+    subject = open_subject(copy)
+    assert subject.end_tokens == [1, 7, over]
+    assert subject.model.generation_config.temperature is None
+
+
+def refused(*words: object) -> str:
+    with pytest.raises(UserError) as told:
+        subject = open_subject(words[0], settings=[str(word) for word in words[1:]])  # type: ignore[arg-type]
+        assert subject.model and subject.end_tokens
+    return str(told.value)
+
+
+def test_what_is_no_subject(folder: Path, tmp_path: Path) -> None:
+    assert "nothing to evaluate: neither a run directory" in refused(tmp_path)
+    assert "is no model directory" in refused(tmp_path / "nowhere")
+    assert "could not be had from the hub" in refused("nobody/nothing-of-that-name")
+    (tmp_path / "checkpoints").mkdir()
+    told = refused(tmp_path / "checkpoints" / "step_00000007")
+    assert told.endswith("has no config.yaml.")
+    (tmp_path / "config.yaml").write_text(f"model: {{name_or_path: {folder}}}")
+    assert "is no checkpoint directory" in refused(tmp_path / "checkpoints" / "step_00000007")
+    assert "holds no complete checkpoint" in refused(tmp_path)
+    assert "did you mean evaluate.max_new_tokens" in refused(folder, "evaluate.max_new_token=3")
+    with pytest.raises(UserError, match="--step=4 has no effect"):
+        open_subject(folder, step=4)
+    with pytest.raises(UserError, match="--config=x has no effect"):
+        open_subject(tmp_path, config_file="x")
+
+
+def test_weights_that_do_not_fill_the_model(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "model")
+    weights = load_file(copy / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    assert "lack model.layers.1.mlp.up_proj.weight" in refused(copy)
+    (copy / "model.safetensors").write_bytes(b"{}")
+    assert "cannot be loaded" in refused(copy)
+
+
+def told(words: list[object], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as end:
+        main([str(word) for word in ["evaluate", *words]])
+    said = capsys.readouterr().err
+    assert end.value.code == 2, said
+    assert said.count("\n") == 1
+    return said
+
+
+def test_mistakes_are_told_before_the_weights_are_read(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    copy = shutil.copytree(folder, tmp_path / "model")
+    (copy / "model.safetensors").unlink()
+    out = ["--output", tmp_path / "out"]
+    assert "There is nothing to evaluate model on" in told([copy, *out], capsys)
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"instruction": "Say no."}\n{"question": "Why?"}\n')
+    words = [copy, f"evaluate.instructions={asked}"]
+    assert "say with --output DIR" in told(words, capsys)
+    said = told([*words, *out], capsys)
+    assert f"{asked}, row 2: field 'instruction' is missing; there are question." in said
+    assert "neither held_out nor a file" in told([copy, "evaluate.instructions=x", *out], capsys)
+    asked.write_text('{"instruction": "Say no."}\n')
+    (copy / "chat_template.jinja").unlink()
+    assert "has no chat template: set data.template=alpaca" in told([*words, *out], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def run_evaluate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """The verb in this process: its exit code, and all that it said."""
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+
+    def of(*words: object) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as end:
+            main(["evaluate", *map(str, words)])
+        said = capsys.readouterr()
+        assert isinstance(end.value.code, int)
+        return end.value.code, said.out + said.err
+
+    return of
+
+
+def test_the_folder(folder: Path, tmp_path: Path, run_evaluate: Callable[..., Any]) -> None:
+    """Every part beside the others; what is there is kept, and never that of another setting."""
+    rows = tiny.make_rows(tmp_path / "rows.jsonl", 30)
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        json.dumps(
+            {
+                "model": {"dtype": "fp32"},
+                "data": {
+                    "source": str(rows),
+                    "num_held_out": 5,
+                    "cache_dir": str(tmp_path / "cache"),
+                },
+                "evaluate": {"max_new_tokens": 6, "batch_size": 2},
+            }
+        )
+    )
+    out = tmp_path / "out"
+    words = [folder, "--config", config, "--output", out]
+    code, said = run_evaluate(*words, "evaluate.instructions=null")
+    assert code == 0, said
+    first = json.loads((out / "summary.json").read_text())
+    assert first["answers"] is first["tasks"] is first["judge"] is None
+    assert first["losses"]["train_loss"] is None
+    assert first["losses"]["num_documents"] == 5
+    code, said = run_evaluate(*words, "evaluate.train_documents=4")
+    assert code == 0, said
+    assert "answers: 5 of 5" in said
+    assert "with noise" in said
+    summary, items = (json.loads((out / f"{n}.json").read_text()) for n in ("summary", "items"))
+    answers = json.loads((out / "answers.json").read_text())
+    assert summary["losses"]["held_out_loss"] == first["losses"]["held_out_loss"]
+    losses = summary["losses"]
+    for part, name in (("held_out", "held_out_loss"), ("train", "train_loss")):
+        total, tokens = (sum(column) for column in zip(*items[part], strict=True))
+        assert losses[name] == pytest.approx(total / tokens)
+    assert losses["train_loss_noisy"] != losses["train_loss"]
+    assert [len(items[part]) for part in ("held_out", "train", "train_noisy")] == [5, 4, 4]
+    assert items["answers"]["tokens"] == [row["num_tokens"] for row in answers]
+    assert summary["answers"]["num"] == 5
+    assert summary["answers"]["cut"] == sum(not row["finished"] for row in answers) / 5
+    assert {row["instruction"]: row["reference"] for row in answers}.items() <= {
+        row["instruction"]: row["output"] for row in map(json.loads, rows.read_text().splitlines())
+    }.items()
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert set(before) == {"summary.json", "items.json", "answers.json", "settings.json"}
+
+    code, said = run_evaluate(*words, "evaluate.train_documents=4", "evaluate.batch_size=1")
+    assert (code, said.count("there from before")) == (0, 2)
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+    code, said = run_evaluate(*words, "evaluate.max_new_tokens=7")
+    assert code == 2
+    assert "holds answers made with other evaluate.max_new_tokens (then 6, now 7)" in said
+    other = shutil.copytree(folder, tmp_path / "other", copy_function=shutil.copyfile)
+    code, said = run_evaluate(other, *words[1:])
+    assert code == 2
+    assert "of another subject than other" in said
+    code, said = run_evaluate(*words, "evaluate.train_documents=3")  # losses are taken anew
+    assert code == 0, said
+    assert len(json.loads((out / "items.json").read_text())["train"]) == 3

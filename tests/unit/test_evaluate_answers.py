@@ -1,0 +1,206 @@
+"""Instruction sets, and answers that do not depend on the batch they were made in."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from neftune_dist.config import DataConfig, UserError
+from neftune_dist.data.formats import Conversation, Turn
+from neftune_dist.data.template import Template
+from neftune_dist.distributed import World
+from neftune_dist.evaluate import answers as answering
+from neftune_dist.evaluate.answers import Generated, answer_all, generate
+from neftune_dist.evaluate.instructions import Instruction, read_instructions
+from neftune_dist.evaluate.subject import Subject, open_subject
+from tests import tiny
+from tests.unit.conftest import shared
+
+WORDS = ["model.dtype=fp32", "evaluate.max_new_tokens=24", "evaluate.batch_size=4"]
+END = 400  # a token that the model below says now and then
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    found = open_subject(
+        tiny.make_model(tmp_path_factory.mktemp("model"), tied=False), settings=WORDS
+    )
+    with torch.no_grad():
+        found.model.lm_head.weight[END] *= 2.2
+    vars(found)["end_tokens"] = [END]
+    return found
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    made = World()
+    yield made
+    made.close()
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        torch.randint(3, 399, (length,), generator=generator).tolist()
+        for length in (5, 17, 2, 9, 30, 9, 1, 12, 26, 4)
+    ]
+
+
+def by_hand(subject: Subject, prompt: list[int]) -> list[int]:
+    """Greedy decoding of one prompt with the penalty of CTRL, without cache or padding."""
+    config, ids = subject.config.evaluate, list(prompt)
+    for _ in range(config.max_new_tokens):
+        with torch.no_grad():
+            scores = subject.model(torch.tensor([ids])).logits[0, -1]
+        for token in set(ids):
+            factor = config.repetition_penalty
+            scores[token] = scores[token] * factor if scores[token] < 0 else scores[token] / factor
+        ids.append(int(scores.argmax()))
+        if ids[-1] == END:
+            break
+    return ids[len(prompt) :]
+
+
+def test_a_padded_batch_answers_as_each_prompt_alone(subject: Subject) -> None:
+    said = [by_hand(subject, prompt) for prompt in prompts()]
+    finished = [tokens[-1] == END for tokens in said]
+    assert {True, False} == set(finished)
+    expected = [
+        Generated(
+            subject.tokenizer.decode([t for t in tokens if t != END]).strip(),
+            len(tokens) - done,
+            done,
+        )
+        for tokens, done in zip(said, finished, strict=True)
+    ]
+    assert generate(subject, prompts(), subject.config.evaluate, None) == expected
+
+
+def instructions(number: int) -> list[Instruction]:
+    return [
+        Instruction(Conversation((Turn("user", f"Number {i}?"),)), f"Number {i}?", "set", None)
+        for i in range(number)
+    ]
+
+
+def test_a_second_call_goes_on(
+    subject: Subject, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, batches = instructions(10), list[list[int]]()
+    (tmp_path / "whole").mkdir()
+    whole = answer_all(subject, asked, prompts(), tmp_path / "whole", world)
+    assert [row["instruction"] for row in whole] == [each.text for each in asked]
+
+    def counted(subject: Any, rows: Any, *rest: Any) -> list[Generated]:
+        batches.append([len(row) for row in rows])
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        return generate(subject, rows, *rest)
+
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    monkeypatch.setattr(answering, "generate", counted)
+    with pytest.raises(KeyboardInterrupt):
+        answer_all(subject, asked, prompts(), cut, world)
+    assert len((cut / "answers.jsonl").read_text().splitlines()) == 4
+    lines = (cut / "answers.jsonl").read_text()
+    half = json.dumps({"index": 0, "output": "x", "num_tokens": 1, "finished": True})
+    (cut / "answers.jsonl").write_text(lines + half)  # whole but for its end
+    assert answer_all(subject, asked, prompts(), cut, world) == whole
+    assert batches == [[30, 26, 17, 12], [9, 9, 5, 4], [9, 9, 5, 4], [2, 1]]
+    # Dealt to other ranks in the meantime, and in other batches: what is there is there.
+    (cut / "answers.jsonl").rename(cut / "answers3.jsonl")
+    assert answer_all(subject, asked, prompts(), cut, world) == whole
+    assert len(batches) == 4
+
+
+def test_a_prompt_near_the_limit_of_the_model_shortens_its_own_answer_alone(
+    subject: Subject, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answering, "longest_document", lambda _: 50)
+    free = generate(subject, prompts(), subject.config.evaluate, None)
+    rows = answer_all(subject, instructions(10), prompts(), tmp_path, world)
+    for row, prompt, generated in zip(rows, prompts(), free, strict=True):
+        room = min(24, 50 - len(prompt))
+        assert row["num_tokens"] == min(generated.num_tokens, room)
+    monkeypatch.setattr(answering, "longest_document", lambda _: 30)
+    with pytest.raises(UserError, match="Instruction 5 has 30 tokens"):
+        answer_all(subject, instructions(10), prompts(), tmp_path, world)
+
+
+def test_prompts_are_those_of_the_subjects_template(subject: Subject, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"instruction": "Add.", "input": "1 2", "output": "3"}]))
+    [[asked], _] = read_instructions(str(path), 0)
+    ids = subject.template.prompt_ids(asked.conversation)
+    assert subject.tokenizer.decode(ids) == "<|user|>\nAdd.\n\n1 2<|assistant|>\n"
+    alpaca = Template(subject.tokenizer, DataConfig(template="alpaca"))
+    text = alpaca.prompt(asked.conversation)
+    assert "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:" in text
+
+
+def test_sets_of_every_form(tmp_path: Path) -> None:
+    rows = {
+        "alpaca_eval": {"instruction": "A", "dataset": "koala", "output": "x", "generator": "g"},
+        "alpaca": {"instruction": "A", "input": "B", "output": "x"},
+        "wizard": {"Instruction": "A", "Skill": "Math"},
+        "mt_bench": {"question_id": 1, "category": "writing", "turns": ["A", "B"]},
+        "vicuna": {"question_id": 1, "text": "A", "category": "generic"},
+    }
+    found = {}
+    for name, row in rows.items():
+        with gzip.open(tmp_path / f"{name}.jsonl.gz", "wt") as file:
+            file.write(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+        [each], number = read_instructions(str(tmp_path / f"{name}.jsonl.gz"), 1)
+        assert number == 2
+        found[name] = (each.text, each.dataset, each.reference, each.conversation.num_left_out)
+    assert found == {
+        "alpaca_eval": ("A", "koala", None, 0),  # what another model said is not what is expected
+        "alpaca": ("A\n\nB", "alpaca", "x", 0),
+        "wizard": ("A", "wizard", None, 0),
+        "mt_bench": ("A", "writing", None, 1),
+        "vicuna": ("A", "generic", None, 0),
+    }
+
+
+@pytest.mark.parametrize(
+    ("row", "needle"),
+    [
+        ({"prompt": "A"}, "field 'instruction' is missing; there are prompt"),
+        ({"instruction": 3}, "field 'instruction' is not text but int"),
+        ({"instruction": " "}, "the question is empty"),
+        ({"turns": []}, "field 'turns' is not a list of questions but an empty list"),
+        ({"turns": [None]}, "field 'turns' is not text but null"),
+        ({"instruction": "A", "output": 7}, "field 'output' is not text but int"),
+    ],
+)
+def test_rows_that_cannot_be_asked(tmp_path: Path, row: dict[str, Any], needle: str) -> None:
+    path = tmp_path / "asked.jsonl"
+    path.write_text(json.dumps({"instruction": "A"}) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(UserError) as told:
+        read_instructions(str(path), 0)
+    assert f"evaluate.instructions={path}, row 2: {needle}" in str(told.value)
+    path.write_text("")
+    with pytest.raises(UserError, match="is empty"):
+        read_instructions(str(path), 0)
+
+
+def test_published_sets() -> None:
+    folder = shared("data/eval/alpaca_eval")
+    for name in ("alpaca-7b.outputs.json.gz", "text_davinci_003.outputs.json.gz"):
+        found, number = read_instructions(str(folder / name), 0)
+        assert (len(found), number) == (805, 805)
+        groups = {each.dataset for each in found}
+        assert groups == {"helpful_base", "koala", "oasst", "selfinstruct", "vicuna"}
+        assert not any(each.reference for each in found)
+    found, _ = read_instructions(str(shared("data/eval/mt_bench_question.jsonl.gz")), 0)
+    assert len(found) == 80
+    assert len({each.dataset for each in found}) == 8
+    assert {each.conversation.num_left_out for each in found} == {1}
