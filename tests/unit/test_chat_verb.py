@@ -100,6 +100,22 @@ def test_an_answer_is_asked_for_behind_the_tokens_that_it_is_learned_behind(
         assert template.reply_ids(each.turns[: answers[0]]) == template.prompt_ids(each)
 
 
+def test_tokens_do_not_cross_into_earlier_answers(smollm2: Any, tmp_path: Path) -> None:
+    path = tmp_path / "plain.jinja"
+    path.write_text(
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    template = Template(smollm2, DataConfig(template=str(path)))
+    said = [Turn("user", "Why?"), Turn("assistant", '"So," he said.')] * 2
+    [document] = template.encode([template.render(Conversation(tuple(said)))])
+    text = smollm2.decode(document.input_ids)
+    assert smollm2(text).input_ids != document.input_ids.tolist()  # ':"' is one token of its own
+    ids = template.reply_ids(said[:3])
+    assert ids == document.input_ids[: len(ids)].tolist()
+    assert smollm2.decode(ids) == text[: text.rindex('"So')]
+
+
 def test_a_template_of_one_question_takes_no_second(smollm2: Any) -> None:
     template = Template(smollm2, DataConfig(template="alpaca"))
     asked = Turn("user", "Why?")
