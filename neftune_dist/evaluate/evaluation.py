@@ -1,15 +1,15 @@
 """`neftune-dist evaluate`: losses, answers and their statistics, abilities, judged quality.
 
-Puts the parts together in an order in which what may fail late comes last, each written to the
-folder as soon as it is there (`results`). Every rank holds the whole model, which must fit one
-device; documents and prompts are shared out, and the figures are those of one process.
+Puts the parts together: what can be refused is refused before the model is read, what may fail late
+comes last, and each part is written and told as soon as it is there. Every rank holds the whole
+model, which must fit one device; documents and prompts are shared out, and the figures are those of
+one process.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -30,9 +30,12 @@ from neftune_dist.evaluate.instructions import (
     held_out_instructions,
     read_instructions,
 )
+from neftune_dist.evaluate.judge import compare
 from neftune_dist.evaluate.losses import Losses, document_losses
-from neftune_dist.evaluate.results import Results
+from neftune_dist.evaluate.results import Results, told
 from neftune_dist.evaluate.subject import Subject, open_subject
+from neftune_dist.evaluate.tasks import TaskWord, read_words, run_tasks
+from neftune_dist.evaluate.win_rate import pair, read_answers, win_rate
 
 
 def evaluate(
@@ -81,16 +84,24 @@ class _Evaluation:
 
     def __init__(self, subject: Subject, output: Path | None, world: World) -> None:
         self.subject, self.config, self.world = subject, subject.config, world
+        evaluate, data = self.config.evaluate, self.config.data
         self.corpus: Corpus | None = None
-        self.instructions: list[Instruction] = []
         with world.agree():
             self.folder = output or _default_folder(subject)
-            self._refuse_nothing()
-        if self.config.data.holds_out or self.config.evaluate.train_documents:
-            data, tokenizer = self.config.data, subject.tokenizer
+            asked = evaluate.instructions not in (None, HELD_OUT)
+            if not (data.holds_out or evaluate.train_documents or asked or evaluate.tasks):
+                raise UserError(
+                    f"There is nothing to evaluate {subject.name} on: set data.num_held_out, "
+                    "evaluate.train_documents, evaluate.instructions=FILE or evaluate.tasks."
+                )
+            self.tasks = read_words(evaluate.tasks, evaluate.max_task_items)
+        if data.holds_out or evaluate.train_documents:
+            tokenizer = subject.tokenizer
             self.corpus = world.in_turn(lambda: prepare(data, tokenizer, world.log))
         with world.agree():
-            self.prompts = self._ask()
+            self.instructions = self._instructions()
+            self.prompts = self._prompts()
+            self.theirs = self._answers_to_beat()
         self.results = Results(self.folder, subject, world)
 
     def run(self) -> None:
@@ -100,41 +111,33 @@ class _Evaluation:
             self._losses(self.corpus)
         if self.prompts:
             self._answers()
-        if self.world.is_first:
-            for line in lines(self.results.summary):
-                self.world.log(line)
+        if self.tasks:
+            self._tasks(self.tasks)
+        if self.theirs:
+            self._judge(self.theirs)
 
-    def _refuse_nothing(self) -> None:
-        evaluate, data = self.config.evaluate, self.config.data
-        asked = evaluate.instructions not in (None, HELD_OUT)
-        if not (data.holds_out or evaluate.train_documents or asked or evaluate.tasks):
-            raise UserError(
-                f"There is nothing to evaluate {self.subject.name} on: set data.num_held_out, "
-                "evaluate.train_documents, evaluate.instructions=FILE or evaluate.tasks."
+    def _instructions(self) -> list[Instruction]:
+        name, number = self.config.evaluate.instructions, self.config.evaluate.max_instructions
+        if name is None:
+            return []
+        if name == HELD_OUT:
+            kept = None if self.corpus is None else self.corpus.held_out_conversations
+            return held_out_instructions(kept, number) if kept else []
+        found, of_all = read_instructions(name, number)
+        if len(found) < of_all:
+            self.world.log(
+                f"answers: to the first {len(found)} of {of_all} instructions "
+                "(evaluate.max_instructions)"
             )
+        if any(each.conversation.num_left_out for each in found):
+            self.world.log("answers: of several turns, to the first")
+        return found
 
-    def _ask(self) -> list[list[int]]:
-        """Find the instructions; the tokens of their prompts."""
-        evaluate = self.config.evaluate
-        if evaluate.instructions == HELD_OUT:
-            if self.corpus is None or not len(self.corpus.held_out):
-                return []
-            kept = self.corpus.held_out_conversations
-            self.instructions = held_out_instructions(kept, evaluate.max_instructions)
-        elif evaluate.instructions is not None:
-            self.instructions, number = read_instructions(
-                evaluate.instructions, evaluate.max_instructions
-            )
-            if len(self.instructions) < number:
-                self.world.log(
-                    f"answers: the first {len(self.instructions)} of {number} instructions "
-                    "(evaluate.max_instructions)"
-                )
-            if any(each.conversation.num_left_out for each in self.instructions):
-                self.world.log("answers: of several turns, the first is asked")
+    def _prompts(self) -> list[list[int]]:
+        """Of the instructions, tokens."""
+        prompts = []
         if self.instructions:
             text.check_installed()
-        prompts = []
         for i, instruction in enumerate(self.instructions):
             try:
                 prompts.append(self.subject.template.prompt_ids(instruction.conversation))
@@ -142,43 +145,81 @@ class _Evaluation:
                 raise UserError(f"Instruction {i + 1} cannot be asked: {error}.") from error
         return prompts
 
+    def _answers_to_beat(self) -> list[dict[str, Any]]:
+        reference = self.config.judge.reference
+        if reference is None:
+            return []
+        if not self.instructions:
+            raise UserError(
+                f"judge.reference={reference} has no effect without instructions to answer."
+            )
+        theirs = read_answers(Path(reference).expanduser())
+        # Whether they go together shows before hours of answering.
+        pair([{"instruction": each.text} for each in self.instructions], theirs)
+        return theirs
+
     def _load(self) -> Any:
         with self.world.agree():
             return self.subject.model
 
+    def _has(self, part: str, settings: dict[str, Any]) -> bool:
+        if not self.results.has(part, settings):
+            return False
+        self.world.log(f"{part}: there from before")
+        self._tell(part)
+        return True
+
+    def _put(
+        self, part: str, settings: dict[str, Any], figures: dict[str, Any], items: dict[str, Any]
+    ) -> None:
+        with self.world.agree():
+            if self.world.is_first:
+                self.results.put(part, settings, figures, items)
+        self._tell(part)
+
+    def _tell(self, part: str) -> None:
+        for line in told(part, self.results.summary[part]) if self.world.is_first else ():
+            self.world.log(line)
+
     def _losses(self, corpus: Corpus) -> None:
-        evaluate = self.config.evaluate
-        num_held_out = min(evaluate.max_documents or len(corpus.held_out), len(corpus.held_out))
-        num_train = min(evaluate.train_documents, len(corpus.train))
+        evaluate, size = self.config.evaluate, len(corpus.held_out)
+        numbers = {
+            "held_out": min(evaluate.max_documents or size, size),
+            "train": min(evaluate.train_documents, len(corpus.train)),
+        }
+        noise = [asdict(self.config.noise), self.config.noise_seed]
         settings = {
             "documents": corpus.fingerprint,
-            "held_out": num_held_out,
-            "train": num_train,
+            **numbers,
             "model.dtype": self.config.model.dtype,
-            "noise": [asdict(self.config.noise), self.config.noise_seed] if num_train else None,
+            "noise": noise if numbers["train"] else None,
         }
-        if self.results.has("losses", settings):
-            self.world.log("losses: there from before")
+        if self._has("losses", settings):
             return
-        model, found = self._load(), dict[str, Losses | None]()
-        for name, documents, number, noisy in (
-            ("held_out", corpus.held_out, num_held_out, False),
-            ("train", corpus.train, num_train, False),
-            ("train_noisy", corpus.train, num_train, True),
-        ):
-            told = partial(self._tell, f"losses, {name.replace('_', ' ')}")
-            found[name] = (
-                document_losses(
-                    model, documents, number, self.config, self.world, noisy=noisy, progress=told
-                )
-                if number
-                else None
-            )
-        items = {name: losses.items() for name, losses in found.items() if losses}
-        self.results.put("losses", settings, _loss_figures(found), items)
+        model = self._load()
 
-    def _tell(self, part: str, line: str) -> None:
-        self.world.log(f"{part}: {line}")
+        def taken(what: str, part: str, noisy: bool = False) -> Losses | None:
+            if not numbers[part]:
+                return None
+            return document_losses(
+                model,
+                corpus.held_out if part == "held_out" else corpus.train,
+                numbers[part],
+                self.config,
+                self.world,
+                noisy=noisy,
+                progress=partial(self._progress, what),
+            )
+
+        held_out = taken("held-out loss", "held_out")
+        train = taken("training loss", "train")
+        noisy = taken("training loss with noise", "train", noisy=True)
+        named = {"held_out": held_out, "train": train, "train_noisy": noisy}
+        items = {name: losses.items() for name, losses in named.items() if losses}
+        self._put("losses", settings, _loss_figures(held_out, train, noisy), items)
+
+    def _progress(self, what: str, line: str) -> None:
+        self.world.log(f"{what}: {line}")
 
     def _answers(self) -> None:
         evaluate, folder = self.config.evaluate, self.folder
@@ -189,14 +230,15 @@ class _Evaluation:
             "model.dtype": self.config.model.dtype,
         }
         self.results.begin_answers(settings)
-        if self.results.has("answers", settings):
-            self.world.log("answers: there from before")
+        if self._has("answers", settings):
             return
         self._load()
         checked = evaluate.instructions == HELD_OUT and checkable(self.config)
         rows = answer_all(
             self.subject, self.instructions, self.prompts, folder, self.world, checked=checked
         )
+        figures: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         with self.world.agree():
             if self.world.is_first:
                 self.results.put_answers(rows)
@@ -207,38 +249,39 @@ class _Evaluation:
                     "exact_match": sum(right) / len(right) if right else None,
                     **text.statistics(rows, values),
                 }
-                self.results.put("answers", settings, figures, {"answers": values})
-                remove_partial(folder)
+        self._put("answers", settings, figures, {"answers": values})
+        if self.world.is_first:
+            remove_partial(folder)
 
+    def _tasks(self, words: list[TaskWord]) -> None:
+        evaluate = self.config.evaluate
+        settings = {
+            "tasks": _digest([asdict(word) for word in words]),
+            "evaluate.max_task_items": evaluate.max_task_items,
+            "model.dtype": self.config.model.dtype,
+        }
+        if self._has("tasks", settings):
+            return
+        model, tokenizer = self._load(), self.subject.tokenizer
+        with self.world.agree():
+            found = run_tasks(model, tokenizer, evaluate, self.world.log, self.world)
+        items = {name: result.correct for name, result in found.items()}
+        figures = {name: asdict(result) for name, result in found.items()}
+        for result in figures.values():
+            del result["correct"]
+        self._put("tasks", settings, figures, {"tasks": items})
 
-def lines(summary: dict[str, Any]) -> list[str]:
-    """The figures of a summary, to be read by people."""
-    told = []
-    if losses := summary["losses"]:
-        if losses["held_out_loss"] is not None:
-            told.append(
-                f"held-out loss {losses['held_out_loss']:.4f}, perplexity "
-                f"{losses['perplexity']:.2f} ({losses['num_documents']} documents, "
-                f"{losses['num_supervised_tokens']} supervised tokens)"
-            )
-        if losses["train_loss"] is not None:
-            told.append(
-                f"training loss {losses['train_loss']:.4f}, with noise "
-                f"{losses['train_loss_noisy']:.4f} ({losses['num_train_documents']} documents)"
-            )
-    if answers := dict(summary["answers"] or {}):
-        number, right = answers.pop("num"), answers.pop("exact_match")
-        told.append(
-            f"{number} answers" + (f", exact match {right:.1%}" if right is not None else "")
-        )
-        figures = ", ".join(f"{name.replace('_', ' ')} {v:.4g}" for name, v in answers.items())
-        told += textwrap.wrap(figures, 98, initial_indent="  ", subsequent_indent="  ")
-    for name, task in (summary["tasks"] or {}).items():
-        told.append(
-            f"{name} {task['accuracy']:.1%} +- {task['standard_error']:.1%} "
-            f"({task['num_items']} items)"
-        )
-    return told
+    def _judge(self, theirs: list[dict[str, Any]]) -> None:
+        """Always anew: what was asked of the judge before is in the folder, and costs nothing."""
+        figures: dict[str, Any] = {}
+        items: dict[str, Any] = {}
+        with self.world.agree():
+            if self.world.is_first:
+                ours = self.results.read("answers.json")
+                judgements = compare(ours, theirs, self.config.judge, self.folder, self.world.log)
+                figures = win_rate(judgements).to_dict()
+                items = {"judge": [each.preference for each in judgements]}
+        self._put("judge", {"judge.reference": self.config.judge.reference}, figures, items)
 
 
 def _default_folder(subject: Subject) -> Path:
@@ -247,8 +290,9 @@ def _default_folder(subject: Subject) -> Path:
     return subject.run_dir / "evaluations" / subject.checkpoint.folder.name
 
 
-def _loss_figures(found: dict[str, Losses | None]) -> dict[str, Any]:
-    held_out, train, noisy = (found[name] for name in ("held_out", "train", "train_noisy"))
+def _loss_figures(
+    held_out: Losses | None, train: Losses | None, noisy: Losses | None
+) -> dict[str, Any]:
     return {
         "held_out_loss": held_out and held_out.mean,
         "perplexity": held_out and held_out.perplexity,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -123,3 +124,53 @@ class Results:
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(f"{self.folder} cannot be written: {error.strerror or error}.")
+
+
+def told(part: str, figures: Mapping[str, Any]) -> list[str]:
+    """A part's figures, to be read by people."""
+    return {"losses": _losses, "answers": _answers, "tasks": _tasks, "judge": _judge}[part](figures)
+
+
+def _losses(figures: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if figures["held_out_loss"] is not None:
+        lines.append(
+            f"held-out loss {figures['held_out_loss']:.4f}, perplexity "
+            f"{figures['perplexity']:.2f} ({figures['num_documents']} documents, "
+            f"{figures['num_supervised_tokens']} supervised tokens)"
+        )
+    if figures["train_loss"] is not None:
+        lines.append(
+            f"training loss {figures['train_loss']:.4f}, with noise "
+            f"{figures['train_loss_noisy']:.4f} ({figures['num_train_documents']} documents)"
+        )
+    return lines
+
+
+def _answers(figures: Mapping[str, Any]) -> list[str]:
+    right = figures["exact_match"]
+    lines = [
+        f"{figures['num']} answers" + (f", exact match {right:.1%}" if right is not None else "")
+    ]
+    others = {k: v for k, v in figures.items() if k not in ("num", "exact_match")}
+    shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in others.items())
+    return lines + textwrap.wrap(shown, 98, initial_indent="  ", subsequent_indent="  ")
+
+
+def _tasks(figures: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name} {each['accuracy']:.1%} +- {each['standard_error']:.1%} ({each['num_items']} items)"
+        for name, each in figures.items()
+    ]
+
+
+def _judge(figures: Mapping[str, Any]) -> list[str]:
+    if figures["win_rate"] is None:
+        return [f"judge: none of {figures['num']} comparisons could be decided"]
+    rates = []
+    for name, rate in (("", "win_rate"), (" at equal lengths", "length_controlled")):
+        if figures[rate] is not None:
+            low, high = figures["interval" if rate == "win_rate" else f"{rate}_interval"]
+            rates.append(f"win rate{name} {figures[rate]:.1f} % ({low:.1f} to {high:.1f})")
+    unclear = figures["num_unparsed"] + figures["num_failed"]
+    return [f"{', '.join(rates)} of {figures['num']} comparisons, {unclear} of them undecided"]
