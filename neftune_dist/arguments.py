@@ -48,6 +48,18 @@ def make_parser(runs: Mapping[str, object]) -> argparse.ArgumentParser:
     )
     added.add_argument("--dtype", choices=("original", "fp32", "bf16", "fp16"), default="original")
     _add_evaluate(verb)
+    added = verb("chat", "Talk to a model in the terminal, or to two side by side.")
+    added.add_argument(
+        "words",
+        nargs="+",
+        metavar="SUBJECT | key=value",
+        help="one or two of: a run directory, a checkpoint, a model directory, a hub id; and "
+        "settings for them, such as evaluate.max_new_tokens=200",
+    )
+    added.add_argument(
+        "--temperature", type=float, default=0.0, help="of sampling; default: 0, greedy"
+    )
+    added.set_defaults(settings=[])
     _add_study(verb, takes_config)
     added = verb(
         "doctor",

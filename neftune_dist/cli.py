@@ -176,6 +176,16 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     )
 
 
+def _chat(arguments: argparse.Namespace) -> int:
+    settings = [w for w in arguments.words if "=" in w and not Path(w).exists()]
+    names = [word for word in arguments.words if word not in settings]
+    if not names:
+        raise UserError("chat needs a subject: a run, a checkpoint, a model directory or a hub id.")
+    from neftune_dist.chat import chat
+
+    return chat(names, [*settings, *arguments.settings], temperature=arguments.temperature)
+
+
 def _flushed(line: str) -> None:
     print(line, flush=True)
 
@@ -212,6 +222,7 @@ _VERBS = {
     "prepare": _prepare,
     "checkpoints": _checkpoints,
     "export": _export,
+    "chat": _chat,
     "study": _study,
     "doctor": _doctor,
     "evaluate": _evaluate,

@@ -12,8 +12,9 @@ import transformers
 
 from neftune_dist.checkpoint import store
 from neftune_dist.checkpoint.content import keep_small_files, keep_template
-from neftune_dist.config import load_config
+from neftune_dist.config import EvaluateConfig, load_config
 from neftune_dist.evaluate.subject import open_subject
+from neftune_dist.evaluate.tasks import run_tasks
 from neftune_dist.export import export
 from neftune_dist.model.load import DTYPES
 from tests import tiny
@@ -144,3 +145,23 @@ def test_new_tokens_are_trained_saved_and_exported(tmp_path: Path) -> None:
     told = json.loads((tmp_path / "one/evaluations/step_00000003/summary.json").read_text())
     last = json.loads((tmp_path / "one/evaluations.jsonl").read_text().splitlines()[-1])
     assert told["losses"]["held_out_loss"] == pytest.approx(last["held_out_loss"], rel=1e-6)
+
+
+def test_abilities_are_those_of_the_checkpoint(run_dir: Path, tmp_path: Path) -> None:
+    choices = [
+        {"query": f"Question: {i} + 1?", "choices": [f"{i}", f"{i + 1}"], "gold": 1}
+        for i in range(10)
+    ]
+    spoken = [{"context": f"Count from {i} to", "continuation": f"{i + 1}"} for i in range(5)]
+    for name, rows in (("sums", choices), ("counts", spoken)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ",".join(f"{name}={tmp_path / name}.jsonl" for name in ("sums", "counts"))
+    exported = export(run_dir, tmp_path / "export", log=lambda _: None)
+    base = load_config(run_dir / "config.yaml").model.name_or_path
+    found = []
+    for folder in (run_dir, exported, base):
+        subject = open_subject(folder, settings=["model.dtype=fp32"])
+        config = EvaluateConfig(tasks=words, batch_size=4)
+        found.append(run_tasks(subject.model, subject.tokenizer, config, lambda _: None))
+    assert found[0] == found[1]
+    assert found[0]["counts"].others["perplexity"] != found[2]["counts"].others["perplexity"]

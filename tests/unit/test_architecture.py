@@ -20,7 +20,7 @@ ORDER: list[set[str]] = [
     {"loop"},
     {"export"},
     {"train"},
-    {"plan", "study", "doctor", "submit"},
+    {"plan", "study", "doctor", "submit", "chat"},
     {"arguments"},
     {"cli"},
 ]

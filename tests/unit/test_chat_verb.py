@@ -1,0 +1,262 @@
+"""`neftune-dist chat`: what a model is given is what it was taught to answer, turn by turn, and its
+answers are those of greedy decoding; commands, two models, and what cannot be said."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from neftune_dist import chat as chat_verb
+from neftune_dist.cli import main
+from neftune_dist.config import DataConfig, SourceConfig, UserError
+from neftune_dist.data.formats import Conversation, Turn, to_conversation
+from neftune_dist.data.sources import BadRow, open_source
+from neftune_dist.data.template import Template
+from neftune_dist.evaluate.subject import open_subject
+from tests import tiny
+
+FEW = "evaluate.max_new_tokens=6"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return [tiny.make_model(folder / name, seed=seed) for seed, name in enumerate(("one", "two"))]
+
+
+@pytest.fixture
+def talk(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[str, str]]:
+    """Run the verb with these lines on its standard input; its output and its errors."""
+
+    def run(lines: str, *words: object) -> tuple[str, str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        with pytest.raises(SystemExit) as ended:
+            main(["chat", *map(str, words)])
+        told = capsys.readouterr()
+        assert ended.value.code == (2 if told.err.startswith("neftune-dist: ") else 0)
+        return told.out, told.err
+
+    return run
+
+
+def greedy(folder: Path, turns: list[Turn], most: int, penalty: float = 1.0) -> str:
+    """What the verb should print, by forward passes of the model alone."""
+    subject = open_subject(folder, settings=["model.dtype=bf16"])
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    text = subject.tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+    ids = subject.tokenizer(text, add_special_tokens=False).input_ids
+    said: list[int] = []
+    while len(said) < most:
+        with torch.no_grad():
+            scores = subject.model(torch.tensor([ids + said])).logits[0, -1].float()
+        seen = torch.tensor(sorted({*ids, *said}))
+        scores[seen] = torch.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+        said.append(int(scores.argmax()))
+        if said[-1] == subject.tokenizer.eos_token_id:
+            return shown(subject.tokenizer.decode(said, skip_special_tokens=True)) + "\n"
+    text = shown(subject.tokenizer.decode(said, skip_special_tokens=True))
+    return f"{text}\n[cut after {most} tokens: evaluate.max_new_tokens]\n"
+
+
+def shown(text: str) -> str:
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text).lstrip()
+
+
+@pytest.mark.parametrize(
+    "how", ["smollm2 chat", "smollm2 vicuna", "llama2 vicuna", "llama2 llama2"]
+)
+@pytest.mark.parametrize("supervise", ["assistant", "last", "all"])
+def test_an_answer_is_asked_for_behind_the_tokens_that_it_is_learned_behind(
+    how: str, supervise: str, fastchat: Path, request: pytest.FixtureRequest
+) -> None:
+    name, template_name = how.split()
+    tokenizer = request.getfixturevalue(name)
+    template = Template(tokenizer, DataConfig(template=template_name, supervise=supervise))
+    taught = Template(tokenizer, DataConfig(template=template_name))
+    rows = open_source(SourceConfig(str(fastchat))).rows
+    talks = [to_conversation(row, "sharegpt") for (_, row), _ in zip(rows, range(5), strict=False)]
+    assert max(len(each.turns) for each in talks) > 4
+    for each in talks:
+        [document] = taught.encode([taught.render(each)])
+        learned = document.supervised
+        begins = np.flatnonzero((learned[1:] == 1) & (learned[:-1] == 0)) + 1
+        answers = [i for i, turn in enumerate(each.turns) if turn.role == "assistant"]
+        assert len(begins) == len(answers)
+        for i, begin in zip(answers, begins, strict=True):
+            assert template.reply_ids(each.turns[:i]) == document.input_ids[:begin].tolist()
+        assert template.reply_ids(each.turns[: answers[0]]) == template.prompt_ids(each)
+
+
+def test_tokens_do_not_cross_into_earlier_answers(smollm2: Any, tmp_path: Path) -> None:
+    path = tmp_path / "plain.jinja"
+    path.write_text(
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    template = Template(smollm2, DataConfig(template=str(path)))
+    said = [Turn("user", "Why?"), Turn("assistant", '"So," he said.')] * 2
+    [document] = template.encode([template.render(Conversation(tuple(said)))])
+    text = smollm2.decode(document.input_ids)
+    assert smollm2(text).input_ids != document.input_ids.tolist()  # ':"' is one token of its own
+    ids = template.reply_ids(said[:3])
+    assert ids == document.input_ids[: len(ids)].tolist()
+    assert smollm2.decode(ids) == text[: text.rindex('"So')]
+
+
+def test_a_template_of_one_question_takes_no_second(smollm2: Any) -> None:
+    template = Template(smollm2, DataConfig(template="alpaca"))
+    asked = Turn("user", "Why?")
+    spoken = Conversation((asked, Turn("assistant", "So.")))
+    assert template.reply_ids([asked]) == template.prompt_ids(spoken)
+    with pytest.raises(BadRow, match="the Alpaca prompt takes one instruction"):
+        template.reply_ids([asked, Turn("assistant", "So."), asked])
+
+
+def test_a_talk_goes_on_until_it_is_reset(
+    models: list[Path], talk: Callable[..., tuple[str, str]]
+) -> None:
+    lines = "What is 1 + 1?\nAnd 2 + 2?\n/reset\nAnd 2 + 2?\n/system Count.\nAnd 2 + 2?\n"
+    out, err = talk(lines, models[0], FEW, "evaluate.repetition_penalty=1")
+    assert err == ""
+    one, two = Turn("user", "What is 1 + 1?"), Turn("user", "And 2 + 2?")
+    first = greedy(models[0], [one], 6)
+    said = Turn("assistant", first.rpartition("\n[cut")[0].strip() or first.strip())
+    second = greedy(models[0], [one, said, two], 6)
+    fresh = greedy(models[0], [two], 6)
+    counted = greedy(models[0], [Turn("system", "Count."), two], 6)
+    assert out == first + second + fresh + counted
+    assert len({second, fresh, counted}) == 3
+
+
+def test_the_penalty_on_repetitions_and_the_limit_are_those_of_evaluate(
+    models: list[Path], talk: Callable[..., tuple[str, str]]
+) -> None:
+    out, _ = talk("Why?\n", models[0], "evaluate.max_new_tokens=9", "evaluate.repetition_penalty=3")
+    asked = [Turn("user", "Why?")]
+    assert out == greedy(models[0], asked, 9, penalty=3.0)
+    assert out != greedy(models[0], asked, 9)
+    torch.manual_seed(0)
+    drawn = {talk("Why?\n", models[0], FEW, "--temperature", 5)[0] for _ in range(3)}
+    assert len(drawn) == 3
+
+
+def test_two_models_answer_the_same_question(
+    models: list[Path], talk: Callable[..., tuple[str, str]]
+) -> None:
+    settings = (FEW, "evaluate.repetition_penalty=1")
+    out, _ = talk("Why?\n", *models, *settings)
+    asked = [Turn("user", "Why?")]
+    one, two = (greedy(folder, asked, 6) for folder in models)
+    assert out == f"--- one\n{one}--- two\n{two}"
+    assert one != two
+
+
+def test_columns() -> None:
+    texts = ["A short one.\n\nWith two parts.", "word " * 12]
+    lines = chat_verb.side_by_side(["left", "right"], texts, 71)
+    assert lines == [
+        "left                               | right",
+        "---------------------------------- | ----------------------------------",
+        "A short one.                       | word word word word word word word",
+        "                                   | word word word word word",
+        "With two parts.                    |",
+    ]
+    narrow = chat_verb.side_by_side(["left", "right"], ["a\nb", "c"], 60)
+    assert narrow == ["--- left", "a", "b", "--- right", "c"]
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(
+    models: list[Path],
+    talk: Callable[..., tuple[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[int] = []
+    put = chat_verb._Pieces.put
+
+    def interrupted(pieces: Any, value: Any) -> None:
+        put(pieces, value)
+        if pieces.num_tokens == 0:
+            given.append(value.numel())
+        if pieces.num_tokens == 4 and len(given) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(chat_verb._Pieces, "put", interrupted)
+    out, _ = talk("Why?\nWhy?\n", models[0], FEW, "evaluate.repetition_penalty=1")
+    first, _, rest = out.partition("\n[stopped]\n")
+    whole = greedy(models[0], [Turn("user", "Why?")], 6)
+    assert first and whole.startswith(first) and not whole.startswith(f"{first}\n[cut")
+    said = Turn("assistant", first.strip())
+    assert rest == greedy(models[0], [Turn("user", "Why?"), said, Turn("user", "Why?")], 6)
+
+
+def test_an_answer_cannot_move_the_cursor(models: list[Path]) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models[0])
+    texts: list[str] = []
+    pieces = chat_verb._Pieces(tokenizer, set(), texts.append)
+    pieces.put(torch.tensor([[1, 2, 3]]))
+    for token in tokenizer(" a\x1b[2Jb\nc", add_special_tokens=False).input_ids:
+        pieces.put(torch.tensor([token]))
+    pieces.end()
+    assert "".join(texts) == "a\ufffd[2Jb\nc"
+
+
+def test_what_cannot_be_said_is_told_and_the_talk_goes_on(
+    models: list[Path], talk: Callable[..., tuple[str, str]]
+) -> None:
+    lines = f"/nonsense\n{'why ' * 3000}\nWhy?\n/quit\nWhy?\n"
+    out, err = talk(lines, models[0], FEW, "evaluate.repetition_penalty=1")
+    assert out == greedy(models[0], [Turn("user", "Why?")], 6)
+    assert "There is no command /nonsense." in err
+    assert "the model takes 2048 with the answer: /reset forgets it" in err
+
+
+def test_a_template_of_one_question_forgets(
+    models: list[Path], talk: Callable[..., tuple[str, str]]
+) -> None:
+    out, err = talk("Why?\nWhy?\n/system Be brief.\n", models[0], FEW, "data.template=alpaca")
+    first, second = out[: len(out) // 2], out[len(out) // 2 :]
+    assert first == second
+    assert "one has a template of one question: it forgets the ones before." in err
+    assert "That cannot be said: the Alpaca prompt takes one instruction" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["{bare}"], "has no chat template: set data.template=alpaca, vicuna, llama2"),
+        (["{one}", "{two}", "{one}"], "chat takes one subject or two, not 3"),
+        (["evaluate.batch_size=1"], "chat needs a subject"),
+        (["{one}", "evaluate.max_new_token=1"], "evaluate.max_new_token"),
+        (["{one}", "--temperature=-1"], "--temperature=-1.0 is not 0 or more"),
+    ],
+)
+def test_what_cannot_be_talked_to(
+    words: list[str],
+    told: str,
+    models: list[Path],
+    tmp_path: Path,
+    talk: Callable[..., tuple[str, str]],
+) -> None:
+    bare = tiny.make_model(tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    names = {"one": models[0], "two": models[1], "bare": bare}
+    out, err = talk("", *(word.format(**names) for word in words))
+    assert err.startswith("neftune-dist: ")
+    assert told in err
+    assert err.count("\n") == 1
+    assert out == ""
+    with pytest.raises(UserError, match="no chat template"):
+        chat_verb.chat([str(bare)], [])
