@@ -5,8 +5,9 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$root/launcher/environment.sh"
 prepare_environment "$root" test
 cd "$root"
+workers=$(($(env -u OMP_NUM_THREADS nproc) + 1)) # nproc counts by that variable where it is set
 # Threads of several processes that wait for each other on few cores would only use them up.
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Tests mostly wait, for processes that start and for each other: one more at a time than cores. Those
 # of one file share what they set up, and so stay together.
-exec python -m pytest -n $(($(nproc) + 1)) --dist loadfile --no-loadscope-reorder "$@"
+exec python -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "$@"
