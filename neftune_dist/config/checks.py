@@ -83,11 +83,6 @@ def _check_contradictions(config: Config) -> None:
             f"engine.sequence_parallel={slices} goes with data.packing=true and "
             "model.attention=varlen (or auto)."
         )
-    if slices > 1 and model.compile:
-        raise UserError(
-            f"engine.sequence_parallel={slices} goes with model.compile=false: the exchanges "
-            "between ranks are not known to compile with every other option."
-        )
     if slices > 1 and config.noise.length == "padded":
         raise UserError("noise.length=padded goes with engine.sequence_parallel=1.")
     if data.packing and model.attention in ("sdpa", "eager"):

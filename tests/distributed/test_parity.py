@@ -110,7 +110,15 @@ LAYOUTS = {
     ),
     # Two heads of keys for four ranks.
     "sequence 4": (4, ["engine.sequence_parallel=4"]),
-    "zero-3, compiled": (2, ["engine.name=deepspeed", "model.compile=true"]),
+    "sequence 2 x data 1, zero-3, compiled": (
+        2,
+        [
+            "engine.name=deepspeed",
+            "engine.sequence_parallel=2",
+            "model.compile=true",
+            "model.activation_checkpointing=selective",
+        ],
+    ),
 }
 
 

@@ -317,7 +317,6 @@ def test_a_file_that_cannot_be_opened(path: str) -> None:
         ),
         (["model.attention=sdpa"], "model.attention=sdpa goes with data.packing=false"),
         (["engine.sequence_parallel=2", "data.packing=false"], "goes with data.packing=true and"),
-        (["engine.sequence_parallel=2", "model.compile=true"], "goes with model.compile=false"),
         (["engine.sequence_parallel=2", "noise.length=padded"], "with engine.sequence_parallel=1"),
         (["adapter.method=lora", "model.add_tokens=<|a|>"], "goes with adapter.method=none"),
         (["model.attention=eager"], "model.attention=eager goes with data.packing=false"),
