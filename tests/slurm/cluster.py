@@ -96,7 +96,23 @@ class Cluster:
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
         }
+        self._stop_after_this_process()
         self.do("start")
+
+    def _stop_after_this_process(self) -> None:
+        """Of tests that were killed the daemons would live on, and requeue their jobs for ever."""
+        subprocess.Popen(
+            [
+                *("bash", "-c"),
+                'tail --pid="$1" -f /dev/null; [ ! -d "$MINI_SLURM_DIR/run" ] || bash "$0" stop',
+                *(str(SCRIPT), str(os.getpid())),
+            ],
+            env=self.environment,
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
 
     def do(self, *words: str) -> str:
         """A verb of cluster.sh, which must succeed."""
