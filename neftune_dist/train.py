@@ -6,18 +6,16 @@ drawn; publish after every rank has finished writing.
 
 from __future__ import annotations
 
-import platform
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from neftune_dist import __version__, attempt
+from neftune_dist import attempt
+from neftune_dist.announce import compute_line, data_lines, environment, noise_lines, versions
 from neftune_dist.attempt import EXIT_DONE, EXIT_STOPPED
 from neftune_dist.checkpoint import flat, resume, store
 from neftune_dist.checkpoint.content import keep_small_files, keep_template, keep_vocabulary
@@ -32,7 +30,6 @@ from neftune_dist.evaluate.held_out import HeldOut
 from neftune_dist.loop import Progress, Trainer, evaluation_due
 from neftune_dist.metrics import Recorder, is_evaluated
 from neftune_dist.model import load
-from neftune_dist.model.attention import VARLEN, implementation, varlen_kernel
 from neftune_dist.model.flops import ModelSize, model_size
 from neftune_dist.model.support import check_lengths
 from neftune_dist.model.ulysses import share_sequences
@@ -73,6 +70,17 @@ class _Prepared:
     weights: load.Weights | None  # None where a checkpoint holds all
     changes: list[str]  # of settings since the checkpoint
 
+    def lines(self, config: Config) -> list[str]:
+        """What is trained, with which noise, and from where it goes on."""
+        lines = [f"model: {config.model.name_or_path}, {self.size.in_words()}"]
+        lines += noise_lines(config)
+        if self.found:
+            steps = f"step {self.found.step} of {self.schedule.num_steps}"
+            lines += [
+                f"resume: {each}" for each in (f"{self.found.folder}, {steps}", *self.changes)
+            ]
+        return lines
+
 
 def _train(config: Config, world: World, stop: StopSignal) -> int:
     run_dir = Path(config.run_dir).expanduser()
@@ -93,7 +101,8 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
         world.device,
         sharing.part,
     )
-    _report(ready.corpus, ready.schedule, loader, world)
+    for line in data_lines(ready.corpus, ready.schedule, loader):
+        world.log(line)
     if ready.progress.step >= num_steps and not ready.evaluation_due:
         world.log(f"done: {run_dir} has all {num_steps} steps; nothing is left to train")
         return EXIT_DONE
@@ -116,13 +125,13 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
     ready = replace(ready, weights=None)  # and with them the files' pages
     world.stop_together()
     engine.loaded(ready.progress.num_updates)
-    for line in [*engine.describe(), compute_line(engine, config), *_run_lines(config, ready)]:
+    for line in [*engine.describe(), compute_line(engine, config), *ready.lines(config)]:
         world.log(line)
     with world.agree():
         recorder = Recorder(
             run_dir,
             config.logging,
-            {"config": config.to_dict(), "environment": _environment(world)},
+            {"config": config.to_dict(), "environment": environment(world)},
             ready.progress.step,
             num_steps,
             world.is_first,
@@ -251,7 +260,7 @@ def _trainer_state(
         "shapes": {name: list(shape) for name, shape in engine.shapes.items()},
         "config": config.to_dict(),
         "world_size": world.size,
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
@@ -286,26 +295,6 @@ def make_engine(config: Config, world: World) -> Engine:
     return DeepSpeedEngine(config, world)
 
 
-def compute_line(engine: Engine, config: Config) -> str:
-    """What the model's layers compute by, with what `auto` has come to."""
-    model = config.model
-    attention = implementation(model.attention, config.data.packing)
-    if attention == VARLEN:
-        attention = varlen_kernel(engine.device, model.dtype)
-    parts = [
-        f"attention {attention}",
-        f"loss {engine.loss}",
-        f"activation checkpointing {model.activation_checkpointing}",
-        f"blocks {'compiled' if model.compile else 'not compiled'}",
-    ]
-    if model.kernels != "torch":
-        parts.append(f"{model.kernels} kernels")
-    if model.float8 != "none":
-        emulated = "" if engine.device.type == "cuda" else ", emulated: its rounding, not its speed"
-        parts.append(f"float8 {model.float8}{emulated}")
-    return f"compute: {', '.join(parts)}"
-
-
 def check_vocabulary(model: Any, tokenizer: Any) -> None:
     """Raise `UserError` where the tokenizer has tokens that the model cannot embed."""
     rows = model.get_input_embeddings().weight.shape[0]
@@ -314,63 +303,3 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
             f"The tokenizer has {len(tokenizer)} tokens, the model's embedding {rows} rows: they "
             "do not belong together."
         )
-
-
-def _report(corpus: Corpus, schedule: Schedule, loader: Loader, world: World) -> None:
-    for line in corpus.report.lines():
-        world.log(line)
-    if corpus.chat_template is None:
-        world.log(
-            "warning: data.template cannot be written as a chat template for this tokenizer; "
-            "exports will have none"
-        )
-    first = loader.step(0)
-    steps_per_epoch = schedule.num_documents / schedule.global_batch_size
-    world.log(
-        f"data: {schedule.num_steps} steps of {schedule.global_batch_size} documents, "
-        f"{steps_per_epoch:.2f} steps an epoch; step 1: {len(first.micro_batches)} micro-batches "
-        f"a rank, {1 - first.num_tokens / first.num_computed_tokens:.1%} padding"
-    )
-
-
-def _run_lines(config: Config, ready: _Prepared) -> list[str]:
-    noise = config.noise
-    lines = [
-        f"model: {config.model.name_or_path}, {ready.size.in_words()}",
-        f"noise: alpha {noise.alpha} ({noise.schedule}), {noise.distribution}, "
-        f"{noise.stream} stream, seed {config.noise_seed}"
-        if noise.alpha
-        else "noise: off",
-    ]
-    if noise.alpha and noise.length == "padded":
-        lines.append(
-            "noise: scaled by the length of the padded or packed row, padding noised too, as the "
-            "widely copied hook does: not the paper's noise, for comparison alone"
-        )
-    if ready.found:
-        lines.append(
-            f"resume: {ready.found.folder}, step {ready.found.step} of {ready.schedule.num_steps}"
-        )
-        lines += [f"resume: {change}" for change in ready.changes]
-    return lines
-
-
-def _environment(world: World) -> dict[str, Any]:
-    """Where a run runs, recorded with it."""
-    on_gpu = world.device.type == "cuda"
-    return {
-        **_versions(),
-        "host": platform.node(),
-        "device": torch.cuda.get_device_name(world.device) if on_gpu else platform.machine(),
-        "world_size": world.size,
-    }
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "deepspeed", "datasets")
-    return {
-        "neftune_dist": __version__,
-        "python": platform.python_version(),
-        "cuda": str(torch.version.cuda),
-        **{name: version(name) for name in packages},
-    }

@@ -18,7 +18,7 @@ ORDER: list[set[str]] = [
     {"checkpoint"},
     {"evaluate"},
     {"loop"},
-    {"export"},
+    {"export", "announce"},
     {"train"},
     {"plan", "study", "doctor", "submit", "chat"},
     {"arguments"},
