@@ -15,7 +15,8 @@ from neftune_dist.data.loader import Loader
 from neftune_dist.data.schedule import Schedule
 from neftune_dist.distributed import World
 from neftune_dist.engine.base import Engine
-from neftune_dist.model.attention import VARLEN, implementation, varlen_kernel
+from neftune_dist.model.attention import VARLEN, implementation
+from neftune_dist.model.varlen import varlen_kernel
 
 
 def data_lines(corpus: Corpus, schedule: Schedule, loader: Loader) -> list[str]:

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import (
 
 from neftune_dist.config import ModelConfig, UserError
 from neftune_dist.model import extras
-from neftune_dist.model.attention import VARLEN_OPERATOR
+from neftune_dist.model.varlen import VARLEN_OPERATOR
 
 # What takes long to compute again. All that lies between is read and written, little more.
 _KEPT_BY_SELECTIVE = {

@@ -355,7 +355,7 @@ def measure_noise(part: Part, size: Size, _: Path | None) -> dict[str, Any]:
 
 def measure_attention(part: Part, size: Size, _: Path | None) -> dict[str, Any]:
     """Forward and backward of one layer's attention over packed documents, bf16."""
-    from neftune_dist.model import attention
+    from neftune_dist.model import attention, varlen
 
     tokens = part.units * size.unit
     lengths = document_lengths(part.documents, tokens, size.unit, 4096)
@@ -377,7 +377,7 @@ def measure_attention(part: Part, size: Size, _: Path | None) -> dict[str, Any]:
         model = SimpleNamespace(config=config)
         return attention.packed_arguments(model, cu, int(lengths.max()))
 
-    def varlen() -> None:
+    def operator() -> None:
         given = arguments(attention.VARLEN)
         backward(attention.varlen_attention(layer, *qkv, None, **given)[0])
 
@@ -390,9 +390,9 @@ def measure_attention(part: Part, size: Size, _: Path | None) -> dict[str, Any]:
         given = arguments(attention.FLEX)
         backward(attention.flex_attention(layer, *qkv, None, **given)[0])
 
-    kernel = attention.varlen_kernel(device(), "bf16")
+    kernel = varlen.varlen_kernel(device(), "bf16")
     works: list[tuple[str, Callable[[], object]]] = [
-        (kernel, varlen),
+        (kernel, operator),
         ("sdpa, document by document", by_document),
     ]
     if device().type == "cuda":  # on a CPU it has no backward

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from neftune_dist.model.attention import VARLEN_OPERATOR, varlen_attention
+from neftune_dist.model.attention import varlen_attention
 from neftune_dist.model.extras import liger_cross_entropy
 from neftune_dist.model.loss import chunked_cross_entropy
+from neftune_dist.model.varlen import VARLEN_OPERATOR
 from tests import tiny
 
 pytestmark = [

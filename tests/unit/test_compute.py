@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from neftune_dist.config import ModelConfig, UserError
 from neftune_dist.data.loader import MicroBatch, collate
 from neftune_dist.engine.base import batch_loss_sum
-from neftune_dist.model.attention import FLEX, VARLEN, VARLEN_OPERATOR, varlen_attention
+from neftune_dist.model.attention import FLEX, VARLEN, varlen_attention
 from neftune_dist.model.compute import blocks, configure, num_compiled_graphs
+from neftune_dist.model.varlen import VARLEN_OPERATOR
 from tests.families import family
 from tests.unit.corpora import documents_of
 

@@ -1,0 +1,218 @@
+"""The operator of `model.attention=varlen`: attention within packed documents, and its gradient.
+
+One operator, opaque to `torch.compile`: PyTorch's FlashAttention for ragged batches on a GPU
+(version 3 or 4 where it is installed and fits), its CPU counterpart document by document elsewhere.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_aten: Any = torch.ops.aten
+
+
+def varlen_kernel(device: torch.device, dtype: str) -> str:
+    """What `VARLEN` is run by. FlashAttention 3 is switched on for a Hopper GPU, and 4 for a
+    Blackwell, where its package is installed; PyTorch's own is 2."""
+    if device.type != "cuda":
+        return "varlen (document by document, by FlashAttention for CPUs)"
+    if dtype == "fp32":
+        return "varlen (document by document: FlashAttention has no float32)"
+    newest = {9: "FA3", 10: "FA4"}.get(torch.cuda.get_device_capability(device)[0])
+    if newest:
+        # Without the package, or in a torch that knows nothing of it.
+        with suppress(ImportError, ValueError, AttributeError):
+            torch.nn.attention.activate_flash_attention_impl(newest)
+            return f"varlen ({newest})"
+    return "varlen (FA2)"
+
+
+def by_document(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    window: int,
+    dropout: float,
+) -> Tensor:
+    """What the operator does, with dropout and in any dtype: (1, num_tokens, num_heads,
+    head_dim)."""
+    outs = []
+    for q, k, v in _documents(cu_seqlens, query, key, value):
+        mask = _window_mask(q, window)
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            dropout_p=dropout,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        outs.append(out.transpose(1, 2))
+    return torch.cat(outs, dim=1)
+
+
+def _window_mask(query: Tensor, window: int) -> Tensor | None:
+    """Added to the logits of a document (1, num_heads, length, head_dim) longer than the window."""
+    length = query.shape[2]
+    if not window or length <= window:
+        return None
+    index = torch.arange(length, device=query.device)
+    distance = index[:, None] - index[None]
+    seen = (distance >= 0) & (distance < window)
+    return torch.zeros_like(seen, dtype=query.dtype).masked_fill_(~seen, -torch.inf)
+
+
+@torch.library.custom_op("neftune_dist::varlen_attention", mutates_args=())
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor]:
+    """query: (num_tokens, num_heads, head_dim); key, value: (num_tokens, num_key_value_heads,
+    head_dim); window: tokens that a token sees, 0: all before it. The attended values like query,
+    and the log-sum-exps (num_heads, num_tokens), float32 or float64."""
+    if query.is_cuda:
+        out, lse, *_ = _aten._flash_attention_forward(
+            query,
+            key,
+            value,
+            cu_seqlens,
+            cu_seqlens,
+            max_seqlen,
+            max_seqlen,
+            0.0,
+            True,
+            False,
+            scale=scale,
+            window_size_left=window - 1 if window else -1,
+            window_size_right=0,
+        )
+        return out, lse
+    outs, lses = [], []
+    for q, k, v in _documents(cu_seqlens, *map(_by_heads, (query, key, value))):
+        mask = _window_mask(q, window)
+        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale
+        )
+        outs.append(out[0].transpose(0, 1))
+        lses.append(lse[0])
+    return torch.cat(outs), torch.cat(lses, dim=1)
+
+
+@torch.library.custom_op("neftune_dist::varlen_attention_backward", mutates_args=())
+def _varlen_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if query.is_cuda:
+        dq, dk, dv = _aten._flash_attention_backward(
+            grad,
+            query,
+            key,
+            value,
+            out,
+            lse,
+            cu_seqlens,
+            cu_seqlens,
+            max_seqlen,
+            max_seqlen,
+            0.0,
+            True,
+            torch.zeros(2, dtype=torch.uint64, device=query.device),  # of dropout, which is 0
+            torch.empty(0, device=query.device),
+            scale=scale,
+            window_size_left=window - 1 if window else -1,
+            window_size_right=0,
+        )
+        return dq, dk, dv
+    grads: tuple[list[Tensor], ...] = ([], [], [])
+    ends = cu_seqlens.tolist()
+    pieces = _documents(cu_seqlens, *map(_by_heads, (query, key, value, grad, out)))
+    for i, (q, k, v, dout, o) in enumerate(pieces):
+        mask = _window_mask(q, window)
+        found = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout,
+            q,
+            k,
+            v,
+            o,
+            lse[None, :, ends[i] : ends[i + 1]],
+            0.0,
+            mask is None,
+            attn_mask=mask,
+            scale=scale,
+        )
+        for whole, piece in zip(grads, found, strict=True):
+            whole.append(piece[0].transpose(0, 1))
+    dq, dk, dv = map(torch.cat, grads)
+    return dq, dk, dv
+
+
+def _documents(cu_seqlens: Tensor, *tensors: Tensor) -> Any:
+    """Each document's part of tensors (1, heads, num_tokens, head_dim)."""
+    lengths = cu_seqlens.diff().tolist()
+    return zip(*(each.split(lengths, dim=2) for each in tensors), strict=True)
+
+
+def _by_heads(tensor: Tensor) -> Tensor:
+    """(num_tokens, heads, head_dim) as (1, heads, num_tokens, head_dim)."""
+    return tensor.transpose(0, 1)[None]
+
+
+@_varlen.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor]:
+    kind = torch.promote_types(query.dtype, torch.float32)
+    lse = query.new_empty((query.shape[1], query.shape[0]), dtype=kind)
+    return query.new_empty(query.shape), lse
+
+
+@_varlen_backward.register_fake
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(each.new_empty(each.shape) for each in (query, key, value))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, cu_seqlens, *ctx.settings = inputs
+    ctx.save_for_backward(query, key, value, *output, cu_seqlens)
+
+
+def _gradient(ctx: Any, grad: Tensor, _grad_lse: Any) -> tuple[Tensor | None, ...]:
+    found = torch.ops.neftune_dist.varlen_attention_backward(
+        grad, *ctx.saved_tensors, *ctx.settings
+    )
+    return (*found, None, None, None, None)
+
+
+_varlen.register_autograd(_gradient, setup_context=_keep)
+
+
+VARLEN_OPERATOR = torch.ops.neftune_dist.varlen_attention.default
