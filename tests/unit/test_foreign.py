@@ -22,6 +22,8 @@ TRAIN = """
 import sys
 import deepspeed, torch, transformers
 folder = sys.argv[1]
+# Two minutes of compiling, for inference alone.
+sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
 deepspeed.init_distributed("gloo")
 for stage in (1, 2, 3):
     path = folder + "/model"
