@@ -8,6 +8,7 @@ the rendezvous store, which has no time limit and hears of an error on another r
 from __future__ import annotations
 
 import copy
+import ctypes
 import math
 import os
 import signal
@@ -32,6 +33,8 @@ _STOP_PATIENCE_SECONDS = 5.0
 _LEAVE_SECONDS = 10.0
 # The store's key by which ranks hear that one has stopped.
 _STOPPED = "stopped"
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 class Stopped(BaseException):
@@ -98,6 +101,15 @@ class Sharing:
     group: dist.ProcessGroup | None
 
 
+def _keep_freed_memory() -> None:
+    """Let malloc hand large tensors memory that it has, as the GPU's allocator does. glibc gives
+    each back to the system when it is freed, and the next one's pages are faulted in and cleared
+    anew: that takes longer than to fill them."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc's
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
+
+
 class World:
     """This process among the others.
 
@@ -128,6 +140,7 @@ class World:
             torch.cuda.set_device(self.device)
         else:
             self.device = torch.device("cpu")
+            _keep_freed_memory()
         # How many of the last collectives torch remembers, for when one hangs.
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
         backend = "nccl" if self.device.type == "cuda" else "gloo"

@@ -217,13 +217,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             hidden.split(rows), targets.split(rows), range(0, len(hidden), rows), strict=False
         ):
             logits = F.linear(h, weight, bias).float()
-            normal = logits.logsumexp(1, keepdim=True)
-            loss += (normal - logits.gather(1, t[:, None])).sum()
+            chosen, highest = logits.gather(1, t[:, None]), logits.amax(1, keepdim=True)
+            # All of it in the logits' memory: another such tensor would cost more than the sums.
+            slope = logits.sub_(highest).exp_()
+            total = slope.sum(1, keepdim=True)
+            loss += (total.log() + highest - chosen).sum()
             if not any(wanted):
                 continue
-            # d loss / d logits = softmax - one_hot, in the logits' memory.
-            slope = logits.sub_(normal).exp_()
-            slope.scatter_add_(1, t[:, None], slope.new_full((len(t), 1), -1.0))
+            # d loss / d logits = softmax - one_hot.
+            slope.div_(total).scatter_add_(1, t[:, None], slope.new_full((len(t), 1), -1.0))
             if grads[2] is not None:
                 grads[2] += slope.sum(0)
             slope = slope.to(weight.dtype)
