@@ -3,7 +3,7 @@
 All contenders train the same model on the same documents, tokenised once, with the same loss
 (supervised tokens alone), global batch, optimizer and noise strength; padded steps hold the very
 documents that this package's hold. Each runs in a process of its own, one after the other, round by
-round, so that peak memory (VmHWM) is its own. The first step of each is a warm-up and not counted.
+round, so that peak memory (VmHWM) is its own. The first steps of each are a warm-up, not counted.
 A useful token is a document's real token. On a machine that does other work, too, look at tokens
 per second of processor time, with --threads 1: threads that wait for each other use some up.
 
@@ -78,7 +78,7 @@ def ours(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     """One run of this package; seconds, tokens and padding of the counted steps."""
     words = settings(args, seed)
     records, done = train(words, ranks=1, threads=args.threads, limit_seconds=LIMIT_SECONDS)
-    counted = records[1:]
+    counted = records[args.warm_up :]
     model, size, loader = open_loader(load_config(None, words))
     batches = [loader.step(record["step"] - 1) for record in counted]
     seconds = sum(record["step_seconds"] for record in counted)
@@ -92,7 +92,7 @@ def ours(args: argparse.Namespace, seed: int) -> dict[str, Any]:
 
     return {
         "seconds": seconds,
-        "processor_seconds": done.marks[-1] - done.marks[0],
+        "processor_seconds": done.marks[-1] - done.marks[args.warm_up - 1],
         "tokens": sum(record["num_tokens"] for record in counted),
         "computed": sum(batch.num_computed_tokens for batch in batches),
         "documents": sum(record["num_documents"] for record in counted),
@@ -122,7 +122,7 @@ def train_with_trl(args: argparse.Namespace, contender: str, seed: int) -> dict[
     datasets.disable_progress_bars()
     packing = "packing" in TRL[contender]
     # A packed row takes documents from anywhere: enough of them, so that the last rows are full.
-    num_steps = (8 if packing else 1) * (args.steps + 1)
+    num_steps = (8 if packing else 1) * (args.warm_up + args.steps)
     words = [*settings(args, seed), f"train.max_steps={num_steps}"]
     _, _, loader = open_loader(load_config(None, words))
     rows = []
@@ -148,7 +148,7 @@ def train_with_trl(args: argparse.Namespace, contender: str, seed: int) -> dict[
         trainer_config = trl.SFTConfig(
             folder,
             max_length=args.length,
-            max_steps=args.steps + 1,
+            max_steps=args.warm_up + args.steps,
             per_device_train_batch_size=micro,
             gradient_accumulation_steps=accumulation,
             learning_rate=args.learning_rate,
@@ -178,7 +178,7 @@ def train_with_trl(args: argparse.Namespace, contender: str, seed: int) -> dict[
             trainer.train()
         gib = _peak_gib()
         apart = keeps_apart(model, next(iter(trainer.get_train_dataloader())))
-    counted = meter.steps[1:]
+    counted = meter.steps[args.warm_up :]
     return {
         **{key: sum(step[key] for step in counted) for key in counted[0]},
         "losses": meter.losses,

@@ -49,6 +49,8 @@ def common_arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("data", type=Path, help="rows, as data.source takes them")
     parser.add_argument("--rounds", type=int, default=3, help="of all contenders in turn")
     parser.add_argument("--steps", type=int, default=1, help="counted, a round and contender")
+    # Memory that a process touches for the first time takes longer, in the first two steps.
+    parser.add_argument("--warm-up", type=int, default=2, help="steps before, not counted")
     parser.add_argument("--documents", type=int, default=16, help="a step, over all ranks")
     parser.add_argument("--length", type=int, default=512, help="most tokens of a document")
     parser.add_argument("--micro-batch-tokens", type=int, default=1024, help="ours, a forward")
@@ -70,7 +72,7 @@ def settings(args: argparse.Namespace, seed: int) -> list[str]:
         "optim.schedule=constant",
         f"train.global_batch_size={args.documents}",
         f"train.micro_batch_tokens={args.micro_batch_tokens}",
-        f"train.max_steps={args.steps + 1}",
+        f"train.max_steps={args.warm_up + args.steps}",
         f"train.seed={seed}",
         "checkpoint.mode=sync",
         *args.set,

@@ -1,7 +1,7 @@
 """Two ranks against one, and ZeRO-3 against FSDP2, on a CPU: one thread a rank.
 
 All contenders train on the same documents with the same global batch, through the real command
-under torchrun, one after the other, round by round. The first step is a warm-up and not counted.
+under torchrun, one after the other, round by round. The first steps are a warm-up and not counted.
 
 usage: python tests/benchmarks/scaling.py MODEL_DIR DATA [--rounds 3] [--stages 3] [...]
 """
@@ -29,7 +29,7 @@ def measure(args: argparse.Namespace, engine: str, ranks: int, seed: int) -> dic
     """One run: tokens a second, peak memory of the rank that has most, the last loss."""
     words = [*settings(args, seed), *engine_words(engine)]
     records, done = train(words, ranks=ranks, threads=1, limit_seconds=LIMIT_SECONDS)
-    counted = records[1:]
+    counted = records[args.warm_up :]
     return {
         "speed": sum(r["num_tokens"] for r in counted) / sum(r["step_seconds"] for r in counted),
         "gib": records[-1]["memory_gib"],
