@@ -30,16 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import (
-    common_arguments,
-    environment_line,
-    median_ratio,
-    run,
-    settings,
-    show,
-    spread,
-    train,
-)
 
 from neftune_dist.config import Config, load_config
 from neftune_dist.data.corpus import prepare
@@ -51,6 +41,16 @@ from neftune_dist.loop import token_layout
 from neftune_dist.model import load
 from neftune_dist.model.flops import ModelSize, model_size
 from neftune_dist.noise.hook import NEFTune
+from runs import (
+    common_arguments,
+    environment_line,
+    median_ratio,
+    run,
+    settings,
+    show,
+    spread,
+    train,
+)
 
 OURS = "neftune_dist"
 _AT_ITS_BEST = {"gradient_checkpointing": False}
