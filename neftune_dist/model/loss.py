@@ -216,15 +216,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for h, t, at in zip(
             hidden.split(rows), targets.split(rows), range(0, len(hidden), rows), strict=False
         ):
-            logits = F.linear(h, weight, bias).float()
-            chosen, highest = logits.gather(1, t[:, None]), logits.amax(1, keepdim=True)
-            # All of it in the logits' memory: another such tensor would cost more than the sums.
-            slope = logits.sub_(highest).exp_()
-            total = slope.sum(1, keepdim=True)
+            # One name, one memory: logits, their exponentials, d loss / d logits.
+            slope = F.linear(h, weight, bias).float()
+            chosen, highest = slope.gather(1, t[:, None]), slope.amax(1, keepdim=True)
+            total = slope.sub_(highest).exp_().sum(1, keepdim=True)
             loss += (total.log() + highest - chosen).sum()
             if not any(wanted):
                 continue
-            # d loss / d logits = softmax - one_hot.
+            # softmax - one_hot
             slope.div_(total).scatter_add_(1, t[:, None], slope.new_full((len(t), 1), -1.0))
             if grads[2] is not None:
                 grads[2] += slope.sum(0)
@@ -235,6 +234,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 part = slope.T @ h
                 # One chunk needs no sum, and so no float32 copy of a large matrix.
                 grads[1] = part if grads[1] is None else grads[1].float().add_(part)
+            del slope  # before the next chunk's logits come
         if wanted[1] and grads[1] is None:  # nothing was supervised
             grads[1] = torch.zeros_like(weight)
         ctx.save_for_backward(*grads)
