@@ -35,6 +35,7 @@ _LEAVE_SECONDS = 10.0
 _STOPPED = "stopped"
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_NEVER = -1
 
 
 class Stopped(BaseException):
@@ -104,10 +105,10 @@ class Sharing:
 def _keep_freed_memory() -> None:
     """Let malloc hand large tensors memory that it has, as the GPU's allocator does. glibc gives
     each back to the system when it is freed, and the next one's pages are faulted in and cleared
-    anew: that takes longer than to fill them."""
+    anew: that takes longer than to fill them. (Its own threshold for that ends at 32 MiB.)"""
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc's
         mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, -1)
+        mallopt(_M_TRIM_THRESHOLD, _NEVER)
 
 
 class World:

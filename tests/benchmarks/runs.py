@@ -50,7 +50,8 @@ def common_arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=3, help="of all contenders in turn")
     parser.add_argument("--steps", type=int, default=1, help="counted, a round and contender")
     # Memory that a process touches for the first time takes longer, in the first two steps.
-    parser.add_argument("--warm-up", type=int, default=2, help="steps before, not counted")
+    few = {"type": int, "choices": range(1, 100), "metavar": "N"}
+    parser.add_argument("--warm-up", default=2, help="steps before, not counted", **few)
     parser.add_argument("--documents", type=int, default=16, help="a step, over all ranks")
     parser.add_argument("--length", type=int, default=512, help="most tokens of a document")
     parser.add_argument("--micro-batch-tokens", type=int, default=1024, help="ours, a forward")

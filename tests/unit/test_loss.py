@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, cast
 
 import numpy as np
@@ -218,3 +219,25 @@ def test_scaled_logits_are_not_lost(model_type: str) -> None:
     with pytest.raises(RuntimeError, match="changes its logits"):
         batch_loss_sum(model, batch(packing=True), "chunked")
     assert resolve_loss("auto", make("llama")) == "chunked"
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1.0), (torch.bfloat16, 1.5)])
+def test_a_chunk_of_logits_has_one_memory(
+    dtype: torch.dtype, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Peak over one chunk's float32 logits; in bfloat16 they lie beside the projection's output,
+    then beside what goes into the gradients' products."""
+    rows, vocabulary = 32, 40_000
+    chunk = 4 * rows * vocabulary
+    monkeypatch.setattr("neftune_dist.model.loss.CHUNK_BYTES", chunk)
+    hidden = torch.randn(3 * rows, 2, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocabulary, 2, dtype=dtype, requires_grad=True)
+    targets = torch.arange(3 * rows)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        chunked_cross_entropy(hidden, weight, None, targets)
+    results: Any = profiler.profiler
+    events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
+    peak = max(itertools.accumulate(event.nbytes() for event in events))
+    print(dtype, peak / chunk)
+    assert most <= peak / chunk < most + 0.3  # the gradient of the weight is 0.06 in float32
