@@ -42,8 +42,8 @@ class MicroBatch:
     positions: int64 (num_supervised,), indices into the flattened (B * S) tokens whose successor is
         learned; targets: int64 (num_supervised,), those successors.
     lengths, documents, epochs: int64 (num_documents,), in order; none where the batch is empty.
-    segment: int64 (B * S,), index of each token's document among those; token_length: int64 (B * S,),
-        that document's tokens. 0 at padding, both, and all of an empty batch is padding.
+    segment, token_length: int64 (B * S,), index of each token's document among those, and that
+        document's tokens; 0 at padding, and all of an empty batch is padding.
     cu_seqlens: int32 (num_documents + 1,), where each document begins and the last one ends; None
         where padded. The tokens of an empty batch count as one document: (0, S).
     tail: tokens of padding at the end of a packed batch, one more document in cu_seqlens.

@@ -304,7 +304,7 @@ def draw(
 
 
 def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A number as a tensor () on `device`, where a kernel fills it in: a copy from the host's memory
+    """A number as a tensor () on `device`, filled in by a kernel: to copy it from the host's memory
     would make the host wait for the GPU."""
     if isinstance(value, Tensor):
         return value.to(device, dtype)
