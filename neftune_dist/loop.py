@@ -100,6 +100,8 @@ class Trainer:
         num_steps, save_every = self.loader.schedule.num_steps, self.config.checkpoint.every_steps
         if self.evaluation_due and not self.evaluate():
             raise Stopped
+        if save_every:
+            self.saver.prepare(self.engine)
         evaluated = True
         for batch in self.batches():
             stopping = self.train_step(batch, num_steps)

@@ -212,7 +212,8 @@ def table(results: dict[str, dict[str, Any]]) -> list[str]:
         if "standstill_seconds" in result:
             waits = ", ".join(f"{each:.2f}" for each in result["standstill_seconds"])
             lines.append(
-                f"save: training stands still {waits} s for {result['copied_gib']:.1f} GiB"
+                f"save: training stands still {waits} s for {result['copied_gib']:.1f} GiB, "
+                f"pinned within {result['pinning_seconds']:.1f} s"
             )
         for name, each in result.items():
             if isinstance(each, dict) and "milliseconds" in each:

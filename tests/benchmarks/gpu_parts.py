@@ -330,25 +330,28 @@ def measure_peer(part: Part, size: Size, _: Path | None) -> dict[str, Any]:
 
 
 def measure_save(part: Part, size: Size, _: Path | None) -> dict[str, Any]:
-    """How long training stands still for a copy of the state to host memory, first and later."""
-    from neftune_dist.checkpoint.saver import Saver
+    """How long it takes to pin the memory for a copy of the state, beside training, and how long
+    training then stands still for each copy."""
+    from neftune_dist.checkpoint.host_copy import HostCopy
 
     world = World()
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            config, engine, *_ = built(part, size, world)
-            saver = Saver(Path(folder), config.checkpoint, world)
-            shards, seconds = engine.flat_state(), []
-            for _ in range(3):
-                began = time.perf_counter()
-                copies = saver._copy(shards)
-                seconds.append(time.perf_counter() - began)
-            copied = sum(shard.tensor.nbytes for shard in copies)
-            result = {"copied_gib": copied / GIB, "standstill_seconds": seconds}
-            if torch.cuda.is_available():
-                pinned = torch.cuda.host_memory_stats()["allocated_bytes.current"]
-                result["pinned_gib"] = pinned / GIB
-            return result
+        _, engine, *_ = built(part, size, world)
+        shards, seconds = engine.flat_state(), []
+        began = time.perf_counter()
+        copy = HostCopy(shards, world.device)
+        is_pinned = copy.is_pinned
+        pinning = time.perf_counter() - began
+        for _ in range(3):
+            began = time.perf_counter()
+            copy.copy(shards)
+            seconds.append(time.perf_counter() - began)
+        return {
+            "copied_gib": sum(shard.tensor.nbytes for shard in shards) / GIB,
+            "is_pinned": is_pinned,
+            "pinning_seconds": pinning,
+            "standstill_seconds": seconds,
+        }
     finally:
         world.close()
 
