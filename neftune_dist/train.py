@@ -125,7 +125,9 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
     ready = replace(ready, weights=None)  # and with them the files' pages
     world.stop_together()
     engine.loaded(ready.progress.num_updates)
-    for line in [*engine.describe(), compute_line(engine, config), *ready.lines(config)]:
+    windowed = bool(getattr(ready.model.config.get_text_config(), "sliding_window", None))
+    compute = compute_line(engine, config, windowed)
+    for line in [*engine.describe(), compute, *ready.lines(config)]:
         world.log(line)
     with world.agree():
         recorder = Recorder(

@@ -16,19 +16,30 @@ from torch import Tensor
 _aten: Any = torch.ops.aten
 
 
-def varlen_kernel(device: torch.device, dtype: str) -> str:
-    """What `VARLEN` is run by. FlashAttention 3 is switched on for a Hopper GPU, and 4 for a
-    Blackwell, where its package is installed; PyTorch's own is 2."""
+# Versions of FlashAttention with kernels for a GPU's architecture, the fastest first.
+_NEWER = {9: ("FA3", "FA4"), 10: ("FA4",)}
+
+
+def activate_varlen_kernel(device: torch.device, dtype: str, windowed: bool) -> str:
+    """Switch on the fastest kernel that is installed for `VARLEN`, for this process; its name.
+
+    PyTorch's own is FlashAttention 2. Newer versions are packages by themselves.
+
+    Args:
+        windowed: whether a layer of the model has a sliding window, for which FlashAttention 4
+            has no backward.
+    """
     if device.type != "cuda":
         return "varlen (document by document, by FlashAttention for CPUs)"
     if dtype == "fp32":
         return "varlen (document by document: FlashAttention has no float32)"
-    newest = {9: "FA3", 10: "FA4"}.get(torch.cuda.get_device_capability(device)[0])
-    if newest:
-        # Without the package, or in a torch that knows nothing of it.
-        with suppress(ImportError, ValueError, AttributeError):
-            torch.nn.attention.activate_flash_attention_impl(newest)
-            return f"varlen ({newest})"
+    for name in _NEWER.get(torch.cuda.get_device_capability(device)[0], ()):
+        # Without the package or with one without kernels, or in a torch that does not know it.
+        unusable = (ImportError, ValueError, AttributeError, RuntimeError)
+        if not (windowed and name == "FA4"):
+            with suppress(*unusable):
+                torch.nn.attention.activate_flash_attention_impl(name)
+                return f"varlen ({name})"
     return "varlen (FA2)"
 
 
@@ -85,25 +96,7 @@ def _varlen(
     head_dim); window: tokens that a token sees, 0: all before it. The attended values like query,
     and the log-sum-exps (num_heads, num_tokens), float32 or float64."""
     if query.is_cuda:
-        out, lse, *_ = _aten._flash_attention_forward(
-            query,
-            key,
-            value,
-            cu_seqlens,
-            cu_seqlens,
-            max_seqlen,
-            max_seqlen,
-            0.0,
-            True,
-            False,
-            scale=scale,
-            window_size_left=window - 1 if window else -1,
-            window_size_right=0,
-        )
-        # FlashAttention gives its results the query's strides; the graph of a compiled block is
-        # promised contiguous ones (`register_fake`). A copy only where the query was put together
-        # from parts, as in Phi and GPT-NeoX.
-        return out.contiguous(), lse
+        return _flash_forward(query, key, value, cu_seqlens, max_seqlen, scale, window)
     outs, lses = [], []
     for q, k, v in _documents(cu_seqlens, *map(_by_heads, (query, key, value))):
         mask = _window_mask(q, window)
@@ -129,26 +122,9 @@ def _varlen_backward(
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if query.is_cuda:
-        dq, dk, dv = _aten._flash_attention_backward(
-            grad,
-            query,
-            key,
-            value,
-            out,
-            lse,
-            cu_seqlens,
-            cu_seqlens,
-            max_seqlen,
-            max_seqlen,
-            0.0,
-            True,
-            torch.zeros(2, dtype=torch.uint64, device=query.device),  # of dropout, which is 0
-            torch.empty(0, device=query.device),
-            scale=scale,
-            window_size_left=window - 1 if window else -1,
-            window_size_right=0,
+        return _flash_backward(
+            grad, query, key, value, out, lse, cu_seqlens, max_seqlen, scale, window
         )
-        return dq.contiguous(), dk.contiguous(), dv.contiguous()
     grads: tuple[list[Tensor], ...] = ([], [], [])
     ends = cu_seqlens.tolist()
     pieces = _documents(cu_seqlens, *map(_by_heads, (query, key, value, grad, out)))
@@ -170,6 +146,76 @@ def _varlen_backward(
             whole.append(piece[0].transpose(0, 1))
     dq, dk, dv = map(torch.cat, grads)
     return dq, dk, dv
+
+
+def _flash_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor]:
+    """The operator on a GPU. FlashAttention gives its results the query's strides; the graph of a
+    compiled block is promised contiguous ones (`register_fake`). So they are copied, only where the
+    query was put together from parts, as in Phi and GPT-NeoX."""
+    out, lse, *_ = _aten._flash_attention_forward(
+        query,
+        key,
+        value,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        0.0,
+        True,
+        False,
+        scale=scale,
+        **_window_sizes(window),
+    )
+    return out.contiguous(), lse
+
+
+def _flash_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient on a GPU, contiguous too."""
+    dq, dk, dv = _aten._flash_attention_backward(
+        grad,
+        query,
+        key,
+        value,
+        out,
+        lse,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        0.0,
+        True,
+        torch.zeros(2, dtype=torch.uint64, device=query.device),  # of dropout, which is 0
+        torch.empty(0, device=query.device),
+        scale=scale,
+        **_window_sizes(window),
+    )
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+def _window_sizes(window: int) -> dict[str, int | None]:
+    """Without a window none are named: FlashAttention 4 takes no others in its backward."""
+    if not window:
+        return {"window_size_left": None, "window_size_right": None}
+    return {"window_size_left": window - 1, "window_size_right": 0}
 
 
 def _documents(cu_seqlens: Tensor, *tensors: Tensor) -> Any:

@@ -42,11 +42,12 @@ def test_noise_has_the_same_bits(dtype: torch.dtype, distribution: str, hidden: 
         drawn = draw(stream, layout, hidden, distribution)
         results.append((on_device.cpu(), squares.cpu(), drawn.cpu()))
     for one, other in zip(*results, strict=True):
-        if distribution == "gaussian":  # logarithms differ in their last bit
-            assert float((one != other).float().mean()) < 1e-5
-        elif one.dtype != torch.float64:
+        if one.dtype == torch.float64:  # the norms' squares, whose sums differ in their order
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=0)
+        elif distribution == "gaussian":  # logarithms differ in their last bit
+            assert float((one != other).float().mean()) < 1e-4
+        else:
             assert torch.equal(one, other)
-    assert torch.allclose(results[0][1], results[1][1], rtol=1e-5)
 
 
 def test_strides_and_padding() -> None:
@@ -109,7 +110,7 @@ def test_a_compiled_model_trains_as_an_eager_one() -> None:
             assert float(losses[0].detach()) == pytest.approx(float(losses[1].detach()), rel=1e-5)
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", "deepspeed"])
+@pytest.mark.parametrize("engine", ["fsdp2", "deepspeed", "single"])
 def test_training_agrees_with_the_cpu(engine: str, tmp_path: Path) -> None:
     if engine == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("needs deepspeed")
@@ -130,7 +131,8 @@ def test_a_launched_run_skips_what_is_not_finite(engine: str, tmp_path: Path) ->
         pytest.skip("needs deepspeed")
     config = tiny.make_config(tmp_path, train={"max_steps": 6}, checkpoint={"every_steps": 1})
     run_dir = tmp_path / "run"
-    path = os.pathsep.join([str(ROOT / "tests/slurm/faults"), str(ROOT)])
+    others = filter(None, [os.environ.get("PYTHONPATH")])
+    path = os.pathsep.join([str(ROOT / "tests/slurm/faults"), str(ROOT), *others])
     done = subprocess.run(
         [
             str(ROOT / "launcher/torchrun.sh"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import transformers
 from torch import Tensor
 
 from neftune_dist.config import ModelConfig, UserError
+from neftune_dist.model import varlen
 from neftune_dist.model.attention import (
     VARLEN,
     implementation,
@@ -25,6 +28,7 @@ from neftune_dist.model.support import (
     check_model,
     longest_document,
 )
+from neftune_dist.model.varlen import VARLEN_OPERATOR
 from tests.families import family
 
 LENGTHS = (7, 1, 12)  # longer and shorter than the sliding windows, which are 5
@@ -275,3 +279,58 @@ def test_learned_positions_reach_to_the_limit_and_no_further(model_type: str) ->
     assert packed(model, (document, document)).isfinite().all()
     with pytest.raises(IndexError):
         packed(model, (torch.full((1, limit + 1), 5),))
+
+
+@pytest.mark.parametrize("layout", ["tokens outside", "heads outside"])
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
+def test_results_lie_as_a_compiled_block_is_promised(layout: str, heads: tuple[int, int]) -> None:
+    """On a GPU, by torch's own rules of shapes: FlashAttention gives its results the strides of the
+    query, which Phi and GPT-NeoX put together from parts, and so with the heads outside."""
+    shapes = [(50, number, 64) for number in (heads[0], heads[1], heads[1])]
+    empty = functools.partial(torch.empty, device="meta", dtype=torch.bfloat16)
+    if layout == "heads outside":
+        qkv = [empty(n, t, d).transpose(0, 1) for t, n, d in shapes]
+    else:
+        qkv = [empty(shape) for shape in shapes]
+    ends = torch.empty(3, dtype=torch.int32, device="meta")
+    settings: tuple[Any, ...] = (ends, 64, 0.125, 0)
+    out = varlen._flash_forward(*qkv, *settings)
+    assert_laid_out_alike(out, VARLEN_OPERATOR(*qkv, *settings))
+    given = (empty(qkv[0].shape), *qkv, *out, *settings)
+    promised = torch.ops.neftune_dist.varlen_attention_backward(*given)
+    assert_laid_out_alike(varlen._flash_backward(*given), promised)
+
+
+def assert_laid_out_alike(found: Sequence[Tensor], promised: Sequence[Tensor]) -> None:
+    for one, other in zip(found, promised, strict=True):
+        assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
+
+
+@pytest.mark.parametrize(
+    ("capability", "windowed", "usable", "expected"),
+    [
+        ((9, 0), False, {"FA3", "FA4"}, "FA3"),
+        ((9, 0), False, {"FA4"}, "FA4"),
+        ((9, 0), True, {"FA4"}, "FA2"),
+        ((10, 0), False, {"FA4"}, "FA4"),
+        ((10, 0), False, set(), "FA2"),
+        ((8, 0), False, {"FA3", "FA4"}, "FA2"),
+    ],
+)
+@pytest.mark.parametrize("error", [ImportError, ValueError, RuntimeError])
+def test_the_fastest_kernel_that_is_installed(
+    capability: tuple[int, int],
+    windowed: bool,
+    usable: set[str],
+    expected: str,
+    error: type[Exception],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def activate(name: str) -> None:
+        if name not in usable:
+            raise error(f"{name} has no kernels")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate)
+    found = varlen.activate_varlen_kernel(torch.device("cuda"), "bf16", windowed)
+    assert found == f"varlen ({expected})"

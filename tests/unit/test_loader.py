@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from neftune_dist.config import Config, DataConfig, TrainConfig
+from neftune_dist.config import Config, DataConfig, ModelConfig, TrainConfig
 from neftune_dist.data.corpus import Corpus, prepare
 from neftune_dist.data.documents import Documents
 from neftune_dist.data.loader import Loader, MicroBatch, collate, evaluation_batches
@@ -331,6 +331,55 @@ def test_the_noise_learns_the_layout_of_a_packed_batch(corpus: Corpus) -> None:
         batch.lengths, documents=batch.documents, epochs=batch.epochs
     )
     assert same(token_layout(batch), expected)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(("slices", "multiple"), [(1, 16), (2, 1), (2, 16), (4, 16)])
+@pytest.mark.parametrize("chosen", [[4, 2, 9], []])
+def test_rows_are_filled_to_a_multiple(
+    corpus: Corpus, packing: bool, slices: int, multiple: int, chosen: list[int]
+) -> None:
+    """What equal slices and float8's tiles need; the filling is padding, to noise and loss."""
+    if slices > 1 and not packing:
+        pytest.skip("padded rows are not sliced")
+    indices = np.array(chosen, np.int64)
+    epochs = np.zeros_like(indices)
+    plain = collate(corpus.train, indices, epochs, packing)
+    batch = collate(corpus.train, indices, epochs, packing, slices, multiple)
+    assert batch.input_ids.shape[1] % (slices * multiple) == 0
+    assert batch.input_ids.shape[1] - plain.input_ids.shape[1] < slices * max(multiple, 2)
+    assert torch.equal(batch.targets, plain.targets)
+    flat = batch.input_ids.flatten()
+    assert torch.equal(flat[batch.positions + 1], batch.targets)
+    if packing:
+        assert batch.cu_seqlens is not None
+        ends = np.cumsum([0, *batch.document_lengths]).tolist()
+        ends += [batch.input_ids.numel()] * bool(batch.tail)
+        assert batch.cu_seqlens.tolist() == ends
+        parts = [batch.slice(i, slices) for i in range(slices)] if slices > 1 else [batch]
+        real = [token_layout(part).length > 0 for part in parts]
+        assert int(torch.cat(real).sum()) == int(plain.lengths.sum())
+        assert not torch.cat(real)[int(plain.lengths.sum()) :].any()
+        assert len({len(each) for each in real}) == 1
+    else:
+        assert int((token_layout(batch).length > 0).sum()) == int(plain.lengths.sum())
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_float8_fills_the_batches_of_a_run(corpus: Corpus, packing: bool) -> None:
+    config = Config(
+        data=DataConfig(packing=packing),
+        train=TrainConfig(micro_batch_tokens=208, global_batch_size=20, max_steps=2),
+        model=ModelConfig(float8="tensorwise"),
+    )
+    schedule = make_schedule(config.train, len(corpus.train), corpus.content)
+    loader = Loader(corpus.train, schedule, config, 0, 1, QUADRATIC_TOKENS)
+    batch = loader.step(0)
+    computed = sum(each.input_ids.numel() for each in batch.micro_batches)
+    assert computed == batch.num_computed_tokens
+    indices = np.arange(len(corpus.held_out))
+    held_out = evaluation_batches(corpus.held_out, indices, config, 0, 1, QUADRATIC_TOKENS)
+    assert all(each.input_ids.shape[1] % 16 == 0 for each in [*batch.micro_batches, *held_out])
 
 
 def test_the_corpus_is_read_without_loading_it(corpus: Corpus, tmp_path: Path) -> None:
