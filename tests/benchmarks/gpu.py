@@ -42,6 +42,10 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+import torch.utils._triton  # noqa: E402
+
+# Importing transformers imports torchao, which asks of each GPU, through CUDA, whether Triton fits.
+torch.utils._triton.has_triton = torch.cuda.is_available  # type: ignore[assignment]
 
 from tests.benchmarks.gpu_parts import (  # noqa: E402
     SEVEN_B,
@@ -64,6 +68,7 @@ FULL, SELECTIVE = (
     ("model.activation_checkpointing=selective",),
 )
 COMPILE = ("model.compile=true",)
+SINGLE, FLOAT8 = "engine.name=single", "model.float8=tensorwise"
 
 
 def step(name: str, units: int, *words: str, documents: str = "whole") -> Part:
@@ -75,8 +80,13 @@ def step(name: str, units: int, *words: str, documents: str = "whole") -> Part:
 PARTS = (
     step("4096 full", 4, *FULL),
     step("4096 selective compile", 4, *SELECTIVE, *COMPILE),
-    step("4096 selective compile float8", 4, *SELECTIVE, *COMPILE, "model.float8=tensorwise"),
+    step("4096 selective compile single", 4, *SELECTIVE, *COMPILE, SINGLE),
+    step("4096 selective compile single float8", 4, *SELECTIVE, *COMPILE, SINGLE, FLOAT8),
     Part("noise", "noise", 8),
+    step(
+        "alpaca 4096 selective compile single", 4, *SELECTIVE, *COMPILE, SINGLE, documents="alpaca"
+    ),
+    step("4096 selective compile float8", 4, *SELECTIVE, *COMPILE, FLOAT8),
     step("alpaca 4096 selective compile", 4, *SELECTIVE, *COMPILE, documents="alpaca"),
     Part("alpaca peer: transformers", "peer", 4, "alpaca", FULL),
     step("8192 selective compile", 8, *SELECTIVE, *COMPILE),
@@ -93,10 +103,19 @@ PARTS = (
         4,
         *SELECTIVE,
         *COMPILE,
-        "model.float8=tensorwise",
+        FLOAT8,
         documents="alpaca",
     ),
     step("sharegpt 4096 selective compile", 4, *SELECTIVE, *COMPILE, documents="sharegpt"),
+    step("8192 full compile single", 8, *FULL, *COMPILE, SINGLE),
+    step(
+        "sharegpt 4096 selective compile single",
+        4,
+        *SELECTIVE,
+        *COMPILE,
+        SINGLE,
+        documents="sharegpt",
+    ),
     step("16384 full compile", 16, *FULL, *COMPILE),
     step("4096 full 8bit", 4, *FULL, "optim.states=8bit"),
     step("4096 full compile", 4, *FULL, *COMPILE),
@@ -130,12 +149,13 @@ def _into(path: Path, work: Callable[[], dict[str, Any]]) -> int:
         os._exit(status)  # a copy of the parent has nothing of the parent's to clean up
 
 
-def _on_a_fresh_gpu(name: str, path: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """`work`'s result; where this copy of the parent cannot use the GPU, that of a new program."""
+def _on_a_fresh_gpu(part: Part, size: Size, profile: Path | None, result: Path) -> dict[str, Any]:
+    """The part's result; where this copy of the parent cannot use the GPU, that of a new program,
+    which takes seconds more."""
     if torch.cuda._is_in_bad_fork():
-        words = [sys.executable, *sys.argv, "--part", name, "--result", str(path)]
+        words = [sys.executable, *sys.argv, "--part", part.name, "--result", str(result)]
         os.execv(sys.executable, words)
-    return work()
+    return body(part, size, profile)
 
 
 def _ended(pid: int, deadline: float) -> bool:
@@ -152,18 +172,20 @@ def _ended(pid: int, deadline: float) -> bool:
     return ended
 
 
+def profile_path(part: Part, args: argparse.Namespace) -> Path | None:
+    """Where the part's time by kernel is to go, if it is asked for."""
+    if part.name not in (args.profile or ()):
+        return None
+    return Path(args.out, f"{part.name.replace(' ', '_')}.txt")
+
+
 def measure(part: Part, size: Size, args: argparse.Namespace, limit: float) -> dict[str, Any]:
     """Run the part in a process, and the plan of it in another meanwhile."""
     began = time.monotonic()
-    profile = None
-    if args.profile and any(word == part.name for word in args.profile):
-        profile = args.out / f"{part.name.replace(' ', '_')}.txt"
+    profile = profile_path(part, args)
     with tempfile.TemporaryDirectory() as folder:
         measured, planned = Path(folder, "measured"), Path(folder, "planned")
-        child = _into(
-            measured,
-            lambda: _on_a_fresh_gpu(part.name, measured, lambda: body(part, size, profile)),
-        )
+        child = _into(measured, lambda: _on_a_fresh_gpu(part, size, profile, measured))
         planner = 0
         if part.what == "step":
             planner = _into(planned, lambda: {"gib": planned_gib(part, size)})
@@ -310,7 +332,8 @@ def main() -> None:
     size = TINY if args.tiny else size
     named = {part.name: part for part in PARTS}
     if args.part:
-        args.result.write_text(json.dumps(body(named[args.part], size, None)))
+        part = named[args.part]
+        args.result.write_text(json.dumps(body(part, size, profile_path(part, args))))
         return
     warm_imports()
     path, began = args.out / "gpu.jsonl", time.monotonic()
