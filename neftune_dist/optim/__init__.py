@@ -3,6 +3,7 @@
 from neftune_dist.optim.adamw import (
     STATE_NAMES,
     MakeOptimizer,
+    divide_gradients,
     initialize_state,
     learning_rate,
     moments,
@@ -21,6 +22,7 @@ __all__ = [
     "MakeOptimizer",
     "Moment",
     "Piece",
+    "divide_gradients",
     "initialize_state",
     "learning_rate",
     "local",

@@ -130,6 +130,13 @@ def skip_update_where(optimizer: torch.optim.Optimizer, unwanted: Tensor) -> Non
     optimizer.found_inf = unwanted.float()  # type: ignore[attr-defined]
 
 
+def divide_gradients(optimizer: torch.optim.Optimizer, divisor: Tensor) -> None:
+    """What the next update divides gradients by as it reads them: float32 (), on their device. The
+    gradients themselves may be divided by it, too, or not."""
+    # As with found_inf: what GradScaler sets, and torch's fused optimizers look for.
+    optimizer.grad_scale = divisor  # type: ignore[attr-defined]
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """The rate of the next update, for every group."""
     for group in optimizer.param_groups:

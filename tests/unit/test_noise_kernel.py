@@ -7,10 +7,8 @@ memory, as torch sends them, so what the kernel writes is seen here.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import unittest.mock
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -28,12 +26,12 @@ from neftune_dist.noise.law import (
 )
 from neftune_dist.noise.op import add_noise_
 from neftune_dist.noise.philox import philox4x32, philox4x32_
+from tests.interpreter import DEADLINE_SECONDS
 from tests.unit.test_noise import VECTORS
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-DEADLINE_SECONDS = 120
 DISTRIBUTIONS = ["uniform", "gaussian", "symmetric"]
 ROWS, COLUMNS = 2, 8
 # Documents, and padding between them, of the ROWS x COLUMNS tokens.
@@ -52,15 +50,6 @@ ODD_BITS = {
     torch.bfloat16: [0x8000, 0x7FC5, 0x7F85, 0xFF80],
 }
 INTEGERS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[ProcessPoolExecutor]:
-    """A process in which Triton interprets its kernels."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        with unittest.mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
-            pool.submit(os.getpid).result(DEADLINE_SECONDS)  # starts the process
-        yield pool
 
 
 @dataclass(frozen=True)
