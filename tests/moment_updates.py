@@ -6,6 +6,7 @@ Whoever compares two of them compares every bit that an update leaves behind.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +66,30 @@ def gradients(size: int, update: int) -> Tensor:
     return grad
 
 
+def make(states: str, case: Case, values: Tensor) -> tuple[Any, Tensor, Piece]:
+    """An optimizer, the tensor that it updates, which holds `values`, and the piece in it."""
+    parameter = torch.nn.Parameter(values)
+    part = slice(case.offset, case.offset + case.size)
+    piece = Piece(parameter, part, "w", case.start, case.numel)
+    config = OptimConfig(learning_rate=1e-2, weight_decay=case.weight_decay, states=states)
+    optimizer = MakeOptimizer(config, seed=3)([("w", parameter)], {"w": (case.numel, 1)})
+    initialize_state(optimizer, [parameter], [piece])
+    if case.grad_scale is not None:
+        divide_gradients(optimizer, torch.tensor(case.grad_scale, device=values.device))
+    return optimizer, parameter, piece
+
+
+def state(optimizer: Any, piece: Piece) -> dict[str, Tensor]:
+    """Moments as they are kept, by name; blocks as codes (blocks, 256) and scales (blocks,)."""
+    found = {}
+    for name, moment in moments(optimizer, piece).items():
+        if isinstance(moment, Blocks):
+            found |= {f"{name} codes": moment.codes, f"{name} scales": moment.scales}
+        else:
+            found[name] = moment
+    return found
+
+
 def run(states: str, case: Case, device: str = "cpu", fused: bool = False) -> dict[str, Tensor]:
     """What some updates leave behind, on the CPU, by name.
 
@@ -72,28 +97,15 @@ def run(states: str, case: Case, device: str = "cpu", fused: bool = False) -> di
         fused: as the kernel has it, on whatever device; on a GPU it always does.
     """
     draw = torch.Generator().manual_seed(99)
-    whole = case.offset + case.size + 5
-    parameter = torch.nn.Parameter((torch.randn(whole, generator=draw) * 0.02).to(device))
-    part = slice(case.offset, case.offset + case.size)
-    piece = Piece(parameter, part, "w", case.start, case.numel)
-    config = OptimConfig(learning_rate=1e-2, weight_decay=case.weight_decay, states=states)
-    optimizer = MakeOptimizer(config, seed=3)([("w", parameter)], {"w": (case.numel, 1)})
-    initialize_state(optimizer, [parameter], [piece])
-    if fused:
-        optimizer.fused = True  # type: ignore[attr-defined]
-    if case.grad_scale is not None:
-        divide_gradients(optimizer, torch.tensor(case.grad_scale, device=device))
+    values = torch.randn(case.offset + case.size + 5, generator=draw) * 0.02
+    optimizer, parameter, piece = make(states, case, values.to(device))
+    optimizer.fused |= fused
     for update in range(NUM_UPDATES):
         parameter.grad = torch.full_like(parameter, 1e3)
-        parameter.grad[part] = gradients(case.size, update).to(device)
+        parameter.grad[piece.part] = gradients(case.size, update).to(device)
         optimizer.step()
-    left = {"parameter": parameter.detach().cpu()}
-    for name, moment in moments(optimizer, piece).items():
-        if isinstance(moment, Blocks):
-            left |= {f"{name} codes": moment.codes.cpu(), f"{name} scales": moment.scales.cpu()}
-        else:
-            left[name] = moment.cpu()
-    return left
+    left = {"parameter": parameter.detach(), **state(optimizer, piece)}
+    return {name: tensor.cpu() for name, tensor in left.items()}
 
 
 def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
