@@ -100,6 +100,8 @@ class Trainer:
         num_steps, save_every = self.loader.schedule.num_steps, self.config.checkpoint.every_steps
         if self.evaluation_due and not self.evaluate():
             raise Stopped
+        if save_every:
+            self.saver.prepare(self.engine)
         evaluated = True
         for batch in self.batches():
             stopping = self.train_step(batch, num_steps)
@@ -305,22 +307,16 @@ def num_passes(noise: NoiseConfig) -> int:
 
 
 def token_layout(batch: MicroBatch) -> TokenLayout:
-    """What the noise must know of a micro-batch's tokens."""
-    if len(batch.lengths) == 0:  # an empty micro-batch: its tokens are padding
+    """What the noise must know of a micro-batch's tokens. Nothing here waits for the device."""
+    if len(batch.documents) == 0:  # an empty micro-batch: its tokens are padding
         return TokenLayout.padding(batch.input_ids.numel(), batch.input_ids.device)
-    ids, mask = batch.input_ids, batch.attention_mask
-    index, count = batch.part
-    if count > 1:  # the whole's, of which the slice is taken
-        ids = mask = torch.ones(1, batch.whole_tokens, dtype=torch.int64, device=ids.device)
-        mask[:, batch.whole_tokens - batch.tail :] = 0
-    layout = TokenLayout.from_arguments(
-        ids,
-        mask,
-        cu_seq_lens=batch.cu_seqlens,
-        documents=batch.documents,
-        epochs=batch.epochs,
+    own, segment = len(batch.segment), batch.segment
+    first = batch.part[0] * own  # of a slice, within the whole
+    return TokenLayout(
+        token=torch.arange(first, first + own, device=segment.device),
+        length=batch.token_length,
+        position=batch.position_ids.flatten(),
+        segment=segment,
+        document=batch.documents[segment],
+        epoch=batch.epochs[segment],
     )
-    if count == 1:
-        return layout
-    own = batch.whole_tokens // count
-    return layout.take(torch.arange(index * own, (index + 1) * own, device=ids.device))

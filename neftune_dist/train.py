@@ -286,6 +286,10 @@ def _unwritable(run_dir: Path, error: OSError) -> UserError:
 def make_engine(config: Config, world: World) -> Engine:
     """The engine that `engine.name` chooses, before its set-up."""
     # Imported here alone: the engine that was not chosen need not be importable.
+    if config.engine.name == "single":
+        from neftune_dist.engine.single import SingleDeviceEngine
+
+        return SingleDeviceEngine(config, world)
     if config.engine.name == "fsdp2":
         from neftune_dist.engine.fsdp2 import FSDP2Engine
 

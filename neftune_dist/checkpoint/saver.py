@@ -11,18 +11,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from neftune_dist import host
 from neftune_dist.checkpoint import flat, store
 from neftune_dist.checkpoint.flat import WrittenFile
+from neftune_dist.checkpoint.host_copy import HostCopy
 from neftune_dist.config import CheckpointConfig, UserError
 from neftune_dist.distributed import World
 from neftune_dist.engine.base import Engine, FlatShard
@@ -41,11 +40,20 @@ class Saver:
         timeout = timedelta(minutes=settings.timeout_minutes)
         self._world, self._aside = world, world.aside(timeout.total_seconds())
         self._group = dist.new_group(backend="gloo", timeout=timeout)
-        self._buffers: dict[tuple[str, int], Any] = {}  # each as the shard that it copies
-        self._asynchronous: bool | None = None  # decided at the first save
+        self._copy: HostCopy | None = None  # where saves are asynchronous
+        self._asynchronous: bool | None = None  # not yet decided
         self._thread: Thread | None = None
         self._error: BaseException | None = None
         self.seconds_waited = 0.0  # that the loop stood still for the last save
+
+    def prepare(self, engine: Engine) -> None:
+        """Decide how to save, and get the memory for it: ahead of the first save, while training
+        goes on."""
+        if self._asynchronous is None:
+            self._asynchronous = self._decide(engine.flat_state())
+            if self._asynchronous:
+                shards = engine.flat_state() if engine.saves else []
+                self._copy = HostCopy(shards, self._world.device)
 
     def save(self, step: int, engine: Engine, state: Mapping[str, Any]) -> None:
         """Save the engine's state as the checkpoint of `step`.
@@ -61,10 +69,9 @@ class Saver:
         self.wait()
         shards = engine.flat_state() if engine.saves else []
         text = json.dumps({"step": step, **state}, indent=1)
-        if self._asynchronous is None:
-            self._asynchronous = self._decide(engine.flat_state())
-        if self._asynchronous:
-            work = (step, self._copy(shards), text)
+        self.prepare(engine)
+        if self._copy is not None:
+            work = (step, self._copy.copy(shards), text)
             self._thread = Thread(target=self._try, args=work, name="checkpoint", daemon=True)
             self._thread.start()
         else:
@@ -122,20 +129,6 @@ class Saver:
         with world.agree():
             if world.is_first:
                 store.publish(partial, state, files, self._settings)
-
-    def _copy(self, shards: list[FlatShard]) -> list[FlatShard]:
-        """The shards in host memory, in buffers that every save uses again."""
-        pinned = self._world.device.type == "cuda"
-        copies = []
-        for shard in shards:
-            key = (shard.key, shard.start)
-            if key not in self._buffers:
-                self._buffers[key] = shard.room_on_host(pinned)
-            self._buffers[key].copy_(shard.tensor, non_blocking=True)
-            copies.append(replace(shard, tensor=self._buffers[key]))
-        if pinned:
-            torch.cuda.synchronize(self._world.device)
-        return copies
 
     def _decide(self, shards: list[FlatShard]) -> bool:
         """Whether to copy and go on: as told, or where every machine has the memory."""

@@ -20,6 +20,7 @@ from neftune_dist.config.sections import (
     CheckpointConfig,
     Config,
     DataConfig,
+    EngineConfig,
     JudgeConfig,
     LoggingConfig,
     NoiseConfig,
@@ -97,14 +98,11 @@ def _check_contradictions(config: Config) -> None:
         )
     if train.max_steps is not None and train.num_epochs is not None:
         raise UserError("train.max_steps and train.num_epochs are both set: give one of them.")
-    if config.engine.name == "fsdp2" and config.engine.zero_stage is not None:
-        raise UserError("engine.zero_stage has no effect with engine.name=fsdp2: leave it out.")
-    for key in ("num_replicas", "reshard_after_forward"):
-        if config.engine.name == "deepspeed" and getattr(config.engine, key) is not None:
-            raise UserError(f"engine.{key} has no effect with engine.name=deepspeed: leave it out.")
-    if model.float8 != "none" and (model.dtype != "bf16" or config.engine.name != "fsdp2"):
+    _check_engine(config)
+    if model.float8 != "none" and (model.dtype != "bf16" or config.engine.name == "deepspeed"):
         raise UserError(
-            f"model.float8={model.float8} goes with model.dtype=bf16 and engine.name=fsdp2."
+            f"model.float8={model.float8} goes with model.dtype=bf16 and engine.name=fsdp2 or "
+            "single."
         )
     if model.float8 == "tensorwise" and config.engine.offload != "none":
         raise UserError(
@@ -125,6 +123,24 @@ def _check_contradictions(config: Config) -> None:
     if config.optim.schedule == "constant" and config.optim.final_fraction:
         raise UserError("optim.final_fraction has no effect with optim.schedule=constant.")
     _check_noise(config.noise)
+
+
+# What each engine reads, beside its name.
+_ENGINE_KEYS = {
+    "fsdp2": ("num_replicas", "reshard_after_forward", "sequence_parallel", "offload"),
+    "deepspeed": ("zero_stage", "sequence_parallel", "offload"),
+    "single": (),
+}
+
+
+def _check_engine(config: Config) -> None:
+    engine = config.engine
+    for key, usual in vars(EngineConfig()).items():
+        unread = key != "name" and key not in _ENGINE_KEYS[engine.name]
+        if unread and getattr(engine, key) != usual:
+            raise UserError(
+                f"engine.{key} has no effect with engine.name={engine.name}: leave it out."
+            )
 
 
 def _check_adapter(config: Config) -> None:

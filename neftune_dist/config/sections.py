@@ -129,7 +129,7 @@ class NoiseConfig:
 class EngineConfig:
     """Who shards the model."""
 
-    name: str = "fsdp2"  # fsdp2 | deepspeed
+    name: str = "fsdp2"  # fsdp2 | deepspeed | single: one process, nothing sharded
     zero_stage: int | None = None  # deepspeed: 1 | 2 | 3 (default 3)
     num_replicas: int | None = None  # fsdp2: HSDP, copies of the sharded model (default 1)
     reshard_after_forward: bool | None = None  # fsdp2: False keeps weights until the backward
@@ -305,7 +305,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "noise.length": ("document", "padded"),
     "noise.stream": ("rank", "sample"),
     "noise.schedule": ("constant", "linear", "cosine"),
-    "engine.name": ("fsdp2", "deepspeed"),
+    "engine.name": ("fsdp2", "deepspeed", "single"),
     "engine.zero_stage": (None, 1, 2, 3),
     "engine.offload": ("none", "cpu"),
     "optim.schedule": ("cosine", "linear", "constant"),

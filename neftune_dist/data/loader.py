@@ -5,7 +5,8 @@ An empty micro-batch is two tokens that nothing is learned from, so that every r
 every collective; two, because torch.compile would compile once more for a dimension of size 1.
 
 Ranks that share sequences (`engine.sequence_parallel`) take slices of one micro-batch: as many
-tokens each, wherever documents begin and end.
+tokens each, wherever documents begin and end. A packed micro-batch that has too few tokens for
+equal slices, or for float8's tiles, ends with a tail of padding.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from neftune_dist.data.layout import lay_out
 from neftune_dist.data.schedule import Schedule
 
 _EMPTY_TOKENS = 2  # of an empty micro-batch
+# The weights' gradients are products over the tokens, whose number float8 wants divisible by this.
+_FLOAT8_TILE = 16
 # Prepared beyond the one that is trained: two outlast a single slow one.
 _STEPS_AHEAD = 2
 _CPU = torch.device("cpu")
@@ -39,11 +42,13 @@ class MicroBatch:
     positions: int64 (num_supervised,), indices into the flattened (B * S) tokens whose successor is
         learned; targets: int64 (num_supervised,), those successors.
     lengths, documents, epochs: int64 (num_documents,), in order; none where the batch is empty.
+    segment, token_length: int64 (B * S,), index of each token's document among those, and that
+        document's tokens; 0 at padding, and all of an empty batch is padding.
     cu_seqlens: int32 (num_documents + 1,), where each document begins and the last one ends; None
         where padded. The tokens of an empty batch count as one document: (0, S).
+    tail: tokens of padding at the end of a packed batch, one more document in cu_seqlens.
     part: (index, count) of a slice. Its input_ids, position_ids, positions and targets are its own;
-        documents and cu_seqlens are those of the whole, at whose end a slice may need padding: one
-        more document in cu_seqlens, of `tail` tokens.
+        segment and token_length too; documents, cu_seqlens and tail are those of the whole.
     """
 
     input_ids: Tensor
@@ -54,6 +59,8 @@ class MicroBatch:
     lengths: Tensor
     documents: Tensor
     epochs: Tensor
+    segment: Tensor
+    token_length: Tensor
     cu_seqlens: Tensor | None
     # Known to the host without waiting for the device: lengths, or (S,) where the batch is empty.
     document_lengths: tuple[int, ...]
@@ -76,6 +83,8 @@ class MicroBatch:
             position_ids=self.position_ids[:, first:last],
             positions=self.positions[inside] - first,
             targets=self.targets[inside],
+            segment=self.segment[first:last],
+            token_length=self.token_length[first:last],
             part=(index, count),
         )
 
@@ -107,11 +116,27 @@ class StepBatch:
     sum_squared_lengths: int  # for the attention's FLOPs
 
 
+def token_multiple(config: Config) -> int:
+    """What divides the number of tokens in each row of a rank's micro-batches."""
+    return 1 if config.model.float8 == "none" else _FLOAT8_TILE
+
+
 def collate(
-    documents: Documents, indices: np.ndarray, epochs: np.ndarray, packing: bool, slices: int = 1
+    documents: Documents,
+    indices: np.ndarray,
+    epochs: np.ndarray,
+    packing: bool,
+    slices: int = 1,
+    multiple: int = 1,
 ) -> MicroBatch:
-    """The micro-batch of these documents, int64 (num_documents,) each; none gives an empty one.
-    Packed, it can be cut into so many `slices`."""
+    """The micro-batch of some documents; of none, an empty one.
+
+    Args:
+        indices, epochs: int64 (num_documents,).
+        packing: one row of all documents; else a row each.
+        slices: into how many equal ones a packed batch can be cut.
+        multiple: what divides the tokens of each slice, or of each padded row.
+    """
     if len(indices):
         lengths, (ids, supervised) = documents.lengths[indices], documents.gather(indices)
     else:
@@ -119,14 +144,18 @@ def collate(
         lengths = np.array([empty])
         ids, supervised = np.zeros(empty, np.int32), np.zeros(empty, np.uint8)
     ends = np.cumsum(lengths)
-    tail = -int(ends[-1]) % slices
     token = np.arange(len(ids))
     within = token - np.repeat(ends - lengths, lengths)
     # The place of each token among the flattened rows.
-    rows, width = (1, len(ids) + tail) if packing else (len(lengths), int(lengths.max()))
+    rows = 1 if packing else len(lengths)
+    width = _row_width(lengths, packing, slices, multiple)
+    tail = width - len(ids) if packing else 0
     place = token if packing else np.repeat(np.arange(rows) * width, lengths) + within
-    input_ids, position_ids, mask = np.zeros((3, rows * width), np.int64)
+    input_ids, position_ids, mask, segment, token_length = np.zeros((5, rows * width), np.int64)
     input_ids[place], position_ids[place], mask[place] = ids, within, 1
+    if len(indices):
+        segment[place] = np.repeat(np.arange(len(lengths)), lengths)
+        token_length[place] = np.repeat(lengths, lengths)
     learned = np.flatnonzero(supervised)
     boundaries = np.concatenate([[0], ends, [len(ids) + tail] * bool(tail)])
     return MicroBatch(
@@ -138,10 +167,18 @@ def collate(
         lengths=torch.from_numpy(lengths[: len(indices)]),
         documents=torch.from_numpy(np.asarray(indices, np.int64)),
         epochs=torch.from_numpy(np.asarray(epochs, np.int64)),
+        segment=torch.from_numpy(segment),
+        token_length=torch.from_numpy(token_length),
         cu_seqlens=torch.from_numpy(boundaries.astype(np.int32)) if packing else None,
         document_lengths=tuple(lengths.tolist()),
         tail=tail,
     )
+
+
+def _row_width(lengths: np.ndarray, packing: bool, slices: int, multiple: int) -> int:
+    """Tokens of a row, padding counted."""
+    tokens = int(lengths.sum() if packing else lengths.max())
+    return tokens + -tokens % (slices * multiple)
 
 
 class Loader:
@@ -170,6 +207,7 @@ class Loader:
         self.quadratic_tokens = quadratic_tokens
         self.device = device
         self.part = part
+        self.multiple = token_multiple(config)
 
     def step(self, step: int) -> StepBatch:
         """This rank's part of a step: a pure function of the step."""
@@ -187,7 +225,12 @@ class Loader:
             micro_batches=[
                 _own(
                     collate(
-                        self.documents, indices[group], epochs[group], self.packing, self.part[1]
+                        self.documents,
+                        indices[group],
+                        epochs[group],
+                        self.packing,
+                        self.part[1],
+                        self.multiple,
                     ),
                     self.part,
                 )
@@ -227,9 +270,9 @@ class Loader:
     def _computed(self, lengths: np.ndarray) -> int:
         slices = self.part[1]
         if len(lengths) == 0:
-            return _EMPTY_TOKENS * slices
-        tokens = int(lengths.sum() if self.packing else len(lengths) * lengths.max())
-        return -(-tokens // slices) * slices
+            lengths = np.array([_EMPTY_TOKENS * slices])
+        rows = 1 if self.packing else len(lengths)
+        return rows * _row_width(lengths, self.packing, slices, self.multiple)
 
 
 def _own(batch: MicroBatch, part: tuple[int, int]) -> MicroBatch:
@@ -257,4 +300,6 @@ def evaluation_batches(
     for groups in layout.groups:
         chosen = indices[list(groups[rank])]
         epochs = np.zeros_like(chosen)
-        yield _own(collate(documents, chosen, epochs, config.data.packing, part[1]), part)
+        multiple = token_multiple(config)
+        batch = collate(documents, chosen, epochs, config.data.packing, part[1], multiple)
+        yield _own(batch, part)

@@ -8,7 +8,7 @@ know of an engine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from neftune_dist.data.loader import MicroBatch
 from neftune_dist.model.loss import token_losses
-from neftune_dist.optim import MakeOptimizer, Moment, precision_of
+from neftune_dist.optim import Blocks, MakeOptimizer, Moment, precision_of
 
 # The float32 master weights, beside the moments named in optim.STATE_NAMES.
 MASTER = "master"
@@ -46,12 +46,13 @@ class FlatShard:
         """The tensor's key in a checkpoint."""
         return f"{self.kind}/{self.name}"
 
-    def room_on_host(self, pinned: bool) -> Moment:
-        """Memory for a copy of `tensor`, of its own precision, without content."""
-        if isinstance(self.tensor, Tensor):
-            shape, dtype = self.tensor.shape, self.tensor.dtype
-            return torch.empty(shape, dtype=dtype, pin_memory=pinned)
-        return self.tensor.on_host(pinned)
+    def copied_into(self, room: Callable[[Tensor], Tensor]) -> Moment:
+        """Memory for a copy of `tensor`, of its precision, without content.
+
+        Args:
+            room: gives memory of the shape and type of a tensor.
+        """
+        return self.tensor.like(room) if isinstance(self.tensor, Blocks) else room(self.tensor)
 
 
 class Engine(Protocol):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from neftune_dist.config import UserError
@@ -44,9 +45,9 @@ def use_liger_kernels(model: Any) -> None:
 
 
 def use_float8(model: Any, recipe: str, within: Sequence[nn.Module]) -> None:
-    """Matrix products of the modules `within` in float8, scaled by tensor (with FSDP2 gathering
-    float8, too) or by row; the backward's as well. On a CPU its rounding is emulated. Raises
-    `UserError` where the package is missing or the GPU has no such products."""
+    """Matrix products of the modules `within` in float8, scaled by tensor (and gathered in float8
+    where several ranks shard the model) or by row; the backward's as well. On a CPU its rounding is
+    emulated. Raises `UserError` where the package is missing or the GPU has no such products."""
     logging.getLogger("torchao").setLevel(logging.ERROR)  # of kernels that it has for others
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
@@ -60,8 +61,9 @@ def use_float8(model: Any, recipe: str, within: Sequence[nn.Module]) -> None:
             )
     else:
         settings["emulate"] = True
+    sharded = dist.is_initialized() and dist.get_world_size() > 1
     config = (
-        Float8LinearConfig(enable_fsdp_float8_all_gather=True, **settings)
+        Float8LinearConfig(enable_fsdp_float8_all_gather=sharded, **settings)
         if recipe == "tensorwise"
         else Float8LinearConfig.from_recipe_name(recipe)
     )

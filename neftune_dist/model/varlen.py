@@ -100,7 +100,10 @@ def _varlen(
             window_size_left=window - 1 if window else -1,
             window_size_right=0,
         )
-        return out, lse
+        # FlashAttention gives its results the query's strides; the graph of a compiled block is
+        # promised contiguous ones (`register_fake`). A copy only where the query was put together
+        # from parts, as in Phi and GPT-NeoX.
+        return out.contiguous(), lse
     outs, lses = [], []
     for q, k, v in _documents(cu_seqlens, *map(_by_heads, (query, key, value))):
         mask = _window_mask(q, window)
@@ -145,7 +148,7 @@ def _varlen_backward(
             window_size_left=window - 1 if window else -1,
             window_size_right=0,
         )
-        return dq, dk, dv
+        return dq.contiguous(), dk.contiguous(), dv.contiguous()
     grads: tuple[list[Tensor], ...] = ([], [], [])
     ends = cu_seqlens.tolist()
     pieces = _documents(cu_seqlens, *map(_by_heads, (query, key, value, grad, out)))

@@ -262,9 +262,7 @@ class RankStream:
 
         def same(value: int | Tensor) -> Tensor:
             # Stride 0: no memory.
-            return torch.as_tensor(value, dtype=torch.int64, device=token.device).expand(
-                token.shape
-            )
+            return scalar(value, torch.int64, token.device).expand(token.shape)
 
         return token, same(self.micro_step << _BLOCK_BITS), same(self.step), same(self.rank)
 
@@ -305,6 +303,14 @@ def draw(
     return to_draws(words, distribution).flatten(1)[:, :hidden_size]
 
 
+def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number as a tensor () on `device`, filled in by a kernel: to copy it from the host's memory
+    would make the host wait for the GPU."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype)
+    return torch.full((), value, dtype=dtype, device=device)
+
+
 def key_words(seed: int) -> tuple[int, int]:
     """The generator's key: the seed's low and high 32 bits."""
     return seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
@@ -327,7 +333,7 @@ def scales(
             the noise keeps its size relative to the embedding (Gemma 3).
         row_length: L of every token, padding too: the widely copied hook's law.
     """
-    strength = torch.as_tensor(alpha, dtype=torch.float64, device=layout.length.device)
+    strength = scalar(alpha, torch.float64, layout.length.device)
     if row_length is not None:
         return (
             (strength * embed_scale / math.sqrt(row_length * hidden_size))

@@ -19,6 +19,7 @@ from neftune_dist.noise.law import (
     SampleStream,
     TokenLayout,
     key_words,
+    scalar,
     scales,
 )
 from neftune_dist.noise.philox import philox4x32_, to_draws
@@ -165,7 +166,7 @@ def add_noise(
     scale = scales(layout, x.shape[-1], alpha, embed_scale=embed_scale, row_length=row_length)
     rows = x if x.dim() == 3 else x[None]
     squares = add_noise_(rows, scale, *stream.words(layout), stream.seed, distribution)
-    strength = torch.as_tensor(alpha, dtype=torch.float64, device=x.device)
+    strength = scalar(alpha, torch.float64, x.device)
     unit = (strength * embed_scale).square().clamp_min(1e-300)
     # In whole numbers, whose sum knows no order: a document's share of alpha^2 in units of 2^-40.
     share = (squares / unit * 2.0**40).clamp_max(2.0**60).to(torch.int64)

@@ -11,6 +11,8 @@ differences:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import copy
 from functools import cache
 
 import numpy as np
@@ -39,14 +41,12 @@ class Blocks:
 
     dtype = torch.float32  # of what is read and written
 
-    def __init__(
-        self, start: int, numel: int, root: bool, device: torch.device, pinned: bool = False
-    ) -> None:
+    def __init__(self, start: int, numel: int, root: bool, device: torch.device) -> None:
         self.start, self.root, self._numel = start, root, numel
         self._lead = start % BLOCK  # elements of the first block that do not lie here
         rows = -(-(self._lead + numel) // BLOCK)
-        self.codes = torch.zeros(rows, BLOCK, dtype=torch.uint8, device=device, pin_memory=pinned)
-        self.scales = torch.full((rows,), _LEAST_SCALE, device=device, pin_memory=pinned)
+        self.codes = torch.zeros(rows, BLOCK, dtype=torch.uint8, device=device)
+        self.scales = torch.full((rows,), _LEAST_SCALE, device=device)
         self._mantissa_bits, self._top = (4, 255) if root else (3, 127)
         # Rows of which a part has been written: their values, and how many are missing.
         self._begun: dict[int, tuple[Tensor, int]] = {}
@@ -73,9 +73,15 @@ class Blocks:
             self.codes.copy_(other.codes, non_blocking=non_blocking)
             self.scales.copy_(other.scales, non_blocking=non_blocking)
 
-    def on_host(self, pinned: bool) -> Blocks:
-        """Room for a copy in host memory."""
-        return Blocks(self.start, self._numel, self.root, torch.device("cpu"), pinned)
+    def like(self, room: Callable[[Tensor], Tensor]) -> Blocks:
+        """Blocks of the same range in other memory, without content.
+
+        Args:
+            room: gives memory of the shape and type of a tensor.
+        """
+        other = copy(self)
+        other.codes, other.scales, other._begun = room(self.codes), room(self.scales), {}
+        return other
 
     def load(self, first: int, stop: int, memory: Tensor) -> Tensor:
         """The elements first <= i < stop.

@@ -9,7 +9,7 @@ import numpy as np
 from neftune_dist.config import Config
 from neftune_dist.data.corpus import Documents
 from neftune_dist.data.layout import lay_out
-from neftune_dist.data.loader import MicroBatch, collate
+from neftune_dist.data.loader import MicroBatch, collate, token_multiple
 from neftune_dist.data.schedule import Schedule
 from neftune_dist.model.flops import model_size
 
@@ -73,7 +73,8 @@ def _fullest_slice(
 ) -> MicroBatch:
     """Of the micro-batch of these documents, the rank's with the most to learn."""
     slices = config.engine.sequence_parallel
-    batch = collate(documents, indices, epochs, config.data.packing, slices)
+    multiple = token_multiple(config)
+    batch = collate(documents, indices, epochs, config.data.packing, slices, multiple)
     if slices == 1:
         return batch
     return max((batch.slice(i, slices) for i in range(slices)), key=lambda each: len(each.targets))

@@ -114,6 +114,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("qlora", 2, []),
         ("qlora", 3, [*ZERO_3, "train.micro_batch_tokens=96"]),
         ("qlora", 1, ["model.activation_checkpointing=full", "data.packing=false"]),
+        ("qlora", 1, ["engine.name=single", "train.micro_batch_tokens=96"]),
+        ("dora", 1, ["engine.name=single"]),
         ("dora", 2, []),
         ("dora", 2, ZERO_3),
         ("rslora", 2, ["engine.offload=cpu", "model.activation_checkpointing=selective"]),

@@ -55,6 +55,7 @@ def expected(config: Path) -> list[dict[str, Any]]:
 
 
 LAYOUTS = {
+    "single": (1, ["engine.name=single"]),
     "fsdp2 x1": (1, []),
     "fsdp2 x2": (2, []),
     "fsdp2 x3": (3, []),
@@ -214,8 +215,8 @@ def test_untied_head(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "model")
     tiny.make_model(tmp_path / "model", tied=False)
     expected = reference(config)
-    for engine in ("fsdp2", "deepspeed"):
-        records = tiny.train(config, tmp_path / engine, f"engine.name={engine}", ranks=2)
+    for engine, ranks in (("fsdp2", 2), ("deepspeed", 2), ("single", 1)):
+        records = tiny.train(config, tmp_path / engine, f"engine.name={engine}", ranks=ranks)
         assert_same(records, expected)
 
 

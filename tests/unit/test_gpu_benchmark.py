@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.benchmarks import gpu
+from tests.benchmarks import gpu, gpu_parts
 
 
 @pytest.mark.parametrize("kind", ["whole", "alpaca", "sharegpt"])
 def test_micro_batches_are_full_and_supervised_as_said(kind: str, tmp_path: Path) -> None:
     part = gpu.Part("some", "step", 4, kind)
-    _, documents, loader = gpu.prepare_step(part, gpu.Size(), tmp_path)
+    _, documents, loader = gpu_parts.prepare_step(part, gpu_parts.Size(), tmp_path)
     steps = [loader.step(step) for step in range(6)]
     batches = [each for step in steps for each in step.micro_batches]
     assert all(each.input_ids.numel() <= 4096 for each in batches)
@@ -26,7 +26,7 @@ def test_micro_batches_are_full_and_supervised_as_said(kind: str, tmp_path: Path
     assert tokens == sum(each.input_ids.numel() for each in batches)
     assert tokens / (6 * 4 * 4096) == pytest.approx(1, abs=0.2)
     found = sum(len(each.targets) for each in batches)
-    assert found / tokens == pytest.approx(gpu.SUPERVISED[kind], abs=0.02)
+    assert found / tokens == pytest.approx(gpu_parts.SUPERVISED[kind], abs=0.02)
     # The last tokens of each document are the supervised ones.
     ids, supervised = documents.gather(np.array([3, 1]))
     first = documents.lengths[3]
@@ -67,19 +67,31 @@ def test_a_part_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_every_kind_of_part_runs(tmp_path: Path) -> None:
     named = {part.name: part for part in gpu.PARTS}
     named["alpaca 4096 selective"] = gpu.step("", 4, *gpu.SELECTIVE, documents="alpaca")
-    for name in ("4096 full", "alpaca 4096 selective", "noise", "loss", "attention alpaca"):
-        result = gpu.body(named[name], gpu.TINY, None)
+    for name in (
+        "4096 full",
+        "alpaca 4096 selective",
+        "noise",
+        "loss",
+        "attention alpaca",
+        "save",
+        "alpaca peer: transformers",
+    ):
+        result = gpu_parts.body(named[name], gpu_parts.TINY, None)
         assert result["status"] == "done", result
-        if named[name].what == "step":
-            assert result["loss"] == pytest.approx(np.log(gpu.TINY.vocab_size), abs=0.5)
+        if named[name].what == "save":
+            assert len(result["standstill_seconds"]) == 3
+        elif named[name].what == "peer":
+            assert result["tokens_per_second"] > 0 and 0 < result["padding_fraction"] < 1
+        elif named[name].what == "step":
+            assert result["loss"] == pytest.approx(np.log(gpu_parts.TINY.vocab_size), abs=0.5)
             assert result["tokens_per_second"] > 0
         else:
             figures = [each for each in result.values() if isinstance(each, dict)]
             assert sum("milliseconds" in each for each in figures) >= 2
-    refused = gpu.body(named["4096 selective liger"], gpu.TINY, None)
+    refused = gpu_parts.body(named["4096 selective liger"], gpu_parts.TINY, None)
     if not torch.cuda.is_available():
         assert refused["status"] == "refused" and "GPU" in refused["error"]
-    assert gpu.planned_gib(named["4096 full"], gpu.TINY) > 0
+    assert gpu_parts.planned_gib(named["4096 full"], gpu_parts.TINY) > 0
     lines = gpu.table({"x": {"part": "4096 full", "what": "step", **refused}})
     assert any("tokens/s" in line for line in lines)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from neftune_dist.checkpoint import flat
+from neftune_dist.checkpoint.host_copy import HostCopy
 from neftune_dist.config import OptimConfig
 from neftune_dist.engine.base import FlatShard
 from neftune_dist.optim import (
@@ -397,10 +398,21 @@ def test_what_is_not_finite_spoils_its_block_only() -> None:
 
 
 def test_a_copy_on_the_host_is_the_same_and_of_the_same_size() -> None:
-    blocks = Blocks(100, 1000, False, CPU)
+    """Tensors and blocks, one behind the other in one mapping; a later copy replaces the first."""
+    blocks, plain = Blocks(100, 1000, False, CPU), torch.randn(777)
     blocks.copy_(hard(1000)["spread"])
-    shard = FlatShard("exp_avg", "w", 100, blocks, 5000)
-    room = shard.room_on_host(pinned=False)
-    room.copy_(blocks)  # type: ignore[arg-type]
-    assert torch.equal(room[:], blocks[:])
-    assert room.nbytes == blocks.nbytes == 5 * (BLOCK + 4)
+    shards = [
+        FlatShard("master", "w", 3, plain[:50], 777),
+        FlatShard("exp_avg", "w", 100, blocks, 5000),
+        FlatShard("exp_avg_sq", "w", 3, plain[50:].to(torch.bfloat16), 777),
+    ]
+    copy = HostCopy(shards, CPU)
+    for change in (0.0, 1.0):
+        plain.add_(change)
+        blocks.copy_(blocks[:] + change)
+        found = [shard.tensor for shard in copy.copy(shards)]
+        for one, shard in zip(found, shards, strict=True):
+            assert torch.equal(one[:], shard.tensor[:])
+            assert one.nbytes == shard.tensor.nbytes
+            assert one.dtype == shard.tensor.dtype
+    assert found[1].nbytes == 5 * (BLOCK + 4)

@@ -1,0 +1,98 @@
+"""A copy of the engine's state in host memory, which every save fills again.
+
+One mapping of exactly the bytes that are needed: torch's own pinned memory comes in powers of two
+(99 GiB for 75 at 7B) and takes 0.4 s a GiB. Pinning, which lets a GPU copy at full rate, goes on in
+threads beside the first steps: pages are touched and then registered with CUDA piece by piece.
+"""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neftune_dist.engine.base import FlatShard
+from neftune_dist.optim import Blocks
+
+# Bytes at which tensors begin: as torch aligns them.
+_ALIGNMENT = 64
+# Bytes that are touched and registered at a time, and threads that do so.
+_PIECE_BYTES, _NUM_THREADS = 1 << 30, 8
+_PAGE_BYTES = mmap.PAGESIZE
+
+
+class HostCopy:
+    """Room for the shards' content.
+
+    Args:
+        shards: what is to be copied. Later calls of `copy` give the same ones.
+        device: where they lie; on a GPU the memory is pinned.
+    """
+
+    def __init__(self, shards: Sequence[FlatShard], device: torch.device) -> None:
+        self._device, self._offset = device, 0
+        held = [part for shard in shards for part in _tensors(shard)]
+        num_bytes = sum(_aligned(part.nbytes) for part in held)
+        self._memory = mmap.mmap(-1, max(1, num_bytes))
+        self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
+        self._rooms: list[Any] = [shard.copied_into(self._room) for shard in shards]
+        self._pinning: list[Future[bool]] = []
+        if device.type == "cuda":
+            self._pin()
+
+    def copy(self, shards: Sequence[FlatShard]) -> list[FlatShard]:
+        """The shards as they are now, in host memory."""
+        if self._pinning:
+            wait(self._pinning)
+        copies = []
+        for shard, room in zip(shards, self._rooms, strict=True):
+            room.copy_(shard.tensor, non_blocking=True)
+            copies.append(replace(shard, tensor=room))
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return copies
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether all of it is; waits for that. (A system may limit how much can be locked.)"""
+        return bool(self._pinning) and all(piece.result() for piece in self._pinning)
+
+    def _room(self, like: Tensor) -> Tensor:
+        first = self._offset
+        self._offset += _aligned(like.nbytes)
+        return self._bytes[first : first + like.nbytes].view(like.dtype).view(like.shape)
+
+    def _pin(self) -> None:
+        pool = ThreadPoolExecutor(_NUM_THREADS, "pin", torch.cuda.set_device, (self._device,))
+        pieces = self._bytes.split(_PIECE_BYTES)
+        self._pinning = [pool.submit(_register, piece) for piece in pieces]
+        pool.shutdown(wait=False)
+        # (At the end of the process the driver lets go of it by itself.)
+        weakref.finalize(self, _unregister, self._pinning, pieces).atexit = False
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _tensors(shard: FlatShard) -> Iterable[Tensor]:
+    held = shard.tensor
+    return (held.codes, held.scales) if isinstance(held, Blocks) else (held,)
+
+
+def _register(piece: Tensor) -> bool:
+    """Give the piece its pages, then lock them."""
+    piece[::_PAGE_BYTES].zero_()
+    return int(torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), piece.nbytes, 0)) == 0
+
+
+def _unregister(pinning: Sequence[Future[bool]], pieces: Sequence[Tensor]) -> None:
+    for done, piece in zip(pinning, pieces, strict=True):
+        if done.result():
+            torch.cuda.cudart().cudaHostUnregister(piece.data_ptr())

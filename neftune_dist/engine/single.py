@@ -1,0 +1,171 @@
+"""One device that holds the whole model: nothing is gathered and nothing is reduced.
+
+Parameters compute in `model.dtype`, beside float32 masters and moments; each parameter's gradient
+is added to its float32 sum, and freed, as soon as the backward has made it. Sharding engines do the
+same work on one device, but copy and cast every weight for each forward and each backward, and
+every gradient three times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neftune_dist.config import Config, UserError
+from neftune_dist.data.loader import MicroBatch
+from neftune_dist.distributed import World
+from neftune_dist.engine.base import (
+    FROZEN,
+    MASTER,
+    FlatShard,
+    batch_loss_sum,
+    describe_state,
+    trained_and_frozen,
+)
+from neftune_dist.model.load import initialize_buffers
+from neftune_dist.model.loss import resolve_loss
+from neftune_dist.optim import (
+    MakeOptimizer,
+    Piece,
+    initialize_state,
+    local,
+    moments,
+    set_learning_rate,
+    set_updates,
+    skip_update_where,
+)
+
+
+class SingleDeviceEngine:
+    """The engine contract on one device."""
+
+    saves = True
+
+    def __init__(self, config: Config, world: World) -> None:
+        if world.size > 1:
+            raise UserError(
+                f"engine.name=single is for one process, this run has {world.size}: set "
+                "engine.name=fsdp2 or deepspeed."
+            )
+        self.device = world.device
+        self.max_grad_norm = config.optim.max_grad_norm
+        self.compute_dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
+        self.loss = config.model.loss
+        self.shapes: Mapping[str, tuple[int, ...]] = {}
+
+    def setup(self, model: Any, make_optimizer: MakeOptimizer) -> None:
+        """See `Engine.setup`."""
+        self.shapes = {name: tuple(p.shape) for name, p in trained_and_frozen(model)[0]}
+        self.loss = resolve_loss(self.loss, model)
+        self._materialize(model)
+        initialize_buffers(model, self.device)
+        self.model = model
+        self.named, self.frozen = trained_and_frozen(model)
+        self.masters = [self._master(parameter) for _, parameter in self.named]
+        names = [name for name, _ in self.named]
+        self.optimizer = make_optimizer(list(zip(names, self.masters, strict=True)), self.shapes)
+        self.pieces = [
+            Piece(master, slice(0, master.numel()), name, 0, master.numel())
+            for name, master in zip(names, self.masters, strict=True)
+        ]
+        initialize_state(self.optimizer, self.masters, self.pieces)
+
+    def _materialize(self, model: nn.Module) -> None:
+        """Memory for a model on the meta device; parameters that are tied stay one."""
+        made: dict[int, nn.Parameter] = {}
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is None:
+                    continue
+                if id(parameter) not in made:
+                    trained = parameter.requires_grad
+                    dtype = self.compute_dtype if trained else parameter.dtype
+                    empty = torch.empty_like(parameter, dtype=dtype, device=self.device)
+                    made[id(parameter)] = nn.Parameter(empty, requires_grad=trained)
+                module._parameters[name] = made[id(parameter)]
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = torch.empty_like(buffer, device=self.device)
+
+    def _master(self, parameter: nn.Parameter) -> nn.Parameter:
+        """The float32 weights of a parameter, which receive its gradients: itself where it is
+        float32."""
+        if parameter.dtype == torch.float32:
+            return parameter
+        master = nn.Parameter(torch.empty_like(parameter, dtype=torch.float32))
+
+        def add_gradient(computed: Tensor) -> None:
+            assert computed.grad is not None
+            if master.grad is None:
+                master.grad = computed.grad.to(torch.float32)
+            else:
+                master.grad.add_(computed.grad)
+            computed.grad = None
+
+        parameter.register_post_accumulate_grad_hook(add_gradient)
+        return master
+
+    def loaded(self, num_updates: int) -> None:
+        """See `Engine.loaded`."""
+        set_updates(self.optimizer, num_updates)
+        self._weights_changed()
+
+    @torch.no_grad()
+    def _weights_changed(self) -> None:
+        if self.compute_dtype != torch.float32:
+            parameters: list[Tensor] = [parameter for _, parameter in self.named]
+            torch._foreach_copy_(parameters, list[Tensor](self.masters))
+
+    def forward(self, batch: MicroBatch) -> Tensor:
+        """See `Engine.forward`."""
+        return batch_loss_sum(self.model, batch, self.loss)
+
+    def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
+        """See `Engine.backward`."""
+        loss.backward()
+
+    def step(self, learning_rate: float) -> float:
+        """See `Engine.step`."""
+        grads = [master.grad for master in self.masters if master.grad is not None]
+        norm = torch.stack([g.square().sum(dtype=torch.float64) for g in grads]).sum().sqrt()
+        if self.max_grad_norm:
+            factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0).to(torch.float32)
+            torch._foreach_mul_(grads, factor)
+        set_learning_rate(self.optimizer, learning_rate)
+        skip_update_where(self.optimizer, ~norm.isfinite())
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._weights_changed()
+        return float(norm)
+
+    def flat_state(self) -> list[FlatShard]:
+        """See `Engine.flat_state`."""
+        shards = []
+        for piece in self.pieces:
+            held = {MASTER: local(piece.tensor), **moments(self.optimizer, piece)}
+            shards += [
+                FlatShard(kind, piece.name, 0, each, piece.numel) for kind, each in held.items()
+            ]
+        return shards
+
+    def frozen_state(self) -> list[FlatShard]:
+        """See `Engine.frozen_state`."""
+        return [
+            FlatShard(FROZEN, name, 0, local(parameter), parameter.numel())
+            for name, parameter in self.frozen
+        ]
+
+    def train(self, mode: bool) -> None:
+        """See `Engine.train`."""
+        self.model.train(mode)
+
+    def describe(self) -> list[str]:
+        """See `Engine.describe`."""
+        return [
+            f"engine: single, the whole model on one {self.device.type}; compute "
+            f"{str(self.compute_dtype).removeprefix('torch.')}, gradients accumulated in float32",
+            describe_state(self.flat_state()),
+        ]
