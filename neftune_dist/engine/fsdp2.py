@@ -43,16 +43,13 @@ from neftune_dist.model.loss import resolve_loss
 from neftune_dist.optim import (
     MakeOptimizer,
     Piece,
-    divide_gradients,
     initialize_state,
     local,
     moments,
-    set_learning_rate,
+    prepare_update,
     set_updates,
-    skip_update_where,
+    squared_norm,
 )
-
-_NORM_ELEMENTS = 1 << 18  # of gradients in host memory, at a time
 
 
 class FSDP2Engine:
@@ -147,12 +144,7 @@ class FSDP2Engine:
         square = squared_norm(grads).to(self.world.device)  # where the process group works
         dist.all_reduce(square, group=self.mesh["shard"].get_group())
         norm = square.sqrt().to(self.state_device)
-        if self.max_grad_norm:
-            # Clipped as they are read for the update, not before.
-            excess = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1.0)
-            divide_gradients(self.optimizer, excess.to(torch.float32))
-        set_learning_rate(self.optimizer, learning_rate)
-        skip_update_where(self.optimizer, ~norm.isfinite())
+        prepare_update(self.optimizer, learning_rate, norm, self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._weights_changed()
@@ -215,15 +207,3 @@ class FSDP2Engine:
             "gradients reduced and accumulated in float32",
             describe_state(self.flat_state()),
         ]
-
-
-def squared_norm(tensors: list[Tensor]) -> Tensor:
-    """The sum of all elements' squares, float64 (), on their device; they are read once."""
-    tensors = [tensor.view(-1) for tensor in tensors if tensor.numel()]
-    if not tensors:
-        return torch.zeros((), dtype=torch.float64)
-    if tensors[0].device.type == "cpu":
-        # There they are copied to float64: as much at a time as stays in the cache.
-        tensors = [part for tensor in tensors for part in tensor.split(_NORM_ELEMENTS)]
-    norms = torch._foreach_norm(tensors, 2, dtype=torch.float64)
-    return torch.stack(norms).square().sum()

@@ -8,9 +8,11 @@ from neftune_dist.optim.adamw import (
     learning_rate,
     moments,
     precision_of,
+    prepare_update,
     set_learning_rate,
     set_updates,
     skip_update_where,
+    squared_norm,
     state_bytes,
 )
 from neftune_dist.optim.blocks import Blocks
@@ -28,8 +30,10 @@ __all__ = [
     "local",
     "moments",
     "precision_of",
+    "prepare_update",
     "set_learning_rate",
     "set_updates",
     "skip_update_where",
+    "squared_norm",
     "state_bytes",
 ]

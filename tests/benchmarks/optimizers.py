@@ -33,13 +33,13 @@ from typing import Any
 import torch
 
 from neftune_dist.config import CHOICES, ModelConfig, OptimConfig
-from neftune_dist.engine.fsdp2 import squared_norm
 from neftune_dist.model import load
 from neftune_dist.optim import (
     MakeOptimizer,
     Piece,
     divide_gradients,
     initialize_state,
+    squared_norm,
     state_bytes,
 )
 
