@@ -46,9 +46,9 @@ from neftune_dist.optim import (
     initialize_state,
     local,
     moments,
-    set_learning_rate,
+    prepare_update,
     set_updates,
-    skip_update_where,
+    squared_norm,
 )
 
 
@@ -141,15 +141,10 @@ class FSDP2Engine:
     def step(self, learning_rate: float) -> float:
         """See `Engine.step`."""
         grads = [p.grad.to_local() for _, p in self.named if isinstance(p.grad, DTensor)]
-        square = torch.stack([g.square().sum(dtype=torch.float64) for g in grads]).sum()
-        square = square.to(self.world.device)  # where the process group works
+        square = squared_norm(grads).to(self.world.device)  # where the process group works
         dist.all_reduce(square, group=self.mesh["shard"].get_group())
         norm = square.sqrt().to(self.state_device)
-        if self.max_grad_norm:
-            factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0).to(torch.float32)
-            torch._foreach_mul_(grads, factor)
-        set_learning_rate(self.optimizer, learning_rate)
-        skip_update_where(self.optimizer, ~norm.isfinite())
+        prepare_update(self.optimizer, learning_rate, norm, self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._weights_changed()

@@ -33,9 +33,9 @@ from neftune_dist.optim import (
     initialize_state,
     local,
     moments,
-    set_learning_rate,
+    prepare_update,
     set_updates,
-    skip_update_where,
+    squared_norm,
 )
 
 
@@ -130,12 +130,8 @@ class SingleDeviceEngine:
     def step(self, learning_rate: float) -> float:
         """See `Engine.step`."""
         grads = [master.grad for master in self.masters if master.grad is not None]
-        norm = torch.stack([g.square().sum(dtype=torch.float64) for g in grads]).sum().sqrt()
-        if self.max_grad_norm:
-            factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0).to(torch.float32)
-            torch._foreach_mul_(grads, factor)
-        set_learning_rate(self.optimizer, learning_rate)
-        skip_update_where(self.optimizer, ~norm.isfinite())
+        norm = squared_norm(grads).sqrt()
+        prepare_update(self.optimizer, learning_rate, norm, self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._weights_changed()

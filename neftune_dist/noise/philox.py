@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
 _ROUNDS = 10
 
@@ -34,14 +34,14 @@ def philox4x32(
     for _ in range(_ROUNDS):
         # int64 multiplication wraps modulo 2^64: all 64 product bits are there, and the mask
         # takes back the sign that the arithmetic shift spreads over the high word.
-        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             ((product1 >> 32) & _WORD) ^ c1 ^ k0,
             product1 & _WORD,
             ((product0 >> 32) & _WORD) ^ c3 ^ k1,
             product0 & _WORD,
         )
-        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
+        k0, k1 = (k0 + KEY_STEPS[0]) & _WORD, (k1 + KEY_STEPS[1]) & _WORD
     return c0, c1, c2, c3
 
 
@@ -55,15 +55,15 @@ def philox4x32_(memory: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
     c0, c1, c2, c3, product0, product1 = memory
     k0, k1 = key
     for _ in range(_ROUNDS):
-        torch.mul(c0, _MULTIPLIERS[0], out=product0)
-        torch.mul(c2, _MULTIPLIERS[1], out=product1)
+        torch.mul(c0, MULTIPLIERS[0], out=product0)
+        torch.mul(c2, MULTIPLIERS[1], out=product1)
         torch.bitwise_right_shift(product1, 32, out=c0)
         c0.bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_WORD)
         torch.bitwise_right_shift(product0, 32, out=c2)
         c2.bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_WORD)
         # The low words keep what stands above them: it goes when the next round masks its words.
         c1, product1, c3, product0 = product1, c1, product0, c3
-        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
+        k0, k1 = (k0 + KEY_STEPS[0]) & _WORD, (k1 + KEY_STEPS[1]) & _WORD
     return [c0, c1.bitwise_and_(_WORD), c2, c3.bitwise_and_(_WORD)]
 
 

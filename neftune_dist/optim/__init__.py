@@ -3,13 +3,16 @@
 from neftune_dist.optim.adamw import (
     STATE_NAMES,
     MakeOptimizer,
+    divide_gradients,
     initialize_state,
     learning_rate,
     moments,
     precision_of,
+    prepare_update,
     set_learning_rate,
     set_updates,
     skip_update_where,
+    squared_norm,
     state_bytes,
 )
 from neftune_dist.optim.blocks import Blocks
@@ -21,13 +24,16 @@ __all__ = [
     "MakeOptimizer",
     "Moment",
     "Piece",
+    "divide_gradients",
     "initialize_state",
     "learning_rate",
     "local",
     "moments",
     "precision_of",
+    "prepare_update",
     "set_learning_rate",
     "set_updates",
     "skip_update_where",
+    "squared_norm",
     "state_bytes",
 ]

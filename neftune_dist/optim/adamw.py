@@ -26,6 +26,8 @@ from neftune_dist.optim.reduced import (
     local,
 )
 
+_NORM_ELEMENTS = 1 << 18  # of gradients in host memory, at a time
+
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
     """The rate of step 0 <= step < num_steps."""
@@ -130,7 +132,42 @@ def skip_update_where(optimizer: torch.optim.Optimizer, unwanted: Tensor) -> Non
     optimizer.found_inf = unwanted.float()  # type: ignore[attr-defined]
 
 
+def divide_gradients(optimizer: torch.optim.Optimizer, divisor: Tensor) -> None:
+    """What the next update divides gradients by as it reads them: float32 (), on their device. The
+    gradients themselves may be divided by it, too, or not."""
+    # As with found_inf: what GradScaler sets, and torch's fused optimizers look for.
+    optimizer.grad_scale = divisor  # type: ignore[attr-defined]
+
+
+def prepare_update(
+    optimizer: torch.optim.Optimizer, rate: float, norm: Tensor, max_norm: float
+) -> None:
+    """Say how the next update is made; gradients are read by nothing but the update itself.
+
+    Args:
+        norm: the gradients', float64 (), on their device; where it is not finite, nothing changes.
+        max_norm: the gradients are divided by what the norm exceeds it by; 0: never.
+    """
+    set_learning_rate(optimizer, rate)
+    skip_update_where(optimizer, ~norm.isfinite())
+    if max_norm:
+        excess = ((norm + 1e-6) / max_norm).clamp(min=1.0)
+        divide_gradients(optimizer, excess.to(torch.float32))
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """The rate of the next update, for every group."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+def squared_norm(tensors: list[Tensor]) -> Tensor:
+    """The sum of all elements' squares, float64 (), on their device; they are read once."""
+    tensors = [tensor.view(-1) for tensor in tensors if tensor.numel()]
+    if not tensors:
+        return torch.zeros((), dtype=torch.float64)
+    if tensors[0].device.type == "cpu":
+        # There they are copied to float64: as much at a time as stays in the cache.
+        tensors = [part for tensor in tensors for part in tensor.split(_NORM_ELEMENTS)]
+    norms = torch._foreach_norm(tensors, 2, dtype=torch.float64)
+    return torch.stack(norms).square().sum()

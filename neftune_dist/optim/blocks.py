@@ -15,13 +15,15 @@ from collections.abc import Callable
 from copy import copy
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 BLOCK = 256  # elements of a block
-# Scales stay in between: the smallest code times the smallest scale has a square that float32
-# still holds at full precision, as has the greatest scale.
-_LEAST_SCALE, _GREATEST_SCALE = 2.0**-46, 2.0**63
+# Scales stay between these powers of 2: the smallest code times the smallest scale has a square
+# that float32 still holds at full precision, as has the greatest scale.
+LEAST_SCALE, GREATEST_SCALE = -46, 63
+_LEAST_SCALE, _GREATEST_SCALE = 2.0**LEAST_SCALE, 2.0**GREATEST_SCALE
 _ONE = 127 << 23  # the bits of 1.0
 
 
@@ -105,7 +107,8 @@ class Blocks:
         """Write the elements first <= i < stop: all that lies here of their blocks.
 
         Args:
-            memory: as `load` left it, with other values. It is used up.
+            memory: as `load` left it, with other values; if `root`, with their square roots. It is
+                used up.
             spare: int32 of the same size, to work in.
         """
         one, end = self._rows(first, stop)
@@ -113,7 +116,6 @@ class Blocks:
         extra = spare[: (end - one) * BLOCK].view(-1, BLOCK)
         bits = values.view(torch.int32)
         if self.root:
-            values.sqrt_()
             torch.gt(values, 0, out=extra)  # the least code of what is not zero: 1
         else:
             torch.bitwise_right_shift(bits, 24, out=extra).bitwise_and_(128)
@@ -169,6 +171,8 @@ class Blocks:
         first = row * BLOCK + within - self._lead
         memory = torch.zeros(len(values) + 2 * BLOCK, device=self.device)
         memory[within : within + len(values)] = values
+        if self.root:
+            square_root(memory, memory)
         self.store(first, first + len(values), memory, torch.empty_like(memory, dtype=torch.int32))
 
     def _row(self, row: int) -> tuple[int, int]:
@@ -182,6 +186,18 @@ class Blocks:
     def device(self) -> torch.device:
         """Where codes and scales lie."""
         return self.codes.device
+
+
+def square_root(values: Tensor, out: Tensor) -> Tensor:
+    """The square roots of float32 values, rounded correctly: the same bits on every device.
+
+    Torch's on the CPU may be MKL's, which on some processors err by a unit in the last place;
+    numpy's are the processor's own.
+    """
+    if values.device.type != "cpu":
+        return torch.sqrt(values, out=out)
+    np.sqrt(values.numpy(), out=out.numpy())
+    return out
 
 
 @cache

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from neftune_dist.optim.blocks import BLOCK, Blocks
+from neftune_dist.optim.blocks import BLOCK, Blocks, square_root
 from neftune_dist.optim.rounding import draw_words, round_into
 
 STATE_NAMES = ("exp_avg", "exp_avg_sq")
 # Of whole tensors; smaller ones (norms, biases) keep float32 where others have 8 bits.
 MIN_NUMEL_8BIT = 4096
-# Elements at a time: on the CPU for each thread; on a GPU to bound the memory to work in.
-_CPU_CHUNK, _GPU_CHUNK = 1 << 17, 1 << 23
+_CHUNK = 1 << 18  # elements at a time, for each thread
 
 # A moment of a piece, 1-D: float32 or bfloat16, or read as float32.
 Moment: TypeAlias = Tensor | Blocks
@@ -44,8 +43,9 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class _Update:
-    """The numbers of one update of one of the tensors, the `number`-th since the run began."""
+class Update:
+    """The numbers of one update of one of the tensors, the `number`-th since the run began. Each is
+    computed in float64 and rounded once, to float32, where it meets a tensor."""
 
     number: int
     rate: float
@@ -53,6 +53,21 @@ class _Update:
     beta2: float
     epsilon: float
     weight_decay: float
+
+    @property
+    def decay(self) -> float:
+        """Factor of the parameter before the update."""
+        return 1 - self.rate * self.weight_decay
+
+    @property
+    def correction(self) -> float:
+        """Factor of the second moment's root: it began at 0."""
+        return float((1 - self.beta2**self.number) ** -0.5)
+
+    @property
+    def step_size(self) -> float:
+        """Factor of what is added to the parameter; the first moment, too, began at 0."""
+        return -self.rate / (1 - self.beta1**self.number)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -65,7 +80,8 @@ class ReducedAdamW(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101) with moments of reduced precision.
 
     The update is computed in float32, from the moments before they are rounded. bf16 moments are
-    rounded stochastically (`rounding`), 8-bit ones to the nearest code (`blocks`).
+    rounded stochastically (`rounding`), 8-bit ones to the nearest code (`blocks`). On a GPU one
+    kernel does all of it (`kernel`); what is written here is the reference, and the CPU's.
 
     Args:
         groups: as torch's optimizers take them.
@@ -93,13 +109,16 @@ class ReducedAdamW(torch.optim.Optimizer):
         for piece in pieces:
             moments = {kind: self._zeros(piece, kind) for kind in STATE_NAMES}
             self.state[piece.tensor]["pieces"].append((piece, moments))
+        self.fused = bool(pieces) and pieces[0].tensor.device.type == "cuda"
+        if self.fused:
+            return
         sizes = [piece.part.stop - piece.part.start for piece in pieces]
-        device = pieces[0].tensor.device if pieces else torch.device("cpu")
-        self._chunk = _GPU_CHUNK if device.type == "cuda" else _CPU_CHUNK * torch.get_num_threads()
+        # A power of 2: no chunk lies on both sides of position 2^32, where the words' key changes.
+        self._chunk = _CHUNK << (torch.get_num_threads() - 1).bit_length()
         # Made once: memory that is asked for and given back for every chunk costs more than Adam.
         size = min(self._chunk, max(sizes, default=0)) + 2 * BLOCK
-        self._memory = torch.empty(4, size, device=device)
-        self._counter = torch.arange(size, dtype=torch.int32, device=device)
+        self._memory = torch.empty(4, size)
+        self._counter = torch.arange(size, dtype=torch.int32)
 
     def _zeros(self, piece: Piece, kind: str) -> Moment:
         size, device = piece.part.stop - piece.part.start, piece.tensor.device
@@ -111,7 +130,8 @@ class ReducedAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update; none where `found_inf`, which `skip_update_where` sets, is not zero. The host
-        waits for that value: the rounding's key holds the number of updates."""
+        waits for that value: the rounding's key holds the number of updates. Gradients are divided
+        by `grad_scale` first, where `divide_gradients` has set it."""
         unwanted = getattr(self, "found_inf", None)
         if unwanted is not None and bool(unwanted):
             return
@@ -124,8 +144,25 @@ class ReducedAdamW(torch.optim.Optimizer):
         state = self.state[tensor]
         state["step"] += 1
         number, (beta1, beta2) = int(state["step"]), group["betas"]
-        update = _Update(number, group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
+        update = Update(number, group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
         values, grads = local(tensor), local(tensor.grad)  # type: ignore[arg-type]
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        if self.fused:
+            # Imported here: only machines with a GPU have Triton.
+            from neftune_dist.optim.kernel import update_range
+
+            for piece, moments in state["pieces"]:
+                update_range(
+                    update,
+                    values[piece.part],
+                    grads[piece.part],
+                    (moments[STATE_NAMES[0]], moments[STATE_NAMES[1]]),
+                    grad_scale,
+                    (self._seed, piece.name, piece.start),
+                )
+            return
+        if grad_scale is not None:
+            grads.div_(grad_scale)
         for piece, moments in state["pieces"]:
             for first, stop in self._chunks(piece):
                 part = slice(piece.part.start + first, piece.part.start + stop)
@@ -142,7 +179,7 @@ class ReducedAdamW(torch.optim.Optimizer):
 
     def _update_chunk(
         self,
-        update: _Update,
+        update: Update,
         piece: Piece,
         moments: dict[str, Moment],
         first: int,
@@ -155,13 +192,19 @@ class ReducedAdamW(torch.optim.Optimizer):
         exp_avg, exp_avg_sq = (
             _load(moments[kind], first, stop, memory[i]) for i, kind in enumerate(STATE_NAMES)
         )
+        # One rounding an operation: what torch fuses (lerp, addcmul) it rounds by the processor.
+        spare = memory[2, :n]
+        exp_avg.mul_(update.beta1).add_(torch.mul(grad, 1 - update.beta1, out=spare))
+        torch.mul(grad, grad, out=spare).mul_(1 - update.beta2)
+        exp_avg_sq.mul_(update.beta2).add_(spare)
+        # Blocks keep the root: then it takes the second moment's place.
+        in_blocks = isinstance(moments[STATE_NAMES[1]], Blocks)
+        root = square_root(exp_avg_sq, exp_avg_sq if in_blocks else spare)
+        torch.mul(root, update.correction, out=spare).add_(update.epsilon)
+        torch.div(exp_avg, spare, out=spare).mul_(update.step_size)
         if update.weight_decay:
-            values.mul_(1 - update.rate * update.weight_decay)
-        exp_avg.lerp_(grad, 1 - update.beta1)
-        exp_avg_sq.mul_(update.beta2).addcmul_(grad, grad, value=1 - update.beta2)
-        scale = torch.sqrt(exp_avg_sq, out=memory[2, :n])
-        scale.mul_((1 - update.beta2**update.number) ** -0.5).add_(update.epsilon)
-        values.addcdiv_(exp_avg, scale, value=-update.rate / (1 - update.beta1**update.number))
+            values.mul_(update.decay)
+        values.add_(spare)
         words, spare = memory[2].view(torch.int32), memory[3].view(torch.int32)
         if self._states == "bf16":
             place, counter = piece.start + first, self._counter[:n]

@@ -19,8 +19,8 @@ from torch import Tensor
 
 # A 32-bit mixer of three rounds, triple32 of Chris Wellons' hash-prospector (public domain): each
 # is a shift to the right and an odd multiplier.
-_ROUNDS = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB))
-_LAST_SHIFT = 14
+ROUNDS = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB))
+LAST_SHIFT = 14
 
 
 def _signed(word: int) -> int:
@@ -33,13 +33,22 @@ def _int32(word: int) -> Tensor:
     return torch.tensor(_signed(word), dtype=torch.int32)
 
 
+def draw_keys(seed: int, update: int, name: str, first: int) -> tuple[int, int]:
+    """The keys, int32, of the words from a position on: the position is in the first of them.
+
+    One is added to an element's number from there, one between the rounds: two updates, or two
+    tensors, share no stretch of words.
+    """
+    text = f"{seed}/{update}/{first >> 32}/{name}"
+    digest = blake2b(text.encode(), digest_size=8).digest()
+    halves = [int.from_bytes(digest[i : i + 4], "little") for i in (0, 4)]
+    return _signed(first + halves[0]), _signed(halves[1])
+
+
 def draw_words(
     seed: int, update: int, name: str, first: int, counter: Tensor, out: Tensor, spare: Tensor
 ) -> Tensor:
     """A random 32-bit word for each of the elements `first`, `first + 1`, ... of a whole tensor.
-
-    Half a key is added to the position and half between the rounds: two updates, or two tensors,
-    share no stretch of words.
 
     Args:
         first: position; the last one lies in the same 2^32 positions.
@@ -49,15 +58,13 @@ def draw_words(
     Returns:
         `out`.
     """
-    text = f"{seed}/{update}/{first >> 32}/{name}"
-    digest = blake2b(text.encode(), digest_size=8).digest()
-    keys = [int.from_bytes(digest[i : i + 4], "little") for i in (0, 4)]
-    torch.add(counter, _signed(first + keys[0]), out=out)
-    for i, (shift, multiplier) in enumerate(_ROUNDS):
+    key0, key1 = draw_keys(seed, update, name, first)
+    torch.add(counter, key0, out=out)
+    for i, (shift, multiplier) in enumerate(ROUNDS):
         _fold_(out, shift, spare).mul_(_int32(multiplier))
         if i == 1:
-            out.add_(_signed(keys[1]))
-    return _fold_(out, _LAST_SHIFT, spare)
+            out.add_(key1)
+    return _fold_(out, LAST_SHIFT, spare)
 
 
 def _fold_(x: Tensor, shift: int, spare: Tensor) -> Tensor:

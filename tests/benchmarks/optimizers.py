@@ -1,15 +1,23 @@
-"""Adam's moments in float32, bfloat16 and 8 bits: what the same fine-tuning comes to with each.
+"""Adam's moments in float32, bfloat16 and 8 bits: what an update costs, and what training comes to.
 
-The same documents, noise and learning rates, one process, FSDP2; a run each, one after the other.
-Losses are token means: of the last ten steps (noise on), and of held-out documents (noise off).
-Before that, what an update of 30 million elements costs: medians of rounds in turn.
+An update: medians of rounds, of a matrix of 256 Mi elements on a GPU, of 30 million on a CPU. The
+bytes that it moves are counted, not measured: what each element's parameter, gradient and moments
+take to read and to write, as torch's fused AdamW and this project's kernels do it. Each figure is
+one line of OUT/optimizers.jsonl, appended at once, and its share of the bandwidth of a copy of the
+same size is what there is to compare. The gradient's norm is timed as well.
 
-usage: python tests/benchmarks/optimizers.py MODEL_DIR DATA [key=value ...]
+Training: the same documents, noise and learning rates, one process, FSDP2; a run each, one after
+the other. Losses are token means: of the last ten steps (noise on), and of held-out documents
+(noise off).
+
+usage: python tests/benchmarks/optimizers.py [--out DIR]
+       python tests/benchmarks/optimizers.py [--out DIR] MODEL_DIR DATA [key=value ...]
 DATA: rows, as `data.source` takes them. The words after it change settings of every run.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import statistics
@@ -17,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +34,14 @@ import torch
 
 from neftune_dist.config import CHOICES, ModelConfig, OptimConfig
 from neftune_dist.model import load
-from neftune_dist.optim import MakeOptimizer, Piece, initialize_state, state_bytes
+from neftune_dist.optim import (
+    MakeOptimizer,
+    Piece,
+    divide_gradients,
+    initialize_state,
+    squared_norm,
+    state_bytes,
+)
 
 WORDS = [
     "model.dtype=fp32",
@@ -40,7 +56,10 @@ WORDS = [
     "logging.tensorboard=false",
 ]
 LAST_STEPS = 10
-NUMEL, ROUNDS = 30_000_000, 8
+GPU_NUMEL, CPU_NUMEL, ROUNDS = 1 << 28, 30_000_000, 8
+# Bytes that an update moves for an element: the parameter both ways, the gradient, the moments both
+# ways. Where the norm is clipped, torch's fused AdamW writes the gradient, too.
+UPDATE_BYTES = {"fp32": 28.0, "bf16": 20.0, "8bit": 16 + 4 * 4 / 256}
 
 
 @dataclass(frozen=True)
@@ -79,31 +98,77 @@ def bytes_a_parameter(states: str, model_dir: str) -> float:
     return sum(state_bytes(OptimConfig(states=states), size) for size in sizes) / sum(sizes)
 
 
-def update_nanoseconds() -> dict[str, float]:
-    """Of one update, for each element."""
-    optimizers = {}
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The median of some rounds, after two that warm up."""
+    found = []
+    for _ in range(ROUNDS + 2):
+        if device.type == "cuda":
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            began.record()
+            work()
+            ended.record()
+            ended.synchronize()
+            found.append(began.elapsed_time(ended) / 1e3)
+        else:
+            began_seconds = time.perf_counter()
+            work()
+            found.append(time.perf_counter() - began_seconds)
+    return statistics.median(found[2:])
+
+
+def measure_updates(device: torch.device, numel: int, out: Path) -> None:
+    """A copy, the gradient's norm, and an update by each kind of moments."""
+    parameter = torch.nn.Parameter(torch.randn(numel, device=device) * 0.02)
+    grad = torch.randn(numel, device=device) * 1e-3
+    about = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "numel": numel,
+    }
+    bandwidth = 0.0
+
+    def report(what: str, taken: float, num_bytes: float) -> None:
+        nonlocal bandwidth
+        rate = num_bytes * numel / taken
+        bandwidth = bandwidth or rate  # the copy's is the first
+        line = {
+            "what": what,
+            "milliseconds": round(taken * 1e3, 4),
+            "nanoseconds_per_element": taken / numel * 1e9,
+            "bytes_per_element": num_bytes,
+            "gb_per_second": round(rate / 1e9, 1),
+            "share_of_copy": round(rate / bandwidth, 3),
+            **about,
+        }
+        print(json.dumps(line), flush=True)
+        with (out / "optimizers.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    report("copy", seconds(lambda: parameter.detach().copy_(grad), device), 8)
+    report("gradient norm", seconds(lambda: squared_norm([grad]), device), 4)
     for states in CHOICES["optim.states"]:
-        parameter = torch.nn.Parameter(torch.randn(NUMEL) * 0.02)
-        parameter.grad = torch.randn(NUMEL) * 1e-3
-        make = MakeOptimizer(OptimConfig(states=states))
-        optimizers[states] = make([("w", parameter)], {"w": (NUMEL // 1000, 1000)})
-        piece = Piece(parameter, slice(0, NUMEL), "w", 0, NUMEL)
-        initialize_state(optimizers[states], [parameter], [piece])
-    seconds: dict[str, list[float]] = {states: [] for states in optimizers}
-    for _ in range(ROUNDS):
-        for states, optimizer in optimizers.items():
-            began = time.perf_counter()
-            optimizer.step()
-            seconds[states].append(time.perf_counter() - began)
-    return {name: statistics.median(each) / NUMEL * 1e9 for name, each in seconds.items()}
+        for clipped in (False, True):
+            parameter.grad = grad.clone() if clipped else grad  # may be written
+            make = MakeOptimizer(OptimConfig(states=states))
+            optimizer = make([("w", parameter)], {"w": (numel // 1000, 1000)})
+            piece = Piece(parameter, slice(0, numel), "w", 0, numel)
+            initialize_state(optimizer, [parameter], [piece])
+            if clipped:
+                divide_gradients(optimizer, torch.ones((), device=device))
+            writes_grad = 4 * (clipped and states == "fp32")
+            report(
+                f"{states} update" + ", clipped" * clipped,
+                seconds(optimizer.step, device),
+                UPDATE_BYTES[states] + writes_grad,
+            )
+            del optimizer
 
 
-def main(model_dir: str, data: str, *words: str) -> None:
+def compare_training(model_dir: str, data: str, words: list[str]) -> None:
+    """A table of runs with each kind of moments."""
     chosen = [f"model.name_or_path={model_dir}", f"data.source={data}", *words]
     print(f"torch {torch.__version__}, {platform.machine()}, {' '.join([*WORDS, *words])}")
-    costs = update_nanoseconds()
-    shown = ", ".join(f"{name} {ns:.1f}" for name, ns in costs.items())
-    print(f"an update takes, in nanoseconds an element, {torch.get_num_threads()} threads: {shown}")
     print("| moments | bytes a parameter | training loss | held-out loss | largest step gap |")
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as temporary:
@@ -122,5 +187,20 @@ def main(model_dir: str, data: str, *words: str) -> None:
         print("seconds: " + ", ".join(f"{name} {each.seconds:.0f}" for name, each in runs.items()))
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder of optimizers.jsonl")
+    parser.add_argument("words", nargs="*", metavar="MODEL_DIR DATA [key=value ...]")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    on_gpu = torch.cuda.is_available()
+    measure_updates(
+        torch.device("cuda" if on_gpu else "cpu"), GPU_NUMEL if on_gpu else CPU_NUMEL, arguments.out
+    )
+    if arguments.words:
+        model_dir, data, *words = arguments.words
+        compare_training(model_dir, data, words)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

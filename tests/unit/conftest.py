@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer
 
 from neftune_dist.config import DataConfig
 from tests import tiny
+from tests.interpreter import interpreting_process
 
 ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("NEFTUNE_DIST_TEST_DATA", ROOT.parent / "shared"))
@@ -93,6 +95,13 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("tokenizer")
     tiny.make_tokenizer(folder)
     return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[ProcessPoolExecutor]:
+    """A process in which Triton interprets its kernels."""
+    with interpreting_process() as pool:
+        yield pool
 
 
 @pytest.fixture

@@ -135,7 +135,7 @@ def test_shards_and_chunks_change_no_bit(
 ) -> None:
     """In 8 bits they end where blocks do; elsewhere a block has two scales."""
     whole = Training(states, []).run().values()
-    monkeypatch.setattr(reduced_module, "_CPU_CHUNK", 2 * BLOCK)
+    monkeypatch.setattr(reduced_module, "_CHUNK", 2 * BLOCK)
     cuts = [1001, 1002, 3333] if states == "bf16" else [4 * BLOCK, 5 * BLOCK, 16 * BLOCK]
     parts = Training(states, cuts, together).run().values()
     assert torch.equal(parts["w"], whole["w"])

@@ -7,10 +7,8 @@ memory, as torch sends them, so what the kernel writes is seen here.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import unittest.mock
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -28,12 +26,13 @@ from neftune_dist.noise.law import (
 )
 from neftune_dist.noise.op import add_noise_
 from neftune_dist.noise.philox import philox4x32, philox4x32_
+from tests.interpreter import DEADLINE_SECONDS
 from tests.unit.test_noise import VECTORS
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
+kernel = pytest.importorskip("neftune_dist.noise.kernel")
 
-DEADLINE_SECONDS = 120
 DISTRIBUTIONS = ["uniform", "gaussian", "symmetric"]
 ROWS, COLUMNS = 2, 8
 # Documents, and padding between them, of the ROWS x COLUMNS tokens.
@@ -52,15 +51,6 @@ ODD_BITS = {
     torch.bfloat16: [0x8000, 0x7FC5, 0x7F85, 0xFF80],
 }
 INTEGERS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[ProcessPoolExecutor]:
-    """A process in which Triton interprets its kernels."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        with unittest.mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
-            pool.submit(os.getpid).result(DEADLINE_SECONDS)  # starts the process
-        yield pool
 
 
 @dataclass(frozen=True)
@@ -90,8 +80,6 @@ def _on_cpu(
 
 def _launch(*arguments: Any) -> Tensor:
     """In the other process."""
-    from neftune_dist.noise import kernel
-
     return kernel.launch(*arguments)
 
 
@@ -102,23 +90,23 @@ def _truncated(wide: Tensor) -> Tensor:
 
 
 @triton.jit
-def _philox(counters, key, words, NUMBER: tl.constexpr):
+def _philox(counters, key0, key1, words, NUMBER: tl.constexpr):
     each = tl.arange(0, NUMBER)
     c0 = tl.load(counters + each).to(tl.uint32)
     c1 = tl.load(counters + NUMBER + each).to(tl.uint32)
     c2 = tl.load(counters + 2 * NUMBER + each).to(tl.uint32)
     c3 = tl.load(counters + 3 * NUMBER + each).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(key, c0, c1, c2, c3)
+    w0, w1, w2, w3 = kernel.philox(c0, c1, c2, c3, key0.to(tl.uint32), key1.to(tl.uint32))
     tl.store(words + each, w0.to(tl.int64))
     tl.store(words + NUMBER + each, w1.to(tl.int64))
     tl.store(words + 2 * NUMBER + each, w2.to(tl.int64))
     tl.store(words + 3 * NUMBER + each, w3.to(tl.int64))
 
 
-def philox_of_triton(counters: Tensor, key: tuple[int, int]) -> Tensor:
+def philox_of_kernel(counters: Tensor, key: tuple[int, int]) -> Tensor:
     """In the other process: the words of counters int64 (4, number), a power of 2."""
     words = torch.empty_like(counters)
-    _philox[(1,)](counters, key[0] | key[1] << 32, words, NUMBER=counters.shape[1])
+    _philox[(1,)](counters, *key, words, NUMBER=counters.shape[1])
     return words
 
 
@@ -135,11 +123,11 @@ def test_three_generators_are_one(
     expected: tuple[int, ...],
     interpreter: ProcessPoolExecutor,
 ) -> None:
-    """Triton's Philox, the plain one and the one in place: the published words, and on other
+    """The kernel's Philox, the plain one and the one in place: the published words, and on other
     counters each other's."""
     counters = torch.randint(1 << 32, (4, 64), generator=torch.Generator().manual_seed(0))
     counters[:, 0] = torch.tensor(counter)
-    words = interpreter.submit(philox_of_triton, counters, key).result(DEADLINE_SECONDS)
+    words = interpreter.submit(philox_of_kernel, counters, key).result(DEADLINE_SECONDS)
     assert words[:, 0].tolist() == list(expected)
     c0, c1, c2, c3 = counters.unbind()
     assert torch.equal(torch.stack(philox4x32((c0, c1, c2, c3), key)), words)

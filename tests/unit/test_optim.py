@@ -12,11 +12,14 @@ from neftune_dist.config import OptimConfig
 from neftune_dist.optim import (
     STATE_NAMES,
     MakeOptimizer,
+    Piece,
     initialize_state,
     learning_rate,
+    prepare_update,
     set_learning_rate,
     set_updates,
     skip_update_where,
+    squared_norm,
 )
 
 SCHEDULES = ["cosine", "linear", "constant"]
@@ -182,3 +185,49 @@ def test_an_unwanted_update_changes_nothing_and_a_wanted_one_no_bit() -> None:
     for unwanted in ((), (0,), (1, 2)):
         for one, other in zip(trained(unwanted, True), trained(unwanted, False), strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("states", ["fp32", "bf16", "8bit"])
+@pytest.mark.parametrize("max_norm", [0.0, 0.5, 100.0])
+def test_gradients_are_clipped_as_they_are_read(states: str, max_norm: float) -> None:
+    """The same parameters as from gradients clipped before, and the same norm as in float64; where
+    it is below the bound, to the bit."""
+
+    def trained(clip_before: bool) -> torch.Tensor:
+        draw = torch.Generator().manual_seed(0)
+        parameter = torch.nn.Parameter(torch.randn(70, 80, generator=draw))
+        piece = Piece(parameter, slice(0, 5600), "w", 0, 5600)
+        optimizer = MakeOptimizer(config(states=states))([("w", parameter)], {"w": (70, 80)})
+        initialize_state(optimizer, [parameter], [piece])
+        for scale in (1e-3, 1.0):
+            grad = torch.randn(70, 80, generator=draw) * scale
+            exact = float(grad.double().square().sum())
+            norm = squared_norm([grad, torch.zeros(0)]).sqrt()
+            assert float(norm) == pytest.approx(math.sqrt(exact), rel=1e-12)
+            if clip_before:
+                if max_norm:
+                    grad.div_(max(1.0, math.sqrt(exact) / max_norm))
+                norm, bound = norm * 0, 0.0
+            else:
+                bound = max_norm
+            parameter.grad = grad
+            prepare_update(optimizer, 0.1, norm, bound)
+            optimizer.step()
+        return parameter.detach()
+
+    one, other = trained(False), trained(True)
+    if max_norm == 0.5:
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(one, other)
+
+
+def test_no_update_where_the_norm_is_not_finite() -> None:
+    for norm in (math.nan, math.inf):
+        parameter = torch.nn.Parameter(torch.ones(3))
+        optimizer = MakeOptimizer(config())([("w", parameter)], {"w": (3,)})
+        initialize_state(optimizer, [parameter], [])
+        parameter.grad = torch.full((3,), norm)
+        prepare_update(optimizer, 0.1, squared_norm([parameter.grad]).sqrt(), 1.0)
+        optimizer.step()
+        assert torch.equal(parameter.detach(), torch.ones(3))

@@ -1,0 +1,152 @@
+"""The Triton kernels as machine code for three generations of GPUs: registers suffice, no rounding
+is left out, and memory is moved 16 bytes at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from neftune_dist.noise import kernel as noise_kernel
+from neftune_dist.optim import kernel as optim_kernel
+from tests.compiled import MachineCode, compile_kernel
+
+CAPABILITIES = [80, 90, 100]
+THREADS = 32
+
+
+def compile_noise(
+    dtype: str, distribution: str, capability: int, size: int = 4096, **changed: str
+) -> tuple[MachineCode, int]:
+    """The code for an activation of a hidden size, contiguous unless arguments are changed, and the
+    bytes of it that a thread works on."""
+    itemsize = 4 if dtype == "fp32" else 2
+    channels, num_warps = noise_kernel._tile(size, itemsize, distribution)
+    words = {f"word{i}": "*i64!" for i in range(4)} | {f"stride{i}": "i32" for i in (1, 2, 3)}
+    arguments = {
+        "x": f"*{dtype}!",
+        "scale": "*fp32!",
+        **words,
+        "squares": "*fp32!",
+        "hidden_size": "i32!",
+        "key0": "i32",
+        "key1": "i32",
+        "row_stride": "i32!",
+        "column_stride": "i32!",
+        **changed,
+    }
+    constants: dict[str, Any] = {
+        "columns": 1,
+        "channel_stride": 1,
+        "stride0": 1,
+        "DISTRIBUTION": noise_kernel._DISTRIBUTIONS[distribution],
+        "CHANNELS": channels,
+        "IS_CUT": size % channels != 0,
+        "WIDE": itemsize == 2,
+    }
+    constants = {name: value for name, value in constants.items() if name not in changed}
+    code = compile_kernel(noise_kernel._add_noise, arguments, constants, capability, num_warps)
+    return code, channels * itemsize // (THREADS * num_warps)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "distribution", "capability"),
+    [
+        *(("bf16", name, each) for name in ("uniform", "gaussian") for each in CAPABILITIES),
+        ("bf16", "symmetric", 90),
+        ("fp32", "uniform", 90),
+        ("fp32", "gaussian", 90),
+    ],
+)
+def test_noise(dtype: str, distribution: str, capability: int) -> None:
+    """An activation's bytes go once each way; besides, a token has a factor and four counter words,
+    and its norm. The registers leave room for a quarter of a multiprocessor's threads at least."""
+    code, thread_bytes = compile_noise(dtype, distribution, capability)
+    assert code.spilled_bytes == 0
+    assert code.count(r"\bfma\.\w+\.f(?:32|16|16x2)\b") == 0
+    assert code.loads[16] >= thread_bytes // 16
+    assert code.stores == {16: thread_bytes // 16, 4: 1}
+    assert code.registers <= 128
+    if distribution != "gaussian":  # whose logarithm has a table
+        assert code.loads == {16: thread_bytes // 16, 8: 4, 4: 1}
+
+
+def test_noise_that_is_not_contiguous() -> None:
+    """Whatever the strides and the hidden size, it fits into registers."""
+    strided, _ = compile_noise("bf16", "uniform", 90, channel_stride="i32", columns="i32")
+    cut, _ = compile_noise("bf16", "uniform", 90, 250, hidden_size="i32", row_stride="i64")
+    for code in (strided, cut):
+        assert code.spilled_bytes == 0
+
+
+NUMBERS = ["decay", "beta1", "rest1", "beta2", "rest2", "correction", "epsilon", "step_size"]
+MOMENTS = {
+    "8bit": {
+        "codes": "*u8!",
+        "scales": "*fp32!",
+        "root_codes": "*u8!",
+        "root_scales": "*fp32!",
+        "lead": "i32!",
+    },
+    "bf16": {"first_moment": "*i16!", "second_moment": "*i16!", "key0": "i32", "key1": "i32"},
+    "fp32": {"first_moment": "*fp32!", "second_moment": "*fp32!", "key0": "i32", "key1": "i32"},
+}
+
+
+def compile_update(states: str, capability: int, **changed: str) -> tuple[MachineCode, int]:
+    """The code of an update, and the elements that a thread updates."""
+    arguments = {
+        "values": "*fp32!",
+        "grads": "*fp32!",
+        "grad_scale": "*fp32!",
+        "numel": "i32!",
+        **dict.fromkeys(NUMBERS, "fp32"),
+        **MOMENTS[states],
+        **changed,
+    }
+    if states == "8bit":
+        kernel, constants = optim_kernel._update_blocks, {"ROWS": optim_kernel._ROWS}
+        elements = 256 * optim_kernel._ROWS
+    else:
+        kernel = optim_kernel._update_elements
+        constants = {"BF16": states == "bf16", "TILE": optim_kernel._TILE}
+        elements = optim_kernel._TILE
+    warps = optim_kernel._WARPS
+    return (
+        compile_kernel(kernel, arguments, constants, capability, warps),
+        elements // (THREADS * warps),
+    )
+
+
+@pytest.mark.parametrize(
+    ("states", "capability"),
+    [*((states, each) for states in ("8bit", "bf16") for each in CAPABILITIES), ("fp32", 90)],
+)
+def test_update(states: str, capability: int) -> None:
+    """Parameter and gradient 16 bytes at a time, moments at least 4 elements at a time; division
+    and square root rounded correctly, denormal numbers kept."""
+    code, elements = compile_update(states, capability)
+    assert code.spilled_bytes == 0
+    assert code.count(r"\bfma\.") == code.count(r"\.ftz\b") == code.count(r"\.approx\b") == 0
+    assert code.count(r"\bsqrt\.rn\.f32\b") == elements
+    assert code.count(r"\bdiv\.full\b") == 0
+    assert code.registers <= 128
+    moment_bytes = {"8bit": 1, "bf16": 2, "fp32": 4}[states]
+    if states == "fp32":
+        vectors = elements * (4 + 4 + 2 * moment_bytes) // 16
+        assert code.loads == {16: vectors, 4: 1}  # and what gradients are divided by
+    else:
+        assert code.loads[16] == elements * (4 + 4) // 16
+        assert code.loads[elements * moment_bytes] == 2
+        assert code.stores[16] == elements * 4 // 16
+        assert code.stores[elements * moment_bytes] == 2
+
+
+@pytest.mark.parametrize("states", MOMENTS)
+def test_update_that_begins_anywhere(states: str) -> None:
+    """At odd addresses, beyond 2^31 elements."""
+    odd = {"values": "*fp32", "grads": "*fp32", "numel": "i64"}
+    code, _ = compile_update(states, 90, **odd, **({"lead": "i32"} if states == "8bit" else {}))
+    assert code.spilled_bytes == 0
