@@ -24,9 +24,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -99,10 +99,11 @@ PARTS = (
     Part("attention alpaca", "attention", 8, "alpaca"),
     Part("attention whole", "attention", 8),
     step(
-        "alpaca 4096 selective compile float8",
+        "alpaca 4096 selective compile single float8",
         4,
         *SELECTIVE,
         *COMPILE,
+        SINGLE,
         FLOAT8,
         documents="alpaca",
     ),
@@ -201,6 +202,26 @@ def measure(part: Part, size: Size, args: argparse.Namespace, limit: float) -> d
         with suppress(OSError, ValueError):
             result["planned_gib"] = json.loads(planned.read_text())["gib"]
     return {**result, "size": asdict(size), "seconds": time.monotonic() - began}
+
+
+def warm_caches(parts: Sequence[Part], size: Size, limit: float) -> None:
+    """Compile the parts' blocks, all at the same time, on a model of one of them: torch's caches
+    then spare the parts a minute each."""
+    began = time.monotonic()
+    small = replace(size, num_hidden_layers=1, steps=1, micro_batches=2)
+    with tempfile.TemporaryDirectory() as folder:
+        children = [
+            _into(Path(folder, str(i)), lambda part=part: body(part, small, None))
+            for i, part in enumerate(parts)
+        ]
+        for i, (part, child) in enumerate(zip(parts, children, strict=True)):
+            _ended(child, began + limit)
+            result = {"status": "ended without a result"}
+            with suppress(OSError, ValueError):
+                result = json.loads(Path(folder, str(i)).read_text())
+            seconds = time.monotonic() - began
+            print(f"warmed {part.name}: {result['status']}, {seconds:.0f} s", flush=True)
+            print(result.get("traceback", ""), end="", flush=True)
 
 
 def read_results(path: Path) -> dict[str, dict[str, Any]]:
@@ -324,6 +345,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="parts without a figure once more")
     parser.add_argument("--profile", nargs="+", help="OUT/PART.txt of these: time by kernel")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try all this")
+    parser.add_argument("--warm", nargs="+", help="only compile these parts, for later calls")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -336,6 +358,9 @@ def main() -> None:
         args.result.write_text(json.dumps(body(part, size, profile_path(part, args))))
         return
     warm_imports()
+    if args.warm:
+        warm_caches([named[name] for name in args.warm], size, args.seconds)
+        return
     path, began = args.out / "gpu.jsonl", time.monotonic()
     results = read_results(path)
     for part in [named[name] for name in args.exactly] if args.exactly else PARTS:
