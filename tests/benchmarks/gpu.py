@@ -32,9 +32,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-# Whether there is a GPU is asked of the driver's library: to ask CUDA would spoil it for the
-# processes that are forked.
-os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).parents[2]
@@ -44,8 +41,29 @@ if str(ROOT) not in sys.path:
 import torch  # noqa: E402
 import torch.utils._triton  # noqa: E402
 
-# Importing transformers imports torchao, which asks of each GPU, through CUDA, whether Triton fits.
-torch.utils._triton.has_triton = torch.cuda.is_available  # type: ignore[assignment]
+
+def gpu_of_driver() -> tuple[str, float]:
+    """Name and GiB of the first GPU, without starting CUDA; this machine's kind and 0 without."""
+    words = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    with suppress(OSError, ValueError, subprocess.CalledProcessError):
+        lines = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        name, mib = lines.splitlines()[0].split(",")
+        return name.strip(), float(mib) / 1024
+    return platform.machine(), 0.0
+
+
+# Packages ask while they are imported whether there is a GPU and Triton. CUDA is not to answer, or
+# no forked process could use it.
+GPU, GPU_GIB = gpu_of_driver()
+_ASKED = {
+    (torch.cuda, "is_available"): lambda: GPU_GIB > 0,
+    (torch.cuda, "device_count"): lambda: int(GPU_GIB > 0),
+    (torch.utils._triton, "has_triton"): lambda: GPU_GIB > 0,
+}
+_USUAL = {where: getattr(*where) for where in _ASKED}
+if __name__ == "__main__":
+    for (module, name), answer in _ASKED.items():
+        setattr(module, name, answer)
 
 from tests.benchmarks.gpu_parts import (  # noqa: E402
     SEVEN_B,
@@ -142,6 +160,8 @@ def _into(path: Path, work: Callable[[], dict[str, Any]]) -> int:
     status = 1
     try:
         os.setsid()
+        for (module, name), usual in _USUAL.items():
+            setattr(module, name, usual)
         result = work()
         path.write_text(json.dumps(result))
         status = 0
@@ -155,6 +175,7 @@ def _on_a_fresh_gpu(part: Part, size: Size, profile: Path | None, result: Path) 
     which takes seconds more."""
     if torch.cuda._is_in_bad_fork():
         words = [sys.executable, *sys.argv, "--part", part.name, "--result", str(result)]
+        words += ["--small"] if size.num_hidden_layers == 1 else []
         os.execv(sys.executable, words)
     return body(part, size, profile)
 
@@ -204,21 +225,27 @@ def measure(part: Part, size: Size, args: argparse.Namespace, limit: float) -> d
     return {**result, "size": asdict(size), "seconds": time.monotonic() - began}
 
 
+def one_layer(size: Size) -> Size:
+    """A model whose block compiles to what this size's does."""
+    return replace(size, num_hidden_layers=1, steps=1, micro_batches=2)
+
+
 def warm_caches(parts: Sequence[Part], size: Size, limit: float) -> None:
     """Compile the parts' blocks, all at the same time, on a model of one of them: torch's caches
     then spare the parts a minute each."""
     began = time.monotonic()
-    small = replace(size, num_hidden_layers=1, steps=1, micro_batches=2)
+    small = one_layer(size)
     with tempfile.TemporaryDirectory() as folder:
+        results = [Path(folder, str(i)) for i in range(len(parts))]
         children = [
-            _into(Path(folder, str(i)), lambda part=part: body(part, small, None))
-            for i, part in enumerate(parts)
+            _into(path, lambda part=part, path=path: _on_a_fresh_gpu(part, small, None, path))
+            for path, part in zip(results, parts, strict=True)
         ]
-        for i, (part, child) in enumerate(zip(parts, children, strict=True)):
+        for part, child, path in zip(parts, children, results, strict=True):
             _ended(child, began + limit)
             result = {"status": "ended without a result"}
             with suppress(OSError, ValueError):
-                result = json.loads(Path(folder, str(i)).read_text())
+                result = json.loads(path.read_text())
             seconds = time.monotonic() - began
             print(f"warmed {part.name}: {result['status']}, {seconds:.0f} s", flush=True)
             print(result.get("traceback", ""), end="", flush=True)
@@ -300,23 +327,13 @@ def _against_targets(results: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def gpu_of_driver() -> tuple[str, float]:
-    """Name and GiB of the first GPU, without starting CUDA; this machine's kind and 0 without."""
-    words = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    with suppress(OSError, ValueError, subprocess.CalledProcessError):
-        lines = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-        name, mib = lines.splitlines()[0].split(",")
-        return name.strip(), float(mib) / 1024
-    return platform.machine(), 0.0
-
-
 def versions() -> str:
     """Date, device, packages."""
     found = []
     for package in ("torch", "transformers", "triton", "torchao", "liger-kernel", "deepspeed"):
         with suppress(PackageNotFoundError):
             found.append(f"{package} {version(package)}")
-    return f"{time.strftime('%Y-%m-%d')}, {gpu_of_driver()[0]}, {', '.join(found)}"
+    return f"{time.strftime('%Y-%m-%d')}, {GPU}, {', '.join(found)}"
 
 
 def warm_imports() -> None:
@@ -348,13 +365,16 @@ def main() -> None:
     parser.add_argument("--warm", nargs="+", help="only compile these parts, for later calls")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    size = SEVEN_B if gpu_of_driver()[1] >= _LEAST_MEMORY_7B_GIB else THREE_B
+    size = SEVEN_B if GPU_GIB >= _LEAST_MEMORY_7B_GIB else THREE_B
     size = TINY if args.tiny else size
     named = {part.name: part for part in PARTS}
     if args.part:
-        part = named[args.part]
+        part, size = named[args.part], one_layer(size) if args.small else size
+        for (module, name), usual in _USUAL.items():
+            setattr(module, name, usual)
         args.result.write_text(json.dumps(body(part, size, profile_path(part, args))))
         return
     warm_imports()
