@@ -12,10 +12,10 @@ equal slices, or for float8's tiles, ends with a tail of padding.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,9 +29,11 @@ from neftune_dist.data.schedule import Schedule
 _EMPTY_TOKENS = 2  # of an empty micro-batch
 # The weights' gradients are products over the tokens, whose number float8 wants divisible by this.
 _FLOAT8_TILE = 16
-# Prepared beyond the one that is trained: two outlast a single slow one.
-_STEPS_AHEAD = 2
+# Prepared beyond the one that is used: two outlast a single slow one.
+_AHEAD = 2
 _CPU = torch.device("cpu")
+_Key = TypeVar("_Key")
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -245,27 +247,13 @@ class Loader:
 
     def steps(self, first: int) -> Iterator[StepBatch]:
         """Steps from `first` to the schedule's last."""
-        pool = ThreadPoolExecutor(1, "loader", initializer=self._enter_thread)
-        try:
-            ahead: deque[Future[StepBatch]] = deque()
-            for step in range(first, self.schedule.num_steps + _STEPS_AHEAD):
-                if step < self.schedule.num_steps:
-                    ahead.append(pool.submit(self._prepare, step))
-                if step >= first + _STEPS_AHEAD:
-                    yield ahead.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _enter_thread(self) -> None:
-        if self.device.type == "cuda":
-            # A thread begins on GPU 0: what it pins would take memory there on behalf of all ranks.
-            torch.cuda.set_device(self.device)
+        return _ahead(self._prepare, range(first, self.schedule.num_steps), self.device)
 
     def _prepare(self, step: int) -> StepBatch:
         batch = self.step(step)
-        if self.device.type == "cuda":
-            batch = replace(batch, micro_batches=[m.pinned() for m in batch.micro_batches])
-        return batch
+        return replace(
+            batch, micro_batches=[_ready(each, self.device) for each in batch.micro_batches]
+        )
 
     def _computed(self, lengths: np.ndarray) -> int:
         slices = self.part[1]
@@ -279,6 +267,33 @@ def _own(batch: MicroBatch, part: tuple[int, int]) -> MicroBatch:
     return batch if part[1] == 1 else batch.slice(*part)
 
 
+def _ready(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    return batch.pinned() if device.type == "cuda" else batch
+
+
+def _ahead(
+    make: Callable[[_Key], _Made], keys: Sequence[_Key], device: torch.device
+) -> Iterator[_Made]:
+    """What `make` makes of each key, in order; the next ones are made by a thread while one is
+    used."""
+
+    def enter_thread() -> None:
+        if device.type == "cuda":
+            # A thread begins on GPU 0: what it pins would take memory there on behalf of all ranks.
+            torch.cuda.set_device(device)
+
+    pool = ThreadPoolExecutor(1, "loader", initializer=enter_thread)
+    try:
+        made: deque[Future[_Made]] = deque()
+        for i in range(len(keys) + _AHEAD):
+            if i < len(keys):
+                made.append(pool.submit(make, keys[i]))
+            if i >= _AHEAD:
+                yield made.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def evaluation_batches(
     documents: Documents,
     indices: np.ndarray,
@@ -286,10 +301,11 @@ def evaluation_batches(
     rank: int,
     world_size: int,
     quadratic_tokens: float,
+    device: torch.device = _CPU,
     part: tuple[int, int] = (0, 1),
 ) -> Iterator[MicroBatch]:
-    """This rank's micro-batches over a fixed set of documents, laid out like a step; the arguments
-    as `Loader` takes them."""
+    """This rank's micro-batches over a fixed set of documents, laid out like a step and prepared
+    ahead; the arguments as `Loader` takes them."""
     layout = lay_out(
         documents.lengths[indices],
         world_size,
@@ -297,9 +313,12 @@ def evaluation_batches(
         config.data.packing,
         quadratic_tokens,
     )
-    for groups in layout.groups:
+    multiple = token_multiple(config)
+
+    def prepare(groups: Sequence[Sequence[int]]) -> MicroBatch:
         chosen = indices[list(groups[rank])]
         epochs = np.zeros_like(chosen)
-        multiple = token_multiple(config)
         batch = collate(documents, chosen, epochs, config.data.packing, part[1], multiple)
-        yield _own(batch, part)
+        return _ready(_own(batch, part), device)
+
+    return _ahead(prepare, layout.groups, device)

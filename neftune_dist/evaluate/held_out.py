@@ -53,7 +53,7 @@ class HeldOut:
     @torch.no_grad()
     def _loss_sum(self, engine: Engine, stop_requested: Callable[[], bool]) -> float | None:
         """This rank's; all ranks have as many batches, and give up before the same one."""
-        loss_sum = 0.0
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
         batches = evaluation_batches(
             self.documents,
             self.indices,
@@ -61,10 +61,11 @@ class HeldOut:
             self.sharing.data_rank,
             self.sharing.data_size,
             self.quadratic_tokens,
+            self.world.device,
             self.sharing.part,
         )
         for batch in batches:
             if self.world.any(stop_requested()):
                 return None
-            loss_sum += float(engine.forward(batch.to(self.world.device)))
-        return loss_sum
+            loss_sum += engine.forward(batch.to(self.world.device))  # nobody waits for it
+        return float(loss_sum)

@@ -107,17 +107,18 @@ def compile_update(states: str, capability: int, **changed: str) -> tuple[Machin
         **changed,
     }
     if states == "8bit":
-        kernel, constants = optim_kernel._update_blocks, {"ROWS": optim_kernel._ROWS}
+        kernel = optim_kernel._update_blocks
+        constants: dict[str, Any] = {"ROWS": optim_kernel._ROWS}
         elements = 256 * optim_kernel._ROWS
     else:
         kernel = optim_kernel._update_elements
         constants = {"BF16": states == "bf16", "TILE": optim_kernel._TILE}
         elements = optim_kernel._TILE
+    if arguments["grad_scale"] == "constexpr":
+        constants["grad_scale"] = None
     warps = optim_kernel._WARPS
-    return (
-        compile_kernel(kernel, arguments, constants, capability, warps),
-        elements // (THREADS * warps),
-    )
+    code = compile_kernel(kernel, arguments, constants, capability, warps)
+    return code, elements // (THREADS * warps)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_update(states: str, capability: int) -> None:
 
 @pytest.mark.parametrize("states", MOMENTS)
 def test_update_that_begins_anywhere(states: str) -> None:
-    """At odd addresses, beyond 2^31 elements."""
-    odd = {"values": "*fp32", "grads": "*fp32", "numel": "i64"}
+    """At odd addresses, beyond 2^31 elements, of gradients that nothing divides."""
+    odd = {"values": "*fp32", "grads": "*fp32", "numel": "i64", "grad_scale": "constexpr"}
     code, _ = compile_update(states, 90, **odd, **({"lead": "i32"} if states == "8bit" else {}))
     assert code.spilled_bytes == 0

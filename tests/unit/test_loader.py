@@ -271,6 +271,11 @@ def test_batches_for_a_gpu_are_pinned_by_the_thread(
     batches = list(made.steps(0))
     assert same(batches, plain)
     micro = [m for batch in batches for m in batch.micro_batches]
+    held_out, indices = corpus.held_out, np.arange(len(corpus.held_out))
+    words = (held_out, indices, Config(), 0, 1, QUADRATIC_TOKENS)
+    evaluated = list(evaluation_batches(*words, torch.device("cuda", 3)))
+    assert same(evaluated, list(evaluation_batches(*words)))
+    micro += evaluated
     tensors = [t for m in micro for t in vars(m).values() if isinstance(t, torch.Tensor)]
     assert {id(t) for t in tensors} == pinned
     assert threading.current_thread().name not in threads
