@@ -16,7 +16,7 @@ from neftune_dist.data.schedule import Schedule
 from neftune_dist.distributed import World
 from neftune_dist.engine.base import Engine
 from neftune_dist.model.attention import VARLEN, implementation
-from neftune_dist.model.varlen import activate_varlen_kernel
+from neftune_dist.model.varlen import varlen_kernel
 
 
 def data_lines(corpus: Corpus, schedule: Schedule, loader: Loader) -> list[str]:
@@ -40,11 +40,11 @@ def data_lines(corpus: Corpus, schedule: Schedule, loader: Loader) -> list[str]:
 
 def compute_line(engine: Engine, config: Config, windowed: bool) -> str:
     """What the model's layers compute by, with what `auto` has come to; `windowed` as
-    `activate_varlen_kernel` takes it."""
+    `varlen_kernel` takes it."""
     model = config.model
     attention = implementation(model.attention, config.data.packing)
     if attention == VARLEN:
-        attention = activate_varlen_kernel(engine.device, model.dtype, windowed)
+        attention = varlen_kernel(engine.device, model.dtype, windowed)
     parts = [
         f"attention {attention}",
         f"loss {engine.loss}",

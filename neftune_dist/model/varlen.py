@@ -20,8 +20,8 @@ _aten: Any = torch.ops.aten
 _NEWER = {9: ("FA3", "FA4"), 10: ("FA4",)}
 
 
-def activate_varlen_kernel(device: torch.device, dtype: str, windowed: bool) -> str:
-    """Switch on the fastest kernel that is installed for `VARLEN`, for this process; its name.
+def varlen_kernel(device: torch.device, dtype: str, windowed: bool = False) -> str:
+    """Switch on, for this process, the fastest kernel for `VARLEN` that is installed; its name.
 
     PyTorch's own is FlashAttention 2. Newer versions are packages by themselves.
 

@@ -485,7 +485,7 @@ def measure_attention(part: Part, size: Size, _: Path | None) -> dict[str, Any]:
         given = arguments(attention.FLEX)
         backward(attention.flex_attention(layer, *heads(), None, **given)[0])
 
-    kernel = varlen.activate_varlen_kernel(device(), "bf16", windowed=False)
+    kernel = varlen.varlen_kernel(device(), "bf16", windowed=False)
     works: list[tuple[str, Callable[[], object]]] = [
         (kernel, operator),
         ("sdpa, document by document", by_document),

@@ -332,5 +332,5 @@ def test_the_fastest_kernel_that_is_installed(
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate)
-    found = varlen.activate_varlen_kernel(torch.device("cuda"), "bf16", windowed)
+    found = varlen.varlen_kernel(torch.device("cuda"), "bf16", windowed)
     assert found == f"varlen ({expected})"
