@@ -28,12 +28,13 @@ def data_lines(corpus: Corpus, schedule: Schedule, loader: Loader) -> list[str]:
             "exports will have none"
         )
     first = loader.step(0)
-    steps_per_epoch = schedule.num_documents / schedule.global_batch_size
+    epoch, batch = schedule.steps_per_epoch, schedule.global_batch_size
+    left = schedule.num_documents % batch
+    ends = f", the last of them of {left} documents" if left else ""
     padding = 1 - first.num_tokens / first.num_computed_tokens
     lines.append(
-        f"data: {schedule.num_steps} steps of {schedule.global_batch_size} documents, "
-        f"{steps_per_epoch:.2f} steps an epoch; step 1: {len(first.micro_batches)} micro-batches "
-        f"a rank, {padding:.1%} padding"
+        f"data: {schedule.num_steps} steps of {batch} documents, {epoch} steps an epoch{ends}; "
+        f"step 1: {len(first.micro_batches)} micro-batches a rank, {padding:.1%} padding"
     )
     return lines
 

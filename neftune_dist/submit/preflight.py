@@ -193,8 +193,9 @@ def _num_steps(config: Config, rows: Rows | None) -> int | None:
     if train.max_steps is not None or rows is None:
         return train.max_steps
     epochs = DEFAULT_EPOCHS if train.num_epochs is None else train.num_epochs
-    documents = max(1, round(epochs * (rows.number - held_out)))
-    return math.ceil(documents / train.global_batch_size)
+    number, batch = max(1, rows.number - held_out), train.global_batch_size
+    whole, rest = divmod(max(1, round(epochs * number)), number)
+    return whole * math.ceil(number / batch) + math.ceil(rest / batch)
 
 
 def _sources(config: Config) -> str:
