@@ -540,7 +540,7 @@ def test_a_mixture_holds_out_before_it_repeats(
 def test_a_sample_is_of_different_documents_of_all_sources(
     write: Callable[..., DataConfig], tiny_tokenizer: Any
 ) -> None:
-    """Copies of a document, by a weight or in the rows, count once; a larger one holds a smaller."""
+    """Copies of a document, by a weight or in the rows, count once; more include those before."""
     config = mixed(write, {"weight": 3.0}, {}, {"weight": 0.5}, max_length=64)
     rows = [json.loads(x) for x in Path(config.mixture[1].source).read_text().splitlines()]
     copies = write([row for row in rows for _ in range(3)], "copies.jsonl").source
