@@ -6,6 +6,8 @@ drawn; publish after every rank has finished writing.
 
 from __future__ import annotations
 
+import functools
+import operator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -185,6 +187,7 @@ def _prepare(config: Config, run_dir: Path, world: World) -> _Prepared:
     tokenizer = world.in_turn(lambda: load.load_tokenizer(folder, config.model))
     corpus = world.in_turn(lambda: prepare(config.data, tokenizer, world.log))
     found = resume.find(run_dir, config, world)
+    adapted = config.adapter.method != "none"
     with world.agree():
         schedule = make_schedule(config.train, len(corpus.train), corpus.content)
         model = load.build(folder, config.model, config.data.packing, config.adapter)
@@ -195,15 +198,19 @@ def _prepare(config: Config, run_dir: Path, world: World) -> _Prepared:
             "data": corpus.content,
             "architecture": load.architecture(model.config),
         }
-        progress = Progress()
-        changes: list[str] = []
+        weights = None
+        if not found or adapted:
+            weights = load.open_weights(model, folder, config.model, config.train.seed)
+        digest = weights.digest((world.rank, world.size)) if weights and adapted else 0
+    if adapted:
+        identity["base"] = _of_all(digest, world)
+    progress = Progress()
+    changes: list[str] = []
+    with world.agree():
         if found:
             state = found.trainer_state()
             changes = resume.check_same_run(found, state, identity, config)
             progress = Progress(**state["progress"])
-        weights = None
-        if not found or config.adapter.method != "none":
-            weights = load.open_weights(model, folder, config.model, config.train.seed)
     due = evaluation_due(config.evaluate, progress.step, schedule.num_steps)
     due = due and len(corpus.held_out) > 0
     if due and found:  # then only where a stop cut that evaluation short
@@ -233,6 +240,13 @@ def _prepare(config: Config, run_dir: Path, world: World) -> _Prepared:
         weights,
         changes,
     )
+
+
+def _of_all(digest: int, world: World) -> str:
+    """The exclusive or of all ranks' digests of 128 bits."""
+    words = [float(digest >> shift & 0xFFFFFFFF) for shift in (96, 64, 32, 0)]
+    columns = zip(*world.gather(words), strict=True)
+    return "".join(f"{functools.reduce(operator.xor, map(int, each)):08x}" for each in columns)
 
 
 def _fill(engine: Engine, ready: _Prepared, stop: StopSignal) -> None:
