@@ -16,6 +16,7 @@ from neftune_dist.data.schedule import Schedule
 from neftune_dist.distributed import World
 from neftune_dist.engine.base import Engine
 from neftune_dist.model.attention import VARLEN, implementation
+from neftune_dist.model.compute import drops
 from neftune_dist.model.varlen import varlen_kernel
 
 
@@ -57,6 +58,16 @@ def compute_line(engine: Engine, config: Config) -> str:
         emulated = "" if engine.device.type == "cuda" else ", emulated: its rounding, not its speed"
         parts.append(f"float8 {model.float8}{emulated}")
     return f"compute: {', '.join(parts)}"
+
+
+def dropout_lines(model: Any) -> list[str]:
+    """Of a model with dropout, what that does to the laws."""
+    if not drops(model):
+        return []
+    return [
+        "dropout: the model's own draws by step and rank, so that another layout (ranks, packing, "
+        "micro-batches) trains something else; a resume under the same layout is exact"
+    ]
 
 
 def noise_lines(config: Config) -> list[str]:

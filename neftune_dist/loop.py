@@ -3,6 +3,10 @@
 Law 3 stands here in one line: every micro-batch's loss sum is divided by the step's number of
 supervised tokens over all ranks, which the schedule knows beforehand. A step without a finite loss
 and gradient changes nothing but the cursor; too many of them in a row end the run.
+
+One thing depends on the layout: a model's own dropout draws by step and rank. With it, another
+number of ranks, another packing or other micro-batches drop other activations, and so train
+something else; a resume under the same layout is exact.
 """
 
 from __future__ import annotations
