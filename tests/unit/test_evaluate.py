@@ -117,6 +117,15 @@ def test_every_kind_of_noise_is_added_again_alike(
     assert once != document_losses(model, rows, np.arange(6), config, world).sums
 
 
+def test_every_batch_has_noise_of_its_own(folder: Path, world: World) -> None:
+    """Copies of one document in several batches get different noise, in the rank stream too."""
+    config = settings(folder, "noise.length=padded", "train.micro_batch_tokens=32")
+    model = open_subject(folder, settings=["model.dtype=fp32"]).model
+    rows = documents_of([documents()[5]] * 3)
+    found = document_losses(model, rows, np.arange(3), config, world, noisy=True).sums
+    assert len({*found}) == 3
+
+
 def test_a_model_directory_is_what_transformers_loads(folder: Path) -> None:
     subject = open_subject(folder)
     expected = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)

@@ -18,7 +18,7 @@ from neftune_dist.data.corpus import Corpus, prepare
 from neftune_dist.data.documents import Documents
 from neftune_dist.data.loader import Loader, MicroBatch, collate, evaluation_batches
 from neftune_dist.data.schedule import make_schedule
-from neftune_dist.loop import token_layout
+from neftune_dist.loop import dropout_seed, token_layout
 from neftune_dist.noise.law import TokenLayout
 
 QUADRATIC_TOKENS = 2e4
@@ -345,3 +345,9 @@ def test_documents_are_gathered_in_order(corpus: Corpus, indices: list[int]) -> 
         one_by_one = [corpus.train[i][which].tolist() for i in indices]
         assert tokens.dtype == dtype and type(tokens) is np.ndarray
         assert tokens.tolist() == list(itertools.chain(*one_by_one))
+
+
+def test_dropout_draws_by_step_and_rank() -> None:
+    seeds = [dropout_seed(s, t, r) for s in (0, 1) for t in (0, 1, 10) for r in (0, 1, 10)]
+    assert len({*seeds}) == len(seeds) and all(0 <= seed < 1 << 63 for seed in seeds)
+    assert dropout_seed(3, 4, 5) == dropout_seed(3, 4, 5)

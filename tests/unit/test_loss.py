@@ -16,7 +16,12 @@ from neftune_dist.config import UserError
 from neftune_dist.data.loader import MicroBatch, collate
 from neftune_dist.engine.base import batch_loss_sum, batch_losses
 from neftune_dist.model.attention import VARLEN, packed_arguments
-from neftune_dist.model.loss import chunked_cross_entropy, multiply_, resolve_loss
+from neftune_dist.model.loss import (
+    chunked_cross_entropy,
+    multiply_,
+    resolve_loss,
+    token_cross_entropies,
+)
 from tests.families import family
 from tests.unit.corpora import documents_of
 
@@ -221,6 +226,17 @@ def test_multiplied_in_float32_and_in_pieces(monkeypatch: pytest.MonkeyPatch) ->
         expected = (given.float() * factor).bfloat16()
         transposed = given.t().contiguous().t()  # as the gradient of a projection is laid out
         assert torch.equal(multiply_(transposed, factor), expected)
+
+
+def test_evaluated_losses_are_float32_under_bfloat16() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(64, 32).bfloat16(), torch.randn(500, 32).bfloat16()
+    targets = torch.randint(500, (64,))
+    found = token_cross_entropies(hidden, weight, None, targets)
+    logits = F.linear(hidden, weight)
+    expected = F.cross_entropy(logits.double(), targets, reduction="none")
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_nothing_is_differentiated_under_no_grad() -> None:
