@@ -136,7 +136,10 @@ def check_same_run(
         if state["identity"][key] != identity[key]:
             raise UserError(f"The checkpoint {found.folder} was made with {what}: {mend}")
     if state["identity"]["data"] != identity["data"]:
-        raise UserError(f"The checkpoint {found.folder} was made with other data: {mend}")
+        raise UserError(
+            f"The checkpoint {found.folder} was made with other data, or by a version of "
+            f"neftune_dist that put the same data in another order: {mend}"
+        )
     if state["identity"].get("base", identity.get("base")) != identity.get("base"):
         place = config.model.weights or config.model.name_or_path
         raise UserError(
