@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from neftune_dist.records import STEPS, read_records
+
 
 def main(run_dir: Path, folder: Path, command: str) -> None:
     """Print the comparison of the evaluations in RUN_DIR/evaluations/before and `folder`."""
@@ -15,8 +17,7 @@ def main(run_dir: Path, folder: Path, command: str) -> None:
     answers = [json.loads((each / "answers.json").read_text()) for each in folders]
     if run_dir.is_relative_to(Path.cwd()):
         run_dir = run_dir.relative_to(Path.cwd())
-    steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    last = steps[-1]
+    last = read_records(run_dir / STEPS).rows[-1]
     print()
     print(f"{'':24}{'before':>12}{'after':>12}")
     losses = [each["losses"]["held_out_loss"] for each in (before, after)]

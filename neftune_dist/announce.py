@@ -16,6 +16,7 @@ from neftune_dist.data.schedule import Schedule
 from neftune_dist.distributed import World
 from neftune_dist.engine.base import Engine
 from neftune_dist.model.attention import VARLEN, implementation
+from neftune_dist.model.compute import drops
 from neftune_dist.model.varlen import varlen_kernel
 
 
@@ -28,12 +29,13 @@ def data_lines(corpus: Corpus, schedule: Schedule, loader: Loader) -> list[str]:
             "exports will have none"
         )
     first = loader.step(0)
-    steps_per_epoch = schedule.num_documents / schedule.global_batch_size
+    epoch, batch = schedule.steps_per_epoch, schedule.global_batch_size
+    left = schedule.num_documents % batch
+    ends = f", the last of them of {left} documents" if left else ""
     padding = 1 - first.num_tokens / first.num_computed_tokens
     lines.append(
-        f"data: {schedule.num_steps} steps of {schedule.global_batch_size} documents, "
-        f"{steps_per_epoch:.2f} steps an epoch; step 1: {len(first.micro_batches)} micro-batches "
-        f"a rank, {padding:.1%} padding"
+        f"data: {schedule.num_steps} steps of {batch} documents, {epoch} steps an epoch{ends}; "
+        f"step 1: {len(first.micro_batches)} micro-batches a rank, {padding:.1%} padding"
     )
     return lines
 
@@ -57,6 +59,16 @@ def compute_line(engine: Engine, config: Config, windowed: bool) -> str:
         emulated = "" if engine.device.type == "cuda" else ", emulated: its rounding, not its speed"
         parts.append(f"float8 {model.float8}{emulated}")
     return f"compute: {', '.join(parts)}"
+
+
+def dropout_lines(model: Any) -> list[str]:
+    """Of a model with dropout, what that does to the laws."""
+    if not drops(model):
+        return []
+    return [
+        "dropout: the model's own draws by step and rank, so that another layout (ranks, packing, "
+        "micro-batches) trains something else; a resume under the same layout is exact"
+    ]
 
 
 def noise_lines(config: Config) -> list[str]:

@@ -3,6 +3,10 @@
 Law 3 stands here in one line: every micro-batch's loss sum is divided by the step's number of
 supervised tokens over all ranks, which the schedule knows beforehand. A step without a finite loss
 and gradient changes nothing but the cursor; too many of them in a row end the run.
+
+One thing depends on the layout: a model's own dropout draws by step and rank. With it, another
+number of ranks, another packing or other micro-batches drop other activations, and so train
+something else; a resume under the same layout is exact.
 """
 
 from __future__ import annotations
@@ -143,8 +147,7 @@ class Trainer:
         self.noise.step, self.noise.alpha = batch.step, alpha
         # A model's own dropout draws from torch's generator: from here on what it draws is a
         # function of the step, so that a resumed run drops what the uninterrupted one does.
-        key = f"{self.config.train.seed}/{batch.step}/{self.world.rank}"
-        torch.manual_seed(random.Random(key).getrandbits(63))
+        torch.manual_seed(dropout_seed(self.config.train.seed, batch.step, self.world.rank))
         passes = num_passes(noise)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
         forwards = [each for each in batch.micro_batches for _ in range(passes)]
@@ -286,6 +289,11 @@ class Trainer:
             f"row than train.max_skipped_steps={most}. {kept}; lower optim.learning_rate, with "
             "checkpoint.accept_changes=optim.learning_rate, or look at the data of these steps."
         )
+
+
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """What torch's generators begin with at a step, below 2^63: another on every rank."""
+    return random.Random(f"{seed}/{step}/{rank}").getrandbits(63)
 
 
 def evaluation_due(config: EvaluateConfig, step: int, num_steps: int) -> bool:

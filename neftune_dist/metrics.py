@@ -21,9 +21,8 @@ import torch
 from tqdm import tqdm
 
 from neftune_dist.config import LoggingConfig, UserError
+from neftune_dist.records import EVALUATIONS, STEPS, read_records
 from neftune_dist.trackers import Trackers
-
-_STEPS, _EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 
 
 class Recorder:
@@ -42,10 +41,10 @@ class Recorder:
         if not active:
             return
         try:
-            for name in (_STEPS, _EVALUATIONS):
+            for name in (STEPS, EVALUATIONS):
                 # A run from the start evaluates at step 0 anew, a resumed one does not.
                 _keep_until(run_dir / name, first_step if first_step else -1)
-            self._files = {n: (run_dir / n).open("a") for n in (_STEPS, _EVALUATIONS)}
+            self._files = {n: (run_dir / n).open("a") for n in (STEPS, EVALUATIONS)}
             self._trackers = Trackers(run_dir, config, facts, first_step)
         except OSError as error:
             raise UserError(
@@ -68,7 +67,7 @@ class Recorder:
         """One optimizer step, under the names of the design."""
         if not self.active:
             return
-        self._write(_STEPS, record, "train")
+        self._write(STEPS, record, "train")
         self._seconds += record["step_seconds"]
         self._recorded += 1
         if self._bar is not None:
@@ -89,7 +88,7 @@ class Recorder:
         """One evaluation: `step` and its results."""
         if not self.active:
             return
-        self._write(_EVALUATIONS, record, "evaluate")
+        self._write(EVALUATIONS, record, "evaluate")
         line = f"step {record['step']}: held-out loss {record['held_out_loss']:.4f} (noise off)"
         if self._bar is not None:
             self._bar.write(line)
@@ -130,10 +129,10 @@ def is_evaluated(run_dir: Path, step: int) -> bool:
     """Whether the evaluation after `step` has been recorded; False where the records cannot be
     read."""
     try:
-        lines = (run_dir / _EVALUATIONS).read_text().splitlines()
+        rows = read_records(run_dir / EVALUATIONS, ("held_out_loss",)).rows
     except OSError:
         return False
-    return any(_step(line) == step for line in lines)
+    return any(row["step"] == step for row in rows)
 
 
 def memory_gib(device: torch.device) -> float:
@@ -144,23 +143,17 @@ def memory_gib(device: torch.device) -> float:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Keep the lines of steps up to `step`; a torn last line goes, too."""
+    """Keep the records of steps up to `step`, and say how many of them are lost."""
     if not path.exists():
         return
-    lines = path.read_text().splitlines()
-    kept = [line + "\n" for line in lines if (its := _step(line)) is not None and its <= step]
+    found = read_records(path)
+    missing = found.num_missing(step) if path.name == STEPS else 0
+    if lost := max(found.num_lost, missing):
+        print(f"warning: {path} is damaged: {lost} of its records are lost", file=sys.stderr)
     aside = path.with_suffix(".new")
+    kept = [json.dumps(row) + "\n" for row in found.rows if row["step"] <= step]
     aside.write_text("".join(kept))
     os.replace(aside, path)
-
-
-def _step(line: str) -> int | None:
-    """Of a record; None where the line is torn."""
-    try:
-        step: int = json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return None
-    return step
 
 
 def _duration(seconds: float) -> str:

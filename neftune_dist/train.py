@@ -6,6 +6,8 @@ drawn; publish after every rank has finished writing.
 
 from __future__ import annotations
 
+import functools
+import operator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +15,17 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from neftune_dist import attempt
-from neftune_dist.announce import compute_line, data_lines, environment, noise_lines, versions
+from neftune_dist.announce import (
+    compute_line,
+    data_lines,
+    dropout_lines,
+    environment,
+    noise_lines,
+    versions,
+)
 from neftune_dist.attempt import EXIT_DONE, EXIT_STOPPED
 from neftune_dist.checkpoint import flat, resume, store
 from neftune_dist.checkpoint.content import keep_small_files, keep_template, keep_vocabulary
@@ -33,7 +43,7 @@ from neftune_dist.model import load
 from neftune_dist.model.flops import ModelSize, model_size
 from neftune_dist.model.support import check_lengths
 from neftune_dist.model.ulysses import share_sequences
-from neftune_dist.noise.hook import NEFTune
+from neftune_dist.noise.hook import NEFTune, NEFTuneHandle
 from neftune_dist.optim import MakeOptimizer
 from neftune_dist.watch.straggler import Stragglers
 from neftune_dist.watch.watchdog import Watchdog
@@ -73,7 +83,7 @@ class _Prepared:
     def lines(self, config: Config) -> list[str]:
         """What is trained, with which noise, and from where it goes on."""
         lines = [f"model: {config.model.name_or_path}, {self.size.in_words()}"]
-        lines += noise_lines(config)
+        lines += [*noise_lines(config), *dropout_lines(self.model)]
         if self.found:
             steps = f"step {self.found.step} of {self.schedule.num_steps}"
             lines += [
@@ -107,16 +117,8 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
         world.log(f"done: {run_dir} has all {num_steps} steps; nothing is left to train")
         return EXIT_DONE
     world.stop_together()
-    noise = NEFTune(
-        config.noise.alpha,
-        seed=config.noise_seed,
-        stream=config.noise.stream,
-        rank=sharing.data_rank,
-        distribution=config.noise.distribution,
-        length=config.noise.length,
-        slices=sharing.group,
-    ).attach(ready.model)
     with world.agree():
+        noise = attach_noise(config, ready.model, sharing.data_rank, sharing.group)
         engine = make_engine(config, world)
     engine.setup(ready.model, MakeOptimizer(config.optim, config.train.seed))
     world.stop_together()
@@ -187,6 +189,7 @@ def _prepare(config: Config, run_dir: Path, world: World) -> _Prepared:
     tokenizer = world.in_turn(lambda: load.load_tokenizer(folder, config.model))
     corpus = world.in_turn(lambda: prepare(config.data, tokenizer, world.log))
     found = resume.find(run_dir, config, world)
+    adapted = config.adapter.method != "none"
     with world.agree():
         schedule = make_schedule(config.train, len(corpus.train), corpus.content)
         model = load.build(folder, config.model, config.data.packing, config.adapter)
@@ -197,15 +200,19 @@ def _prepare(config: Config, run_dir: Path, world: World) -> _Prepared:
             "data": corpus.content,
             "architecture": load.architecture(model.config),
         }
-        progress = Progress()
-        changes: list[str] = []
+        weights = None
+        if not found or adapted:
+            weights = load.open_weights(model, folder, config.model, config.train.seed)
+        digest = weights.digest((world.rank, world.size)) if weights and adapted else 0
+    if adapted:
+        identity["base"] = _of_all(digest, world)
+    progress = Progress()
+    changes: list[str] = []
+    with world.agree():
         if found:
             state = found.trainer_state()
             changes = resume.check_same_run(found, state, identity, config)
             progress = Progress(**state["progress"])
-        weights = None
-        if not found or config.adapter.method != "none":
-            weights = load.open_weights(model, folder, config.model, config.train.seed)
     due = evaluation_due(config.evaluate, progress.step, schedule.num_steps)
     due = due and len(corpus.held_out) > 0
     if due and found:  # then only where a stop cut that evaluation short
@@ -235,6 +242,13 @@ def _prepare(config: Config, run_dir: Path, world: World) -> _Prepared:
         weights,
         changes,
     )
+
+
+def _of_all(digest: int, world: World) -> str:
+    """The exclusive or of all ranks' digests of 128 bits."""
+    words = [float(digest >> shift & 0xFFFFFFFF) for shift in (96, 64, 32, 0)]
+    columns = zip(*world.gather(words), strict=True)
+    return "".join(f"{functools.reduce(operator.xor, map(int, each)):08x}" for each in columns)
 
 
 def _fill(engine: Engine, ready: _Prepared, stop: StopSignal) -> None:
@@ -283,6 +297,25 @@ def _claim(run_dir: Path, world: World) -> FileLock:
 
 def _unwritable(run_dir: Path, error: OSError) -> UserError:
     return UserError(f"run_dir={run_dir} cannot be written: {error.strerror or error}.")
+
+
+def attach_noise(
+    config: Config, model: Any, rank: int, slices: ProcessGroup | None
+) -> NEFTuneHandle:
+    """Put the run's noise on its model. Raises `UserError` where the law says nothing about it."""
+    noise = config.noise
+    try:
+        return NEFTune(
+            noise.alpha,
+            seed=config.noise_seed,
+            stream=noise.stream,
+            rank=rank,
+            distribution=noise.distribution,
+            length=noise.length,
+            slices=slices,
+        ).attach(model)
+    except ValueError as error:
+        raise UserError(f"{error} Set noise.alpha=0, or train another model.") from error
 
 
 def make_engine(config: Config, world: World) -> Engine:

@@ -31,7 +31,8 @@ def train(model: Any, config: Config, skipped: Sequence[int] = ()) -> list[dict[
                 "weight_decay": config.optim.weight_decay,
             },
             {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-        ]
+        ],
+        eps=config.optim.epsilon,
     )
     records = []
     law = NEFTune(config.noise.alpha, seed=config.noise_seed, stream="sample")

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from neftune_dist.checkpoint import flat
-from neftune_dist.config import AdapterConfig, ModelConfig
+from neftune_dist.config import AdapterConfig, ModelConfig, UserError
 from neftune_dist.engine.base import MASTER, FlatShard
 from neftune_dist.model import load
 from neftune_dist.model.adapters import merged, quantized_names
+from neftune_dist.model.weights import weights_folder
 
 # Everything in a model directory that is not weights: configuration, tokenizer, code.
 _SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
@@ -60,7 +61,7 @@ class Content:
         """The plain model, adapters merged into the weights that they were trained beside.
 
         Raises:
-            UserError: frozen weights that are not where they were.
+            UserError: frozen weights that are not where they were, or are others.
         """
         trained = Content.trained(folder, state)
         adapter = adapter_of(state)
@@ -71,6 +72,12 @@ class Content:
         base, packing = load.find(config), state["config"]["data"]["packing"]
         plain = load.build(base, config, packing)
         files = load.open_weights(plain, base, config, seed=0)
+        known = state["identity"].get("base")
+        if known is not None and known != f"{files.digest():032x}":
+            raise UserError(
+                f"The adapter in {folder} was trained beside other weights than those now in "
+                f"{weights_folder(config, base)}: restore them there."
+            )
         in_4_bits = quantized_names(load.build(base, config, packing, adapter))
         parts = {name: trained.read(name) for name in trained.shapes}
         shapes = {name: tuple(p.shape) for name, p in plain.named_parameters()}

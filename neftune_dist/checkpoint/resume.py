@@ -1,7 +1,7 @@
 """What a run continues from: the newest sound checkpoint, and only one of the same run.
 
-Refuses, with the fields that differ, a checkpoint of another architecture, tokenizer, dataset or
-incompatible setting (`UserError`); tells what has changed and may.
+Refuses, with the fields that differ, a checkpoint of another architecture, tokenizer, dataset,
+frozen weights or incompatible setting (`UserError`); tells what has changed and may.
 """
 
 from __future__ import annotations
@@ -136,7 +136,16 @@ def check_same_run(
         if state["identity"][key] != identity[key]:
             raise UserError(f"The checkpoint {found.folder} was made with {what}: {mend}")
     if state["identity"]["data"] != identity["data"]:
-        raise UserError(f"The checkpoint {found.folder} was made with other data: {mend}")
+        raise UserError(
+            f"The checkpoint {found.folder} was made with other data, or by a version of "
+            f"neftune_dist that put the same data in another order: {mend}"
+        )
+    if state["identity"].get("base", identity.get("base")) != identity.get("base"):
+        place = config.model.weights or config.model.name_or_path
+        raise UserError(
+            f"The checkpoint {found.folder} was trained beside other frozen weights than those of "
+            f"{place}: {mend}"
+        )
     return [
         f"{key} was {_value(before, key)}, is now {_value(config.to_dict(), key)}"
         for key in (*changed, *_LENGTH)

@@ -158,8 +158,8 @@ class TrainConfig:
     """How long, and how much per step."""
 
     max_steps: int | None = None
-    num_epochs: float | None = None  # default 3, where max_steps is not given
-    global_batch_size: int = 128  # documents per step, over all ranks
+    num_epochs: float | None = None  # default 3, where max_steps is not given; whole steps
+    global_batch_size: int = 128  # documents per step, over all ranks; an epoch's last has the rest
     micro_batch_tokens: int = 8192  # most tokens (padding counted) of one forward on one rank
     max_skipped_steps: int = 3  # borne in a row, for want of a finite loss and gradient; then ends
     hang_minutes: float = 15.0  # what one part of a step (a forward pass, say) may last; then ends
@@ -202,11 +202,11 @@ class EvaluateConfig:
     """Held-out loss while training, noise off; and what `neftune-dist evaluate` measures."""
 
     every_steps: int = 0  # while training; 0: before the first and after the last step only
-    max_documents: int = 0  # 0: all held-out documents
-    train_documents: int = 0  # of the training set, whose loss is taken without and with noise
+    max_documents: int = 0  # different held-out ones, chosen by a hash; 0: all
+    train_documents: int = 0  # of the training set, chosen so: loss without and with noise
     # To be answered: held_out, or a file of such (AlpacaEval's); null: none.
     instructions: str | None = "held_out"
-    max_instructions: int = 200  # the first of them; 0: all
+    max_instructions: int = 200  # held_out: chosen by a hash; of a file: the first; 0: all
     max_new_tokens: int = 512  # of an answer
     repetition_penalty: float = 1.2  # of greedy decoding, as in the paper; 1: none
     batch_size: int = 32  # prompts that a rank answers at once

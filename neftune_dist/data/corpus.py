@@ -1,17 +1,14 @@
 """The tokenised documents of a run: made once, cached by content, read by memory map.
 
 Owns the cache (`data.cache_dir`) and the way of every row into it. A cache entry is named by a
-digest of all that decides its content, so it is never stale; it is written aside and renamed, so a
-half-written one is never read; a file lock lets any number of processes and jobs start at once.
-Nothing here is a collective.
+digest of all that decides its content, so it is never stale; `entry` sees that it is whole and that
+any number of processes and jobs may start at once. Nothing here is a collective.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -19,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
 from neftune_dist.config import DataConfig, SourceConfig, UserError
+from neftune_dist.data import entry
 from neftune_dist.data.audit import Audit
 from neftune_dist.data.documents import Conversations, Documents, Spool, Table
 from neftune_dist.data.formats import Conversation, detect_format, to_conversation
@@ -31,7 +28,7 @@ from neftune_dist.data.selection import Selection, select
 from neftune_dist.data.sources import BadRow, Source, open_source
 from neftune_dist.data.template import Document, Template
 
-_VERSION = 5  # of what this module and the template make of the same input
+_VERSION = 6  # of what this module and the template make of the same input
 # Tokenised together: many, unless they are long.
 _BATCH_ROWS, _BATCH_CHARACTERS = 1000, 2**22
 _PROGRESS_SECONDS = 5.0
@@ -117,13 +114,13 @@ def prepare(
         root = Path(config.cache_dir).expanduser() / "corpora"
     except RuntimeError as error:
         raise UserError(f"data.cache_dir={config.cache_dir} names no known user.") from error
-    entry = root / fingerprint
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        if not entry.exists():
-            with FileLock(root / f"{fingerprint}.lock"):
-                if not entry.exists():
-                    _make(entry, config, given, template, progress)
+        folder = entry.obtain(
+            root,
+            fingerprint,
+            lambda folder: _make(folder, config, given, template, progress),
+            progress,
+        )
     except (OSError, NotImplementedError) as error:  # the second from a disk without file locks
         raise UserError(
             f"The tokenised data cannot be written to data.cache_dir={config.cache_dir}: "
@@ -135,7 +132,7 @@ def prepare(
         "template": _short_digest(template.identity()["chat_template"]),
     }
     corpus = replace(
-        load(entry, [source.name for source in given.sources]),
+        load(folder, [source.name for source in given.sources]),
         identity=identity,
         chat_template=template.as_jinja(),
     )
@@ -144,28 +141,28 @@ def prepare(
     return corpus
 
 
-def load(entry: Path, names: list[str]) -> Corpus:
-    """Open a finished cache entry. Raises `UserError` where it has been damaged since.
+def load(folder: Path, names: list[str]) -> Corpus:
+    """Open a finished cache entry. Raises `UserError` where it cannot be read.
 
     Args:
         names: of the sources; the same content may have been read under others.
     """
     try:
-        stored = json.loads((entry / "report.json").read_text())
+        stored = json.loads((folder / "report.json").read_text())
         told = [SourceReport(**each) for each in stored.pop("sources")]
         for each, name in zip(told, names, strict=True):
             each.name = name
         report = Report(told, audit=Audit(**stored.pop("audit")), **stored)
-        train, held_out = (Documents(entry, part) for part in ("train", "held_out"))
-        conversations = Conversations(entry)
+        train, held_out = (Documents(folder, part) for part in ("train", "held_out"))
+        conversations = Conversations(folder)
         if len(conversations) != len(held_out):
             raise ValueError(f"{len(held_out)} conversations are wanted, of {len(conversations)}")
     except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
         raise UserError(
-            f"The tokenised data in {entry} is damaged ({error}): remove that directory, and it "
+            f"The tokenised data in {folder} is damaged ({error}): remove that directory, and it "
             "is made again."
         ) from error
-    return Corpus(train, held_out, conversations, report, entry.name)
+    return Corpus(train, held_out, conversations, report, folder.name)
 
 
 def _fingerprint(config: DataConfig, given: _Input, template: Template) -> str:
@@ -184,29 +181,20 @@ def _short_digest(value: Any) -> str:
 
 
 def _make(
-    entry: Path,
+    folder: Path,
     config: DataConfig,
     given: _Input,
     template: Template,
     progress: Callable[[str], None],
 ) -> None:
-    # Only the holder of the entry's lock is here: what others have left was left by the dead.
-    for left in entry.parent.glob(f"{entry.name}.*.part"):
-        shutil.rmtree(left, ignore_errors=True)
-    aside = entry.with_name(f"{entry.name}.{os.getpid()}.part")
     report = Report([SourceReport(each.name, left_out=[*each.left_out]) for each in given.sources])
+    spool = Spool(folder)
     try:
-        spool = Spool(aside)
-        try:
-            _fill(spool, config, given, report, template, progress)
-        finally:
-            spool.close()
-        table = spool.table()
-        chosen = select(table, config, given.settings)
-        _finish(aside, spool, table, chosen, report)
-        aside.rename(entry)
+        _fill(spool, config, given, report, template, progress)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        spool.close()
+    table = spool.table()
+    _finish(folder, spool, table, select(table, config, given.settings), report)
 
 
 def _fill(
@@ -255,8 +243,6 @@ def _finish(folder: Path, spool: Spool, table: Table, chosen: Selection, report:
     for own, number in zip(report.sources, times, strict=True):
         own.num_occurrences = int(number)
     (folder / "report.json").write_text(json.dumps(asdict(report), indent=1))
-    for file in folder.rglob("*.*"):
-        _sync(file)
 
 
 def _refuse_useless(source: Source, own: SourceReport, report: Report, config: DataConfig) -> None:
@@ -333,10 +319,3 @@ def _fit(document: Document, config: DataConfig, report: Report) -> Document | N
         return document
     report.num_truncated += 1
     return document.cut(config.max_length)
-
-
-def _sync(file: Path) -> None:
-    """Put a file on the disk, so that a machine that dies leaves no entry with a name and no
-    content."""
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())

@@ -8,6 +8,7 @@ often, so that choosing copies no token. Memory holds some 50 bytes of a documen
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from array import array
 from collections.abc import Iterator, Sequence
@@ -36,10 +37,11 @@ class Documents:
             np.memmap(folder / name, dtype, mode="r") for name, dtype in _FILES.items()
         )
         index = np.load(folder / f"{part}.npy")
-        # int64 (num_documents,) each, in tokens.
-        self._starts, self.lengths, self.num_supervised, self._numbers = index
+        # int64 (num_documents,) each: the first three in tokens.
+        self.starts, self.lengths, self.num_supervised, self._numbers, content = index
+        self.content = content.view(np.uint64)  # digests of the conversations, see `Table`
         self._origins = folder / _ORIGINS
-        ends = int((self._starts + self.lengths).max(initial=0))
+        ends = int((self.starts + self.lengths).max(initial=0))
         if not ends <= len(self._ids) == len(self._supervised):
             raise ValueError(f"{ends} tokens are wanted, of {len(self._ids)}")
 
@@ -48,7 +50,7 @@ class Documents:
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """input_ids int32 and supervised uint8, each (length,)."""
-        piece = slice(self._starts[index], self._starts[index] + self.lengths[index])
+        piece = slice(self.starts[index], self.starts[index] + self.lengths[index])
         return self._ids[piece], self._supervised[piece]
 
     def origin(self, index: int) -> tuple[int, str]:
@@ -61,7 +63,7 @@ class Documents:
         """The documents int64 (num_chosen,) one behind the other: input_ids int32 and supervised
         uint8, each (num_tokens,)."""
         lengths = self.lengths[indices]
-        begins = self._starts[indices] - (np.cumsum(lengths) - lengths)
+        begins = self.starts[indices] - (np.cumsum(lengths) - lengths)
         tokens = np.arange(lengths.sum()) + np.repeat(begins, lengths)
         return self._ids[tokens], self._supervised[tokens]
 
@@ -171,7 +173,8 @@ class Spool:
         """Make the parts: int64 indices of documents, with repetitions."""
         starts = np.cumsum(table.lengths) - table.lengths
         for part, chosen in (("train", train), ("held_out", held_out)):
-            columns = (starts, table.lengths, table.num_supervised, np.arange(len(starts)))
+            numbers, content = np.arange(len(starts)), table.content.view(np.int64)
+            columns = (starts, table.lengths, table.num_supervised, numbers, content)
             index = [column[chosen] for column in columns]
             np.save(self._folder / f"{part}.npy", np.stack(index))
         spoken = self._folder / _SPOKEN
@@ -182,12 +185,16 @@ class Spool:
         spoken.unlink()
 
     def digest(self) -> str:
-        """Of the training part's tokens and masks, in order; however they were made."""
-        total = hashlib.sha256()
-        for name in _FILES:
-            with (self._folder / name).open("rb") as file:
-                total.update(hashlib.file_digest(file, "sha256").digest())
-        total.update(np.load(self._folder / "train.npy")[:2].tobytes())
+        """Of what is trained on, and of nothing else in the folder: tokens and masks in order, and
+        how often an epoch has each document; however they were made."""
+        train = Documents(self._folder, "train")
+        # Occurrences of a document follow each other; its tokens count once.
+        is_first = np.diff(train.starts, prepend=-1) != 0
+        total = hashlib.sha256(train.lengths.data)
+        total.update(is_first.data)
+        for i in itertools.compress(itertools.count(), is_first):
+            for values in train[i]:
+                total.update(values.data)
         return total.hexdigest()[:24]
 
     def close(self) -> None:

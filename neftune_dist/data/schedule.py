@@ -1,16 +1,17 @@
 """Law 4: which documents form step s, as a pure function of (data fingerprint, seed, s).
 
-The documents of all epochs form one endless sequence, each epoch in an order of its own; step s
-takes the next `global_batch_size` of them. The last step of a run given in epochs takes what is
-left, so that every document is trained on exactly as often as was asked. No rank, no world size and
-no layout enters, and the cursor of a run is its step.
+Epochs follow each other without end, each a permutation of all documents. An epoch is cut into
+steps of `global_batch_size` documents; its last step takes what is left, so that every document is
+in an epoch exactly once. The length of the run decides where it ends and nothing else: a run of one
+epoch that is extended to two trains what one of two epochs trains. No rank, no world size and no
+layout enters, and the cursor of a run is its step.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -29,37 +30,47 @@ class Schedule:
     num_documents: int
     global_batch_size: int
     num_steps: int
-    total_documents: int  # over all steps, repetitions counted
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The last of them may have fewer documents than the others."""
+        return math.ceil(self.num_documents / self.global_batch_size)
+
+    @property
+    def total_documents(self) -> int:
+        """Over all steps, repetitions counted."""
+        epochs, steps = divmod(self.num_steps, self.steps_per_epoch)
+        rest = min(steps * self.global_batch_size, self.num_documents)
+        return epochs * self.num_documents + rest
 
     def documents(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Document indices and their epochs, int64 (batch,), of step 0 <= step < num_steps."""
-        first = step * self.global_batch_size
-        last = min(first + self.global_batch_size, self.total_documents)
-        place = np.arange(first, last)
-        epochs, within = np.divmod(place, self.num_documents)
-        indices = np.empty_like(place)
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            indices[chosen] = _order(self.fingerprint, self.seed, int(epoch), self.num_documents)[
-                within[chosen]
-            ]
-        return indices, epochs
+        epoch, within = divmod(step, self.steps_per_epoch)
+        order = _order(self.fingerprint, self.seed, epoch, self.num_documents)
+        first = within * self.global_batch_size
+        indices = order[first : first + self.global_batch_size].copy()
+        return indices, np.full_like(indices, epoch)
 
 
 def make_schedule(config: TrainConfig, num_documents: int, fingerprint: str) -> Schedule:
-    """The schedule of a run. Raises `UserError` where there are too few documents for a batch."""
+    """The schedule of a run; a part of an epoch is rounded up to whole steps.
+
+    Raises:
+        UserError: there are too few documents for a batch.
+    """
     batch = config.global_batch_size
     if num_documents < batch:
         raise UserError(
             f"The data holds {num_documents} documents, fewer than "
             f"train.global_batch_size={batch}: lower it."
         )
+    made = Schedule(fingerprint, config.seed, num_documents, batch, config.max_steps or 0)
     if config.max_steps is not None:
-        total = config.max_steps * batch
-    else:
-        epochs = DEFAULT_EPOCHS if config.num_epochs is None else config.num_epochs
-        total = max(1, round(epochs * num_documents))
-    return Schedule(fingerprint, config.seed, num_documents, batch, math.ceil(total / batch), total)
+        return made
+    epochs = DEFAULT_EPOCHS if config.num_epochs is None else config.num_epochs
+    # Rounded to documents first: 0.29 epochs of 100 documents are 28.999999999999996.
+    whole, rest = divmod(max(1, round(epochs * num_documents)), num_documents)
+    return replace(made, num_steps=whole * made.steps_per_epoch + math.ceil(rest / batch))
 
 
 @lru_cache(maxsize=2)

@@ -1,4 +1,4 @@
-"""Which documents are trained on, how often, and which are held out.
+"""Which documents are trained on, how often, which are held out, and which are evaluated.
 
 A pure function of the documents' digests and the settings: no generator is drawn from, and the
 order of rows decides nothing but the order of documents. Chosen are those with the smallest digest,
@@ -7,16 +7,16 @@ so that more of them include those chosen before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from neftune_dist.config import DataConfig, SourceConfig, UserError
-from neftune_dist.data.documents import Table
+from neftune_dist.data.documents import Documents, Table
 
 # Keys under which a document's digest is mixed again, so that two choices have nothing in common.
-_CAP, _FRACTION = 1, 2
+_CAP, _FRACTION, _SAMPLE = 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,32 @@ def select(table: Table, config: DataConfig, sources: Sequence[SourceConfig]) ->
         num_leaked=int(leaked.sum()),
         num_not_chosen=int((training & (times == 0)).sum()),
     )
+
+
+def sample_documents(documents: Documents, number: int) -> np.ndarray:
+    """Up to `number` different documents of a part, int64 indices in order: of all its sources, and
+    of documents with the same tokens and mask one. Copies would let a small sample look large."""
+
+    def content(i: int) -> bytes:
+        return b"".join(values.tobytes() for values in documents[i])
+
+    return sample(documents.content, number, content)
+
+
+def sample(digests: np.ndarray, number: int, key: Callable[[int], Hashable | None]) -> np.ndarray:
+    """Up to `number` indices with different keys, int64 in order.
+
+    Args:
+        digests: uint64; the smallest ones, mixed again, are chosen.
+        key: of an index; None: it is not to be chosen.
+    """
+    found: dict[Hashable, int] = {}
+    for i in np.argsort(_mixed(digests, _SAMPLE), kind="stable").tolist():
+        if len(found) >= number:
+            break
+        if (its := key(i)) is not None:
+            found.setdefault(its, i)
+    return np.sort(np.fromiter(found.values(), np.int64))
 
 
 def _hold_out(prompt: np.ndarray, candidates: np.ndarray, config: DataConfig) -> np.ndarray:

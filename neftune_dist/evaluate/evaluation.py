@@ -19,6 +19,7 @@ from typing import Any
 from neftune_dist.attempt import EXIT_DONE, EXIT_STOPPED
 from neftune_dist.config import UserError
 from neftune_dist.data.corpus import Corpus, prepare
+from neftune_dist.data.selection import sample_documents
 from neftune_dist.data.sources import BadRow
 from neftune_dist.distributed import Stopped, StopSignal, World
 from neftune_dist.evaluate import text
@@ -121,8 +122,7 @@ class _Evaluation:
         if name is None:
             return []
         if name == HELD_OUT:
-            kept = None if self.corpus is None else self.corpus.held_out_conversations
-            return held_out_instructions(kept, number) if kept else []
+            return held_out_instructions(self.corpus, number) if self.corpus else []
         found, of_all = read_instructions(name, number)
         if len(found) < of_all:
             self.world.log(
@@ -183,10 +183,12 @@ class _Evaluation:
 
     def _losses(self, corpus: Corpus) -> None:
         evaluate, size = self.config.evaluate, len(corpus.held_out)
-        numbers = {
-            "held_out": min(evaluate.max_documents or size, size),
-            "train": min(evaluate.train_documents, len(corpus.train)),
-        }
+        with self.world.agree():
+            chosen = {
+                "held_out": sample_documents(corpus.held_out, evaluate.max_documents or size),
+                "train": sample_documents(corpus.train, evaluate.train_documents),
+            }
+        numbers = {part: len(indices) for part, indices in chosen.items()}
         noise = [asdict(self.config.noise), self.config.noise_seed]
         settings = {
             "documents": corpus.fingerprint,
@@ -204,7 +206,7 @@ class _Evaluation:
             return document_losses(
                 model,
                 corpus.held_out if part == "held_out" else corpus.train,
-                numbers[part],
+                chosen[part],
                 self.config,
                 self.world,
                 noisy=noisy,

@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
 from neftune_dist.config import Config
 from neftune_dist.data.documents import Documents
 from neftune_dist.data.loader import evaluation_batches
+from neftune_dist.data.selection import sample_documents
 from neftune_dist.distributed import Sharing, World
 from neftune_dist.engine.base import Engine
 
@@ -28,7 +28,7 @@ class HeldOut:
         quadratic_tokens: float,
     ) -> None:
         most = config.evaluate.max_documents or len(documents)
-        self.indices = np.arange(min(most, len(documents)))
+        self.indices = sample_documents(documents, most)
         self.documents, self.config, self.world = documents, config, world
         self.sharing, self.quadratic_tokens = sharing, quadratic_tokens
 

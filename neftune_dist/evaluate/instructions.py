@@ -14,17 +14,18 @@ other model said. A row that cannot be asked is a `UserError`: a set with holes 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 from neftune_dist.config import BUILTIN_SOURCE, Config, SourceConfig, UserError
 from neftune_dist.data import fields, files
-from neftune_dist.data.documents import Conversations
+from neftune_dist.data.corpus import Corpus
 from neftune_dist.data.formats import Conversation, Turn
+from neftune_dist.data.selection import sample
 from neftune_dist.data.sources import BadRow, open_source
 
 HELD_OUT = "held_out"
@@ -44,12 +45,18 @@ class Instruction:
     reference: str | None
 
 
-def held_out_instructions(conversations: Conversations, number: int) -> list[Instruction]:
-    """The first `number` held-out conversations (0: all) with their first answers; plain texts,
-    which ask nothing, are passed over."""
-    spoken = (each for each in conversations if each.turns)
+def held_out_instructions(corpus: Corpus, number: int) -> list[Instruction]:
+    """Up to `number` held-out conversations (0: all) that begin with different words, of all
+    sources, with their first answers; plain texts, which ask nothing, are passed over."""
+    conversations = corpus.held_out_conversations
+
+    def opening(i: int) -> str | None:
+        conversation = conversations[i]
+        return json.dumps(conversation.opening()) if conversation.turns else None
+
     found = []
-    for conversation in islice(spoken, number or None):
+    for i in sample(corpus.held_out.content, number or len(conversations), opening).tolist():
+        conversation = conversations[i]
         asked = [m["content"] for m in conversation.opening() if m["role"] == "user"]
         answer = next(turn.content for turn in conversation.turns if turn.role == "assistant")
         found.append(Instruction(conversation, "\n\n".join(asked), HELD_OUT, answer))

@@ -66,40 +66,42 @@ class Losses:
 def document_losses(
     model: Any,
     documents: Documents,
-    number: int,
+    indices: np.ndarray,
     config: Config,
     world: World,
     *,
     noisy: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Losses:
-    """Losses of the first `number` documents: a collective of all ranks.
+    """Losses of some documents: a collective of all ranks.
 
     Args:
         model: of a `Subject`.
+        indices: int64 (num_chosen,), of the documents.
         noisy: with `config.noise` at its full `alpha`, whatever its schedule.
         progress: told a line every few seconds.
 
     Raises:
         UserError: the model does not keep packed documents apart, or takes none so long.
     """
-    packing, indices = config.data.packing, np.arange(number)
+    packing = config.data.packing
     with world.agree():
         check_model(model, packing)
         lengths = documents.lengths[indices]
         check_lengths(model.config, int(lengths.max()))
         layout = lay_out(lengths, 1, config.train.micro_batch_tokens, packing, _QUADRATIC_TOKENS)
-    sums, told = np.zeros(number), time.monotonic()
+    sums, told = np.zeros(len(indices)), time.monotonic()
     padded = model.config._attn_implementation
     attention = implementation(config.model.attention, True) if packing else padded
     with attention_of(model, attention), _forward(model, config, noisy) as forward:
         for i in range(world.rank, len(layout.groups), world.size):
-            chosen = np.array(layout.groups[i][0], dtype=np.int64)
+            places = np.array(layout.groups[i][0], dtype=np.int64)
+            chosen = indices[places]
             epochs = np.full_like(chosen, _NEVER)
             batch = collate(documents, chosen, epochs, packing).to(world.device)
             losses = forward(i, batch).double().cpu()
             parts = losses.split(documents.num_supervised[chosen].tolist())
-            sums[chosen] = [float(part.sum()) for part in parts]
+            sums[places] = [float(part.sum()) for part in parts]
             if time.monotonic() - told > _PROGRESS_SECONDS:
                 told = time.monotonic()
                 progress(f"{i + 1} of {len(layout.groups)} batches")

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import shlex
 import signal
@@ -32,6 +31,7 @@ from typing import IO
 from neftune_dist import attempt
 from neftune_dist.config import Config, UserError
 from neftune_dist.launch.rendezvous import missing_hosts
+from neftune_dist.records import STEPS, read_records
 
 _POLL_SECONDS = 0.2
 _SIGNAL_EVERY_SECONDS = 3.0
@@ -291,12 +291,9 @@ def _descendants() -> Iterator[int]:
 
 def _last_step(run_dir: Path) -> int:
     """The last recorded step; 0 where there is none."""
-    with (
-        contextlib.suppress(OSError, ValueError, KeyError, IndexError),
-        (run_dir / "metrics.jsonl").open("rb") as file,
-    ):
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-        return int(json.loads(file.read().splitlines()[-1])["step"])
+    with contextlib.suppress(OSError):
+        rows = read_records(run_dir / STEPS, last_bytes=2**16).rows
+        return int(rows[-1]["step"]) if rows else 0
     return 0
 
 

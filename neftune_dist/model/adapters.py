@@ -134,6 +134,10 @@ class AdaptedWeights:
             )
         return self._files.read(plain_name(name), start, stop)
 
+    def digest(self, part: tuple[int, int] = (0, 1)) -> int:
+        """Of the plain model alone, see `WeightFiles.digest`."""
+        return self._files.digest(part)
+
     def _by_row(
         self,
         name: str,

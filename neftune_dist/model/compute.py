@@ -61,7 +61,7 @@ def configure(model: Any, config: ModelConfig) -> None:
     for block in blocks(model):
         forward = block.forward
         if config.activation_checkpointing != "none":
-            forward = _checkpointed(forward, config.activation_checkpointing, _drops(model))
+            forward = _checkpointed(forward, config.activation_checkpointing, drops(model))
         if config.compile:
             # Lengths change from batch to batch: one graph takes them all.
             forward = torch.compile(forward, dynamic=True)
@@ -106,7 +106,12 @@ def _kept(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> Checkpoi
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _drops(model: nn.Module) -> bool:
-    """Whether the model draws from torch's generators (dropout)."""
-    in_attention = getattr(model.config, "attention_dropout", 0) or 0  # type: ignore[union-attr]
-    return bool(in_attention) or any(isinstance(m, nn.Dropout) and m.p for m in model.modules())
+def drops(model: nn.Module) -> bool:
+    """Whether the model draws from torch's generators (dropout), by modules of its own or by
+    functions, whose probabilities its modules keep under some name (OPT's `dropout`)."""
+    return any(
+        isinstance(value, float) and value > 0
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if "drop" in name or (name == "p" and "drop" in type(module).__name__.lower())
+    )

@@ -148,6 +148,9 @@ class Weights(Protocol):
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened parameter, 1-D."""
 
+    def digest(self, part: tuple[int, int] = (0, 1)) -> int:
+        """See `WeightFiles.digest`."""
+
 
 def open_weights(model: Any, folder: Path, config: ModelConfig, seed: int) -> Weights:
     """What a new run's parameters begin with, and what its frozen ones are.

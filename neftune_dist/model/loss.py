@@ -3,11 +3,17 @@
 The vocabulary projection becomes the loss: within one forward the output embedding hands back the
 sum of cross-entropies where the model expects logits. So the engine's own hooks on that module
 gather its weight, sharded or tied, as for any other.
+
+What the loss is multiplied by afterwards (the world size, over the step's supervised tokens) must
+not reach the gradient of bf16 logits: that is -1 of nearly every target, and a factor rounded to
+bf16 would make all of them too large or too small alike, by up to 0.4 %. It is multiplied into the
+gradients behind the projection, in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +28,7 @@ from neftune_dist.model.extras import LossSum, liger_cross_entropy
 # Of the float32 logits that are there at a time. Large enough that the matrix products run at full
 # rate, small against what a block's activations take.
 CHUNK_BYTES = 2**28
+_SCALED_ELEMENTS = 2**24  # of a gradient, multiplied at a time
 
 
 def resolve_loss(kind: str, model: Any) -> str:
@@ -105,9 +112,10 @@ def token_losses(
         def keep_supervised(_: Any, args: tuple[Tensor]) -> tuple[Tensor]:
             return (args[0].flatten(0, 1)[positions][None],)
 
-        with head.register_forward_pre_hook(keep_supervised):
+        with head.register_forward_pre_hook(keep_supervised), _scaled_behind(head) as scale:
             logits = forward()
-        return F.cross_entropy(logits[0].float(), targets, reduction=reduction)
+        loss = F.cross_entropy(logits[0].float(), targets, reduction=reduction)
+        return _KeepScale.apply(loss, scale) if reduction == "sum" else loss
 
     given: list[Tensor] = []
 
@@ -150,8 +158,15 @@ def _loss_as_logits(
         # No view: FSDP2 warns of those, which an operation in place would take from its hooks.
         return loss_of(supervised, head.weight, head.bias, targets).view(1, -1, 1).clone()
 
+    with _forward_of(head, forward):
+        yield
+
+
+@contextmanager
+def _forward_of(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Meanwhile the module computes that."""
     usual = head.__dict__.get("forward")
-    head.forward = forward  # type: ignore[method-assign, assignment]
+    head.forward = forward  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -159,6 +174,61 @@ def _loss_as_logits(
             del head.forward
         else:
             head.forward = usual  # type: ignore[method-assign]
+
+
+@contextmanager
+def _scaled_behind(head: Any) -> Iterator[list[Tensor]]:
+    """Meanwhile the projection's gradients are multiplied by the factor that `_KeepScale` keeps in
+    the list that this gives. (Of what is no plain matrix the logits' gradient has that factor.)"""
+    scale: list[Tensor] = []
+    if type(head) is not nn.Linear:
+        yield scale
+        return
+
+    def forward(hidden: Tensor) -> Tensor:
+        given = (hidden, head.weight, head.bias)
+        return F.linear(*(each if each is None else _Scale.apply(each, scale) for each in given))
+
+    with _forward_of(head, forward):
+        yield scale
+
+
+class _KeepScale(torch.autograd.Function):
+    """The identity. Its gradient is kept for `_Scale`, and 1 is passed on in its place."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, scale: list[Tensor]) -> Tensor:
+        ctx.scale = scale
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        ctx.scale[:] = [grad]
+        return torch.ones_like(grad), None
+
+
+class _Scale(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by what `_KeepScale` has kept."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, scale: list[Tensor]) -> Tensor:
+        ctx.scale = scale
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return multiply_(grad, ctx.scale[0]), None
+
+
+def multiply_(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Multiply in place, in float32. (torch would first round the factor, a tensor of a GPU, to the
+    gradient's dtype: an error that all elements have in common.)"""
+    if gradient.dtype == torch.float32:
+        return gradient.mul_(factor)
+    row = math.prod(gradient.shape[1:])
+    for rows in gradient.split(max(1, _SCALED_ELEMENTS // max(1, row))):
+        rows.copy_(rows.float().mul_(factor))
+    return gradient
 
 
 def chunked_cross_entropy(
@@ -244,7 +314,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grads = [
-            None if each is None else each.mul_(grad).to(dtype)
+            None if each is None else multiply_(each, grad).to(dtype)
             for each, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return (*grads, None, None)

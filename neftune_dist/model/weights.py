@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from neftune_dist.config import ModelConfig, UserError
 from neftune_dist.model.foreign import open_weights
 
 _COMPARED_ELEMENTS = 2**24
+_DIGESTED_ELEMENTS = 2**22
 _EARLIER_NAMES = {"lm_head.weight": "embed_out.weight"}  # GPT-NeoX before transformers 5
 
 
@@ -73,6 +75,28 @@ class WeightFiles:
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened parameter, 1-D, in the file's dtype."""
         return self._read(self._source[name], start, stop)
+
+    def digest(self, part: tuple[int, int] = (0, 1)) -> int:
+        """128 bits of every parameter's name, shape, dtype and content. Those of all parts, (0, n)
+        to (n - 1, n), give by exclusive or that of the whole.
+
+        It reads everything once: 3 GB/s measured on one core where the files are in memory, so 5 s
+        for 13 GB, and as many times less as there are parts."""
+        total, (index, count) = 0, part
+        largest_first = sorted(
+            self._source, key=lambda name: -math.prod(self._shape(self._source[name]))
+        )
+        for name in largest_first[index::count]:
+            source = self._source[name]
+            shape = self._shape(source)
+            found = xxhash.xxh3_128(f"{name} {shape} {self._read(source, 0, 1).dtype}".encode())
+            row, numel = math.prod(shape[1:]), math.prod(shape)
+            step = max(1, _DIGESTED_ELEMENTS // max(1, row)) * row
+            for start in range(0, numel, step):
+                values = self._read(source, start, min(numel, start + step))
+                found.update(values.contiguous().view(torch.uint8).numpy().data)
+            total ^= found.intdigest()
+        return total
 
     def _read(self, source: str, start: int, stop: int) -> Tensor:
         file = self._file_of[source]
@@ -141,6 +165,10 @@ class GrownWeights:
         row = self._mean(name).repeat(-(-(stop - first) // width) + 1)
         further = row[first % width :][: stop - first]
         return further if known is None else torch.cat([known.float(), further])
+
+    def digest(self, part: tuple[int, int] = (0, 1)) -> int:
+        """See `WeightFiles.digest`."""
+        return self._files.digest(part)
 
     def _mean(self, name: str) -> Tensor:
         if name not in self._means:

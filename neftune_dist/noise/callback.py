@@ -100,6 +100,9 @@ class NEFTuneCallback(TrainerCallback):
             distribution=self.distribution,
             length=self.length,
         ).attach(model)
+        padding_token = _padding_token(kwargs.get("train_dataloader"))
+        if padding_token is not None:
+            self.handle.padding_token = padding_token
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -129,6 +132,14 @@ class NEFTuneCallback(TrainerCallback):
         if self.handle is not None:
             self.handle.remove()
             self.handle = None
+
+
+def _padding_token(dataloader: Any) -> int | None:
+    """That of TRL's collator, within the one that drops unused columns."""
+    collator = getattr(dataloader, "collate_fn", None)
+    collator = getattr(collator, "data_collator", collator)
+    token = getattr(collator, "pad_token_id", None)
+    return token if isinstance(token, int) else None
 
 
 def _data_parallel_rank(args: TrainingArguments) -> int:

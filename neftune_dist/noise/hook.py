@@ -129,6 +129,8 @@ class NEFTuneHandle:
         self.neftune = neftune
         model = _inmost(model)
         embedding = _input_embedding(model)
+        if neftune.alpha:
+            _check_scale(embedding)
         # (Not on the embedding alone: it may have been wrapped since, by PEFT for instance.)
         if any(getattr(module, _MARK, None) is not None for module in model.modules()):
             raise ValueError("NEFTune is attached to this model already: remove() it first.")
@@ -139,8 +141,11 @@ class NEFTuneHandle:
         parameters = inspect.signature(model.forward).parameters
         self._names = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
         self._tensor_parallel = getattr(model, "tp_size", None) not in (None, 1)
+        # Of documents packed without a mask, what stands behind the last one.
+        self.padding_token: int | None = _padding_token(model)
         self._rank = _data_parallel_rank() if neftune.rank is None else neftune.rank
 
+        self._weight_is_shared = False
         self._number = next(_numbers)
         self._described: TokenLayout | None = None  # for the next forward
         self._first_node = 0
@@ -163,6 +168,8 @@ class NEFTuneHandle:
                 model.register_forward_pre_hook(self._before_model, with_kwargs=True),
                 model.register_forward_hook(self._after_model),
             ]
+            if neftune.rank is None:
+                self._removers.append(embedding.register_forward_pre_hook(self._before_embedding))
 
     @property
     def step(self) -> int:
@@ -261,13 +268,22 @@ class NEFTuneHandle:
                 "input_ids, or describe the batch to the handle."
             )
         cu_seq_lens = given.get("cu_seq_lens_q")
-        _UNDER_WAY[self._number] = TokenLayout.from_arguments(
+        layout = TokenLayout.from_arguments(
             input_ids,
             attention_mask=given.get("attention_mask"),
             position_ids=given.get("position_ids"),
             cu_seq_lens=given.get("cu_seqlens") if cu_seq_lens is None else cu_seq_lens,
             seq_idx=given.get("seq_idx"),
         )
+        if given.get("attention_mask") is None and self.padding_token is not None:
+            layout = layout.without_padding(input_ids == self.padding_token)
+        _UNDER_WAY[self._number] = layout
+
+    def _before_embedding(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """See how the weight is laid out where the lookup uses it: FSDP2, of which the embedding
+        may be a unit, has gathered its shards by now; tensor parallelism keeps its own."""
+        weight = getattr(module, "weight", None)
+        self._weight_is_shared = isinstance(weight, DTensor) and weight.device_mesh.size() > 1
 
     def _after_embedding(
         self, module: nn.Module, args: tuple[Any, ...], output: Tensor
@@ -329,7 +345,7 @@ class NEFTuneHandle:
 
     def _activation(self, module: nn.Module, output: Tensor) -> Tensor:
         """The local tensor to add noise to, (rows, columns, hidden_size) or (num_tokens, ...)."""
-        if self.neftune.rank is None and self._rank_is_ambiguous(module):
+        if self.neftune.rank is None and (self._tensor_parallel or self._weight_is_shared):
             raise ValueError(
                 "The model is tensor parallel: say NEFTune(rank=...), the data-parallel rank, "
                 "which ranks that hold copies of one batch share."
@@ -345,12 +361,6 @@ class NEFTuneHandle:
                 )
             x = x.to_local()
         return x
-
-    def _rank_is_ambiguous(self, module: nn.Module) -> bool:
-        weight = getattr(module, "weight", None)
-        return self._tensor_parallel or (
-            isinstance(weight, DTensor) and weight.device_mesh.size() > 1
-        )
 
     def _add(
         self, x: Tensor, layout: TokenLayout, alpha: Tensor, step: Tensor, count: Tensor
@@ -414,6 +424,23 @@ def _input_embedding(model: nn.Module) -> nn.Module:
             "tokens."
         )
     return embedding
+
+
+def _check_scale(embedding: nn.Module) -> None:
+    """Refuse an embedding that is more than a lookup and a factor (Inkling's). A norm behind it
+    (Bloom's) does no harm: that takes the noise for a part of the embedding."""
+    if any("norm" in type(module).__name__.lower() for module in embedding.modules()):
+        raise ValueError(
+            f"{type(embedding).__name__} normalises what it looks up: behind it NEFTune's noise "
+            "would have another size relative to the embedding than the paper's."
+        )
+
+
+def _padding_token(model: nn.Module) -> int | None:
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    token = getattr(text, "pad_token_id", None)
+    return token if isinstance(token, int) else None
 
 
 def _data_parallel_rank() -> int:

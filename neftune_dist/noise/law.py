@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,6 +74,17 @@ class TokenLayout:
     def to(self, device: torch.device) -> TokenLayout:
         """The same layout on another device."""
         return self._map(lambda value: value.to(device, non_blocking=True))
+
+    def without_padding(self, is_padding: Tensor) -> TokenLayout:
+        """The same less the documents of one token at a row's end that are of padding tokens: what
+        TRL appends to packed documents (`pad_to_multiple_of`), each at position 0.
+
+        Args:
+            is_padding: bool (rows, columns), where the tokens are the padding token.
+        """
+        alone = (is_padding & (self.length == 1).view(is_padding.shape)).to(torch.int64)
+        at_end = alone.flip(1).cumprod(1).flip(1).flatten() > 0
+        return replace(self, length=torch.where(at_end, 0, self.length))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> TokenLayout:
         changed: dict[str, Any] = {

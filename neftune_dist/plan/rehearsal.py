@@ -35,10 +35,9 @@ from neftune_dist.engine.base import MASTER
 from neftune_dist.loop import token_layout
 from neftune_dist.model import load
 from neftune_dist.model.ulysses import share_sequences
-from neftune_dist.noise.hook import NEFTune
 from neftune_dist.optim import Blocks, MakeOptimizer
 from neftune_dist.plan.memory import Memory, Peak
-from neftune_dist.train import make_engine
+from neftune_dist.train import attach_noise, make_engine
 
 # On each rank DeepSpeed's stage 3 handles every partition of every tensor by itself: no more of
 # them than this are rehearsed, and what is partitioned is scaled.
@@ -100,14 +99,7 @@ def rehearse(config: Config, folder: Path, world_size: int, batches: Sequence[Mi
         engine = make_engine(config, _Rank0(rehearsed))
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with fake, Memory(fake, vocabulary) as memory:
-            noise = NEFTune(
-                config.noise.alpha,
-                stream=config.noise.stream,
-                rank=0,
-                distribution=config.noise.distribution,
-                length=config.noise.length,
-                slices=group,
-            ).attach(model)
+            noise = attach_noise(config, model, 0, group)
             optimizer = _IdleOptimizer(config.optim, config.train.seed)
             engine.setup(model, optimizer)
             engine.loaded(0)

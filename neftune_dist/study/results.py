@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from neftune_dist.config import Config, UserError, differences, load_config
+from neftune_dist.records import EVALUATIONS, STEPS, read_records
 from neftune_dist.study.runs import evaluation_folder
 
 # What changes nothing that is trained, and what a study changes itself.
@@ -25,6 +26,7 @@ _FREE = (
     "train.seed",
 )
 _FREE_SECTIONS = ("logging.", "checkpoint.", "evaluate.", "judge.")
+_NUMBERS = ("loss", "num_tokens", "num_supervised_tokens", "noise_norm", "noise_law")  # of a step
 _SAME_LOSS = 1e-3  # relative, before training: other hardware, not other weights
 
 
@@ -99,8 +101,9 @@ def seeds_of(runs: Sequence[Run]) -> list[int]:
 
 def read_run(folder: Path, alpha: float, seed: int) -> Run:
     """A finished run, with its evaluation where there is one. Raises `UserError`."""
-    steps = _rows(folder / "metrics.jsonl")
-    held_out = {row["step"]: row["held_out_loss"] for row in _rows(folder / "evaluations.jsonl")}
+    steps = _rows(folder / STEPS, _NUMBERS)
+    evaluations = _rows(folder / EVALUATIONS, ("held_out_loss",))
+    held_out = {row["step"]: row["held_out_loss"] for row in evaluations}
     if not steps or not {0, steps[-1]["step"]} <= held_out.keys():
         raise UserError(f"{folder} lacks the held-out loss before or after its training.")
     last = steps[-1]["step"]
@@ -184,8 +187,19 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [_parsed(line, path) for line in _text(path).splitlines()]
+def _rows(path: Path, numbers: Sequence[str]) -> list[dict[str, Any]]:
+    try:
+        found = read_records(path, numbers)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    last = found.rows[-1]["step"] if found.rows else 0
+    missing = found.num_missing(last) if path.name == STEPS else 0
+    if lost := max(found.num_lost, missing):
+        raise UserError(
+            f"{path} is damaged: {lost} of its records are lost, and with them what the runs are "
+            f"compared by; without {path.parent}, the study makes that run again."
+        )
+    return found.rows
 
 
 def _read(path: Path) -> Any:

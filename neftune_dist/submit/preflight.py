@@ -7,7 +7,6 @@ unknown, never guessed. Nothing is written.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -18,6 +17,7 @@ from statistics import median
 
 from neftune_dist.config import Config, DataConfig, SourceConfig, UserError
 from neftune_dist.data import files
+from neftune_dist.records import STEPS, read_records
 from neftune_dist.submit import inventory
 from neftune_dist.submit.inventory import Hub, Rows
 
@@ -193,8 +193,9 @@ def _num_steps(config: Config, rows: Rows | None) -> int | None:
     if train.max_steps is not None or rows is None:
         return train.max_steps
     epochs = DEFAULT_EPOCHS if train.num_epochs is None else train.num_epochs
-    documents = max(1, round(epochs * (rows.number - held_out)))
-    return math.ceil(documents / train.global_batch_size)
+    number, batch = max(1, rows.number - held_out), train.global_batch_size
+    whole, rest = divmod(max(1, round(epochs * number)), number)
+    return whole * math.ceil(number / batch) + math.ceil(rest / batch)
 
 
 def _sources(config: Config) -> str:
@@ -216,7 +217,7 @@ def _num_checkpoints(config: Config, steps: int | None, made: int) -> int:
 
 def _predict(run_dir: Path, world_size: int, left: int | None) -> tuple[float | None, str]:
     """Seconds for the steps left, and what is known of them in words."""
-    measured = _step_seconds(run_dir / "metrics.jsonl", world_size)
+    measured = _step_seconds(run_dir / STEPS, world_size)
     if not measured:
         return None, f"not known before the run has recorded a step on {world_size} ranks"
     each = median(measured)
@@ -229,17 +230,8 @@ def _predict(run_dir: Path, world_size: int, left: int | None) -> tuple[float | 
 def _step_seconds(path: Path, world_size: int) -> Sequence[float]:
     """Of the newest steps, those that were made on so many ranks."""
     try:
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _RECENT_BYTES))
-            lines = file.read().splitlines()
+        rows = read_records(path, ("world_size", "step_seconds"), _RECENT_BYTES).rows
     except OSError:
         return []
-    found = []
-    for line in lines:
-        try:
-            step = json.loads(line)
-            if step["world_size"] == world_size:
-                found.append(float(step["step_seconds"]))
-        except (ValueError, KeyError, TypeError):  # cut off, at either end
-            continue
-    return found
+    own = [row["step_seconds"] for row in rows if row["world_size"] == world_size]
+    return [float(seconds) for seconds in own if seconds is not None]

@@ -6,7 +6,9 @@ their 4 bits stand for.
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,13 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
-from neftune_dist.config import load_config
+from neftune_dist.config import UserError, load_config
 from neftune_dist.evaluate.subject import open_subject
 from neftune_dist.model import load, nf4
 from neftune_dist.model.adapters import peft_name
+from neftune_dist.model.weights import WeightFiles
 from tests import plain, tiny
 
 STEPS = 6
@@ -216,6 +220,69 @@ def test_another_adapter_is_another_run(config: Path, tmp_path: Path) -> None:
     done = tiny.run_forked("train", config, f"run_dir={run}", *METHODS["lora"], "adapter.rank=8")
     assert done.returncode == 2
     assert "adapter.rank (then 16, now 8)" in done.stderr
+
+
+def test_other_frozen_weights_are_noticed(config: Path, tmp_path: Path) -> None:
+    """One bit of one of them, at resume, export and evaluation; the same weights in other files are
+    the same."""
+    base, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(load_config(config).model.name_or_path, base)
+    words = [*METHODS["qlora"], f"model.name_or_path={base}"]
+    tiny.train(config, run, *words, "train.max_steps=1", ranks=2)
+    before = open_subject(run).model.state_dict()
+    weights = load_file(base / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    for shift in (1e-3, 0.0):
+        changed = {**weights, name: weights[name].clone()}
+        changed[name][-1, -1] += shift
+        (base / "model.safetensors").unlink(missing_ok=True)
+        if shift:
+            save_file(changed, base / "model.safetensors", metadata={"format": "pt"})
+        else:
+            torch.save(changed, base / "pytorch_model.bin")
+        resumed = tiny.run_forked(
+            "train", config, f"run_dir={run}", *words, "train.max_steps=2", ranks=1
+        )
+        exported = tiny.run_forked("export", run)
+        if shift:
+            assert (resumed.returncode, exported.returncode) == (2, 2)
+            assert f"beside other frozen weights than those of {base}" in resumed.stderr
+            assert f"beside other weights than those now in {base}" in exported.stderr
+            assert not (run / "export").exists()
+            with pytest.raises(UserError, match="beside other weights than those now in"):
+                open_subject(run, step=1).model.state_dict()
+        else:
+            assert (resumed.returncode, exported.returncode) == (0, 0), resumed.stderr
+            after = open_subject(run, step=1).model.state_dict()
+            assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def test_the_digest_of_weights(config: Path) -> None:
+    """That of all parts together, whatever their number; another one for any other bit or name."""
+    settings = load_config(config).model
+    folder = Path(settings.name_or_path)
+    model = load.build(folder, settings, packing=True)
+    files = load.open_weights(model, folder, settings, seed=0)
+    whole = files.digest()
+    for count in (2, 3, 50):
+        parts = [files.digest((index, count)) for index in range(count)]
+        assert functools.reduce(operator.xor, parts) == whole
+    read, seen, at = WeightFiles._read, {whole}, ("", 0)
+
+    def bent(self: WeightFiles, source: str, start: int, stop: int) -> torch.Tensor:
+        values = read(self, source, start, stop)
+        if source == at[0] and start <= at[1] < stop:
+            values = values.clone()
+            values.view(torch.int32)[at[1] - start] ^= 1
+        return values
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WeightFiles, "_read", bent)
+        patch.setattr("neftune_dist.model.weights._DIGESTED_ELEMENTS", 100)
+        for name, parameter in model.named_parameters():
+            at = (name, parameter.numel() - 1)
+            seen.add(files.digest())
+    assert len(seen) == 1 + len(dict(model.named_parameters()))
 
 
 def test_names_in_files() -> None:

@@ -24,6 +24,7 @@ import torch.multiprocessing
 import transformers
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -210,6 +211,44 @@ def test_slices_of_the_sequence(
     for rank, piece in enumerate(pieces):
         of_rows = (piece - clean.chunk(2, dim=1)[rank]).double().flatten(1).norm(dim=1)
         assert float(norms[rank][0]) == pytest.approx(float(of_rows.sum()), rel=1e-4)
+
+
+def under_fsdp2(_: Path) -> dict[str, Any]:
+    """Two ranks: the embedding an FSDP2 unit of its own, put on before or after; and one whose
+    weight tensor parallelism has split before."""
+    data = init_device_mesh("cpu", (2,))
+    both = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
+    results: dict[str, Any] = {}
+    for order in ORDERS:
+        model = Small()
+        if order == "after":
+            fully_shard(model.embedding, mesh=data)
+            fully_shard(model, mesh=data)
+        noise = NEFTune(ALPHA).attach(model)
+        if order == "before":
+            fully_shard(model.embedding, mesh=data)
+            fully_shard(model, mesh=data)
+        model(**BATCH)
+        results[order] = model.embedded.detach().clone(), noise.num_fired
+    model = Small()
+    parallelize_module(model, both["tensor"], {"embedding": WAYS["vocabulary"]})
+    fully_shard(model.embedding, mesh=both["data"])
+    fully_shard(model, mesh=both["data"])
+    NEFTune(ALPHA).attach(model)
+    results["tensor parallel"] = refusal(lambda: model(**BATCH))
+    return results
+
+
+def test_an_embedding_that_is_an_fsdp2_unit(tmp_path: Path) -> None:
+    """Each rank has its own noise, by its own rank: FSDP2's shards are no tensor parallelism."""
+    for rank, results in enumerate(on_ranks(under_fsdp2, 2, tmp_path)):
+        model = Small()
+        with NEFTune(ALPHA, rank=rank).attach(model):
+            expected = observe(model, **BATCH)["embedded"]
+        for order in ORDERS:
+            found, fired = results[order]
+            assert fired == 1 and torch.equal(found, expected)
+        assert "say NEFTune(rank=...)" in results["tensor parallel"]
 
 
 def on_a_mesh(_: Path) -> Tensor:

@@ -172,6 +172,20 @@ def test_heads_that_cannot_be_dealt(config: Path, tmp_path: Path) -> None:
     assert "engine.sequence_parallel=3 does not divide the 2 processes" in done.stderr
 
 
+@pytest.mark.parametrize("most", [1e6, 0])
+def test_a_gradient_below_the_limit_is_left_alone(
+    most: float, config: Path, tmp_path: Path
+) -> None:
+    """No clipping, and no stretching, where the norm is below `max_grad_norm`, or it is 0."""
+    words = ["train.max_steps=3", "optim.learning_rate=1e-2", "optim.epsilon=1e-2"]
+    expected = reference(config, *words, "optim.max_grad_norm=1e6")
+    found = tiny.train(config, tmp_path / "run", *words, f"optim.max_grad_norm={most}", ranks=2)
+    assert_same(found, expected)
+    # Adam's epsilon makes the size of a gradient count.
+    clipped = tiny.train(config, tmp_path / "clipped", *words, "optim.max_grad_norm=0.01", ranks=2)
+    assert abs(clipped[-1]["loss"] / found[-1]["loss"] - 1) > 100 * TOLERANCE
+
+
 @pytest.mark.parametrize("engine", ["fsdp2", "deepspeed"])
 def test_a_rank_without_a_document(engine: str, config: Path, tmp_path: Path) -> None:
     """Two documents a step on three ranks: one rank has nothing to learn from in every step."""

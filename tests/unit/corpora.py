@@ -37,6 +37,6 @@ def documents_of(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> Documents:
     documents._ids = np.concatenate(ids).astype(np.int32)
     documents._supervised = np.concatenate(masks).astype(np.uint8)
     documents.lengths = np.array([len(each) for each in ids], np.int64)
-    documents._starts = np.cumsum(documents.lengths) - documents.lengths
+    documents.starts = np.cumsum(documents.lengths) - documents.lengths
     documents.num_supervised = np.array([each.sum() for each in masks], np.int64)
     return documents

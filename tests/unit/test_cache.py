@@ -121,25 +121,94 @@ def test_the_fingerprint_is_that_of_another_process(
     process.join(DEADLINE_SECONDS)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda entry: (entry / "report.json").write_text("{"),
-        lambda entry: (entry / "report.json").write_text("{}"),
-        lambda entry: (entry / "input_ids.bin").write_bytes(b""),
-        lambda entry: (entry / "train.npy").unlink(),
-        lambda entry: os.truncate(entry / "supervised.bin", 200),
-        lambda entry: (entry / "held_out.jsonl").write_text('{"turns": 1}\n'),
-    ],
-)
-def test_a_damaged_entry_is_named(
-    damage: Callable[[Path], Any], write: Callable[..., DataConfig], tiny_tokenizer: Any
+FILES = [
+    "input_ids.bin",
+    "supervised.bin",
+    "train.npy",
+    "held_out.npy",
+    "held_out.jsonl",
+    "origins.jsonl",
+    "report.json",
+    "checksums.json",
+]
+
+
+def flip(file: Path) -> None:
+    """One bit, in the middle."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def exchange(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[::-1])
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "flipped": flip,
+    "zeroed": lambda file: file.write_bytes(bytes(file.stat().st_size)),
+    "truncated": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "empty": lambda file: file.write_bytes(b""),
+    "longer": lambda file: file.write_bytes(file.read_bytes() * 2),
+    "reversed": exchange,
+    "an object": lambda file: file.write_text("{}"),
+    "missing": lambda file: file.unlink(),
+    "a folder": lambda file: (file.unlink(), file.mkdir()),
+}
+
+
+def test_a_damaged_entry_is_made_again(
+    write: Callable[..., DataConfig], tiny_tokenizer: Any
 ) -> None:
+    """Whichever file, however damaged: one sentence, and the documents of the undamaged entry."""
     config = write(numbered(20), num_held_out=3)
     made = prepare(config, tiny_tokenizer)
-    damage(Path(config.cache_dir) / "corpora" / made.fingerprint)
-    with pytest.raises(UserError, match=f"{made.fingerprint} is damaged .*remove that directory"):
-        prepare(config, tiny_tokenizer)
+    entry = Path(config.cache_dir) / "corpora" / made.fingerprint
+    assert sorted(each.name for each in entry.iterdir()) == sorted(FILES)
+    expected = texts(made.train, tiny_tokenizer), texts(made.held_out, tiny_tokenizer)
+    told: list[str] = []
+    for name in FILES:
+        for damage in DAMAGES.values():
+            damage(entry / name)
+            again = prepare(config, tiny_tokenizer, told.append)
+            assert len(told) == 1 and f"{entry} is damaged and is made again: " in told.pop()
+            assert again.report == made.report
+            assert (texts(again.train, tiny_tokenizer), texts(again.held_out, tiny_tokenizer)) == (
+                expected
+            )
+            prepare(config, tiny_tokenizer, told.append)
+            assert told == []
+    assert entries(config) == [made.fingerprint]
+
+
+@pytest.mark.parametrize("lost", ["input_ids.bin", "checksums.json", None])
+def test_an_entry_that_lost_files_is_made_again(
+    lost: str | None, write: Callable[..., DataConfig], tiny_tokenizer: Any
+) -> None:
+    """Also where the list of checksums agrees with what is left: an empty list, no list at all."""
+    config = write(numbered(20), num_held_out=3)
+    made = prepare(config, tiny_tokenizer)
+    entry = Path(config.cache_dir) / "corpora" / made.fingerprint
+    for file in entry.iterdir():
+        if lost is None or file.name == lost:
+            file.unlink()
+    if lost is None:
+        (entry / "checksums.json").write_text('{"files": {}}')
+    assert texts(prepare(config, tiny_tokenizer).train, tiny_tokenizer) == texts(
+        made.train, tiny_tokenizer
+    )
+
+
+def test_a_process_that_reads_an_entry_keeps_it_while_it_is_made_again(
+    write: Callable[..., DataConfig], tiny_tokenizer: Any
+) -> None:
+    config = write(numbered(20))
+    made = prepare(config, tiny_tokenizer)
+    before = texts(made.train, tiny_tokenizer)
+    (Path(config.cache_dir) / "corpora" / made.fingerprint / "report.json").unlink()
+    prepare(config, tiny_tokenizer)
+    assert texts(made.train, tiny_tokenizer) == before
 
 
 # Several processes, and processes that die.

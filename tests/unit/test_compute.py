@@ -11,20 +11,27 @@ import transformers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from neftune_dist.announce import dropout_lines
 from neftune_dist.config import ModelConfig, UserError
 from neftune_dist.data.loader import MicroBatch, collate
 from neftune_dist.engine.base import batch_loss_sum
 from neftune_dist.model.attention import FLEX, VARLEN, varlen_attention
-from neftune_dist.model.compute import blocks, configure, num_compiled_graphs
+from neftune_dist.model.compute import blocks, configure, drops, num_compiled_graphs
 from neftune_dist.model.varlen import VARLEN_OPERATOR
 from tests.families import family
 from tests.unit.corpora import documents_of
 
 
-def make(model_type: str = "llama", attention: str = VARLEN, **settings: Any) -> Any:
+def make(
+    model_type: str = "llama",
+    attention: str = VARLEN,
+    dropout: dict[str, float] | None = None,
+    **settings: Any,
+) -> Any:
     torch.manual_seed(0)
+    config = family(model_type, **(dropout or {}))
     model = transformers.AutoModelForCausalLM.from_config(
-        family(model_type), dtype=torch.float32, attn_implementation=attention
+        config, dtype=torch.float32, attn_implementation=attention
     ).train()
     configure(model, ModelConfig(name_or_path="-", **settings))
     return model
@@ -67,11 +74,33 @@ class Operators(TorchDispatchMode):
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma3_text", "gpt2", "opt"])
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_recomputing_changes_nothing(model_type: str, mode: str) -> None:
-    """Dropout included (gpt2): what is recomputed drops what was dropped."""
+    assert_recomputing_changes_nothing(model_type, mode, {})
+
+
+DROPOUT = {
+    "gpt2": {"resid_pdrop": 0.3},
+    "llama": {"attention_dropout": 0.3},
+    "opt": {"dropout": 0.3},  # by a function, no module
+}
+
+
+@pytest.mark.parametrize("model_type", DROPOUT)
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_what_is_recomputed_drops_what_was_dropped(model_type: str, mode: str) -> None:
+    assert drops(model := make(model_type, dropout=DROPOUT[model_type]))
+    assert "another layout" in dropout_lines(model)[0]
+    assert not drops(make(model_type)) and dropout_lines(make(model_type)) == []
+    assert_recomputing_changes_nothing(model_type, mode, DROPOUT[model_type])
+
+
+def assert_recomputing_changes_nothing(
+    model_type: str, mode: str, dropout: dict[str, float]
+) -> None:
     work = batches()[:2]
+    plain = make(model_type, dropout=dropout)
     torch.manual_seed(1)
-    expected = train(make(model_type), work)
-    model = make(model_type, activation_checkpointing=mode)
+    expected = train(plain, work)
+    model = make(model_type, activation_checkpointing=mode, dropout=dropout)
     torch.manual_seed(1)
     for one, other in zip(expected, train(model, work), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

@@ -8,6 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from neftune_dist.config import Config, UserError, differences, load_config
+from neftune_dist.data.schedule import make_schedule
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -27,6 +28,16 @@ def test_loads_and_says_nothing_twice(path: Path) -> None:
             # Settings that the paper names, or a reader looks for, are spelled out all the same.
             spelled_out = ("noise.alpha", "data.source", "data.max_length", "optim.", "train.")
             assert name in changed or name.startswith(spelled_out), f"{name} is the default"
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"), [("alpaca-7b", 52_002), ("evol-7b", 70_000), ("platypus-7b", 24_926)]
+)
+def test_the_warm_up_is_the_authors(name: str, rows: int) -> None:
+    """3 % of the steps, as their code has it."""
+    config = load_config(CONFIGS[0].parent / f"{name}.yaml")
+    made = make_schedule(config.train, rows - config.data.num_held_out, "x")
+    assert config.optim.warmup_steps == int(0.03 * made.num_steps)
 
 
 def test_a_file_extends_another(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import time
 import tracemalloc
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ import numpy as np
 import pytest
 
 from neftune_dist import cli
-from neftune_dist.config import DataConfig, SourceConfig, UserError
+from neftune_dist.config import DataConfig, SourceConfig, TrainConfig, UserError
 from neftune_dist.data import builtin, corpus
 from neftune_dist.data.corpus import prepare
 from neftune_dist.data.documents import Documents
 from neftune_dist.data.formats import Turn
+from neftune_dist.data.schedule import make_schedule
+from neftune_dist.data.selection import sample_documents
 from tests.unit.corpora import entries, numbered, texts
 
 GOOD = {"instruction": "Say hello.", "output": "Hello."}
@@ -291,6 +294,83 @@ def test_a_source_of_its_own_is_held_out_and_leaks_nothing(
     assert prepare(config, tiny_tokenizer).identity["dataset"] != made.identity["dataset"]
 
 
+def test_a_held_out_source_does_not_decide_the_order_of_training(
+    write: Callable[..., DataConfig], tiny_tokenizer: Any
+) -> None:
+    """Law 4: what is evaluated never changes what is trained."""
+    made = [
+        prepare(
+            write(
+                numbered(20), held_out_source=write(held_out, f"{i}.jsonl").source if i else None
+            ),
+            tiny_tokenizer,
+        )
+        for i, held_out in enumerate(
+            ([], [{"prompt": "Why?", "completion": "So."}], numbered(40)[20:])
+        )
+    ]
+    assert len({each.fingerprint for each in made}) == 3
+    assert [len(each.held_out) for each in made] == [0, 1, 20]
+    orders = {
+        tuple(make_schedule(TrainConfig(global_batch_size=20), 20, each.content).documents(0)[0])
+        for each in made
+    }
+    assert len({each.content for each in made}) == len(orders) == 1
+
+
+@pytest.mark.parametrize("fate", ["held out", "dropped", "not chosen"])
+def test_rows_that_are_not_trained_on_do_not_decide_the_order(
+    fate: str, write: Callable[..., DataConfig], tiny_tokenizer: Any
+) -> None:
+    """Held out of the training data, dropped as copies, or not chosen by a weight: another answer,
+    or one row less, leaves the order alone."""
+    rows = numbered(40)
+    if fate == "dropped":
+        config, other = (
+            write([*rows, rows[3]], duplicates="drop"),
+            write(rows, "b.jsonl", duplicates="drop"),
+        )
+        assert prepare(config, tiny_tokenizer).report.num_dropped_duplicates == 1
+    elif fate == "held out":
+        config = write(rows, num_held_out=9)
+        [_, answer] = prepare(config, tiny_tokenizer).held_out_conversations[4].turns
+        changed = [
+            {**row, "output": "?"} if row["output"] == answer.content else row for row in rows
+        ]
+        other = write(changed, "b.jsonl", num_held_out=9)
+    else:
+        config = mixed(write, {"max_documents": 60})
+        kept = {*prompts(prepare(config, tiny_tokenizer).train, tiny_tokenizer)}
+        path = Path(config.mixture[0].source)
+        lines = path.read_text().splitlines(keepends=True)
+        left_out = next(x for x in lines if not any(json.loads(x)["prompt"] in p for p in kept))
+        other = mixed(write, {"max_documents": 60})
+        other.mixture[0].source = str(path.with_name("other.jsonl"))
+        Path(other.mixture[0].source).write_text("".join(x for x in lines if x != left_out))
+    one, two = prepare(config, tiny_tokenizer), prepare(other, tiny_tokenizer)
+    assert one.fingerprint != two.fingerprint
+    assert texts(one.train, tiny_tokenizer) == texts(two.train, tiny_tokenizer)
+    assert one.content == two.content
+
+
+def test_tokens_masks_order_and_repetitions_decide_the_order(
+    write: Callable[..., DataConfig], tiny_tokenizer: Any
+) -> None:
+    rows = numbered(12)
+    made = [
+        prepare(config, tiny_tokenizer).content
+        for config in (
+            write(rows),
+            write(rows[::-1], "reversed.jsonl"),
+            write([*rows[:-1], {**rows[-1], "output": "12, done."}], "other.jsonl"),
+            write(rows, supervise="all"),
+            write([*rows, rows[-1]], "copy.jsonl"),
+            replace(write(rows), mixture=[SourceConfig(write(rows).source, weight=2.0)]),
+        )
+    ]
+    assert len({*made}) == 6
+
+
 def asked(question: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}]
 
@@ -455,6 +535,42 @@ def test_a_mixture_holds_out_before_it_repeats(
     assert (
         made.report.num_documents == 3 * (100 - sum(" A" in p or "\nA" in p for p in held_out)) + 50
     )
+
+
+def test_a_sample_is_of_different_documents_of_all_sources(
+    write: Callable[..., DataConfig], tiny_tokenizer: Any
+) -> None:
+    """Copies of a document, by a weight or in the rows, count once; more include those before."""
+    config = mixed(write, {"weight": 3.0}, {}, {"weight": 0.5}, max_length=64)
+    rows = [json.loads(x) for x in Path(config.mixture[1].source).read_text().splitlines()]
+    copies = write([row for row in rows for _ in range(3)], "copies.jsonl").source
+    config.mixture.append(SourceConfig(copies))
+    train = prepare(config, tiny_tokenizer).train
+    found = {number: sample_documents(train, number) for number in (50, 120, 10**6)}
+    assert [len(each) for each in found.values()][:2] == [50, 120]
+    assert {*found[50]} < {*found[120]} < {*found[10**6]}
+    for indices in found.values():
+        assert (np.diff(indices) > 0).all()
+        counts = occurrences(_Part(train, indices), tiny_tokenizer)
+        assert {times for of in counts.values() for times in of.values()} == {1}
+    everything = occurrences(train, tiny_tokenizer)
+    assert len(found[10**6]) == sum(map(len, everything.values()))
+    for letter, of in occurrences(_Part(train, found[120]), tiny_tokenizer).items():
+        expected = 120 * len(everything[letter]) / len(found[10**6])
+        assert abs(len(of) - expected) < 4 * expected**0.5
+
+
+class _Part(Documents):
+    """Some of the documents."""
+
+    def __init__(self, documents: Documents, indices: np.ndarray) -> None:
+        self.documents, self.indices = documents, indices  # no files
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.documents[int(self.indices[i])]
 
 
 @pytest.mark.parametrize("change", [{"weight": 2.0}, {"max_documents": 99}, {"format": "text"}])

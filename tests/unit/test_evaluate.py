@@ -72,7 +72,7 @@ def settings(folder: Path, *words: str) -> Config:
 def test_losses_are_those_of_each_document_alone(folder: Path, world: World, packing: str) -> None:
     config = settings(folder, f"data.packing={packing}")
     subject = open_subject(folder, settings=["model.dtype=fp32"])
-    found = document_losses(subject.model, documents_of(documents()), 6, config, world)
+    found = document_losses(subject.model, documents_of(documents()), np.arange(6), config, world)
     expected = [alone(subject.model, *each) for each in documents()]
     assert found.sums == pytest.approx(expected, rel=1e-6)
     assert found.num_tokens == [int(mask.sum()) for _, mask in documents()]
@@ -89,7 +89,7 @@ def test_losses_with_noise_are_those_of_the_law(folder: Path, world: World, pack
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5  # as of a model that is trained with dropout
     rows = documents_of(documents())
-    found = document_losses(model, rows, 6, config, world, noisy=True)
+    found = document_losses(model, rows, np.arange(6), config, world, noisy=True)
     expected = []
     for i, (ids, mask) in enumerate(documents()):
         layout = TokenLayout.from_lengths(
@@ -98,7 +98,7 @@ def test_losses_with_noise_are_those_of_the_law(folder: Path, world: World, pack
         noise = draw(SampleStream(3), layout, 64) * scales(layout, 64, 15.0)[:, None]
         expected.append(alone(model, ids, mask, noise))
     assert found.sums == pytest.approx(expected, rel=1e-5)
-    clean = document_losses(model, rows, 6, config, world)
+    clean = document_losses(model, rows, np.arange(6), config, world)
     assert clean.sums == pytest.approx([alone(model, *each) for each in documents()], rel=1e-6)
     assert min(abs(a - b) for a, b in zip(clean.sums, found.sums, strict=True)) > 1e-4
 
@@ -111,10 +111,19 @@ def test_every_kind_of_noise_is_added_again_alike(
     model = open_subject(folder, settings=["model.dtype=fp32"]).model
     rows = documents_of(documents())
     once, again = (
-        document_losses(model, rows, 6, config, world, noisy=True).sums for _ in range(2)
+        document_losses(model, rows, np.arange(6), config, world, noisy=True).sums for _ in range(2)
     )
     assert once == again
-    assert once != document_losses(model, rows, 6, config, world).sums
+    assert once != document_losses(model, rows, np.arange(6), config, world).sums
+
+
+def test_every_batch_has_noise_of_its_own(folder: Path, world: World) -> None:
+    """Copies of one document in several batches get different noise, in the rank stream too."""
+    config = settings(folder, "noise.length=padded", "train.micro_batch_tokens=32")
+    model = open_subject(folder, settings=["model.dtype=fp32"]).model
+    rows = documents_of([documents()[5]] * 3)
+    found = document_losses(model, rows, np.arange(3), config, world, noisy=True).sums
+    assert len({*found}) == 3
 
 
 def test_a_model_directory_is_what_transformers_loads(folder: Path) -> None:

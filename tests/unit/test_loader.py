@@ -18,7 +18,7 @@ from neftune_dist.data.corpus import Corpus, prepare
 from neftune_dist.data.documents import Documents
 from neftune_dist.data.loader import Loader, MicroBatch, collate, evaluation_batches
 from neftune_dist.data.schedule import make_schedule
-from neftune_dist.loop import token_layout
+from neftune_dist.loop import dropout_seed, token_layout
 from neftune_dist.noise.law import TokenLayout
 
 QUADRATIC_TOKENS = 2e4
@@ -149,8 +149,9 @@ def test_the_ranks_together_train_on_the_step(
     corpus: Corpus, packing: bool, world_size: int
 ) -> None:
     """Any layout trains on the schedule's documents, and all ranks report the same totals."""
-    boundary = len(corpus.train) // 24  # a step with documents of two epochs
-    for step in (0, boundary, 150):
+    epoch, rest = divmod(len(corpus.train), 24)
+    assert rest  # the last step of an epoch has fewer documents
+    for step, number in ((0, 24), (epoch, rest), (epoch + 1, 24)):
         batches = [
             loader(corpus, packing=packing, rank=rank, world_size=world_size).step(step)
             for rank in range(world_size)
@@ -165,11 +166,11 @@ def test_the_ranks_together_train_on_the_step(
         assert sorted(seen) == sorted(zip(indices.tolist(), epochs.tolist(), strict=True))
         learned = [t for m in micro for t in read_back(m)]
         assert sorted(learned) == sorted(naive(corpus.train, indices.tolist()))
-        assert len({*epochs}) == (2 if step == boundary else 1)
+        assert {*epochs} == {step // (epoch + 1)}
         assert len({len(b.micro_batches) for b in batches}) == 1
         lengths = corpus.train.lengths[indices]
         for b in batches:
-            assert b.num_documents == 24
+            assert b.num_documents == number
             assert b.num_tokens == lengths.sum()
             assert b.num_supervised_tokens == len(learned)
             assert b.num_computed_tokens == sum(m.input_ids.numel() for m in micro)
@@ -398,3 +399,9 @@ def test_documents_are_gathered_in_order(corpus: Corpus, indices: list[int]) -> 
         one_by_one = [corpus.train[i][which].tolist() for i in indices]
         assert tokens.dtype == dtype and type(tokens) is np.ndarray
         assert tokens.tolist() == list(itertools.chain(*one_by_one))
+
+
+def test_dropout_draws_by_step_and_rank() -> None:
+    seeds = [dropout_seed(s, t, r) for s in (0, 1) for t in (0, 1, 10) for r in (0, 1, 10)]
+    assert len({*seeds}) == len(seeds) and all(0 <= seed < 1 << 63 for seed in seeds)
+    assert dropout_seed(3, 4, 5) == dropout_seed(3, 4, 5)

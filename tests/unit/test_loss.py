@@ -16,7 +16,12 @@ from neftune_dist.config import UserError
 from neftune_dist.data.loader import MicroBatch, collate
 from neftune_dist.engine.base import batch_loss_sum, batch_losses
 from neftune_dist.model.attention import VARLEN, packed_arguments
-from neftune_dist.model.loss import chunked_cross_entropy, resolve_loss
+from neftune_dist.model.loss import (
+    chunked_cross_entropy,
+    multiply_,
+    resolve_loss,
+    token_cross_entropies,
+)
 from tests.families import family
 from tests.unit.corpora import documents_of
 
@@ -189,6 +194,49 @@ def test_chunks_in_bfloat16_are_no_worse_than_all_at_once(monkeypatch: pytest.Mo
         (gradient,) = torch.autograd.grad(compute(given), given)
         errors.append(float((gradient.double() - true.grad).norm() / true.grad.norm()))
     assert errors[0] < 1.2 * errors[1]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "cohere", "granite"])
+@pytest.mark.parametrize("kind", ["auto", "plain"])
+def test_the_factor_of_a_loss_is_not_rounded_to_bfloat16(model_type: str, kind: str) -> None:
+    """The projection's gradient has the norm under 1 / N that it has under a power of two, which
+    bfloat16 has exactly, but for that ratio."""
+    model = make(model_type, vocab_size=5000).bfloat16()
+    kind = resolve_loss(kind, model)
+    random = np.random.default_rng(0)
+    rows = [(random.integers(3, 5000, 40), np.arange(40) > 0) for _ in range(4)]
+    many = documents_of([(ids.astype(np.int32), mask.astype(np.uint8)) for ids, mask in rows])
+    work = collate(many, np.arange(4), np.zeros(4, np.int64), packing=False)
+    weight = model.get_output_embeddings().weight
+
+    def norm(number: int) -> float:
+        loss = batch_loss_sum(model, work, kind) / number
+        (gradient,) = torch.autograd.grad(loss, weight)
+        return float(gradient.double().norm()) * number
+
+    for number in (237, 350, 199):
+        assert norm(number) / norm(256) == pytest.approx(1, abs=3e-4)
+
+
+def test_multiplied_in_float32_and_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neftune_dist.model.loss._SCALED_ELEMENTS", 7)
+    factor = torch.tensor(1 / 237)
+    for shape in ((), (5,), (9, 3), (2, 16), (0, 4)):
+        given = torch.randn(shape).bfloat16() if shape else torch.randn(1).bfloat16()
+        expected = (given.float() * factor).bfloat16()
+        transposed = given.t().contiguous().t()  # as the gradient of a projection is laid out
+        assert torch.equal(multiply_(transposed, factor), expected)
+
+
+def test_evaluated_losses_are_float32_under_bfloat16() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(64, 32).bfloat16(), torch.randn(500, 32).bfloat16()
+    targets = torch.randint(500, (64,))
+    found = token_cross_entropies(hidden, weight, None, targets)
+    logits = F.linear(hidden, weight)
+    expected = F.cross_entropy(logits.double(), targets, reduction="none")
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_nothing_is_differentiated_under_no_grad() -> None:

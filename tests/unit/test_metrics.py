@@ -13,7 +13,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from neftune_dist.config import LoggingConfig, UserError
+from neftune_dist.launch import supervisor
 from neftune_dist.metrics import Recorder, is_evaluated
+from neftune_dist.records import read_records
+from neftune_dist.submit import preflight
 
 QUIET = LoggingConfig(tensorboard=False, progress=False)
 
@@ -83,6 +86,89 @@ def test_whether_a_step_was_evaluated(tmp_path: Path) -> None:
     with (tmp_path / "evaluations.jsonl").open("a") as file:
         file.write('{"step": 6, "held_')  # killed while writing
     assert [is_evaluated(tmp_path, step) for step in (0, 3, 6)] == [False, True, False]
+
+
+DAMAGED = [
+    b"",  # (the line's end is left)
+    bytes(40),
+    b"\xff\xfe\x00",
+    b'{"step": 3, "loss": 0.',
+    b"3",
+    b"null",
+    b"[]",
+    b"{}",
+    b'{"loss": 1.0}',
+    b'{"step": "3"}',
+    b'{"step": null}',
+    b'{"step": true}',
+    b'{"step": -3}',
+    b'{"step": 3.0}',
+    b'{"step": [3]}',
+    b'{"step": NaN}',
+    b'{"step": 3, "loss": NaN}',
+    b"[" * 100_000,
+    b'{"step": ' * 20_000,
+    b'{"step": ' + b"9" * 5000 + b"}",
+]
+
+
+@pytest.mark.parametrize("line", DAMAGED, ids=[str(each[:20]) for each in DAMAGED])
+def test_a_damaged_record_is_counted_and_takes_no_other_with_it(
+    line: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorder = Recorder(tmp_path, QUIET, {}, 0, 9, active=True)
+    for step in range(1, 6):
+        recorder.step({**record(step), "world_size": 2})
+        recorder.evaluation({"step": step, "held_out_loss": 1.0})
+    recorder.close()
+    for name in ("metrics", "evaluations"):
+        path = tmp_path / f"{name}.jsonl"
+        lines = path.read_bytes().splitlines()
+        path.write_bytes(b"".join(each + b"\n" for each in [*lines[:2], line, *lines[3:]]))
+    assert [is_evaluated(tmp_path, step) for step in (2, 3, 4)] == [True, False, True]
+    assert supervisor._last_step(tmp_path) == 5
+    assert len(preflight._step_seconds(tmp_path / "metrics.jsonl", 2)) == 4
+    capsys.readouterr()
+    Recorder(tmp_path, QUIET, {}, 5, 9, active=True).close()
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'metrics.jsonl'} is damaged: 1 of its records are lost" in said
+    assert ("evaluations.jsonl is damaged: 1 of" in said) == bool(line)  # a blank line is no record
+    assert steps(tmp_path) == [1, 2, 4, 5]
+
+
+@pytest.mark.parametrize("step", [b'"x"', b"[1]", b"{}", b"1e999", b"9" * 5000, b"9" * 400])
+def test_a_record_without_what_is_read_of_it_is_lost(step: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(
+        b'{"step": 1, "loss": null}\n{"step": 2}\n{"step": 3, "loss": ' + step + b"}\n"
+    )
+    found = read_records(path, ("loss",))
+    assert (found.rows, found.num_lost) == ([{"step": 1, "loss": None}], 2)
+
+
+def test_the_end_of_a_file_of_records(tmp_path: Path) -> None:
+    """Of the last bytes a line that begins before them is left out; one that was being written by
+    whoever was killed is not lost, and one that lacks its end alone is there."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(10)))
+    assert [row["step"] for row in read_records(path, last_bytes=30).rows] == [8, 9]
+    for end, last in (('{"step": 10', 9), ('{"step": 10}', 10)):
+        with path.open("a") as file:
+            file.write(end)
+        found = read_records(path)
+        assert (found.rows[-1]["step"], found.num_lost) == (last, 0)
+        path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(10)))
+
+
+def test_records_that_were_removed_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the first one on: a run that began from another one's checkpoint has no earlier ones."""
+    text = "".join(json.dumps(record(step)) + "\n" for step in (4, 5, 8, 9))
+    (tmp_path / "metrics.jsonl").write_text(text)
+    Recorder(tmp_path, QUIET, {}, 8, 9, active=True).close()
+    assert "metrics.jsonl is damaged: 2 of its records are lost" in capsys.readouterr().err
+    assert steps(tmp_path) == [4, 5, 8]
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:

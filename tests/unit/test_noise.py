@@ -18,6 +18,7 @@ from neftune_dist.noise.law import (
     TokenLayout,
     draw,
     expected_norm,
+    key_words,
 )
 from neftune_dist.noise.op import add_noise
 from neftune_dist.noise.philox import philox4x32, to_draws
@@ -80,15 +81,50 @@ def test_no_two_draws_share_a_counter() -> None:
         torch.tensor([3, 2]), documents=torch.tensor([0, 1]), epochs=torch.tensor([0, 1])
     )
     streams: list[RankStream | SampleStream] = [
-        RankStream(0, rank, step, micro) for rank in (0, 1) for step in (0, 1) for micro in (0, 1)
+        RankStream(0, rank, step, micro)
+        for rank in (0, 1)
+        for step in (0, 1)
+        for micro in (0, 1, (1 << 15) - 1)
     ]
     seen = []
     for stream in [*streams, SampleStream(0)]:
         words = stream.words(layout)
-        for block in (0, (1 << 15) - 1):
+        for block in (0, 1, 1 << 14, (1 << 15) - 1):
             seen += torch.stack([words[0], words[1] + block, words[2], words[3]], 1).tolist()
     assert len({tuple(counter) for counter in seen}) == len(seen)
     assert all(0 <= word < 1 << 32 for counter in seen for word in counter)
+
+
+def test_the_counters_are_those_of_the_table() -> None:
+    """Word by word: another order would draw another noise for every run of the past."""
+    layout = TokenLayout.from_lengths(
+        torch.tensor([1, 2]), documents=torch.tensor([70, 80]), epochs=torch.tensor([7, 8])
+    )
+
+    def words(stream: RankStream | SampleStream) -> list[list[int]]:
+        return [word.tolist() for word in stream.words(layout)]
+
+    micro_step_5 = 5 << 15
+    assert words(RankStream(9, 3, 4, 5)) == [[0, 1, 2], [micro_step_5] * 3, [4] * 3, [3] * 3]
+    assert words(SampleStream(9)) == [[0, 0, 1], [1 << 31] * 3, [70, 80, 80], [7, 8, 8]]
+
+
+def test_all_bits_of_the_seed_are_the_key() -> None:
+    assert key_words(0x0123456789ABCDEF) == (0x89ABCDEF, 0x01234567)
+    layout = TokenLayout.from_lengths(torch.tensor([3]))
+    one, other = (draw(RankStream(seed, 0, 0, 0), layout, 8) for seed in (5, 5 + (1 << 32)))
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("hidden", [1 << 17, (1 << 17) + 1])
+def test_the_greatest_hidden_size(hidden: int) -> None:
+    x, layout = torch.zeros(1, 1, hidden), TokenLayout.from_lengths(torch.tensor([1]))
+    if hidden > 1 << 17:
+        with pytest.raises(ValueError, match=f"hidden size of {hidden} is beyond"):
+            add_noise(x, layout, RankStream(0, 0, 0, 0), 5.0)
+    else:
+        add_noise(x, layout, RankStream(0, 0, 0, 0), 5.0)
+        assert float(x.norm()) == pytest.approx(5 / 3**0.5, rel=0.01)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -259,6 +295,29 @@ def test_steps_and_micro_steps_have_noise_of_their_own_and_repeat(model: Any) ->
         assert not torch.equal(embedded(model, input_ids=ids), first[0])
     with NEFTune(5.0, seed=3, rank=0).attach(model):
         assert not torch.equal(embedded(model, input_ids=ids), first[0])
+
+
+def test_a_loop_that_never_sets_the_step_runs_on(model: Any) -> None:
+    """Past 2^15 forwards the step counts on: no noise comes back."""
+    ids = torch.arange(12)[None]
+    with NEFTune(5.0).attach(model) as noise:
+        first = embedded(model, input_ids=ids)
+        noise._clock[1].fill_(1 << 15)
+        later = embedded(model, input_ids=ids)
+        assert not torch.equal(later, first)
+        noise.step = 1
+        assert torch.equal(embedded(model, input_ids=ids), later)
+
+
+def test_the_rank_of_a_launcher_is_the_noise_s(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no process group."""
+    ids = torch.arange(12)[None]
+    found = []
+    for variable, given in (("1", {}), ("0", {"rank": 1}), ("0", {})):
+        monkeypatch.setenv("RANK", variable)
+        with NEFTune(5.0, **given).attach(model):
+            found.append(embedded(model, input_ids=ids))
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
 def test_an_embedding_scaled_inside_its_module_gets_noise_in_proportion() -> None:

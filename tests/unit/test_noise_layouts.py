@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers.integrations.neftune import neftune_post_forward_hook
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from neftune_dist import NEFTune
 from neftune_dist.noise.law import RankStream, SampleStream, TokenLayout, draw, expected_norm
@@ -280,6 +281,37 @@ def test_the_hook_reads_every_layout_off_the_arguments(names: str, model: Lookup
     assert int(number) == len(LENGTHS)
     assert float(norm_sum) == pytest.approx(sum(norms), rel=1e-5)
     assert not added[batch == 0].any()
+
+
+@pytest.mark.parametrize("multiple", [None, 8, 64])
+@pytest.mark.parametrize("lengths", [(5, 9, 3), (7, 1), (16,), (1, 1, 6)])
+def test_what_trl_appends_to_packed_documents_is_padding(
+    multiple: int | None, lengths: tuple[int, ...], model: Lookup
+) -> None:
+    """Its collator gives padding tokens positions of 0, and boundaries: each looks like a document.
+    They stay untouched, bit for bit, and are not counted."""
+    collate = DataCollatorForLanguageModeling(
+        pad_token_id=2, padding_free=True, pad_to_multiple_of=multiple
+    )
+    ids = [[*range(3, 3 + n - 1), 2] for n in lengths]  # the end of a turn is the padding
+    batch = collate([{"input_ids": each} for each in ids])
+    del batch["labels"]
+    number, total = len(lengths), batch["input_ids"].numel()
+    assert total == sum(lengths) or (multiple and total % multiple == 0)
+    clean = model.embedding(batch["input_ids"])
+    for names in (batch.keys(), {"input_ids", "position_ids"}):
+        with NEFTune(5.0).attach(model) as noise:
+            noise.padding_token = 2
+            found = model(**{name: batch[name] for name in names})
+            _, counted = noise.take_noise_norms()
+        changed = (found != clean).any(-1)[0].tolist()
+        # A last document of the padding token alone cannot be told from padding.
+        alone = [i for i, each in enumerate(ids) if each == [2]]
+        assert int(counted) == number - (number - 1 in alone)
+        assert changed[: sum(lengths)] == [True] * (sum(lengths) - (number - 1 in alone)) + [
+            False
+        ] * (number - 1 in alone)
+        assert not any(changed[sum(lengths) :])
 
 
 def test_length_padded_is_the_widely_copied_hook(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,6 +116,36 @@ def test_a_family_is_fed_with_noised_embeddings(model_type: str, tied: bool) -> 
     assert len({float(loss) for loss, _ in (clean, *expected)}) == 3
 
 
+class NormedEmbedding(nn.Embedding):
+    """As Inkling's: it normalises what it looks up."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__(rows, width)
+        self.embed_norm = nn.RMSNorm(width)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.embed_norm(super().forward(input))
+
+
+def test_an_embedding_that_normalises_is_refused() -> None:
+    """Behind its norm the embedding has another size than that which the noise is made for."""
+    model = make()
+    model.set_input_embeddings(NormedEmbedding(97, 32))
+    before = hooks(model)
+    with pytest.raises(ValueError, match="NormedEmbedding normalises what it looks up"):
+        NEFTune(ALPHA).attach(model)
+    assert hooks(model) == before
+    NEFTune(0.0).attach(model).remove()  # without noise there is nothing to refuse
+
+
+def test_a_norm_behind_the_embedding_takes_the_noise_for_a_part_of_it() -> None:
+    """Bloom's: the noise is added to what was looked up, in front of the norm."""
+    model = make("bloom", hidden_dropout=0.0, attention_dropout=0.0)
+    expected = by_hand(model, law(32))
+    with NEFTune(ALPHA).attach(model):
+        assert_equal(model, loss_of(model, input_ids=IDS), expected)
+
+
 def test_an_embedding_resized_before_and_after() -> None:
     """transformers resizes the embedding in place: the noise stays on."""
     for before in (True, False):
@@ -435,7 +465,7 @@ def test_an_exception_takes_the_noise_off() -> None:
     expected = by_hand(model, torch.zeros(()))
     with pytest.raises(ZeroDivisionError), NEFTune(ALPHA).attach(model):
         loss_of(model, input_ids=IDS)
-        assert hooks(model) == 3
+        assert hooks(model) == 4
         raise ZeroDivisionError
     assert hooks(model) == 0
     assert_equal(model, loss_of(model, input_ids=IDS), expected)

@@ -29,9 +29,9 @@ def test_the_order_never_changes_silently() -> None:
     assert [made.documents(step)[0].tolist() for step in range(5)] == [
         [12, 4, 17, 15, 13, 7, 0, 1],
         [11, 2, 16, 8, 3, 19, 10, 6],
-        [18, 14, 5, 9, 11, 9, 3, 17],
-        [10, 0, 13, 2, 7, 14, 6, 4],
-        [15, 1, 5, 18, 16, 12, 8, 19],
+        [18, 14, 5, 9],
+        [11, 9, 3, 17, 10, 0, 13, 2],
+        [7, 14, 6, 4, 15, 1, 5, 18],
     ]
     large = schedule(1_000_003, "neftune", global_batch_size=8, max_steps=3, seed=2**63 - 1)
     assert large.documents(2)[0].tolist() == [
@@ -62,31 +62,68 @@ def test_every_document_once_an_epoch(epochs: float) -> None:
     assert len(indices) == made.total_documents == 101 * epochs
 
 
-def test_the_last_step_takes_what_is_left() -> None:
-    made = schedule(100, global_batch_size=48, num_epochs=1)
-    assert [len(made.documents(step)[0]) for step in range(made.num_steps)] == [48, 48, 4]
+def test_an_epoch_s_last_step_takes_what_is_left() -> None:
+    made = schedule(100, global_batch_size=48, num_epochs=2)
+    sizes = [len(made.documents(step)[0]) for step in range(made.num_steps)]
+    assert sizes == [48, 48, 4, 48, 48, 4]
 
 
 @pytest.mark.parametrize(
-    ("epochs", "documents", "steps"), [(0.5, 50, 4), (1.55, 155, 10), (1e-9, 1, 1), (0.16, 16, 1)]
+    ("epochs", "documents", "steps"),
+    [(0.5, 64, 4), (1.55, 164, 11), (1e-9, 16, 1), (0.16, 16, 1), (0.17, 32, 2), (0.98, 100, 7)],
 )
-def test_fractional_epochs(epochs: float, documents: int, steps: int) -> None:
+def test_fractional_epochs_are_rounded_up_to_whole_steps(
+    epochs: float, documents: int, steps: int
+) -> None:
     made = schedule(100, global_batch_size=16, num_epochs=epochs)
     indices, _ = all_steps(made)
-    assert (len(indices), made.num_steps) == (documents, steps)
+    assert (len(indices), made.num_steps, made.total_documents) == (documents, steps, documents)
     most, fewest = max(Counter(indices.tolist()).values()), int(epochs)
     assert most <= fewest + 1
+
+
+def test_0_29_epochs_of_100_documents_are_29() -> None:
+    """0.29 * 100 is 28.999999999999996."""
+    assert schedule(100, global_batch_size=1, num_epochs=0.29).num_steps == 29
+
+
+@pytest.mark.parametrize("documents", [32, 33, 63, 64, 100])
+@pytest.mark.parametrize(("short", "long"), [(1, 2), (2, 3), (0.3, 1), (1.5, 2.5)])
+def test_an_extended_run_trains_what_a_long_one_does(
+    documents: int, short: float, long: float
+) -> None:
+    """Law 4: the documents of a step do not depend on how long the run is."""
+    first, whole = (
+        schedule(documents, global_batch_size=32, num_epochs=epochs) for epochs in (short, long)
+    )
+    by_steps = schedule(documents, global_batch_size=32, max_steps=whole.num_steps)
+    for step in range(first.num_steps):
+        for one, other in zip(first.documents(step), whole.documents(step), strict=True):
+            np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(all_steps(whole), all_steps(by_steps))
+    extended = Counter(
+        index
+        for made, steps in (
+            (first, range(first.num_steps)),
+            (whole, range(first.num_steps, whole.num_steps)),
+        )
+        for step in steps
+        for index in made.documents(step)[0].tolist()
+    )
+    assert extended == Counter(all_steps(whole)[0].tolist())
+    if long == int(long):
+        assert set(extended.values()) == {int(long)}
 
 
 def test_the_paper_s_epochs_are_the_default() -> None:
     assert schedule(100, global_batch_size=10).total_documents == 300
 
 
-def test_max_steps_takes_full_batches_for_ever() -> None:
+def test_max_steps_runs_over_as_many_epochs_as_it_takes() -> None:
     made = schedule(10, global_batch_size=7, max_steps=1000)
-    assert made.num_steps == 1000
+    assert (made.num_steps, made.total_documents) == (1000, 5000)
     indices, epochs = made.documents(999)
-    assert len(indices) == 7 and epochs.max() == (7000 - 1) // 10
+    assert len(indices) == 3 and epochs.tolist() == [499] * 3
 
 
 def test_a_pure_function_of_fingerprint_seed_and_step() -> None:

@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 from neftune_dist.config import DataConfig, UserError
 from neftune_dist.data.formats import Conversation, Turn, detect_format, to_conversation
+from neftune_dist.data.rendered import Chunk, Rendered, Span
 from neftune_dist.data.sources import BadRow
-from neftune_dist.data.template import Document, Template
+from neftune_dist.data.template import Document, Template, _painted
 
 END = "<|im_end|>"  # of SmolLM2
 LLAMA2_CHAT = (
@@ -210,6 +211,27 @@ def test_an_end_that_the_tokenizer_adds_stands_once_and_not_behind_a_prompt(
     prompt = template.prompt_ids(spoken)
     assert adding.eos_token_id not in prompt
     assert made.input_ids[: len(prompt)].tolist() == prompt
+
+
+@pytest.mark.parametrize("text", ["<s>Hello", "Hello"])
+def test_a_beginning_stands_once(text: str, tiny_tokenizer: Any) -> None:
+    """Whether the text begins with the token that the tokenizer puts in front, or not."""
+    adding = copy.deepcopy(tiny_tokenizer)
+    adding.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    chunk = Chunk(text, (Span(0, len(text), "text", True),), starts=True)
+    [made] = make(adding).encode([Rendered((chunk,), marks_end=False)])
+    assert made.input_ids[0] == 0 and made.input_ids.tolist().count(0) == 1
+    assert decode(adding, made.input_ids[1:]) == "Hello"
+
+
+def test_a_token_that_holds_an_answer_s_end_is_learned() -> None:
+    """And what follows, for it begins in the answer; one that begins in front of it is not."""
+    spans = [Span(0, 4, "user"), Span(4, 8, "assistant", True)]
+    offsets = np.array([[0, 3], [3, 5], [5, 7], [7, 9], [9, 12]])
+    supervised, _ = _painted(offsets, spans)
+    assert supervised.tolist() == [0, 0, 1, 1, 0]
 
 
 def test_llama2_alpaca_begins_with_its_token(llama2: Any) -> None:

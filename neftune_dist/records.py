@@ -1,0 +1,85 @@
+"""The records of a run, one JSON object a line: metrics.jsonl and evaluations.jsonl.
+
+Owns their reading, whatever has become of a file: a line that is damaged is left out and counted,
+and takes none of the others with it. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+STEPS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
+
+
+@dataclass(frozen=True)
+class Records:
+    """What was read of a file.
+
+    Attributes:
+        rows: each with a `step`.
+        num_lost: lines that are no records. A last line without an end is not counted: whoever
+            wrote it was killed meanwhile, and that step has not been saved.
+    """
+
+    rows: list[dict[str, Any]]
+    num_lost: int
+
+    def num_missing(self, last: int) -> int:
+        """Of a file with a record of every step: how many are missing from its first one to
+        `last`."""
+        steps = {row["step"] for row in self.rows}
+        return sum(step not in steps for step in range(min(steps, default=last + 1), last + 1))
+
+
+def read_records(path: Path, numbers: Sequence[str] = (), last_bytes: int | None = None) -> Records:
+    """Read a file of records. Raises `OSError`.
+
+    Args:
+        numbers: what every record must have, beside its step, as a number or null.
+        last_bytes: read no more than so many, at the end of the file.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        first = max(0, size - last_bytes) if last_bytes is not None else 0
+        file.seek(first)
+        lines = file.read().split(b"\n")
+    if first:
+        lines = lines[1:]  # of which the beginning is missing
+    rows = [_record(line, numbers) for line in lines[:-1] if line.strip()]
+    found = [row for row in rows if row is not None]
+    lost = len(rows) - len(found)
+    # The last line ends with the file only where it was cut short.
+    if lines and (row := _record(lines[-1], numbers)) is not None:
+        found.append(row)
+    return Records(found, lost)
+
+
+def _record(line: bytes, numbers: Sequence[str]) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not isinstance(step := row.get("step"), int):
+        return None
+    if isinstance(step, bool) or step < 0:
+        return None
+    return row if all(name in row and _is_number(row[name]) for name in numbers) else None
+
+
+def _is_number(value: Any) -> bool:
+    """A finite one, or null."""
+    if isinstance(value, int | float):
+        with suppress(OverflowError):
+            return math.isfinite(value)
+    return value is None
+
+
+def _refuse(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
