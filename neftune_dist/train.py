@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from neftune_dist import attempt
+from neftune_dist import attempt, storage
 from neftune_dist.announce import compute_line, data_lines, environment, noise_lines, versions
 from neftune_dist.attempt import EXIT_DONE, EXIT_STOPPED
 from neftune_dist.checkpoint import flat, resume, store
@@ -37,6 +37,10 @@ from neftune_dist.noise.hook import NEFTune
 from neftune_dist.optim import MakeOptimizer
 from neftune_dist.watch.straggler import Stragglers
 from neftune_dist.watch.watchdog import Watchdog
+
+_MARK = "neftune_run.json"  # in a run's directory
+# What a run replaces in its directory.
+_REPLACED = ("config.yaml", "model", "metrics.jsonl", "evaluations.jsonl")
 
 
 def train(config: Config) -> int:
@@ -212,7 +216,7 @@ def _prepare(config: Config, run_dir: Path, world: World) -> _Prepared:
     with world.agree():
         if world.is_first:
             try:
-                (run_dir / "config.yaml").write_text(config.to_yaml())
+                storage.write(run_dir / "config.yaml", config.to_yaml())
                 keep_small_files(folder, run_dir)
                 if config.model.add_tokens:
                     keep_vocabulary(tokenizer, model.config.vocab_size, run_dir)
@@ -269,8 +273,10 @@ def _claim(run_dir: Path, world: World) -> FileLock:
     lock = FileLock(run_dir / ".lock", timeout=10)
     with world.agree():
         if world.is_first:
+            # Runs that were begun before there was the mark have this file.
+            is_old = (run_dir / "checkpoints" / "latest").is_file()
+            storage.claim(run_dir, () if is_old else _REPLACED, _MARK, f"run_dir={run_dir}")
             try:
-                run_dir.mkdir(parents=True, exist_ok=True)
                 lock.acquire()
             except Timeout:
                 raise UserError(f"run_dir={run_dir} is in use by another run.") from None

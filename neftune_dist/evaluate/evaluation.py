@@ -68,7 +68,11 @@ def evaluate(
                     part=(world.rank, world.size),
                 )
             )
-            _Evaluation(subject, output, world).run()
+            evaluation = _Evaluation(subject, output, world)
+            try:
+                evaluation.run()
+            finally:
+                evaluation.results.close()
         return EXIT_DONE
     except Stopped:
         world.tell_stopped()
