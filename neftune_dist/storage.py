@@ -99,7 +99,9 @@ def refuse_foreign(folder: Path, names: Sequence[str], mark: str, setting: str) 
     """
     if (folder / mark).is_file() or not folder.is_dir():
         return
-    for there in sorted(os.listdir(folder)):
+    with writing(setting):
+        present = sorted(os.listdir(folder))
+    for there in present:
         if any(fnmatchcase(there, name) for name in names):
             raise UserError(
                 f"{setting} holds {there}, but no {mark}, so this project did not write it and "

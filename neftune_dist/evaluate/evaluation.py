@@ -235,6 +235,8 @@ class _Evaluation:
         }
         self.results.begin_answers(settings)
         if self._has("answers", settings):
+            if self.world.is_first:
+                remove_partial(folder)
             return
         self._load()
         checked = evaluate.instructions == HELD_OUT and checkable(self.config)
