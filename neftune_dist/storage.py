@@ -119,10 +119,10 @@ def hold(path: Path, busy: str, seconds: float = 10.0) -> Iterator[None]:
         seconds: to wait for that one.
 
     Raises:
-        UserError: `busy`.
-        OSError: the file cannot be made.
+        UserError: `busy`, or the file cannot be made.
     """
-    descriptor = _lock(path, busy, time.monotonic() + seconds)
+    with writing(str(path)):
+        descriptor = _lock(path, busy, time.monotonic() + seconds)
     try:
         yield
     finally:

@@ -273,9 +273,9 @@ def _claim(run_dir: Path, world: World) -> FileLock:
     lock = FileLock(run_dir / ".lock", timeout=10)
     with world.agree():
         if world.is_first:
-            # Runs that were begun before there was the mark have this file.
-            is_old = (run_dir / "checkpoints" / "latest").is_file()
-            storage.claim(run_dir, () if is_old else _REPLACED, _MARK, f"run_dir={run_dir}")
+            # A checkpoint says that it is a run's, too: of an earlier version, or copied there.
+            names = () if store.find_all(run_dir) else _REPLACED
+            storage.claim(run_dir, names, _MARK, f"run_dir={run_dir}")
             try:
                 lock.acquire()
             except Timeout:

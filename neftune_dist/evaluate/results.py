@@ -43,21 +43,21 @@ class Results:
 
     def __init__(self, folder: Path, subject: Subject, world: World) -> None:
         self.folder, self._world = folder, world
-        self._held = ExitStack()
         about = {"name": subject.name, "step": subject.step, "alpha": subject.alpha}
         self.summary: dict[str, Any] = {"subject": about, **dict.fromkeys(PARTS)}
         self.items: dict[str, Any] = {}
         self._settings: dict[str, Any] = {"subject": subject.identity}
-        with world.agree():
+        with world.agree(), ExitStack() as held:  # let go where this fails
             if world.is_first:
-                self._open(subject)
+                self._open(subject, held)
+            self._held = held.pop_all()
 
-    def _open(self, subject: Subject) -> None:
+    def _open(self, subject: Subject, held: ExitStack) -> None:
         storage.refuse_foreign(self.folder, _OURS, "settings.json", f"--output={self.folder}")
         busy = f"{self.folder} is being filled by another evaluation: wait for it."
         with storage.writing(str(self.folder)):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._held.enter_context(storage.hold(self.folder / ".lock", busy))
+        held.enter_context(storage.hold(self.folder / ".lock", busy))
         if not (self.folder / "settings.json").exists():
             self._write("settings.json", self._settings)
             return

@@ -124,11 +124,10 @@ def launch(
         UserError: the run directory cannot be written, or another launch is at work in it.
     """
     run_dir = Path(config.run_dir).expanduser().absolute()
-    with contextlib.ExitStack() as held:
-        with storage.writing(f"run_dir={run_dir}"):
-            run_dir.mkdir(parents=True, exist_ok=True)
-            busy = f"run_dir={run_dir} is in use by another launch, which goes on."
-            held.enter_context(storage.hold(run_dir / ".launch.lock", busy, seconds=2.0))
+    with storage.writing(f"run_dir={run_dir}"):
+        run_dir.mkdir(parents=True, exist_ok=True)
+    busy = f"run_dir={run_dir} is in use by another launch, which goes on."
+    with storage.hold(run_dir / ".launch.lock", busy, seconds=2.0):
         return _launch(run_dir, words, num_processes, max_restarts, minutes)
 
 
