@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import sys
 from collections.abc import Callable
 
 _LIBC = ctypes.CDLL(None)  # loaded here: not between a fork and the program that follows it
@@ -26,9 +27,11 @@ def ended_with_parent() -> Callable[[], None]:
 
 def end_with_parent() -> None:
     """Have the system send this process SIGTERM when its parent has died."""
-    _LIBC.prctl(_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if sys.platform == "linux":
+        _LIBC.prctl(_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def adopt_orphans() -> None:
     """Become the parent of descendants whose own parent dies."""
-    _LIBC.prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    if sys.platform == "linux":
+        _LIBC.prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

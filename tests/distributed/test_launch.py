@@ -100,6 +100,7 @@ def test_a_killed_worker(config: Path, untouched: Path, tmp_path: Path) -> None:
     first = run_dir / "logs" / "attempt_0001"
     assert "engine: fsdp2" in (first / "console.log").read_text()
     assert (first / "rank_1.log").exists()
+    assert not any(path.stat().st_mode & 0o111 for path in first.iterdir())
 
 
 def test_ranks_end_with_a_launcher_that_is_killed(config: Path, tmp_path: Path) -> None:
