@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from neftune_dist import storage
 from neftune_dist.config import UserError
 
 EXIT_DONE, EXIT_FAILED, EXIT_MISTAKE, EXIT_STOPPED = 0, 1, 2, 75
@@ -109,7 +110,8 @@ def reported() -> Iterator[Callable[[str], object]]:
     rank = int(os.environ.get("RANK", "0"))
     folder = os.environ.get(VARIABLE)
     if folder and rank:  # the launcher keeps what reaches the console, which is rank 0's
-        log = os.open(Path(folder) / f"rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        log = os.open(Path(folder) / f"rank_{rank}.log", flags, 0o666)
         for stream in (1, 2):
             os.dup2(log, stream)
     tell(rank, RUNNING)
@@ -175,12 +177,22 @@ def failed(folder: Path) -> bool:
     return any(each.kind not in (RUNNING, DONE, STOPPED) for each in _told(folder).values())
 
 
-def outcomes(run_dir: Path) -> list[Outcome]:
-    """Of all attempts so far, the oldest first."""
+def outcomes(run_dir: Path, last: Path | None = None) -> list[Outcome]:
+    """Of the run's attempts, the oldest first.
+
+    Args:
+        last: the folder of the caller's own, with which they end; None: all. A later one is
+            another launcher's, which was refused because the run is in use.
+    """
     logs = run_dir / "logs"
     if not logs.is_dir():
         return []
-    folders = sorted(each for each in logs.iterdir() if _NAME.fullmatch(each.name))
+    found = {int(m[1]): each for each in logs.iterdir() if (m := _NAME.fullmatch(each.name))}
+    numbers = sorted(found)
+    if last is not None:
+        own = _NAME.fullmatch(last.name)
+        numbers = [number for number in numbers if own and number <= int(own[1])]
+    folders = [found[number] for number in numbers]
     return [_read(each / _OUTCOME) or Outcome(LOST) for each in folders]
 
 
@@ -189,9 +201,11 @@ def verdict(past: Sequence[Outcome], max_restarts: int) -> Verdict:
 
     An attempt that published a newer checkpoint than all before it got somewhere; of those that
     did not, `max_restarts` in a row are borne. A failure at the same step with the same error as
-    the one before it is not tried a third time.
+    the one before it is not tried a third time. Mistakes before the last, as of another launcher
+    that was refused, say nothing of the run.
     """
     last = past[-1]
+    past = [each for each in past[:-1] if each.kind != MISTAKE] + [last]
     if last.kind == DONE:
         return Verdict(False, EXIT_DONE, "the run is done")
     if last.kind == MISTAKE:
@@ -229,9 +243,7 @@ def _told(folder: Path) -> dict[int, Outcome]:
 
 
 def _write(path: Path, outcome: Outcome) -> None:
-    partial = path.with_suffix(".new")
-    partial.write_text(json.dumps(asdict(outcome)))
-    os.replace(partial, path)
+    storage.write(path, json.dumps(asdict(outcome)))
 
 
 def _read(path: Path) -> Outcome | None:

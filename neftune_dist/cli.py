@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from neftune_dist import attempt
+from neftune_dist import attempt, children
 from neftune_dist.arguments import make_parser
 from neftune_dist.config import UserError, load_config
 
@@ -28,6 +28,8 @@ def main(words: Sequence[str] | None = None) -> None:
         parser.error(f"unknown words: {' '.join(rest)}")
     if late:
         arguments.settings = [*arguments.settings, *late]
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank of torchrun's, which may be killed
+        children.end_with_parent()
     try:
         code: int = arguments.run(arguments)
     except (UserError, attempt.Final) as error:

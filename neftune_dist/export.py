@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from neftune_dist import marked, storage
 from neftune_dist.checkpoint import store
 from neftune_dist.checkpoint.content import CHAT_TEMPLATE, MODEL_FOLDER, Content, adapter_of
 from neftune_dist.config import AdapterConfig, UserError
 from neftune_dist.model.adapters import peft_name, peft_settings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MARK = "neftune_export.json"  # in an export, which lists its files
 _FILE_BYTES = 4 * 2**30
 
 
@@ -43,40 +49,62 @@ def export(
 
     Raises:
         UserError: no such checkpoint, a damaged one, frozen weights that are not where they were,
-            or `output` cannot be written.
+            or `output` cannot be written. It is replaced only where it is an export and nothing
+            else.
     """
     checkpoint = store.choose(run_dir, step)
-    if flaw := checkpoint.first_flaw():
-        raise store.damage(checkpoint, flaw)
     state = checkpoint.trainer_state()
     adapted = adapter_of(state)
     if adapter and adapted.method == "none":
         raise UserError(f"{run_dir} trained no adapter: leave out --adapter.")
     output = output or run_dir / ("adapter" if adapter else "export")
-    partial = output.with_name(output.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    # Of a link, the folder that it leads to.
+    place = Path(os.path.realpath(output))
+    _refuse_place(place, run_dir, state)
+    marked.refuse_other(place, MARK, thorough=False)
+    if flaw := checkpoint.first_flaw():  # which reads all of it
+        raise store.damage(checkpoint, flaw)
+    with storage.writing(str(output)), marked.replaced(place, MARK) as folder:
         for file in sorted((run_dir / MODEL_FOLDER).iterdir()):
-            shutil.copyfile(file, partial / file.name)
-        chosen = _set_dtype(partial / "config.json", dtype)
+            shutil.copyfile(file, folder / file.name)
+        chosen = _set_dtype(folder / "config.json", dtype)
         if adapter:
-            (partial / "config.json").unlink()
-            _write_adapter(checkpoint.folder, state, partial, adapted)
+            (folder / "config.json").unlink()
+            _write_adapter(checkpoint.folder, state, folder, adapted)
         else:
-            _write_weights(Content.of(checkpoint.folder, state), partial, chosen)
-        (partial / "README.md").write_text(_card(state, partial))
-        if output.exists():
-            if not any((output / name).exists() for name in ("config.json", "adapter_config.json")):
-                raise UserError(f"{output} exists and is no export: choose another --output.")
-            shutil.rmtree(output)
-        partial.rename(output)
-    except OSError as error:
-        raise UserError(f"{output} cannot be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            _write_weights(Content.of(checkpoint.folder, state), folder, chosen)
+        (folder / "README.md").write_text(_card(state, folder))
     log(f"exported step {checkpoint.step} to {output} ({str(chosen).removeprefix('torch.')})")
     return output
+
+
+def _refuse_place(place: Path, run_dir: Path, state: Mapping[str, Any]) -> None:
+    """Raise `UserError` where an export must not go, whatever is there."""
+    model = state["config"]["model"]
+    kept = {"the run's directory": run_dir}
+    with suppress(OSError):  # the working directory may have been removed
+        kept["the working directory"] = Path.cwd()
+    for what, name in (("base model", model["name_or_path"]), ("base weights", model["weights"])):
+        if name:
+            kept[f"the run's {what}"] = Path(os.path.expanduser(name))
+    for what, path in kept.items():
+        real = Path(os.path.realpath(path))
+        if place in (real, *real.parents) or any(_same(place, p) for p in (real, *real.parents)):
+            is_itself = place == real or _same(place, real)
+            raise UserError(
+                f"--output={place} is {what}{'' if is_itself else ', or holds it'}: choose another."
+            )
+    for name in ("checkpoints", MODEL_FOLDER):
+        if place.is_relative_to(os.path.realpath(run_dir / name)):
+            raise UserError(f"--output={place} is where the run keeps its {name}: choose another.")
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether both are there, and one folder, under whatever names."""
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
 
 
 def _set_dtype(path: Path, dtype: str) -> torch.dtype:
@@ -110,7 +138,7 @@ def _write_weights(content: Content, output: Path, dtype: torch.dtype) -> None:
         # Tied weights are stored once, as transformers does.
         tensors = {name: content.read(name).to(dtype) for name in names}
         weight_map.update(dict.fromkeys(names, file))
-        save_file(tensors, output / file, metadata={"format": "pt"})
+        _save(tensors, output / file)
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
         (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
@@ -124,7 +152,7 @@ def _write_adapter(
         layer, saved = peft_name(name)
         tensors[saved] = trained.read(name)
         layers.add(layer)
-    save_file(tensors, output / "adapter_model.safetensors", metadata={"format": "pt"})
+    _save(tensors, output / "adapter_model.safetensors")
     settings = {
         "peft_type": "LORA",
         "base_model_name_or_path": state["config"]["model"]["name_or_path"],
@@ -132,6 +160,18 @@ def _write_adapter(
         **peft_settings(adapter, sorted(layers)),
     }
     (output / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # as the umask has it; safetensors makes its files the owner's alone
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk among them
+        number = re.search(r"os error (\d+)", str(error))
+        cause = (int(number[1]), os.strerror(int(number[1]))) if number else (str(error),)
+        raise OSError(*cause) from error
+    path.chmod(mode)
 
 
 def _card(state: Mapping[str, Any], folder: Path) -> str:

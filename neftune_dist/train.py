@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from neftune_dist import attempt
+from neftune_dist import attempt, storage
 from neftune_dist.announce import (
     compute_line,
     data_lines,
@@ -47,6 +47,10 @@ from neftune_dist.noise.hook import NEFTune, NEFTuneHandle
 from neftune_dist.optim import MakeOptimizer
 from neftune_dist.watch.straggler import Stragglers
 from neftune_dist.watch.watchdog import Watchdog
+
+_MARK = "neftune_run.json"  # in a run's directory
+# What a run replaces in its directory.
+_REPLACED = ("config.yaml", "model", "metrics.jsonl", "evaluations.jsonl")
 
 
 def train(config: Config) -> int:
@@ -221,7 +225,7 @@ def _prepare(config: Config, run_dir: Path, world: World) -> _Prepared:
     with world.agree():
         if world.is_first:
             try:
-                (run_dir / "config.yaml").write_text(config.to_yaml())
+                storage.write(run_dir / "config.yaml", config.to_yaml())
                 keep_small_files(folder, run_dir)
                 if config.model.add_tokens:
                     keep_vocabulary(tokenizer, model.config.vocab_size, run_dir)
@@ -285,8 +289,10 @@ def _claim(run_dir: Path, world: World) -> FileLock:
     lock = FileLock(run_dir / ".lock", timeout=10)
     with world.agree():
         if world.is_first:
+            # A checkpoint says that it is a run's, too: of an earlier version, or copied there.
+            names = () if store.find_all(run_dir) else _REPLACED
+            storage.claim(run_dir, names, _MARK, f"run_dir={run_dir}")
             try:
-                run_dir.mkdir(parents=True, exist_ok=True)
                 lock.acquire()
             except Timeout:
                 raise UserError(f"run_dir={run_dir} is in use by another run.") from None

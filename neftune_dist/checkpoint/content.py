@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neftune_dist import storage
 from neftune_dist.checkpoint import flat
 from neftune_dist.config import AdapterConfig, ModelConfig, UserError
 from neftune_dist.engine.base import MASTER, FlatShard
@@ -97,11 +97,13 @@ def adapter_of(state: Mapping[str, Any]) -> AdapterConfig:
 def keep_small_files(model_folder: Path, run_dir: Path) -> None:
     """Copy what a model needs beside the weights into the run directory."""
     target = run_dir / MODEL_FOLDER
+    if target.is_symlink():  # to the base model, perhaps, whose files would be changed
+        target.unlink()
     target.mkdir(parents=True, exist_ok=True)
     for pattern in _SMALL:
         for file in model_folder.glob(pattern):
             if not file.name.endswith(".index.json"):
-                shutil.copyfile(file, target / file.name)
+                storage.write(target / file.name, file.read_bytes())
 
 
 def keep_vocabulary(tokenizer: Any, num_rows: int, run_dir: Path) -> None:

@@ -65,7 +65,9 @@ def _others(run_dir: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
     left = [
         (folder, "unfinished; the next save sweeps it away") for folder in store.leftovers(run_dir)
     ]
-    for folder, fate in [*damaged, *left]:
+    odd = [(path, f"passed over: {why}") for path, why in store.odd_entries(run_dir)]
+    shown = {each.folder for each in store.find_all(run_dir)}
+    for folder, fate in [*damaged, *left, *(each for each in odd if each[0] not in shown)]:
         held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         number = folder.name.partition(".")[0].removeprefix("step_").lstrip("0") or "0"
         yield folder.name, (number, _size(held), _age(folder), fate, "", "nothing")
@@ -80,7 +82,7 @@ def _size(num_bytes: int) -> str:
 
 
 def _age(folder: Path) -> str:
-    seconds = max(0.0, time.time() - folder.stat().st_mtime)
+    seconds = max(0.0, time.time() - folder.lstat().st_mtime)
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{seconds / length:.1f} {unit}"

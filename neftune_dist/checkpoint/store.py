@@ -5,6 +5,10 @@ one rename makes it `step_N`, and `latest` is replaced. So a crash at any instan
 ones as they were, and what was half written carries another name, is never read, and is swept away
 by the next save. The manifest's sizes and checksums are those of the bytes that each rank meant to
 write, not of what one node sees of a shared file system.
+
+Removed is what saves have made, and nothing else: of a link, the link alone; a folder that holds
+anything that no save wrote is kept, and so is whatever else lies there under a name like ours.
+Saves go on all the same, and `odd_entries` names it.
 """
 
 from __future__ import annotations
@@ -13,21 +17,30 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from neftune_dist import storage
 from neftune_dist.checkpoint.flat import WrittenFile
 from neftune_dist.config import CheckpointConfig, UserError
 
 _STEP = re.compile(r"step_(\d{8,})")
 _PARTIAL = ".partial"
 _DAMAGED = ".damaged"
+# What crashes while saving or pruning leave, and what is put aside.
+_LEFT = re.compile(r"step_\d{8,}\.(partial|damaged)(-\d+)?")
+# The files of saves, finished or not; the last are an NFS client's, of files still open.
+_FILES = re.compile(
+    r"__\d+_\d+\.distcp|\.?metadata.*|manifest\.json|trainer_state\.json|\..*\.new|.*\.tmp|\.nfs.*"
+)
 _MANIFEST = "manifest.json"
 _STATE = "trainer_state.json"
 # A node may see another's new folder on a shared file system as late as this.
@@ -82,7 +95,9 @@ def begin(run_dir: Path, step: int) -> Path:
     partial = root / f"step_{step:08d}{_PARTIAL}"
     with explained(partial):
         for leftover in root.glob(f"step_*{_PARTIAL}"):
-            shutil.rmtree(leftover)
+            if _is_of_saves(leftover):
+                storage.remove(leftover)
+        _clear(partial, partial.name)
         partial.mkdir(parents=True)
     return partial
 
@@ -90,7 +105,7 @@ def begin(run_dir: Path, step: int) -> Path:
 def publish(
     partial: Path, state: str, files: Mapping[str, WrittenFile], settings: CheckpointConfig
 ) -> None:
-    """Make what all ranks have written a checkpoint, then prune. Rank 0 alone.
+    """Make what all ranks have written a checkpoint, then prune, which fails nothing. Rank 0 alone.
 
     Args:
         state: of the trainer, JSON.
@@ -103,19 +118,22 @@ def publish(
     step = int(final.name.removeprefix("step_"))
     with explained(final):
         content = state.encode()
-        _write_durably(partial / _STATE, content)
+        storage.write(partial / _STATE, content, durable=True)
         checksum = xxhash.xxh3_128(content).hexdigest()
         all_files = {**files, _STATE: WrittenFile(len(content), checksum)}
         manifest = {"step": step, "files": {name: vars(f) for name, f in all_files.items()}}
-        _write_durably(partial / _MANIFEST, json.dumps(manifest, indent=1).encode())
-        _sync_folder(partial)
-        _make_room(final)
+        storage.write(partial / _MANIFEST, json.dumps(manifest, indent=1), durable=True)
+        _clear(final, final.name + _DAMAGED)
         partial.rename(final)
-        _sync_folder(root)
-        _write_durably(root / "latest.new", f"{final.name}\n".encode())
-        os.replace(root / "latest.new", root / "latest")
-        _sync_folder(root)
+        storage.sync(root)
+        storage.write(root / "latest", f"{final.name}\n", durable=True)
+    try:
         _prune(root, step, settings)
+        for path, why in odd_entries(root.parent):
+            _warn_once(f"{path} is passed over: {why}.")
+    except OSError as error:  # the checkpoint is there, and the next save tries again
+        where = error.filename or root
+        _warn_once(f"an old checkpoint was not removed: {where}: {error.strerror or error}.")
 
 
 def find_all(run_dir: Path) -> list[Checkpoint]:
@@ -150,13 +168,30 @@ def damage(checkpoint: Checkpoint, flaw: str) -> UserError:
 def damaged(run_dir: Path) -> list[tuple[Path, str]]:
     """Folders that bear a published checkpoint's name, yet are not complete; and what is wrong."""
     folders = sorted((run_dir / "checkpoints").glob("step_*"))
-    flaws = [(folder, _flaw(folder)) for folder in folders if _STEP.fullmatch(folder.name)]
+    named = [each for each in folders if _STEP.fullmatch(each.name) and each.is_dir()]
+    flaws = [(folder, _flaw(folder)) for folder in named]
     return [(folder, flaw) for folder, flaw in flaws if flaw]
 
 
 def leftovers(run_dir: Path) -> list[Path]:
     """What a crash left while saving or pruning; swept away by the next save."""
-    return sorted((run_dir / "checkpoints").glob(f"step_*{_PARTIAL}"))
+    found = (run_dir / "checkpoints").glob(f"step_*{_PARTIAL}")
+    return sorted(each for each in found if _is_of_saves(each))
+
+
+def odd_entries(run_dir: Path) -> list[tuple[Path, str]]:
+    """What lies among the checkpoints under a name like theirs and is never removed, and why."""
+    odd = []
+    for path in sorted((run_dir / "checkpoints").glob("step_*")):
+        if path.is_symlink() and not path.exists():
+            odd.append((path, "a link that leads nowhere"))
+        elif _STEP.fullmatch(path.name) and path.is_dir():
+            is_linked = path.is_symlink()
+            if not is_linked and not _flaw(path) and (name := _unlisted(Checkpoint(path, 0))):
+                odd.append((path, f"it holds {name}, which no save wrote"))
+        elif not _is_of_saves(path):
+            odd.append((path, "not made by a save"))
+    return odd
 
 
 def open_checkpoint(path: Path, *, patient: bool = False, key: str = "") -> Checkpoint:
@@ -217,12 +252,35 @@ def _flaw(folder: Path) -> str | None:
     return None
 
 
-def _make_room(final: Path) -> None:
-    """A checkpoint of this name that was passed over as damaged is put aside, not destroyed."""
-    if final.exists():
-        aside = final.with_name(final.name + _DAMAGED)
-        shutil.rmtree(aside, ignore_errors=True)
-        final.rename(aside)
+def _unlisted(checkpoint: Checkpoint) -> str | None:
+    """What a checkpoint's folder holds that its manifest does not list: a name; None: nothing."""
+    listed = {*checkpoint.files(), _MANIFEST}
+    names = (entry.name for entry in checkpoint.folder.iterdir())
+    return min((n for n in names if n not in listed and not n.startswith(".nfs")), default=None)
+
+
+def _is_of_saves(path: Path) -> bool:
+    """Whether `path`, no published checkpoint, was made by saves alone, so that it may go."""
+    if not _LEFT.fullmatch(path.name):
+        return False
+    if path.is_symlink():  # which goes alone, not what it leads to
+        return True
+    return path.is_dir() and all(_FILES.fullmatch(entry.name) for entry in path.iterdir())
+
+
+def _clear(path: Path, aside_name: str) -> None:
+    """Make a name free. A link goes; anything else is put aside, under the next name that is free
+    or an earlier save's."""
+    if path.is_symlink():
+        path.unlink()
+    if not path.exists():
+        return
+    number, aside = 1, path.with_name(aside_name)
+    while aside == path or (os.path.lexists(aside) and not _is_of_saves(aside)):
+        number += 1
+        aside = path.with_name(f"{aside_name}-{number}")
+    storage.remove(aside)
+    path.rename(aside)
 
 
 def _prune(root: Path, newest: int, settings: CheckpointConfig) -> None:
@@ -234,22 +292,16 @@ def _prune(root: Path, newest: int, settings: CheckpointConfig) -> None:
     for old in [each for each in _complete(root) if each.step <= newest][settings.keep :]:
         if every and old.step % every == 0:
             continue
-        # Renamed first, so that a crash while deleting leaves nothing that looks published.
-        doomed = old.folder.with_name(old.folder.name + _PARTIAL)
-        old.folder.rename(doomed)
-        shutil.rmtree(doomed)
+        if old.folder.is_symlink():
+            old.folder.unlink()
+        elif not _unlisted(old):
+            # Renamed first, so that a crash while deleting leaves nothing that looks published.
+            doomed = old.folder.with_name(old.folder.name + _PARTIAL)
+            _clear(doomed, doomed.name)
+            old.folder.rename(doomed)
+            shutil.rmtree(doomed)
 
 
-def _write_durably(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+@cache
+def _warn_once(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr, flush=True)

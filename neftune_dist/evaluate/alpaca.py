@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from neftune_dist import storage
 from neftune_dist.config import JudgeConfig, UserError
 from neftune_dist.evaluate.asking import check_bounds
 from neftune_dist.evaluate.win_rate import Judgement
@@ -60,7 +61,8 @@ def annotate(
             f"{message}); what it had annotated is kept in {folder}."
         ) from None
     metrics = _metrics(package, rows, log)
-    (folder / "alpaca_eval.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    with storage.writing(str(folder)):
+        storage.write(folder / "alpaca_eval.json", json.dumps(metrics, indent=2) + "\n")
     log(f"judge: by alpaca_eval's own functions {metrics}")
     return [
         Judgement(

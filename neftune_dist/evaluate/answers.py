@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from neftune_dist.evaluate.instructions import Instruction
 from neftune_dist.evaluate.subject import Subject
 from neftune_dist.model.support import longest_document
 
-_PARTIAL = "answers*.jsonl"  # of all ranks that ever worked on it
+_PARTIAL = re.compile(r"answers\d*\.jsonl")  # of all ranks that ever worked on it
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,9 @@ def answer_all(
 
 def remove_partial(folder: Path) -> None:
     """Take away what `answer_all` kept for a second call. Rank 0, when all is written elsewhere."""
-    for path in folder.glob(_PARTIAL):
-        path.unlink()
+    for path in _partial(folder):
+        with suppress(OSError):  # it holds nothing that is not elsewhere
+            path.unlink()
 
 
 @torch.no_grad()
@@ -174,10 +177,14 @@ def _row(
     }
 
 
+def _partial(folder: Path) -> list[Path]:
+    return sorted(each for each in folder.iterdir() if _PARTIAL.fullmatch(each.name))
+
+
 def _read_partial(folder: Path) -> dict[int, dict[str, Any]]:
     """What was answered before, by the instruction's index; less a line that was cut short."""
     done: dict[int, dict[str, Any]] = {}
-    for path in sorted(folder.glob(_PARTIAL)):
+    for path in _partial(folder):
         for line in path.read_bytes().splitlines(keepends=True):
             if line.endswith(b"\n"):
                 row = json.loads(line)

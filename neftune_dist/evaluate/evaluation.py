@@ -69,7 +69,11 @@ def evaluate(
                     part=(world.rank, world.size),
                 )
             )
-            _Evaluation(subject, output, world).run()
+            evaluation = _Evaluation(subject, output, world)
+            try:
+                evaluation.run()
+            finally:
+                evaluation.results.close()
         return EXIT_DONE
     except Stopped:
         world.tell_stopped()
@@ -233,6 +237,8 @@ class _Evaluation:
         }
         self.results.begin_answers(settings)
         if self._has("answers", settings):
+            if self.world.is_first:
+                remove_partial(folder)
             return
         self._load()
         checked = evaluate.instructions == HELD_OUT and checkable(self.config)

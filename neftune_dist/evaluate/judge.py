@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from neftune_dist import storage
 from neftune_dist.config import JudgeConfig, UserError
 from neftune_dist.evaluate import alpaca
 from neftune_dist.evaluate.asking import ask
@@ -61,7 +62,8 @@ def compare(
 
     Raises:
         UserError: the sets are over different instructions, no judge is configured, its key is
-            missing, it is down or refuses, or it would cost more than was allowed.
+            missing, it is down or refuses, it would cost more than was allowed, or the folder
+            cannot be written.
     """
     if not (config.url or config.annotator):
         raise UserError(
@@ -70,13 +72,15 @@ def compare(
     pairs = pair(ours, theirs)
     if len(pairs) < len(theirs):
         log(f"judge: {len(pairs):,} of {len(theirs):,} answers of the other side are compared")
-    folder.mkdir(parents=True, exist_ok=True)
+    with storage.writing(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
     if config.annotator:
         judgements = alpaca.annotate(pairs, config, folder, log)
     else:
         judgements = _judged(pairs, config, folder, log)
-    with (folder / "judgements.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(each)) + "\n" for each in judgements)
+    lines = [json.dumps(asdict(each)) + "\n" for each in judgements]
+    with storage.writing(str(folder)):
+        storage.write(folder / "judgements.jsonl", "".join(lines))
     return judgements
 
 

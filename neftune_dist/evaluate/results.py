@@ -7,22 +7,29 @@
 
 Files are replaced whole, after each part, so that one which fails takes none of the others with it.
 A part that is there already, made with the same settings, is kept. Refused: a folder of another
-subject, and other settings for answers that are there, which may have taken hours.
+subject, a folder with files of these names that no evaluation wrote, one that another process is
+filling, and other settings for answers that are there, which may have taken hours.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import textwrap
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from neftune_dist import storage
 from neftune_dist.config import UserError
 from neftune_dist.distributed import World
 from neftune_dist.evaluate.subject import Subject
 
+# What an evaluation writes, by pattern.
+_OURS = (
+    *("summary.json", "items.json", "answers.json", "answers.jsonl", "answers[0-9]*.jsonl"),
+    *("judgements.jsonl", "requests.jsonl", "alpaca_eval.json", "annotations_cache.json"),
+)
 PARTS = ("losses", "answers", "tasks", "judge")
 _MEND = "choose another --output, or remove that directory to begin anew."
 
@@ -31,7 +38,7 @@ class Results:
     """The results of one subject. All ranks make it and ask it together; rank 0 reads and writes.
 
     Raises:
-        UserError: the folder cannot be written, is damaged, or is another subject's.
+        UserError: the folder cannot be written, is damaged, in use, or not this subject's.
     """
 
     def __init__(self, folder: Path, subject: Subject, world: World) -> None:
@@ -40,15 +47,17 @@ class Results:
         self.summary: dict[str, Any] = {"subject": about, **dict.fromkeys(PARTS)}
         self.items: dict[str, Any] = {}
         self._settings: dict[str, Any] = {"subject": subject.identity}
-        with world.agree():
+        with world.agree(), ExitStack() as held:  # let go where this fails
             if world.is_first:
-                self._open(subject)
+                self._open(subject, held)
+            self._held = held.pop_all()
 
-    def _open(self, subject: Subject) -> None:
-        try:
+    def _open(self, subject: Subject, held: ExitStack) -> None:
+        storage.refuse_foreign(self.folder, _OURS, "settings.json", f"--output={self.folder}")
+        busy = f"{self.folder} is being filled by another evaluation: wait for it."
+        with storage.writing(str(self.folder)):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise self._unwritable(error) from error
+        held.enter_context(storage.hold(self.folder / ".lock", busy))
         if not (self.folder / "settings.json").exists():
             self._write("settings.json", self._settings)
             return
@@ -62,6 +71,10 @@ class Results:
         if (self.folder / "summary.json").exists():
             self.summary |= self.read("summary.json")
             self.items = self.read("items.json")
+
+    def close(self) -> None:
+        """Let another process fill the folder."""
+        self._held.close()
 
     def begin_answers(self, settings: Mapping[str, Any]) -> None:
         """Say what the answers are made with, before the first of them. Raises `UserError` where
@@ -115,15 +128,8 @@ class Results:
             raise UserError(f"{self.folder / name} cannot be read: {error}; {_MEND}") from error
 
     def _write(self, name: str, content: Any) -> None:
-        aside = self.folder / f"{name}.new"
-        try:
-            aside.write_text(json.dumps(content, indent=1) + "\n")
-            os.replace(aside, self.folder / name)
-        except OSError as error:
-            raise self._unwritable(error) from error
-
-    def _unwritable(self, error: OSError) -> UserError:
-        return UserError(f"{self.folder} cannot be written: {error.strerror or error}.")
+        with storage.writing(str(self.folder)):
+            storage.write(self.folder / name, json.dumps(content, indent=1) + "\n")
 
 
 def told(part: str, figures: Mapping[str, Any]) -> list[str]:

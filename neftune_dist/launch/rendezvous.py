@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from neftune_dist import storage
 from neftune_dist.config import UserError
 
 _POLL_SECONDS = 0.2
@@ -43,9 +44,7 @@ def meet(folder: Path, hosts: Sequence[str], index: int, seconds: float) -> tupl
             return found["address"], found["port"]
         if index == 0 and not missing_hosts(folder, hosts):
             found = {"address": address_towards(hosts[1]), "port": free_port()}
-            partial = folder / "rendezvous.new"
-            partial.write_text(json.dumps(found))
-            os.replace(partial, place)
+            storage.write(place, json.dumps(found))
         time.sleep(_POLL_SECONDS)
     missing = missing_hosts(folder, hosts)
     if index == 0:

@@ -14,7 +14,6 @@ hear it; a rank that is still being started ignores it too, therefore it is sent
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import shlex
 import signal
@@ -28,8 +27,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from neftune_dist import attempt
-from neftune_dist.config import Config, UserError
+from neftune_dist import attempt, children, storage
+from neftune_dist.config import Config
 from neftune_dist.launch.rendezvous import missing_hosts
 from neftune_dist.records import STEPS, read_records
 
@@ -122,23 +121,31 @@ def launch(
         minutes: how long nodes wait for each other.
 
     Raises:
-        UserError: the run directory cannot be written.
+        UserError: the run directory cannot be written, or another launch is at work in it.
     """
-    requests, job = Requests(), Job.find()
     run_dir = Path(config.run_dir).expanduser().absolute()
-    # Orphans of a launcher that was killed become children of this process, which ends them.
-    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+    with storage.writing(f"run_dir={run_dir}"):
+        run_dir.mkdir(parents=True, exist_ok=True)
+    busy = f"run_dir={run_dir} is in use by another launch, which goes on."
+    with storage.hold(run_dir / ".launch.lock", busy, seconds=2.0):
+        return _launch(run_dir, words, num_processes, max_restarts, minutes)
+
+
+def _launch(
+    run_dir: Path, words: Sequence[str], num_processes: int, max_restarts: int, minutes: float
+) -> int:
+    """The same, by the only launcher of the run."""
+    requests, job = Requests(), Job.find()
+    # Orphans of a process that was killed become children of this one, which ends them.
+    children.adopt_orphans()
     words, going_on = [*words], int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
     while True:
         if going_on and _published(run_dir):
             # What `never` or another run's checkpoint meant was the first start.
             words.append("checkpoint.resume=auto")
         going_on = True
-        try:
+        with storage.writing(f"run_dir={run_dir}"):
             folder = attempt.begin(run_dir)
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"run_dir={run_dir} cannot be written: {reason}.") from error
         _say(f"{folder.name} of {run_dir}, output of all ranks in {folder}")
         command = _command(job, folder, words, num_processes, minutes)
         with (folder / "console.log").open("wb") as console:
@@ -148,7 +155,7 @@ def launch(
         if requests.kill:
             _say(f"ended at once; the newest checkpoint is that of step {published}")
             return 128 + signal.SIGINT
-        verdict = attempt.verdict(attempt.outcomes(run_dir), max_restarts)
+        verdict = attempt.verdict(attempt.outcomes(run_dir, folder), max_restarts)
         if not verdict.again:
             _say(f"{verdict.reason[:1].lower()}{verdict.reason[1:].rstrip('.')}; see {folder}")
             return verdict.code
@@ -220,6 +227,7 @@ def _attend(
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            preexec_fn=children.ended_with_parent(),
         )
     except OSError as error:
         return f"{command[0]} cannot be started: {error.strerror}"

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from neftune_dist import storage
 from neftune_dist.config import Config, UserError, load_config
 from neftune_dist.evaluate.judge import compare
 from neftune_dist.evaluate.win_rate import Judgement
@@ -50,6 +51,8 @@ def study(
     numbered = list(enumerate(pairs(alphas, seeds)))
     if only is not None and not 0 <= only < len(numbered):
         raise UserError(f"--only={only}: the runs of this study are 0 to {len(numbered) - 1}.")
+    if not report_only:
+        report.claim(folder)  # before hours of training
     for number, (alpha, seed) in numbered:
         if report_only or only not in (None, number):
             continue
@@ -65,7 +68,9 @@ def study(
         return 0
     runs = [read_run(run_dir(folder, alpha, seed), alpha, seed) for _, (alpha, seed) in numbered]
     check_comparable(runs)
-    _report(runs, config, folder)
+    report.claim(folder)
+    with storage.hold(folder / ".lock", f"{folder} is being reported on by another study."):
+        _report(runs, config, folder)
     return 0
 
 

@@ -6,7 +6,6 @@ Parts that were not measured have no section; one line names them.
 from __future__ import annotations
 
 import base64
-import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from statistics import fmean
 
 import markdown
 
+from neftune_dist import storage
 from neftune_dist.evaluate.win_rate import win_rate
 from neftune_dist.study.compare import FEWEST_SEEDS, Difference
 from neftune_dist.study.findings import conclusion
@@ -51,18 +51,27 @@ def write(folder: Path, runs: Sequence[Run], judged: Judged, notes: Sequence[str
 
     Args:
         notes: why something is missing, for the reader.
+
+    Raises:
+        UserError: the folder cannot be written.
     """
     found = differences(runs, judged)
     pictures = plots(runs, found)
-    (folder / "plots").mkdir(exist_ok=True)
-    for name, svg in pictures.items():
-        (folder / "plots" / f"{name}.svg").write_bytes(svg)
     text = _markdown(runs, judged, found, list(pictures), notes)
-    for name, content in (("report.md", text), ("report.html", _html(text, pictures))):
-        aside = folder / f"{name}.new"  # a reader never finds half of one
-        aside.write_text(content)
-        os.replace(aside, folder / name)
+    with storage.writing(str(folder)):
+        (folder / "plots").mkdir(exist_ok=True)
+        for name, svg in pictures.items():
+            storage.write(folder / "plots" / f"{name}.svg", svg)
+        for name, content in (("report.md", text), ("report.html", _html(text, pictures))):
+            storage.write(folder / name, content)
     return text
+
+
+def claim(folder: Path) -> None:
+    """Mark `folder` as a study's. Raises `UserError` where it holds another's report, or cannot be
+    written."""
+    names = ("report.md", "report.html", "plots", "judgements")
+    storage.claim(folder, names, "neftune_study.json", f"run_dir={folder}")
 
 
 def _markdown(

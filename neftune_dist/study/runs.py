@@ -16,6 +16,7 @@ from pathlib import Path
 from subprocess import PIPE, Popen
 from types import FrameType
 
+from neftune_dist import children
 from neftune_dist.config import Config
 
 EXIT_STOPPED = 75
@@ -86,7 +87,13 @@ def perform(
 def execute(command: Sequence[str]) -> tuple[int, str]:
     """Run to the end, passing stop signals on as SIGTERM: exit code (75: stopped), last stderr."""
     # In a session of its own the run hears of Ctrl-C from here alone, not from the terminal, too.
-    process = Popen(command, stderr=PIPE, errors="replace", start_new_session=True)
+    process = Popen(
+        command,
+        stderr=PIPE,
+        errors="replace",
+        start_new_session=True,
+        preexec_fn=children.ended_with_parent(),
+    )
     stopped = False
 
     def stop(number: int, frame: FrameType | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -85,16 +86,37 @@ def test_a_killed_worker(config: Path, untouched: Path, tmp_path: Path) -> None:
     # Which is said of the first start alone.
     with launched(config, run_dir, "checkpoint.resume=never", step_seconds=0.3) as process:
         until(lambda: len(tiny.steps(run_dir)) >= 5)
+        # Another launcher is refused, and its end is not taken for this one's.
+        with launched(config, run_dir) as second:
+            code, text = end(second)
+        assert code == 2 and "is in use by another launch" in text and "Traceback" not in text
         os.kill(process_of_rank(1, run_dir), signal.SIGKILL)
         code, text = end(process)
     assert code == 0, text
-    assert "rank 1 died: killed by SIGKILL; starting again from step 3" in text
+    assert re.search(r"rank 1 died: killed by SIGKILL; starting again from step [369]\n", text)
     assert kinds(run_dir) == ["failed", "done"]
     same(run_dir, untouched)
     # Rank 0 speaks on the console, which is kept; every other rank has a log of its own.
     first = run_dir / "logs" / "attempt_0001"
     assert "engine: fsdp2" in (first / "console.log").read_text()
     assert (first / "rank_1.log").exists()
+    assert not any(path.stat().st_mode & 0o111 for path in first.iterdir())
+
+
+def test_ranks_end_with_a_launcher_that_is_killed(config: Path, tmp_path: Path) -> None:
+    """After their step, saved; and the same command goes on from there."""
+    run_dir = tmp_path / "run"
+    with launched(config, run_dir, step_seconds=0.3) as process:
+        until(lambda: len(tiny.steps(run_dir)) >= 4)
+        process.kill()
+        process.wait()
+        with launched(config, run_dir, step_seconds=0.3) as second:
+            code, text = end(second)
+    assert code == 0, text
+    assert "resume: " in text
+    assert [record["step"] for record in tiny.steps(run_dir)] == list(range(1, STEPS + 1))
+    with pytest.raises(LookupError):
+        process_of_rank(0, run_dir)
 
 
 def test_ctrl_c_saves_and_the_same_command_continues(

@@ -72,6 +72,7 @@ def evaluated(run_dir: Path, name: str) -> Any:
 def test_each_run_has_its_alpha_its_seed_and_all_steps(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
         *RUNS,
+        "neftune_study.json",
         "plots",
         "report.md",
         "report.html",
@@ -286,11 +287,23 @@ def test_a_task_of_an_array_makes_its_own_run(
         with pytest.raises(UserError, match=name):
             study(config, words, **request, report_only=True)
         assert study(config, words, **request, only=number) == 0
-        assert {path.name for path in tmp_path.iterdir()} == set(RUNS[: number + 1])
+        made = {path.name for path in tmp_path.iterdir()} - {"neftune_study.json"}
+        assert made == set(RUNS[: number + 1])
     assert len(commands) == 2 * len(RUNS)
     # The copies are all of alpha 0 and seed 0, and are taken for what their directories say.
     assert study(config, words, **request, report_only=True) == 0
     assert (tmp_path / "report.html").exists() and len(commands) == 2 * len(RUNS)
+
+
+@pytest.mark.parametrize("name", ["report.md", "plots"])
+def test_another_s_report_is_not_written_over(
+    name: str, config: Path, tmp_path: Path, commands: list[list[str]]
+) -> None:
+    (tmp_path / name).mkdir()
+    request: dict[str, Any] = {"alphas": [0, 5], "num_seeds": 2, "num_ranks": 1}
+    with pytest.raises(UserError, match=f"holds {name}, but no neftune_study.json"):
+        study(config, [f"run_dir={tmp_path}"], **request)
+    assert not commands and [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_the_judge_is_asked_of_answers_at_the_same_seed(

@@ -9,13 +9,15 @@ PACKAGE = Path(__file__).parents[2] / "neftune_dist"
 # A module may import from its own group and from the groups left of it.
 ORDER: list[set[str]] = [
     {"config"},
-    {"attempt", "host", "records"},
+    {"children", "host", "storage", "records"},
+    {"attempt"},
     {"distributed", "launch"},
     {"watch"},
     {"trackers"},
     {"data", "model", "noise", "optim", "metrics"},
     {"engine"},
     {"checkpoint"},
+    {"marked"},
     {"evaluate"},
     {"loop"},
     {"export", "announce"},

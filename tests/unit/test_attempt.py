@@ -110,6 +110,19 @@ def test_attempts_are_numbered(tmp_path: Path) -> None:
     assert attempt.outcomes(tmp_path)[1].checkpoint == 2
 
 
+def test_a_launcher_judges_its_own_attempt(tmp_path: Path) -> None:
+    """Another that was started meanwhile, and refused, has a later number."""
+    own, other = (attempt.begin(tmp_path) for _ in range(2))
+    attempt.conclude(own, 7, 5, "rank 1 died")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(attempt.VARIABLE, str(other))
+        attempt.tell(0, MISTAKE, error="run_dir is in use by another run.")
+    attempt.conclude(other, 7, 5, "")
+    assert [each.kind for each in attempt.outcomes(tmp_path)] == [LOST, MISTAKE]
+    assert [each.kind for each in attempt.outcomes(tmp_path, own)] == [LOST]
+    assert verdict(attempt.outcomes(tmp_path, own), 3).again
+
+
 def of(kind: str, checkpoint: int = 0, step: int = 0, error: str = "") -> Outcome:
     return Outcome(kind, step, error, checkpoint)
 
@@ -132,6 +145,9 @@ def of(kind: str, checkpoint: int = 0, step: int = 0, error: str = "") -> Outcom
         ([of(STOPPED, 5), of(STOPPED, 5), of(STOPPED, 5), of(STOPPED, 5)], False, 1),
         ([of(LOST), of(LOST)], True, 1),
         ([of(LOST), of(FAILED), of(STOPPED)], False, 1),
+        # What another launcher was refused counts for nothing.
+        ([of(FAILED, 5, 7, "boom"), of(MISTAKE, 5), of(FAILED, 5, 7, "boom")], False, 1),
+        ([of(STOPPED, 5), *[of(MISTAKE, 5)] * 9, of(STOPPED, 5)], True, 75),
         # A new checkpoint starts the count anew, however long the history.
         ([*[of(FAILED, 5, i) for i in range(9)], of(FAILED, 6, 9)], True, 1),
         # An older one does not: a run that was begun again in the same folder.

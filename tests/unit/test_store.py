@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import xxhash
 
 from neftune_dist.checkpoint import store
 from neftune_dist.checkpoint.flat import WrittenFile
+from neftune_dist.checkpoint.listing import listing
 from neftune_dist.config import CheckpointConfig
 
 
@@ -77,4 +79,103 @@ def test_what_a_crash_left_is_swept_away_and_never_read(tmp_path: Path) -> None:
     assert [path.name for path in store.leftovers(tmp_path)] == ["step_00000002.partial"]
     publish(tmp_path, 3, settings)
     assert steps(tmp_path) == [3]
+    assert store.leftovers(tmp_path) == []
+
+
+def make_odd(root: Path, elsewhere: Path) -> dict[str, str]:
+    """What saves did not make, among the checkpoints: name and content or target."""
+    (root / "step_notes.txt").write_text("mine")
+    (root / "step_00000001").write_text("a file")
+    (root / "step_00000002").symlink_to("nowhere")
+    (root / "step_00000009").mkdir()
+    (root / "step_00000009" / "thesis.txt").write_text("mine")
+    for ending in (".partial", ".damaged"):
+        (root / f"step_00000003{ending}").write_text("a file")
+        (root / f"step_00000004{ending}").symlink_to(elsewhere)
+        (root / f"step_00000005{ending}").mkdir()
+        (root / f"step_00000005{ending}" / "thesis.txt").write_text("mine")
+    return contents(root)
+
+
+def contents(root: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(root)): str(path.readlink()) if path.is_symlink() else path.read_text()
+        for path in root.rglob("*")
+        if path.is_symlink() or path.is_file()
+    }
+
+
+def test_odd_entries_fail_no_save_are_kept_and_named_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Links too: `rmtree` refuses them, and every later save failed."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "__0_0.distcp").write_text("mine")
+    root = tmp_path / "run" / "checkpoints"
+    root.mkdir(parents=True)
+    before = make_odd(root, elsewhere)
+    shown = "\n".join(listing(tmp_path / "run", verify=True))
+    assert shown.count("passed over: a link that leads nowhere") == 1
+    assert shown.count("passed over: not made by a save") == 6
+    settings = CheckpointConfig(keep=1)
+    for step in range(3, 9):
+        publish(tmp_path / "run", step, settings)
+    assert steps(tmp_path / "run") == [8]
+    assert (elsewhere / "__0_0.distcp").read_text() == "mine"
+    after = contents(root)
+    kept = {name: text for name, text in before.items() if ".partial" not in name}
+    assert kept.items() <= after.items()
+    # What stood where a save had to write was put aside.
+    assert after["step_00000003.partial-2"] == "a file"
+    assert after["step_00000005.partial-2/thesis.txt"] == "mine"
+    told = capsys.readouterr().err
+    for name in ("step_notes.txt", "step_00000001", "step_00000002", "step_00000003.damaged"):
+        assert told.count(f"checkpoints/{name} is passed over: ") == 1
+
+
+def test_a_checkpoint_behind_a_link_is_read_and_only_the_link_is_removed(tmp_path: Path) -> None:
+    settings, run_dir = CheckpointConfig(keep=2), tmp_path / "run"
+    moved = publish(run_dir, 1, settings).rename(tmp_path / "step_00000001")
+    (run_dir / "checkpoints" / "step_00000001").symlink_to(moved)
+    publish(run_dir, 2, settings)
+    assert steps(run_dir) == [2, 1]
+    publish(run_dir, 3, settings)
+    assert steps(run_dir) == [3, 2]
+    assert store.open_checkpoint(moved).first_flaw() is None
+    # One of the same step as the link's, which was passed over as damaged.
+    (moved / "manifest.json").unlink()
+    (run_dir / "checkpoints" / "step_00000004").symlink_to(moved)
+    publish(run_dir, 4, settings)
+    assert steps(run_dir) == [4, 3] and (moved / "__0_0.distcp").exists()
+
+
+def test_a_checkpoint_with_other_files_in_it_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = CheckpointConfig(keep=1)
+    folder = publish(tmp_path, 1, settings)
+    (folder / "export").mkdir()
+    (folder / "export" / "model.safetensors").write_text("mine")
+    for step in (2, 3):
+        publish(tmp_path, step, settings)
+    assert steps(tmp_path) == [3, 1]
+    assert (folder / "export" / "model.safetensors").read_text() == "mine"
+    assert capsys.readouterr().err.count("passed over: it holds export, which no save wrote") == 1
+
+
+def test_failure_to_prune_fails_no_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    settings = CheckpointConfig(keep=1)
+    publish(tmp_path, 1, settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", refuse)
+        publish(tmp_path, 2, settings)
+        assert steps(tmp_path) == [2]
+    assert "warning: an old checkpoint was not removed: " in capsys.readouterr().err
+    publish(tmp_path, 3, settings)
     assert store.leftovers(tmp_path) == []

@@ -1,0 +1,37 @@
+"""Processes that end with the one that started them, however that one ends (Linux)."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+_LIBC = ctypes.CDLL(None)  # loaded here: not between a fork and the program that follows it
+_SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36  # of sys/prctl.h
+
+
+def ended_with_parent() -> Callable[[], None]:
+    """A `preexec_fn`: the process that is started gets SIGTERM, at which it saves and stops, when
+    the thread that starts it has ended."""
+    parent = os.getpid()
+
+    def prepare() -> None:
+        end_with_parent()
+        if os.getppid() != parent:  # it has died in between
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return prepare
+
+
+def end_with_parent() -> None:
+    """Have the system send this process SIGTERM when its parent has died."""
+    if sys.platform == "linux":
+        _LIBC.prctl(_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose own parent dies."""
+    if sys.platform == "linux":
+        _LIBC.prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
