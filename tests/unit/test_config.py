@@ -507,3 +507,37 @@ def test_no_torch_is_imported() -> None:
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param("model: " + "[" * 100_000, id="lists"),
+        pytest.param("model: " + "{a: " * 100_000, id="mappings"),
+        pytest.param("model:\n " + "? " * 50_000, id="keys"),
+        pytest.param("run_dir: '" + "${a:" * 20_000 + "}" * 20_000 + "'", id="interpolations"),
+        pytest.param(
+            "a: &a [x]\n"
+            + "".join(
+                f"n{i}: &n{i} [{', '.join([f'*n{i - 1}' if i else '*a'] * 9)}]\n" for i in range(12)
+            ),
+            id="aliases",
+        ),
+    ],
+)
+def test_a_file_that_nests_or_repeats_without_end_is_refused(tmp_path: Path, content: str) -> None:
+    """The YAML parser, written in C, crashes on depth."""
+    (tmp_path / "c.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"c\.yaml") as told:
+        load_config(tmp_path / "c.yaml")
+    assert len(str(told.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "word", ["data.mixture=" + "[" * 100_000, "train.seed=" + "- " * 50_000, "[[[[=1"]
+)
+def test_a_word_that_nests_without_end_is_refused(word: str) -> None:
+    with pytest.raises(UserError, match="cannot be read") as told:
+        load_config(None, [word])
+    assert len(str(told.value)) < 1000
