@@ -7,6 +7,7 @@ the process has, and then an exception, not the whole machine.
 
 from __future__ import annotations
 
+import math
 import resource
 import signal
 import threading
@@ -23,7 +24,7 @@ _running = False  # whether a block of this process is under limits
 
 @contextmanager
 def limited(seconds: float, gib: float) -> Iterator[None]:
-    """Let the block take so much processor time and so much more memory.
+    """Let the block take so much processor time and so much more memory (infinity: any).
 
     Processor time, because on a busy machine honest work takes longer by the clock. It is bounded
     in the main thread alone, where Python runs signal handlers. A call into C that never returns to
@@ -40,11 +41,12 @@ def limited(seconds: float, gib: float) -> Iterator[None]:
         return
     timed = threading.current_thread() is threading.main_thread()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    allowed = _address_space() + int(gib * _GIB)
-    ceilings = [allowed, *(each for each in (soft, hard) if each != resource.RLIM_INFINITY)]
+    ceilings = [each for each in (soft, hard) if each != resource.RLIM_INFINITY]
+    if math.isfinite(gib):
+        ceilings.append(_address_space() + int(gib * _GIB))
     try:
         _running = True
-        resource.setrlimit(resource.RLIMIT_AS, (min(ceilings), hard))
+        resource.setrlimit(resource.RLIMIT_AS, (min(ceilings, default=soft), hard))
         if timed:
             _start_clocks(seconds)
         yield

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from neftune_dist.config import ModelConfig, UserError
 from neftune_dist.model.foreign import open_weights
+from neftune_dist.model.pickles import first_line, load_tensors
 
 _COMPARED_ELEMENTS = 2**24
 _EARLIER_NAMES = {"lm_head.weight": "embed_out.weight"}  # GPT-NeoX before transformers 5
@@ -196,7 +197,7 @@ def _open(file: Path) -> Any:
     try:
         if file.suffix == ".safetensors":
             return safe_open(file, framework="pt")
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        tensors = load_tensors(file)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"The weights in {file} cannot be read without running the code they carry, which is "
@@ -207,8 +208,3 @@ def _open(file: Path) -> Any:
     if not isinstance(tensors, dict):
         raise UserError(f"{file} holds no weights by name.")
     return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
