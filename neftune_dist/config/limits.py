@@ -17,7 +17,9 @@ from types import FrameType
 
 _GIB = 2**30
 # The exception is raised again until the block ends: libraries catch what they should not.
-_AGAIN_SECONDS = 1.0
+_AGAIN_SECONDS = 0.1
+# What a call into C that returns late has more, before its process is ended.
+_GRACE_SECONDS = 5.0
 
 _running = False  # whether a block of this process is under limits
 
@@ -28,7 +30,7 @@ def limited(seconds: float, gib: float) -> Iterator[None]:
 
     Processor time, because on a busy machine honest work takes longer by the clock. It is bounded
     in the main thread alone, where Python runs signal handlers. A call into C that never returns to
-    Python is ended with its process, at twice the time. A block within a limited block has that
+    Python is ended with its process, after twice the time. A block within a limited block has that
     one's limits.
 
     Raises:
@@ -63,7 +65,7 @@ def _start_clocks(seconds: float) -> None:
         signal.signal(signal.SIGVTALRM, _out_of_time)
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds, _AGAIN_SECONDS)
     if signal.getsignal(signal.SIGPROF) is signal.SIG_DFL:  # no profiler uses it
-        signal.setitimer(signal.ITIMER_PROF, 2 * seconds)
+        signal.setitimer(signal.ITIMER_PROF, 2 * seconds + _GRACE_SECONDS)
 
 
 def _out_of_time(number: int, frame: FrameType | None) -> None:
