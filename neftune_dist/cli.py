@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from neftune_dist import attempt
-from neftune_dist.arguments import make_parser
+from neftune_dist.arguments import check_ranges, make_parser
 from neftune_dist.config import UserError, load_config
 
 _RANK_0_SPEAKS_FIRST_SECONDS = 5.0
@@ -29,6 +29,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if late:
         arguments.settings = [*arguments.settings, *late]
     try:
+        check_ranges(arguments)
         code: int = arguments.run(arguments)
     except (UserError, attempt.Final) as error:
         code = attempt.EXIT_MISTAKE if isinstance(error, UserError) else attempt.EXIT_FAILED
