@@ -16,7 +16,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "seeds": (1, 1000),
     "show": (0, 2**20),
     "step": (0, 2**32),
-    "world_size": (1, 2**16),
+    "world_size": (1, 2**12),
 }
 
 

@@ -17,7 +17,13 @@ import torch
 from safetensors.torch import save_file
 
 from neftune_dist.checkpoint import store
-from neftune_dist.checkpoint.content import CHAT_TEMPLATE, MODEL_FOLDER, Content, adapter_of
+from neftune_dist.checkpoint.content import (
+    CHAT_TEMPLATE,
+    MODEL_FOLDER,
+    Content,
+    adapter_of,
+    files_within,
+)
 from neftune_dist.config import AdapterConfig, UserError
 from neftune_dist.model.adapters import peft_name, peft_settings
 
@@ -57,7 +63,7 @@ def export(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        for file in sorted((run_dir / MODEL_FOLDER).iterdir()):
+        for file in files_within(run_dir / MODEL_FOLDER):
             shutil.copyfile(file, partial / file.name)
         chosen = _set_dtype(partial / "config.json", dtype)
         if adapter:
