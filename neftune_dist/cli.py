@@ -30,7 +30,7 @@ def main(words: Sequence[str] | None = None) -> None:
         arguments.settings = [*arguments.settings, *late]
     try:
         check_ranges(arguments)
-        code: int = arguments.run(arguments)
+        code: int = _run(arguments)
     except (UserError, attempt.Final) as error:
         code = attempt.EXIT_MISTAKE if isinstance(error, UserError) else attempt.EXIT_FAILED
         shared = not isinstance(error, UserError) or error.shared
@@ -40,6 +40,17 @@ def main(words: Sequence[str] | None = None) -> None:
         if attempt.VARIABLE in os.environ and (shared or alone):
             code = attempt.EXIT_DONE
     sys.exit(code)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Run the verb; its exit code."""
+    try:
+        code: int = arguments.run(arguments)
+    except RecursionError as error:
+        if "a JSON" not in str(error):
+            raise
+        raise UserError("A JSON file nests thousands of brackets: it is damaged.") from error
+    return code
 
 
 def _say(error: Exception, shared: bool) -> None:

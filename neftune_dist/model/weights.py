@@ -175,7 +175,7 @@ def _index(folder: Path) -> dict[str, Any]:
             try:
                 weight_map = json.loads(index.read_text())["weight_map"]
                 files = [folder / file for file in sorted(set(weight_map.values()))]
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
                 raise UserError(f"{index} is no index of weight files.") from error
         else:
             continue
