@@ -5,6 +5,31 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 
+from neftune_dist.config import UserError
+
+# Least and greatest number, by the option's name: what is more was mistyped, and would never end.
+_RANGES: dict[str, tuple[float, float]] = {
+    "max_restarts": (0, 2**20),
+    "processes": (0, 2**12),
+    "ranks": (1, 2**12),
+    "rendezvous_minutes": (0, 2**20),
+    "seeds": (1, 1000),
+    "show": (0, 2**20),
+    "step": (0, 2**32),
+    "world_size": (1, 2**12),
+}
+
+
+def check_ranges(arguments: argparse.Namespace) -> None:
+    """Refuse numbers of the command line that are out of range. Raises `UserError`."""
+    for name, (least, greatest) in _RANGES.items():
+        value = getattr(arguments, name, None)
+        if value is not None and not least <= value <= greatest:  # written so that NaN is refused
+            raise UserError(
+                f"--{name.replace('_', '-')}={value} is out of range: it must be at least {least} "
+                f"and at most {greatest}."
+            )
+
 
 def make_parser(runs: Mapping[str, object]) -> argparse.ArgumentParser:
     """The parser of all verbs; what it parses has as `run` what `runs` gives for its verb."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from neftune_dist import attempt, children
-from neftune_dist.arguments import make_parser
+from neftune_dist.arguments import check_ranges, make_parser
 from neftune_dist.config import UserError, load_config
 
 _RANK_0_SPEAKS_FIRST_SECONDS = 5.0
@@ -31,7 +31,8 @@ def main(words: Sequence[str] | None = None) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank of torchrun's, which may be killed
         children.end_with_parent()
     try:
-        code: int = arguments.run(arguments)
+        check_ranges(arguments)
+        code: int = _run(arguments)
     except (UserError, attempt.Final) as error:
         code = attempt.EXIT_MISTAKE if isinstance(error, UserError) else attempt.EXIT_FAILED
         shared = not isinstance(error, UserError) or error.shared
@@ -41,6 +42,17 @@ def main(words: Sequence[str] | None = None) -> None:
         if attempt.VARIABLE in os.environ and (shared or alone):
             code = attempt.EXIT_DONE
     sys.exit(code)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Run the verb; its exit code."""
+    try:
+        code: int = arguments.run(arguments)
+    except RecursionError as error:
+        if "a JSON" not in str(error):
+            raise
+        raise UserError("A JSON file nests thousands of brackets: it is damaged.") from error
+    return code
 
 
 def _say(error: Exception, shared: bool) -> None:

@@ -22,7 +22,13 @@ from safetensors.torch import save_file
 
 from neftune_dist import marked, storage
 from neftune_dist.checkpoint import store
-from neftune_dist.checkpoint.content import CHAT_TEMPLATE, MODEL_FOLDER, Content, adapter_of
+from neftune_dist.checkpoint.content import (
+    CHAT_TEMPLATE,
+    MODEL_FOLDER,
+    Content,
+    adapter_of,
+    files_within,
+)
 from neftune_dist.config import AdapterConfig, UserError
 from neftune_dist.model.adapters import peft_name, peft_settings
 
@@ -65,7 +71,7 @@ def export(
     if flaw := checkpoint.first_flaw():  # which reads all of it
         raise store.damage(checkpoint, flaw)
     with storage.writing(str(output)), marked.replaced(place, MARK) as folder:
-        for file in sorted((run_dir / MODEL_FOLDER).iterdir()):
+        for file in files_within(run_dir / MODEL_FOLDER):
             shutil.copyfile(file, folder / file.name)
         chosen = _set_dtype(folder / "config.json", dtype)
         if adapter:

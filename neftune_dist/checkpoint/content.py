@@ -95,15 +95,35 @@ def adapter_of(state: Mapping[str, Any]) -> AdapterConfig:
 
 
 def keep_small_files(model_folder: Path, run_dir: Path) -> None:
-    """Copy what a model needs beside the weights into the run directory."""
+    """Copy what a model needs beside the weights into the run directory. Raises `UserError` as
+    `files_within`."""
+    files = {file for pattern in _SMALL for file in files_within(model_folder, pattern)}
     target = run_dir / MODEL_FOLDER
     if target.is_symlink():  # to the base model, perhaps, whose files would be changed
         target.unlink()
     target.mkdir(parents=True, exist_ok=True)
-    for pattern in _SMALL:
-        for file in model_folder.glob(pattern):
-            if not file.name.endswith(".index.json"):
-                storage.write(target / file.name, file.read_bytes())
+    for file in sorted(files):
+        if not file.name.endswith(".index.json"):
+            storage.write(target / file.name, file.read_bytes())
+
+
+def files_within(folder: Path, pattern: str = "*") -> list[Path]:
+    """The files of a model directory, which may be copied to wherever the model goes.
+
+    Raises:
+        UserError: one of them is a link to a file elsewhere, which may be anything that the user
+            can read. A link into the hub cache's own blobs is none.
+    """
+    root = folder.resolve()
+    blobs = root.parents[1] / "blobs" if root.parent.name == "snapshots" else root
+    found = [file for file in sorted(folder.glob(pattern)) if file.is_file()]
+    for file in found:
+        if not {root, blobs} & {*file.resolve().parents}:
+            raise UserError(
+                f"{file} is a link to {file.resolve()}, outside the model directory: put the file "
+                "itself there."
+            )
+    return found
 
 
 def keep_vocabulary(tokenizer: Any, num_rows: int, run_dir: Path) -> None:

@@ -46,7 +46,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from neftune_dist.config import UserError
 from neftune_dist.engine.base import FlatShard
-from neftune_dist.model.foreign import KnownReader
+from neftune_dist.model.pickles import KnownReader
 from neftune_dist.optim import Blocks
 
 # No file item is larger, so that reading a range takes no more memory than this beside the range.

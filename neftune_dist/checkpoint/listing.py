@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from neftune_dist.checkpoint import store
+from neftune_dist.checkpoint import flat, store
 from neftune_dist.config import UserError
 
 _HEADS = ("step", "size", "age", "state", "saved by", "continues")
@@ -42,6 +42,8 @@ def _complete(run_dir: Path, verify: bool) -> Iterator[tuple[str, tuple[str, ...
             yield each.folder.name, (str(each.step), size, age, fate, "", "nothing")
             continue
         fate = f"damaged: {flaw} is not what was written" if flaw else "complete"
+        if verify and not flaw and (flaw := _unreadable(each)):
+            fate = f"damaged: {flaw}"
         engine = state["config"]["engine"]
         stage = f" stage {engine['zero_stage'] or 3}" if engine["name"] == "deepspeed" else ""
         left = state["num_steps"] - each.step
@@ -58,6 +60,16 @@ def _complete(run_dir: Path, verify: bool) -> Iterator[tuple[str, tuple[str, ...
                 else f"{left} steps to {state['num_steps']}, on any engine and number of ranks",
             ),
         )
+
+
+def _unreadable(checkpoint: store.Checkpoint) -> str | None:
+    """Why the description of the tensors cannot be used, whatever the manifest says of its bytes:
+    whoever changes the one can change the other."""
+    try:
+        flat.Reader(checkpoint.folder, alone=True)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _others(run_dir: Path) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -27,11 +27,19 @@ from neftune_dist.config.sections import (
 )
 
 _URL = re.compile(r"https?://([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?(/[\w./~%+-]*)?", re.ASCII)
+# Upper case alone, in short parts, so that no key passes for a name.
+_VARIABLE = re.compile(r"(?!\d)[A-Z0-9]{0,16}(_[A-Z0-9]{0,16}){0,8}", re.ASCII)
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 def check(config: Config) -> None:
     """Refuse values out of range and settings that contradict each other or have no effect."""
+    variable = config.judge.key_variable
+    if variable and not _VARIABLE.fullmatch(variable):
+        raise UserError(  # without the value, which may be the key itself
+            "judge.key_variable is no name of an environment variable, such as OPENAI_API_KEY: "
+            "give the name, in upper case, and put the key into that variable."
+        )
     for key, value in _values(config):
         known = re.sub(r"\[\d+\]", "[]", key)
         if known in CHOICES and value not in CHOICES[known]:

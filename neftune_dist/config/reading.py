@@ -11,13 +11,19 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from neftune_dist.config.checks import check
 from neftune_dist.config.errors import UserError, brief
+from neftune_dist.config.limits import limited
 from neftune_dist.config.sections import TYPES, Config
+
+_MAX_DEPTH = 100  # of lists and mappings within each other
+# Aliases (`*name`) and interpolations let a short file stand for any amount of content.
+_READING_SECONDS, _READING_GIB = 20.0, 1.0
 
 
 def load_config(path: str | os.PathLike[str] | None, words: Sequence[str] = ()) -> Config:
@@ -27,8 +33,20 @@ def load_config(path: str | os.PathLike[str] | None, words: Sequence[str] = ()) 
 
     Raises `UserError` naming the key, the value and what is allowed.
     """
+    try:
+        with limited(_READING_SECONDS, _READING_GIB):
+            return _load(path, words)
+    except (TimeoutError, MemoryError, RecursionError) as error:
+        where = path if path is not None else " ".join(words)
+        raise UserError(
+            f"The configuration {brief(where)} cannot be read within {_READING_SECONDS:g} s and "
+            f"{_READING_GIB:g} GiB: what it repeats by aliases, or nests, is too much."
+        ) from error
+
+
+def _load(path: str | os.PathLike[str] | None, words: Sequence[str]) -> Config:
     updates = [] if path is None else _read_files(Path(path))
-    updates += [(f"'{word}'", _read_word(word)) for word in words]
+    updates += [(f"'{brief(word)}'", _read_word(word)) for word in words]
     config = OmegaConf.structured(Config)
     for where, update in updates:
         _check_update(update, where)
@@ -47,6 +65,7 @@ def load_config(path: str | os.PathLike[str] | None, words: Sequence[str] = ()) 
 
 def _read_yaml(path: Path) -> Any:
     try:
+        _check_depth(path.read_text(encoding="utf-8"))
         loaded = OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException, RecursionError) as error:
         where = getattr(error, "problem_mark", None)
@@ -58,6 +77,16 @@ def _read_yaml(path: Path) -> Any:
     if not OmegaConf.is_dict(loaded):
         raise UserError(f"{path} must hold sections such as 'model:' and 'noise:'.")
     return OmegaConf.to_container(loaded, resolve=False)
+
+
+def _check_depth(text: str) -> None:
+    """Refuse what nests too deep, before the parser recurses: written in C, it crashes."""
+    depth = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise YAMLError(f"more than {_MAX_DEPTH} lists and mappings lie within each other")
 
 
 def _read_files(path: Path, extended_by: tuple[Path, ...] = ()) -> list[tuple[str, Any]]:
@@ -77,18 +106,19 @@ def _read_files(path: Path, extended_by: tuple[Path, ...] = ()) -> list[tuple[st
 def _read_word(word: str) -> Any:
     key, equals, text = word.partition("=")
     if not equals or not key:
-        raise UserError(f"'{word}' is not of the form key=value, such as noise.alpha=5.")
+        raise UserError(f"'{brief(word)}' is not of the form key=value, such as noise.alpha=5.")
     if str in TYPES.get(key, ()) and text != "null":
         text = json.dumps(text, ensure_ascii=False)  # quoted: YAML reads run_dir=007 as 7
     try:
+        _check_depth(text)
         update = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={text}"]), resolve=False)
         section, _, name = key.rpartition(".")
         if TYPES.get(key) == (list,) and isinstance(update, dict):
             items = update[section][name]
             update[section][name] = items and [_spaced(item) for item in items]
         return update
-    except (YAMLError, OmegaConfBaseException, RecursionError, ValueError) as error:
-        raise UserError(f"{word!a} cannot be read: {_reason(error)}.") from error
+    except (YAMLError, OmegaConfBaseException, RecursionError, ValueError, LookupError) as error:
+        raise UserError(f"{brief(word)!a} cannot be read: {_reason(error)}.") from error
 
 
 def _spaced(item: Any) -> Any:
@@ -116,7 +146,7 @@ def _check_update(update: dict[Any, Any], where: str, prefix: str = "") -> None:
                 raise UserError(f"{where}: {key} is a section and takes keys below it.")
             _check_update(value, where, f"{key}.")
         else:
-            raise UserError(f"{where}: unknown key {key}; {_hint(key, prefix)}")
+            raise UserError(f"{where}: unknown key {brief(key)}; {_hint(brief(key), prefix)}")
 
 
 def _check_list(key: str, items: Any, where: str) -> None:
@@ -164,4 +194,5 @@ def _hint(key: str, prefix: str) -> str:
 def _reason(error: Exception) -> str:
     """One line, without the full stop."""
     text = str(getattr(error, "problem", None) or error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")
+    line = text.splitlines()[0].rstrip(".")
+    return line if len(line) <= 200 else f"{line[:197]}..."

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from neftune_dist.config import UserError
+from neftune_dist.config.limits import limited
 from neftune_dist.data import prompts
 from neftune_dist.data.formats import Conversation
 from neftune_dist.data.sources import BadRow
@@ -21,6 +25,10 @@ _FIXED_DATE = (
     "{% endmacro +%}"
 )
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+# A template is a program that came with a model: what it may take for one conversation.
+_SECONDS, _GIB, _CHARACTERS = 10.0, 1.0, 2**24
+_SHOWN_CHARACTERS = 500  # of an error's text
 
 Message = dict[str, Any]
 Tools = list[Any] | None
@@ -41,13 +49,23 @@ class ChatTemplate:
         self._tokenizer = tokenizer
 
     def apply(self, messages: list[Message], tools: Tools = None, **switches: bool) -> str:
-        """The text of the messages. Raises `BadRow` where the template fails."""
+        """The text of the messages.
+
+        Raises:
+            BadRow: the template fails.
+            UserError: it takes too long, or makes too much.
+        """
         try:
-            text: str = self._tokenizer.apply_chat_template(
-                messages, tools=tools, chat_template=self.source, tokenize=False, **switches
-            )
+            with bounded():
+                text: str = self._tokenizer.apply_chat_template(
+                    messages, tools=tools, chat_template=self.source, tokenize=False, **switches
+                )
+                if len(text) > _CHARACTERS:
+                    raise MemoryError
+        except UserError:
+            raise
         except Exception as error:  # a template is a program, and can fail in any way
-            raise BadRow(f"the chat template refuses the turns: {error}") from error
+            raise BadRow(f"the chat template refuses the turns: {_shortened(error)}") from error
         return text
 
     def prompts(self, messages: list[Message], tools: Tools) -> list[str]:
@@ -72,13 +90,14 @@ class ChatTemplate:
         """The half-open character ranges that the template marks as generated, if it marks any."""
         if not _GENERATION.search(self.source):
             return []
-        _, [marks] = render_jinja_template(
-            conversations=[messages],
-            tools=tools,
-            chat_template=self.source,
-            return_assistant_tokens_mask=True,
-            **self._tokenizer.special_tokens_map,
-        )
+        with bounded():
+            _, [marks] = render_jinja_template(
+                conversations=[messages],
+                tools=tools,
+                chat_template=self.source,
+                return_assistant_tokens_mask=True,
+                **self._tokenizer.special_tokens_map,
+            )
         return list(marks)
 
     def expresses_system(self) -> bool:
@@ -91,6 +110,30 @@ class ChatTemplate:
         except BadRow:
             return False
         return said in text
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Let a template run for one conversation, within limits of time and memory.
+
+    Raises:
+        UserError: it exceeds them.
+    """
+    try:
+        with limited(_SECONDS, _GIB):
+            yield
+    except (TimeoutError, MemoryError) as error:
+        # Of the template, not of the row: the next row would take as long.
+        raise UserError(
+            f"The chat template takes more than {_SECONDS:g} s, {_GIB:g} GiB of memory or "
+            f"{_CHARACTERS:,} characters for one conversation: it is not used."
+        ) from error
+
+
+def _shortened(error: Exception) -> str:
+    """What an error says, which a template may choose to be of any length."""
+    text = str(error)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
 
 def with_system(source: str, said: str) -> str:

@@ -20,25 +20,18 @@ from typing import IO, Any
 
 import datasets
 import pyarrow
-import pyarrow.ipc
-import pyarrow.parquet
 
 from neftune_dist.config import BUILTIN_SOURCE, SourceConfig, UserError
-from neftune_dist.data import builtin, files
+from neftune_dist.data import builtin, files, tables
+from neftune_dist.data.errors import LONGEST_ROW_BYTES, BadRow
 
-_BATCH_ROWS = 1000  # of a table, turned into Python's values at a time
-_PIECE_CHARACTERS = 2**20  # of a JSON array, read at a time
-# A longer line is a file without line breaks rather than a row.
-_LONGEST_LINE_BYTES = 64 * 2**20
+_PIECE_CHARACTERS = 2**20  # of a JSON array, read at a time; of a long element more
+_LONGEST_PIECE = 2**24
 _BOM = b"\xef\xbb\xbf"
 _MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet", b"ARROW1": ".arrow"}
 
 Numbered = Iterator[tuple[int, "Mapping[str, Any] | BadRow"]]
 Rows = Iterator[tuple[str, "Mapping[str, Any] | BadRow"]]
-
-
-class BadRow(Exception):
-    """One row that cannot be used, and why; the caller knows which row it was."""
 
 
 @dataclass(frozen=True)
@@ -189,12 +182,12 @@ def _json_rows(path: Path) -> Numbered:
 
 def _json_lines(file: IO[bytes]) -> Numbered:
     number, is_first = 0, True
-    while line := file.readline(_LONGEST_LINE_BYTES):
+    while line := file.readline(LONGEST_ROW_BYTES):
         number += 1
-        if len(line) == _LONGEST_LINE_BYTES and not line.endswith(b"\n"):
+        if len(line) == LONGEST_ROW_BYTES and not line.endswith(b"\n"):
             while line and not line.endswith(b"\n"):
-                line = file.readline(_LONGEST_LINE_BYTES)
-            yield number, BadRow(f"a line of more than {_LONGEST_LINE_BYTES // 2**20} MiB")
+                line = file.readline(LONGEST_ROW_BYTES)
+            yield number, BadRow(f"a line of more than {LONGEST_ROW_BYTES // 2**20} MiB")
             continue
         if number == 1:
             line = line.removeprefix(_BOM)
@@ -216,15 +209,15 @@ def _json_lines(file: IO[bytes]) -> Numbered:
 
 def _elements(text: IO[str]) -> Iterator[Any]:
     """The elements of a JSON array, of which a piece is held in memory, and never less than one
-    element. Raises `ValueError`, at a mistake after looking for the element's end in all the
-    rest."""
+    element. Raises `ValueError`, at a mistake after looking for the element's end as far as one may
+    reach."""
     decode = json.JSONDecoder().raw_decode
     buffer, at = "", 0
 
     def more() -> bool:
         nonlocal buffer, at
         # As much again as there is: an element of any length is looked at a few times only.
-        piece = text.read(max(_PIECE_CHARACTERS, len(buffer) - at))
+        piece = text.read(max(_PIECE_CHARACTERS, min(len(buffer) - at, _LONGEST_PIECE)))
         if piece:
             buffer, at = buffer[at:] + piece, 0
         return bool(piece)
@@ -244,7 +237,12 @@ def _elements(text: IO[str]) -> Iterator[Any]:
         while True:
             try:
                 value, end = decode(buffer, at)
-            except (ValueError, RecursionError):
+            except (ValueError, RecursionError) as error:
+                if len(buffer) - at > LONGEST_ROW_BYTES:
+                    raise ValueError(
+                        f"an element of more than {LONGEST_ROW_BYTES // 2**20} MiB, or a mistake "
+                        f"in one ({error})"
+                    ) from error
                 if not more():
                     raise
                 continue
@@ -275,18 +273,20 @@ def kind_of(value: Any) -> str:
 
 def _table_rows(path: Path, delimiter: str) -> Numbered:
     """Of text with a header, quoted as spreadsheets do."""
-    csv.field_size_limit(_LONGEST_LINE_BYTES)  # of the whole process; 128 KiB were it not set
+    csv.field_size_limit(LONGEST_ROW_BYTES)  # of the whole process; 128 KiB were it not set
     with _open_bytes(path) as file:
         # newline="": line breaks within quotes stay as they are.
         text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")  # type: ignore[type-var]
-        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        lines = _Lines(text)
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
         header = [name.strip() for name in next(reader, [])]
         twice = {name for name in header if header.count(name) > 1}
         if twice or "" in header:
             flaw = f"names {min(twice)!a} twice" if twice - {""} else "has a column without a name"
             raise ValueError(f"its first line, the header, {flaw}")
         while True:
-            number = reader.line_num + 1
+            number = lines.number + 1
+            lines.left = LONGEST_ROW_BYTES
             try:
                 values = next(reader)
             except StopIteration:
@@ -300,34 +300,37 @@ def _table_rows(path: Path, delimiter: str) -> Numbered:
                 yield number, BadRow(f"{len(values)} values under a header of {len(header)}")
 
 
-def _parquet_rows(path: Path) -> Numbered:
-    with pyarrow.parquet.ParquetFile(path) as file:
-        yield from enumerate(_values(file.iter_batches(_BATCH_ROWS)), 1)
+class _Lines:
+    """The lines of a text, of which one row may take so many characters.
 
+    Attributes:
+        number: of the line that was read last, from 1. left: characters, until the next row begins.
+    """
 
-def _arrow_rows(path: Path) -> Numbered:
-    """The file form and the stream form, which `datasets` writes."""
-    with pyarrow.memory_map(str(path)) as file:
-        try:
-            stored = pyarrow.ipc.open_file(file)
-        except pyarrow.ArrowInvalid:
-            file.seek(0)
-            batches: Any = pyarrow.ipc.open_stream(file)
-        else:
-            batches = map(stored.get_batch, range(stored.num_record_batches))
-        yield from enumerate(_values(batches), 1)
+    def __init__(self, text: IO[str]) -> None:
+        self._text = text
+        self.number, self.left = 0, LONGEST_ROW_BYTES
 
+    def __iter__(self) -> _Lines:
+        return self
 
-def _values(batches: Any) -> Iterator[Mapping[str, Any]]:
-    for batch in batches:
-        for first in range(0, batch.num_rows, _BATCH_ROWS):
-            yield from batch.slice(first, _BATCH_ROWS).to_pylist()
+    def __next__(self) -> str:
+        line = self._text.readline(self.left)
+        if not line and self.left:
+            raise StopIteration
+        self.number += 1
+        if len(line) == self.left and not line.endswith("\n"):
+            while line and not line.endswith("\n"):
+                line = self._text.readline(_PIECE_CHARACTERS)
+            raise csv.Error(f"a row of more than {LONGEST_ROW_BYTES // 2**20} MiB")
+        self.left -= len(line)
+        return line
 
 
 _READERS: dict[str, Callable[[Path], Numbered]] = {
     "json": _json_rows,
     "csv": lambda path: _table_rows(path, ","),
     "tsv": lambda path: _table_rows(path, "\t"),
-    "parquet": _parquet_rows,
-    "arrow": _arrow_rows,
+    "parquet": tables.parquet_rows,
+    "arrow": tables.arrow_rows,
 }

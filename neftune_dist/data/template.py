@@ -18,7 +18,7 @@ import numpy as np
 
 from neftune_dist.config import DataConfig, UserError
 from neftune_dist.data import masks, prompts
-from neftune_dist.data.chat import ChatTemplate, with_system
+from neftune_dist.data.chat import ChatTemplate, bounded, with_system
 from neftune_dist.data.formats import Conversation, Turn
 from neftune_dist.data.rendered import SPEAKERS, TEXT, Chunk, Rendered, Span
 from neftune_dist.data.sources import BadRow
@@ -190,7 +190,8 @@ class Template:
     def _render(self, conversation: Conversation, supervise: str) -> Rendered:
         conversation = self._with_system(conversation)
         if self._chat is not None:
-            return masks.render(self._chat, conversation, supervise)
+            with bounded():  # all that the template makes of one conversation
+                return masks.render(self._chat, conversation, supervise)
         return prompts.render(self.config.template, conversation, last_only=supervise == "last")
 
     def _with_system(self, conversation: Conversation) -> Conversation:
@@ -266,7 +267,8 @@ def _bare(backend: Any) -> Any:
 def _jinja(tokenizer: Any, template: str, name: str) -> str:
     if template != "chat":
         try:
-            return Path(template).expanduser().read_text(encoding="utf-8")
+            with bounded():
+                return Path(template).expanduser().read_text(encoding="utf-8")
         except (OSError, ValueError, RuntimeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"data.template={template} cannot be read: {reason}.") from error

@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 
 from neftune_dist.config import UserError
+from neftune_dist.config.limits import limited
 
 NUM_RESAMPLES = 2000
 _LONGEST_QUOTE = 80
+_READING_SECONDS, _READING_GIB = 60.0, 4.0  # what a file of others' answers may take
 
 
 @dataclass(frozen=True)
@@ -257,14 +259,19 @@ def _preference(value: Any, where: str) -> float | None:
 
 def _rows(path: Path, texts: tuple[str, ...], also: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     try:
-        content = path.read_bytes()
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
-        rows = json.loads(content)
+        with limited(_READING_SECONDS, _READING_GIB):
+            content = path.read_bytes()
+            if content[:2] == b"\x1f\x8b":
+                content = gzip.decompress(content)
+            rows = json.loads(content)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (ValueError, EOFError, zlib.error) as error:
+    except (ValueError, EOFError, zlib.error, RecursionError) as error:
         raise UserError(f"{path} is no JSON file, plain or gzipped: {error}.") from error
+    except MemoryError as error:
+        raise UserError(
+            f"{path} takes more than {_READING_GIB:g} GiB of memory: it is not used."
+        ) from error
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{path} must be a JSON list with at least one row.")
     for i, row in enumerate(rows):

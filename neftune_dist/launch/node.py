@@ -11,11 +11,11 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main as torchrun
 
 from neftune_dist import attempt, host
 from neftune_dist.config import UserError
 from neftune_dist.launch import rendezvous
+from neftune_dist.launch.torchrun import LOOPBACK, torchrun
 
 
 def node(folder: Path, words: Sequence[str], *, num_processes: int, minutes: float) -> int:
@@ -31,7 +31,8 @@ def node(folder: Path, words: Sequence[str], *, num_processes: int, minutes: flo
     signal.signal(signal.SIGUSR1, lambda *_: _leave(index * number))
     try:
         if len(hosts) == 1:
-            address, port = "127.0.0.1", rendezvous.free_port()
+            address, port = LOOPBACK, rendezvous.free_port()
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", rendezvous.interface_of(LOOPBACK) or "lo")
         else:
             address, port = rendezvous.meet(folder, hosts, index, minutes * 60)
             interface = rendezvous.interface_towards(address if index else hosts[1])
@@ -50,10 +51,7 @@ def node(folder: Path, words: Sequence[str], *, num_processes: int, minutes: flo
     numa = ["--numa-binding=node"] if Path("/proc/driver/nvidia/gpus").exists() else []
     command = [
         f"--nnodes={len(hosts)}",
-        f"--node-rank={index}",
         f"--nproc-per-node={number}",
-        f"--master-addr={address}",
-        f"--master-port={port}",
         "--max-restarts=0",
         *numa,
         "-m",
@@ -61,13 +59,13 @@ def node(folder: Path, words: Sequence[str], *, num_processes: int, minutes: flo
         "train",
         *words,
     ]
-    return _torchrun(command)
+    return _torchrun(command, address, port, index)
 
 
-def _torchrun(words: Sequence[str]) -> int:
+def _torchrun(words: Sequence[str], address: str, port: int, index: int) -> int:
     """Run torchrun in this process: its exit code, each rank's death told in a line."""
     try:
-        torchrun(words)
+        torchrun(words, address, port, index)
     except SignalException:  # SIGTERM, which it has passed on
         return attempt.EXIT_FAILED
     except ChildFailedError as error:

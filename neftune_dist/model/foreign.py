@@ -1,9 +1,8 @@
 """Weights out of other trainers' sharded checkpoints, readable by ranges: no rank holds them whole.
 
 Two layouts: DeepSpeed's ZeRO checkpoints (any stage; the float32 masters are read) and PyTorch's
-distributed checkpoints (DCP) of a plain state dict. ZeRO's files are opened without running code
-that they carry; torch reads DCP's `.metadata` as a pickle, so take such checkpoints only from those
-you trust. Refuses tensor-parallel ZeRO checkpoints (`UserError`).
+distributed checkpoints (DCP) of a plain state dict. Both are read without running code that they
+carry. Refuses tensor-parallel ZeRO checkpoints (`UserError`).
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,13 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
-    Metadata,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from neftune_dist.config import UserError
+from neftune_dist.model.pickles import KnownReader, first_line, load_tensors
 
 _ZERO_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 
@@ -82,9 +82,9 @@ def open_weights(folder: Path) -> ForeignWeights | None:
         return None
     if any(model_rank for _, model_rank in files.values()):
         raise UserError(f"The ZeRO checkpoint {tagged} is tensor parallel: it cannot be read here.")
-    return ForeignWeights(
-        _by_every_suffix(_zero_slices(tagged, [files[rank][0] for rank in sorted(files)]))
-    )
+    with _as_laid_out(tagged, "DeepSpeed ZeRO"):
+        slices = _zero_slices(tagged, [files[rank][0] for rank in sorted(files)])
+    return ForeignWeights(_by_every_suffix(slices))
 
 
 def _by_every_suffix(slices: dict[str, Slice]) -> dict[str, Slice]:
@@ -99,25 +99,12 @@ def _by_every_suffix(slices: dict[str, Slice]) -> dict[str, Slice]:
     return {**{k: v for k, v in found.items() if v is not None}, **slices}
 
 
-class _Ignored:
-    """Stands in for DeepSpeed's own classes, whose content is not needed."""
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-
 def _load(file: Path) -> dict[str, Any]:
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    own: list[Any] = [(_Ignored, name) for name in names if name.startswith("deepspeed.")]
     try:
-        with torch.serialization.safe_globals(own):
-            loaded: dict[str, Any] = torch.load(
-                file, map_location="cpu", mmap=True, weights_only=True
-            )
+        loaded: dict[str, Any] = load_tensors(file, ignored="deepspeed.")
     except Exception as error:  # every damage has its own
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"{file} cannot be read as a part of a ZeRO checkpoint: {reason}"
+            f"{file} cannot be read as a part of a ZeRO checkpoint: {first_line(error)}"
         ) from error
     return loaded
 
@@ -184,16 +171,15 @@ def _slice(shape: Sequence[int], pieces: Sequence[Tensor]) -> Slice:
     return Slice(tuple(shape), read_rows)
 
 
-class KnownReader(dcp.FileSystemReader):
-    """Reads the description of a checkpoint's tensors once, however often they are loaded."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.metadata = super().read_metadata()
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The description that was read when this was made."""
-        return self.metadata
+@contextmanager
+def _as_laid_out(folder: Path, trainer: str) -> Iterator[None]:
+    """Turns what garbage leads to into a `UserError`."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{folder} is not laid out as a checkpoint of {trainer}: {first_line(error)}."
+        ) from error
 
 
 def _dcp_slices(folder: Path) -> dict[str, Slice]:
@@ -217,7 +203,13 @@ def _dcp_rows(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             planner = _RowsPlanner(name, stored, chunk, target)
-            dcp.load({}, storage_reader=reader, planner=planner, no_dist=True)
+            try:
+                dcp.load({}, storage_reader=reader, planner=planner, no_dist=True)
+            except dcp.CheckpointException as error:
+                reason = first_line(next(iter(error.failures.values()))[0])
+                raise UserError(
+                    f"{name} in {reader.checkpoint_id} cannot be read: {reason}."
+                ) from error
         return target
 
     return read_rows

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from neftune_dist.config import ModelConfig, UserError
 from neftune_dist.model.foreign import open_weights
+from neftune_dist.model.pickles import first_line, load_tensors
 
 _COMPARED_ELEMENTS = 2**24
 _DIGESTED_ELEMENTS = 2**22
@@ -202,7 +203,7 @@ def _index(folder: Path) -> dict[str, Any]:
             try:
                 weight_map = json.loads(index.read_text())["weight_map"]
                 files = [folder / file for file in sorted(set(weight_map.values()))]
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
                 raise UserError(f"{index} is no index of weight files.") from error
         else:
             continue
@@ -224,7 +225,7 @@ def _open(file: Path) -> Any:
     try:
         if file.suffix == ".safetensors":
             return safe_open(file, framework="pt")
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        tensors = load_tensors(file)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"The weights in {file} cannot be read without running the code they carry, which is "
@@ -235,8 +236,3 @@ def _open(file: Path) -> Any:
     if not isinstance(tensors, dict):
         raise UserError(f"{file} holds no weights by name.")
     return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

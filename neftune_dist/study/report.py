@@ -38,6 +38,19 @@ seeds it is over items alone, and speaks of the trained models, not of alpha.
 is compared with one half. At equal lengths: by logistic regression on the difference in characters,
 in the manner of AlpacaEval 2; its variance over items is at most what is taken."""
 
+# What in Markdown becomes HTML that does more than show text.
+_ACTIVE_PATTERNS = (
+    "html",
+    "link",
+    "reference",
+    "short_reference",
+    "image_link",
+    "image_reference",
+    "short_image_ref",
+    "autolink",
+    "automail",
+)
+
 _STYLE = """\
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; }
@@ -224,14 +237,21 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _html(text: str, pictures: dict[str, bytes]) -> str:
-    """One file: pictures within it, nothing to be loaded, no script."""
-    body: str = markdown.markdown(text, extensions=["tables", "sane_lists"])
+    """One file: pictures within it, nothing to be loaded, no script. HTML and links in a name or an
+    answer are shown as they are written."""
+    converter = markdown.Markdown(extensions=["tables", "sane_lists"])
+    converter.preprocessors.deregister("html_block")
+    for pattern in _ACTIVE_PATTERNS:
+        converter.inlinePatterns.deregister(pattern)
+    body: str = converter.convert(text)
 
     def inline(match: re.Match[str]) -> str:
-        svg = base64.b64encode(pictures[match[1]]).decode()
-        return f'src="data:image/svg+xml;base64,{svg}"'
+        if match[2] not in pictures:
+            return match[0]
+        svg = base64.b64encode(pictures[match[2]]).decode()
+        return f'<img alt="{match[1]}" src="data:image/svg+xml;base64,{svg}" />'
 
-    body = re.sub(r'src="plots/(\w+)\.svg"', inline, body)
+    body = re.sub(r"!\[([\w ]+)\]\(plots/(\w+)\.svg\)", inline, body)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width">\n'

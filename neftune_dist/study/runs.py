@@ -74,7 +74,7 @@ def perform(
     Returns:
         exit code (75: stopped), and the last line of standard error.
     """
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
+    launcher = ["-m", "neftune_dist.launch.torchrun", f"--nproc_per_node={num_ranks}"]
     command = [sys.executable, *(launcher if num_ranks > 1 else []), "-m", "neftune_dist"]
     words = run_words(settings, folder, alpha, seed)
     code, last_line = execute([*command, "train", str(config_path), *words])

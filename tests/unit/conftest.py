@@ -15,10 +15,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when a hub client is imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
-import torch.distributed.checkpoint as dcp
 from transformers import AutoTokenizer
 
 from neftune_dist.config import DataConfig
+from neftune_dist.model import pickles
 from tests import tiny
 from tests.interpreter import interpreting_process
 
@@ -121,11 +121,11 @@ def write(tmp_path: Path) -> Callable[..., DataConfig]:
 def metadata_reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The folder of every distributed checkpoint whose description is read, once a reading."""
     folders: list[Path] = []
-    read = dcp.FileSystemReader.read_metadata
+    read = pickles.read_metadata
 
-    def counted(reader: Any, *arguments: Any, **named: Any) -> Any:
-        folders.append(Path(reader.path))
-        return read(reader, *arguments, **named)
+    def counted(path: Path) -> Any:
+        folders.append(path.parent)
+        return read(path)
 
-    monkeypatch.setattr(dcp.FileSystemReader, "read_metadata", counted)
+    monkeypatch.setattr(pickles, "read_metadata", counted)
     return folders

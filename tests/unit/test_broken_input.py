@@ -178,7 +178,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_one_bad_line_among_good_ones(
     line: bytes, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("neftune_dist.data.sources._LONGEST_LINE_BYTES", 2**20)
+    monkeypatch.setattr("neftune_dist.data.sources.LONGEST_ROW_BYTES", 2**20)
     path = tmp_path / "rows.jsonl"
     path.write_bytes(lines(ROWS[:1]) + line + b"\n" + lines(ROWS[1:]))
     (_, first), (place, bad), *rest = read(path)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from neftune_dist import config as module
+from neftune_dist.cli import main
 from neftune_dist.config import (
     CHOICES,
     RANGES,
@@ -507,3 +508,81 @@ def test_no_torch_is_imported() -> None:
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param("model: " + "[" * 100_000, id="lists"),
+        pytest.param("model: " + "{a: " * 100_000, id="mappings"),
+        pytest.param("model:\n " + "? " * 50_000, id="keys"),
+        pytest.param("run_dir: '" + "${a:" * 20_000 + "}" * 20_000 + "'", id="interpolations"),
+        pytest.param(
+            "a: &a [x]\n"
+            + "".join(
+                f"n{i}: &n{i} [{', '.join([f'*n{i - 1}' if i else '*a'] * 9)}]\n" for i in range(12)
+            ),
+            id="aliases",
+        ),
+    ],
+)
+def test_a_file_that_nests_or_repeats_without_end_is_refused(tmp_path: Path, content: str) -> None:
+    """The YAML parser, written in C, crashes on depth."""
+    (tmp_path / "c.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"c\.yaml") as told:
+        load_config(tmp_path / "c.yaml")
+    assert len(str(told.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "word", ["data.mixture=" + "[" * 100_000, "train.seed=" + "- " * 50_000, "[[[[=1"]
+)
+def test_a_word_that_nests_without_end_is_refused(word: str) -> None:
+    with pytest.raises(UserError, match="cannot be read") as told:
+        load_config(None, [word])
+    assert len(str(told.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "sk-proj-abcdefghijklmnopqrstuvwx",
+        "gsk_abcdefghijklmnopqrstuvwx",
+        "hf_aBcDeFgHiJkLmNoPqRsTuV",
+        "AKIAIOSFODNN7EXAMPLE",
+        "0123456789abcdef0123456789abcdef",
+        "two words",
+        "with\x07control",
+    ],
+)
+def test_a_key_in_place_of_its_variable_is_refused_and_not_shown(key: str) -> None:
+    words = ["model.name_or_path=x", "judge.url=http://a/v1", "judge.model=m"]
+    with pytest.raises(UserError, match=r"judge\.key_variable is no name of an env") as told:
+        load_config(None, [*words, f"judge.key_variable={key}"])
+    assert key not in str(told.value)
+
+
+@pytest.mark.parametrize("name", ["OPENAI_API_KEY", "KEY", "MY_2ND_KEY", "_K"])
+def test_a_variable_for_the_key_is_taken(name: str) -> None:
+    words = ["model.name_or_path=x", "judge.url=http://a/v1", "judge.model=m"]
+    config = load_config(None, [*words, f"judge.key_variable={name}"])
+    assert config.judge.key_variable == name
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["study", "--seeds", "100000000"], "--seeds=100000000 is out of range"),
+        (["study", "--ranks", "0"], "--ranks=0 is out of range"),
+        (["plan", "--world-size", "1000000000"], "--world-size=1000000000 is out of range"),
+        (["launch", "--processes", "-1"], "--processes=-1 is out of range"),
+        (["launch", "--rendezvous-minutes", "nan"], "--rendezvous-minutes=nan is out of range"),
+    ],
+)
+def test_numbers_of_the_command_line_are_bounded(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([words[0], "none.yaml", *words[1:]])
+    assert left.value.code == 2 and said in capsys.readouterr().err

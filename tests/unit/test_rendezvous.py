@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from neftune_dist.config import UserError
-from neftune_dist.launch import rendezvous
+from neftune_dist.launch import rendezvous, torchrun
 
 HOSTS = ("127.0.0.1", "localhost", "127.0.0.3")
 
@@ -66,3 +67,20 @@ def test_the_interface_that_leads_to_a_host() -> None:
     assert rendezvous.interface_of("203.0.113.7") is None
     with pytest.raises(UserError, match=r"cannot find nowhere\.invalid"):
         rendezvous.address_towards("nowhere.invalid")
+
+
+def test_the_store_listens_at_one_address() -> None:
+    """Not on every interface, as torch lets it: whoever reaches it can change what ranks agree."""
+    port = rendezvous.free_port()
+    place = RendezvousParameters("neftune_dist", f"127.0.0.1:{port}", "none", 1, 1, rank="0")
+    store = torchrun._create(place).next_rendezvous().store
+    store.set("a", "b")
+    listening = [
+        address
+        for table in ("tcp", "tcp6")
+        for _, address, _, state, *_ in map(
+            str.split, Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+        )
+        if state == "0A" and address.endswith(f":{port:04X}")
+    ]
+    assert listening == [f"0100007F:{port:04X}"]

@@ -297,3 +297,17 @@ def test_an_effect_that_many_comparisons_explain_is_called_so(tmp_path: Path) ->
     text = conclusion(corrected([difference, *others]), len(runs) // 2)
     assert "no difference seen that stands; perhaps by chance: ROUGE-L" in text
     assert "which so many comparisons may show by chance" in text
+
+
+def test_html_in_what_is_reported_is_shown_as_it_is_written() -> None:
+    text = (
+        "# <script>a</script>\n\n<img src=x onerror=a>\n\n[b](javascript:c) ![d](http://e/f.png) "
+        "<http://g>\n\n![losses](plots/losses.svg)\n\n![h](plots/h.svg)\n\n"
+        "| i | j |\n|---|---|\n| <b>k</b> | `<i>` |\n"
+    )
+    page = report._html(text, {"losses": b"<svg/>"})
+    body = page[page.index("<body>") :]
+    assert not re.search(r"<(script|a|b|i)\b", body) and "&lt;script&gt;" in body
+    assert re.findall(r"<img [^>]*>", body) == [
+        '<img alt="losses" src="data:image/svg+xml;base64,PHN2Zy8+" />'
+    ]

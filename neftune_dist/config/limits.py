@@ -1,0 +1,79 @@
+"""Bounds on the time and the memory that reading untrusted input may take.
+
+Chat templates, pickles and nested text are small programs: a few bytes of them can ask for any time
+and any memory. A block under `limited` gets so much processor time and so much memory beyond what
+the process has, and then an exception, not the whole machine.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_GIB = 2**30
+# The exception is raised again until the block ends: libraries catch what they should not.
+_AGAIN_SECONDS = 0.1
+# What a call into C that returns late has more, before its process is ended.
+_GRACE_SECONDS = 5.0
+
+_running = False  # whether a block of this process is under limits
+
+
+@contextmanager
+def limited(seconds: float, gib: float) -> Iterator[None]:
+    """Let the block take so much processor time and so much more memory (infinity: any).
+
+    Processor time, because on a busy machine honest work takes longer by the clock. It is bounded
+    in the main thread alone, where Python runs signal handlers. A call into C that never returns to
+    Python is ended with its process, after twice the time. A block within a limited block has that
+    one's limits.
+
+    Raises:
+        TimeoutError: the time is over.
+        MemoryError: the memory is used up; libraries may raise errors of their own for it.
+    """
+    global _running
+    if _running:
+        yield
+        return
+    timed = threading.current_thread() is threading.main_thread()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    ceilings = [each for each in (soft, hard) if each != resource.RLIM_INFINITY]
+    if math.isfinite(gib):
+        ceilings.append(_address_space() + int(gib * _GIB))
+    try:
+        _running = True
+        resource.setrlimit(resource.RLIMIT_AS, (min(ceilings, default=soft), hard))
+        if timed:
+            _start_clocks(seconds)
+        yield
+    finally:
+        _running = False  # from here on the handler does nothing
+        if timed:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _start_clocks(seconds: float) -> None:
+    if signal.getsignal(signal.SIGVTALRM) is not _out_of_time:
+        signal.signal(signal.SIGVTALRM, _out_of_time)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, _AGAIN_SECONDS)
+    if signal.getsignal(signal.SIGPROF) is signal.SIG_DFL:  # no profiler uses it
+        signal.setitimer(signal.ITIMER_PROF, 2 * seconds + _GRACE_SECONDS)
+
+
+def _out_of_time(number: int, frame: FrameType | None) -> None:
+    if _running:
+        raise TimeoutError("it takes too long")
+
+
+def _address_space() -> int:
+    """Bytes of virtual memory that the process has now."""
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
