@@ -3,7 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Mapping
+
+_MOST_PROCESSES = 1024  # on one node
+
+
+def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """For argparse: the type of an option that takes whole numbers from `least` to `most`."""
+
+    def read(text: str) -> int:
+        if not (text.lstrip("-").isdecimal() and len(text) < 20 and least <= int(text) <= most):
+            wanted = f"from {least} to {most}" if most < 2**31 - 1 else f"from {least} on"
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number {wanted}")
+        return int(text)
+
+    return read
+
+
+def real(least: float, most: float) -> Callable[[str], float]:
+    """For argparse: the type of an option that takes numbers above `least`, up to `most`."""
+
+    def read(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not least < number <= most:
+            wanted = f"above {least:g}, at most {most:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is no number {wanted}")
+        return number
+
+    return read
 
 
 def make_parser(runs: Mapping[str, object]) -> argparse.ArgumentParser:
@@ -31,7 +62,7 @@ def make_parser(runs: Mapping[str, object]) -> argparse.ArgumentParser:
     takes_config(added)
     added.add_argument(
         "--show",
-        type=int,
+        type=whole(0),
         default=0,
         metavar="N",
         help="print N documents, what is learned of them in colour or in brackets",
@@ -41,7 +72,7 @@ def make_parser(runs: Mapping[str, object]) -> argparse.ArgumentParser:
     added.add_argument("--verify", action="store_true", help="read all files, compare checksums")
     added = verb("export", "Write a checkpoint as a Hugging Face model directory.")
     added.add_argument("run_dir")
-    added.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
+    added.add_argument("--step", type=whole(0), help="of the checkpoint; default: the newest")
     added.add_argument("--output", help="default: RUN_DIR/export, or RUN_DIR/adapter")
     added.add_argument(
         "--adapter", action="store_true", help="the adapter alone, as PEFT loads it, not merged"
@@ -117,7 +148,7 @@ def _add_evaluate(verb: Callable[..., argparse.ArgumentParser]) -> None:
         help="a run directory, a checkpoint (RUN_DIR/checkpoints/step_00000020), a model directory "
         "or a hub id",
     )
-    added.add_argument("--step", type=int, help="of the run's checkpoint; default: the newest")
+    added.add_argument("--step", type=whole(0), help="of the run's checkpoint; default: the newest")
     added.add_argument("--config", help="YAML file, for a model that is no run's")
     added.add_argument("--model", help="another model, under the configuration of the run SUBJECT")
     added.add_argument("--output", help="default: RUN_DIR/evaluations/step_00000020, or so")
@@ -171,7 +202,7 @@ def _add_launch(
     _takes_processes(added)
     added.add_argument(
         "--max-restarts",
-        type=int,
+        type=whole(0),
         default=3,
         help="attempts in a row without a new checkpoint before giving up; default: %(default)s",
     )
@@ -182,10 +213,15 @@ def _add_launch(
 
 
 def _takes_processes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--processes", type=int, default=0, help="on each node; default: one a GPU")
+    parser.add_argument(
+        "--processes",
+        type=whole(0, _MOST_PROCESSES),
+        default=0,
+        help="on each node; default: one a GPU",
+    )
     parser.add_argument(
         "--rendezvous-minutes",
-        type=float,
+        type=real(0, 10_000),
         default=15.0,
         help="how long nodes wait for each other; default: %(default)s",
     )

@@ -22,6 +22,7 @@ from typing import Any
 
 import xxhash
 
+from neftune_dist.attempt import removed
 from neftune_dist.checkpoint.flat import WrittenFile
 from neftune_dist.config import CheckpointConfig, UserError
 
@@ -78,6 +79,8 @@ class Checkpoint:
 
 def begin(run_dir: Path, step: int) -> Path:
     """The folder to write into, empty; what earlier crashes left is swept away. Rank 0 alone."""
+    if not run_dir.is_dir():
+        raise removed(run_dir)
     root = run_dir / "checkpoints"
     partial = root / f"step_{step:08d}{_PARTIAL}"
     with explained(partial):

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from neftune_dist.config import DataConfig, SourceConfig, UserError
+from neftune_dist.config import DataConfig, SourceConfig, UserError, user_path
 from neftune_dist.data.audit import Audit
 from neftune_dist.data.documents import Conversations, Documents, Spool, Table
 from neftune_dist.data.formats import Conversation, detect_format, to_conversation
@@ -113,10 +113,7 @@ def prepare(
     template = Template(tokenizer, config)
     given = _Input.open(config)
     fingerprint = _fingerprint(config, given, template)
-    try:
-        root = Path(config.cache_dir).expanduser() / "corpora"
-    except RuntimeError as error:
-        raise UserError(f"data.cache_dir={config.cache_dir} names no known user.") from error
+    root = user_path(config.cache_dir, "data.cache_dir") / "corpora"
     entry = root / fingerprint
     try:
         root.mkdir(parents=True, exist_ok=True)

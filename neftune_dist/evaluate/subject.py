@@ -23,7 +23,7 @@ from torch import nn
 
 from neftune_dist.checkpoint import store
 from neftune_dist.checkpoint.content import MODEL_FOLDER, Content
-from neftune_dist.config import Config, ModelConfig, UserError, load_config
+from neftune_dist.config import Config, ModelConfig, UserError, load_config, user_path
 from neftune_dist.data.formats import Conversation, Turn
 from neftune_dist.data.sources import BadRow
 from neftune_dist.data.template import Template
@@ -175,7 +175,7 @@ def open_subject(
     """
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    path = Path(name).expanduser()
+    path = user_path(str(name), "SUBJECT")
     is_run, is_checkpoint = (path / "config.yaml").is_file(), path.parent.name == "checkpoints"
     if not is_run and not is_checkpoint:
         if step is not None:
@@ -224,7 +224,7 @@ def _open_model(
     device: torch.device,
     part: tuple[int, int],
 ) -> Subject:
-    path = Path(name).expanduser()
+    path = user_path(name, "SUBJECT")
     if path.exists() and not (path / "config.json").is_file():
         raise UserError(
             f"{name} is nothing to evaluate: neither a run directory (config.yaml), nor a "

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from neftune_dist.config import ModelConfig, UserError
+from neftune_dist.config import ModelConfig, UserError, user_path
 from neftune_dist.model.foreign import open_weights
 
 _COMPARED_ELEMENTS = 2**24
@@ -29,7 +29,7 @@ def weights_folder(config: ModelConfig, folder: Path) -> Path:
     """Where a new run's weights are: `model.weights`, or the model's own directory."""
     if config.weights is None:
         return folder
-    elsewhere = Path(config.weights).expanduser()
+    elsewhere = user_path(config.weights, "model.weights")
     if not elsewhere.is_dir():
         raise UserError(f"model.weights={config.weights} is no directory.")
     return elsewhere

@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[2] / "neftune_dist"
 # A module may import from its own group and from the groups left of it.
 ORDER: list[set[str]] = [
     {"config"},
+    {"ranks", "console"},
     {"attempt", "host"},
     {"distributed", "launch"},
     {"watch"},
