@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from neftune_dist import attempt, console
+from neftune_dist import attempt, console, ranks
 from neftune_dist.arguments import make_parser
 from neftune_dist.config import UserError, load_config, user_path
 
@@ -111,6 +111,7 @@ def _say(error: Exception, shared: bool) -> None:
 def _train(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.settings)
     with attempt.reported() as told:
+        ranks.find_place()  # what is wrong with it is said before torch has been loaded
         from neftune_dist.train import train
 
         code = train(config)
@@ -213,6 +214,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         run_dir, name = user_path(name, "RUN_DIR"), arguments.model
         config_file = run_dir / "config.yaml"
         output = output or run_dir / "evaluations" / Path(name).name
+    ranks.find_place()
     from neftune_dist.evaluate.evaluation import evaluate
 
     return evaluate(

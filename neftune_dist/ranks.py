@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from neftune_dist.config import UserError
 
 # Names of machines that are still starting may become known late.
-_RESOLVE_SECONDS = 15.0
+_RESOLVE_SECONDS = 10.0
 _REST = "unset it, or start the processes with torchrun or neftune-dist launch, which set all."
 
 
@@ -51,7 +51,7 @@ def find_place() -> Place:
     """This process's place, by torchrun's variables; alone where they are not set.
 
     Raises:
-        UserError: they are set in part, or contradict each other.
+        UserError: they are set in part, contradict each other, or name a machine nobody knows.
     """
     size = number("WORLD_SIZE", 1, least=1)
     rank, local_rank = number("RANK", 0), number("LOCAL_RANK", 0)
@@ -80,22 +80,23 @@ def find_place() -> Place:
     port = number("MASTER_PORT", 0, least=1)
     if port > 65535:
         raise UserError(f"The environment variable MASTER_PORT={port} is no port: {_REST}")
+    _check_address(os.environ["MASTER_ADDR"], port)
     return Place(rank, size, local_rank, local_size, os.environ["MASTER_ADDR"], port)
 
 
-def check_address(place: Place) -> None:
+def _check_address(address: str, port: int) -> None:
     """Raise `UserError` where the machine of rank 0 has a name that nobody knows: torch would look
     for it without end."""
     deadline = time.monotonic() + _RESOLVE_SECONDS
-    while place.address:
+    while True:
         try:
-            socket.getaddrinfo(place.address, place.port, type=socket.SOCK_STREAM)
+            socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
             return
         except (OSError, UnicodeError) as error:
             if time.monotonic() > deadline or isinstance(error, UnicodeError):
                 reason = getattr(error, "strerror", None) or error
                 raise UserError(
-                    f"The environment variable MASTER_ADDR={place.address} is no machine that is "
+                    f"The environment variable MASTER_ADDR={address} is no machine that is "
                     f"known here ({reason}): give the name or the address of rank 0's machine."
                 ) from error
             time.sleep(0.5)

@@ -20,6 +20,7 @@ from neftune_dist.attempt import EXIT_DONE, EXIT_STOPPED
 from neftune_dist.checkpoint import flat, resume, store
 from neftune_dist.checkpoint.content import keep_small_files, keep_template, keep_vocabulary
 from neftune_dist.checkpoint.saver import Saver
+from neftune_dist.checkpoint.sealed import seal
 from neftune_dist.config import Config, UserError, user_path
 from neftune_dist.data.corpus import Corpus, prepare
 from neftune_dist.data.loader import Loader
@@ -223,6 +224,7 @@ def _prepare(config: Config, run_dir: Path, world: World) -> _Prepared:
                     keep_vocabulary(tokenizer, model.config.vocab_size, run_dir)
                 if config.data.template != "chat" or config.data.system_prompt is not None:
                     keep_template(corpus.chat_template, run_dir)
+                seal(run_dir)
             except OSError as error:
                 raise _unwritable(run_dir, error) from error
     return _Prepared(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from neftune_dist.checkpoint import flat
-from neftune_dist.config import AdapterConfig, ModelConfig
+from neftune_dist.config import AdapterConfig, ModelConfig, read_json
 from neftune_dist.engine.base import MASTER, FlatShard
 from neftune_dist.model import load
 from neftune_dist.model.adapters import merged, quantized_names
@@ -103,7 +103,7 @@ def keep_vocabulary(tokenizer: Any, num_rows: int, run_dir: Path) -> None:
     target = run_dir / MODEL_FOLDER
     tokenizer.save_pretrained(target)
     path = target / "config.json"
-    config = json.loads(path.read_text())
+    config = read_json(path)
     path.write_text(json.dumps({**config, "vocab_size": num_rows}, indent=2) + "\n")
 
 
@@ -113,7 +113,7 @@ def keep_template(source: str | None, run_dir: Path) -> None:
     target = run_dir / MODEL_FOLDER
     own = target / "tokenizer_config.json"
     if own.exists():
-        settings = json.loads(own.read_text())
+        settings = read_json(own)
         settings.pop("chat_template", None)
         own.write_text(json.dumps(settings, indent=2) + "\n")
     if source is None:

@@ -24,13 +24,25 @@ import xxhash
 
 from neftune_dist.attempt import removed
 from neftune_dist.checkpoint.flat import WrittenFile
-from neftune_dist.config import CheckpointConfig, UserError
+from neftune_dist.config import CheckpointConfig, UserError, read_json
 
 _STEP = re.compile(r"step_(\d{8,})")
 _PARTIAL = ".partial"
 _DAMAGED = ".damaged"
 _MANIFEST = "manifest.json"
 _STATE = "trainer_state.json"
+_MANIFEST_FORM = {"step": int, "files": {str: WrittenFile}}
+_ALWAYS = {_STATE, ".metadata"}  # in every manifest
+_SECTIONS = {"model": dict, "data": dict, "noise": dict, "engine": dict, "train": dict}
+_STATE_FORM = {
+    "progress": {"step": int},
+    "num_steps": int,
+    "identity": {"architecture": dict, "tokenizer": str, "dataset": str, "data": str},
+    "shapes": {str: [int]},
+    "config": {**_SECTIONS, "adapter?": dict},
+    "world_size": int,
+    "versions": dict,
+}
 # A node may see another's new folder on a shared file system as late as this.
 _VISIBLE_SECONDS = 60.0
 
@@ -47,19 +59,22 @@ class Checkpoint:
         path = self.folder / _STATE
         try:
             sound = WrittenFile.of(path) == self.files()[_STATE]
-        except (OSError, ValueError, KeyError):  # the manifest, too, may be damaged
+        except OSError:
             sound = False
         if not sound:
-            raise UserError(
-                f"The checkpoint {self.folder} is damaged: {_STATE} is not what was written."
-            )
-        state: dict[str, Any] = json.loads(path.read_text())
+            raise damage(self, _STATE)
+        state: dict[str, Any] = read_json(path, _STATE_FORM)
         return state
 
     def files(self) -> dict[str, WrittenFile]:
-        """What the manifest says of its files, by name."""
-        manifest = json.loads((self.folder / _MANIFEST).read_text())
-        return {name: WrittenFile(**each) for name, each in sorted(manifest["files"].items())}
+        """What the manifest says of its files, by name. Raises `UserError` where it is damaged."""
+        try:
+            manifest = read_json(self.folder / _MANIFEST, _MANIFEST_FORM)
+        except UserError as error:
+            raise damage(self, _MANIFEST) from error
+        if not manifest["files"].keys() >= _ALWAYS or manifest["step"] != _step(self.folder):
+            raise damage(self, _MANIFEST)
+        return dict(sorted(manifest["files"].items()))
 
     def num_bytes(self) -> int:
         """On disk."""
@@ -143,7 +158,12 @@ def choose(run_dir: Path, step: int | None) -> Checkpoint:
 
 
 def damage(checkpoint: Checkpoint, flaw: str) -> UserError:
-    """For a checkpoint whose `first_flaw` is that file."""
+    """For a checkpoint whose `first_flaw` is that file: it is damaged, or no longer there."""
+    if not checkpoint.folder.is_dir():
+        return UserError(
+            f"The checkpoint {checkpoint.folder} was removed while it was read: a run that goes on "
+            "removes those before its newest (checkpoint.keep). The same command takes the newest."
+        )
     return UserError(
         f"The checkpoint {checkpoint.folder} is damaged: {flaw} is not what was written. "
         "Choose another with --step."
@@ -195,6 +215,11 @@ def explained(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def _step(folder: Path) -> int | None:
+    match = _STEP.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
 def _complete(root: Path) -> list[Checkpoint]:
     found = []
     for folder in root.glob("step_*"):
@@ -208,7 +233,7 @@ def _flaw(folder: Path) -> str | None:
     """What is wrong with a checkpoint as far as sizes tell; None: nothing."""
     try:
         files = Checkpoint(folder, 0).files()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except UserError:
         return f"{_MANIFEST} is missing or cannot be read"
     for name, file in files.items():
         try:

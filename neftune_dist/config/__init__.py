@@ -7,7 +7,7 @@ contradictions are refused with `UserError`.
 
 from neftune_dist.config.checks import check
 from neftune_dist.config.errors import UserError
-from neftune_dist.config.forms import formed, parse_json, read_json
+from neftune_dist.config.forms import Optional, checksummed, formed, parse_json, read_json
 from neftune_dist.config.paths import user_path
 from neftune_dist.config.reading import load_config
 from neftune_dist.config.sections import (
@@ -53,10 +53,12 @@ __all__ = [
     "ModelConfig",
     "NoiseConfig",
     "OptimConfig",
+    "Optional",
     "SourceConfig",
     "TrainConfig",
     "UserError",
     "check",
+    "checksummed",
     "differences",
     "formed",
     "listed",

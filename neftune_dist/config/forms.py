@@ -1,15 +1,17 @@
 """JSON files whose content has a form: read, checked, and one sentence where they are damaged.
 
 A form is written as the value is: `int`, `str | None`, `[float]` for a list of any length,
-`{"step": int}` for an object with (at least) that field, `{str: form}` for an object with any
-fields, a dataclass for an object with its fields. `float` takes whole numbers; only `bool` takes
-true and false.
+`{"step": int, "loss?": float}` for an object with at least the fields that have no question mark,
+`{str: form}` for an object with any fields, a dataclass for an object with its fields,
+`Optional(form)` for it or null. `float` takes whole numbers; only `bool` takes true and false.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import UnionType
@@ -17,8 +19,28 @@ from typing import Any, get_args, get_type_hints
 
 from neftune_dist.config.errors import UserError, brief
 
+
+@dataclass(frozen=True)
+class Optional:
+    """The form, or null."""
+
+    form: Any
+
+
 _KINDS = {dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number"}
 _KINDS |= {bool: "true or false", type(None): "null"}
+
+
+_CHECKSUM = "checksum"
+
+
+def checksummed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """An object that says of itself whether it is whole: `read_json` and `parse_json` look."""
+    return {**content, _CHECKSUM: _checksum(json.loads(json.dumps(content)))}
+
+
+def _checksum(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_json(path: Path, form: Any = dict, *, fix: str = "") -> Any:
@@ -51,11 +73,17 @@ def parse_json(content: bytes | str, form: Any = dict) -> Any:
         raise ValueError("it is not UTF-8") from None
     except ValueError as error:
         raise ValueError(f"it is no JSON ({error})") from None
+    if isinstance(value, dict) and _CHECKSUM in value:
+        written = value.pop(_CHECKSUM)
+        if written != _checksum(value):
+            raise ValueError("it is not what was written: its checksum is another")
     return formed(value, form)
 
 
 def formed(value: Any, form: Any, where: str = "it") -> Any:
     """The value, which has the form (see above). Raises `ValueError` naming the place."""
+    if isinstance(form, Optional):
+        return None if value is None else formed(value, form.form, where)
     if isinstance(form, list):
         _check_kind(value, (list,), where)
         return [formed(each, form[0], f"[{i}]") for i, each in enumerate(value)]
@@ -63,11 +91,14 @@ def formed(value: Any, form: Any, where: str = "it") -> Any:
         _check_kind(value, (dict,), where)
         if str in form:
             return {key: formed(each, form[str], brief(key)) for key, each in value.items()}
-        for key, each in form.items():
-            if key not in value:
+        found = dict(value)
+        for name, each in form.items():
+            key = name.removesuffix("?")
+            if key in value:
+                found[key] = formed(value[key], each, key)
+            elif key == name:
                 raise ValueError(f"it lacks {key}")
-            formed(value[key], each, key)
-        return value
+        return found
     if is_dataclass(form):
         return _instance(value, form, where)
     _check_kind(value, get_args(form) if isinstance(form, UnionType) else (form,), where)

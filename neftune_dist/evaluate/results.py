@@ -19,12 +19,57 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from neftune_dist.config import UserError
+from neftune_dist.config import Optional, UserError, checksummed, read_json
 from neftune_dist.distributed import World
 from neftune_dist.evaluate.subject import Subject
 
 PARTS = ("losses", "answers", "tasks", "judge")
 _MEND = "choose another --output, or remove that directory to begin anew."
+_FIX = _MEND.rstrip(".")
+_LOSSES = {
+    "held_out_loss": float | None,
+    "perplexity": float | None,
+    "num_documents": int,
+    "num_supervised_tokens": int,
+    "train_loss": float | None,
+    "train_loss_noisy": float | None,
+    "num_train_documents": int,
+}
+_TASK = {"accuracy": float, "standard_error": float, "num_items": int}
+_JUDGED = {
+    "win_rate": float | None,
+    "interval": list | None,
+    "length_controlled": float | None,
+    "length_controlled_interval": list | None,
+    "num": int,
+    "num_unparsed": int,
+    "num_failed": int,
+}
+_SUMMARY = {
+    "subject": {"name": str, "step": int | None, "alpha": float | None},
+    "losses?": Optional(_LOSSES),
+    "answers?": Optional({str: float | None}),
+    "tasks?": Optional({str: _TASK}),
+    "judge?": Optional(_JUDGED),
+}
+_ITEMS = {
+    "held_out?": [[float]],
+    "train?": [[float]],
+    "train_noisy?": [[float]],
+    "answers?": {str: [float | bool | None]},
+    "tasks?": {str: [float | bool]},
+    "judge?": [float | None],
+}
+ANSWERS = [
+    {"instruction": str, "output": str, "generator": str, "num_tokens?": int, "finished?": bool}
+]
+_SETTINGS = {"subject": str, **{f"{part}?": dict for part in PARTS}}
+FORMS = {
+    "summary.json": _SUMMARY,
+    "items.json": _ITEMS,
+    "answers.json": ANSWERS,
+    "settings.json": _SETTINGS,
+}
 
 
 class Results:
@@ -109,13 +154,11 @@ class Results:
 
     def read(self, name: str) -> Any:
         """One of the files. Raises `UserError` where it is damaged."""
-        try:
-            return json.loads((self.folder / name).read_bytes())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.folder / name} cannot be read: {error}; {_MEND}") from error
+        return read_json(self.folder / name, FORMS[name], fix=_FIX)
 
     def _write(self, name: str, content: Any) -> None:
         aside = self.folder / f"{name}.new"
+        content = checksummed(content) if isinstance(content, dict) else content
         try:
             aside.write_text(json.dumps(content, indent=1) + "\n")
             os.replace(aside, self.folder / name)

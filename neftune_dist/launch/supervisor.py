@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import shlex
 import signal
@@ -30,7 +29,7 @@ from types import FrameType
 from typing import IO
 
 from neftune_dist import attempt, ranks
-from neftune_dist.config import Config, UserError, user_path
+from neftune_dist.config import Config, UserError, parse_json, user_path
 from neftune_dist.launch.rendezvous import missing_hosts
 
 _POLL_SECONDS = 0.2
@@ -319,9 +318,9 @@ def _descendants() -> Iterator[int]:
 def _last_step(run_dir: Path) -> int:
     """The last recorded step; 0 where there is none."""
     with (
-        contextlib.suppress(OSError, ValueError, KeyError, IndexError),
+        contextlib.suppress(OSError, ValueError, IndexError),
         (run_dir / "metrics.jsonl").open("rb") as file,
     ):
         file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-        return int(json.loads(file.read().splitlines()[-1])["step"])
+        return int(parse_json(file.read().splitlines()[-1], {"step": int})["step"])
     return 0

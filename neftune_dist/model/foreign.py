@@ -12,6 +12,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,11 @@ class ForeignWeights:
 def open_weights(folder: Path) -> ForeignWeights | None:
     """The weights in `folder`, or None where it is no checkpoint of these layouts."""
     if (folder / ".metadata").is_file():
-        return ForeignWeights(_by_every_suffix(_dcp_slices(folder)))
+        with _explained(folder, "PyTorch's distributed"):
+            return ForeignWeights(_by_every_suffix(_dcp_slices(folder)))
     latest = folder / "latest"
-    tagged = folder / latest.read_text().strip() if latest.is_file() else folder
+    with _explained(folder, "DeepSpeed's ZeRO"):
+        tagged = folder / latest.read_text().strip() if latest.is_file() else folder
     files = {
         int(match[1]): (file, int(match[2]))
         for file in sorted(tagged.glob("*_optim_states.pt"))
@@ -82,9 +85,25 @@ def open_weights(folder: Path) -> ForeignWeights | None:
         return None
     if any(model_rank for _, model_rank in files.values()):
         raise UserError(f"The ZeRO checkpoint {tagged} is tensor parallel: it cannot be read here.")
-    return ForeignWeights(
-        _by_every_suffix(_zero_slices(tagged, [files[rank][0] for rank in sorted(files)]))
-    )
+    with _explained(tagged, "DeepSpeed's ZeRO"):
+        slices = _zero_slices(tagged, [files[rank][0] for rank in sorted(files)])
+        return ForeignWeights(_by_every_suffix(slices))
+
+
+@contextmanager
+def _explained(folder: Path, layout: str) -> Iterator[None]:
+    """Turns whatever a foreign file's garbage makes of torch's readers and of the code here into a
+    `UserError`: every field of it is another program's."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{folder} is no checkpoint of {layout} layout that can be read "
+            f"({type(error).__name__}: {reason[:200]}): copy it again, or name another one."
+        ) from error
 
 
 def _by_every_suffix(slices: dict[str, Slice]) -> dict[str, Slice]:
@@ -217,7 +236,8 @@ def _dcp_rows(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             planner = _RowsPlanner(name, stored, chunk, target)
-            dcp.load({}, storage_reader=reader, planner=planner, no_dist=True)
+            with _explained(Path(reader.path), "PyTorch's distributed"):
+                dcp.load({}, storage_reader=reader, planner=planner, no_dist=True)
         return target
 
     return read_rows

@@ -7,7 +7,6 @@ tensor, a wrong shape, quantized weights.
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from neftune_dist.config import ModelConfig, UserError, user_path
+from neftune_dist.config import ModelConfig, UserError, read_json, user_path
 from neftune_dist.model.foreign import open_weights
 
 _COMPARED_ELEMENTS = 2**24
@@ -171,11 +170,9 @@ def _index(folder: Path) -> dict[str, Any]:
         if single.is_file():
             files = [single]
         elif index.is_file():
-            try:
-                weight_map = json.loads(index.read_text())["weight_map"]
-                files = [folder / file for file in sorted(set(weight_map.values()))]
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{index} is no index of weight files.") from error
+            fix = "it is no index of weight files, so copy it again"
+            weight_map = read_json(index, {"weight_map": {str: str}}, fix=fix)["weight_map"]
+            files = [folder / file for file in sorted(set(weight_map.values()))]
         else:
             continue
         opened = [_open(file) for file in files]

@@ -12,7 +12,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from neftune_dist.config import Config, UserError, differences, load_config
+from neftune_dist.checkpoint.sealed import run_config
+from neftune_dist.config import Config, UserError, differences, read_json
+from neftune_dist.evaluate.results import FORMS
 from neftune_dist.study.runs import evaluation_folder
 
 # What changes nothing that is trained, and what a study changes itself.
@@ -108,7 +110,7 @@ def read_run(folder: Path, alpha: float, seed: int) -> Run:
         alpha=alpha,
         seed=seed,
         folder=folder,
-        config=load_config(folder / "config.yaml"),
+        config=run_config(folder),
         steps=steps,
         held_out=sorted((step, loss) for step, loss in held_out.items() if step <= last),
         evaluation=_evaluation(evaluation_folder(folder, last)),
@@ -173,11 +175,12 @@ def _of(run: Run, what: Callable[[Evaluation], Any]) -> Any:
 def _evaluation(folder: Path) -> Evaluation | None:
     if not (folder / "summary.json").exists():
         return None
-    summary, items = (_read(folder / f"{name}.json") for name in ("summary", "items"))
-    answers = _read(folder / "answers.json") if (folder / "answers.json").exists() else []
-    if not (isinstance(summary, dict) and isinstance(items, dict) and isinstance(answers, list)):
-        raise UserError(f"{folder} is no evaluation: its files are not of the form they should be.")
-    return Evaluation(summary, items, answers)
+    names = ["summary.json", "items.json"]
+    if (folder / "answers.json").exists():
+        names.append("answers.json")
+    fix = "remove the folder, and the study's command evaluates that run again"
+    summary, items, *answers = (read_json(folder / n, FORMS[n], fix=fix) for n in names)
+    return Evaluation(summary, items, answers[0] if answers else [])
 
 
 def _number(value: float | None) -> float:
@@ -186,10 +189,6 @@ def _number(value: float | None) -> float:
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     return [_parsed(line, path) for line in _text(path).splitlines()]
-
-
-def _read(path: Path) -> Any:
-    return _parsed(_text(path), path)
 
 
 def _text(path: Path) -> str:

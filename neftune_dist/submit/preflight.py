@@ -7,7 +7,6 @@ unknown, never guessed. Nothing is written.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -17,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from neftune_dist.attempt import newest_step
-from neftune_dist.config import Config, DataConfig, SourceConfig, UserError, user_path
+from neftune_dist.config import Config, DataConfig, SourceConfig, UserError, parse_json, user_path
 from neftune_dist.data import files
 from neftune_dist.submit import inventory
 from neftune_dist.submit.inventory import Hub, Rows
@@ -227,9 +226,9 @@ def _step_seconds(path: Path, world_size: int) -> Sequence[float]:
     found = []
     for line in lines:
         try:
-            step = json.loads(line)
+            step = parse_json(line, {"world_size": int, "step_seconds": float})
             if step["world_size"] == world_size:
                 found.append(float(step["step_seconds"]))
-        except (ValueError, KeyError, TypeError):  # cut off, at either end
+        except ValueError:  # cut off, at either end
             continue
     return found
