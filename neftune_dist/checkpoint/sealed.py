@@ -1,7 +1,6 @@
-"""What `train` leaves beside checkpoints, `config.yaml` and the files in `model/`, and whether it has
-changed since.
+"""The files that `train` leaves beside checkpoints: whether they have changed since.
 
-Their checksums lie in `files.json`. A tokenizer or a configuration that somebody has edited, or a
+They are `config.yaml` and those in `model/`; their checksums lie in `files.json`. A tokenizer or a configuration that somebody has edited, or a
 disk has damaged, would silently be another model; so `export`, `evaluate` and `chat` ask here
 first. The same `train` command writes them again.
 """

@@ -25,10 +25,11 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from neftune_dist.attempt import Outcome
 from tests import tiny
 
 STEPS, STOPPED_AT = 4, 2
@@ -194,6 +195,8 @@ class Ground:
             ["launch", str(config), f"run_dir={ground.run_dir}"], NEFTUNE_DIST_PYTHON="false"
         )
         assert not ended.flaw, ended.text
+        rank = ground.run_dir / "logs/attempt_0001/rank_0.json"
+        rank.write_text(json.dumps(asdict(Outcome("failed", 1, "x", 0, time.time()))))
         return ground
 
     def files(self) -> list[Path]:
@@ -292,7 +295,8 @@ def try_case(
         ended, result = own.act(verb)
         outcome = ended.flaw
         if not outcome:
-            outcome = "refused" if ended.code else "right"
+            # The launcher's ranks fail here at once: it is to say so, as it does untouched.
+            outcome = "right" if ended.code == (1 if verb == "launch" else 0) else "refused"
         if outcome == "right" and result not in (untouched[verb], "another step"):
             warned = "warning" in ended.text and "damaged" in ended.text
             outcome = "another step" if verb == "export" and warned else "silent change"
