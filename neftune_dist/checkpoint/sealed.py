@@ -1,8 +1,8 @@
 """The files that `train` leaves beside checkpoints: whether they have changed since.
 
-They are `config.yaml` and those in `model/`; their checksums lie in `files.json`. A tokenizer or a configuration that somebody has edited, or a
-disk has damaged, would silently be another model; so `export`, `evaluate` and `chat` ask here
-first. The same `train` command writes them again.
+They are `config.yaml` and those in `model/`; their checksums lie in `files.json`. A tokenizer or a
+configuration that somebody has edited, or a disk has damaged, would silently be another model; so
+`export`, `evaluate` and `chat` ask here first. The same `train` command writes them again.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ import xxhash
 
 from neftune_dist.attempt import removed
 from neftune_dist.checkpoint.flat import WrittenFile
-from neftune_dist.config import CheckpointConfig, UserError, read_json
+from neftune_dist.config import CheckpointConfig, UserError, checksummed, read_json
 
 _STEP = re.compile(r"step_(\d{8,})")
 _PARTIAL = ".partial"
@@ -32,17 +32,6 @@ _DAMAGED = ".damaged"
 _MANIFEST = "manifest.json"
 _STATE = "trainer_state.json"
 _MANIFEST_FORM = {"step": int, "files": {str: WrittenFile}}
-_ALWAYS = {_STATE, ".metadata"}  # in every manifest
-_SECTIONS = {"model": dict, "data": dict, "noise": dict, "engine": dict, "train": dict}
-_STATE_FORM = {
-    "progress": {"step": int},
-    "num_steps": int,
-    "identity": {"architecture": dict, "tokenizer": str, "dataset": str, "data": str},
-    "shapes": {str: [int]},
-    "config": {**_SECTIONS, "adapter?": dict},
-    "world_size": int,
-    "versions": dict,
-}
 # A node may see another's new folder on a shared file system as late as this.
 _VISIBLE_SECONDS = 60.0
 
@@ -58,12 +47,12 @@ class Checkpoint:
         """What was saved beside the tensors. Raises `UserError` where that is not what it holds."""
         path = self.folder / _STATE
         try:
-            sound = WrittenFile.of(path) == self.files()[_STATE]
+            sound = WrittenFile.of(path) == self.files().get(_STATE)
         except OSError:
             sound = False
         if not sound:
             raise damage(self, _STATE)
-        state: dict[str, Any] = read_json(path, _STATE_FORM)
+        state: dict[str, Any] = read_json(path)
         return state
 
     def files(self) -> dict[str, WrittenFile]:
@@ -72,7 +61,7 @@ class Checkpoint:
             manifest = read_json(self.folder / _MANIFEST, _MANIFEST_FORM)
         except UserError as error:
             raise damage(self, _MANIFEST) from error
-        if not manifest["files"].keys() >= _ALWAYS or manifest["step"] != _step(self.folder):
+        if manifest["step"] != _step(self.folder):
             raise damage(self, _MANIFEST)
         return dict(sorted(manifest["files"].items()))
 
@@ -125,7 +114,8 @@ def publish(
         checksum = xxhash.xxh3_128(content).hexdigest()
         all_files = {**files, _STATE: WrittenFile(len(content), checksum)}
         manifest = {"step": step, "files": {name: vars(f) for name, f in all_files.items()}}
-        _write_durably(partial / _MANIFEST, json.dumps(manifest, indent=1).encode())
+        content = json.dumps(checksummed(manifest), indent=1).encode()
+        _write_durably(partial / _MANIFEST, content)
         _sync_folder(partial)
         _make_room(final)
         partial.rename(final)
@@ -143,12 +133,19 @@ def find_all(run_dir: Path) -> list[Checkpoint]:
 
 def choose(run_dir: Path, step: int | None) -> Checkpoint:
     """The complete checkpoint of that step; None: the newest. Raises `UserError` where there is
-    none."""
+    none, or where a damaged one is newer: an older model must not pass for the newest."""
     found = find_all(run_dir)
+    broken = damaged(run_dir)
     if not found:
-        flaws = "".join(f"; {folder.name} is damaged: {flaw}" for folder, flaw in damaged(run_dir))
+        flaws = "".join(f"; {folder.name} is damaged: {flaw}" for folder, flaw in broken)
         raise UserError(f"{run_dir} holds no complete checkpoint{flaws}.")
     if step is None:
+        for folder, flaw in reversed(broken):
+            if (_step(folder) or 0) > found[0].step:
+                raise UserError(
+                    f"The newest checkpoint {folder} is damaged: {flaw}. Choose the one before it "
+                    f"with --step {found[0].step}, or let the same train command go on from it."
+                )
         return found[0]
     for checkpoint in found:
         if checkpoint.step == step:

@@ -234,8 +234,6 @@ def _result(ground: Ground, verb: str) -> Any:
         return [(r["step"], r["loss"], r["grad_norm"]) for r in tiny.steps(ground.run_dir)]
     if verb == "evaluate":
         folder = ground.run_dir / f"evaluations/step_{STOPPED_AT:08d}"
-        if not folder.is_dir():  # of an earlier step, since the newest checkpoint is damaged
-            return "another step"
         summary = json.loads((folder / "summary.json").read_text())
         summary.pop("checksum", None)
         return summary, json.loads((folder / "answers.json").read_text())
@@ -284,8 +282,8 @@ def cases(ground: Ground, pattern: str = "*") -> list[Case]:
 def try_case(
     ground: Ground, case: Case, folder: Path, untouched: dict[str, Any]
 ) -> Iterator[tuple[str, str, str]]:
-    """Each verb after the damage: its name, what came of it (refused, right, another step, or a
-    flaw), and what it said."""
+    """Each verb after the damage: its name, what came of it (right, refused or a flaw), what it
+    said."""
     for verb in VERBS:
         own = ground.copy(folder / verb)
         path = own.folder / case.file
@@ -297,9 +295,8 @@ def try_case(
         if not outcome:
             # The launcher's ranks fail here at once: it is to say so, as it does untouched.
             outcome = "right" if ended.code == (1 if verb == "launch" else 0) else "refused"
-        if outcome == "right" and result not in (untouched[verb], "another step"):
-            warned = "warning" in ended.text and "damaged" in ended.text
-            outcome = "another step" if verb == "export" and warned else "silent change"
+        if outcome == "right" and result != untouched[verb]:
+            outcome = "silent change"
         if verb == "checkpoints" and "checkpoints/step_" in case.file and outcome == "right":
             outcome = "right" if "damaged" in ended.text else "silent change"
         yield verb, outcome, ended.text
@@ -366,7 +363,7 @@ def main() -> None:
             assert os.waitpid(pid, 0)[1] == 0
             for verb, outcome, number in json.loads(counted.read_text()):
                 total[verb, outcome] += number
-    outcomes = ("right", "another step", "refused", *FLAWS)
+    outcomes = ("right", "refused", *FLAWS)
     print(f"{'':12}" + "".join(f"{outcome:>15}" for outcome in outcomes))
     for verb in VERBS:
         print(f"{verb:12}" + "".join(f"{total[verb, outcome]:15}" for outcome in outcomes))
