@@ -12,6 +12,7 @@ subject, and other settings for answers that are there, which may have taken hou
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import textwrap
@@ -63,7 +64,7 @@ _ITEMS = {
 ANSWERS = [
     {"instruction": str, "output": str, "generator": str, "num_tokens?": int, "finished?": bool}
 ]
-_SETTINGS = {"subject": str, **{f"{part}?": dict for part in PARTS}}
+_SETTINGS = {"subject": str, "answers_sha256?": str, **{f"{part}?": dict for part in PARTS}}
 FORMS = {
     "summary.json": _SUMMARY,
     "items.json": _ITEMS,
@@ -107,6 +108,11 @@ class Results:
         if (self.folder / "summary.json").exists():
             self.summary |= self.read("summary.json")
             self.items = self.read("items.json")
+            written = stored.get("answers_sha256")
+            if written and self.summary["answers"] and self._answers_digest() != written:
+                raise UserError(
+                    f"{self.folder / 'answers.json'} has changed since it was written: {_MEND}"
+                )
 
     def begin_answers(self, settings: Mapping[str, Any]) -> None:
         """Say what the answers are made with, before the first of them. Raises `UserError` where
@@ -151,6 +157,13 @@ class Results:
     def put_answers(self, rows: list[dict[str, Any]]) -> None:
         """Write answers.json. Rank 0."""
         self._write("answers.json", rows)
+        self._settings["answers_sha256"] = self._answers_digest()
+
+    def _answers_digest(self) -> str:
+        try:
+            return hashlib.sha256((self.folder / "answers.json").read_bytes()).hexdigest()
+        except OSError:  # it has been removed
+            return ""
 
     def read(self, name: str) -> Any:
         """One of the files. Raises `UserError` where it is damaged."""

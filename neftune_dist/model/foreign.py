@@ -194,7 +194,9 @@ def _joined(parts: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
 
 def _slice(shape: Sequence[int], pieces: Sequence[Tensor]) -> Slice:
     """A tensor whose flattened self is in pieces, the last of them perhaps padded."""
-    row = math.prod(shape[1:])
+    row, held = math.prod(shape[1:]), sum(piece.numel() for piece in pieces)
+    if held < math.prod(shape):
+        raise ValueError(f"{held} of {math.prod(shape)} elements of a tensor are there")
 
     def read_rows(first: int, last: int) -> Tensor:
         read = torch.cat(_joined(pieces, first * row, last * row))

@@ -233,14 +233,20 @@ def _result(ground: Ground, verb: str) -> Any:
     if verb == "train":
         return [(r["step"], r["loss"], r["grad_norm"]) for r in tiny.steps(ground.run_dir)]
     if verb == "evaluate":
-        folder = ground.run_dir / f"evaluations/step_{STOPPED_AT:08d}"
-        summary = json.loads((folder / "summary.json").read_text())
-        summary.pop("checksum", None)
-        return summary, json.loads((folder / "answers.json").read_text())
+        return _figures(ground.run_dir / f"evaluations/step_{STOPPED_AT:08d}")
     if verb == "export":
         files = sorted(p for p in (ground.run_dir / "export").rglob("*") if p.is_file())
         return [(p.name, p.read_bytes()) for p in files if p.name != "README.md"]
     return None
+
+
+def _figures(folder: Path) -> Any:
+    try:
+        summary = json.loads((folder / "summary.json").read_bytes())
+        summary.pop("checksum", None)
+        return summary, json.loads((folder / "answers.json").read_bytes())
+    except (OSError, ValueError, AttributeError) as error:
+        return f"unreadable: {error}"
 
 
 def _fresh(ground: Ground, verb: str, damaged: Path) -> None:
@@ -324,6 +330,8 @@ def sweep(
 
 def preload() -> None:
     """Import what the verbs import, so that a forked process need not."""
+    import neftune_dist.checkpoint.listing
+    import neftune_dist.engine.fsdp2
     import neftune_dist.evaluate.evaluation
     import neftune_dist.export
     import neftune_dist.launch.supervisor
