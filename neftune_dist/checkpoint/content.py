@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neftune_dist.checkpoint import flat
+from neftune_dist.checkpoint import flat, store
 from neftune_dist.config import AdapterConfig, ModelConfig, read_json
 from neftune_dist.engine.base import MASTER, FlatShard
 from neftune_dist.model import load
@@ -43,9 +43,15 @@ class Content:
 
         Args:
             state: the checkpoint's `trainer_state()`.
+
+        Raises:
+            UserError: the checkpoint is no longer there.
         """
         shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
-        reader = flat.Reader(folder, alone=True)
+        try:
+            reader = flat.Reader(folder, alone=True)
+        except OSError as error:
+            raise store.damage(store.Checkpoint(folder, 0), ".metadata") from error
 
         def read(name: str) -> Tensor:
             numel = math.prod(shapes[name])

@@ -1,7 +1,7 @@
 """Damage drill: every file of a run directory and of the data cache, damaged in twenty ways.
 
 usage: python -m tests.distributed.damage [--jobs 2] [--only PATTERN]     the whole corpus
-       the suite runs a sample of it (test_damage.py)
+       python -m tests.distributed.damage --sample 12                     as the suite does
 
 After each damage come `train`, `evaluate`, `export`, `checkpoints --verify` and `launch`, each of
 which must end within its deadline: with what an untouched run gives (losses of every step, figures
@@ -310,6 +310,16 @@ def try_case(
 
 
 FLAWS = ("traceback", "hang", "silent change", "no sentence")
+# Flaws that are known and not yet fixed, by file: told, counted apart, no failure of the drill.
+KNOWN = {
+    "run/metrics.jsonl": "records are dropped without a word",
+    "run/evaluations.jsonl": "records are dropped without a word",
+    "cache/*": "the tokenised data is not compared with its digest",
+}
+
+
+def _known(file: str) -> bool:
+    return any(fnmatch.fnmatch(file, pattern) for pattern in KNOWN)
 
 
 def sweep(
@@ -321,7 +331,7 @@ def sweep(
     for number, case in enumerate(chosen):
         place = folder / str(number)
         for verb, outcome, text in try_case(ground, case, place, untouched):
-            counts[verb, outcome] += 1
+            counts[verb, "known flaw" if outcome in FLAWS and _known(case.file) else outcome] += 1
             if outcome in FLAWS:
                 log(f"{outcome}: {verb} after {case}: {text.strip()[-600:]}")
         shutil.rmtree(place, ignore_errors=True)
@@ -342,6 +352,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", default="*", help="files by a pattern: run/logs/*")
+    parser.add_argument("--sample", type=int, default=0, help="so many cases, spread over all")
     arguments = parser.parse_args()
     os.environ.update(tiny.environment())
     preload()
@@ -350,6 +361,8 @@ def main() -> None:
         folder = Path(temporary)
         ground = Ground.make(folder)
         chosen = cases(ground, arguments.only)
+        if arguments.sample:  # the way moves on with the file, since 20 is no multiple of the step
+            chosen = chosen[:: max(1, len(chosen) // arguments.sample)]
         num_files = len({case.file for case in chosen})
         print(f"{num_files} files, {len(WAYS)} ways: {len(chosen)} cases", flush=True)
         children = []
@@ -371,11 +384,12 @@ def main() -> None:
             assert os.waitpid(pid, 0)[1] == 0
             for verb, outcome, number in json.loads(counted.read_text()):
                 total[verb, outcome] += number
-    outcomes = ("right", "refused", *FLAWS)
+    outcomes = ("right", "refused", "known flaw", *FLAWS)
     print(f"{'':12}" + "".join(f"{outcome:>15}" for outcome in outcomes))
     for verb in VERBS:
         print(f"{verb:12}" + "".join(f"{total[verb, outcome]:15}" for outcome in outcomes))
     print(f"{total.total()} calls; {(time.monotonic() - began) / 60:.0f} minutes in all")
+    sys.exit(any(number for (_, outcome), number in total.items() if outcome in FLAWS))
 
 
 if __name__ == "__main__":
