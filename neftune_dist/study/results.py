@@ -4,7 +4,6 @@ compared: they may differ in alpha and seed alone, and must have seen the same d
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from neftune_dist.checkpoint.sealed import run_config
-from neftune_dist.config import Config, UserError, differences, read_json
+from neftune_dist.config import Config, UserError, differences, parse_json, read_json
 from neftune_dist.evaluate.results import FORMS
 from neftune_dist.study.runs import evaluation_folder
 
@@ -27,6 +26,15 @@ _FREE = (
     "train.seed",
 )
 _FREE_SECTIONS = ("logging.", "checkpoint.", "evaluate.", "judge.")
+_STEP = {
+    "step": int,
+    "loss": float | None,
+    "num_tokens": int,
+    "num_supervised_tokens": int,
+    "noise_norm?": float,
+    "noise_law?": float,
+}
+_EVALUATION = {"step": int, "held_out_loss": float | None}
 _SAME_LOSS = 1e-3  # relative, before training: other hardware, not other weights
 
 
@@ -101,8 +109,9 @@ def seeds_of(runs: Sequence[Run]) -> list[int]:
 
 def read_run(folder: Path, alpha: float, seed: int) -> Run:
     """A finished run, with its evaluation where there is one. Raises `UserError`."""
-    steps = _rows(folder / "metrics.jsonl")
-    held_out = {row["step"]: row["held_out_loss"] for row in _rows(folder / "evaluations.jsonl")}
+    steps = _rows(folder / "metrics.jsonl", _STEP)
+    evaluations = _rows(folder / "evaluations.jsonl", _EVALUATION)
+    held_out = {row["step"]: row["held_out_loss"] for row in evaluations}
     if not steps or not {0, steps[-1]["step"]} <= held_out.keys():
         raise UserError(f"{folder} lacks the held-out loss before or after its training.")
     last = steps[-1]["step"]
@@ -187,19 +196,15 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [_parsed(line, path) for line in _text(path).splitlines()]
-
-
-def _text(path: Path) -> str:
+def _rows(path: Path, form: Any) -> list[dict[str, Any]]:
     try:
-        return path.read_text()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from error
-
-
-def _parsed(text: str, path: Path) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read: {error}.") from error
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(parse_json(line, form))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}, is damaged: {error}.") from error
+    return rows

@@ -1,12 +1,15 @@
 """Damage drill: every file of a run directory and of the data cache, damaged in twenty ways.
 
 usage: python -m tests.distributed.damage [--jobs 2] [--only PATTERN]     the whole corpus
+       python -m tests.distributed.damage --types                         odd values in JSON
        python -m tests.distributed.damage --sample 12                     as the suite does
 
 After each damage come `train`, `evaluate`, `export`, `checkpoints --verify` and `launch`, each of
 which must end within its deadline: with what an untouched run gives (losses of every step, figures
 of the evaluation, every file of the export), or with one sentence and exit code 2. A traceback, a
-hang, or another result with exit code 0 is a failure. The verbs run in processes that are forked
+hang, or another result with exit code 0 is a failure. With `--types`, one value after another of
+each JSON file of the run directory is of another type, checksums made to fit; then come the verbs
+that read the file, and another result may be right. The verbs run in processes that are forked
 from one which has imported everything.
 """
 
@@ -24,12 +27,13 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from neftune_dist.attempt import Outcome
+from neftune_dist.config import checksummed
 from tests import tiny
 
 STEPS, STOPPED_AT = 4, 2
@@ -87,6 +91,9 @@ assert len(WAYS) == 20
 
 def damage(path: Path, way: str) -> bool:
     """Damage a file; whether that changed it."""
+    if way.startswith("["):
+        _set_odd(path, json.loads(way))
+        return True
     before = path.read_bytes()
     if way in CONTENTS:
         after = CONTENTS[way](before) if before else b"x"
@@ -96,6 +103,39 @@ def damage(path: Path, way: str) -> bool:
     path.unlink()
     PLACES[way](path)
     return True
+
+
+def _set_odd(path: Path, place: list[Any]) -> None:
+    """Put an odd value at a place in a JSON file (keys, then the number of the value), as if that
+    had been written there."""
+    *keys, last, number = place
+    content = owner = json.loads(path.read_bytes())
+    for key in keys:
+        owner = owner[key]
+    owner[last] = _ODD[number]
+    if isinstance(content, dict) and content.pop("checksum", None):
+        content = checksummed(content)
+    path.write_text(json.dumps(content))
+    if path.parent.name == "model":  # as a run of an earlier version, without checksums of these
+        (path.parent.parent / "files.json").unlink()
+
+
+def _places(content: Any, depth: int = 3) -> Iterator[list[Any]]:
+    """Where values are: keys of objects, the first of each list."""
+    keys = content if isinstance(content, dict) else range(min(1, len(content)))
+    for key in keys:
+        yield [key]
+        if isinstance(content[key], dict | list) and depth > 1 and len(content[key]) < 100:
+            yield from ([key, *rest] for rest in _places(content[key], depth - 1))
+
+
+READERS = {
+    "run/evaluations/*": ("evaluate",),
+    "run/logs/*": ("launch",),
+    "run/checkpoints/*": ("checkpoints", "export", "train"),
+    "run/model/*": ("export", "evaluate"),
+    "run/files.json": ("export",),
+}
 
 
 @dataclass(frozen=True)
@@ -285,12 +325,29 @@ def cases(ground: Ground, pattern: str = "*") -> list[Case]:
     return [Case(f, way) for f in files if fnmatch.fnmatch(f, pattern) for way in WAYS]
 
 
+def odd_cases(ground: Ground) -> list[Case]:
+    """Two odd values at each place of each JSON file of the run directory."""
+    found = []
+    for path in sorted(ground.run_dir.rglob("*.json")):
+        for i, place in enumerate(_places(json.loads(path.read_bytes()))):
+            for number in (i % len(_ODD), (i * 3 + 5) % len(_ODD)):
+                way = json.dumps([*place, number])
+                found.append(Case(str(path.relative_to(ground.folder)), way))
+    return found
+
+
+def _verbs(case: Case) -> Sequence[str]:
+    if not case.way.startswith("["):
+        return VERBS
+    return next(verbs for each, verbs in READERS.items() if fnmatch.fnmatch(case.file, each))
+
+
 def try_case(
     ground: Ground, case: Case, folder: Path, untouched: dict[str, Any]
 ) -> Iterator[tuple[str, str, str]]:
     """Each verb after the damage: its name, what came of it (right, refused or a flaw), what it
     said."""
-    for verb in VERBS:
+    for verb in _verbs(case):
         own = ground.copy(folder / verb)
         path = own.folder / case.file
         _fresh(own, verb, path)
@@ -302,8 +359,9 @@ def try_case(
             # The launcher's ranks fail here at once: it is to say so, as it does untouched.
             outcome = "right" if ended.code == (1 if verb == "launch" else 0) else "refused"
         if outcome == "right" and result != untouched[verb]:
-            outcome = "silent change"
-        if verb == "checkpoints" and "checkpoints/step_" in case.file and outcome == "right":
+            outcome = "accepted" if case.way.startswith("[") else "silent change"
+        is_damage = "checkpoints/step_" in case.file and not case.way.startswith("[")
+        if verb == "checkpoints" and is_damage and outcome == "right":
             outcome = "right" if "damaged" in ended.text else "silent change"
         yield verb, outcome, ended.text
         shutil.rmtree(own.folder, ignore_errors=True)
@@ -352,6 +410,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", default="*", help="files by a pattern: run/logs/*")
+    parser.add_argument("--types", action="store_true", help="odd values in JSON files")
     parser.add_argument("--sample", type=int, default=0, help="so many cases, spread over all")
     arguments = parser.parse_args()
     os.environ.update(tiny.environment())
@@ -360,7 +419,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         ground = Ground.make(folder)
-        chosen = cases(ground, arguments.only)
+        chosen = odd_cases(ground) if arguments.types else cases(ground, arguments.only)
         if arguments.sample:  # the way moves on with the file, since 20 is no multiple of the step
             chosen = chosen[:: max(1, len(chosen) // arguments.sample)]
         num_files = len({case.file for case in chosen})
@@ -384,7 +443,7 @@ def main() -> None:
             assert os.waitpid(pid, 0)[1] == 0
             for verb, outcome, number in json.loads(counted.read_text()):
                 total[verb, outcome] += number
-    outcomes = ("right", "refused", "known flaw", *FLAWS)
+    outcomes = ("right", "refused", "accepted", "known flaw", *FLAWS)
     print(f"{'':12}" + "".join(f"{outcome:>15}" for outcome in outcomes))
     for verb in VERBS:
         print(f"{verb:12}" + "".join(f"{total[verb, outcome]:15}" for outcome in outcomes))
