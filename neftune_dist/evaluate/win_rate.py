@@ -259,7 +259,7 @@ def _rows(path: Path, texts: tuple[str, ...], also: tuple[str, ...] = ()) -> lis
         content = path.read_bytes()
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
-        rows = parse_json(content, list)
+        rows = parse_json(content, Any)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     except (ValueError, EOFError, zlib.error) as error:
