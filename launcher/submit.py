@@ -36,6 +36,7 @@ from functools import cache
 from typing import NoReturn
 
 from neftune_dist import __version__
+from neftune_dist.arguments import check_ranges
 from neftune_dist.config import Config, UserError, load_config
 from neftune_dist.submit import cluster, snapshot
 from neftune_dist.submit.inventory import Hub
@@ -124,8 +125,13 @@ def _check_options(given: argparse.Namespace) -> None:
         value = getattr(given, name)
         if value is not None and value < 1:
             raise UserError(f"--{name}={value} must be 1 or more.")
-    if given.gpus_per_node and not re.fullmatch(r"([\w.-]+:)?[1-9]\d*", given.gpus_per_node):
-        raise UserError(f"--gpus-per-node={given.gpus_per_node} is not of the form 8 or h100:8.")
+    check_ranges(given)
+    gpus = given.gpus_per_node
+    if gpus is not None and not re.fullmatch(r"([\w.-]+:)?[1-9]\d{0,3}", gpus, re.ASCII):
+        raise UserError(f"--gpus-per-node={gpus} is not of the form 8 or h100:8.")
+    for name in (*PASSED_ON, "job-name", "mail", "array", "dependency"):
+        if getattr(given, name.replace("-", "_")) == "":
+            raise UserError(f"--{name} is empty: give it a value, or leave it out.")
     given.per_node = given.processes or int(given.gpus_per_node.rpartition(":")[2])
     if not 1 <= given.signal_seconds < cluster.seconds("--time", given.time):
         raise UserError(

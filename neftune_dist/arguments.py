@@ -12,7 +12,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_restarts": (0, 2**20),
     "processes": (0, 2**12),
     "ranks": (1, 2**12),
-    "rendezvous_minutes": (0, 2**20),
+    "rendezvous_minutes": (0.01, 2**20),
     "seeds": (1, 1000),
     "show": (0, 2**20),
     "step": (0, 2**32),
@@ -207,7 +207,12 @@ def _add_launch(
 
 
 def _takes_processes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--processes", type=int, default=0, help="on each node; default: one a GPU")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=0,
+        help="on each node; default: one a GPU",
+    )
     parser.add_argument(
         "--rendezvous-minutes",
         type=float,

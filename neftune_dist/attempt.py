@@ -7,6 +7,8 @@ into its own; from it `verdict` decides whether the run is to be started again. 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import re
@@ -17,8 +19,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from neftune_dist import storage
-from neftune_dist.config import UserError
+from neftune_dist import ranks, storage
+from neftune_dist.config import UserError, read_json
 
 EXIT_DONE, EXIT_FAILED, EXIT_MISTAKE, EXIT_STOPPED = 0, 1, 2, 75
 RUNNING = "running"  # and, at the end, of a rank that was killed or crashed
@@ -31,6 +33,10 @@ VARIABLE = "NEFTUNE_DIST_ATTEMPT"
 _NAME = re.compile(r"attempt_(\d{4,})")
 _RANK = re.compile(r"rank_(\d+)\.json")
 _OUTCOME = "outcome.json"
+_STEP = re.compile(r"step_(\d{8,})")
+# How long a disk that is full may stay so before a word is given up that should be left on it.
+_FULL_SECONDS = 30.0
+_PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
 
 
 class Final(RuntimeError):
@@ -107,7 +113,7 @@ def tell(rank: int, kind: str, step: int = 0, error: str = "") -> bool:
 def reported() -> Iterator[Callable[[str], object]]:
     """Under a launcher, keep this rank's output in the attempt's folder and leave word of how the
     block ended."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = ranks.number("RANK", 0)
     folder = os.environ.get(VARIABLE)
     if folder and rank:  # the launcher keeps what reaches the console, which is rank 0's
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
@@ -143,8 +149,13 @@ def conclude(folder: Path, step: int, checkpoint: int, error: str) -> Outcome:
     Args:
         step: the last one that was recorded.
         error: what the launcher saw go wrong; empty where its command ended well.
+
+    Raises:
+        UserError: somebody has removed the folder.
     """
     told = _told(folder)
+    if not folder.is_dir():
+        raise removed(folder.parents[1])
     kind, cause = _cause(told, error)
     outcome = Outcome(kind, step, cause, checkpoint, time.time())
     _write(folder / _OUTCOME, outcome)
@@ -236,18 +247,53 @@ def verdict(past: Sequence[Outcome], max_restarts: int) -> Verdict:
     return Verdict(True, code, what)
 
 
+def removed(run_dir: Path) -> UserError:
+    """For a run that finds its directory gone."""
+    return UserError(
+        f"run_dir={run_dir} was removed or renamed while the run was going on: what was made since "
+        "its last checkpoint is lost; the same command begins again, or goes on where the "
+        "directory is back in its place."
+    )
+
+
+def newest_step(run_dir: Path) -> int:
+    """The step of the newest published checkpoint, as far as names tell; 0 where there is none."""
+    found = [0]
+    with contextlib.suppress(OSError):
+        for folder in (run_dir / "checkpoints").iterdir():
+            match = _STEP.fullmatch(folder.name)
+            if match and (folder / "manifest.json").is_file():
+                found.append(int(match[1]))
+    return max(found)
+
+
 def _told(folder: Path) -> dict[int, Outcome]:
-    found = (_RANK.fullmatch(each.name) for each in folder.iterdir())
+    try:
+        names = [each.name for each in folder.iterdir()]
+    except OSError:  # it has been removed, or its disk is away
+        return {}
+    found = (_RANK.fullmatch(name) for name in names)
     read = {int(m[1]): _read(folder / m[0]) for m in found if m}
     return {rank: each for rank, each in sorted(read.items()) if each is not None}
 
 
 def _write(path: Path, outcome: Outcome) -> None:
-    storage.write(path, json.dumps(asdict(outcome)))
+    """Report the outcome, or go without: no run ends because its end cannot be written down."""
+    deadline = time.monotonic() + _FULL_SECONDS
+    while True:
+        try:
+            storage.write(path, json.dumps(asdict(outcome)))
+        except OSError as error:
+            if error.errno in _PASSING and time.monotonic() < deadline:
+                time.sleep(0.5)
+                continue
+            print(f"warning: {path}: {error.strerror}", file=sys.stderr, flush=True)
+        return
 
 
 def _read(path: Path) -> Outcome | None:
     try:
-        return Outcome(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+        outcome: Outcome = read_json(path, Outcome)
+    except UserError:
         return None
+    return outcome

@@ -4,6 +4,7 @@ checkpoint to be continued, anything else a failure."""
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -11,15 +12,42 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from neftune_dist import attempt, children
+from neftune_dist import attempt, children, console, ranks
 from neftune_dist.arguments import check_ranges, make_parser
-from neftune_dist.config import UserError, load_config
+from neftune_dist.config import UserError, load_config, user_path
 
 _RANK_0_SPEAKS_FIRST_SECONDS = 5.0
+# Verbs whose output is what they are for: where it cannot be written, they have failed.
+_SHOWING = ("plan", "prepare", "checkpoints", "doctor")
+_WRITE_ELSEWHERE = "choose a place that may be written, or change who may"
+# What the machine may refuse, and what a user can do. Other errors are this program's own.
+_REFUSALS = {
+    errno.ENOSPC: "make room on that disk",
+    errno.EDQUOT: "make room within the quota",
+    errno.EFBIG: "raise the limit of a file's size",
+    errno.EACCES: _WRITE_ELSEWHERE,
+    errno.EPERM: _WRITE_ELSEWHERE,
+    errno.EROFS: _WRITE_ELSEWHERE,
+    errno.ENOENT: "it has never been there, or was removed meanwhile",
+    errno.ENOTDIR: "a part of the path is a file",
+    errno.EISDIR: "a file is needed",
+    errno.EEXIST: "choose another name",
+    errno.ENOTEMPTY: "something writes into it meanwhile",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "its links lead back to themselves",
+    errno.EXDEV: "both places must be on one disk",
+    errno.ETXTBSY: "something runs it",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "the machine has no more open files to give",
+    errno.ENOLCK: "its file system has no locks: choose another place",
+    errno.EIO: "the disk, or the network to it, has failed",
+    errno.ESTALE: "its file server has restarted, or it was removed there",
+}
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Parse, run the verb, exit."""
+    console.protect()
     parser = make_parser(_VERBS)
     # argparse takes key=value words in one place only; here they may stand behind options, too.
     arguments, rest = parser.parse_known_args(words)
@@ -41,7 +69,28 @@ def main(words: Sequence[str] | None = None) -> None:
         alone = os.environ.get("WORLD_SIZE", "1") == "1"
         if attempt.VARIABLE in os.environ and (shared or alone):
             code = attempt.EXIT_DONE
-    sys.exit(code)
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        code = attempt.EXIT_FAILED if attempt.VARIABLE in os.environ else attempt.EXIT_MISTAKE
+        _say(UserError(_refusal(error)), shared=False)
+    sys.exit(_with_output(code, arguments.verb))
+
+
+def _refusal(error: OSError) -> str:
+    """One sentence for what the machine refused, wherever it did."""
+    reason, advice = error.strerror or str(error), _REFUSALS[error.errno or 0]
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if name is not None]
+    return f"{' to '.join(map(str, names)) or 'A file'}: {reason}: {advice}."
+
+
+def _with_output(code: int, verb: str) -> int:
+    """The exit code, where standard output may not have been written whole."""
+    error = console.lost()
+    if error is None or error.errno == errno.EPIPE:  # its reader had seen enough
+        return code
+    print(f"neftune-dist: standard output: {error.strerror}; not all is there.", file=sys.stderr)
+    return code or (attempt.EXIT_MISTAKE if verb in _SHOWING else attempt.EXIT_DONE)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -76,6 +125,7 @@ def _say(error: Exception, shared: bool) -> None:
 def _train(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.settings)
     with attempt.reported() as told:
+        ranks.find_place()  # what is wrong with it is said before torch has been loaded
         from neftune_dist.train import train
 
         code = train(config)
@@ -101,7 +151,7 @@ def _node(arguments: argparse.Namespace) -> int:
     from neftune_dist.launch.node import node
 
     return node(
-        Path(arguments.folder),
+        user_path(arguments.folder, "FOLDER"),
         arguments.words,
         num_processes=arguments.processes,
         minutes=arguments.rendezvous_minutes,
@@ -151,7 +201,7 @@ def _is_colourful() -> bool:
 def _checkpoints(arguments: argparse.Namespace) -> int:
     from neftune_dist.checkpoint.listing import listing
 
-    for line in listing(Path(arguments.run_dir), verify=arguments.verify):
+    for line in listing(user_path(arguments.run_dir, "RUN_DIR"), verify=arguments.verify):
         print(line)
     return 0
 
@@ -159,10 +209,9 @@ def _checkpoints(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from neftune_dist.export import export
 
-    output = Path(arguments.output) if arguments.output else None
     export(
-        Path(arguments.run_dir),
-        output,
+        user_path(arguments.run_dir, "RUN_DIR"),
+        _output(arguments),
         step=arguments.step,
         dtype=arguments.dtype,
         adapter=arguments.adapter,
@@ -172,13 +221,14 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     name, config_file = arguments.subject, arguments.config
-    output = Path(arguments.output) if arguments.output else None
+    output = _output(arguments)
     if arguments.model:
         if config_file:
             raise UserError("--config has no effect with --model: the run's configuration counts.")
-        run_dir, name = Path(name), arguments.model
+        run_dir, name = user_path(name, "RUN_DIR"), arguments.model
         config_file = run_dir / "config.yaml"
         output = output or run_dir / "evaluations" / Path(name).name
+    ranks.find_place()
     from neftune_dist.evaluate.evaluation import evaluate
 
     return evaluate(
@@ -190,8 +240,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     )
 
 
+def _output(arguments: argparse.Namespace) -> Path | None:
+    return None if arguments.output is None else user_path(arguments.output, "--output")
+
+
 def _chat(arguments: argparse.Namespace) -> int:
-    settings = [w for w in arguments.words if "=" in w and not Path(w).exists()]
+    settings = [w for w in arguments.words if "=" in w and not os.path.exists(w)]
     names = [word for word in arguments.words if word not in settings]
     if not names:
         raise UserError("chat needs a subject: a run, a checkpoint, a model directory or a hub id.")
@@ -221,7 +275,7 @@ def _study(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     from neftune_dist.doctor.visit import doctor
 
-    return doctor(Path(arguments.run_dir), arguments.model)
+    return doctor(user_path(arguments.run_dir, "--run-dir"), arguments.model)
 
 
 def _numbers(text: str) -> list[float]:

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from neftune_dist import attempt, ranks
 from neftune_dist.config import UserError
 
 T = TypeVar("T")
@@ -111,6 +112,28 @@ def _keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, _NEVER)
 
 
+def _meet(place: ranks.Place, device: torch.device) -> None:
+    """Make the process group of all ranks. Raises `UserError` where they do not find each other."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if not place.address:
+        # The engines want a process group even for one process; this one needs no network.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    try:
+        dist.init_process_group(
+            backend,
+            timeout=_COLLECTIVE_TIMEOUT,
+            device_id=device if backend == "nccl" else None,
+        )
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        if attempt.VARIABLE in os.environ:  # the launcher knows why the others are gone
+            raise
+        raise UserError(
+            f"Rank {place.rank} of {place.size} did not meet the others at {place.address} port "
+            f"{place.port}: {str(error).splitlines()[0]}"
+        ) from error
+
+
 class World:
     """This process among the others.
 
@@ -121,10 +144,9 @@ class World:
 
     def __init__(self, stop: StopSignal | None = None) -> None:
         self._stop = stop
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.size = int(os.environ.get("WORLD_SIZE", "1"))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        place = ranks.find_place()
+        self.rank, self.size = place.rank, place.size
+        self.local_rank, self.local_size = place.local_rank, place.local_size
         self._phase = self._num_asides = 0
         self._patience_seconds = math.inf
         if torch.cuda.is_available():
@@ -144,16 +166,7 @@ class World:
             _keep_freed_memory()
         # How many of the last collectives torch remembers, for when one hangs.
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
-        if self.size == 1 and "MASTER_ADDR" not in os.environ:
-            # The engines want a process group even for one process; this one needs no network.
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        else:
-            dist.init_process_group(
-                backend,
-                timeout=_COLLECTIVE_TIMEOUT,
-                device_id=self.device if backend == "nccl" else None,
-            )
+        _meet(place, self.device)
         self._store = dist.PrefixStore("neftune_dist", dist.distributed_c10d._get_default_store())
 
     def share(self, count: int) -> Sharing:

@@ -29,11 +29,13 @@ from neftune_dist.checkpoint.content import (
     adapter_of,
     files_within,
 )
-from neftune_dist.config import AdapterConfig, UserError
+from neftune_dist.checkpoint.sealed import check_architecture, check_sealed
+from neftune_dist.config import AdapterConfig, UserError, read_json
 from neftune_dist.model.adapters import peft_name, peft_settings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MARK = "neftune_export.json"  # in an export, which lists its files
+_ORIGINAL_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _FILE_BYTES = 4 * 2**30
 
 
@@ -60,6 +62,8 @@ def export(
     """
     checkpoint = store.choose(run_dir, step)
     state = checkpoint.trainer_state()
+    check_sealed(run_dir)
+    check_architecture(run_dir, state)
     adapted = adapter_of(state)
     if adapter and adapted.method == "none":
         raise UserError(f"{run_dir} trained no adapter: leave out --adapter.")
@@ -114,9 +118,14 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def _set_dtype(path: Path, dtype: str) -> torch.dtype:
-    config = json.loads(path.read_text())
+    config = read_json(path)
     if dtype == "original":
         name = config.get("dtype") or config.get("torch_dtype") or "float32"
+        if name not in _ORIGINAL_DTYPES:
+            raise UserError(
+                f"{path.name} of the base model says dtype={name}, which no weights are written "
+                "in: set --dtype."
+            )
         chosen = getattr(torch, name)
     else:
         chosen = DTYPES[dtype]

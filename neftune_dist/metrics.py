@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from neftune_dist.attempt import removed
 from neftune_dist.config import LoggingConfig, UserError
 from neftune_dist.records import EVALUATIONS, STEPS, read_records
 from neftune_dist.trackers import Trackers
@@ -115,6 +116,8 @@ class Recorder:
             for key, value in record.items()
         }
         try:
+            if not os.fstat(self._files[name].fileno()).st_nlink:
+                self._reopen(name)
             self._files[name].write(json.dumps(record) + "\n")
             self._files[name].flush()
         except OSError as error:
@@ -123,6 +126,15 @@ class Recorder:
                 print(f"warning: {self._run_dir / name}: {error.strerror}", file=sys.stderr)
             self._num_lost += 1
         self._trackers.record(prefix, record)
+
+    def _reopen(self, name: str) -> None:
+        """Begin a file again that somebody has removed; without its directory, the run ends."""
+        self._files[name].close()
+        try:
+            self._files[name] = (self._run_dir / name).open("a")
+        except FileNotFoundError as error:
+            raise removed(self._run_dir) from error
+        print(f"warning: {self._run_dir / name} was removed; it begins again", file=sys.stderr)
 
 
 def is_evaluated(run_dir: Path, step: int) -> bool:

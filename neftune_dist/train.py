@@ -30,7 +30,8 @@ from neftune_dist.attempt import EXIT_DONE, EXIT_STOPPED
 from neftune_dist.checkpoint import flat, resume, store
 from neftune_dist.checkpoint.content import keep_small_files, keep_template, keep_vocabulary
 from neftune_dist.checkpoint.saver import Saver
-from neftune_dist.config import Config, UserError
+from neftune_dist.checkpoint.sealed import seal
+from neftune_dist.config import Config, UserError, user_path
 from neftune_dist.data.corpus import Corpus, prepare
 from neftune_dist.data.loader import Loader
 from neftune_dist.data.schedule import Schedule, make_schedule
@@ -51,6 +52,10 @@ from neftune_dist.watch.watchdog import Watchdog
 _MARK = "neftune_run.json"  # in a run's directory
 # What a run replaces in its directory.
 _REPLACED = ("config.yaml", "model", "metrics.jsonl", "evaluations.jsonl")
+_AT_ONCE_SECONDS = 1.0
+# An attempt that is dying, its memory to be freed and its files to be closed, holds its run
+# directory for as long as this.
+_CLAIM_SECONDS = 30.0
 
 
 def train(config: Config) -> int:
@@ -97,7 +102,7 @@ class _Prepared:
 
 
 def _train(config: Config, world: World, stop: StopSignal) -> int:
-    run_dir = Path(config.run_dir).expanduser()
+    run_dir = user_path(config.run_dir, "run_dir")
     lock = _claim(run_dir, world)
     with stop.at_once():
         ready = _prepare(config, run_dir, world)
@@ -231,6 +236,7 @@ def _prepare(config: Config, run_dir: Path, world: World) -> _Prepared:
                     keep_vocabulary(tokenizer, model.config.vocab_size, run_dir)
                 if config.data.template != "chat" or config.data.system_prompt is not None:
                     keep_template(corpus.chat_template, run_dir)
+                seal(run_dir)
             except OSError as error:
                 raise _unwritable(run_dir, error) from error
     return _Prepared(
@@ -286,16 +292,23 @@ def _trainer_state(
 
 def _claim(run_dir: Path, world: World) -> FileLock:
     """Make the run directory, and make it this run's own until the process ends."""
-    lock = FileLock(run_dir / ".lock", timeout=10)
+    lock = FileLock(run_dir / ".lock")
     with world.agree():
         if world.is_first:
             # A checkpoint says that it is a run's, too: of an earlier version, or copied there.
             names = () if store.find_all(run_dir) else _REPLACED
             storage.claim(run_dir, names, _MARK, f"run_dir={run_dir}")
             try:
-                lock.acquire()
+                try:
+                    lock.acquire(timeout=_AT_ONCE_SECONDS)
+                except Timeout:
+                    world.log(f"run_dir={run_dir} is in use; waiting up to {_CLAIM_SECONDS:.0f} s")
+                    lock.acquire(timeout=_CLAIM_SECONDS)
             except Timeout:
-                raise UserError(f"run_dir={run_dir} is in use by another run.") from None
+                raise UserError(
+                    f"run_dir={run_dir} is in use by another run: wait for its end, or set another "
+                    "run_dir."
+                ) from None
             except OSError as error:
                 raise _unwritable(run_dir, error) from error
     return lock

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from neftune_dist import storage
-from neftune_dist.checkpoint import flat
-from neftune_dist.config import AdapterConfig, ModelConfig, UserError
+from neftune_dist.checkpoint import flat, store
+from neftune_dist.config import AdapterConfig, ModelConfig, UserError, read_json
 from neftune_dist.engine.base import MASTER, FlatShard
 from neftune_dist.model import load
 from neftune_dist.model.adapters import merged, quantized_names
@@ -44,9 +44,15 @@ class Content:
 
         Args:
             state: the checkpoint's `trainer_state()`.
+
+        Raises:
+            UserError: the checkpoint is no longer there.
         """
         shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
-        reader = flat.Reader(folder, alone=True)
+        try:
+            reader = flat.Reader(folder, alone=True)
+        except OSError as error:
+            raise store.damage(store.Checkpoint(folder, 0), ".metadata") from error
 
         def read(name: str) -> Tensor:
             numel = math.prod(shapes[name])
@@ -132,7 +138,7 @@ def keep_vocabulary(tokenizer: Any, num_rows: int, run_dir: Path) -> None:
     target = run_dir / MODEL_FOLDER
     tokenizer.save_pretrained(target)
     path = target / "config.json"
-    config = json.loads(path.read_text())
+    config = read_json(path)
     path.write_text(json.dumps({**config, "vocab_size": num_rows}, indent=2) + "\n")
 
 
@@ -142,7 +148,7 @@ def keep_template(source: str | None, run_dir: Path) -> None:
     target = run_dir / MODEL_FOLDER
     own = target / "tokenizer_config.json"
     if own.exists():
-        settings = json.loads(own.read_text())
+        settings = read_json(own)
         settings.pop("chat_template", None)
         own.write_text(json.dumps(settings, indent=2) + "\n")
     if source is None:

@@ -33,10 +33,12 @@ def listing(run_dir: Path, *, verify: bool) -> list[str]:
 
 def _complete(run_dir: Path, verify: bool) -> Iterator[tuple[str, tuple[str, ...]]]:
     for each in store.find_all(run_dir):
-        flaw = each.first_flaw() if verify else None
         try:
+            flaw = each.first_flaw() if verify else None
             state = each.trainer_state()
         except UserError:
+            if not each.folder.is_dir():
+                continue  # a run that goes on has removed it
             fate = "damaged: trainer_state.json is not what was written"
             size, age = _size(each.num_bytes()), _age(each.folder)
             yield each.folder.name, (str(each.step), size, age, fate, "", "nothing")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from neftune_dist.checkpoint import store
-from neftune_dist.config import ACCEPTABLE_CHANGES, Config, UserError, differences
+from neftune_dist.config import ACCEPTABLE_CHANGES, Config, UserError, differences, user_path
 from neftune_dist.distributed import World
 
 # What says how long a run is: a resumed run may change it, and says so.
@@ -86,7 +86,7 @@ def _candidates(run_dir: Path, config: Config, world: World) -> list[Path]:
             f"checkpoint.resume={resume}, but {run_dir} holds the checkpoint "
             f"{found[0].name}: set another run_dir, or checkpoint.resume=auto."
         )
-    return [] if resume == "never" else [Path(resume).expanduser()]
+    return [] if resume == "never" else [user_path(resume, "checkpoint.resume")]
 
 
 def _no_sound_checkpoint(run_dir: Path, config: Config) -> str:

@@ -29,8 +29,9 @@ from typing import Any
 import xxhash
 
 from neftune_dist import storage
+from neftune_dist.attempt import removed
 from neftune_dist.checkpoint.flat import WrittenFile
-from neftune_dist.config import CheckpointConfig, UserError
+from neftune_dist.config import CheckpointConfig, UserError, checksummed, read_json
 
 _STEP = re.compile(r"step_(\d{8,})")
 _PARTIAL = ".partial"
@@ -43,6 +44,7 @@ _FILES = re.compile(
 )
 _MANIFEST = "manifest.json"
 _STATE = "trainer_state.json"
+_MANIFEST_FORM = {"step": int, "files": {str: WrittenFile}}
 # A node may see another's new folder on a shared file system as late as this.
 _VISIBLE_SECONDS = 60.0
 
@@ -58,20 +60,23 @@ class Checkpoint:
         """What was saved beside the tensors. Raises `UserError` where that is not what it holds."""
         path = self.folder / _STATE
         try:
-            sound = WrittenFile.of(path) == self.files()[_STATE]
-        except (OSError, ValueError, KeyError):  # the manifest, too, may be damaged
+            sound = WrittenFile.of(path) == self.files().get(_STATE)
+        except OSError:
             sound = False
         if not sound:
-            raise UserError(
-                f"The checkpoint {self.folder} is damaged: {_STATE} is not what was written."
-            )
-        state: dict[str, Any] = json.loads(path.read_text())
+            raise damage(self, _STATE)
+        state: dict[str, Any] = read_json(path)
         return state
 
     def files(self) -> dict[str, WrittenFile]:
-        """What the manifest says of its files, by name."""
-        manifest = json.loads((self.folder / _MANIFEST).read_text())
-        return {name: WrittenFile(**each) for name, each in sorted(manifest["files"].items())}
+        """What the manifest says of its files, by name. Raises `UserError` where it is damaged."""
+        try:
+            manifest = read_json(self.folder / _MANIFEST, _MANIFEST_FORM)
+        except UserError as error:
+            raise damage(self, _MANIFEST) from error
+        if manifest["step"] != _step(self.folder):
+            raise damage(self, _MANIFEST)
+        return dict(sorted(manifest["files"].items()))
 
     def num_bytes(self) -> int:
         """On disk."""
@@ -91,6 +96,8 @@ class Checkpoint:
 
 def begin(run_dir: Path, step: int) -> Path:
     """The folder to write into, empty; what earlier crashes left is swept away. Rank 0 alone."""
+    if not run_dir.is_dir():
+        raise removed(run_dir)
     root = run_dir / "checkpoints"
     partial = root / f"step_{step:08d}{_PARTIAL}"
     with explained(partial):
@@ -122,7 +129,9 @@ def publish(
         checksum = xxhash.xxh3_128(content).hexdigest()
         all_files = {**files, _STATE: WrittenFile(len(content), checksum)}
         manifest = {"step": step, "files": {name: vars(f) for name, f in all_files.items()}}
-        storage.write(partial / _MANIFEST, json.dumps(manifest, indent=1), durable=True)
+        storage.write(
+            partial / _MANIFEST, json.dumps(checksummed(manifest), indent=1), durable=True
+        )
         _clear(final, final.name + _DAMAGED)
         partial.rename(final)
         storage.sync(root)
@@ -143,12 +152,19 @@ def find_all(run_dir: Path) -> list[Checkpoint]:
 
 def choose(run_dir: Path, step: int | None) -> Checkpoint:
     """The complete checkpoint of that step; None: the newest. Raises `UserError` where there is
-    none."""
+    none, or where a damaged one is newer: an older model must not pass for the newest."""
     found = find_all(run_dir)
+    broken = damaged(run_dir)
     if not found:
-        flaws = "".join(f"; {folder.name} is damaged: {flaw}" for folder, flaw in damaged(run_dir))
+        flaws = "".join(f"; {folder.name} is damaged: {flaw}" for folder, flaw in broken)
         raise UserError(f"{run_dir} holds no complete checkpoint{flaws}.")
     if step is None:
+        for folder, flaw in reversed(broken):
+            if (_step(folder) or 0) > found[0].step:
+                raise UserError(
+                    f"The newest checkpoint {folder} is damaged: {flaw}. Choose the one before it "
+                    f"with --step {found[0].step}, or let the same train command go on from it."
+                )
         return found[0]
     for checkpoint in found:
         if checkpoint.step == step:
@@ -158,7 +174,12 @@ def choose(run_dir: Path, step: int | None) -> Checkpoint:
 
 
 def damage(checkpoint: Checkpoint, flaw: str) -> UserError:
-    """For a checkpoint whose `first_flaw` is that file."""
+    """For a checkpoint whose `first_flaw` is that file: it is damaged, or no longer there."""
+    if not checkpoint.folder.is_dir():
+        return UserError(
+            f"The checkpoint {checkpoint.folder} was removed while it was read: a run that goes on "
+            "removes those before its newest (checkpoint.keep). The same command takes the newest."
+        )
     return UserError(
         f"The checkpoint {checkpoint.folder} is damaged: {flaw} is not what was written. "
         "Choose another with --step."
@@ -227,6 +248,11 @@ def explained(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def _step(folder: Path) -> int | None:
+    match = _STEP.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
 def _complete(root: Path) -> list[Checkpoint]:
     found = []
     for folder in root.glob("step_*"):
@@ -240,7 +266,7 @@ def _flaw(folder: Path) -> str | None:
     """What is wrong with a checkpoint as far as sizes tell; None: nothing."""
     try:
         files = Checkpoint(folder, 0).files()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except UserError:
         return f"{_MANIFEST} is missing or cannot be read"
     for name, file in files.items():
         try:

@@ -7,6 +7,8 @@ contradictions are refused with `UserError`.
 
 from neftune_dist.config.checks import check
 from neftune_dist.config.errors import UserError
+from neftune_dist.config.forms import Optional, checksummed, formed, parse_json, read_json
+from neftune_dist.config.paths import user_path
 from neftune_dist.config.reading import load_config
 from neftune_dist.config.sections import (
     ACCEPTABLE_CHANGES,
@@ -51,12 +53,18 @@ __all__ = [
     "ModelConfig",
     "NoiseConfig",
     "OptimConfig",
+    "Optional",
     "SourceConfig",
     "TrainConfig",
     "UserError",
     "check",
+    "checksummed",
     "differences",
+    "formed",
     "listed",
     "load_config",
+    "parse_json",
+    "read_json",
     "scheduled",
+    "user_path",
 ]

@@ -9,10 +9,12 @@ from dataclasses import is_dataclass
 from typing import Any
 
 from neftune_dist.config.errors import UserError, brief
+from neftune_dist.config.paths import user_path
 from neftune_dist.config.sections import (
     ACCEPTABLE_CHANGES,
     BUILTIN_SOURCE,
     CHOICES,
+    PATHS,
     RANGES,
     TEMPLATES,
     TYPES,
@@ -24,6 +26,7 @@ from neftune_dist.config.sections import (
     JudgeConfig,
     LoggingConfig,
     NoiseConfig,
+    listed,
 )
 
 _URL = re.compile(r"https?://([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?(/[\w./~%+-]*)?", re.ASCII)
@@ -58,6 +61,10 @@ def check(config: Config) -> None:
             raise UserError(f"{key} is empty.")
         if isinstance(value, str) and _UNPRINTABLE.search(value):
             raise UserError(f"{key}={value!a} holds characters that are no plain text.")
+        if known in PATHS and value:
+            user_path(value, key)
+    for word in listed(config.evaluate.tasks):
+        user_path(word.rpartition("=")[2] or word, "evaluate.tasks")
     _check_contradictions(config)
 
 

@@ -19,6 +19,7 @@ from yaml import YAMLError
 from neftune_dist.config.checks import check
 from neftune_dist.config.errors import UserError, brief
 from neftune_dist.config.limits import limited
+from neftune_dist.config.paths import user_path
 from neftune_dist.config.sections import TYPES, Config
 
 _MAX_DEPTH = 100  # of lists and mappings within each other
@@ -45,7 +46,7 @@ def load_config(path: str | os.PathLike[str] | None, words: Sequence[str] = ()) 
 
 
 def _load(path: str | os.PathLike[str] | None, words: Sequence[str]) -> Config:
-    updates = [] if path is None else _read_files(Path(path))
+    updates = [] if path is None else _read_files(user_path(os.fspath(path), "CONFIG"))
     updates += [(f"'{brief(word)}'", _read_word(word)) for word in words]
     config = OmegaConf.structured(Config)
     for where, update in updates:
@@ -97,8 +98,9 @@ def _read_files(path: Path, extended_by: tuple[Path, ...] = ()) -> list[tuple[st
         return [(str(path), loaded)]
     if not isinstance(extends, str) or not extends:
         raise UserError(f"{path}: extends={brief(extends)} is no file's name.")
-    parent, chain = path.parent / extends, (*extended_by, path)
-    if parent.resolve() in [each.resolve() for each in chain]:
+    parent = user_path(str(path.parent / extends), f"{path}: extends")
+    chain = (*extended_by, path)
+    if os.path.realpath(parent) in map(os.path.realpath, chain):
         raise UserError(f"{path}: extends={extends} comes back to a file that it extends.")
     return [*_read_files(parent, chain), (str(path), loaded)]
 

@@ -313,6 +313,21 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "checkpoint.mode": ("auto", "async", "sync"),
 }
 
+# Settings that name a place on this machine, or may: other words pass the same check.
+PATHS = (
+    "run_dir",
+    "model.name_or_path",
+    "model.weights",
+    "data.source",
+    "data.mixture[].source",
+    "data.held_out_source",
+    "data.template",
+    "data.cache_dir",
+    "checkpoint.resume",
+    "evaluate.instructions",
+    "judge.reference",
+)
+
 # key: (least, greatest), and whether each of them is itself allowed, as "[]" or "()"
 RANGES: dict[str, tuple[float, float, str]] = {
     "adapter.rank": (1, 2**16, "[]"),

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from neftune_dist.config import DataConfig, SourceConfig, UserError
+from neftune_dist.config import DataConfig, SourceConfig, UserError, user_path
 from neftune_dist.data import entry
 from neftune_dist.data.audit import Audit
 from neftune_dist.data.documents import Conversations, Documents, Spool, Table
@@ -110,10 +110,7 @@ def prepare(
     template = Template(tokenizer, config)
     given = _Input.open(config)
     fingerprint = _fingerprint(config, given, template)
-    try:
-        root = Path(config.cache_dir).expanduser() / "corpora"
-    except RuntimeError as error:
-        raise UserError(f"data.cache_dir={config.cache_dir} names no known user.") from error
+    root = user_path(config.cache_dir, "data.cache_dir") / "corpora"
     try:
         folder = entry.obtain(
             root,

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from neftune_dist.config import BUILTIN_SOURCE, UserError
+from neftune_dist.config import BUILTIN_SOURCE, UserError, user_path
 
 # How a file is read, by its suffix; tables are compressed inside, if at all.
 KINDS = {
@@ -62,7 +62,7 @@ def find(source: str, key: str) -> Files:
     Raises:
         UserError: there is none, or one that cannot be read.
     """
-    path = Path(os.path.expanduser(source))
+    path = user_path(source, key)
     what = f"{key}={path}"
     if not os.path.exists(path):
         if not _is_glob(source):

@@ -11,12 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from neftune_dist.config import DataConfig, UserError
+from neftune_dist.config import DataConfig, UserError, user_path
 from neftune_dist.data import masks, prompts
 from neftune_dist.data.chat import ChatTemplate, bounded, with_system
 from neftune_dist.data.formats import Conversation, Turn
@@ -268,8 +267,8 @@ def _jinja(tokenizer: Any, template: str, name: str) -> str:
     if template != "chat":
         try:
             with bounded():
-                return Path(template).expanduser().read_text(encoding="utf-8")
-        except (OSError, ValueError, RuntimeError) as error:
+                return user_path(template, "data.template").read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"data.template={template} cannot be read: {reason}.") from error
     try:

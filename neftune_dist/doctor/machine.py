@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from neftune_dist import host
+from neftune_dist.config import user_path
 from neftune_dist.doctor.findings import OK, WARNING, WRONG, Finding, told, within
 
 _ROOT = Path("/")
@@ -101,7 +102,7 @@ def _state(port: Path) -> tuple[str, str]:
 
 def existing(run_dir: Path) -> Path:
     """The run directory, or the folder above it that exists."""
-    path = run_dir.expanduser().absolute()
+    path = run_dir.absolute()
     return next(each for each in (path, *path.parents) if each.exists())
 
 
@@ -166,8 +167,9 @@ def check_hub(model: str | None) -> Iterator[Finding]:
     if model is None:
         return
     mend = "download it into the cache on a machine that reaches the hub, or name a directory"
-    if Path(model).expanduser().is_dir():
-        there = (Path(model).expanduser() / "config.json").is_file()
+    place = user_path(model, "--model")
+    if place.is_dir():
+        there = (place / "config.json").is_file()
         seen = f"{model} is a directory {'with' if there else 'without'} a config.json"
         yield Finding(OK if there else WRONG, "model", seen, "name a model's directory")
     elif isinstance(try_to_load_from_cache(model, "config.json"), str):

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from neftune_dist.config import UserError
 from neftune_dist.doctor.findings import named
+from neftune_dist.ranks import number
 
 _POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.01, 0.5
 _CONNECT_SECONDS = 20.0  # once somebody listens at the address
@@ -57,22 +59,27 @@ class Place:
         host = variables.get("SLURMD_NODENAME") or socket.gethostname().partition(".")[0]
         if "RANK" in variables:
             return Place(
-                int(variables["RANK"]),
-                int(variables.get("WORLD_SIZE", "1")),
-                int(variables.get("LOCAL_RANK", "0")),
+                number("RANK", 0),
+                number("WORLD_SIZE", 1, least=1),
+                number("LOCAL_RANK", 0),
                 host,
                 variables.get("MASTER_ADDR", ""),
-                int(variables.get("MASTER_PORT", "0")),
+                number("MASTER_PORT", 0),
             )
-        size = int(variables.get("SLURM_STEP_NUM_TASKS", "1"))
+        size = number("SLURM_STEP_NUM_TASKS", 1, least=1)
         if size == 1 or "SLURM_PROCID" not in variables:
             return Place(0, 1, 0, host)
-        hosts = expand(variables["SLURM_STEP_NODELIST"])
-        job, step = (int(variables.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+        try:
+            hosts = expand(variables.get("SLURM_STEP_NODELIST", ""))
+        except ValueError:
+            hosts = []
+        if not hosts:
+            raise UserError("SLURM_STEP_NODELIST does not name the hosts of this step.")
+        job, step = (number(name, 0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
         return Place(
-            int(variables["SLURM_PROCID"]),
+            number("SLURM_PROCID", 0),
             size,
-            int(variables.get("SLURM_LOCALID", "0")),
+            number("SLURM_LOCALID", 0),
             host,
             hosts[0],
             _PORTS[(job * 31 + step) % len(_PORTS)],

@@ -21,7 +21,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from neftune_dist.config import EvaluateConfig, UserError
+from neftune_dist.config import EvaluateConfig, UserError, checksummed, formed, parse_json
 from neftune_dist.data import builtin
 from neftune_dist.distributed import World
 from neftune_dist.evaluate.instructions import Instruction
@@ -187,9 +187,12 @@ def _read_partial(folder: Path) -> dict[int, dict[str, Any]]:
     for path in _partial(folder):
         for line in path.read_bytes().splitlines(keepends=True):
             if line.endswith(b"\n"):
-                row = json.loads(line)
-                index = row.pop("index")
-                done[index] = vars(Generated(**row))
+                try:
+                    row = parse_json(line, {"index": int})
+                    index = row.pop("index")
+                    done[index] = vars(formed(row, Generated))
+                except ValueError:
+                    continue  # damaged: it is answered again
     return done
 
 
@@ -209,7 +212,7 @@ class _Appended:
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Put rows on the disk."""
         try:
-            self._file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+            self._file.write("".join(json.dumps(checksummed(row)) + "\n" for row in rows).encode())
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:

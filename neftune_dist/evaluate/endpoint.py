@@ -177,7 +177,14 @@ class Endpoint:
             used = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
             if not isinstance(text, str):
                 raise TypeError
-        except (ValueError, TypeError, LookupError, AttributeError):
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RecursionError,
+            ValueError,
+            TypeError,
+        ):
             start = self.clean(content.decode(errors="replace"))[:80]
             raise Failure(
                 f"{self.url} does not answer as OpenAI's chat completions do: {start!r}", again=True
@@ -252,7 +259,7 @@ def _message(text: str) -> str:
     try:
         error = json.loads(text)["error"]
         text = error["message"] if isinstance(error, dict) else str(error)
-    except (ValueError, TypeError, LookupError):
+    except (LookupError, RecursionError, ValueError, TypeError):
         pass
     return " ".join(str(text).split())[:200].rstrip(".")
 

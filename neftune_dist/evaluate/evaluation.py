@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from neftune_dist.attempt import EXIT_DONE, EXIT_STOPPED
-from neftune_dist.config import UserError
+from neftune_dist.config import UserError, user_path
 from neftune_dist.data.corpus import Corpus, prepare
 from neftune_dist.data.selection import sample_documents
 from neftune_dist.data.sources import BadRow
@@ -157,7 +157,7 @@ class _Evaluation:
             raise UserError(
                 f"judge.reference={reference} has no effect without instructions to answer."
             )
-        theirs = read_answers(Path(reference).expanduser())
+        theirs = read_answers(user_path(reference, "judge.reference"))
         # Whether they go together shows before hours of answering.
         pair([{"instruction": each.text} for each in self.instructions], theirs)
         return theirs

@@ -13,6 +13,7 @@ filling, and other settings for answers that are there, which may have taken hou
 
 from __future__ import annotations
 
+import hashlib
 import json
 import textwrap
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from neftune_dist import storage
-from neftune_dist.config import UserError
+from neftune_dist.config import Optional, UserError, checksummed, read_json
 from neftune_dist.distributed import World
 from neftune_dist.evaluate.subject import Subject
 
@@ -32,6 +33,51 @@ _OURS = (
 )
 PARTS = ("losses", "answers", "tasks", "judge")
 _MEND = "choose another --output, or remove that directory to begin anew."
+_FIX = _MEND.rstrip(".")
+_LOSSES = {
+    "held_out_loss": float | None,
+    "perplexity": float | None,
+    "num_documents": int,
+    "num_supervised_tokens": int,
+    "train_loss": float | None,
+    "train_loss_noisy": float | None,
+    "num_train_documents": int,
+}
+_TASK = {"accuracy": float, "standard_error": float, "num_items": int}
+_JUDGED = {
+    "win_rate": float | None,
+    "interval": list | None,
+    "length_controlled": float | None,
+    "length_controlled_interval": list | None,
+    "num": int,
+    "num_unparsed": int,
+    "num_failed": int,
+}
+_SUMMARY = {
+    "subject": {"name": str, "step": int | None, "alpha": float | None},
+    "losses?": Optional(_LOSSES),
+    "answers?": Optional({str: float | None}),
+    "tasks?": Optional({str: _TASK}),
+    "judge?": Optional(_JUDGED),
+}
+_ITEMS = {
+    "held_out?": [[float]],
+    "train?": [[float]],
+    "train_noisy?": [[float]],
+    "answers?": {str: [float | bool | None]},
+    "tasks?": {str: [float | bool]},
+    "judge?": [float | None],
+}
+ANSWERS = [
+    {"instruction": str, "output": str, "generator": str, "num_tokens?": int, "finished?": bool}
+]
+_SETTINGS = {"subject": str, "answers_sha256?": str, **{f"{part}?": dict for part in PARTS}}
+FORMS = {
+    "summary.json": _SUMMARY,
+    "items.json": _ITEMS,
+    "answers.json": ANSWERS,
+    "settings.json": _SETTINGS,
+}
 
 
 class Results:
@@ -71,6 +117,11 @@ class Results:
         if (self.folder / "summary.json").exists():
             self.summary |= self.read("summary.json")
             self.items = self.read("items.json")
+            written = stored.get("answers_sha256")
+            if written and self.summary["answers"] and self._answers_digest() != written:
+                raise UserError(
+                    f"{self.folder / 'answers.json'} has changed since it was written: {_MEND}"
+                )
 
     def close(self) -> None:
         """Let another process fill the folder."""
@@ -119,15 +170,20 @@ class Results:
     def put_answers(self, rows: list[dict[str, Any]]) -> None:
         """Write answers.json. Rank 0."""
         self._write("answers.json", rows)
+        self._settings["answers_sha256"] = self._answers_digest()
+
+    def _answers_digest(self) -> str:
+        try:
+            return hashlib.sha256((self.folder / "answers.json").read_bytes()).hexdigest()
+        except OSError:  # it has been removed
+            return ""
 
     def read(self, name: str) -> Any:
         """One of the files. Raises `UserError` where it is damaged."""
-        try:
-            return json.loads((self.folder / name).read_bytes())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.folder / name} cannot be read: {error}; {_MEND}") from error
+        return read_json(self.folder / name, FORMS[name], fix=_FIX)
 
     def _write(self, name: str, content: Any) -> None:
+        content = checksummed(content) if isinstance(content, dict) else content
         with storage.writing(str(self.folder)):
             storage.write(self.folder / name, json.dumps(content, indent=1) + "\n")
 

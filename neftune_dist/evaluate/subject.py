@@ -23,7 +23,8 @@ from torch import nn
 
 from neftune_dist.checkpoint import store
 from neftune_dist.checkpoint.content import MODEL_FOLDER, Content
-from neftune_dist.config import Config, ModelConfig, UserError, load_config
+from neftune_dist.checkpoint.sealed import check_architecture, check_sealed, run_config
+from neftune_dist.config import Config, ModelConfig, UserError, load_config, read_json, user_path
 from neftune_dist.data.formats import Conversation, Turn
 from neftune_dist.data.sources import BadRow
 from neftune_dist.data.template import Template
@@ -69,9 +70,10 @@ class Subject:
     def end_tokens(self) -> list[int]:
         """Tokens at which an answer ends: by the model's files, and that which ends the answers it
         is taught (a base model with a chat template of its own knows no other)."""
-        try:
-            found = transformers.GenerationConfig.from_pretrained(self.folder).eos_token_id
-        except OSError:  # it has no such file
+        own = self.folder / "generation_config.json"
+        if own.exists():
+            found = read_json(own, {"eos_token_id?": int | list | None}).get("eos_token_id")
+        else:
             found = load.load_model_config(self.folder, self._plain).eos_token_id
         ends = {*(found if isinstance(found, list) else [found]), self.tokenizer.eos_token_id}
         ends.add(_taught_end(Template(self.tokenizer, replace(self.config.data, supervise="last"))))
@@ -175,7 +177,7 @@ def open_subject(
     """
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    path = Path(name).expanduser()
+    path = user_path(str(name), "SUBJECT")
     is_run, is_checkpoint = (path / "config.yaml").is_file(), path.parent.name == "checkpoints"
     if not is_run and not is_checkpoint:
         if step is not None:
@@ -191,8 +193,10 @@ def open_subject(
     run_dir = path if is_run else path.resolve().parents[1]
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{name} belongs to no run: {run_dir} has no config.yaml.")
-    config = load_config(run_dir / "config.yaml", settings)
+    config = run_config(run_dir, settings)
     chosen = store.choose(run_dir, step) if is_run else store.open_checkpoint(path)
+    state = chosen.trainer_state()
+    check_architecture(run_dir, state)
     return Subject(
         name=f"{run_dir.resolve().name}-step-{chosen.step}",
         config=config,
@@ -202,7 +206,7 @@ def open_subject(
         run_dir=run_dir,
         checkpoint=chosen,
         step=chosen.step,
-        alpha=float(chosen.trainer_state()["config"]["noise"]["alpha"]),
+        alpha=float(state["config"]["noise"]["alpha"]),
     )
 
 
@@ -224,12 +228,14 @@ def _open_model(
     device: torch.device,
     part: tuple[int, int],
 ) -> Subject:
-    path = Path(name).expanduser()
+    path = user_path(name, "SUBJECT")
     if path.exists() and not (path / "config.json").is_file():
         raise UserError(
             f"{name} is nothing to evaluate: neither a run directory (config.yaml), nor a "
             "checkpoint (RUN_DIR/checkpoints/step_00000020), nor a model directory (config.json)."
         )
+    if config_file is not None:
+        check_sealed(Path(config_file).parent)  # a run's own, perhaps
     words = [f"model.name_or_path={name}", *_OF_ITS_OWN_MODEL, *settings]
     config = load_config(config_file, words)
     folder = load.find(config.model)

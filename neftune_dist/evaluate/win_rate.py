@@ -8,7 +8,6 @@ not be understood has no preference: it is counted and takes part in no rate.
 from __future__ import annotations
 
 import gzip
-import json
 import math
 import zlib
 from collections import defaultdict
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from neftune_dist.config import UserError
+from neftune_dist.config import UserError, parse_json
 from neftune_dist.config.limits import limited
 
 NUM_RESAMPLES = 2000
@@ -263,7 +262,7 @@ def _rows(path: Path, texts: tuple[str, ...], also: tuple[str, ...] = ()) -> lis
             content = path.read_bytes()
             if content[:2] == b"\x1f\x8b":
                 content = gzip.decompress(content)
-            rows = json.loads(content)
+            rows = parse_json(content, Any)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     except (ValueError, EOFError, zlib.error, RecursionError) as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from neftune_dist import attempt, host
+from neftune_dist import attempt, host, ranks
 from neftune_dist.config import UserError
 from neftune_dist.launch import rendezvous
 from neftune_dist.launch.torchrun import LOOPBACK, torchrun
@@ -24,7 +24,7 @@ def node(folder: Path, words: Sequence[str], *, num_processes: int, minutes: flo
     What goes wrong is left word of.
     """
     hosts = os.environ.get("NEFTUNE_DIST_HOSTS", socket.gethostname()).split(",")
-    index = int(os.environ.get("SLURM_PROCID", "0")) if len(hosts) > 1 else 0
+    index = ranks.number("SLURM_PROCID", 0) if len(hosts) > 1 else 0
     rendezvous.arrive(folder, index)
     number = num_processes or num_gpus() or 1
     # Until torchrun's ranks are there, nothing needs saving.
@@ -107,7 +107,7 @@ def _set_environment(folder: Path, num_processes: int) -> None:
 def num_gpus() -> int:
     """GPUs that this process may use, found without torch: what Slurm says, or the driver."""
     if "SLURM_GPUS_ON_NODE" in os.environ:
-        return int(os.environ["SLURM_GPUS_ON_NODE"])
+        return ranks.number("SLURM_GPUS_ON_NODE", 0)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     present = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
     if visible is None:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from neftune_dist import storage
-from neftune_dist.config import UserError
+from neftune_dist.config import UserError, read_json
 
 _POLL_SECONDS = 0.2
 # Below the range from which the system takes ports for outgoing connections.
@@ -40,7 +40,7 @@ def meet(folder: Path, hosts: Sequence[str], index: int, seconds: float) -> tupl
         # Listing a folder makes a network file system look again.
         there = {each.name for each in folder.iterdir()}
         if place.name in there:
-            found = json.loads(place.read_text())
+            found = read_json(place, {"address": str, "port": int})
             return found["address"], found["port"]
         if index == 0 and not missing_hosts(folder, hosts):
             found = {"address": address_towards(hosts[1]), "port": free_port()}

@@ -27,8 +27,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from neftune_dist import attempt, children, storage
-from neftune_dist.config import Config
+from neftune_dist import attempt, children, ranks, storage
+from neftune_dist.config import Config, UserError, user_path
 from neftune_dist.launch.rendezvous import missing_hosts
 from neftune_dist.records import STEPS, read_records
 
@@ -61,12 +61,17 @@ class Job:
         number = os.environ.get("SLURM_JOB_ID")
         if not number or "SLURM_STEP_ID" in os.environ:
             return None
-        listed = subprocess.run(
-            ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        nodes = os.environ.get("SLURM_JOB_NODELIST", "")
+        command = ["scontrol", "show", "hostnames", nodes]
+        try:
+            listed = subprocess.run(command, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            reason = getattr(error, "stderr", "") or getattr(error, "strerror", "") or error
+            raise UserError(
+                f"The environment says SLURM_JOB_ID={number}, but the job's nodes "
+                f"(SLURM_JOB_NODELIST={nodes}) cannot be told by scontrol: {str(reason).strip()}; "
+                "outside of a job, unset SLURM_JOB_ID."
+            ) from error
         return Job(number, tuple(listed.stdout.split()))
 
     def requeue(self) -> bool:
@@ -123,7 +128,7 @@ def launch(
     Raises:
         UserError: the run directory cannot be written, or another launch is at work in it.
     """
-    run_dir = Path(config.run_dir).expanduser().absolute()
+    run_dir = user_path(config.run_dir, "run_dir").absolute()
     with storage.writing(f"run_dir={run_dir}"):
         run_dir.mkdir(parents=True, exist_ok=True)
     busy = f"run_dir={run_dir} is in use by another launch, which goes on."
@@ -138,9 +143,9 @@ def _launch(
     requests, job = Requests(), Job.find()
     # Orphans of a process that was killed become children of this one, which ends them.
     children.adopt_orphans()
-    words, going_on = [*words], int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+    words, going_on = [*words], ranks.number("SLURM_RESTART_COUNT", 0) > 0
     while True:
-        if going_on and _published(run_dir):
+        if going_on and attempt.newest_step(run_dir):
             # What `never` or another run's checkpoint meant was the first start.
             words.append("checkpoint.resume=auto")
         going_on = True
@@ -148,9 +153,9 @@ def _launch(
             folder = attempt.begin(run_dir)
         _say(f"{folder.name} of {run_dir}, output of all ranks in {folder}")
         command = _command(job, folder, words, num_processes, minutes)
-        with (folder / "console.log").open("wb") as console:
+        with (folder / "console.log").open("wb", buffering=0) as console:
             error_text = _attend(command, folder, console, requests, job, minutes * 60)
-        steps, published = _last_step(run_dir), _published(run_dir)
+        steps, published = _last_step(run_dir), attempt.newest_step(run_dir)
         outcome = attempt.conclude(folder, steps, published, error_text)
         if requests.kill:
             _say(f"ended at once; the newest checkpoint is that of step {published}")
@@ -183,7 +188,7 @@ def _command(
     python = os.environ.get("NEFTUNE_DIST_PYTHON", sys.executable)
     options = ["--processes", str(num_processes), "--rendezvous-minutes", str(minutes)]
     run = [python, "-m", "neftune_dist", "node", *options, str(folder), "--", *words]
-    run = [*_IGNORING_USR1, *shlex.split(os.environ.get("NEFTUNE_DIST_CONTAINER", "")), *run]
+    run = [*_IGNORING_USR1, *_listed("NEFTUNE_DIST_CONTAINER"), *run]
     if job is None:
         return run
     number = str(len(job.hosts))
@@ -197,9 +202,18 @@ def _command(
         f"--wait={_END_SECONDS:.0f}",
         # The task is torchrun, whose ranks share the node's cores; Slurm would bind it to one.
         "--cpu-bind=none",
-        *shlex.split(os.environ.get("NEFTUNE_DIST_SRUN_OPTIONS", "")),
+        *_listed("NEFTUNE_DIST_SRUN_OPTIONS"),
         *run,
     ]
+
+
+def _listed(variable: str) -> list[str]:
+    """The words in an environment variable, quoted as in a shell."""
+    text = os.environ.get(variable, "")
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{variable}={text} cannot be read: {error}.") from error
 
 
 def _attend(
@@ -259,11 +273,24 @@ def _attend(
 
 
 def _copy(source: IO[bytes], console: IO[bytes]) -> None:
+    """Pass output on to the log and to this process's own. Whatever becomes of them, the pipe is
+    drained: a rank that prints must not wait for a full disk or for a reader that has gone."""
+    lost = 0
     while block := os.read(source.fileno(), 1 << 16):
-        console.write(block)
-        console.flush()
-        with contextlib.suppress(OSError):  # whoever read our output has gone
-            os.write(1, block)
+        note = b"\n(neftune-dist: %d bytes of output are missing here)\n" % lost
+        if lost and not _unwritten(console.fileno(), note):
+            lost = 0
+        lost += _unwritten(console.fileno(), block)
+        _unwritten(1, block)
+
+
+def _unwritten(descriptor: int, block: bytes) -> int:
+    """Write a block; how many bytes of it could not be written."""
+    left = memoryview(block)
+    with contextlib.suppress(OSError):
+        while left:
+            left = left[os.write(descriptor, left) :]
+    return len(left)
 
 
 def _ask_to_stop(pid: int, job: Job | None) -> None:
@@ -302,11 +329,4 @@ def _last_step(run_dir: Path) -> int:
     with contextlib.suppress(OSError):
         rows = read_records(run_dir / STEPS, last_bytes=2**16).rows
         return int(rows[-1]["step"]) if rows else 0
-    return 0
-
-
-def _published(run_dir: Path) -> int:
-    """The step of the newest published checkpoint; 0 where there is none."""
-    with contextlib.suppress(OSError, ValueError):
-        return int((run_dir / "checkpoints" / "latest").read_text().strip().rpartition("_")[2])
     return 0

@@ -70,9 +70,11 @@ class ForeignWeights:
 def open_weights(folder: Path) -> ForeignWeights | None:
     """The weights in `folder`, or None where it is no checkpoint of these layouts."""
     if (folder / ".metadata").is_file():
-        return ForeignWeights(_by_every_suffix(_dcp_slices(folder)))
+        with _explained(folder, "PyTorch's distributed"):
+            return ForeignWeights(_by_every_suffix(_dcp_slices(folder)))
     latest = folder / "latest"
-    tagged = folder / latest.read_text().strip() if latest.is_file() else folder
+    with _explained(folder, "DeepSpeed's ZeRO"):
+        tagged = folder / latest.read_text().strip() if latest.is_file() else folder
     files = {
         int(match[1]): (file, int(match[2]))
         for file in sorted(tagged.glob("*_optim_states.pt"))
@@ -82,9 +84,27 @@ def open_weights(folder: Path) -> ForeignWeights | None:
         return None
     if any(model_rank for _, model_rank in files.values()):
         raise UserError(f"The ZeRO checkpoint {tagged} is tensor parallel: it cannot be read here.")
-    with _as_laid_out(tagged, "DeepSpeed ZeRO"):
+    with _explained(tagged, "DeepSpeed's ZeRO"):
         slices = _zero_slices(tagged, [files[rank][0] for rank in sorted(files)])
-    return ForeignWeights(_by_every_suffix(slices))
+        return ForeignWeights(_by_every_suffix(slices))
+
+
+@contextmanager
+def _explained(folder: Path, layout: str) -> Iterator[None]:
+    """Turns whatever a foreign file's garbage makes of torch's readers and of the code here into a
+    `UserError`: every field of it is another program's."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
+        failures = getattr(error, "failures", None)  # of ranks, of which there is one
+        cause = next(iter(failures.values()))[0] if failures else error
+        reason = first_line(cause)
+        raise UserError(
+            f"{folder} is no checkpoint of {layout} layout that can be read "
+            f"({type(cause).__name__}: {reason[:200]}): copy it again, or name another one."
+        ) from error
 
 
 def _by_every_suffix(slices: dict[str, Slice]) -> dict[str, Slice]:
@@ -162,24 +182,15 @@ def _joined(parts: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
 
 def _slice(shape: Sequence[int], pieces: Sequence[Tensor]) -> Slice:
     """A tensor whose flattened self is in pieces, the last of them perhaps padded."""
-    row = math.prod(shape[1:])
+    row, held = math.prod(shape[1:]), sum(piece.numel() for piece in pieces)
+    if held < math.prod(shape):
+        raise ValueError(f"{held} of {math.prod(shape)} elements of a tensor are there")
 
     def read_rows(first: int, last: int) -> Tensor:
         read = torch.cat(_joined(pieces, first * row, last * row))
         return read.view(last - first, *shape[1:]) if shape else read
 
     return Slice(tuple(shape), read_rows)
-
-
-@contextmanager
-def _as_laid_out(folder: Path, trainer: str) -> Iterator[None]:
-    """Turns what garbage leads to into a `UserError`."""
-    try:
-        yield
-    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{folder} is not laid out as a checkpoint of {trainer}: {first_line(error)}."
-        ) from error
 
 
 def _dcp_slices(folder: Path) -> dict[str, Slice]:
@@ -203,13 +214,8 @@ def _dcp_rows(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             planner = _RowsPlanner(name, stored, chunk, target)
-            try:
+            with _explained(Path(reader.path), "PyTorch's distributed"):
                 dcp.load({}, storage_reader=reader, planner=planner, no_dist=True)
-            except dcp.CheckpointException as error:
-                reason = first_line(next(iter(error.failures.values()))[0])
-                raise UserError(
-                    f"{name} in {reader.checkpoint_id} cannot be read: {reason}."
-                ) from error
         return target
 
     return read_rows

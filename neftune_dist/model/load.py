@@ -18,7 +18,7 @@ import transformers
 from tokenizers import AddedToken
 from torch import Tensor, nn
 
-from neftune_dist.config import AdapterConfig, ModelConfig, UserError, listed
+from neftune_dist.config import AdapterConfig, ModelConfig, UserError, listed, user_path
 from neftune_dist.model import adapters
 from neftune_dist.model.attention import implementation
 from neftune_dist.model.compute import configure
@@ -34,7 +34,7 @@ def find(config: ModelConfig, weights: bool = True) -> Path:
     """The model's directory; a hub id is downloaded into the hub's cache, with or without its
     weights."""
     name = config.name_or_path
-    path = Path(name).expanduser()
+    path = user_path(name, "model.name_or_path")
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"model.name_or_path={name} is a directory without a config.json.")

@@ -7,7 +7,6 @@ tensor, a wrong shape, quantized weights.
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
-from neftune_dist.config import ModelConfig, UserError
+from neftune_dist.config import ModelConfig, UserError, read_json, user_path
 from neftune_dist.model.foreign import open_weights
 from neftune_dist.model.pickles import first_line, load_tensors
 
@@ -32,7 +31,7 @@ def weights_folder(config: ModelConfig, folder: Path) -> Path:
     """Where a new run's weights are: `model.weights`, or the model's own directory."""
     if config.weights is None:
         return folder
-    elsewhere = Path(config.weights).expanduser()
+    elsewhere = user_path(config.weights, "model.weights")
     if not elsewhere.is_dir():
         raise UserError(f"model.weights={config.weights} is no directory.")
     return elsewhere
@@ -200,11 +199,9 @@ def _index(folder: Path) -> dict[str, Any]:
         if single.is_file():
             files = [single]
         elif index.is_file():
-            try:
-                weight_map = json.loads(index.read_text())["weight_map"]
-                files = [folder / file for file in sorted(set(weight_map.values()))]
-            except (LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
-                raise UserError(f"{index} is no index of weight files.") from error
+            fix = "it is no index of weight files, so copy it again"
+            weight_map = read_json(index, {"weight_map": {str: str}}, fix=fix)["weight_map"]
+            files = [folder / file for file in sorted(set(weight_map.values()))]
         else:
             continue
         opened = [_open(file) for file in files]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from neftune_dist import storage
-from neftune_dist.config import Config, UserError, load_config
+from neftune_dist.config import Config, UserError, load_config, user_path
 from neftune_dist.evaluate.judge import compare
 from neftune_dist.evaluate.win_rate import Judgement
 from neftune_dist.study import report
@@ -46,7 +46,7 @@ def study(
     """
     configs = _checked(config_path, settings, alphas, num_seeds, num_ranks)
     config = configs[0]
-    folder = Path(config.run_dir).expanduser()
+    folder = user_path(config.run_dir, "run_dir")
     seeds = range(config.train.seed, config.train.seed + num_seeds)
     numbered = list(enumerate(pairs(alphas, seeds)))
     if only is not None and not 0 <= only < len(numbered):

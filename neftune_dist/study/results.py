@@ -4,7 +4,6 @@ compared: they may differ in alpha and seed alone, and must have seen the same d
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from neftune_dist.config import Config, UserError, differences, load_config
+from neftune_dist.checkpoint.sealed import run_config
+from neftune_dist.config import Config, UserError, differences, read_json
+from neftune_dist.evaluate.results import FORMS
 from neftune_dist.records import EVALUATIONS, STEPS, read_records
 from neftune_dist.study.runs import evaluation_folder
 
@@ -111,7 +112,7 @@ def read_run(folder: Path, alpha: float, seed: int) -> Run:
         alpha=alpha,
         seed=seed,
         folder=folder,
-        config=load_config(folder / "config.yaml"),
+        config=run_config(folder),
         steps=steps,
         held_out=sorted((step, loss) for step, loss in held_out.items() if step <= last),
         evaluation=_evaluation(evaluation_folder(folder, last)),
@@ -176,11 +177,12 @@ def _of(run: Run, what: Callable[[Evaluation], Any]) -> Any:
 def _evaluation(folder: Path) -> Evaluation | None:
     if not (folder / "summary.json").exists():
         return None
-    summary, items = (_read(folder / f"{name}.json") for name in ("summary", "items"))
-    answers = _read(folder / "answers.json") if (folder / "answers.json").exists() else []
-    if not (isinstance(summary, dict) and isinstance(items, dict) and isinstance(answers, list)):
-        raise UserError(f"{folder} is no evaluation: its files are not of the form they should be.")
-    return Evaluation(summary, items, answers)
+    names = ["summary.json", "items.json"]
+    if (folder / "answers.json").exists():
+        names.append("answers.json")
+    fix = "remove the folder, and the study's command evaluates that run again"
+    summary, items, *answers = (read_json(folder / n, FORMS[n], fix=fix) for n in names)
+    return Evaluation(summary, items, answers[0] if answers else [])
 
 
 def _number(value: float | None) -> float:
@@ -200,21 +202,3 @@ def _rows(path: Path, numbers: Sequence[str]) -> list[dict[str, Any]]:
             f"compared by; without {path.parent}, the study makes that run again."
         )
     return found.rows
-
-
-def _read(path: Path) -> Any:
-    return _parsed(_text(path), path)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from error
-
-
-def _parsed(text: str, path: Path) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read: {error}.") from error

@@ -10,7 +10,6 @@ import csv
 import gzip
 import importlib
 import io
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +18,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from neftune_dist.config import BUILTIN_SOURCE, DataConfig, ModelConfig, SourceConfig, UserError
+from neftune_dist.config import (
+    BUILTIN_SOURCE,
+    DataConfig,
+    ModelConfig,
+    SourceConfig,
+    UserError,
+    formed,
+    parse_json,
+    read_json,
+)
 from neftune_dist.data import builtin, files
 
 _TRUE = ("1", "ON", "YES", "TRUE")
@@ -53,7 +61,10 @@ class Hub:
         """The folder of a cached model (`kind` models) or dataset (datasets); None: not cached."""
         root, wanted = self.cache / f"{kind}--{name.replace('/', '--')}", revision or "main"
         reference = root / "refs" / wanted
-        commit = reference.read_text().strip() if reference.is_file() else wanted
+        try:
+            commit = reference.read_text().strip() if reference.is_file() else wanted
+        except (OSError, ValueError) as error:
+            raise UserError(f"{reference} of the hub's cache cannot be read: {error}.") from error
         folders = [root / "snapshots" / commit]
         if kind == "datasets":
             folders.append(self.datasets / name.replace("/", "___"))
@@ -169,11 +180,9 @@ def _weight_files(folder: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         return []
-    try:
-        names = json.loads(index.read_text())["weight_map"].values()
-        return [folder / name for name in sorted(set(names))]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is no index of weight files.") from error
+    fix = "it is no index of weight files, so copy it again"
+    weight_map = read_json(index, {"weight_map": {str: str}}, fix=fix)["weight_map"]
+    return [folder / name for name in sorted(set(weight_map.values()))]
 
 
 @cache
@@ -183,12 +192,15 @@ def _tensors(file: Path) -> dict[str, Any]:
         with file.open("rb") as opened:
             length, size = int.from_bytes(opened.read(8), "little"), file.stat().st_size
             # A damaged length must not have the whole file read.
-            header = json.loads(opened.read(length)) if length < size else {}
+            header = parse_json(opened.read(length)) if length < size else {}
         header.pop("__metadata__", None)
-        wanted = 8 + length + max((each["data_offsets"][1] for each in header.values()), default=0)
+        header = formed(header, {str: {"data_offsets": [int], "shape": [int]}})
+        wanted = (
+            8 + length + max((max(each["data_offsets"]) for each in header.values()), default=0)
+        )
     except FileNotFoundError as error:
         raise UserError(f"The weights are incomplete: {file} is missing.") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"The weights in {file} cannot be read: {error}.") from error
     if size != wanted:
         raise UserError(f"The weights are incomplete: {file} has {size} bytes, not {wanted}.")
@@ -217,7 +229,7 @@ def _count(path: Path) -> Rows | None:
         if head.startswith(b"["):
             content = text.read(_COUNTED_BYTES + 1)
             fits = len(content) <= _COUNTED_BYTES
-            return Rows(len(json.loads(content.decode("utf-8-sig")))) if fits else None
+            return Rows(len(parse_json(content.decode("utf-8-sig"), list))) if fits else None
         number = read = 0
         for line in text:
             number += not line.isspace()

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from neftune_dist.config import Config, DataConfig, SourceConfig, UserError
+from neftune_dist.attempt import newest_step
+from neftune_dist.config import Config, DataConfig, SourceConfig, UserError, user_path
 from neftune_dist.data import files
 from neftune_dist.records import STEPS, read_records
 from neftune_dist.submit import inventory
@@ -121,14 +122,6 @@ def check_space(needs: Iterable[tuple[Path, int]]) -> None:
             )
 
 
-def newest_step(run_dir: Path) -> int:
-    """Of the newest published checkpoint; 0 where there is none."""
-    try:
-        return int((run_dir / "checkpoints" / "latest").read_text().strip().rpartition("_")[2])
-    except (OSError, ValueError):
-        return 0
-
-
 def size_text(num_bytes: float) -> str:
     """For people: 1.5 GiB."""
     large = num_bytes >= 2**29
@@ -148,10 +141,7 @@ def time_text(seconds: float) -> str:
 
 
 def _absolute(key: str, text: str) -> str:
-    try:
-        return os.path.abspath(Path(text).expanduser())
-    except RuntimeError as error:
-        raise UserError(f"{key}={text} names no known user.") from error
+    return os.path.abspath(user_path(text, key))
 
 
 def _existing(path: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -102,6 +103,26 @@ def test_a_second_run_in_the_same_directory_is_refused(config: Path, tmp_path: P
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     with FileLock(run_dir / ".lock"):
-        done = tiny.run_forked("train", config, f"run_dir={run_dir}")
+        done = tiny.run_forked("train", config, f"run_dir={run_dir}", before=_hurry)
     assert done.returncode == 2
     assert "in use by another run" in done.stderr
+
+
+def test_a_run_directory_that_a_dying_run_frees_is_waited_for(config: Path, tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    lock = FileLock(run_dir / ".lock", thread_local=False)
+    lock.acquire()
+    freed = threading.Timer(6, lock.release)  # of it, about two for the other to come
+    freed.start()
+    done = tiny.run_forked("train", config, f"run_dir={run_dir}", "train.max_steps=1")
+    assert done.returncode == 0, done.stderr
+    assert "is in use; waiting" in done.stdout
+
+
+def _hurry() -> None:
+    from neftune_dist import train
+
+    train._CLAIM_SECONDS = 2.0

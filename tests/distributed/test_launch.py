@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -117,6 +118,35 @@ def test_ranks_end_with_a_launcher_that_is_killed(config: Path, tmp_path: Path) 
     assert [record["step"] for record in tiny.steps(run_dir)] == list(range(1, STEPS + 1))
     with pytest.raises(LookupError):
         process_of_rank(0, run_dir)
+
+
+def test_a_console_that_nobody_reads(config: Path, tmp_path: Path) -> None:
+    """`launch | head -1`: it starts again after a death, saves when asked, says so by its code."""
+    run_dir = tmp_path / "run"
+    with launched(config, run_dir, step_seconds=0.3) as process:
+        assert process.stdout and process.stdout.readline()
+        process.stdout.close()
+        until(lambda: len(tiny.steps(run_dir)) >= 4)
+        os.kill(process_of_rank(1, run_dir), signal.SIGKILL)
+        second = run_dir / "logs" / "attempt_0002"
+        until(lambda: second.exists() and len(tiny.steps(run_dir)) >= 6)
+        process.terminate()
+        assert process.wait(tiny.DEADLINE_SECONDS) == 75
+    assert kinds(run_dir) == ["failed", "stopped"]
+    assert "stopped at step" in (second / "console.log").read_text()
+
+
+def test_a_run_directory_that_is_removed(config: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with launched(config, run_dir, step_seconds=0.3) as process:
+        until(lambda: len(tiny.steps(run_dir)) >= 2)
+        run_dir.rename(tmp_path / "aside")
+        shutil.rmtree(tmp_path / "aside")
+        code, text = end(process)
+    assert code == 2, text
+    assert "Traceback" not in text
+    assert f"run_dir={run_dir} was removed" in text.splitlines()[-1]
+    assert not run_dir.exists()
 
 
 def test_ctrl_c_saves_and_the_same_command_continues(

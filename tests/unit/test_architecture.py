@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[2] / "neftune_dist"
 # A module may import from its own group and from the groups left of it.
 ORDER: list[set[str]] = [
     {"config"},
-    {"children", "host", "storage", "records"},
+    {"children", "console", "host", "ranks", "records", "storage"},
     {"attempt"},
     {"distributed", "launch"},
     {"watch"},

@@ -296,7 +296,7 @@ def test_a_file_is_refused(
 
 @pytest.mark.parametrize("path", ["/nowhere/run.yaml", "/", "a" * 200 + "\0"])
 def test_a_file_that_cannot_be_opened(path: str) -> None:
-    assert "cannot be read" in refused(path)
+    assert ("is no path" if "\0" in path else "cannot be read") in refused(path)
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ import transformers
 from torch import Tensor
 
 from neftune_dist.config import ModelConfig, UserError
-from neftune_dist.model import load
+from neftune_dist.model import foreign, load
 from neftune_dist.model.weights import WeightFiles
 from tests import tiny
 
@@ -143,3 +146,88 @@ def test_a_run_starts_from_them(folder: Path, tmp_path: Path) -> None:
     plain = tiny.train(config, tmp_path / "c")
     assert one[0]["loss"] == pytest.approx(two[0]["loss"], rel=1e-6)
     assert abs(one[0]["loss"] / plain[0]["loss"] - 1) > 1e-3
+
+
+ODD = (None, True, -1, 2.5, "x", [], {}, [[]], [None], {"a": 1}, torch.ones(3), torch.ones(0))
+
+
+def small_zero(stage: int) -> dict[str, dict]:
+    """The files of a ZeRO checkpoint by one rank, made by hand: their content by name."""
+    shapes = {"model.norm.weight": torch.Size([64]), "lm_head.weight": torch.Size([5, 64])}
+    flat = torch.arange(64 + 5 * 64, dtype=torch.float32)
+    key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
+    count = 1 if stage == 3 else [1]
+    optimizer = {"optimizer_state_dict": {"partition_count": count, key: [flat]}}
+    return {
+        "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt": optimizer,
+        "zero_pp_rank_0_mp_rank_00_model_states.pt": {
+            "param_shapes": [shapes],
+            "shared_params": {},
+        },
+    }
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_garbage_in_a_zero_checkpoint_is_one_sentence(stage: int, tmp_path: Path) -> None:
+    """Every field of both files in turn is odd or missing; then the files' bytes are."""
+
+    def read(files: dict[str, dict]) -> foreign.ForeignWeights | None:
+        for name, content in files.items():
+            torch.save(content, tmp_path / name)
+        return foreign.open_weights(tmp_path)
+
+    whole = small_zero(stage)
+    weights = read(whole)
+    assert weights and weights.get_tensor("norm.weight").tolist() == list(range(64))
+    refused = 0
+    for name, path in [
+        (name, path)
+        for name, content in whole.items()
+        for path in [(), *((a,) for a in content), *((a, b) for a in content for b in content[a])]
+    ]:
+        for odd in ("missing", *ODD):
+            files = copy.deepcopy(whole)
+            place: Any = files
+            for step in (name, *path)[:-1]:
+                place = place[step]
+            last = (name, *path)[-1]
+            if not isinstance(place, dict):
+                continue
+            if isinstance(odd, str) and odd == "missing" and path:
+                del place[last]
+            else:
+                place[last] = odd
+            try:
+                found = read(files)
+                assert found is not None
+                if "norm.weight" in found.keys():  # noqa: SIM118
+                    assert found.get_tensor("norm.weight").tolist() == list(range(64))
+            except UserError as error:
+                refused += 1
+                assert "\n" not in str(error)
+    assert refused > 50
+    for name, content in whole.items():
+        torch.save(content, tmp_path / name)
+        stored = (tmp_path / name).read_bytes()
+        for damaged in (b"", stored[: len(stored) // 2], b"x" * 500, stored[5:], b"PK\x03\x04"):
+            (tmp_path / name).write_bytes(damaged)
+            with pytest.raises(UserError):
+                foreign.open_weights(tmp_path)
+        (tmp_path / name).write_bytes(stored)
+    (tmp_path / "latest").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError):
+        foreign.open_weights(tmp_path)
+
+
+def test_garbage_in_a_distributed_checkpoint_is_one_sentence(tmp_path: Path) -> None:
+    saved = tmp_path / "dcp"
+    dcp.save({"norm.weight": torch.arange(64.0)}, checkpoint_id=saved)
+    for name in (".metadata", "__0_0.distcp"):
+        stored = (saved / name).read_bytes()
+        for damaged in (b"", stored[: len(stored) // 2], b"x" * 500, pickle.dumps([1]), b"\x80"):
+            (saved / name).write_bytes(damaged)
+            with pytest.raises(UserError, match=str(saved)):
+                weights = foreign.open_weights(saved)
+                assert weights is not None
+                weights.get_tensor("norm.weight")
+        (saved / name).write_bytes(stored)

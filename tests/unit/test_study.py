@@ -67,7 +67,7 @@ def write_run(folder: Path, alpha: float, seed: int, effects: Effects, without: 
     }
     right = (values("arc_easy", 0.5, 0.4) > 0.5).astype(int).tolist()
     answers = [
-        {"instruction": f"Say {i}.", "output": "x" * round(c), "correct": None}
+        {"instruction": f"Say {i}.", "output": "x" * round(c), "generator": "m", "correct": None}
         for i, c in enumerate(characters)
     ]
     items = {
@@ -75,11 +75,17 @@ def write_run(folder: Path, alpha: float, seed: int, effects: Effects, without: 
         "answers": of_answers,
         "tasks": {"arc_easy": right},
     }
+    numbers = {"num_documents": NUM_ITEMS, "num_supervised_tokens": 9, "num_train_documents": 0}
+    none = {"perplexity": None, "train_loss": None, "train_loss_noisy": None}
+    counts = {"num": NUM_ITEMS, "num_unparsed": 0, "num_failed": 0}
+    intervals = {"interval": None, "length_controlled_interval": None}
+    arc = {"accuracy": float(np.mean(right)), "standard_error": 0.1, "num_items": NUM_ITEMS}
     summary = {
-        "losses": {"held_out_loss": held_out, "train_loss": None, "train_loss_noisy": None},
+        "subject": {"name": run.name, "step": NUM_STEPS, "alpha": alpha},
+        "losses": {"held_out_loss": held_out, **none, **numbers},
         "answers": {"num": NUM_ITEMS, "characters": float(characters.mean()), "self_bleu": 0.25},
-        "tasks": {"arc_easy": {"accuracy": float(np.mean(right)), "num_items": NUM_ITEMS}},
-        "judge": {"win_rate": 50.0 + seed, "length_controlled": 50.0 - seed},
+        "tasks": {"arc_easy": arc},
+        "judge": {"win_rate": 50.0 + seed, "length_controlled": 50.0 - seed, **intervals, **counts},
     }
     for part in filter(None, without.split(",")):
         summary[part] = None

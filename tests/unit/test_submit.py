@@ -162,9 +162,10 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-def with_checkpoint(path: Path) -> None:
-    (path / "checkpoints").mkdir(parents=True)
-    (path / "checkpoints" / "latest").write_text("step_00000005\n")
+def with_checkpoint(path: Path, step: int = 5) -> None:
+    mark = path / "checkpoints" / f"step_{step:08d}" / "manifest.json"
+    mark.parent.mkdir(parents=True)
+    mark.touch()
 
 
 REFUSALS: list[tuple[str | tuple[str, str], str]] = [
@@ -727,8 +728,7 @@ def test_steps_are_predicted(site: Site, words: tuple[str, ...], line: str) -> N
 
 def measured(site: Site, *steps: tuple[float, int], published: int) -> None:
     run_dir = site.here / "runs" / "one"
-    with_checkpoint(run_dir)
-    (run_dir / "checkpoints" / "latest").write_text(f"step_{published:08d}\n")
+    with_checkpoint(run_dir, published)
     rows = [json.dumps({"step_seconds": s, "world_size": size}) for s, size in steps]
     (run_dir / "metrics.jsonl").write_text("\n".join([*rows, '{"step_sec']))
 

@@ -1,0 +1,102 @@
+"""What launchers say of a process in its environment: its rank, of how many, where they meet.
+
+Owns the reading of torchrun's variables and of numbers in Slurm's. What they say in part, or what
+cannot be, is refused before anything waits for ranks that will not come. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from dataclasses import dataclass
+
+from neftune_dist.config import UserError
+
+# Names of machines that are still starting may become known late.
+_RESOLVE_SECONDS = 10.0
+_REST = "unset it, or start the processes with torchrun or neftune-dist launch, which set all."
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among those that were started together.
+
+    Attributes:
+        rank, size: of all processes. local_rank, local_size: of those on this machine.
+        address, port: where rank 0 listens; empty and 0 for a process alone.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    address: str = ""
+    port: int = 0
+
+
+def number(name: str, usual: int, least: int = 0) -> int:
+    """A whole number out of the environment; `usual` where it is not set. Raises `UserError`."""
+    text = os.environ.get(name)
+    if text is None:
+        return usual
+    if not (text.isascii() and text.isdecimal() and least <= int(text[:20]) < 2**63):
+        raise UserError(
+            f"The environment variable {name}={text!r} is no whole number from {least} on: {_REST}"
+        )
+    return int(text)
+
+
+def find_place() -> Place:
+    """This process's place, by torchrun's variables; alone where they are not set.
+
+    Raises:
+        UserError: they are set in part, contradict each other, or name a machine nobody knows.
+    """
+    size = number("WORLD_SIZE", 1, least=1)
+    rank, local_rank = number("RANK", 0), number("LOCAL_RANK", 0)
+    local_size = number("LOCAL_WORLD_SIZE", 1, least=1)
+    needed = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+    missing = [name for name in needed if not os.environ.get(name)]
+    together = size > 1 or rank > 0 or "MASTER_ADDR" in os.environ
+    if together and missing:
+        given = [f"{name}={os.environ[name]}" for name in needed if os.environ.get(name)]
+        raise UserError(
+            f"The environment says {' '.join(given) or 'MASTER_ADDR='} without "
+            f"{', '.join(missing)}, which ranks need to meet: {_REST}"
+        )
+    checks = [("RANK", rank, "WORLD_SIZE", size)]
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        checks += [("LOCAL_RANK", local_rank, "LOCAL_WORLD_SIZE", local_size)]
+        checks += [("LOCAL_WORLD_SIZE", local_size, "WORLD_SIZE + 1", size + 1)]
+    for name, value, limit, most in checks:
+        if value >= most:
+            raise UserError(
+                f"The environment says {name}={value}, which must be less than {limit}={most}: "
+                f"{_REST}"
+            )
+    if not together:
+        return Place(local_rank=local_rank)
+    port = number("MASTER_PORT", 0, least=1)
+    if port > 65535:
+        raise UserError(f"The environment variable MASTER_PORT={port} is no port: {_REST}")
+    _check_address(os.environ["MASTER_ADDR"], port)
+    return Place(rank, size, local_rank, local_size, os.environ["MASTER_ADDR"], port)
+
+
+def _check_address(address: str, port: int) -> None:
+    """Raise `UserError` where the machine of rank 0 has a name that nobody knows: torch would look
+    for it without end."""
+    deadline = time.monotonic() + _RESOLVE_SECONDS
+    while True:
+        try:
+            socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
+            return
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() > deadline or isinstance(error, UnicodeError):
+                reason = getattr(error, "strerror", None) or error
+                raise UserError(
+                    f"The environment variable MASTER_ADDR={address} is no machine that is "
+                    f"known here ({reason}): give the name or the address of rank 0's machine."
+                ) from error
+            time.sleep(0.5)

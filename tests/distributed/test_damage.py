@@ -1,0 +1,72 @@
+"""A sample of the damage drill: no traceback, no hang, no silent change."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neftune_dist import cli
+from neftune_dist.checkpoint import store
+from neftune_dist.checkpoint.content import Content
+from tests import tiny
+
+
+def test_a_sample_of_the_damage_drill() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.distributed.damage", "--sample", "12"],
+        env=tiny.environment(),
+        capture_output=True,
+        text=True,
+        timeout=tiny.DEADLINE_SECONDS,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "12 cases" in done.stdout or "13 cases" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pruned")
+    words = ["train.max_steps=2", "checkpoint.every_steps=1", "evaluate.instructions=null"]
+    tiny.train(tiny.make_config(folder), folder / "run", *words)
+    return folder / "run"
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "export"])
+@pytest.mark.parametrize("moment", ["trainer_state", "first_flaw", "identity", "content"])
+def test_a_checkpoint_that_is_pruned_while_it_is_read(
+    verb: str,
+    moment: str,
+    run_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """By a run that goes on: one sentence, whenever it happens."""
+    own = tmp_path / "run"
+    shutil.copytree(run_dir, own)
+    owner: Any = Content if moment == "content" else store.Checkpoint
+    name = {"identity": "files", "content": "of"}.get(moment, moment)
+    work = getattr(owner, name)
+
+    def pruned(*arguments: Any, **options: Any) -> Any:
+        shutil.rmtree(own / "checkpoints/step_00000002", ignore_errors=True)
+        return work(*arguments, **options)
+
+    real = store.choose
+
+    def choose(*arguments: Any) -> store.Checkpoint:
+        chosen = real(*arguments)  # it was there when it was chosen
+        monkeypatch.setattr(owner, name, staticmethod(pruned) if moment == "content" else pruned)
+        return chosen
+
+    monkeypatch.setattr(store, "choose", choose)
+    with pytest.raises(SystemExit) as ended:
+        cli.main([verb, str(own)])
+    said = capfd.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert any("removed" in line and "step_00000002" in line for line in said), said

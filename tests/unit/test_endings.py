@@ -1,0 +1,340 @@
+"""What cannot be ends in one sentence: paths, launcher variables, options, damaged JSON."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neftune_dist import attempt, cli, ranks
+from neftune_dist.config import (
+    Optional,
+    UserError,
+    checksummed,
+    load_config,
+    parse_json,
+    read_json,
+    user_path,
+)
+from neftune_dist.config.sections import PATHS
+from neftune_dist.launch import supervisor
+from tests import tiny
+
+IMPOSSIBLE = {
+    "~nosuchuser/x": "names no known user",
+    "/tmp/" + "x" * 256: "too long",
+    "é" * 128: "too long",
+    "x/" * 2100 + "x.jinja": "too long",
+    "a\0b": "",
+}
+
+
+@pytest.mark.parametrize("text", IMPOSSIBLE)
+@pytest.mark.parametrize("key", [*PATHS, "evaluate.tasks"])
+def test_impossible_paths_in_every_setting(key: str, text: str) -> None:
+    words = ["model.name_or_path=m", "judge.url=http://x/v1", "judge.model=m"]
+    name = key.replace("[]", "[0]")
+    text = text if key != "evaluate.tasks" else f"mmlu,arc={text}"
+    setting = f"{key}={text}"
+    if "[]" in key:
+        setting = f"data.mixture=[{json.dumps({'source': text})}]"
+    with pytest.raises(UserError) as error:
+        load_config(None, [*words, setting])
+    assert str(error.value).startswith(name) and IMPOSSIBLE.get(text, "") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def main(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    return int(ended.value.code or 0), capfd.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["~nosuchuser/x", "x" * 300, ""])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("checkpoints", "{}"),
+        ("export", "{}"),
+        ("export", ".", "--output", "{}"),
+        ("evaluate", "{}"),
+        ("evaluate", ".", "--output", "{}"),
+        ("train", "{}"),
+        ("launch", "{}"),
+        ("plan", "{}"),
+        ("doctor", "--run-dir", "{}"),
+    ],
+)
+def test_impossible_paths_in_every_argument(
+    words: tuple[str, ...], text: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code, err = main(capfd, *(word.format(text) for word in words))
+    assert code == 2 and "Traceback" not in err
+    assert err.count("\n") == 1 and err.startswith("neftune-dist: ")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("launch", "c", "--processes", "-1"),
+        ("launch", "c", "--processes", ""),
+        ("launch", "c", "--processes", "100000"),
+        ("launch", "c", "--rendezvous-minutes", "nan"),
+        ("launch", "c", "--rendezvous-minutes", "-1"),
+        ("launch", "c", "--max-restarts", "-1"),
+        ("export", "r", "--step", "-1"),
+        ("export", "r", "--step", "9" * 5000),
+        ("prepare", "c", "--show", "-3"),
+    ],
+)
+def test_impossible_numbers(words: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
+    code, err = main(capfd, *words)
+    assert code == 2 and "is no " in err and "Traceback" not in err
+
+
+ALL = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        *[{name: "x"} for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")],
+        *[{name: ""} for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")],
+        *[{name: "-1"} for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")],
+        {"WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "0"},
+        {"RANK": "1"},
+        {"MASTER_ADDR": "localhost"},
+        *[{**ALL, name: None} for name in ALL if name != "WORLD_SIZE"],
+        {**ALL, "RANK": "2"},
+        {**ALL, "MASTER_PORT": "0"},
+        {**ALL, "MASTER_PORT": "70000"},
+        {**ALL, "MASTER_PORT": "http"},
+        {**ALL, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"},
+        {**ALL, "LOCAL_WORLD_SIZE": "3"},
+        {**ALL, "MASTER_ADDR": "no-such-machine.invalid"},
+        {**ALL, "MASTER_ADDR": "a..b"},
+        {**ALL, "MASTER_ADDR": "x" * 300},
+    ],
+    ids=str,
+)
+def test_impossible_launcher_variables(
+    variables: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "_RESOLVE_SECONDS", 0.5)
+    for name, value in variables.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as error:
+        ranks.find_place()
+    assert any(name in str(error.value) for name in (*ALL, "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+
+
+def test_launcher_variables_that_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ranks.find_place() == ranks.Place()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("MASTER_PORT", "29500")  # what `launch` is told
+    assert ranks.find_place() == ranks.Place()
+    for name, value in {**ALL, "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert ranks.find_place() == ranks.Place(1, 2, 1, 2, "127.0.0.1", 29500)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EIO])
+def test_what_the_machine_refuses_is_one_sentence(
+    number: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number), "/some/file")
+
+    monkeypatch.setattr(Path, "is_dir", refused)
+    code, err = main(capfd, "checkpoints", "run")
+    assert code == 2 and err.count("\n") == 1
+    assert err.startswith(f"neftune-dist: /some/file: {os.strerror(number)}: ")
+
+
+def test_this_programs_own_errors_stay_tracebacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ConnectionResetError(errno.ECONNRESET, "reset")
+
+    monkeypatch.setattr(Path, "is_dir", broken)
+    with pytest.raises(ConnectionResetError):
+        cli.main(["checkpoints", "run"])
+
+
+@dataclass(frozen=True)
+class Point:
+    x: int
+    name: str = ""
+    y: float | None = None
+
+
+FORM = {"step": int, "loss?": float | None, "points": [Point], "by": {str: [float]}}
+GOOD: dict[str, Any] = {"step": 1, "points": [{"x": 1, "y": 2}], "by": {"a": [1, 2.5]}}
+
+
+def test_json_of_the_right_form() -> None:
+    read = parse_json(json.dumps({**GOOD, "other": 1}), FORM)
+    assert read["points"] == [Point(1, "", 2)] and read["other"] == 1
+    assert parse_json(json.dumps(checksummed(GOOD)), FORM)["by"] == {"a": [1, 2.5]}
+    assert parse_json("null", Optional(FORM)) is None
+    assert parse_json("[1e999, NaN]", [float])[0] == float("inf")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b"9" * 5000,
+        *(
+            json.dumps({**GOOD, **change}).encode()
+            for change in (
+                {"step": "1"},
+                {"step": True},
+                {"step": 1.0},
+                {"step": None},
+                {"loss": "x"},
+                {"points": {}},
+                {"points": [[]]},
+                {"points": [{}]},
+                {"points": [{"x": None}]},
+                {"points": [{"x": 1, "z": 1}]},
+                {"by": []},
+                {"by": {"a": 1}},
+                {"by": {"a": [None]}},
+            )
+        ),
+        json.dumps({**checksummed(GOOD), "step": 2}).encode(),
+        json.dumps({**GOOD, "checksum": []}).encode(),
+    ],
+)
+def test_json_of_another_form(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"file\.json is damaged: .*; remove it\.$"):
+        read_json(path, FORM, fix="remove it")
+
+
+def test_a_checksum_sees_every_byte_of_the_values() -> None:
+    content = json.dumps(checksummed({"a": [1.25, None, "x y"], "b": {"c": True}})).encode()
+    seen = 0
+    for i in range(len(content)):
+        for other in (content[i] ^ 1, content[i] ^ 4, ord("7")):
+            damaged = content[:i] + bytes([other]) + content[i + 1 :]
+            try:
+                read = parse_json(damaged)
+            except ValueError:
+                seen += 1
+                continue
+            read.pop("checksum", None)
+            assert damaged == content or {"a", "b"} <= read.keys()
+            assert read == {"a": [1.25, None, "x y"], "b": {"c": True}} or "checksum" not in read
+    assert seen > len(content)
+
+
+def test_odd_words_of_ranks_and_launchers_are_passed_over(tmp_path: Path) -> None:
+    folder = tmp_path / "logs" / "attempt_0001"
+    folder.mkdir(parents=True)
+    good = {"kind": "failed", "step": 3, "error": "boom", "checkpoint": 2, "when": 1.0}
+    odd: list[Any] = [None, True, "x", [], {}, -1.5]
+    for key in good:
+        for value in odd:
+            for name in ("rank_0.json", "outcome.json"):
+                (folder / name).write_text(json.dumps({**good, key: value}))
+            past = attempt.outcomes(tmp_path)
+            attempt.verdict(past, 3)
+            attempt.failed(folder)
+            attempt.conclude(folder, 1, 0, "ended")
+    (folder / "outcome.json").write_text(json.dumps(good))
+    assert attempt.outcomes(tmp_path) == [attempt.Outcome(**good)]
+
+
+def test_a_run_directory_that_is_removed_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"run_dir=.* was removed"):
+        attempt.conclude(tmp_path / "run" / "logs" / "attempt_0001", 1, 0, "")
+    assert not attempt.failed(tmp_path / "run" / "logs" / "attempt_0001")
+
+
+def test_the_newest_step_is_that_of_a_published_checkpoint(tmp_path: Path) -> None:
+    assert attempt.newest_step(tmp_path) == 0
+    for name, marked in (("step_00000004", True), ("step_00000008", False), ("step_x", True)):
+        folder = tmp_path / "checkpoints" / name
+        folder.mkdir(parents=True)
+        if marked:
+            (folder / "manifest.json").touch()
+    (tmp_path / "checkpoints" / "latest").write_text("step_99999999\n")
+    assert attempt.newest_step(tmp_path) == 4
+
+
+def test_output_is_drained_and_logged_whatever_becomes_of_disk_and_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20 s of a full disk, in milliseconds: what was lost is counted in the log."""
+    full, written = threading.Event(), os.write
+    full.set()
+
+    def write(descriptor: int, block: bytes) -> int:
+        if descriptor == 1:
+            raise BrokenPipeError(errno.EPIPE, "nobody reads")
+        if full.is_set():
+            raise OSError(errno.ENOSPC, "no space")
+        return written(descriptor, block)
+
+    reading, writing = os.pipe()
+    with (tmp_path / "console.log").open("wb", buffering=0) as log:
+        monkeypatch.setattr(supervisor.os, "write", write)
+        copying = threading.Thread(
+            target=supervisor._copy, args=(os.fdopen(reading, "rb"), log), daemon=True
+        )
+        copying.start()
+        for _ in range(64):  # more than a pipe holds: it would block if it were not drained
+            written(writing, b"x" * (1 << 16))
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and copying.is_alive() and full.is_set():
+            time.sleep(0.1)
+            full.clear()
+        written(writing, b"and on it goes\n")
+        os.close(writing)
+        copying.join(10)
+    assert not copying.is_alive()
+    text = (tmp_path / "console.log").read_bytes()
+    assert b"bytes of output are missing here" in text and text.endswith(b"and on it goes\n")
+
+
+@pytest.mark.parametrize("place", ["/dev/full", "pipe", "closed"])
+def test_verbs_outlive_their_console(place: str, tmp_path: Path) -> None:
+    """`checkpoints` to a full disk, to a reader that has gone, and without any."""
+    (tmp_path / "checkpoints").mkdir()
+    command = [sys.executable, "-m", "neftune_dist", "checkpoints", str(tmp_path)]
+    if place == "closed":
+        command = ["bash", "-c", 'exec "$@" >&-', "_", *command]
+        out: Any = None
+    elif place == "pipe":
+        reading, out = os.pipe()
+        os.close(reading)
+    else:
+        out = os.open(place, os.O_WRONLY)
+    done = subprocess.run(
+        command, stdout=out, stderr=subprocess.PIPE, text=True, env=tiny.environment(), timeout=120
+    )
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert done.returncode == (2 if place == "/dev/full" else 0), done.stderr
+    assert ("No space left" in done.stderr) == (place == "/dev/full")
+
+
+def test_a_path_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert user_path("~/runs", "run_dir") == Path("/home/somebody/runs")
