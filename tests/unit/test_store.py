@@ -16,6 +16,7 @@ from neftune_dist.config import CheckpointConfig
 
 def publish(run_dir: Path, step: int, settings: CheckpointConfig) -> Path:
     """A checkpoint of one file that tells the step; its folder."""
+    run_dir.mkdir(parents=True, exist_ok=True)
     partial = store.begin(run_dir, step)
     content = f"all the tensors of step {step}".encode()
     (partial / "__0_0.distcp").write_bytes(content)

@@ -716,10 +716,10 @@ def test_how_to_watch_and_to_stop_is_told(site: Site) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ((), "steps: about 22"),  # (80 - 8) * 3 epochs / 10
+        ((), "steps: about 24"),  # 3 epochs of (80 - 8) / 10 steps, the last of each a short one
         (("train.num_epochs=1",), "steps: about 8"),
         (("train.max_steps=5",), "steps: 5\n"),
-        (("data.source=builtin",), "steps: about 898"),
+        (("data.source=builtin",), "steps: about 900"),
     ],
 )
 def test_steps_are_predicted(site: Site, words: tuple[str, ...], line: str) -> None:
@@ -729,7 +729,10 @@ def test_steps_are_predicted(site: Site, words: tuple[str, ...], line: str) -> N
 def measured(site: Site, *steps: tuple[float, int], published: int) -> None:
     run_dir = site.here / "runs" / "one"
     with_checkpoint(run_dir, published)
-    rows = [json.dumps({"step_seconds": s, "world_size": size}) for s, size in steps]
+    rows = [
+        json.dumps({"step": i, "step_seconds": seconds, "world_size": size})
+        for i, (seconds, size) in enumerate(steps, 1)
+    ]
     (run_dir / "metrics.jsonl").write_text("\n".join([*rows, '{"step_sec']))
 
 
