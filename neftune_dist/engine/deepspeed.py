@@ -20,6 +20,7 @@ from contextlib import redirect_stdout
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from neftune_dist.config import Config
@@ -44,6 +45,7 @@ from neftune_dist.optim import (
     moments,
     set_learning_rate,
     set_updates,
+    squared_norm,
 )
 
 # DeepSpeed reports every detail of its start, on every rank, and the lack of a GPU as a warning.
@@ -123,6 +125,7 @@ class DeepSpeedEngine:
         initialize_buffers(model, self.world.device)
         self.model = model
         self.zero = self.engine.optimizer
+        _norms_in_float64(self.zero, self.world.device)
         # DeepSpeed has an optimizer class for stage 3, one for 1 and 2, and one for 1 in bf16.
         masters = next(
             getattr(self.zero, name)
@@ -283,6 +286,31 @@ def _sizes(model: nn.Module, stage: int) -> dict[str, int]:
         "reduce_bucket_size": unit,
         **({"stage3_prefetch_bucket_size": unit} if stage == 3 else {}),
     }
+
+
+def _norms_in_float64(zero: Any, device: torch.device) -> None:
+    """Take the gradient's norm over all ranks in float64, as FSDP2 does, offloaded or not.
+
+    DeepSpeed rounds it to float32 by several ways, which depend on stage and offloading. Their
+    square roots differ: torch's of a float32 tensor in host memory is MKL's, which on some
+    processors is off by one in the last bit. (DeepSpeed's optimizer of stage 1 in bfloat16 has
+    neither function, and is never offloaded.)
+    """
+
+    def root(square: Tensor) -> Tensor:
+        square = square.to(device)  # where the process group works
+        dist.all_reduce(square)
+        return square.sqrt()
+
+    def of_gradients(gradients: list[Tensor], _parameters: Any) -> Tensor:
+        return root(squared_norm(gradients))
+
+    def of_norms(parameters: Any) -> Tensor:
+        norms = [zero.norm_for_param_grads.get(zero.get_param_id(p)) for p in parameters]
+        return root(squared_norm([norm for norm in norms if norm is not None])).cpu()
+
+    zero.get_grad_norm_direct = of_gradients
+    zero.complete_grad_norm_calculation_for_cpu_offload = of_norms
 
 
 def _wanting_gradient(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
