@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from neftune_dist import storage
 from neftune_dist.attempt import removed
 from neftune_dist.config import LoggingConfig, UserError
 from neftune_dist.records import EVALUATIONS, STEPS, read_records
@@ -162,10 +163,8 @@ def _keep_until(path: Path, step: int) -> None:
     missing = found.num_missing(step) if path.name == STEPS else 0
     if lost := max(found.num_lost, missing):
         print(f"warning: {path} is damaged: {lost} of its records are lost", file=sys.stderr)
-    aside = path.with_suffix(".new")
     kept = [json.dumps(row) + "\n" for row in found.rows if row["step"] <= step]
-    aside.write_text("".join(kept))
-    os.replace(aside, path)
+    storage.write(path, "".join(kept))
 
 
 def _duration(seconds: float) -> str:
