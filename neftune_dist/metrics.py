@@ -161,24 +161,21 @@ def memory_gib(device: torch.device) -> float:
 
 def _keep_until(run_dir: Path, step: int, expected: Collection[str]) -> None:
     """Keep the records of steps up to `step`, one a step, and say how many of them are lost."""
-    evaluated = EVALUATIONS in expected
+    began_here = False  # unlike a run that began from another one's checkpoint
     for name in (STEPS, EVALUATIONS):
         path = run_dir / name
         exists = path.exists()
         found = read_records(path) if exists else Records([], 0)
         kept = [row for row in found.rows if row["step"] <= step]
         missing = found.num_missing(step) if name == STEPS else 0
-        if not kept and (name == STEPS or not exists or evaluated) and name in expected:
-            print(
-                f"warning: {path} is damaged: all its records up to step {step} are lost",
-                file=sys.stderr,
-            )
-        elif lost := max(found.num_lost, missing):
+        # Step 0 is evaluated: a run that began here has a record of it.
+        certain = name == STEPS or began_here or not exists
+        lost: int | str = max(found.num_lost, missing)
+        if not kept and certain and name in expected:
+            lost = "all"
+        if lost:
             print(f"warning: {path} is damaged: {lost} of its records are lost", file=sys.stderr)
-        if name == STEPS:
-            # A run that began here was evaluated at step 0, one that began from another run's
-            # checkpoint was perhaps not evaluated so far.
-            evaluated = evaluated and bool(kept) and kept[0]["step"] == 1
+        began_here = bool(kept) and kept[0]["step"] == 1
         if exists:
             storage.write(path, "".join(json.dumps(row) + "\n" for row in kept))
 

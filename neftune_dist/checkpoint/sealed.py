@@ -8,11 +8,11 @@ configuration that somebody has edited, or a disk has damaged, would silently be
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from neftune_dist import storage
 from neftune_dist.checkpoint.content import MODEL_FOLDER
 from neftune_dist.checkpoint.flat import WrittenFile
 from neftune_dist.config import (
@@ -33,9 +33,7 @@ def seal(run_dir: Path) -> None:
     """Write down the checksums of what is there. Rank 0 alone. Raises `OSError`."""
     paths = [run_dir / _CONFIG, *sorted((run_dir / MODEL_FOLDER).iterdir())]
     files = {str(p.relative_to(run_dir)): vars(WrittenFile.of(p)) for p in paths if p.is_file()}
-    aside = run_dir / f"{_SEAL}.new"
-    aside.write_text(json.dumps(checksummed({"files": files}), indent=1) + "\n")
-    os.replace(aside, run_dir / _SEAL)
+    storage.write(run_dir / _SEAL, json.dumps(checksummed({"files": files}), indent=1) + "\n")
 
 
 def check_sealed(run_dir: Path) -> None:

@@ -306,7 +306,7 @@ def _records(found: Any, right: Any, text: str) -> str:
         ]:
             return "silent change"
         lost = sum(row["step"] not in steps for row in right[name])
-        told = re.search(rf"{name} is damaged: (all|\d+) (of )?its records", text)
+        told = re.search(rf"{name} is damaged: (all|\d+) of its records", text)
         if lost and not (told and (told[1] == "all" or int(told[1]) >= lost)):
             return "silent change"
         altered = altered or any(row not in right[name] for row in rows)

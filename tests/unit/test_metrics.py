@@ -190,7 +190,7 @@ def test_a_file_without_any_record_is_told(
         (tmp_path / name).write_bytes(content)
     Recorder(tmp_path, QUIET, {}, 2, 9, active=True, expected=BOTH).close()
     said = capsys.readouterr().err.splitlines()
-    assert said == [f"warning: {tmp_path / name} is damaged: all its records up to step 2 are lost"]
+    assert said == [f"warning: {tmp_path / name} is damaged: all of its records are lost"]
 
 
 def test_a_run_that_may_have_recorded_nothing_is_not_called_damaged(
