@@ -396,7 +396,9 @@ def try_case(
             outcome = _records(result, untouched[verb], ended.text)
         elif outcome == "right" and result != untouched[verb]:
             outcome = "accepted" if case.way.startswith("[") else "silent change"
-        is_entry = case.file.startswith("cache/") and not case.file.endswith(".lock")
+        is_entry = case.file.startswith("cache/") and path.suffix != ".lock"
+        if path.name == "checksums.json" and case.way == "last byte missing":
+            is_entry = False  # its last line's end: it lists the same
         if verb == "train" and is_entry and outcome == "right":
             outcome = "right" if "damaged and is made again" in ended.text else "silent change"
         is_damage = "checkpoints/step_" in case.file and not case.way.startswith("[")
