@@ -236,10 +236,10 @@ def test_untied_head(tmp_path: Path) -> None:
 
 def test_bf16_agrees_between_engines(config: Path, tmp_path: Path) -> None:
     """All round in the same places, so the first losses are equal: in 3 steps, at 4 levels of the
-    processor's instructions, to the bit. By then gradients summed in bfloat16, or rotary frequencies
-    in it, are 9e-5 off. Later a weight whose master differs in the last bit of float32 falls to the
-    other side of a rounding to bfloat16 (which resolves 4e-3), sooner or later by the processor: up
-    to 1.5e-4 was seen."""
+    processor's instructions, to the bit. By then gradients summed in bfloat16, or rotary
+    frequencies in it, are 9e-5 off. Later a weight whose master differs in the last bit of float32
+    falls to the other side of a rounding to bfloat16 (which resolves 4e-3), sooner or later by the
+    processor: up to 1.5e-4 was seen."""
     runs = [
         tiny.train(config, tmp_path / str(i), "model.dtype=bf16", *words, ranks=2)
         for i, words in enumerate(
