@@ -12,7 +12,7 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,17 @@ from tqdm import tqdm
 from neftune_dist import storage
 from neftune_dist.attempt import removed
 from neftune_dist.config import LoggingConfig, UserError
-from neftune_dist.records import EVALUATIONS, STEPS, read_records
+from neftune_dist.records import EVALUATIONS, STEPS, Records, read_records
 from neftune_dist.trackers import Trackers
 
 
 class Recorder:
-    """Records steps and evaluations. With `active` False (other ranks) it does nothing."""
+    """Records steps and evaluations. With `active` False (other ranks) it does nothing.
+
+    Args:
+        first_step: after which the run goes on; 0 at its start.
+        expected: of the two files, those in which this run has recorded something up to there.
+    """
 
     def __init__(
         self,
@@ -38,20 +43,19 @@ class Recorder:
         first_step: int,
         num_steps: int,
         active: bool,
+        expected: Collection[str] = (),
     ) -> None:
         self.active = active
         if not active:
             return
         try:
-            for name in (STEPS, EVALUATIONS):
-                # A run from the start evaluates at step 0 anew, a resumed one does not.
-                _keep_until(run_dir / name, first_step if first_step else -1)
+            # A run from the start evaluates at step 0 again, a resumed one does not.
+            _keep_until(run_dir, first_step if first_step else -1, expected)
             self._files = {n: (run_dir / n).open("a") for n in (STEPS, EVALUATIONS)}
             self._trackers = Trackers(run_dir, config, facts, first_step)
         except OSError as error:
-            raise UserError(
-                f"run_dir={run_dir} cannot be written: {error.strerror or error}."
-            ) from error
+            where = error.filename or f"run_dir={run_dir}"
+            raise UserError(f"{where} cannot be written: {error.strerror or error}.") from error
         # Without a terminal a bar would be one endless line; plain lines are written instead.
         self._plain = config.progress and not sys.stderr.isatty()
         self._bar = (
@@ -155,16 +159,25 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Keep the records of steps up to `step`, and say how many of them are lost."""
-    if not path.exists():
-        return
-    found = read_records(path)
-    missing = found.num_missing(step) if path.name == STEPS else 0
-    if lost := max(found.num_lost, missing):
-        print(f"warning: {path} is damaged: {lost} of its records are lost", file=sys.stderr)
-    kept = [json.dumps(row) + "\n" for row in found.rows if row["step"] <= step]
-    storage.write(path, "".join(kept))
+def _keep_until(run_dir: Path, step: int, expected: Collection[str]) -> None:
+    """Keep the records of steps up to `step`, one a step, and say how many of them are lost."""
+    began_here = False  # unlike a run that began from another one's checkpoint
+    for name in (STEPS, EVALUATIONS):
+        path = run_dir / name
+        exists = path.exists()
+        found = read_records(path) if exists else Records([], 0)
+        kept = [row for row in found.rows if row["step"] <= step]
+        missing = found.num_missing(step) if name == STEPS else 0
+        # Step 0 is evaluated: a run that began here has a record of it.
+        certain = name == STEPS or began_here or not exists
+        lost: int | str = max(found.num_lost, missing)
+        if not kept and certain and name in expected:
+            lost = "all"
+        if lost:
+            print(f"warning: {path} is damaged: {lost} of its records are lost", file=sys.stderr)
+        began_here = bool(kept) and kept[0]["step"] == 1
+        if exists:
+            storage.write(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _duration(seconds: float) -> str:

@@ -23,7 +23,7 @@ class Records:
     """What was read of a file.
 
     Attributes:
-        rows: each with a `step`.
+        rows: each with a `step`; one a step, the last that was written, in order.
         num_lost: lines that are no records. A last line without an end is not counted: whoever
             wrote it was killed meanwhile, and that step has not been saved.
     """
@@ -58,7 +58,8 @@ def read_records(path: Path, numbers: Sequence[str] = (), last_bytes: int | None
     # The last line ends with the file only where it was cut short.
     if lines and (row := _record(lines[-1], numbers)) is not None:
         found.append(row)
-    return Records(found, lost)
+    found.sort(key=lambda row: row["step"])
+    return Records(list({row["step"]: row for row in found}.values()), lost)
 
 
 def _record(line: bytes, numbers: Sequence[str]) -> dict[str, Any] | None:

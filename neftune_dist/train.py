@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,12 +47,13 @@ from neftune_dist.model.support import check_lengths
 from neftune_dist.model.ulysses import share_sequences
 from neftune_dist.noise.hook import NEFTune, NEFTuneHandle
 from neftune_dist.optim import MakeOptimizer
+from neftune_dist.records import EVALUATIONS, STEPS
 from neftune_dist.watch.straggler import Stragglers
 from neftune_dist.watch.watchdog import Watchdog
 
 _MARK = "neftune_run.json"  # in a run's directory
 # What a run replaces in its directory.
-_REPLACED = ("config.yaml", "model", "metrics.jsonl", "evaluations.jsonl")
+_REPLACED = ("config.yaml", "model", STEPS, EVALUATIONS)
 _AT_ONCE_SECONDS = 1.0
 # An attempt that is dying, its memory to be freed and its files to be closed, holds its run
 # directory for as long as this.
@@ -88,6 +90,12 @@ class _Prepared:
     evaluation_due: bool  # before the first step to be made
     weights: load.Weights | None  # None where a checkpoint holds all
     changes: list[str]  # of settings since the checkpoint
+
+    def recorded(self, config: Config) -> Collection[str]:
+        """The files in which this run, if it goes on, has recorded something."""
+        if self.found is None or config.checkpoint.resume != "auto":
+            return ()
+        return (STEPS, EVALUATIONS) if len(self.corpus.held_out) else (STEPS,)
 
     def lines(self, config: Config) -> list[str]:
         """What is trained, with which noise, and from where it goes on."""
@@ -148,6 +156,7 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
             ready.progress.step,
             num_steps,
             world.is_first,
+            ready.recorded(config),
         )
     world.outlast(config.train.hang_minutes)
     saver = Saver(run_dir, config.checkpoint, world)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,18 +47,17 @@ class Content:
             state: the checkpoint's `trainer_state()`.
 
         Raises:
-            UserError: the checkpoint is no longer there.
+            UserError: the checkpoint is damaged, or no longer there.
         """
         shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
-        try:
+        with _reading(folder):
             reader = flat.Reader(folder, alone=True)
-        except OSError as error:
-            raise store.damage(store.Checkpoint(folder, 0), ".metadata") from error
 
         def read(name: str) -> Tensor:
             numel = math.prod(shapes[name])
             tensor = torch.empty(numel)
-            reader.read([FlatShard(MASTER, name, 0, tensor, numel)])
+            with _reading(folder):
+                reader.read([FlatShard(MASTER, name, 0, tensor, numel)])
             return tensor.view(shapes[name])
 
         return Content(shapes, read)
@@ -93,6 +93,17 @@ class Content:
             return merged(name, weight, parts, adapter, name in in_4_bits)
 
         return Content(shapes, merge)
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Turn a failure to read a checkpoint that was removed meanwhile into one that says so."""
+    try:
+        yield
+    except UserError as error:
+        if folder.is_dir():
+            raise
+        raise store.damage(store.Checkpoint(folder, 0), "") from error
 
 
 def adapter_of(state: Mapping[str, Any]) -> AdapterConfig:

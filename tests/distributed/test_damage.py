@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from neftune_dist import cli
-from neftune_dist.checkpoint import store
+from neftune_dist.checkpoint import flat, store
 from neftune_dist.checkpoint.content import Content
 from tests import tiny
 
@@ -37,7 +37,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "export"])
-@pytest.mark.parametrize("moment", ["trainer_state", "first_flaw", "identity", "content"])
+@pytest.mark.parametrize("moment", ["trainer_state", "first_flaw", "identity", "content", "shards"])
 def test_a_checkpoint_that_is_pruned_while_it_is_read(
     verb: str,
     moment: str,
@@ -49,8 +49,9 @@ def test_a_checkpoint_that_is_pruned_while_it_is_read(
     """By a run that goes on: one sentence, whenever it happens."""
     own = tmp_path / "run"
     shutil.copytree(run_dir, own)
-    owner: Any = Content if moment == "content" else store.Checkpoint
-    name = {"identity": "files", "content": "of"}.get(moment, moment)
+    owners: dict[str, Any] = {"content": Content, "shards": flat.Reader}
+    owner = owners.get(moment, store.Checkpoint)
+    name = {"identity": "files", "content": "of", "shards": "read"}.get(moment, moment)
     work = getattr(owner, name)
 
     def pruned(*arguments: Any, **options: Any) -> Any:

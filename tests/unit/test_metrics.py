@@ -171,6 +171,52 @@ def test_records_that_were_removed_are_counted(
     assert steps(tmp_path) == [4, 5, 8]
 
 
+BOTH = ("metrics.jsonl", "evaluations.jsonl")
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("content", [None, b"", bytes(90), b"null\n", b'{"step": 3}\n'])
+def test_a_file_without_any_record_is_told(
+    name: str, content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run that goes on; a record of a step yet to come is none."""
+    for each in BOTH:
+        first = 1 if each == "metrics.jsonl" else 0
+        text = "".join(json.dumps({"step": step}) + "\n" for step in range(first, 3))
+        (tmp_path / each).write_text(text)
+    if content is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_bytes(content)
+    Recorder(tmp_path, QUIET, {}, 2, 9, active=True, expected=BOTH).close()
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"warning: {tmp_path / name} is damaged: all of its records are lost"]
+
+
+def test_a_run_that_may_have_recorded_nothing_is_not_called_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that begins from another run's checkpoint, and its continuation before its first
+    evaluation."""
+    Recorder(tmp_path, QUIET, {}, 4, 9, active=True).close()
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record(5)) + "\n")
+    Recorder(tmp_path, QUIET, {}, 5, 9, active=True, expected=BOTH).close()
+    assert capsys.readouterr().err == ""
+
+
+def test_records_that_are_there_twice_or_in_another_order(tmp_path: Path) -> None:
+    text = "".join(json.dumps(record(step)) + "\n" for step in (3, 1, 2, 3, 1))
+    (tmp_path / "metrics.jsonl").write_text(text)
+    Recorder(tmp_path, QUIET, {}, 3, 9, active=True).close()
+    assert steps(tmp_path) == [1, 2, 3]
+
+
+def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written"):
+        Recorder(tmp_path, QUIET, {}, 3, 9, active=True)
+
+
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, QUIET, {}, 0, 9, active=False)
     recorder.step(record(1))
