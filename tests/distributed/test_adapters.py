@@ -43,7 +43,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tiny.make_config(
         folder,
         train={"max_steps": STEPS},
-        optim={"learning_rate": 2e-2},
+        optim={"learning_rate": 1e-2},
         checkpoint={"every_steps": 3, "keep": 0},
     )
     shutil.rmtree(folder / "model")
@@ -133,7 +133,7 @@ def test_every_engine_trains_what_peft_trains(
     assert len(records) == len(expected)
     for one, other in zip(records, expected, strict=True):
         for key in ("loss", "grad_norm"):
-            assert one[key] == pytest.approx(other[key], rel=2e-5), (one["step"], key)
+            assert one[key] == pytest.approx(other[key], rel=2e-6), (one["step"], key)
         assert one["noise_norm"] == pytest.approx(5 / 3**0.5, rel=0.01)
 
 

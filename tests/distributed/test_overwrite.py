@@ -28,7 +28,7 @@ from safetensors import safe_open
 
 from neftune_dist import marked, storage
 from neftune_dist.checkpoint.content import keep_small_files, keep_template
-from neftune_dist.config import UserError
+from neftune_dist.config import UserError, checksummed, read_json
 from neftune_dist.evaluate.evaluation import evaluate
 from neftune_dist.export import MARK, export
 from tests import tiny
@@ -231,8 +231,10 @@ def copy(run_dir: Path, tmp_path: Path) -> Path:
         file.write_text(text)
         manifest = file.with_name("manifest.json")
         new = marked.WrittenFile.of(file)
-        changed = manifest.read_text().replace(old.xxh3, new.xxh3)
-        manifest.write_text(changed.replace(f'"size": {old.size}', f'"size": {new.size}'))
+        content = read_json(manifest)
+        content["files"][file.name] = vars(new)
+        assert vars(old) != vars(new)
+        manifest.write_text(json.dumps(checksummed(content)))
     return at
 
 

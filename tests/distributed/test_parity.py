@@ -235,7 +235,11 @@ def test_untied_head(tmp_path: Path) -> None:
 
 
 def test_bf16_agrees_between_engines(config: Path, tmp_path: Path) -> None:
-    """Both round in the same places: 1.2e-5 apart here, where bf16 itself resolves 4e-3."""
+    """All round in the same places, so the first losses are equal: in 3 steps, at 4 levels of the
+    processor's instructions, to the bit. By then gradients summed in bfloat16, or rotary
+    frequencies in it, are 9e-5 off. Later a weight whose master differs in the last bit of float32
+    falls to the other side of a rounding to bfloat16 (which resolves 4e-3), sooner or later by the
+    processor: up to 1.5e-4 was seen."""
     runs = [
         tiny.train(config, tmp_path / str(i), "model.dtype=bf16", *words, ranks=2)
         for i, words in enumerate(
@@ -248,7 +252,8 @@ def test_bf16_agrees_between_engines(config: Path, tmp_path: Path) -> None:
     ]
     for other in runs[1:]:
         for one, two in zip(runs[0], other, strict=True):
-            assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+            bound = 1e-6 if one["step"] <= 3 else 1e-3
+            assert one["loss"] == pytest.approx(two["loss"], rel=bound), one["step"]
 
 
 def test_the_rank_stream_differs_between_ranks_but_not_between_runs(
