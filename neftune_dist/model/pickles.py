@@ -107,15 +107,16 @@ def read_metadata(path: Path) -> Metadata:
     """DCP's description of a checkpoint.
 
     Raises:
-        UserError: it is damaged, or names what DCP does not write.
-        OSError: it cannot be read.
+        UserError: it is missing, damaged, or names what DCP does not write.
     """
-    content = path.read_bytes()
     try:
+        content = path.read_bytes()
         seconds = _SECONDS + len(content) / _BYTES_A_SECOND
         with limited(seconds, _GIB + len(content) * _GIB_A_BYTE), _unchanged_classes():
             found = _Unpickler(io.BytesIO(content)).load()
         _check(found)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # damage raises whatever a class does with what it is given
         raise UserError(
             f"{path} does not describe a distributed checkpoint and is not used: "
