@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("cluster.sh")
 DEADLINE_SECONDS = 240
+_SETTLED_SECONDS = 3.0
 
 
 def missing() -> str | None:
@@ -58,7 +59,15 @@ class Job:
     def wait(self, seconds: float = DEADLINE_SECONDS) -> str:
         """Its final state. A job that does not end is a failure."""
         going = ("PENDING", "RUNNING", "COMPLETING", "UNKNOWN", "REQUEUED", "CONFIGURING")
-        self.until(lambda: self.state not in going, "its end", seconds)
+
+        def ended() -> bool:
+            state = self.state
+            if state in going:
+                return False
+            time.sleep(_SETTLED_SECONDS)  # a job that requeues itself has ended for a moment
+            return self.state == state
+
+        self.until(ended, "its end", seconds)
         return self.state
 
     def until(
