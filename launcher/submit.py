@@ -37,10 +37,10 @@ from typing import NoReturn
 
 from neftune_dist import __version__
 from neftune_dist.arguments import check_ranges
+from neftune_dist.cluster.submit import slurm, snapshot
+from neftune_dist.cluster.submit.inventory import Hub
+from neftune_dist.cluster.submit.preflight import Outlook, anchor, check_space, preflight
 from neftune_dist.config import Config, UserError, load_config
-from neftune_dist.submit import cluster, snapshot
-from neftune_dist.submit.inventory import Hub
-from neftune_dist.submit.preflight import Outlook, anchor, check_space, preflight
 
 PASSED_ON = ("cpus-per-task", "mem", "partition", "account", "qos", "constraint", "exclude")
 INDEX = "{}"  # in a word: an array task's index
@@ -133,7 +133,7 @@ def _check_options(given: argparse.Namespace) -> None:
         if getattr(given, name.replace("-", "_")) == "":
             raise UserError(f"--{name} is empty: give it a value, or leave it out.")
     given.per_node = given.processes or int(given.gpus_per_node.rpartition(":")[2])
-    if not 1 <= given.signal_seconds < cluster.seconds("--time", given.time):
+    if not 1 <= given.signal_seconds < slurm.seconds("--time", given.time):
         raise UserError(
             f"--signal-seconds={given.signal_seconds}, in which the run saves before its limit, "
             f"must be 1 or more and less than --time={given.time}."
@@ -156,7 +156,7 @@ def _tasks(given: argparse.Namespace) -> "list[Task]":
         log = config.run_dir.replace("%", "%%") + "/logs/slurm-%j.out"
         return [Task(None, config, preflight(config, world_size, _hub), log)]
     tasks = {}
-    indices = cluster.indices(given.array)
+    indices = slurm.indices(given.array)
     # Slurm takes one pattern for the output of all.
     place = _config(given, _indexed(given.settings, indices[0], MARK)).run_dir
     log = place.replace("%", "%%").replace(MARK, "%a") + "/logs/slurm-%A_%a.out"
@@ -200,15 +200,15 @@ def _hub() -> Hub:
 
 def _check_cluster(given: argparse.Namespace, tasks: "list[Task]") -> "list[str]":
     """Refuse what no partition has, and run directories in use; the jobs that a chain waits for."""
-    cluster.check_partition(given.partition, given.nodes, given.gpus_per_node, given.time)
-    jobs = cluster.queued([number for task in tasks for number in snapshot.jobs(task.run_dir)])
+    slurm.check_partition(given.partition, given.nodes, given.gpus_per_node, given.time)
+    jobs = slurm.queued([number for task in tasks for number in snapshot.jobs(task.run_dir)])
     whole = sorted({number.partition("_")[0] for number, _ in jobs}, key=int)  # arrays
     if jobs and not given.dependency and given.chain == 1:
         shown = ", ".join(f"{number} ({state})" for number, state in jobs[:3])
         where = tasks[0].run_dir if len(tasks) == 1 else "A run directory"
         raise UserError(
             f"{where} is in use by job {shown}{' and others' if len(jobs) > 3 else ''}: cancel it, "
-            f"or queue behind it with --dependency={cluster.after(whole)}."
+            f"or queue behind it with --dependency={slurm.after(whole)}."
         )
     return whole
 
@@ -223,7 +223,7 @@ def _outlook(given: argparse.Namespace, tasks: "list[Task]") -> "list[str]":
         other = [note for note in task.outlook.notes if note not in tasks[0].outlook.notes]
         lines += [f"task {task.index}: {note}" for note in other]
     left = max(task.outlook.seconds or 0 for task in tasks)
-    slots = math.ceil(left / (cluster.seconds("--time", given.time) - given.signal_seconds))
+    slots = math.ceil(left / (slurm.seconds("--time", given.time) - given.signal_seconds))
     if slots > max(1, given.chain):
         how = f"--chain={given.chain} is too short" if given.chain > 1 else "it requeues itself"
         lines.append(f"time: that is about {slots} times --time={given.time}: {how}")
@@ -232,7 +232,7 @@ def _outlook(given: argparse.Namespace, tasks: "list[Task]") -> "list[str]":
 
 def _options(given: argparse.Namespace, tasks: "list[Task]") -> "list[str]":
     """For sbatch."""
-    name = Path(cluster.filled(tasks[0].log, a=INDEX)).parents[1].name
+    name = Path(slurm.filled(tasks[0].log, a=INDEX)).parents[1].name
     options = {
         "job-name": given.job_name or name,
         "nodes": given.nodes,
@@ -284,10 +284,10 @@ def _dry_run(given: argparse.Namespace, tasks: "list[Task]") -> "list[str]":
     script = _script(given, tasks, [snapshot.next_folder(task.run_dir) for task in tasks])
     lines = ["", script]
     if shutil.which("sbatch"):
-        tried = cluster.run("sbatch", "--test-only", *_options(given, tasks), script=script)
+        tried = slurm.run("sbatch", "--test-only", *_options(given, tasks), script=script)
         # No refusal: it may also be that nodes are down at present.
-        answer = f"would not start it now: {cluster.reason(tried)}."
-        lines.append(f"Slurm: {answer if tried.returncode else cluster.reason(tried)}")
+        answer = f"would not start it now: {slurm.reason(tried)}."
+        lines.append(f"Slurm: {answer if tried.returncode else slurm.reason(tried)}")
     else:
         lines.append("Slurm: not on this machine, so nodes, limits and queue were not looked at.")
     return [*lines, "A dry run: nothing was written or queued."]
@@ -306,24 +306,24 @@ def _submit(
         for task, folder in zip(tasks, folders, strict=True):
             writer.make(task.run_dir / "logs")
             writer.write(folder, {**files, "config.yaml": task.config.to_yaml()})
-        waits = given.dependency or (cluster.after(behind) if behind else None)
+        waits = given.dependency or (slurm.after(behind) if behind else None)
         for _ in range(given.chain):
             own = [f"--dependency={waits}"] if waits else []
             # The options also here, where they go before the user's SBATCH_ variables.
             words = ["--parsable", *options, *own, str(folders[0] / "job.sbatch")]
             # Never given up: nobody would know whether the job is in the queue.
-            done = cluster.run("sbatch", *words, timeout=None)
+            done = slurm.run("sbatch", *words, timeout=None)
             if done.returncode:
-                raise UserError(f"Slurm refused the job: {cluster.reason(done)}.")
+                raise UserError(f"Slurm refused the job: {slurm.reason(done)}.")
             print(done.stderr, end="", file=sys.stderr)  # what the site has to say
             ids.append(done.stdout.split()[-1].partition(";")[0])
-            waits = cluster.after(ids[-1:])
+            waits = slurm.after(ids[-1:])
         for task, folder in zip(tasks, folders, strict=True):
             suffix = "" if task.index is None else f"_{task.index}"
             (folder / "job").write_text("".join(f"{number}{suffix}\n" for number in ids))
     except BaseException:
         if ids:
-            cluster.run("scancel", *ids)
+            slurm.run("scancel", *ids)
         writer.undo()
         raise
     return ids
@@ -332,7 +332,7 @@ def _submit(
 def _handles(tasks: "list[Task]", ids: "list[str]") -> "list[str]":
     """How to watch the jobs and how to stop them."""
     first, later = tasks[0], ids[1:]
-    log = cluster.filled(first.log, j=ids[0], A=ids[0], a=str(first.index))
+    log = slurm.filled(first.log, j=ids[0], A=ids[0], a=str(first.index))
     folder = first.run_dir / "tensorboard"
     if len(tasks) > 1:
         folder = Path(os.path.commonpath([task.run_dir for task in tasks]))

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from neftune_dist.records import STEPS, read_records
+from neftune_dist.system.records import STEPS, read_records
 
 
 def main(run_dir: Path, folder: Path, command: str) -> None:

@@ -12,9 +12,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from neftune_dist import attempt, children, console, ranks
 from neftune_dist.arguments import check_ranges, make_parser
 from neftune_dist.config import UserError, load_config, user_path
+from neftune_dist.distributed import environment, outcome
+from neftune_dist.system import children, console
 
 _RANK_0_SPEAKS_FIRST_SECONDS = 5.0
 # Verbs whose output is what they are for: where it cannot be written, they have failed.
@@ -61,18 +62,18 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         check_ranges(arguments)
         code: int = _run(arguments)
-    except (UserError, attempt.Final) as error:
-        code = attempt.EXIT_MISTAKE if isinstance(error, UserError) else attempt.EXIT_FAILED
+    except (UserError, outcome.Final) as error:
+        code = outcome.EXIT_MISTAKE if isinstance(error, UserError) else outcome.EXIT_FAILED
         shared = not isinstance(error, UserError) or error.shared
         _say(error, shared)
         # All ranks leave by it, and a launcher reads the word they left: no failure for torchrun.
         alone = os.environ.get("WORLD_SIZE", "1") == "1"
-        if attempt.VARIABLE in os.environ and (shared or alone):
-            code = attempt.EXIT_DONE
+        if outcome.VARIABLE in os.environ and (shared or alone):
+            code = outcome.EXIT_DONE
     except OSError as error:
         if error.errno not in _REFUSALS:
             raise
-        code = attempt.EXIT_FAILED if attempt.VARIABLE in os.environ else attempt.EXIT_MISTAKE
+        code = outcome.EXIT_FAILED if outcome.VARIABLE in os.environ else outcome.EXIT_MISTAKE
         _say(UserError(_refusal(error)), shared=False)
     sys.exit(_with_output(code, arguments.verb))
 
@@ -90,7 +91,7 @@ def _with_output(code: int, verb: str) -> int:
     if error is None or error.errno == errno.EPIPE:  # its reader had seen enough
         return code
     print(f"neftune-dist: standard output: {error.strerror}; not all is there.", file=sys.stderr)
-    return code or (attempt.EXIT_MISTAKE if verb in _SHOWING else attempt.EXIT_DONE)
+    return code or (outcome.EXIT_MISTAKE if verb in _SHOWING else outcome.EXIT_DONE)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -124,19 +125,19 @@ def _say(error: Exception, shared: bool) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.settings)
-    with attempt.reported() as told:
-        ranks.find_place()  # what is wrong with it is said before torch has been loaded
-        from neftune_dist.train import train
+    with outcome.reported() as told:
+        environment.find_place()  # what is wrong with it is said before torch has been loaded
+        from neftune_dist.training.train import train
 
         code = train(config)
-        told(attempt.DONE if code == attempt.EXIT_DONE else attempt.STOPPED)
+        told(outcome.DONE if code == outcome.EXIT_DONE else outcome.STOPPED)
     # A launcher reads the word that was left; torchrun would make any code but 0 a failure.
-    return code if attempt.VARIABLE not in os.environ else attempt.EXIT_DONE
+    return code if outcome.VARIABLE not in os.environ else outcome.EXIT_DONE
 
 
 def _launch(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.settings)
-    from neftune_dist.launch.supervisor import launch
+    from neftune_dist.cluster.launch.supervisor import launch
 
     return launch(
         config,
@@ -148,7 +149,7 @@ def _launch(arguments: argparse.Namespace) -> int:
 
 
 def _node(arguments: argparse.Namespace) -> int:
-    from neftune_dist.launch.node import node
+    from neftune_dist.cluster.launch.node import node
 
     return node(
         user_path(arguments.folder, "FOLDER"),
@@ -162,7 +163,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.settings)
     # A machine with GPUs plans as one without.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    from neftune_dist.plan.report import plan
+    from neftune_dist.planning.report import plan
 
     plan(
         config,
@@ -177,8 +178,8 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _prepare(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.settings)
-    from neftune_dist.data.audit import shown
-    from neftune_dist.data.corpus import prepare
+    from neftune_dist.data.dataset import prepare
+    from neftune_dist.data.mask_preview import shown
     from neftune_dist.model.load import find, load_tokenizer
 
     tokenizer = load_tokenizer(find(config.model), config.model)
@@ -207,7 +208,7 @@ def _checkpoints(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from neftune_dist.export import export
+    from neftune_dist.checkpoint.export import export
 
     export(
         user_path(arguments.run_dir, "RUN_DIR"),
@@ -228,8 +229,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         run_dir, name = user_path(name, "RUN_DIR"), arguments.model
         config_file = run_dir / "config.yaml"
         output = output or run_dir / "evaluations" / Path(name).name
-    ranks.find_place()
-    from neftune_dist.evaluate.evaluation import evaluate
+    environment.find_place()
+    from neftune_dist.evaluation.evaluate import evaluate
 
     return evaluate(
         name,
@@ -249,7 +250,7 @@ def _chat(arguments: argparse.Namespace) -> int:
     names = [word for word in arguments.words if word not in settings]
     if not names:
         raise UserError("chat needs a subject: a run, a checkpoint, a model directory or a hub id.")
-    from neftune_dist.chat import chat
+    from neftune_dist.evaluation.chat import chat
 
     return chat(names, [*settings, *arguments.settings], temperature=arguments.temperature)
 
@@ -259,7 +260,7 @@ def _flushed(line: str) -> None:
 
 
 def _study(arguments: argparse.Namespace) -> int:
-    from neftune_dist.study.conduct import study
+    from neftune_dist.study.run import study
 
     return study(
         arguments.config,
@@ -273,7 +274,7 @@ def _study(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from neftune_dist.doctor.visit import doctor
+    from neftune_dist.cluster.doctor.run import doctor
 
     return doctor(user_path(arguments.run_dir, "--run-dir"), arguments.model)
 

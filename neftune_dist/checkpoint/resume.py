@@ -13,7 +13,7 @@ from typing import Any
 
 from neftune_dist.checkpoint import store
 from neftune_dist.config import ACCEPTABLE_CHANGES, Config, UserError, differences, user_path
-from neftune_dist.distributed import World
+from neftune_dist.distributed.world import World
 
 # What says how long a run is: a resumed run may change it, and says so.
 _LENGTH = ("train.max_steps", "train.num_epochs")

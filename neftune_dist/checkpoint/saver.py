@@ -18,13 +18,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from neftune_dist import host
 from neftune_dist.checkpoint import flat, store
 from neftune_dist.checkpoint.flat import WrittenFile
 from neftune_dist.checkpoint.host_copy import HostCopy
 from neftune_dist.config import CheckpointConfig, UserError
-from neftune_dist.distributed import World
+from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import Engine, FlatShard
+from neftune_dist.system import cgroups
 
 # Of the host's available memory, what a copy of the state may take.
 _SHARE_OF_MEMORY = 0.8
@@ -135,7 +135,7 @@ class Saver:
         if self._settings.mode != "auto":
             return self._settings.mode == "async"
         needed = sum(shard.tensor.nbytes for shard in shards) * self._world.local_size
-        available = host.memory_bytes()[0]
+        available = cgroups.memory_bytes()[0]
         room = _SHARE_OF_MEMORY * available - needed
         worst = min(self._world.gather([room, float(needed), float(available)]))
         decided = worst[0] > 0

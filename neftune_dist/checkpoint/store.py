@@ -28,10 +28,10 @@ from typing import Any
 
 import xxhash
 
-from neftune_dist import storage
-from neftune_dist.attempt import removed
 from neftune_dist.checkpoint.flat import WrittenFile
 from neftune_dist.config import CheckpointConfig, UserError, checksummed, read_json
+from neftune_dist.distributed.outcome import removed
+from neftune_dist.system import storage
 
 _STEP = re.compile(r"step_(\d{8,})")
 _PARTIAL = ".partial"

@@ -8,8 +8,8 @@ contradictions are refused with `UserError`.
 from neftune_dist.config.checks import check
 from neftune_dist.config.errors import UserError
 from neftune_dist.config.forms import Optional, checksummed, formed, parse_json, read_json
+from neftune_dist.config.loading import load_config
 from neftune_dist.config.paths import user_path
-from neftune_dist.config.reading import load_config
 from neftune_dist.config.sections import (
     ACCEPTABLE_CHANGES,
     BUILTIN_SOURCE,
@@ -32,7 +32,6 @@ from neftune_dist.config.sections import (
     TrainConfig,
     differences,
     listed,
-    scheduled,
 )
 
 __all__ = [
@@ -65,6 +64,5 @@ __all__ = [
     "load_config",
     "parse_json",
     "read_json",
-    "scheduled",
     "user_path",
 ]

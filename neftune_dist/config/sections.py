@@ -383,26 +383,6 @@ RANGES: dict[str, tuple[float, float, str]] = {
 }
 
 
-def scheduled(
-    peak: float,
-    schedule: str,
-    warmup_steps: int,
-    final_fraction: float,
-    step: int,
-    num_steps: int,
-) -> float:
-    """What a scheduled value (learning rate, alpha) is worth at step 0 <= step < num_steps: linear
-    warm-up to `peak`, then the schedule's decay, which reaches `final_fraction` of it at the
-    end."""
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    if schedule == "constant":
-        return peak
-    done = (step - warmup_steps) / max(1, num_steps - warmup_steps)
-    left = 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
-    return peak * (final_fraction + (1 - final_fraction) * left)
-
-
 def differences(one: dict[str, Any], two: dict[str, Any], prefix: str = "") -> list[str]:
     """Dotted keys in which two configurations, as `Config.to_dict` gives them, differ."""
     keys: list[str] = []

@@ -20,8 +20,8 @@ from typing import IO, Any, overload
 import numpy as np
 
 from neftune_dist.data.formats import Conversation, Turn
-from neftune_dist.data.rendered import SPEAKERS
-from neftune_dist.data.template import Document
+from neftune_dist.data.spans import SPEAKERS
+from neftune_dist.data.tokenize import Document
 
 _FILES = {"input_ids.bin": np.int32, "supervised.bin": np.uint8}
 _SPOKEN = "conversations.jsonl"

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from neftune_dist.config import Config
 from neftune_dist.data.documents import Documents
-from neftune_dist.data.layout import lay_out
-from neftune_dist.data.schedule import Schedule
+from neftune_dist.data.packing import lay_out
+from neftune_dist.data.sampler import Schedule
 
 _EMPTY_TOKENS = 2  # of an empty micro-batch
 # The weights' gradients are products over the tokens, whose number float8 wants divisible by this.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from neftune_dist.data.audit import Audit
+from neftune_dist.data.mask_preview import Audit
 
 NAMED_ROWS = 20  # bad rows of a source that the report names one by one
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from neftune_dist.config import Config
 from neftune_dist.data.loader import MicroBatch
-from neftune_dist.distributed import World
+from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import (
     FROZEN,
     MASTER,
@@ -34,9 +34,9 @@ from neftune_dist.engine.base import (
     describe_state,
     trained_and_frozen,
 )
-from neftune_dist.model.compute import blocks
 from neftune_dist.model.load import initialize_buffers
 from neftune_dist.model.loss import resolve_loss
+from neftune_dist.model.optimizations import blocks
 from neftune_dist.optim import (
     MakeOptimizer,
     Piece,

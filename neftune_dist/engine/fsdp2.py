@@ -27,7 +27,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from neftune_dist.config import Config, UserError
 from neftune_dist.data.loader import MicroBatch
-from neftune_dist.distributed import World
+from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import (
     FROZEN,
     MASTER,
@@ -36,10 +36,10 @@ from neftune_dist.engine.base import (
     describe_state,
     trained_and_frozen,
 )
-from neftune_dist.model.compute import blocks
-from neftune_dist.model.extras import update_float8_scales
+from neftune_dist.model.float8 import update_float8_scales
 from neftune_dist.model.load import initialize_buffers
 from neftune_dist.model.loss import resolve_loss
+from neftune_dist.model.optimizations import blocks
 from neftune_dist.optim import (
     MakeOptimizer,
     Piece,

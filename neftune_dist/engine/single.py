@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from neftune_dist.config import Config, UserError
 from neftune_dist.data.loader import MicroBatch
-from neftune_dist.distributed import World
+from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import (
     FROZEN,
     MASTER,

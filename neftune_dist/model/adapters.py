@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from neftune_dist.config import AdapterConfig, UserError, listed
 from neftune_dist.model import nf4
-from neftune_dist.model.compute import blocks
+from neftune_dist.model.optimizations import blocks
 from neftune_dist.model.weights import WeightFiles
 
 _LORA_A, _LORA_B = "lora_A.default.weight", "lora_B.default.weight"

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from neftune_dist.config import AdapterConfig, ModelConfig, UserError, listed, user_path
 from neftune_dist.model import adapters
 from neftune_dist.model.attention import implementation
-from neftune_dist.model.compute import configure
+from neftune_dist.model.families import check_model, check_packable
 from neftune_dist.model.loss import resolve_loss
-from neftune_dist.model.support import check_model, check_packable
+from neftune_dist.model.optimizations import configure
 from neftune_dist.model.weights import GrownWeights, WeightFiles, first_line, weights_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # model.dtype

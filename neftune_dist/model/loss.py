@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from neftune_dist.config import UserError
 from neftune_dist.model.attention import packed_arguments
-from neftune_dist.model.extras import LossSum, liger_cross_entropy
+from neftune_dist.model.liger import LossSum, liger_cross_entropy
 
 # Of the float32 logits that are there at a time. Large enough that the matrix products run at full
 # rate, small against what a block's activations take.

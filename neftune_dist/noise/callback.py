@@ -12,8 +12,8 @@ from typing import Any
 from accelerate.state import AcceleratorState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from neftune_dist.config import scheduled
 from neftune_dist.noise.hook import NEFTune, NEFTuneHandle
+from neftune_dist.optim.schedule import Schedule
 
 
 class NEFTuneCallback(TrainerCallback):
@@ -58,7 +58,7 @@ class NEFTuneCallback(TrainerCallback):
         NEFTune(alpha, seed=seed or 0, distribution=distribution, length=length)  # checks them
         self.alpha, self.seed = alpha, seed
         self.distribution, self.length = distribution, length
-        self.schedule = (schedule, warmup_steps, final_fraction)
+        self.schedule = Schedule(alpha, schedule, warmup_steps, final_fraction)
         self.handle: NEFTuneHandle | None = None
 
     def on_init_end(
@@ -110,9 +110,7 @@ class NEFTuneCallback(TrainerCallback):
         """Tell the noise which step it is."""
         assert self.handle is not None
         self.handle.step = state.global_step
-        self.handle.alpha = scheduled(
-            self.alpha, *self.schedule, state.global_step, max(state.max_steps, 1)
-        )
+        self.handle.alpha = self.schedule.value(state.global_step, max(state.max_steps, 1))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

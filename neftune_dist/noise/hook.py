@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate
 
-from neftune_dist import ranks
+from neftune_dist.distributed import environment
 from neftune_dist.noise.law import (
     MAX_MICRO_STEPS,
     NORMS,
@@ -446,4 +446,4 @@ def _padding_token(model: nn.Module) -> int | None:
 def _data_parallel_rank() -> int:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank()
-    return ranks.number("RANK", 0)
+    return environment.number("RANK", 0)

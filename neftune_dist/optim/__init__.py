@@ -15,8 +15,8 @@ from neftune_dist.optim.adamw import (
     squared_norm,
     state_bytes,
 )
-from neftune_dist.optim.blocks import Blocks
-from neftune_dist.optim.reduced import Moment, Piece, local
+from neftune_dist.optim.adamw_low_precision import Moment, Piece, local
+from neftune_dist.optim.quantized_state import Blocks
 
 __all__ = [
     "STATE_NAMES",

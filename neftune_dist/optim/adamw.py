@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neftune_dist.config import OptimConfig, scheduled
-from neftune_dist.optim.blocks import BLOCK, Blocks
-from neftune_dist.optim.reduced import (
+from neftune_dist.config import OptimConfig
+from neftune_dist.optim.adamw_low_precision import (
     MIN_NUMEL_8BIT,
     STATE_NAMES,
     Moment,
@@ -25,20 +24,18 @@ from neftune_dist.optim.reduced import (
     ReducedAdamW,
     local,
 )
+from neftune_dist.optim.quantized_state import BLOCK, Blocks
+from neftune_dist.optim.schedule import Schedule
 
 _NORM_ELEMENTS = 1 << 18  # of gradients in host memory, at a time
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
     """The rate of step 0 <= step < num_steps."""
-    return scheduled(
-        config.learning_rate,
-        config.schedule,
-        config.warmup_steps,
-        config.final_fraction,
-        step,
-        num_steps,
+    schedule = Schedule(
+        config.learning_rate, config.schedule, config.warmup_steps, config.final_fraction
     )
+    return schedule.value(step, num_steps)
 
 
 @dataclass(frozen=True)

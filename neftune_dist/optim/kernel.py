@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from neftune_dist.optim.blocks import BLOCK, GREATEST_SCALE, LEAST_SCALE, Blocks
+from neftune_dist.optim.quantized_state import BLOCK, GREATEST_SCALE, LEAST_SCALE, Blocks
 from neftune_dist.optim.rounding import LAST_SHIFT, ROUNDS, draw_keys
 
 if TYPE_CHECKING:
-    from neftune_dist.optim.reduced import Moment, Update
+    from neftune_dist.optim.adamw_low_precision import Moment, Update
 
 _WARPS = 4
 _ROWS = 4  # blocks of 256 that a program updates

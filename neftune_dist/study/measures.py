@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from neftune_dist.evaluate.win_rate import Judgement, WinRate, win_rate
+from neftune_dist.evaluation.win_rate import Judgement, WinRate, win_rate
 from neftune_dist.study.compare import FEWEST_SEEDS, Difference, concluded, corrected, paired
 from neftune_dist.study.results import Run, alphas_of, seeds_of
 

@@ -15,9 +15,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from neftune_dist.study.compare import Difference
+from neftune_dist.study.grid import plain
 from neftune_dist.study.measures import measure
 from neftune_dist.study.results import Run, alphas_of, seeds_of
-from neftune_dist.study.runs import plain
 
 _GREY = "#808080"  # of text and axes, on a transparent ground
 _COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377")  # Paul Tol's bright

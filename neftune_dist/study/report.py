@@ -13,14 +13,14 @@ from statistics import fmean
 
 import markdown
 
-from neftune_dist import storage
-from neftune_dist.evaluate.win_rate import win_rate
+from neftune_dist.evaluation.win_rate import win_rate
 from neftune_dist.study.compare import FEWEST_SEEDS, Difference
-from neftune_dist.study.findings import conclusion
+from neftune_dist.study.conclusion import conclusion
+from neftune_dist.study.grid import plain
 from neftune_dist.study.measures import Judged, differences, measure
 from neftune_dist.study.plots import plots
 from neftune_dist.study.results import Run, alphas_of, seeds_of
-from neftune_dist.study.runs import plain
+from neftune_dist.system import storage
 
 _METHOD = f"""\
 Runs of one seed began with the same weights and took the same documents in the same steps; they

@@ -11,11 +11,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from neftune_dist.checkpoint.sealed import run_config
+from neftune_dist.checkpoint.run_files import run_config
 from neftune_dist.config import Config, UserError, differences, read_json
-from neftune_dist.evaluate.results import FORMS
-from neftune_dist.records import EVALUATIONS, STEPS, read_records
-from neftune_dist.study.runs import evaluation_folder
+from neftune_dist.evaluation.results import FORMS
+from neftune_dist.study.grid import evaluation_folder
+from neftune_dist.system.records import EVALUATIONS, STEPS, read_records
 
 # What changes nothing that is trained, and what a study changes itself.
 _FREE = (

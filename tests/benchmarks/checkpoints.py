@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 from neftune_dist.checkpoint import flat, store
-from neftune_dist.checkpoint.content import keep_small_files
+from neftune_dist.checkpoint.export import export
+from neftune_dist.checkpoint.merged import keep_small_files
 from neftune_dist.checkpoint.saver import Saver
 from neftune_dist.config import CheckpointConfig, Config
-from neftune_dist.distributed import World
-from neftune_dist.export import export
+from neftune_dist.distributed.world import World
 from neftune_dist.model import load
 from neftune_dist.optim import MakeOptimizer
 

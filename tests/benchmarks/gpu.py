@@ -342,7 +342,7 @@ def warm_imports() -> None:
         "torch._dynamo",
         "torch._inductor.compile_fx",
         "neftune_dist.engine.fsdp2",
-        "neftune_dist.plan.rehearsal",
+        "neftune_dist.planning.simulate",
         "torchao.float8",
         "triton",
     ):

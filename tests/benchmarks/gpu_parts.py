@@ -23,17 +23,17 @@ from torch import Tensor
 
 from neftune_dist.config import Config, UserError, load_config
 from neftune_dist.data.loader import Loader, MicroBatch, StepBatch
-from neftune_dist.data.schedule import make_schedule
-from neftune_dist.distributed import World
+from neftune_dist.data.sampler import make_schedule
+from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import MASTER
-from neftune_dist.loop import token_layout
 from neftune_dist.model import load
 from neftune_dist.model.flops import model_size, peak_flops
 from neftune_dist.noise.hook import NEFTune
 from neftune_dist.noise.law import RankStream, TokenLayout, scalar, scales
 from neftune_dist.noise.op import add_noise, add_noise_
 from neftune_dist.optim import MakeOptimizer
-from neftune_dist.train import make_engine
+from neftune_dist.training.loop import token_layout
+from neftune_dist.training.train import make_engine
 
 GIB = 2**30
 # Tokens at these shares of the documents, the least and the most included. Alpaca's as Llama-2's
@@ -240,7 +240,7 @@ def _measure_step(world: World, part: Part, size: Size, profile: Path | None) ->
 
 def planned_gib(part: Part, size: Size) -> float:
     """The peak that `neftune-dist plan` estimates for the part's own micro-batches."""
-    from neftune_dist.plan.rehearsal import rehearse
+    from neftune_dist.planning.simulate import rehearse
 
     with tempfile.TemporaryDirectory() as folder:
         config, _, loader = prepare_step(part, size, Path(folder))

@@ -28,7 +28,7 @@ import trl
 from torch import Tensor
 
 from neftune_dist.noise.callback import NEFTuneCallback
-from tests.recorder import Forward, Recorder
+from tests.support.noise_probe import Forward, Recorder
 
 ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("NEFTUNE_DIST_TEST_DATA", ROOT.parent / "shared"))

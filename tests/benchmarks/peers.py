@@ -32,15 +32,15 @@ from typing import Any
 import torch
 
 from neftune_dist.config import Config, load_config
-from neftune_dist.data.corpus import prepare
+from neftune_dist.data.dataset import prepare
 from neftune_dist.data.loader import Loader, StepBatch
-from neftune_dist.data.schedule import make_schedule
-from neftune_dist.distributed import World
+from neftune_dist.data.sampler import make_schedule
+from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import MASTER
-from neftune_dist.loop import token_layout
 from neftune_dist.model import load
 from neftune_dist.model.flops import ModelSize, model_size
 from neftune_dist.noise.hook import NEFTune
+from neftune_dist.training.loop import token_layout
 from runs import (
     common_arguments,
     environment_line,

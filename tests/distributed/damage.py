@@ -35,9 +35,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from neftune_dist.attempt import Outcome
 from neftune_dist.config import checksummed
-from tests import tiny
+from neftune_dist.distributed.outcome import Outcome
+from tests.support import tiny_model
 
 STEPS, STOPPED_AT = 4, 2
 VERBS = ("train", "evaluate", "export", "checkpoints", "launch")
@@ -217,7 +217,7 @@ class Ground:
 
     @staticmethod
     def make(folder: Path) -> Ground:
-        config = tiny.make_config(
+        config = tiny_model.make_config(
             folder,
             data={"max_length": 64},
             train={"max_steps": STEPS, "global_batch_size": 6},
@@ -280,7 +280,7 @@ def _must(ended: Ended) -> None:
 
 def _result(ground: Ground, verb: str) -> Any:
     if verb == "train":
-        return {name: tiny.untimed(_rows(ground.run_dir / name)) for name in RECORDS}
+        return {name: tiny_model.untimed(_rows(ground.run_dir / name)) for name in RECORDS}
     if verb == "evaluate":
         return _figures(ground.run_dir / f"evaluations/step_{STOPPED_AT:08d}")
     if verb == "export":
@@ -429,12 +429,12 @@ def sweep(
 
 def preload() -> None:
     """Import what the verbs import, so that a forked process need not."""
+    import neftune_dist.checkpoint.export
     import neftune_dist.checkpoint.listing
+    import neftune_dist.cluster.launch.supervisor
     import neftune_dist.engine.fsdp2
-    import neftune_dist.evaluate.evaluation
-    import neftune_dist.export
-    import neftune_dist.launch.supervisor
-    import neftune_dist.train  # noqa: F401
+    import neftune_dist.evaluation.evaluate
+    import neftune_dist.training.train  # noqa: F401
 
 
 def main() -> None:
@@ -444,7 +444,7 @@ def main() -> None:
     parser.add_argument("--types", action="store_true", help="odd values in JSON files")
     parser.add_argument("--sample", type=int, default=0, help="so many cases, spread over all")
     arguments = parser.parse_args()
-    os.environ.update(tiny.environment())
+    os.environ.update(tiny_model.environment())
     preload()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from neftune_dist.checkpoint import store
-from tests import tiny
+from tests.support import tiny_model
 
 STEPS = 8
 ENGINES = {
@@ -47,7 +47,7 @@ PHASES = ("save", "publish", "prune", "load")
 
 def make_config(folder: Path) -> Path:
     """A run that saves after every step, keeps two, and draws every noise that there is."""
-    return tiny.make_config(
+    return tiny_model.make_config(
         folder,
         train={"max_steps": STEPS},
         checkpoint={"every_steps": 1},
@@ -103,10 +103,12 @@ def _phase(event: str, path: str, arguments: tuple[Any, ...]) -> str:
 
 def compare(run_dir: Path, untouched: Path) -> None:
     """Records of all steps, and every weight and moment, bit for bit."""
-    assert tiny.untimed(tiny.steps(run_dir)) == tiny.untimed(tiny.steps(untouched))
+    assert tiny_model.untimed(tiny_model.steps(run_dir)) == tiny_model.untimed(
+        tiny_model.steps(untouched)
+    )
     final = [store.find_all(each)[0] for each in (run_dir, untouched)]
     assert final[0].step == final[1].step == STEPS
-    ours, theirs = (tiny.checkpoint_tensors(each.folder) for each in final)
+    ours, theirs = (tiny_model.checkpoint_tensors(each.folder) for each in final)
     assert ours.keys() == theirs.keys()
     for key, tensor in ours.items():
         assert torch.equal(tensor, theirs[key]), key
@@ -129,7 +131,7 @@ def drill(
     """`kills` kills in as many runs as it takes; how many fell into which phase."""
     words = [*ENGINES[engine], "checkpoint.mode=async"]
     untouched = folder / f"untouched_{engine}"
-    tiny.train(config, untouched, *words, ranks=2)
+    tiny_model.train(config, untouched, *words, ranks=2)
     outcome: collections.Counter[tuple[str, str]] = collections.Counter()
     for number in itertools.count():
         if outcome.total() >= kills:
@@ -142,7 +144,7 @@ def drill(
             rank = chance.choice((0, 0, 1))
             count = chance.randint(1, 60 if rank == 0 else 12)
             kill = Kill(rank, count, everyone, marks)
-            done = tiny.run_forked(
+            done = tiny_model.run_forked(
                 "train", config, f"run_dir={run_dir}", *words, ranks=2, before=kill
             )
             if newest and "nothing is left" not in done.stdout and "resume:" in done.stdout:
@@ -154,7 +156,7 @@ def drill(
             assert (marks / "phase").exists(), done.stdout + done.stderr
             outcome[(marks / "phase").read_text(), "all" if everyone else "one"] += 1
             if outcome.total() >= kills:
-                tiny.train(config, run_dir, *words, ranks=2)
+                tiny_model.train(config, run_dir, *words, ranks=2)
                 compare(run_dir, untouched)
                 break
         shutil.rmtree(run_dir)
@@ -185,7 +187,7 @@ class SlowDisk:
         def slow(folder: Path, *arguments: Any) -> Any:
             step = int(folder.name.removeprefix("step_").partition(".")[0])
             deadline = time.monotonic() + 60
-            while step < STEPS and len(tiny.steps(self.run_dir)) <= step:
+            while step < STEPS and len(tiny_model.steps(self.run_dir)) <= step:
                 assert time.monotonic() < deadline, "training waits for the save"
                 time.sleep(0.01)
             return write(folder, *arguments)
@@ -260,7 +262,7 @@ class Observe:
     folder: Path
 
     def __call__(self) -> None:
-        from neftune_dist.loop import Trainer
+        from neftune_dist.training.loop import Trainer
 
         rank = int(os.environ.get("RANK", "0"))
         run, train_step = Trainer.run, Trainer.train_step
@@ -300,7 +302,7 @@ def save_at_two(config: Path, folder: Path, layout: Layout) -> Path:
     observe = Observe(run_dir / "seen")
     observe.folder.mkdir(parents=True)
     words = [*ENGINES[layout.engine], *MATRIX_WORDS, "checkpoint.keep=0"]
-    done = tiny.run_forked(
+    done = tiny_model.run_forked(
         "train", config, f"run_dir={run_dir}", *words, ranks=layout.ranks, before=observe
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -316,11 +318,11 @@ def continue_from(config: Path, source: Path, layout: Layout, folder: Path) -> N
     shutil.copytree(source / step_two, run_dir / step_two)
     shutil.copyfile(source / "metrics.jsonl", run_dir / "metrics.jsonl")
     words = [*ENGINES[layout.engine], *MATRIX_WORDS]
-    done = tiny.run_forked(
+    done = tiny_model.run_forked(
         "train", config, f"run_dir={run_dir}", *words, ranks=layout.ranks, before=observe
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    saved = tiny.checkpoint_tensors(source / step_two)
+    saved = tiny_model.checkpoint_tensors(source / step_two)
     covered = dict.fromkeys(saved, 0)
     for file in observe.folder.glob("state_*.pt"):
         for key, start, tensor in torch.load(file):
@@ -330,7 +332,7 @@ def continue_from(config: Path, source: Path, layout: Layout, folder: Path) -> N
     assert covered == {key: copies * tensor.numel() for key, tensor in saved.items()}
     documents = Observe(source / "seen").documents()
     assert observe.documents() == {step: documents[step] for step in (2, 3)}
-    for one, other in zip(tiny.steps(run_dir), tiny.steps(source), strict=True):
+    for one, other in zip(tiny_model.steps(run_dir), tiny_model.steps(source), strict=True):
         assert abs(one["loss"] / other["loss"] - 1) < 1e-6, (one["step"], one["loss"])
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from neftune_dist.noise.callback import NEFTuneCallback
-from tests.recorder import Recorder
+from tests.support.noise_probe import Recorder
 
 DEADLINE_SECONDS = 100
 STEPS, ACCUMULATION = 4, 2

@@ -20,11 +20,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from neftune_dist.config import UserError, load_config
-from neftune_dist.evaluate.subject import open_subject
+from neftune_dist.evaluation.target import open_subject
 from neftune_dist.model import load, nf4
 from neftune_dist.model.adapters import peft_name
 from neftune_dist.model.weights import WeightFiles
-from tests import plain, tiny
+from tests.support import reference_loop, tiny_model
 
 STEPS = 6
 ZERO_3 = ["engine.name=deepspeed"]
@@ -40,14 +40,14 @@ METHODS = {
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapters")
-    path = tiny.make_config(
+    path = tiny_model.make_config(
         folder,
         train={"max_steps": STEPS},
         optim={"learning_rate": 1e-2},
         checkpoint={"every_steps": 3, "keep": 0},
     )
     shutil.rmtree(folder / "model")
-    tiny.make_model(folder / "model", intermediate=128)  # blocks of 64
+    tiny_model.make_model(folder / "model", intermediate=128)  # blocks of 64
     return path
 
 
@@ -95,7 +95,7 @@ def peft_model(config_path: Path, method: str) -> Any:
 def reference(config_path: Path, method: str) -> tuple[list[dict[str, float]], Any]:
     """Records of the plain loop, and the model that it has trained."""
     model = peft_model(config_path, method)
-    records = plain.train(model, load_config(config_path, METHODS[method]))
+    records = reference_loop.train(model, load_config(config_path, METHODS[method]))
     assert records[-1]["loss"] < 0.9 * records[0]["loss"]  # it moves
     return records, model.eval()
 
@@ -128,7 +128,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_engine_trains_what_peft_trains(
     method: str, ranks: int, words: list[str], config: Path, references: Any, tmp_path: Path
 ) -> None:
-    records = tiny.train(config, tmp_path / "run", *METHODS[method], *words, ranks=ranks)
+    records = tiny_model.train(config, tmp_path / "run", *METHODS[method], *words, ranks=ranks)
     expected, _ = references[method]
     assert len(records) == len(expected)
     for one, other in zip(records, expected, strict=True):
@@ -144,16 +144,18 @@ def test_resumed_exported_and_loaded(
     """The same bits after a resume, under the other engine the same loss; merged, and loaded by
     PEFT, the model computes what the trained one did. Checkpoints hold what was trained alone."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    records = tiny.train(config, whole, *METHODS[method], ranks=2)
+    records = tiny_model.train(config, whole, *METHODS[method], ranks=2)
     shutil.copytree(whole, cut)
     for name in ("step_00000006", "latest"):
         path = cut / "checkpoints" / name
         path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
     (cut / "metrics.jsonl").write_text("")
-    assert tiny.untimed(tiny.train(config, cut, *METHODS[method], ranks=2)) == tiny.untimed(
-        records[3:]
-    )
-    saved = [tiny.checkpoint_tensors(run / "checkpoints/step_00000006") for run in (whole, cut)]
+    assert tiny_model.untimed(
+        tiny_model.train(config, cut, *METHODS[method], ranks=2)
+    ) == tiny_model.untimed(records[3:])
+    saved = [
+        tiny_model.checkpoint_tensors(run / "checkpoints/step_00000006") for run in (whole, cut)
+    ]
     assert saved[0].keys() == saved[1].keys()
     assert all("lora_" in key for key in saved[0])
     assert all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0])
@@ -162,7 +164,7 @@ def test_resumed_exported_and_loaded(
     shutil.copytree(whole, other)
     shutil.rmtree(other / "checkpoints/step_00000006")
     (other / "checkpoints/latest").unlink()
-    continued = tiny.train(config, other, *METHODS[method], *ZERO_3, ranks=3)
+    continued = tiny_model.train(config, other, *METHODS[method], *ZERO_3, ranks=3)
     for one, two in zip(continued[-3:], records[3:], strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
 
@@ -171,7 +173,7 @@ def test_resumed_exported_and_loaded(
     with torch.no_grad():
         expected = trained(input_ids=ids).logits
         for words in ([], ["--adapter"]):
-            done = tiny.run_forked("export", whole, *words)
+            done = tiny_model.run_forked("export", whole, *words)
             assert done.returncode == 0, done.stderr
         merged = transformers.AutoModelForCausalLM.from_pretrained(
             whole / "export", dtype=torch.float32
@@ -200,14 +202,14 @@ def test_resumed_exported_and_loaded(
     ],
 )
 def test_mistakes(words: list[str], told: str, config: Path, tmp_path: Path) -> None:
-    done = tiny.run_forked("train", config, f"run_dir={tmp_path / 'run'}", *words)
+    done = tiny_model.run_forked("train", config, f"run_dir={tmp_path / 'run'}", *words)
     assert done.returncode == 2
     assert told in done.stderr
 
 
 def test_a_width_that_has_no_blocks(tmp_path: Path) -> None:
-    config = tiny.make_config(tmp_path)
-    done = tiny.run_forked(
+    config = tiny_model.make_config(tmp_path)
+    done = tiny_model.run_forked(
         "train", config, f"run_dir={tmp_path / 'run'}", "adapter.method=lora", "adapter.base=nf4"
     )
     assert done.returncode == 2
@@ -216,8 +218,10 @@ def test_a_width_that_has_no_blocks(tmp_path: Path) -> None:
 
 def test_another_adapter_is_another_run(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    tiny.train(config, run, *METHODS["lora"], "train.max_steps=1")
-    done = tiny.run_forked("train", config, f"run_dir={run}", *METHODS["lora"], "adapter.rank=8")
+    tiny_model.train(config, run, *METHODS["lora"], "train.max_steps=1")
+    done = tiny_model.run_forked(
+        "train", config, f"run_dir={run}", *METHODS["lora"], "adapter.rank=8"
+    )
     assert done.returncode == 2
     assert "adapter.rank (then 16, now 8)" in done.stderr
 
@@ -228,7 +232,7 @@ def test_other_frozen_weights_are_noticed(config: Path, tmp_path: Path) -> None:
     base, run = tmp_path / "base", tmp_path / "run"
     shutil.copytree(load_config(config).model.name_or_path, base)
     words = [*METHODS["qlora"], f"model.name_or_path={base}"]
-    tiny.train(config, run, *words, "train.max_steps=1", ranks=2)
+    tiny_model.train(config, run, *words, "train.max_steps=1", ranks=2)
     before = open_subject(run).model.state_dict()
     weights = load_file(base / "model.safetensors")
     name = "model.layers.0.mlp.down_proj.weight"
@@ -240,10 +244,10 @@ def test_other_frozen_weights_are_noticed(config: Path, tmp_path: Path) -> None:
             save_file(changed, base / "model.safetensors", metadata={"format": "pt"})
         else:
             torch.save(changed, base / "pytorch_model.bin")
-        resumed = tiny.run_forked(
+        resumed = tiny_model.run_forked(
             "train", config, f"run_dir={run}", *words, "train.max_steps=2", ranks=1
         )
-        exported = tiny.run_forked("export", run)
+        exported = tiny_model.run_forked("export", run)
         if shift:
             assert (resumed.returncode, exported.returncode) == (2, 2)
             assert f"beside other frozen weights than those of {base}" in resumed.stderr

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests import tiny
+from tests.support import tiny_model
 
 PROMPT_SECONDS = 120  # a deadline: half a minute was not enough beside much other work
 
@@ -19,16 +19,16 @@ PROMPT_SECONDS = 120  # a deadline: half a minute was not enough beside much oth
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bad")
-    path = tiny.make_config(folder)
+    path = tiny_model.make_config(folder)
     bad = folder / "bad.jsonl"
     rows = [{"instruction": "a", "input": "", "output": "b"}] * 50 + [{"instruction": "a"}] * 3
     bad.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "empty.jsonl").write_text("")
-    broken = tiny.make_model(folder / "broken")
+    broken = tiny_model.make_model(folder / "broken")
     weights = load_file(broken / "model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    misshapen = tiny.make_model(folder / "misshapen")
+    misshapen = tiny_model.make_model(folder / "misshapen")
     weights = load_file(misshapen / "model.safetensors")
     weights["model.norm.weight"] = torch.zeros(63)
     save_file(weights, misshapen / "model.safetensors", metadata={"format": "pt"})
@@ -55,7 +55,7 @@ def test_two_ranks_say_it_once(name: str, config: Path, tmp_path: Path) -> None:
     words, needle = CASES[name]
     words = [word.format(config.parent) for word in words]
     began = time.monotonic()
-    done = tiny.run_forked("train", config, f"run_dir={tmp_path / 'run'}", *words, ranks=2)
+    done = tiny_model.run_forked("train", config, f"run_dir={tmp_path / 'run'}", *words, ranks=2)
     assert time.monotonic() - began < PROMPT_SECONDS
     assert done.returncode == 2
     said = [line for line in done.stderr.splitlines() if line.startswith("neftune-dist")]
@@ -66,7 +66,7 @@ def test_two_ranks_say_it_once(name: str, config: Path, tmp_path: Path) -> None:
 
 def test_torchrun_says_it_once(config: Path, tmp_path: Path) -> None:
     words, needle = CASES["missing file"]
-    done = tiny.run("train", config, f"run_dir={tmp_path / 'run'}", *words, ranks=2)
+    done = tiny_model.run("train", config, f"run_dir={tmp_path / 'run'}", *words, ranks=2)
     assert done.returncode != 0  # torchrun knows no exit code but 1
     said = [line for line in done.stderr.splitlines() if line.startswith("neftune-dist")]
     assert len(said) == 1, done.stderr
@@ -79,21 +79,21 @@ def test_alone_the_exit_code_is_2_and_there_is_no_traceback(config: Path, tmp_pa
     for name in ("bad rows", "tensor missing"):
         words, needle = CASES[name]
         words = [word.format(config.parent) for word in words]
-        done = tiny.run("train", config, f"run_dir={tmp_path / 'run'}", *words)
+        done = tiny_model.run("train", config, f"run_dir={tmp_path / 'run'}", *words)
         assert done.returncode == 2
         assert needle in done.stderr
         assert "Traceback" not in done.stderr
 
 
 def test_a_model_without_a_chat_template(config: Path, tmp_path: Path) -> None:
-    folder = tiny.make_model(tmp_path / "model")
+    folder = tiny_model.make_model(tmp_path / "model")
     for file in ("chat_template.jinja",):
         (folder / file).unlink()
     words = (config, f"run_dir={tmp_path / 'run'}", f"model.name_or_path={folder}")
-    done = tiny.run_forked("train", *words)
+    done = tiny_model.run_forked("train", *words)
     assert done.returncode == 2
     assert "no chat template" in done.stderr
-    done = tiny.run_forked("train", *words, "data.template=alpaca", "train.max_steps=1")
+    done = tiny_model.run_forked("train", *words, "data.template=alpaca", "train.max_steps=1")
     assert done.returncode == 0, done.stderr
 
 
@@ -103,7 +103,7 @@ def test_a_second_run_in_the_same_directory_is_refused(config: Path, tmp_path: P
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     with FileLock(run_dir / ".lock"):
-        done = tiny.run_forked("train", config, f"run_dir={run_dir}", before=_hurry)
+        done = tiny_model.run_forked("train", config, f"run_dir={run_dir}", before=_hurry)
     assert done.returncode == 2
     assert "in use by another run" in done.stderr
 
@@ -117,12 +117,12 @@ def test_a_run_directory_that_a_dying_run_frees_is_waited_for(config: Path, tmp_
     lock.acquire()
     freed = threading.Timer(6, lock.release)  # of it, about two for the other to come
     freed.start()
-    done = tiny.run_forked("train", config, f"run_dir={run_dir}", "train.max_steps=1")
+    done = tiny_model.run_forked("train", config, f"run_dir={run_dir}", "train.max_steps=1")
     assert done.returncode == 0, done.stderr
     assert "is in use; waiting" in done.stdout
 
 
 def _hurry() -> None:
-    from neftune_dist import train
+    from neftune_dist.training import train
 
     train._CLAIM_SECONDS = 2.0

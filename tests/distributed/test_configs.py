@@ -11,9 +11,9 @@ import torch
 import transformers
 
 from neftune_dist.config import load_config
-from neftune_dist.plan.report import plan
-from tests import tiny
-from tests.families import family
+from neftune_dist.planning.report import plan
+from tests.support import tiny_model
+from tests.support.families import family
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Two layers stand for all.
@@ -68,12 +68,12 @@ def test_planned(name: str, tmp_path: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny models by family, and rows of each format."""
     made = tmp_path_factory.mktemp("configs")
-    tiny.make_model(made / "llama", intermediate=128)
-    tokenizer = tiny.make_tokenizer(made / "opt")
+    tiny_model.make_model(made / "llama", intermediate=128)
+    tokenizer = tiny_model.make_tokenizer(made / "opt")
     torch.manual_seed(0)
     config = family("opt", vocab_size=len(tokenizer), max_position_embeddings=512)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(made / "opt")
-    tiny.make_rows(made / "alpaca.jsonl", 24)
+    tiny_model.make_rows(made / "alpaca.jsonl", 24)
     turns = [("human", "Count."), ("gpt", "One, two."), ("human", "On."), ("gpt", "Three, four.")]
     (made / "sharegpt.jsonl").write_text(
         "".join(
@@ -93,7 +93,7 @@ def test_trained(name: str, folder: Path, tmp_path: Path) -> None:
     config = load_config(path)
     model = "opt" if "opt" in config.model.name_or_path else "llama"
     rows = "sharegpt" if config.data.format == "sharegpt" else "alpaca"
-    records = tiny.train(
+    records = tiny_model.train(
         path,
         tmp_path / "run",
         f"model.name_or_path={folder / model}",

@@ -12,17 +12,17 @@ import pytest
 
 from neftune_dist import cli
 from neftune_dist.checkpoint import flat, store
-from neftune_dist.checkpoint.content import Content
-from tests import tiny
+from neftune_dist.checkpoint.merged import Content
+from tests.support import tiny_model
 
 
 def test_a_sample_of_the_damage_drill() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.distributed.damage", "--sample", "12"],
-        env=tiny.environment(),
+        env=tiny_model.environment(),
         capture_output=True,
         text=True,
-        timeout=tiny.DEADLINE_SECONDS,
+        timeout=tiny_model.DEADLINE_SECONDS,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "12 cases" in done.stdout or "13 cases" in done.stdout
@@ -32,7 +32,7 @@ def test_a_sample_of_the_damage_drill() -> None:
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pruned")
     words = ["train.max_steps=2", "checkpoint.every_steps=1", "evaluate.instructions=null"]
-    tiny.train(tiny.make_config(folder), folder / "run", *words)
+    tiny_model.train(tiny_model.make_config(folder), folder / "run", *words)
     return folder / "run"
 
 

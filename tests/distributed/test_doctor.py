@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from neftune_dist.doctor.findings import OK, WARNING, WRONG
-from tests import tiny
+from neftune_dist.cluster.doctor.findings import OK, WARNING, WRONG
+from tests.support import tiny_model
 
 PROMPT_SECONDS = 60
 LOCAL = ["versions", "requirements", "imports", "conflicts", "GPUs", "host memory"]
@@ -70,7 +70,7 @@ class Host:
 
     Attributes:
         ill: what to do on which rank.
-        limits: module-level names of a module of neftune_dist.doctor, and their new values.
+        limits: module-level names of a module of neftune_dist.cluster.doctor, and their new values.
     """
 
     ill: dict[int, Callable[[], None]] = field(default_factory=dict)
@@ -80,7 +80,7 @@ class Host:
     def __call__(self) -> None:
         import importlib
 
-        from neftune_dist.doctor import software
+        from neftune_dist.cluster.doctor import software
 
         rank = int(os.environ["RANK"])
         if self.apart:
@@ -88,7 +88,7 @@ class Host:
         software._IMPORTED = ("json",)
         # The tests of the disk are others; here it need not be written twice.
         for name, values in {"machine": {"_PROBE_MIB": 1}, **self.limits}.items():
-            module = importlib.import_module(f"neftune_dist.doctor.{name}")
+            module = importlib.import_module(f"neftune_dist.cluster.doctor.{name}")
             for key, value in values.items():
                 assert hasattr(module, key)
                 setattr(module, key, value)
@@ -97,13 +97,13 @@ class Host:
 
 
 def run(before: Host, run_dir: Path, ranks: int = 2) -> tuple[int, list[Row], str]:
-    done = tiny.run_forked("doctor", "--run-dir", run_dir, ranks=ranks, before=before)
+    done = tiny_model.run_forked("doctor", "--run-dir", run_dir, ranks=ranks, before=before)
     assert "Traceback" not in done.stdout + done.stderr
     return done.returncode, table(done.stdout), done.stderr
 
 
 def test_alone(tmp_path: Path) -> None:
-    done = tiny.run("doctor", "--run-dir", tmp_path / "not" / "there")
+    done = tiny_model.run("doctor", "--run-dir", tmp_path / "not" / "there")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = table(done.stdout)
     assert [row.check for row in rows] == [*LOCAL, "collectives"]
@@ -114,7 +114,7 @@ def test_alone(tmp_path: Path) -> None:
 
 def test_without_torch(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('libtorch.so: cannot open')")
-    done = tiny.run("doctor", "--run-dir", tmp_path, PYTHONPATH=str(tmp_path))
+    done = tiny_model.run("doctor", "--run-dir", tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     rows = table(done.stdout)
     assert "libtorch.so: cannot open" in of(rows, "imports")[0].seen
@@ -123,7 +123,7 @@ def test_without_torch(tmp_path: Path) -> None:
 
 
 def test_under_torchrun_a_machine_is_checked_once(tmp_path: Path) -> None:
-    done = tiny.run("doctor", "--run-dir", tmp_path, ranks=2)
+    done = tiny_model.run("doctor", "--run-dir", tmp_path, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = table(done.stdout)
     assert [row.check for row in rows] == [*LOCAL, "collectives"]
@@ -133,10 +133,12 @@ def test_under_torchrun_a_machine_is_checked_once(tmp_path: Path) -> None:
 
 def test_under_torchrun_what_is_wrong_ends_all_ranks_alike(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    done = tiny.run("doctor", "--run-dir", tmp_path / "file" / "runs", ranks=2)
+    done = tiny_model.run("doctor", "--run-dir", tmp_path / "file" / "runs", ranks=2)
     assert done.returncode != 0
     assert [row.check for row in wrong(table(done.stdout))] == ["run directory"]
-    assert "neftune_dist/doctor" not in done.stderr  # no traceback of ours in torchrun's report
+    assert (
+        "neftune_dist/cluster/doctor" not in done.stderr
+    )  # no traceback of ours in torchrun's report
     assert "exitcode  : 2" in done.stderr
 
 
@@ -155,7 +157,7 @@ def test_ranks_of_one_machine_are_no_hosts(tmp_path: Path) -> None:
 
 
 def another_torch() -> None:
-    from neftune_dist.doctor import software
+    from neftune_dist.cluster.doctor import software
 
     versions = software.versions
     software.versions = lambda: versions() | {"torch": "2.99.0", "python": "3.99.9"}
@@ -177,9 +179,9 @@ class ElsewhereRunDir:
     folder: str
 
     def __call__(self) -> None:
-        from neftune_dist.doctor import cluster, machine
+        from neftune_dist.cluster.doctor import machine, nodes
 
-        for module in (cluster, machine):
+        for module in (nodes, machine):
             module.existing = lambda _: Path(self.folder)  # type: ignore[attr-defined]
 
 
@@ -288,13 +290,13 @@ def test_a_rank_that_fails_or_hangs_in_a_collective(
 
 
 def hanging_check() -> None:
-    from neftune_dist.doctor import machine
+    from neftune_dist.cluster.doctor import machine
 
     machine.check_run_dir = lambda _: time.sleep(600)  # type: ignore[assignment, return-value]
 
 
 def test_a_machine_whose_disk_hangs(tmp_path: Path) -> None:
-    limits = {"visit": {"_CHECKS_SECONDS": 12.0}, "findings": {"_SHORTEST_SECONDS": 1.0}}
+    limits = {"run": {"_CHECKS_SECONDS": 12.0}, "findings": {"_SHORTEST_SECONDS": 1.0}}
     code, rows, _ = run(Host({1: hanging_check}, limits), tmp_path)
     assert code == 2
     assert [(row.check, row.host) for row in wrong(rows)] == [("run directory", "n2")]
@@ -308,13 +310,13 @@ def start(code: str, run_dir: Path, **variables: str) -> subprocess.Popen[str]:
     """A rank by itself, with quicker time-outs set by `code`."""
     script = (
         "import sys; from pathlib import Path;"
-        "from neftune_dist.doctor import collectives, machine, meeting, software, visit;"
+        "from neftune_dist.cluster.doctor import collectives, machine, meeting, run, software;"
         f"software._IMPORTED = ('json',); machine._PROBE_MIB = 1; {code};"
-        "sys.exit(visit.doctor(Path(sys.argv[1])))"
+        "sys.exit(run.doctor(Path(sys.argv[1])))"
     )
     return subprocess.Popen(
         [sys.executable, "-c", script, str(run_dir)],
-        env=tiny.environment(**variables),
+        env=tiny_model.environment(**variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -344,7 +346,7 @@ def step(rank: int, number: int, job: str) -> dict[str, str]:
 
 def test_a_step_of_slurm_and_a_node_that_does_not_come(tmp_path: Path) -> None:
     job = str(os.getpid())
-    code = "visit._MEET_SECONDS = 8.0"
+    code = "run._MEET_SECONDS = 8.0"
     ranks = [start(code, tmp_path, **step(rank, 3, job)) for rank in (0, 1)]
     out, err = ranks[0].communicate(timeout=PROMPT_SECONDS)
     ranks[1].communicate(timeout=PROMPT_SECONDS)
@@ -369,7 +371,7 @@ def test_a_step_of_slurm_with_all_its_nodes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_ranks_that_do_not_know_where_to_meet(rank: str, tmp_path: Path) -> None:
-    only = start("visit._LEAVE_SECONDS = 0", tmp_path, RANK=rank, WORLD_SIZE="2", LOCAL_RANK=rank)
+    only = start("run._LEAVE_SECONDS = 0", tmp_path, RANK=rank, WORLD_SIZE="2", LOCAL_RANK=rank)
     out, err = only.communicate(timeout=PROMPT_SECONDS)
     assert only.returncode == 2 and "Traceback" not in err
     speaks, silent = (out, err) if rank == "0" else (err, out)
@@ -382,7 +384,7 @@ def test_ranks_that_do_not_know_where_to_meet(rank: str, tmp_path: Path) -> None
 
 def test_rank_0_that_does_not_come(tmp_path: Path) -> None:
     place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    code = "visit._MEET_SECONDS = 1.0; visit._LEAVE_SECONDS = 0"
+    code = "run._MEET_SECONDS = 1.0; run._LEAVE_SECONDS = 0"
     only = start(code, tmp_path, **place, MASTER_PORT=free_port())
     out, err = only.communicate(timeout=PROMPT_SECONDS)
     assert only.returncode == 2 and out == ""
@@ -395,7 +397,7 @@ def test_a_rank_that_dies_in_a_collective(tmp_path: Path) -> None:
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     quick = "collectives._SECONDS = 15.0; collectives._GRACE_SECONDS = 2.0"
     dies = "import os, torch; torch.distributed.all_gather_into_tensor = lambda *_: os._exit(9)"
-    first = start(f"{quick}; visit._LEAVE_SECONDS = 1.0", tmp_path, **place, RANK="0")
+    first = start(f"{quick}; run._LEAVE_SECONDS = 1.0", tmp_path, **place, RANK="0")
     other = start(dies, tmp_path, **place, RANK="1", LOCAL_RANK="1")
     out, _ = first.communicate(timeout=PROMPT_SECONDS)
     other.communicate(timeout=PROMPT_SECONDS)
@@ -406,7 +408,7 @@ def test_a_rank_that_dies_in_a_collective(tmp_path: Path) -> None:
 
 
 def test_whatever_hangs_has_an_end(tmp_path: Path) -> None:
-    code = "import time; visit._LONGEST_SECONDS = 1.0; visit._visit = lambda *_: time.sleep(600)"
+    code = "import time; run._LONGEST_SECONDS = 1.0; run._visit = lambda *_: time.sleep(600)"
     only = start(code, tmp_path)
     out, _ = only.communicate(timeout=PROMPT_SECONDS)
     assert only.returncode == 2 and wrong(table(out))[0].check == "ranks"
@@ -414,9 +416,9 @@ def test_whatever_hangs_has_an_end(tmp_path: Path) -> None:
 
 def test_rank_0_that_goes_away(tmp_path: Path) -> None:
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    dies = "import os; visit._of_this_machine = lambda *_: os._exit(9)"
+    dies = "import os; run._of_this_machine = lambda *_: os._exit(9)"
     first = start(dies, tmp_path, **place, RANK="0", LOCAL_RANK="0")
-    other = start("visit._LEAVE_SECONDS = 0", tmp_path, **place, RANK="1", LOCAL_RANK="1")
+    other = start("run._LEAVE_SECONDS = 0", tmp_path, **place, RANK="1", LOCAL_RANK="1")
     first.communicate(timeout=PROMPT_SECONDS)
     _, err = other.communicate(timeout=PROMPT_SECONDS)
     assert (first.returncode, other.returncode) == (9, 2)

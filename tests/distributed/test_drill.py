@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from neftune_dist.checkpoint import store
-from tests import tiny
 from tests.distributed import drill
+from tests.support import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_continues_under_another_layout(
 def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of a whole run on one rank, all checkpoints kept."""
     run_dir = tmp_path_factory.mktemp("finished") / "run"
-    tiny.train(config, run_dir, "checkpoint.keep=0")
+    tiny_model.train(config, run_dir, "checkpoint.keep=0")
     return run_dir
 
 
@@ -72,7 +72,7 @@ def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def both(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of a whole run on two ranks that saved while it trained."""
     run_dir = tmp_path_factory.mktemp("both") / "run"
-    tiny.train(config, run_dir, "checkpoint.mode=async", ranks=2)
+    tiny_model.train(config, run_dir, "checkpoint.mode=async", ranks=2)
     return run_dir
 
 
@@ -100,7 +100,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(
     newest = store.find_all(copy)[0].folder
     assert callable(damage)
     damage(newest / name)
-    done = tiny.run_forked("train", config, f"run_dir={copy}", "checkpoint.keep=0")
+    done = tiny_model.run_forked("train", config, f"run_dir={copy}", "checkpoint.keep=0")
     assert done.returncode == 0, done.stderr
     warning = next(line for line in done.stdout.splitlines() if line.startswith("warning"))
     assert str(newest) in warning and name in warning
@@ -112,7 +112,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(
 def test_without_verifying_only_sizes_are_looked_at(config: Path, copy: Path) -> None:
     flip_a_bit(store.find_all(copy)[0].folder / "__0_0.distcp")
     words = [f"run_dir={copy}", "checkpoint.verify=false"]
-    done = tiny.run_forked("train", config, *words)
+    done = tiny_model.run_forked("train", config, *words)
     assert "nothing is left to train" in done.stdout
 
 
@@ -120,7 +120,7 @@ def test_with_all_damaged_nothing_is_overwritten(config: Path, copy: Path) -> No
     for each in store.find_all(copy):
         flip_a_bit(each.folder / "__0_0.distcp")
     before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
-    done = tiny.run_forked("train", config, f"run_dir={copy}", ranks=2)
+    done = tiny_model.run_forked("train", config, f"run_dir={copy}", ranks=2)
     assert done.returncode == 2
     assert "damaged checkpoints only" in done.stderr
     assert "Traceback" not in done.stderr
@@ -131,16 +131,20 @@ def test_with_all_damaged_nothing_is_overwritten(config: Path, copy: Path) -> No
 def test_a_full_disk(mode: str, config: Path, tmp_path: Path) -> None:
     """Both ranks end with one sentence; what was published before stays and is gone on from."""
     run_dir = tmp_path / "run"
-    tiny.train(config, run_dir, "train.max_steps=3", "optim.schedule=constant", ranks=2)
+    tiny_model.train(config, run_dir, "train.max_steps=3", "optim.schedule=constant", ranks=2)
     words = ["optim.schedule=constant", f"checkpoint.mode={mode}"]
     full = drill.SmallFiles(100_000)
-    done = tiny.run_forked("train", config, f"run_dir={run_dir}", *words, ranks=2, before=full)
+    done = tiny_model.run_forked(
+        "train", config, f"run_dir={run_dir}", *words, ranks=2, before=full
+    )
     assert done.returncode == 2
     assert "could not be written: File too large" in done.stderr
     assert "Traceback" not in done.stderr
     assert store.find_all(run_dir)[0].step == 3
-    whole = tiny.train(config, tmp_path / "whole", "optim.schedule=constant", ranks=2)
-    assert tiny.untimed(tiny.train(config, run_dir, *words, ranks=2)) == tiny.untimed(whole)
+    whole = tiny_model.train(config, tmp_path / "whole", "optim.schedule=constant", ranks=2)
+    assert tiny_model.untimed(
+        tiny_model.train(config, run_dir, *words, ranks=2)
+    ) == tiny_model.untimed(whole)
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero-3"])
@@ -150,7 +154,7 @@ def test_training_goes_on_while_a_save_is_written(
     """And what is written is the state of the step that was saved, not of the one under way."""
     words = [*drill.ENGINES[engine], "checkpoint.keep=0"]
     slow, sync = tmp_path / "slow", tmp_path / "sync"
-    done = tiny.run_forked(
+    done = tiny_model.run_forked(
         "train",
         config,
         f"run_dir={slow}",
@@ -160,11 +164,11 @@ def test_training_goes_on_while_a_save_is_written(
         before=drill.SlowDisk(slow),
     )
     assert done.returncode == 0, done.stderr
-    tiny.train(config, sync, *words, "checkpoint.mode=sync", ranks=2)
+    tiny_model.train(config, sync, *words, "checkpoint.mode=sync", ranks=2)
     pairs = list(zip(store.find_all(slow), store.find_all(sync), strict=True))
     assert [one.step for one, _ in pairs] == list(range(drill.STEPS, 0, -1))
     for one, other in pairs:
-        ours, theirs = (tiny.checkpoint_tensors(each.folder) for each in (one, other))
+        ours, theirs = (tiny_model.checkpoint_tensors(each.folder) for each in (one, other))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs), one.step
 
 
@@ -175,7 +179,7 @@ def test_training_goes_on_while_a_save_is_written(
 )
 def test_a_disk_that_never_answers(dead: drill.DeadDisk, config: Path, tmp_path: Path) -> None:
     """The run ends by itself with one sentence, whichever rank waits in vain, and for whatever."""
-    done = tiny.run_forked(
+    done = tiny_model.run_forked(
         "train",
         config,
         f"run_dir={tmp_path / 'run'}",
@@ -200,7 +204,7 @@ def test_too_little_memory_for_a_copy_of_the_state(
 ) -> None:
     """On any machine: then all ranks save synchronously, and nothing else changes."""
     words = [f"run_dir={tmp_path / 'run'}", "checkpoint.mode=auto"]
-    done = tiny.run_forked("train", config, *words, ranks=2, before=drill.LittleMemory(rank))
+    done = tiny_model.run_forked("train", config, *words, ranks=2, before=drill.LittleMemory(rank))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("checkpoint: saved synchronously: a copy takes") == 1
     drill.compare(tmp_path / "run", both)
@@ -218,13 +222,13 @@ def open_folder() -> Iterator[Path]:
 def test_a_directory_made_read_only(open_folder: Path) -> None:
     config = drill.make_config(open_folder)
     run_dir = open_folder / "run"
-    tiny.train(config, run_dir, "train.max_steps=2", "optim.schedule=constant")
+    tiny_model.train(config, run_dir, "train.max_steps=2", "optim.schedule=constant")
     before = sorted(str(p) for p in (run_dir / "checkpoints").rglob("*"))
     for path in [open_folder, *open_folder.rglob("*")]:
         path.chmod(0o777 if path.is_dir() else 0o666)
     (run_dir / "checkpoints").chmod(0o555)
     words = [f"run_dir={run_dir}", "optim.schedule=constant"]
-    done = tiny.run_forked("train", config, *words, before=drill.Nobody())
+    done = tiny_model.run_forked("train", config, *words, before=drill.Nobody())
     assert done.returncode == 2, done.stdout + done.stderr
     assert "could not be written: Permission denied" in done.stderr
     assert "Traceback" not in done.stderr
@@ -233,24 +237,24 @@ def test_a_directory_made_read_only(open_folder: Path) -> None:
 
 def test_what_is_kept(config: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    tiny.train(config, run_dir, "checkpoint.keep=1", "checkpoint.keep_every_steps=3")
+    tiny_model.train(config, run_dir, "checkpoint.keep=1", "checkpoint.keep_every_steps=3")
     assert [c.step for c in store.find_all(run_dir)] == [8, 6, 3]
     assert (run_dir / "checkpoints" / "latest").read_text() == "step_00000008\n"
 
 
 def test_accepted_changes(config: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    tiny.train(config, run_dir, "train.max_steps=2")
+    tiny_model.train(config, run_dir, "train.max_steps=2")
     words = ["optim.learning_rate=2e-4", "noise.alpha=10", f"run_dir={run_dir}"]
-    refused = tiny.run_forked("train", config, *words)
+    refused = tiny_model.run_forked("train", config, *words)
     assert refused.returncode == 2
     keys = "noise.alpha,optim.learning_rate"
     assert f"checkpoint.accept_changes={keys}" in refused.stderr
-    done = tiny.run_forked("train", config, *words, f"checkpoint.accept_changes={keys}")
+    done = tiny_model.run_forked("train", config, *words, f"checkpoint.accept_changes={keys}")
     assert done.returncode == 0, done.stderr
     assert "resume: noise.alpha was 5.0, is now 10.0" in done.stdout
     assert "resume: train.max_steps was 2, is now 8" in done.stdout
-    norms = [record["noise_norm"] for record in tiny.steps(run_dir)]
+    norms = [record["noise_norm"] for record in tiny_model.steps(run_dir)]
     assert norms[-1] == pytest.approx(2 * norms[0], rel=0.02)
 
 
@@ -259,14 +263,14 @@ def test_the_list_of_checkpoints(copy: Path) -> None:
     truncate(newest / "__0_0.distcp")
     flip_a_bit(next_newest / "__0_0.distcp")
     shutil.copytree(next_newest, newest.with_name("step_00000009.partial"))
-    shown = tiny.run_forked("checkpoints", copy).stdout
-    told = tiny.run_forked("checkpoints", copy, "--verify").stdout
+    shown = tiny_model.run_forked("checkpoints", copy).stdout
+    told = tiny_model.run_forked("checkpoints", copy, "--verify").stdout
     assert shown.count(" complete ") == drill.STEPS - 1
     assert told.count(" complete, verified ") == drill.STEPS - 2
     assert "__0_0.distcp is not what was written" in told
     for text in (shown, told):
         assert "unfinished" in text and "__0_0.distcp has" in text and "fsdp2, 1 ranks" in text
-    assert tiny.run_forked("checkpoints", copy.parent).returncode == 2
+    assert tiny_model.run_forked("checkpoints", copy.parent).returncode == 2
 
 
 def test_a_listed_checkpoint_whose_trainer_state_cannot_be_read(copy: Path) -> None:
@@ -277,7 +281,7 @@ def test_a_listed_checkpoint_whose_trainer_state_cannot_be_read(copy: Path) -> N
     newest.write_bytes(content.replace(b'"config"', b'"confie"', 1))
     truncate(next_newest)
     for words in ([], ["--verify"]):
-        done = tiny.run_forked("checkpoints", copy, *words)
+        done = tiny_model.run_forked("checkpoints", copy, *words)
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr
         rows = done.stdout.splitlines()[1:]

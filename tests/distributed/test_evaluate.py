@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests import tiny
+from tests.support import tiny_model
 
 NAMES = ("summary", "items", "answers")
 
@@ -17,13 +17,13 @@ NAMES = ("summary", "items", "answers")
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    config = tiny.make_config(
+    config = tiny_model.make_config(
         folder,
         train={"max_steps": 4, "micro_batch_tokens": 96},
         checkpoint={"every_steps": 2},
         evaluate={"max_new_tokens": 8, "batch_size": 3, "train_documents": 12},
     )
-    tiny.train(config, folder / "run")
+    tiny_model.train(config, folder / "run")
     return folder / "run"
 
 
@@ -32,7 +32,7 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 def test_two_ranks_find_what_one_finds(run_dir: Path, tmp_path: Path) -> None:
-    done = tiny.run_forked("evaluate", run_dir)
+    done = tiny_model.run_forked("evaluate", run_dir)
     assert done.returncode == 0, done.stdout + done.stderr
     folder = run_dir / "evaluations" / "step_00000004"
     one = results(folder)
@@ -44,7 +44,7 @@ def test_two_ranks_find_what_one_finds(run_dir: Path, tmp_path: Path) -> None:
     assert f"held-out loss {last['held_out_loss']:.4f}" in done.stdout
     assert len(one["items"]["train_noisy"]) == 12
 
-    two = tiny.run_forked("evaluate", run_dir, "--output", tmp_path / "two", ranks=2)
+    two = tiny_model.run_forked("evaluate", run_dir, "--output", tmp_path / "two", ranks=2)
     assert two.returncode == 0, two.stdout + two.stderr
     assert results(tmp_path / "two") == one
     assert "answers: 5 of 5, this rank's share of 8" in two.stdout
@@ -63,7 +63,7 @@ def test_two_ranks_find_what_one_finds(run_dir: Path, tmp_path: Path) -> None:
     ]
     kept = "".join(json.dumps(row) + "\n" for row in rows[:7])
     (cut / "answers.jsonl").write_text(kept + json.dumps(rows[7])[:9])
-    again = tiny.run_forked("evaluate", run_dir, "--output", cut, ranks=2)
+    again = tiny_model.run_forked("evaluate", run_dir, "--output", cut, ranks=2)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "answers: 7 of 8 are there from before" in again.stdout
     assert results(cut) == one
@@ -76,13 +76,13 @@ def test_an_earlier_step_another_model_and_a_damaged_checkpoint(
     shutil.copytree(run_dir, copy, ignore=shutil.ignore_patterns("evaluations"))
     words = ["evaluate.instructions=null", "evaluate.train_documents=0"]
     for subject in ([copy, "--step", 2], [copy / "checkpoints" / "step_00000002"]):
-        done = tiny.run_forked("evaluate", *subject, *words)
+        done = tiny_model.run_forked("evaluate", *subject, *words)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "evaluate: run-step-2," in done.stdout
     early = json.loads((copy / "evaluations/step_00000002/summary.json").read_text())
     assert "losses: there from before" in done.stdout
 
-    base = tiny.run_forked("evaluate", copy, "--model", run_dir.parent / "model", *words)
+    base = tiny_model.run_forked("evaluate", copy, "--model", run_dir.parent / "model", *words)
     assert base.returncode == 0, base.stdout + base.stderr
     before = json.loads((copy / "evaluations/model/summary.json").read_text())
     first = json.loads((copy / "evaluations.jsonl").read_text().splitlines()[0])
@@ -95,7 +95,7 @@ def test_an_earlier_step_another_model_and_a_damaged_checkpoint(
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    done = tiny.run_forked("evaluate", copy, *words, ranks=2)
+    done = tiny_model.run_forked("evaluate", copy, *words, ranks=2)
     assert done.returncode == 2
     assert done.stderr == (
         f"neftune-dist: The checkpoint {newest} is damaged: __0_0.distcp is not what was written. "

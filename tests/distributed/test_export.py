@@ -11,20 +11,20 @@ import torch
 import transformers
 
 from neftune_dist.checkpoint import store
-from neftune_dist.checkpoint.content import keep_small_files, keep_template
+from neftune_dist.checkpoint.export import export
+from neftune_dist.checkpoint.merged import keep_small_files, keep_template
 from neftune_dist.config import EvaluateConfig, load_config
-from neftune_dist.evaluate.subject import open_subject
-from neftune_dist.evaluate.tasks import run_tasks
-from neftune_dist.export import export
+from neftune_dist.evaluation.target import open_subject
+from neftune_dist.evaluation.tasks import run_tasks
 from neftune_dist.model.load import DTYPES
-from tests import tiny
+from tests.support import tiny_model
 
 
 @pytest.fixture(scope="module", params=["fsdp2", "deepspeed"])
 def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
-    config = tiny.make_config(folder, checkpoint={"every_steps": 4}, train={"max_steps": 8})
-    tiny.train(config, folder / "run", f"engine.name={request.param}", ranks=2)
+    config = tiny_model.make_config(folder, checkpoint={"every_steps": 4}, train={"max_steps": 8})
+    tiny_model.train(config, folder / "run", f"engine.name={request.param}", ranks=2)
     return folder / "run"
 
 
@@ -34,7 +34,7 @@ def test_logits_are_those_of_the_trained_weights(run_dir: Path, tmp_path: Path) 
     base = load_config(run_dir / "config.yaml").model.name_or_path
     trained = transformers.AutoModelForCausalLM.from_pretrained(base).eval()
     start = trained.model.embed_tokens.weight.detach().clone()
-    tensors = tiny.checkpoint_tensors(store.find_all(run_dir)[0].folder)
+    tensors = tiny_model.checkpoint_tensors(store.find_all(run_dir)[0].folder)
     with torch.no_grad():
         for name, parameter in trained.named_parameters():
             parameter.copy_(tensors[f"master/{name}"].view_as(parameter))
@@ -51,12 +51,14 @@ def test_logits_are_those_of_the_trained_weights(run_dir: Path, tmp_path: Path) 
 
 
 def test_the_folder_is_complete_and_says_how_it_was_made(run_dir: Path, tmp_path: Path) -> None:
-    done = tiny.run("export", run_dir, "--output", tmp_path / "e", "--dtype", "bf16", "--step", 4)
+    done = tiny_model.run(
+        "export", run_dir, "--output", tmp_path / "e", "--dtype", "bf16", "--step", 4
+    )
     assert done.returncode == 0, done.stderr
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "e")
     assert model.dtype == torch.bfloat16
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "e")
-    assert tokenizer.chat_template == tiny.TEMPLATE
+    assert tokenizer.chat_template == tiny_model.TEMPLATE
     card = (tmp_path / "e" / "README.md").read_text()
     assert "alpha 5.0" in card
     assert "4 of 10 documents" in card
@@ -71,14 +73,14 @@ def test_a_damaged_checkpoint_is_not_exported(run_dir: Path, tmp_path: Path) -> 
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     before = sorted(path.name for path in copy.iterdir())
-    done = tiny.run_forked("export", copy)
+    done = tiny_model.run_forked("export", copy)
     assert done.returncode == 2
     assert done.stderr == (
         f"neftune-dist: The checkpoint {newest} is damaged: __1_0.distcp is not what was written. "
         "Choose another with --step.\n"
     )
     assert sorted(path.name for path in copy.iterdir()) == before
-    other = tiny.run_forked("export", copy, "--step", 4)
+    other = tiny_model.run_forked("export", copy, "--step", 4)
     assert other.returncode == 0, other.stderr
     assert "exported step 4" in other.stdout
 
@@ -88,24 +90,24 @@ def test_mistakes_are_told(run_dir: Path, tmp_path: Path) -> None:
         (["export", tmp_path], "no complete checkpoint"),
         (["export", run_dir, "--step", "5"], "it has: 8, 4"),
     ):
-        done = tiny.run_forked(*words)
+        done = tiny_model.run_forked(*words)
         assert done.returncode == 2
         assert needle in done.stderr
         assert "Traceback" not in done.stderr
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("do not lose this")
-    done = tiny.run("export", run_dir, "--output", tmp_path / "mine")
+    done = tiny_model.run("export", run_dir, "--output", tmp_path / "mine")
     assert done.returncode == 2
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
 def test_the_prompts_of_the_run_are_the_export_s(tmp_path: Path) -> None:
     """Not those of the model that it began with."""
-    config = tiny.make_config(tmp_path, train={"max_steps": 1})
+    config = tiny_model.make_config(tmp_path, train={"max_steps": 1})
     own = tmp_path / "model" / "tokenizer_config.json"
     own.write_text(json.dumps({**json.loads(own.read_text()), "chat_template": "of old"}))
     words = ["data.template=vicuna", "data.system_prompt=Be brief."]
-    tiny.train(config, tmp_path / "run", *words)
+    tiny_model.train(config, tmp_path / "run", *words)
     output = export(tmp_path / "run", log=lambda _: None)
     tokenizer = transformers.AutoTokenizer.from_pretrained(output)
     assert "chat_template" not in json.loads((output / "tokenizer_config.json").read_text())
@@ -117,30 +119,30 @@ def test_the_prompts_of_the_run_are_the_export_s(tmp_path: Path) -> None:
 
 
 def test_no_chat_template_rather_than_another(tmp_path: Path) -> None:
-    folder = tiny.make_model(tmp_path / "base")
+    folder = tiny_model.make_model(tmp_path / "base")
     keep_small_files(folder, tmp_path)
     keep_template(None, tmp_path)
-    assert transformers.AutoTokenizer.from_pretrained(folder).chat_template == tiny.TEMPLATE
+    assert transformers.AutoTokenizer.from_pretrained(folder).chat_template == tiny_model.TEMPLATE
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "model").chat_template is None
 
 
 def test_new_tokens_are_trained_saved_and_exported(tmp_path: Path) -> None:
     """With a chat template that uses them, the same under one rank and two."""
-    config = tiny.make_config(tmp_path, train={"max_steps": 3})
+    config = tiny_model.make_config(tmp_path, train={"max_steps": 3})
     model = tmp_path / "model"
     template = (model / "chat_template.jinja").read_text()
     template = template.replace("m['role'] }}|>", "m['role']|replace('assistant', 'bot') }}|>")
     (model / "chat_template.jinja").write_text(template.replace("<|assistant|>", "<|bot|>"))
     words = ["model.add_tokens=<|bot|>,<|end|>,<|a|>,<|b|>"]
-    one = tiny.train(config, tmp_path / "one", *words)
-    two = tiny.train(config, tmp_path / "two", *words, "engine.name=deepspeed", ranks=2)
+    one = tiny_model.train(config, tmp_path / "one", *words)
+    two = tiny_model.train(config, tmp_path / "two", *words, "engine.name=deepspeed", ranks=2)
     assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in two], rel=1e-5)
     output = export(tmp_path / "one", log=lambda _: None)
     tokenizer = transformers.AutoTokenizer.from_pretrained(output)
     exported = transformers.AutoModelForCausalLM.from_pretrained(output)
     assert exported.get_input_embeddings().weight.shape[0] == len(tokenizer)
     assert tokenizer.convert_tokens_to_ids("<|bot|>") == tokenizer.vocab_size
-    done = tiny.run_forked("evaluate", tmp_path / "one", "evaluate.max_instructions=1")
+    done = tiny_model.run_forked("evaluate", tmp_path / "one", "evaluate.max_instructions=1")
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads((tmp_path / "one/evaluations/step_00000003/summary.json").read_text())
     last = json.loads((tmp_path / "one/evaluations.jsonl").read_text().splitlines()[-1])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
+from tests.support import tiny_model
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "alpaca_smollm2"
@@ -42,7 +42,7 @@ def test_the_engines_recorded_the_same() -> None:
 )
 def test_the_run_begins_as_recorded(tmp_path: Path) -> None:
     subprocess.run([sys.executable, ROOT / "launcher" / "smollm2.py", MODEL], check=True)
-    records = tiny.train(
+    records = tiny_model.train(
         GOLDEN / "config.yaml",
         tmp_path / "run",
         f"model.name_or_path={MODEL}",

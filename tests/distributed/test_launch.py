@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from neftune_dist.checkpoint import store
-from tests import tiny
 from tests.distributed import drill
 from tests.slurm.cluster import ROOT, SCRIPT, process_of_rank
+from tests.support import tiny_model
 
 STEPS = 12
 WORDS = (f"train.max_steps={STEPS}", "checkpoint.every_steps=3")
@@ -26,12 +26,12 @@ WORDS = (f"train.max_steps={STEPS}", "checkpoint.every_steps=3")
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_config(tmp_path_factory.mktemp("launch"))
+    return tiny_model.make_config(tmp_path_factory.mktemp("launch"))
 
 
 @pytest.fixture(scope="module")
 def untouched(config: Path) -> Path:
-    tiny.train(config, config.parent / "untouched", *WORDS, ranks=2)
+    tiny_model.train(config, config.parent / "untouched", *WORDS, ranks=2)
     return config.parent / "untouched"
 
 
@@ -43,7 +43,7 @@ def launched(
     path = os.pathsep.join([str(SCRIPT.parent / "faults"), str(ROOT)])
     process = subprocess.Popen(
         [str(ROOT / "launcher/torchrun.sh"), str(config), f"run_dir={run_dir}", *WORDS, *words],
-        env=tiny.environment(NPROC="2", PYTHONPATH=path, FAULTS=json.dumps(faults)),
+        env=tiny_model.environment(NPROC="2", PYTHONPATH=path, FAULTS=json.dumps(faults)),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -56,12 +56,12 @@ def launched(
 
 
 def end(process: subprocess.Popen[str]) -> tuple[int, str]:
-    text = process.communicate(timeout=tiny.DEADLINE_SECONDS)[0]
+    text = process.communicate(timeout=tiny_model.DEADLINE_SECONDS)[0]
     return process.returncode, text
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + tiny.DEADLINE_SECONDS
+    deadline = time.monotonic() + tiny_model.DEADLINE_SECONDS
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -74,9 +74,12 @@ def kinds(run_dir: Path) -> list[str]:
 
 def same(run_dir: Path, untouched: Path) -> None:
     """Records, weights and moments, bit for bit; no step lost or done twice."""
-    assert tiny.untimed(tiny.steps(run_dir)) == tiny.untimed(tiny.steps(untouched))
+    assert tiny_model.untimed(tiny_model.steps(run_dir)) == tiny_model.untimed(
+        tiny_model.steps(untouched)
+    )
     ours, theirs = (
-        tiny.checkpoint_tensors(store.find_all(each)[0].folder) for each in (run_dir, untouched)
+        tiny_model.checkpoint_tensors(store.find_all(each)[0].folder)
+        for each in (run_dir, untouched)
     )
     assert ours.keys() == theirs.keys()
     assert all((ours[key] == theirs[key]).all() for key in ours)
@@ -86,7 +89,7 @@ def test_a_killed_worker(config: Path, untouched: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     # Which is said of the first start alone.
     with launched(config, run_dir, "checkpoint.resume=never", step_seconds=0.3) as process:
-        until(lambda: len(tiny.steps(run_dir)) >= 5)
+        until(lambda: len(tiny_model.steps(run_dir)) >= 5)
         # Another launcher is refused, and its end is not taken for this one's.
         with launched(config, run_dir) as second:
             code, text = end(second)
@@ -108,14 +111,14 @@ def test_ranks_end_with_a_launcher_that_is_killed(config: Path, tmp_path: Path) 
     """After their step, saved; and the same command goes on from there."""
     run_dir = tmp_path / "run"
     with launched(config, run_dir, step_seconds=0.3) as process:
-        until(lambda: len(tiny.steps(run_dir)) >= 4)
+        until(lambda: len(tiny_model.steps(run_dir)) >= 4)
         process.kill()
         process.wait()
         with launched(config, run_dir, step_seconds=0.3) as second:
             code, text = end(second)
     assert code == 0, text
     assert "resume: " in text
-    assert [record["step"] for record in tiny.steps(run_dir)] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in tiny_model.steps(run_dir)] == list(range(1, STEPS + 1))
     with pytest.raises(LookupError):
         process_of_rank(0, run_dir)
 
@@ -126,12 +129,12 @@ def test_a_console_that_nobody_reads(config: Path, tmp_path: Path) -> None:
     with launched(config, run_dir, step_seconds=0.3) as process:
         assert process.stdout and process.stdout.readline()
         process.stdout.close()
-        until(lambda: len(tiny.steps(run_dir)) >= 4)
+        until(lambda: len(tiny_model.steps(run_dir)) >= 4)
         os.kill(process_of_rank(1, run_dir), signal.SIGKILL)
         second = run_dir / "logs" / "attempt_0002"
-        until(lambda: second.exists() and len(tiny.steps(run_dir)) >= 6)
+        until(lambda: second.exists() and len(tiny_model.steps(run_dir)) >= 6)
         process.terminate()
-        assert process.wait(tiny.DEADLINE_SECONDS) == 75
+        assert process.wait(tiny_model.DEADLINE_SECONDS) == 75
     assert kinds(run_dir) == ["failed", "stopped"]
     assert "stopped at step" in (second / "console.log").read_text()
 
@@ -139,7 +142,7 @@ def test_a_console_that_nobody_reads(config: Path, tmp_path: Path) -> None:
 def test_a_run_directory_that_is_removed(config: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with launched(config, run_dir, step_seconds=0.3) as process:
-        until(lambda: len(tiny.steps(run_dir)) >= 2)
+        until(lambda: len(tiny_model.steps(run_dir)) >= 2)
         run_dir.rename(tmp_path / "aside")
         shutil.rmtree(tmp_path / "aside")
         code, text = end(process)
@@ -154,12 +157,12 @@ def test_ctrl_c_saves_and_the_same_command_continues(
 ) -> None:
     run_dir = tmp_path / "run"
     with launched(config, run_dir, step_seconds=0.3) as process:
-        until(lambda: len(tiny.steps(run_dir)) >= 4)
+        until(lambda: len(tiny_model.steps(run_dir)) >= 4)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all in the foreground
         code, text = end(process)
     assert code == 75, text
     assert "Traceback" not in text
-    assert store.find_all(run_dir)[0].step == len(tiny.steps(run_dir)) >= 4
+    assert store.find_all(run_dir)[0].step == len(tiny_model.steps(run_dir)) >= 4
     with launched(config, run_dir) as process:
         code, text = end(process)
     assert code == 0, text

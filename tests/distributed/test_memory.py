@@ -15,13 +15,13 @@ import torch
 import transformers
 
 from neftune_dist.config import Config, ModelConfig
-from neftune_dist.distributed import World
+from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import MASTER
 from neftune_dist.engine.fsdp2 import FSDP2Engine
 from neftune_dist.model import load
 from neftune_dist.model.weights import WeightFiles
 from neftune_dist.optim import MakeOptimizer
-from tests import tiny
+from tests.support import tiny_model
 
 MIB = 2**20
 # Measured: 9 MiB above the shards, of a model of 294 MiB.
@@ -104,11 +104,11 @@ def test_loading_needs_little_more_than_the_shards(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
          "-m", "tests.distributed.test_memory", str(tmp_path)],
-        env=tiny.environment(),
+        env=tiny_model.environment(),
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=tiny.DEADLINE_SECONDS,
+        timeout=tiny_model.DEADLINE_SECONDS,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -126,7 +126,7 @@ def test_loading_needs_little_more_than_the_shards(tmp_path: Path) -> None:
 # process's growth over all of them in MiB.
 FAULTS = """
 import resource, torch
-from neftune_dist.distributed import World
+from neftune_dist.distributed.world import World
 
 def used():
     return resource.getrusage(resource.RUSAGE_SELF)
@@ -146,11 +146,11 @@ def test_freed_memory_is_not_faulted_in_again() -> None:
     """In pages of 4 KiB the 800 MiB are 204,800 faults; in huge ones of 2 MiB, 400."""
     done = subprocess.run(
         [sys.executable, "-c", FAULTS],
-        env=tiny.environment(),
+        env=tiny_model.environment(),
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=tiny.DEADLINE_SECONDS,
+        timeout=tiny_model.DEADLINE_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     faults, growth_mib = map(float, done.stdout.split())

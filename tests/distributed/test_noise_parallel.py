@@ -35,12 +35,12 @@ from transformers.distributed import DistributedConfig
 
 from neftune_dist import NEFTune
 from neftune_dist.config import load_config
-from neftune_dist.data.corpus import prepare
-from neftune_dist.data.schedule import make_schedule
+from neftune_dist.data.dataset import prepare
+from neftune_dist.data.sampler import make_schedule
 from neftune_dist.noise.hook import NEFTuneHandle
 from neftune_dist.noise.law import SampleStream, TokenLayout, draw
-from tests import tiny
-from tests.families import family
+from tests.support import tiny_model
+from tests.support.families import family
 
 ALPHA = 5.0
 DEADLINE_SECONDS = 100
@@ -52,7 +52,7 @@ MASK[1, 7:] = 0
 
 def on_ranks(function: Callable[..., Any], number: int, folder: Path) -> list[Any]:
     """What `function(folder)` returns on each of so many processes that gloo joins."""
-    tiny._forkserver()
+    tiny_model._forkserver()
     context = torch.multiprocessing.start_processes(
         _on_rank, (number, function, folder), number, join=False, start_method="forkserver"
     )
@@ -360,7 +360,7 @@ def recording_rank(variables: dict[str, str], words: list[str], *files: Path) ->
 
     NEFTuneHandle._add = add
     try:
-        tiny._rank(variables, words, *files)
+        tiny_model._rank(variables, words, *files)
     finally:
         run_dir = next(word.removeprefix("run_dir=") for word in words if "run_dir=" in word)
         path = Path(run_dir) / f"noise_{variables.get('RANK', 0)}.json"
@@ -370,7 +370,7 @@ def recording_rank(variables: dict[str, str], words: list[str], *files: Path) ->
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sample_stream")
-    return tiny.make_config(folder, train={"max_steps": STEPS, "micro_batch_tokens": 160})
+    return tiny_model.make_config(folder, train={"max_steps": STEPS, "micro_batch_tokens": 160})
 
 
 @pytest.fixture(scope="module")
@@ -416,9 +416,9 @@ def test_every_training_run_noises_a_document_alike(
 ) -> None:
     """Every document of every step once, on whichever rank, with the bits of the law; in bfloat16
     they are rounded once, where they are added."""
-    monkeypatch.setattr(tiny, "_rank", recording_rank)
+    monkeypatch.setattr(tiny_model, "_rank", recording_rank)
     dtype = f"model.dtype={'bf16' if ranks == 3 else 'fp32'}"
-    records = tiny.train(config, tmp_path / "run", engine, packing, dtype, ranks=ranks)
+    records = tiny_model.train(config, tmp_path / "run", engine, packing, dtype, ranks=ranks)
     found = [json.loads(path.read_text()) for path in sorted((tmp_path / "run").glob("noise_*"))]
     assert len(found) == ranks
     assert max(Counter(name for one in found for name in one).values()) == 1

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import tiny
 from tests.distributed.test_parity import TOLERANCE, reference
 from tests.distributed.test_skipped_steps import Fault
+from tests.support import tiny_model
 
 STEPS, HALF = 4, 2
 ENGINES = {
@@ -51,15 +51,15 @@ class Train:
     cases: tuple[Case, ...]
 
     def __call__(self) -> None:
-        from neftune_dist import train
+        from neftune_dist.training import train
 
         train.train = self.train_all  # type: ignore[assignment]
 
     def train_all(self, _: Any) -> int:
-        from neftune_dist import train
         from neftune_dist.config import load_config
-        from neftune_dist.distributed import StopSignal, World
-        from neftune_dist.loop import Trainer
+        from neftune_dist.distributed.world import StopSignal, World
+        from neftune_dist.training import train
+        from neftune_dist.training.loop import Trainer
 
         stop, sound_step = StopSignal(), Trainer.train_step
         world = World(stop)
@@ -122,7 +122,7 @@ def one_rank() -> tuple[Case, ...]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All the run directories, and what rank 0 said in NAME.log."""
     folder = tmp_path_factory.mktemp("optimizers")
-    config = tiny.make_config(
+    config = tiny_model.make_config(
         folder,
         train={"max_steps": STEPS, "micro_batch_tokens": 128},
         checkpoint={"every_steps": HALF, "keep": 0},
@@ -130,7 +130,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         evaluate={"max_documents": 1},
     )
     for ranks, cases in ((2, two_ranks()), (1, one_rank())):
-        done = tiny.run_forked("train", config, ranks=ranks, before=Train(folder, cases))
+        done = tiny_model.run_forked("train", config, ranks=ranks, before=Train(folder, cases))
         assert done.returncode == 0, done.stdout + done.stderr
         for said in done.stdout.split("CASE ")[1:]:
             name, _, lines = said.partition("\n")
@@ -140,12 +140,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def losses(folder: Path, name: str) -> list[float]:
     """Of the second half, which runs that were continued have as well."""
-    return [record["loss"] for record in tiny.steps(folder / name)][-HALF:]
+    return [record["loss"] for record in tiny_model.steps(folder / name)][-HALF:]
 
 
 def tensors(folder: Path, name: str) -> dict[str, Tensor]:
     """Of the last checkpoint."""
-    return tiny.checkpoint_tensors(folder / name / "checkpoints" / f"step_{STEPS:08d}")
+    return tiny_model.checkpoint_tensors(folder / name / "checkpoints" / f"step_{STEPS:08d}")
 
 
 def moments(folder: Path, name: str) -> Tensor:
@@ -215,7 +215,7 @@ def test_offloading_changes_no_bit(run: str, folder: Path) -> None:
 
 def test_what_is_not_finite_is_forgotten_when_offloaded(folder: Path) -> None:
     """DeepSpeed by itself would add the gradients that follow to it."""
-    runs = [tiny.steps(folder / f"faulty{more}") for more in ("", " offloaded")]
+    runs = [tiny_model.steps(folder / f"faulty{more}") for more in ("", " offloaded")]
     for one, other in zip(*runs, strict=True):
         assert (one["loss"] is None) == (other["loss"] is None) == (one["step"] == 2)
         assert (one["grad_norm"] is None) == (one["step"] in (2, 3))
@@ -227,7 +227,7 @@ def test_what_is_not_finite_is_forgotten_when_offloaded(folder: Path) -> None:
 def test_offloaded_is_what_a_plain_loop_trains(folder: Path) -> None:
     expected = [record["loss"] for record in reference(folder / "config.yaml")]
     for engine in ("fsdp2", "zero-2", "zero-3"):
-        actual = [each["loss"] for each in tiny.steps(folder / f"{engine} fp32 offloaded")]
+        actual = [each["loss"] for each in tiny_model.steps(folder / f"{engine} fp32 offloaded")]
         assert actual == pytest.approx(expected, rel=TOLERANCE), engine
 
 

@@ -26,12 +26,13 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from neftune_dist import marked, storage
-from neftune_dist.checkpoint.content import keep_small_files, keep_template
+from neftune_dist.checkpoint import marked_folder
+from neftune_dist.checkpoint.export import MARK, export
+from neftune_dist.checkpoint.merged import keep_small_files, keep_template
 from neftune_dist.config import UserError, checksummed, read_json
-from neftune_dist.evaluate.evaluation import evaluate
-from neftune_dist.export import MARK, export
-from tests import tiny
+from neftune_dist.evaluation.evaluate import evaluate
+from neftune_dist.system import storage
+from tests.support import tiny_model
 
 PARTS = ("evaluate.instructions=held_out", "evaluate.max_instructions=2")
 WORDS = (*PARTS, "evaluate.max_new_tokens=4", "evaluate.train_documents=2")
@@ -40,8 +41,8 @@ WORDS = (*PARTS, "evaluate.max_new_tokens=4", "evaluate.train_documents=2")
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("overwrite")
-    config = tiny.make_config(folder, train={"max_steps": 1})
-    tiny.train(config, folder / "run")
+    config = tiny_model.make_config(folder, train={"max_steps": 1})
+    tiny_model.train(config, folder / "run")
     return folder / "run"
 
 
@@ -64,7 +65,7 @@ def snapshot(root: Path) -> dict[str, tuple[int, str]]:
 def is_whole(folder: Path, dtype: str) -> bool:
     """Whether an export is there as it was written, in that dtype, and nothing else with it."""
     try:
-        marked.refuse_other(folder, MARK)
+        marked_folder.refuse_other(folder, MARK)
         listed = json.loads((folder / MARK).read_text())["files"]
     except (UserError, OSError):
         return False
@@ -227,10 +228,10 @@ def copy(run_dir: Path, tmp_path: Path) -> Path:
         shutil.copytree(run_dir.parent / name, at / name)
     for file in (at / "run" / "checkpoints").glob("step_*/trainer_state.json"):
         text = file.read_text().replace(str(run_dir.parent), str(at))
-        old = marked.WrittenFile.of(file)
+        old = marked_folder.WrittenFile.of(file)
         file.write_text(text)
         manifest = file.with_name("manifest.json")
-        new = marked.WrittenFile.of(file)
+        new = marked_folder.WrittenFile.of(file)
         content = read_json(manifest)
         content["files"][file.name] = vars(new)
         assert vars(old) != vars(new)
@@ -254,7 +255,7 @@ def test_wrong_place_for_an_export_stays_as_it_is(
 def test_command_refuses_a_wrong_place_in_one_sentence(copy: Path) -> None:
     before = snapshot(copy)
     words = ("export", copy / "run", "--output", ".")
-    done = tiny.run_forked(*words, before=partial(os.chdir, copy / "model"))
+    done = tiny_model.run_forked(*words, before=partial(os.chdir, copy / "model"))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("neftune-dist: --output=") and done.stderr.count("\n") == 1
     assert snapshot(copy) == before
@@ -300,9 +301,9 @@ def umask() -> int:
 
 def test_run_directory_with_foreign_files_is_not_trained_in(copy: Path) -> None:
     """`run_dir=.` where the configuration lies replaced it."""
-    config = tiny.make_config(copy / "project", train={"max_steps": 1})
+    config = tiny_model.make_config(copy / "project", train={"max_steps": 1})
     before = snapshot(copy / "project")
-    done = tiny.run_forked("train", config, f"run_dir={config.parent}")
+    done = tiny_model.run_forked("train", config, f"run_dir={config.parent}")
     assert done.returncode == 2
     assert "holds config.yaml, but no neftune_run.json" in done.stderr
     assert snapshot(copy / "project") == before
@@ -500,7 +501,7 @@ def evaluated(run_dir: Path, folder: Path) -> int:
 
 def test_two_exports_at_once_do_not_mix(run_dir: Path, tmp_path: Path) -> None:
     def one(dtype: str) -> subprocess.CompletedProcess[str]:
-        return tiny.run_forked(
+        return tiny_model.run_forked(
             "export", run_dir, "--output", tmp_path / "exported", "--dtype", dtype
         )
 
@@ -517,7 +518,7 @@ def test_two_exports_at_once_do_not_mix(run_dir: Path, tmp_path: Path) -> None:
 
 def test_two_evaluations_at_once_do_not_mix(run_dir: Path, tmp_path: Path) -> None:
     def one(folder: Path) -> subprocess.CompletedProcess[str]:
-        return tiny.run_forked("evaluate", run_dir, "--output", folder, *WORDS)
+        return tiny_model.run_forked("evaluate", run_dir, "--output", folder, *WORDS)
 
     assert one(tmp_path / "alone").returncode == 0
     with ThreadPoolExecutor(2) as pool:

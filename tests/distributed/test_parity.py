@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from neftune_dist.config import load_config
-from tests import plain, tiny
+from tests.support import reference_loop, tiny_model
 
 STEPS = 10
 TOLERANCE = 1e-5  # relative, float32
@@ -27,7 +27,7 @@ TOLERANCE = 1e-5  # relative, float32
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_config(tmp_path_factory.mktemp("parity"), train={"max_steps": STEPS})
+    return tiny_model.make_config(tmp_path_factory.mktemp("parity"), train={"max_steps": STEPS})
 
 
 def reference(config_path: Path, *words: str, skipped: Sequence[int] = ()) -> list[dict[str, Any]]:
@@ -36,7 +36,7 @@ def reference(config_path: Path, *words: str, skipped: Sequence[int] = ()) -> li
     model = transformers.AutoModelForCausalLM.from_pretrained(
         config.model.name_or_path, dtype=torch.float32
     )
-    return plain.train(model, config, skipped)
+    return reference_loop.train(model, config, skipped)
 
 
 def assert_same(actual: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
@@ -128,7 +128,7 @@ def test_layout_trains_the_same(
     name: str, config: Path, expected: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     ranks, words = LAYOUTS[name]
-    records = tiny.train(config, tmp_path / "run", *words, ranks=ranks)
+    records = tiny_model.train(config, tmp_path / "run", *words, ranks=ranks)
     assert_same(records, expected)
     for record in records:
         assert record["world_size"] == ranks
@@ -140,7 +140,7 @@ def test_slices_of_a_document_share_its_noise(config: Path, tmp_path: Path) -> N
     see the same held-out loss."""
     words = ["noise.stream=rank", "train.max_steps=3"]
     # As many tokens in a micro-batch: 2 x 128.
-    both = tiny.train(
+    both = tiny_model.train(
         config,
         tmp_path / "both",
         *words,
@@ -148,7 +148,7 @@ def test_slices_of_a_document_share_its_noise(config: Path, tmp_path: Path) -> N
         "train.micro_batch_tokens=128",
         ranks=2,
     )
-    alone = tiny.train(config, tmp_path / "alone", *words)
+    alone = tiny_model.train(config, tmp_path / "alone", *words)
     assert_same(both, alone)
     for one, other in zip(both, alone, strict=True):
         assert one["noise_norm"] == pytest.approx(other["noise_norm"], rel=1e-6)
@@ -162,12 +162,12 @@ def test_slices_of_a_document_share_its_noise(config: Path, tmp_path: Path) -> N
 
 def test_heads_that_cannot_be_dealt(config: Path, tmp_path: Path) -> None:
     words = [f"run_dir={tmp_path}", "engine.sequence_parallel=3", "train.micro_batch_tokens=96"]
-    done = tiny.run_forked("train", config, *words, ranks=3)
+    done = tiny_model.run_forked("train", config, *words, ranks=3)
     assert done.returncode == 2
     assert (
         "deals attention heads to 3 ranks, and the model has 4 heads over 2 of keys" in done.stderr
     )
-    done = tiny.run_forked("train", config, *words, ranks=2)
+    done = tiny_model.run_forked("train", config, *words, ranks=2)
     assert done.returncode == 2
     assert "engine.sequence_parallel=3 does not divide the 2 processes" in done.stderr
 
@@ -179,10 +179,14 @@ def test_a_gradient_below_the_limit_is_left_alone(
     """No clipping, and no stretching, where the norm is below `max_grad_norm`, or it is 0."""
     words = ["train.max_steps=3", "optim.learning_rate=1e-2", "optim.epsilon=1e-2"]
     expected = reference(config, *words, "optim.max_grad_norm=1e6")
-    found = tiny.train(config, tmp_path / "run", *words, f"optim.max_grad_norm={most}", ranks=2)
+    found = tiny_model.train(
+        config, tmp_path / "run", *words, f"optim.max_grad_norm={most}", ranks=2
+    )
     assert_same(found, expected)
     # Adam's epsilon makes the size of a gradient count.
-    clipped = tiny.train(config, tmp_path / "clipped", *words, "optim.max_grad_norm=0.01", ranks=2)
+    clipped = tiny_model.train(
+        config, tmp_path / "clipped", *words, "optim.max_grad_norm=0.01", ranks=2
+    )
     assert abs(clipped[-1]["loss"] / found[-1]["loss"] - 1) > 100 * TOLERANCE
 
 
@@ -192,7 +196,8 @@ def test_a_rank_without_a_document(engine: str, config: Path, tmp_path: Path) ->
     words = ["train.global_batch_size=2", "train.max_steps=6"]
     expected = reference(config, *words)
     assert_same(
-        tiny.train(config, tmp_path / "run", f"engine.name={engine}", *words, ranks=3), expected
+        tiny_model.train(config, tmp_path / "run", f"engine.name={engine}", *words, ranks=3),
+        expected,
     )
 
 
@@ -211,7 +216,7 @@ def test_deepspeed_compiles_nothing(config: Path, tmp_path: Path) -> None:
     lock = tmp_path / "built" / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
-    done = tiny.run_forked(
+    done = tiny_model.run_forked(
         "train",
         config,
         f"run_dir={tmp_path / 'run'}",
@@ -225,12 +230,12 @@ def test_deepspeed_compiles_nothing(config: Path, tmp_path: Path) -> None:
 
 
 def test_untied_head(tmp_path: Path) -> None:
-    config = tiny.make_config(tmp_path, train={"max_steps": 4})
+    config = tiny_model.make_config(tmp_path, train={"max_steps": 4})
     shutil.rmtree(tmp_path / "model")
-    tiny.make_model(tmp_path / "model", tied=False)
+    tiny_model.make_model(tmp_path / "model", tied=False)
     expected = reference(config)
     for engine, ranks in (("fsdp2", 2), ("deepspeed", 2), ("single", 1)):
-        records = tiny.train(config, tmp_path / engine, f"engine.name={engine}", ranks=ranks)
+        records = tiny_model.train(config, tmp_path / engine, f"engine.name={engine}", ranks=ranks)
         assert_same(records, expected)
 
 
@@ -241,7 +246,7 @@ def test_bf16_agrees_between_engines(config: Path, tmp_path: Path) -> None:
     falls to the other side of a rounding to bfloat16 (which resolves 4e-3), sooner or later by the
     processor: up to 1.5e-4 was seen."""
     runs = [
-        tiny.train(config, tmp_path / str(i), "model.dtype=bf16", *words, ranks=2)
+        tiny_model.train(config, tmp_path / str(i), "model.dtype=bf16", *words, ranks=2)
         for i, words in enumerate(
             [
                 ["engine.name=fsdp2"],
@@ -260,8 +265,8 @@ def test_the_rank_stream_differs_between_ranks_but_not_between_runs(
     config: Path, tmp_path: Path
 ) -> None:
     words = ["noise.stream=rank", "train.max_steps=3"]
-    once = tiny.train(config, tmp_path / "a", *words, ranks=2)
-    again = tiny.train(config, tmp_path / "b", *words, ranks=2)
-    alone = tiny.train(config, tmp_path / "c", *words, ranks=1)
-    assert tiny.untimed(once) == tiny.untimed(again)
+    once = tiny_model.train(config, tmp_path / "a", *words, ranks=2)
+    again = tiny_model.train(config, tmp_path / "b", *words, ranks=2)
+    alone = tiny_model.train(config, tmp_path / "c", *words, ranks=1)
+    assert tiny_model.untimed(once) == tiny_model.untimed(again)
     assert once[0]["loss"] != alone[0]["loss"]

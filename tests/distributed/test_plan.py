@@ -18,12 +18,12 @@ import torch
 import transformers
 from torch.distributed import Work
 
-from neftune_dist import train
 from neftune_dist.config import load_config
-from neftune_dist.loop import Trainer
 from neftune_dist.model import load
-from neftune_dist.plan.report import read
-from tests import tiny
+from neftune_dist.planning.report import read
+from neftune_dist.training import train
+from neftune_dist.training.loop import Trainer
+from tests.support import tiny_model
 
 WITHIN = 0.05
 
@@ -120,7 +120,7 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Of each model, by its name."""
     made = {}
     for name, sizes in MODELS.items():
-        made[name] = tiny.make_config(
+        made[name] = tiny_model.make_config(
             tmp_path_factory.mktemp(name),
             data={"num_held_out": 0, "max_length": 128},
             train={"global_batch_size": 72, "micro_batch_tokens": 768, "max_steps": 1},
@@ -148,7 +148,7 @@ def test_the_plan_is_what_a_run_takes(case: str, configs: dict[str, Path], tmp_p
     # that only adds, so the least of some runs is the nearest.
     for run_dir in (tmp_path / str(number) for number in range(6 if case == "sequences" else 1)):
         run_dir.mkdir()
-        run = tiny.run_forked(
+        run = tiny_model.run_forked(
             "train",
             configs[model],
             f"run_dir={run_dir}",

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from neftune_dist.checkpoint import store
-from tests import tiny
+from tests.support import tiny_model
 
 STEPS = 12
 ENGINES = {
@@ -33,7 +33,7 @@ ENGINES = {
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_config(
+    return tiny_model.make_config(
         tmp_path_factory.mktemp("resume"),
         train={"max_steps": STEPS},
         checkpoint={"every_steps": 3},
@@ -50,7 +50,7 @@ def untouched(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     def of(engine: str) -> Path:
         if engine not in made:
             made[engine] = tmp_path_factory.mktemp(engine) / "run"
-            tiny.train(config, made[engine], *ENGINES[engine], ranks=2)
+            tiny_model.train(config, made[engine], *ENGINES[engine], ranks=2)
         return made[engine]
 
     return of
@@ -58,8 +58,8 @@ def untouched(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
 def start(config: Path, run_dir: Path, *words: str, ranks: int = 2) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        tiny.command("train", config, f"run_dir={run_dir}", *words, ranks=ranks),
-        env=tiny.environment(),
+        tiny_model.command("train", config, f"run_dir={run_dir}", *words, ranks=ranks),
+        env=tiny_model.environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -67,7 +67,7 @@ def start(config: Path, run_dir: Path, *words: str, ranks: int = 2) -> subproces
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + tiny.DEADLINE_SECONDS
+    deadline = time.monotonic() + tiny_model.DEADLINE_SECONDS
     while not condition():
         assert time.monotonic() < deadline, "the run did not get so far"
         assert process.poll() is None, "the run ended by itself"
@@ -96,14 +96,16 @@ def kill_one_rank(process: subprocess.Popen[bytes]) -> None:
 
 
 def assert_as_untouched(run_dir: Path, untouched_dir: Path) -> None:
-    assert tiny.untimed(tiny.steps(run_dir)) == tiny.untimed(tiny.steps(untouched_dir))
+    assert tiny_model.untimed(tiny_model.steps(run_dir)) == tiny_model.untimed(
+        tiny_model.steps(untouched_dir)
+    )
     evaluations = [
         (each / "evaluations.jsonl").read_text().splitlines() for each in (run_dir, untouched_dir)
     ]
     assert evaluations[0] == evaluations[1]
     final = [store.find_all(each)[0] for each in (run_dir, untouched_dir)]
     assert final[0].step == final[1].step == STEPS
-    ours, theirs = (tiny.checkpoint_tensors(each.folder) for each in final)
+    ours, theirs = (tiny_model.checkpoint_tensors(each.folder) for each in final)
     assert ours.keys() == theirs.keys()
     for key, tensor in ours.items():
         assert torch.equal(tensor, theirs[key]), key
@@ -120,9 +122,9 @@ def test_killed_between_saves(
 ) -> None:
     run_dir = tmp_path / "run"
     process = start(config, run_dir, *ENGINES[engine])
-    wait_for(lambda: len(tiny.steps(run_dir)) >= 5, process)
+    wait_for(lambda: len(tiny_model.steps(run_dir)) >= 5, process)
     kill(process)
-    tiny.train(config, run_dir, *ENGINES[engine], ranks=2)
+    tiny_model.train(config, run_dir, *ENGINES[engine], ranks=2)
     assert_as_untouched(run_dir, untouched(engine))
 
 
@@ -140,7 +142,7 @@ def test_killed_at_random_moments_of_saving(
         kill_all(process)
         assert store.damaged(run_dir) == []
         assert store.find_all(run_dir)[0].step >= target - 1
-    tiny.train(config, run_dir, *words, ranks=2)
+    tiny_model.train(config, run_dir, *words, ranks=2)
     assert_as_untouched(run_dir, untouched("fsdp2"))
     assert not list(partial.glob("*.partial"))
 
@@ -150,33 +152,33 @@ def test_killed_before_the_first_save(
 ) -> None:
     run_dir = tmp_path / "run"
     process = start(config, run_dir, *ENGINES["fsdp2"])
-    wait_for(lambda: len(tiny.steps(run_dir)) >= 1, process)
+    wait_for(lambda: len(tiny_model.steps(run_dir)) >= 1, process)
     kill_all(process)
-    tiny.train(config, run_dir, *ENGINES["fsdp2"], ranks=2)
+    tiny_model.train(config, run_dir, *ENGINES["fsdp2"], ranks=2)
     assert_as_untouched(run_dir, untouched("fsdp2"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_stopped_by_a_signal(number: signal.Signals, config: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
-    tiny.train(config, whole)
+    tiny_model.train(config, whole)
     run_dir = tmp_path / "run"
     process = start(config, run_dir, "checkpoint.every_steps=0", ranks=1)
-    wait_for(lambda: len(tiny.steps(run_dir)) >= 2, process)
+    wait_for(lambda: len(tiny_model.steps(run_dir)) >= 2, process)
     process.send_signal(number)
     assert process.wait(60) == 75
-    stopped_at = len(tiny.steps(run_dir))
+    stopped_at = len(tiny_model.steps(run_dir))
     assert store.find_all(run_dir)[0].step == stopped_at < STEPS
-    tiny.train(config, run_dir)
+    tiny_model.train(config, run_dir)
     assert_as_untouched(run_dir, whole)
 
 
 def test_zero_1_resumes(config: Path, untouched: Callable[[str], Path], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     process = start(config, run_dir, *ENGINES["zero-1"])
-    wait_for(lambda: len(tiny.steps(run_dir)) >= 5, process)
+    wait_for(lambda: len(tiny_model.steps(run_dir)) >= 5, process)
     kill_all(process)
-    tiny.train(config, run_dir, *ENGINES["zero-1"], ranks=2)
+    tiny_model.train(config, run_dir, *ENGINES["zero-1"], ranks=2)
     assert_as_untouched(run_dir, untouched("zero-1"))
 
 
@@ -188,12 +190,12 @@ def test_continues_under_another_engine_and_world(
 ) -> None:
     """With the sample stream: the same documents, the same noise, the loss equal to rounding."""
     words = ["noise.stream=sample"]
-    whole = tiny.train(config, tmp_path / "whole", *ENGINES[first], *words, ranks=2)
+    whole = tiny_model.train(config, tmp_path / "whole", *ENGINES[first], *words, ranks=2)
     run_dir = tmp_path / "run"
     process = start(config, run_dir, *ENGINES[first], *words)
     wait_for(lambda: (run_dir / "checkpoints" / "step_00000006").exists(), process)
     kill_all(process)
-    records = tiny.train(config, run_dir, *ENGINES[then], *words, ranks=ranks)
+    records = tiny_model.train(config, run_dir, *ENGINES[then], *words, ranks=ranks)
     assert len(records) == STEPS
     for one, other in zip(records, whole, strict=True):
         assert one["num_tokens"] == other["num_tokens"]
@@ -206,7 +208,7 @@ def test_a_finished_run_says_so_and_changes_nothing(
 ) -> None:
     run_dir = untouched("fsdp2")
     before = (run_dir / "metrics.jsonl").read_bytes()
-    done = tiny.run_forked("train", config, f"run_dir={run_dir}", *ENGINES["fsdp2"], ranks=2)
+    done = tiny_model.run_forked("train", config, f"run_dir={run_dir}", *ENGINES["fsdp2"], ranks=2)
     assert done.returncode == 0
     assert "nothing is left to train" in done.stdout
     assert (run_dir / "metrics.jsonl").read_bytes() == before
@@ -214,27 +216,29 @@ def test_a_finished_run_says_so_and_changes_nothing(
 
 def test_a_longer_run_continues_from_the_finished_one(config: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    tiny.train(config, run_dir, "optim.schedule=constant", "train.max_steps=4")
-    records = tiny.train(config, run_dir, "optim.schedule=constant", "train.max_steps=8")
-    whole = tiny.train(config, tmp_path / "w", "optim.schedule=constant", "train.max_steps=8")
-    assert tiny.untimed(records) == tiny.untimed(whole)
+    tiny_model.train(config, run_dir, "optim.schedule=constant", "train.max_steps=4")
+    records = tiny_model.train(config, run_dir, "optim.schedule=constant", "train.max_steps=8")
+    whole = tiny_model.train(config, tmp_path / "w", "optim.schedule=constant", "train.max_steps=8")
+    assert tiny_model.untimed(records) == tiny_model.untimed(whole)
     # What decides speed alone may change on the way.
     words = ["model.loss=plain", "model.activation_checkpointing=selective", "engine.offload=cpu"]
-    records = tiny.train(config, run_dir, "optim.schedule=constant", "train.max_steps=10", *words)
+    records = tiny_model.train(
+        config, run_dir, "optim.schedule=constant", "train.max_steps=10", *words
+    )
     assert [record["step"] for record in records] == list(range(1, 11))
 
 
 def test_dropout_resumes(config: Path, tmp_path: Path) -> None:
     """What a model drops is drawn from torch's generator, which no checkpoint holds."""
-    folder = tiny.make_model(tmp_path / "model")
+    folder = tiny_model.make_model(tmp_path / "model")
     hf_config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**hf_config, "attention_dropout": 0.2}))
     words = [f"model.name_or_path={folder}", "optim.schedule=constant", "checkpoint.every_steps=0"]
-    whole = tiny.train(config, tmp_path / "whole", *words, "train.max_steps=6")
-    tiny.train(config, tmp_path / "run", *words, "train.max_steps=3")
-    records = tiny.train(config, tmp_path / "run", *words, "train.max_steps=6")
-    assert tiny.untimed(records) == tiny.untimed(whole)
-    plain = tiny.train(config, tmp_path / "plain", *words[1:], "train.max_steps=1")
+    whole = tiny_model.train(config, tmp_path / "whole", *words, "train.max_steps=6")
+    tiny_model.train(config, tmp_path / "run", *words, "train.max_steps=3")
+    records = tiny_model.train(config, tmp_path / "run", *words, "train.max_steps=6")
+    assert tiny_model.untimed(records) == tiny_model.untimed(whole)
+    plain = tiny_model.train(config, tmp_path / "plain", *words[1:], "train.max_steps=1")
     assert plain[0]["loss"] != whole[0]["loss"]
 
 
@@ -245,22 +249,22 @@ def damage(folder: Path) -> None:
 
 def test_a_damaged_newest_checkpoint_is_passed_over(config: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    whole = tiny.train(config, run_dir)
+    whole = tiny_model.train(config, run_dir)
     newest = store.find_all(run_dir)[0]
     damage(newest.folder)
-    done = tiny.run_forked("train", config, f"run_dir={run_dir}")
+    done = tiny_model.run_forked("train", config, f"run_dir={run_dir}")
     assert done.returncode == 0
     assert f"{newest.folder} is damaged and is passed over" in done.stdout
-    assert tiny.untimed(tiny.steps(run_dir)) == tiny.untimed(whole)
+    assert tiny_model.untimed(tiny_model.steps(run_dir)) == tiny_model.untimed(whole)
     assert store.find_all(run_dir)[0].step == STEPS
 
 
 def test_only_damaged_checkpoints_stop_the_run(config: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    tiny.train(config, run_dir, "checkpoint.every_steps=0")
+    tiny_model.train(config, run_dir, "checkpoint.every_steps=0")
     damage(store.find_all(run_dir)[0].folder)
     before = sorted(p.name for p in (run_dir / "checkpoints").rglob("*"))
-    done = tiny.run_forked("train", config, f"run_dir={run_dir}")
+    done = tiny_model.run_forked("train", config, f"run_dir={run_dir}")
     assert done.returncode == 2
     assert "damaged checkpoints only" in done.stderr
     assert sorted(p.name for p in (run_dir / "checkpoints").rglob("*")) == before
@@ -271,8 +275,8 @@ def test_a_full_disk_ends_with_a_sentence_and_the_last_checkpoint(
 ) -> None:
     """The largest file allowed is smaller than a checkpoint: every write of one fails."""
     run_dir = tmp_path / "run"
-    tiny.train(config, run_dir, "train.max_steps=3", "optim.schedule=constant")
-    words = tiny.command(
+    tiny_model.train(config, run_dir, "train.max_steps=3", "optim.schedule=constant")
+    words = tiny_model.command(
         "train",
         config,
         f"run_dir={run_dir}",
@@ -281,10 +285,10 @@ def test_a_full_disk_ends_with_a_sentence_and_the_last_checkpoint(
     )
     done = subprocess.run(
         ["bash", "-c", 'ulimit -f 200; exec "$@"', "bash", *words],
-        env=tiny.environment(),
+        env=tiny_model.environment(),
         capture_output=True,
         text=True,
-        timeout=tiny.DEADLINE_SECONDS,
+        timeout=tiny_model.DEADLINE_SECONDS,
     )
     assert done.returncode == 2, done.stderr
     assert "could not be written" in done.stderr
@@ -306,7 +310,9 @@ def test_another_run_is_refused(
 ) -> None:
     run_dir = untouched("fsdp2")
     before = (run_dir / "metrics.jsonl").read_bytes()
-    done = tiny.run_forked("train", config, f"run_dir={run_dir}", "train.max_steps=20", *words)
+    done = tiny_model.run_forked(
+        "train", config, f"run_dir={run_dir}", "train.max_steps=20", *words
+    )
     assert done.returncode == 2
     assert needle in done.stderr
     assert "Traceback" not in done.stderr
@@ -316,11 +322,11 @@ def test_another_run_is_refused(
 def test_another_model_is_refused(
     config: Path, untouched: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    folder = tiny.make_model(tmp_path / "model")
+    folder = tiny_model.make_model(tmp_path / "model")
     hf_config = json.loads((folder / "config.json").read_text())
     hf_config["rope_parameters"] = {"rope_type": "default", "rope_theta": 5000.0}
     (folder / "config.json").write_text(json.dumps(hf_config))
-    done = tiny.run_forked(
+    done = tiny_model.run_forked(
         "train",
         config,
         f"run_dir={untouched('fsdp2')}",
@@ -336,7 +342,9 @@ def assert_refused_by_what_it_read(
 ) -> None:
     before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
     newest = store.find_all(run_dir)[0].folder
-    done = tiny.run_forked("train", config, f"run_dir={run_dir}", "train.max_steps=20", *words)
+    done = tiny_model.run_forked(
+        "train", config, f"run_dir={run_dir}", "train.max_steps=20", *words
+    )
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr == (
         f"neftune-dist: The checkpoint {newest} was made with {what}: set another run_dir, or "
@@ -346,7 +354,7 @@ def assert_refused_by_what_it_read(
 
 
 def another_template(folder: Path) -> None:
-    (folder / "chat_template.jinja").write_text(tiny.TEMPLATE.replace("<|", "<<|"))
+    (folder / "chat_template.jinja").write_text(tiny_model.TEMPLATE.replace("<|", "<<|"))
 
 
 def another_vocabulary(folder: Path) -> None:
@@ -360,17 +368,17 @@ def another_vocabulary(folder: Path) -> None:
 def test_a_template_of_a_file_is_compared_by_its_text(config: Path, tmp_path: Path) -> None:
     one, two, run_dir = tmp_path / "one.jinja", tmp_path / "two.jinja", tmp_path / "run"
     for path in (one, two):
-        path.write_text(tiny.TEMPLATE)
-    tiny.train(config, run_dir, f"data.template={one}", "train.max_steps=1")
-    done = tiny.run_forked(
+        path.write_text(tiny_model.TEMPLATE)
+    tiny_model.train(config, run_dir, f"data.template={one}", "train.max_steps=1")
+    done = tiny_model.run_forked(
         "train", config, f"run_dir={run_dir}", f"data.template={two}", "train.max_steps=1"
     )
     assert done.returncode == 0, done.stderr
     assert "nothing is left to train" in done.stdout
-    one.write_text(tiny.TEMPLATE.replace("<|", "<<|"))
+    one.write_text(tiny_model.TEMPLATE.replace("<|", "<<|"))
     what = f"another text in data.template={one}"
     assert_refused_by_what_it_read([f"data.template={one}"], what, config, run_dir)
-    done = tiny.run_forked(
+    done = tiny_model.run_forked(
         "train", config, f"run_dir={run_dir}", "data.template=llama2", "train.max_steps=20"
     )
     assert done.returncode == 2
@@ -384,7 +392,7 @@ def test_another_tokenizer_is_refused(
     untouched: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:
-    change(tiny.make_model(tmp_path / "model"))
+    change(tiny_model.make_model(tmp_path / "model"))
     words = [f"model.name_or_path={tmp_path / 'model'}"]
     assert_refused_by_what_it_read(words, "another tokenizer", config, untouched("fsdp2"))
 
@@ -393,7 +401,7 @@ def test_another_dataset_is_refused(
     config: Path, untouched: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """As many rows, one of which differs by a letter."""
-    rows = tiny.make_rows(tmp_path / "rows.jsonl")
+    rows = tiny_model.make_rows(tmp_path / "rows.jsonl")
     rows.write_text(rows.read_text().replace("Count from 5 upwards", "Count from 5 upward"))
     words = [f"data.source={rows}"]
     assert_refused_by_what_it_read(words, "another dataset", config, untouched("fsdp2"))
@@ -402,9 +410,12 @@ def test_another_dataset_is_refused(
 def test_the_same_content_in_another_place_is_the_same_run(
     config: Path, untouched: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    model, rows = tiny.make_model(tmp_path / "model"), tiny.make_rows(tmp_path / "rows.jsonl")
+    model, rows = (
+        tiny_model.make_model(tmp_path / "model"),
+        tiny_model.make_rows(tmp_path / "rows.jsonl"),
+    )
     shutil.copytree(untouched("fsdp2"), tmp_path / "run")
     words = [f"run_dir={tmp_path / 'run'}", f"model.name_or_path={model}", f"data.source={rows}"]
-    done = tiny.run_forked("train", config, *words)
+    done = tiny_model.run_forked("train", config, *words)
     assert done.returncode == 0, done.stderr
     assert "nothing is left to train" in done.stdout

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import tiny
+from tests.support import tiny_model
 
 SINGLE = "engine.name=single"
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_config(
+    return tiny_model.make_config(
         tmp_path_factory.mktemp("single"),
         train={"max_steps": 6},
         checkpoint={"every_steps": 3, "keep": 0},
@@ -35,11 +35,11 @@ def test_it_trains_what_fsdp2_trains_on_one_rank(
     name: str, words: list[str], config: Path, tmp_path: Path
 ) -> None:
     """To the bit: the same sums in the same order and the same roundings."""
-    ours = tiny.train(config, tmp_path / "single", SINGLE, *words)
-    theirs = tiny.train(config, tmp_path / "fsdp2", "engine.name=fsdp2", *words)
-    assert tiny.untimed(ours) == tiny.untimed(theirs)
+    ours = tiny_model.train(config, tmp_path / "single", SINGLE, *words)
+    theirs = tiny_model.train(config, tmp_path / "fsdp2", "engine.name=fsdp2", *words)
+    assert tiny_model.untimed(ours) == tiny_model.untimed(theirs)
     one, other = (
-        tiny.checkpoint_tensors(tmp_path / run / "checkpoints" / "step_00000006")
+        tiny_model.checkpoint_tensors(tmp_path / run / "checkpoints" / "step_00000006")
         for run in ("single", "fsdp2")
     )
     assert one.keys() == other.keys()
@@ -51,20 +51,25 @@ def test_float8_follows_fsdp2(recipe: str, config: Path, tmp_path: Path) -> None
     pytest.importorskip("torchao")
     words = ["model.dtype=bf16", f"model.float8={recipe}"]
     losses = [
-        [r["loss"] for r in tiny.train(config, tmp_path / name, f"engine.name={name}", *words)]
+        [
+            r["loss"]
+            for r in tiny_model.train(config, tmp_path / name, f"engine.name={name}", *words)
+        ]
         for name in ("single", "fsdp2")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
 
 
 def test_it_resumes_to_the_bit_and_continues_two_ranks(config: Path, tmp_path: Path) -> None:
-    whole = tiny.train(config, tmp_path / "whole", SINGLE)
+    whole = tiny_model.train(config, tmp_path / "whole", SINGLE)
     half = tmp_path / "whole" / "checkpoints" / "step_00000003"
-    resumed = tiny.train(config, tmp_path / "resumed", SINGLE, f"checkpoint.resume={half}")
-    assert tiny.untimed(resumed) == tiny.untimed(whole[3:])
-    two_ranks = tiny.train(config, tmp_path / "two", "engine.name=deepspeed", ranks=2)
+    resumed = tiny_model.train(config, tmp_path / "resumed", SINGLE, f"checkpoint.resume={half}")
+    assert tiny_model.untimed(resumed) == tiny_model.untimed(whole[3:])
+    two_ranks = tiny_model.train(config, tmp_path / "two", "engine.name=deepspeed", ranks=2)
     half = tmp_path / "two" / "checkpoints" / "step_00000003"
-    continued = tiny.train(config, tmp_path / "continued", SINGLE, f"checkpoint.resume={half}")
+    continued = tiny_model.train(
+        config, tmp_path / "continued", SINGLE, f"checkpoint.resume={half}"
+    )
     for one, other in zip(continued, two_ranks[3:], strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
 
@@ -81,6 +86,6 @@ def test_what_it_cannot_do_is_refused(
     words: list[str], ranks: int, sentence: str, config: Path, tmp_path: Path
 ) -> None:
     run_dir = f"run_dir={tmp_path / 'run'}"
-    done = tiny.run_forked("train", config, run_dir, SINGLE, *words, ranks=ranks)
+    done = tiny_model.run_forked("train", config, run_dir, SINGLE, *words, ranks=ranks)
     assert done.returncode == 2
     assert sentence in done.stderr

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from neftune_dist.checkpoint import store
-from neftune_dist.loop import Progress
-from tests import tiny
+from neftune_dist.training.loop import Progress
 from tests.distributed.test_parity import TOLERANCE, reference
+from tests.support import tiny_model
 
 STEPS = 8
 ENGINES = {
@@ -45,8 +45,8 @@ class Fault:
     folder: Path | None = None  # for a mark that the rank raised `Diverged` by itself
 
     def __call__(self) -> None:
-        from neftune_dist import train
-        from neftune_dist.loop import Diverged, Trainer
+        from neftune_dist.training import train
+        from neftune_dist.training.loop import Diverged, Trainer
 
         rank = int(os.environ.get("RANK", "0"))
         run, train_step = train.train, Trainer.train_step
@@ -82,7 +82,7 @@ class Fault:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_config(
+    return tiny_model.make_config(
         tmp_path_factory.mktemp("skipped"),
         train={"max_steps": STEPS, "micro_batch_tokens": 128},
         checkpoint={"every_steps": 1, "keep": 0},
@@ -94,7 +94,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(
     config: Path, run_dir: Path, fault: Fault | None, *words: str, ranks: int = 2
 ) -> list[dict[str, Any]]:
-    done = tiny.run_forked("train", config, f"run_dir={run_dir}", *words, ranks=ranks, before=fault)
+    done = tiny_model.run_forked(
+        "train", config, f"run_dir={run_dir}", *words, ranks=ranks, before=fault
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return records_of(run_dir)
 
@@ -110,7 +112,7 @@ def records_of(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def tensors(run_dir: Path, step: int) -> dict[str, Tensor]:
-    return tiny.checkpoint_tensors(run_dir / "checkpoints" / f"step_{step:08d}")
+    return tiny_model.checkpoint_tensors(run_dir / "checkpoints" / f"step_{step:08d}")
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -119,7 +121,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def assert_same_end(run_dir: Path, untouched: Path) -> None:
-    assert tiny.untimed(records_of(run_dir)) == tiny.untimed(records_of(untouched))
+    assert tiny_model.untimed(records_of(run_dir)) == tiny_model.untimed(records_of(untouched))
     one, other = (each / "evaluations.jsonl" for each in (run_dir, untouched))
     assert one.read_text() == other.read_text()
     assert same(tensors(run_dir, STEPS), tensors(untouched, STEPS))
@@ -208,7 +210,9 @@ def test_too_many_in_a_row_end_the_run(engine: str, config: Path, tmp_path: Path
     # Skipped before, but with a good step between: not in a row.
     fault = Fault(losses=(1, 2, 4, 5, 6), rank=1, folder=marks)
     for _ in range(2):  # the second time from the checkpoint, into the same fault
-        done = tiny.run_forked("train", config, f"run_dir={run_dir}", *words, ranks=2, before=fault)
+        done = tiny_model.run_forked(
+            "train", config, f"run_dir={run_dir}", *words, ranks=2, before=fault
+        )
         assert done.returncode == 1
         said = [(marks / f"diverged_{rank}").read_text() for rank in (0, 1)]
         assert said[0] == said[1]
@@ -232,7 +236,7 @@ def test_how_many_in_a_row_is_kept_in_a_checkpoint(config: Path, tmp_path: Path)
     fault = Fault(losses=(3, 4, 5), folder=tmp_path)
     words = [f"run_dir={run_dir}", "train.max_skipped_steps=2"]
     for _ in range(2):
-        done = tiny.run_forked("train", config, *words, before=fault)
+        done = tiny_model.run_forked("train", config, *words, before=fault)
         assert done.returncode == 1
         said = (tmp_path / "diverged_0").read_text()
         assert "Steps 3 to 5 had no finite loss" in said
@@ -244,7 +248,7 @@ def test_how_many_in_a_row_is_kept_in_a_checkpoint(config: Path, tmp_path: Path)
 def test_none_is_borne_and_nothing_was_learned(config: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     fault = Fault(losses=(1,), folder=tmp_path)
-    done = tiny.run_forked(
+    done = tiny_model.run_forked(
         "train", config, f"run_dir={run_dir}", "train.max_skipped_steps=0", before=fault
     )
     assert done.returncode == 1
@@ -255,7 +259,7 @@ def test_none_is_borne_and_nothing_was_learned(config: Path, tmp_path: Path) -> 
 
 
 def test_the_line_names_the_step_its_values_and_its_documents(config: Path, tmp_path: Path) -> None:
-    done = tiny.run_forked(
+    done = tiny_model.run_forked(
         "train",
         config,
         f"run_dir={tmp_path / 'run'}",

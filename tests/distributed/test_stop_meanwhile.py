@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from neftune_dist.checkpoint import store
-from tests import tiny
+from tests.support import tiny_model
 
 STEPS, EVERY = 8, 4
 ENGINES = {
@@ -38,8 +38,8 @@ class StopInEvaluation:
     folder: Path  # for a mark a batch
 
     def __call__(self) -> None:
-        from neftune_dist.evaluate import held_out
-        from neftune_dist.loop import Trainer
+        from neftune_dist.training import held_out
+        from neftune_dist.training.loop import Trainer
 
         rank = int(os.environ.get("RANK", "0"))
         evaluate, batches = Trainer.evaluate, held_out.evaluation_batches
@@ -91,7 +91,7 @@ class StopInSave:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_config(
+    return tiny_model.make_config(
         tmp_path_factory.mktemp("stop"),
         data={"num_held_out": 24},
         train={"max_steps": STEPS, "micro_batch_tokens": 96},
@@ -110,7 +110,7 @@ def untouched(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     def of(engine: str) -> Path:
         if engine not in made:
             made[engine] = tmp_path_factory.mktemp(engine) / "run"
-            tiny.train(config, made[engine], *ENGINES[engine], ranks=2)
+            tiny_model.train(config, made[engine], *ENGINES[engine], ranks=2)
         return made[engine]
 
     return of
@@ -131,11 +131,14 @@ def published(run_dir: Path) -> list[int]:
 
 
 def assert_as_untouched(run_dir: Path, untouched_dir: Path) -> None:
-    assert tiny.untimed(tiny.steps(run_dir)) == tiny.untimed(tiny.steps(untouched_dir))
+    assert tiny_model.untimed(tiny_model.steps(run_dir)) == tiny_model.untimed(
+        tiny_model.steps(untouched_dir)
+    )
     one, other = (each / "evaluations.jsonl" for each in (run_dir, untouched_dir))
     assert one.read_text() == other.read_text()
     ours, theirs = (
-        tiny.checkpoint_tensors(store.find_all(each)[0].folder) for each in (run_dir, untouched_dir)
+        tiny_model.checkpoint_tensors(store.find_all(each)[0].folder)
+        for each in (run_dir, untouched_dir)
     )
     assert ours.keys() == theirs.keys()
     for key, tensor in ours.items():
@@ -157,19 +160,19 @@ def test_stopped_while_it_evaluates(
     run_dir, words = tmp_path / "run", [f"run_dir={tmp_path / 'run'}", *ENGINES[engine]]
     injected = StopInEvaluation(step, ranks, tmp_path)
     for _ in range(2):  # the second time at once, in the evaluation that it makes up for
-        done = tiny.run_forked("train", config, *words, ranks=2, before=injected)
+        done = tiny_model.run_forked("train", config, *words, ranks=2, before=injected)
         assert done.returncode == 75, done.stdout + done.stderr
         assert "stopped" in done.stdout.splitlines()[-1]
         # The batch that was in hand; one more where the signal is slow to be delivered.
         assert all(2 <= taken <= 3 for taken in injected.batches().values())
         assert evaluated(run_dir) == list(range(0, step, EVERY))
-        assert len(tiny.steps(run_dir)) == step
+        assert len(tiny_model.steps(run_dir)) == step
         assert published(run_dir) == ([step] if step else [])
-    done = tiny.run_forked("train", config, *words, ranks=2)
+    done = tiny_model.run_forked("train", config, *words, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert_as_untouched(run_dir, untouched(engine))
     if step == STEPS:  # what was made up for is not made again
-        done = tiny.run_forked("train", config, *words, ranks=2)
+        done = tiny_model.run_forked("train", config, *words, ranks=2)
         assert done.returncode == 0
         assert "nothing is left to train" in done.stdout
         assert_as_untouched(run_dir, untouched(engine))
@@ -179,7 +182,7 @@ def test_an_evaluation_has_many_batches(config: Path, tmp_path: Path) -> None:
     """Else the test above would show nothing."""
     injected = StopInEvaluation(0, (), tmp_path)
     words = [f"run_dir={tmp_path / 'run'}", "train.max_steps=1"]
-    done = tiny.run_forked(
+    done = tiny_model.run_forked(
         "train", config, *words, "evaluate.every_steps=0", ranks=2, before=injected
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -199,15 +202,15 @@ def test_stopped_while_it_saves(
     else one more is made, of the step then in hand."""
     run_dir = tmp_path / "run"
     words = [f"run_dir={run_dir}", f"checkpoint.mode={mode}", "checkpoint.every_steps=3"]
-    done = tiny.run_forked("train", config, *words, ranks=2, before=StopInSave(3, ranks))
+    done = tiny_model.run_forked("train", config, *words, ranks=2, before=StopInSave(3, ranks))
     assert done.returncode == 75, done.stdout + done.stderr
-    stopped_at = len(tiny.steps(run_dir))
+    stopped_at = len(tiny_model.steps(run_dir))
     if mode == "sync":
         assert stopped_at == 3
         assert published(run_dir) == [3]
     else:  # training goes on until the signal is delivered
         assert stopped_at in (3, 4, 5)
         assert published(run_dir) == sorted({3, stopped_at}, reverse=True)
-    done = tiny.run_forked("train", config, *words, ranks=2)
+    done = tiny_model.run_forked("train", config, *words, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert_as_untouched(run_dir, untouched("fsdp2"))

@@ -18,11 +18,12 @@ from typing import Any
 import pytest
 
 from neftune_dist.config import UserError, differences, load_config
-from neftune_dist.evaluate.win_rate import Judgement
-from neftune_dist.study import conduct, runs
-from neftune_dist.study.conduct import study
+from neftune_dist.evaluation.win_rate import Judgement
+from neftune_dist.study import grid
+from neftune_dist.study import run as conduct
 from neftune_dist.study.results import read_run
-from tests import tiny
+from neftune_dist.study.run import study
+from tests.support import tiny_model
 
 NUM_STEPS = 3
 RUNS = ("alpha_0_seed_0", "alpha_5_seed_0", "alpha_0_seed_1", "alpha_5_seed_1")
@@ -31,7 +32,7 @@ RUNS = ("alpha_0_seed_0", "alpha_5_seed_0", "alpha_0_seed_1", "alpha_5_seed_1")
 def forked(command: Sequence[str]) -> tuple[int, str]:
     """In place of `runs.execute`: the same command in a process that has imported everything."""
     assert command[:3] == [sys.executable, "-m", "neftune_dist"]
-    done = tiny.run_forked(command[3], *command[4:])
+    done = tiny_model.run_forked(command[3], *command[4:])
     return done.returncode, (done.stderr.strip().splitlines() or [""])[-1]
 
 
@@ -46,7 +47,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     noise: dict[str, Any] = {"alpha": 9.0, "seed": 7}
     evaluate = {"max_instructions": 8, "max_new_tokens": 4, "train_documents": 8}
     folder = tmp_path_factory.mktemp("study")
-    return tiny.make_config(folder, noise=noise, evaluate=evaluate, train={"max_steps": NUM_STEPS})
+    return tiny_model.make_config(
+        folder, noise=noise, evaluate=evaluate, train={"max_steps": NUM_STEPS}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,7 @@ def finished(config: Path) -> Iterator[Path]:
     folder = config.parent / "finished"
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RANK", raising=False)
-        patch.setattr(runs, "execute", forked)
+        patch.setattr(grid, "execute", forked)
         code = study(config, [f"run_dir={folder}"], alphas=[0, 5], num_seeds=2, num_ranks=1)
     assert code == 0
     yield folder
@@ -66,7 +69,7 @@ def losses(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def evaluated(run_dir: Path, name: str) -> Any:
-    return json.loads((runs.evaluation_folder(run_dir, NUM_STEPS) / f"{name}.json").read_text())
+    return json.loads((grid.evaluation_folder(run_dir, NUM_STEPS) / f"{name}.json").read_text())
 
 
 def test_each_run_has_its_alpha_its_seed_and_all_steps(finished: Path) -> None:
@@ -82,7 +85,7 @@ def test_each_run_has_its_alpha_its_seed_and_all_steps(finished: Path) -> None:
         settings = load_config(finished / name / "config.yaml")
         assert (settings.noise.alpha, settings.noise.seed) == (alpha, 7 if alpha else None)
         assert settings.train.seed == seed
-        steps = tiny.steps(finished / name)
+        steps = tiny_model.steps(finished / name)
         assert [step["step"] for step in steps] == list(range(1, NUM_STEPS + 1))
         for step in steps:
             assert step["noise_norm"] == pytest.approx(alpha / math.sqrt(3), rel=0.05)
@@ -115,8 +118,8 @@ def test_the_report_holds_what_the_runs_recorded(finished: Path) -> None:
         figures = [
             [losses(f)[0]["held_out_loss"] for f in folders],
             [losses(f)[1]["held_out_loss"] for f in folders],
-            [tiny.steps(f)[-1]["loss"] for f in folders],
-            [statistics.fmean(s["noise_norm"] for s in tiny.steps(f)) for f in folders],
+            [tiny_model.steps(f)[-1]["loss"] for f in folders],
+            [statistics.fmean(s["noise_norm"] for s in tiny_model.steps(f)) for f in folders],
             [alpha / math.sqrt(3)],
         ]
         assert [str(alpha), *(f"{statistics.fmean(each):.4f}" for each in figures)] in rows
@@ -133,7 +136,7 @@ def test_the_report_holds_what_the_runs_recorded(finished: Path) -> None:
 def test_a_finished_study_is_read_again_not_run_again(
     config: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs, "execute", forked)
+    monkeypatch.setattr(grid, "execute", forked)
     files = [
         *finished.glob("*/*.jsonl"),
         *finished.glob("*/evaluations/*/*"),
@@ -150,12 +153,12 @@ def test_a_finished_study_is_read_again_not_run_again(
 
 def test_alpha_0_twice_is_the_same_to_the_last_bit(config: Path, finished: Path) -> None:
     again = config.parent / "again"
-    done = tiny.run("study", config, f"run_dir={again}", "--alphas=0")
+    done = tiny_model.run("study", config, f"run_dir={again}", "--alphas=0")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "One alpha alone" in done.stdout
     one, two = finished / "alpha_0_seed_0", again / "alpha_0_seed_0"
-    assert len(tiny.steps(one)) == NUM_STEPS
-    assert tiny.untimed(tiny.steps(one)) == tiny.untimed(tiny.steps(two))
+    assert len(tiny_model.steps(one)) == NUM_STEPS
+    assert tiny_model.untimed(tiny_model.steps(one)) == tiny_model.untimed(tiny_model.steps(two))
     assert losses(one) == losses(two)
     for name in ("items", "answers"):
         found = [evaluated(run, name) for run in (one, two)]
@@ -170,7 +173,7 @@ def test_a_failing_run_stops_the_study_and_is_named(
     ranks: int, code: int, config: Path, tmp_path: Path
 ) -> None:
     words = (f"run_dir={tmp_path}", "data.source=/no/such.jsonl", f"--ranks={ranks}")
-    done = tiny.run("study", config, *words, "--alphas=0,5")
+    done = tiny_model.run("study", config, *words, "--alphas=0,5")
     assert done.returncode == code
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(f"study: run 1 of 2 (alpha 0, seed 0) failed with exit code {code}: ")
@@ -182,8 +185,8 @@ def test_a_failing_run_stops_the_study_and_is_named(
 def test_a_stopped_study_saves_and_says_so(config: Path, tmp_path: Path) -> None:
     words = [f"run_dir={tmp_path}", "train.max_steps=3000", "--alphas=0,5"]
     process = subprocess.Popen(
-        tiny.command("study", config, *words),
-        env=tiny.environment(),
+        tiny_model.command("study", config, *words),
+        env=tiny_model.environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -191,7 +194,7 @@ def test_a_stopped_study_saves_and_says_so(config: Path, tmp_path: Path) -> None
     run_dir = tmp_path / "alpha_0_seed_0"
     deadline = time.monotonic() + 90
     try:
-        while len(tiny.steps(run_dir)) < 2:
+        while len(tiny_model.steps(run_dir)) < 2:
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
@@ -201,7 +204,7 @@ def test_a_stopped_study_saves_and_says_so(config: Path, tmp_path: Path) -> None
         process.wait(60)
     assert process.returncode == 75
     assert "stopped; the same command continues" in errors
-    step = tiny.steps(run_dir)[-1]["step"]
+    step = tiny_model.steps(run_dir)[-1]["step"]
     assert (run_dir / "checkpoints" / f"step_{step:08d}").is_dir()
     assert not (run_dir / "evaluations").exists()
     assert not (tmp_path / "alpha_5_seed_0").exists()
@@ -229,7 +232,7 @@ def test_what_cannot_be_studied_is_refused_before_the_first_run(
     config: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(runs, "execute", lambda command: pytest.fail("a run was started"))
+    monkeypatch.setattr(grid, "execute", lambda command: pytest.fail("a run was started"))
     request: dict[str, Any] = {"alphas": [0, 5], "num_seeds": 1, "num_ranks": 1}
     with pytest.raises(UserError, match=needle):
         study(config, words, **(request | changes))
@@ -253,7 +256,7 @@ def commands(finished: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]
             shutil.copytree(finished / "alpha_0_seed_0", target)
         return 0, ""
 
-    monkeypatch.setattr(runs, "execute", execute)
+    monkeypatch.setattr(grid, "execute", execute)
     return started
 
 

@@ -23,9 +23,9 @@ from transformers import TrainerCallback
 
 from neftune_dist.noise.callback import NEFTuneCallback
 from neftune_dist.noise.law import RankStream, TokenLayout, draw
-from tests import tiny
 from tests.distributed import sft_worker
-from tests.recorder import Forward, Recorder
+from tests.support import tiny_model
+from tests.support.noise_probe import Forward, Recorder
 
 SEED = 42  # transformers' own, which the noise takes
 HIDDEN = 64
@@ -39,7 +39,7 @@ Results = list[dict[str, Any]]  # a rank's, by rank
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_model(tmp_path_factory.mktemp("sft"))
+    return tiny_model.make_model(tmp_path_factory.mktemp("sft"))
 
 
 def launch(case: str, folder: Path) -> Results:
@@ -47,7 +47,7 @@ def launch(case: str, folder: Path) -> Results:
     words = ["--standalone", "--nproc_per_node", "2", "-m", sft_worker.__name__, case, folder]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *map(str, words)],
-        env=tiny.environment(),
+        env=tiny_model.environment(),
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,

@@ -19,11 +19,10 @@ from typing import Any
 
 import pytest
 
-from neftune_dist import attempt
 from neftune_dist.checkpoint import store
-from neftune_dist.watch import hang, straggler, watchdog
-from tests import tiny
+from neftune_dist.distributed import hang_report, outcome, straggler, watchdog
 from tests.distributed import drill
+from tests.support import tiny_model
 
 LIMIT = "train.hang_minutes=0.1"
 FORWARD = {
@@ -106,8 +105,8 @@ class Hang:
 
 def run(config: Path, run_dir: Path, *words: str, **options: Any) -> Hang:
     """Train until it ends by itself; what was published is sound."""
-    done = tiny.run_forked("train", config, f"run_dir={run_dir}", LIMIT, *words, **options)
-    assert done.returncode == attempt.EXIT_FAILED, done.stdout + done.stderr
+    done = tiny_model.run_forked("train", config, f"run_dir={run_dir}", LIMIT, *words, **options)
+    assert done.returncode == outcome.EXIT_FAILED, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     drill.check_published(run_dir, newest=0)
     return Hang(done, run_dir / "logs")
@@ -139,7 +138,7 @@ def test_a_rank_that_does_not_come(engine: str, config: Path, tmp_path: Path) ->
             if not each["retired"]
         }
         assert ((came[1], int(number[1])) in pending) == (rank != 1)
-    records = tiny.train(config, tmp_path / "run", *drill.ENGINES[engine], ranks=3)
+    records = tiny_model.train(config, tmp_path / "run", *drill.ENGINES[engine], ranks=3)
     assert [each["step"] for each in records] == list(range(1, drill.STEPS + 1))
 
 
@@ -198,7 +197,7 @@ def test_the_launcher_hears_of_it(config: Path, tmp_path: Path) -> None:
         f"    faults.Fault(1, {FORWARD['fsdp2']!r}, faults.sleep_forever, first=6)()\n"
     )
     run_dir = tmp_path / "run"
-    done = tiny.run(
+    done = tiny_model.run(
         "launch",
         config,
         f"run_dir={run_dir}",
@@ -207,10 +206,10 @@ def test_the_launcher_hears_of_it(config: Path, tmp_path: Path) -> None:
         "--processes=2",
         PYTHONPATH=os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])]),
     )
-    assert done.returncode == attempt.EXIT_FAILED, done.stdout + done.stderr
-    first, second = attempt.outcomes(run_dir)
+    assert done.returncode == outcome.EXIT_FAILED, done.stdout + done.stderr
+    first, second = outcome.outcomes(run_dir)
     assert (first.kind, first.error) == (second.kind, second.error)
-    assert first.kind == attempt.FAILED
+    assert first.kind == outcome.FAILED
     assert re.match(r"hang: rank 1 did not come to \w+; .* in sleep_forever;", first.error)
     for number in (1, 2):
         folder = run_dir / "logs" / f"attempt_{number:04d}"
@@ -225,7 +224,7 @@ class Slow:
 
     def __call__(self) -> None:
         from neftune_dist.checkpoint import flat
-        from neftune_dist.evaluate import held_out
+        from neftune_dist.training import held_out
 
         batches, write = held_out.evaluation_batches, flat.write
 
@@ -251,7 +250,7 @@ def test_long_evaluations_and_saves_are_no_hang(config: Path, tmp_path: Path) ->
     """Each takes longer than the limit; a batch of the evaluation does not."""
     words = ["train.max_steps=1", "train.micro_batch_tokens=96", "checkpoint.mode=sync"]
     run_dir = tmp_path / "run"
-    done = tiny.run_forked(
+    done = tiny_model.run_forked(
         "train", config, f"run_dir={run_dir}", LIMIT, *words, ranks=2, before=Slow()
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -289,7 +288,9 @@ class Watched:
             return self.probe_seconds[rank]
 
         def closed(dog: Any) -> None:
-            (self.folder / f"record_{rank}.json").write_text(json.dumps(hang.flight_record()))
+            (self.folder / f"record_{rank}.json").write_text(
+                json.dumps(hang_report.flight_record())
+            )
             close(dog)
 
         def slowly(stragglers: Any, _: float) -> None:
@@ -303,7 +304,9 @@ class Watched:
 
 def train(config: Path, run_dir: Path, before: Callable[[], None], *words: str) -> str:
     """A whole run of two ranks; what it printed."""
-    done = tiny.run_forked("train", config, f"run_dir={run_dir}", *words, ranks=2, before=before)
+    done = tiny_model.run_forked(
+        "train", config, f"run_dir={run_dir}", *words, ranks=2, before=before
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

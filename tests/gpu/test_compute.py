@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from neftune_dist.model.attention import varlen_attention
-from neftune_dist.model.extras import liger_cross_entropy
+from neftune_dist.model.liger import liger_cross_entropy
 from neftune_dist.model.loss import chunked_cross_entropy
 from neftune_dist.model.varlen import VARLEN_OPERATOR
-from tests import tiny
+from tests.support import tiny_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -114,7 +114,7 @@ NEEDS = {"liger": "liger_kernel", "float8": "torchao"}
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tiny.make_config(tmp_path_factory.mktemp("options"), train={"max_steps": 8})
+    path = tiny_model.make_config(tmp_path_factory.mktemp("options"), train={"max_steps": 8})
     path.write_text(path.read_text().replace('"fp32"', '"bf16"'))
     return path
 
@@ -122,13 +122,15 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def losses(config: Path, run_dir: Path, *words: str) -> list[float]:
     done = subprocess.run(
         [sys.executable, "-m", "neftune_dist", "train", str(config), f"run_dir={run_dir}", *words],
-        env=tiny.environment(CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0")),
+        env=tiny_model.environment(
+            CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+        ),
         capture_output=True,
         text=True,
-        timeout=tiny.DEADLINE_SECONDS,
+        timeout=tiny_model.DEADLINE_SECONDS,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return [record["loss"] for record in tiny.steps(run_dir)]
+    return [record["loss"] for record in tiny_model.steps(run_dir)]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import transformers
 from neftune_dist import NEFTune
 from neftune_dist.noise.law import RankStream, TokenLayout, draw
 from neftune_dist.noise.op import add_noise
-from tests import tiny
+from tests.support import tiny_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -114,12 +114,12 @@ def test_a_compiled_model_trains_as_an_eager_one() -> None:
 def test_training_agrees_with_the_cpu(engine: str, tmp_path: Path) -> None:
     if engine == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("needs deepspeed")
-    config = tiny.make_config(tmp_path, train={"max_steps": 5})
+    config = tiny_model.make_config(tmp_path, train={"max_steps": 5})
     words = [config, f"engine.name={engine}"]
-    done = tiny.run("train", *words, f"run_dir={tmp_path / 'gpu'}", CUDA_VISIBLE_DEVICES="0")
+    done = tiny_model.run("train", *words, f"run_dir={tmp_path / 'gpu'}", CUDA_VISIBLE_DEVICES="0")
     assert done.returncode == 0, done.stderr
-    expected = tiny.train(config, tmp_path / "cpu")
-    for one, other in zip(tiny.steps(tmp_path / "gpu"), expected, strict=True):
+    expected = tiny_model.train(config, tmp_path / "cpu")
+    for one, other in zip(tiny_model.steps(tmp_path / "gpu"), expected, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
         assert one["noise_norm"] == pytest.approx(other["noise_norm"], rel=1e-6)
 
@@ -129,7 +129,7 @@ def test_a_launched_run_skips_what_is_not_finite(engine: str, tmp_path: Path) ->
     """launcher/torchrun.sh on the GPU, with a step whose loss is NaN."""
     if engine == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("needs deepspeed")
-    config = tiny.make_config(tmp_path, train={"max_steps": 6}, checkpoint={"every_steps": 1})
+    config = tiny_model.make_config(tmp_path, train={"max_steps": 6}, checkpoint={"every_steps": 1})
     run_dir = tmp_path / "run"
     others = filter(None, [os.environ.get("PYTHONPATH")])
     path = os.pathsep.join([str(ROOT / "tests/slurm/faults"), str(ROOT), *others])
@@ -138,16 +138,19 @@ def test_a_launched_run_skips_what_is_not_finite(engine: str, tmp_path: Path) ->
             str(ROOT / "launcher/torchrun.sh"),
             *map(str, (config, f"engine.name={engine}", f"run_dir={run_dir}", "checkpoint.keep=0")),
         ],
-        env=tiny.environment(CUDA_VISIBLE_DEVICES="0", PYTHONPATH=path, FAULTS='{"nan_at": 3}'),
+        env=tiny_model.environment(
+            CUDA_VISIBLE_DEVICES="0", PYTHONPATH=path, FAULTS='{"nan_at": 3}'
+        ),
         capture_output=True,
         text=True,
-        timeout=tiny.DEADLINE_SECONDS,
+        timeout=tiny_model.DEADLINE_SECONDS,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    records = tiny.steps(run_dir)
+    records = tiny_model.steps(run_dir)
     assert [record["num_skipped_steps"] for record in records] == [0, 0, 1, 1, 1, 1]
     assert [record["loss"] is None for record in records] == [False, False, True, *[False] * 3]
     before, after = (
-        tiny.checkpoint_tensors(run_dir / "checkpoints" / f"step_{step:08d}") for step in (2, 3)
+        tiny_model.checkpoint_tensors(run_dir / "checkpoints" / f"step_{step:08d}")
+        for step in (2, 3)
     )
     assert all(torch.equal(before[key], after[key]) for key in before)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from neftune_dist.optim import squared_norm
-from tests import moment_updates
-from tests.moment_updates import CASES, Case
+from tests.support import moment_updates
+from tests.support.moment_updates import CASES, Case
 
 pytestmark = [
     pytest.mark.gpu,

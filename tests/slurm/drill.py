@@ -18,11 +18,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from neftune_dist import attempt
 from neftune_dist.checkpoint import store
-from tests import tiny
+from neftune_dist.distributed import outcome
 from tests.slurm.cluster import Cluster, Job, process_of_rank
 from tests.slurm.test_slurm import same
+from tests.support import tiny_model
 
 WORDS = ("train.max_steps=30", "checkpoint.every_steps=5")
 SLOW = {"step_seconds": 0.4}
@@ -34,10 +34,10 @@ class Drill:
 
     def __init__(self, folder: Path) -> None:
         self.slurm = Cluster(folder, 3)
-        self.config = tiny.make_config(folder)
+        self.config = tiny_model.make_config(folder)
         self.folder = folder
         self.untouched = folder / "untouched"
-        tiny.train(self.config, self.untouched, *WORDS, ranks=4)
+        tiny_model.train(self.config, self.untouched, *WORDS, ranks=4)
 
     def submit(self, run_dir: Path, *words: str, slow: bool = True, **variables: str) -> Job:
         options = ("--nodes=2", "--gpus-per-node=2", "--time=15")
@@ -48,7 +48,7 @@ class Drill:
 
     def at_step_8(self, run_dir: Path, *words: str) -> Job:
         job = self.submit(run_dir, *words)
-        job.until(lambda: len(tiny.steps(run_dir)) >= 8, "step 8")
+        job.until(lambda: len(tiny_model.steps(run_dir)) >= 8, "step 8")
         return job
 
     def hosts(self, job: Job) -> list[str]:
@@ -196,7 +196,7 @@ class Drill:
         state = job.wait(400)
         assert state == "COMPLETED", f"{state}\n{job.output.read_text()}"
         same(run_dir, self.untouched)
-        kinds = [each.kind for each in attempt.outcomes(run_dir)]
+        kinds = [each.kind for each in outcome.outcomes(run_dir)]
         seconds = time.monotonic() - began
         what = fault.__doc__ or name
         return f"| {what} | {', '.join(kinds)} | {job.restarts} | {seconds:.0f} s | {state} |"

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from neftune_dist.checkpoint import store
-from tests import tiny
 from tests.slurm import cluster
 from tests.slurm.cluster import Cluster, Job
+from tests.support import tiny_model
 
 pytestmark = pytest.mark.skipif(cluster.missing() is not None, reason=str(cluster.missing()))
 
@@ -38,7 +38,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def config(slurm: Cluster) -> Path:
-    return tiny.make_config(slurm.folder)
+    return tiny_model.make_config(slurm.folder)
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +59,16 @@ def limited(slurm: Cluster, config: Path) -> Job:
 
 def same(run_dir: Path, untouched: Path) -> None:
     """Every step once, and all that was trained, bit for bit."""
-    assert tiny.untimed(tiny.steps(run_dir)) == tiny.untimed(tiny.steps(untouched))
+    assert tiny_model.untimed(tiny_model.steps(run_dir)) == tiny_model.untimed(
+        tiny_model.steps(untouched)
+    )
     assert (run_dir / "evaluations.jsonl").read_text() == (
         untouched / "evaluations.jsonl"
     ).read_text()
     assert store.damaged(run_dir) == []
     ours, theirs = (
-        tiny.checkpoint_tensors(store.find_all(each)[0].folder) for each in (run_dir, untouched)
+        tiny_model.checkpoint_tensors(store.find_all(each)[0].folder)
+        for each in (run_dir, untouched)
     )
     assert ours.keys() == theirs.keys()
     assert all((ours[key] == theirs[key]).all() for key in ours)
@@ -74,13 +77,13 @@ def same(run_dir: Path, untouched: Path) -> None:
 @pytest.fixture(scope="module")
 def one_node(slurm: Cluster, config: Path) -> Path:
     """The same run, four ranks on this machine."""
-    tiny.train(config, slurm.folder / "one_node", *WORDS, ranks=4)
+    tiny_model.train(config, slurm.folder / "one_node", *WORDS, ranks=4)
     return slurm.folder / "one_node"
 
 
 @pytest.fixture(scope="module")
 def two_ranks(slurm: Cluster, config: Path) -> Path:
-    tiny.train(config, slurm.folder / "two_ranks", *WORDS, ranks=2)
+    tiny_model.train(config, slurm.folder / "two_ranks", *WORDS, ranks=2)
     return slurm.folder / "two_ranks"
 
 
@@ -92,7 +95,7 @@ def test_two_nodes_train_what_one_does(
         for name, words in (("fsdp2", WORDS), ("zero3", (*WORDS, *ZERO_3)))
     }
     zero_3 = slurm.folder / "one_node_zero3"
-    tiny.train(config, zero_3, *WORDS, *ZERO_3, ranks=4)
+    tiny_model.train(config, zero_3, *WORDS, *ZERO_3, ranks=4)
     for job in jobs.values():
         assert job.wait() == "COMPLETED", job.output.read_text()
     same(slurm.folder / "fsdp2", one_node)
@@ -102,7 +105,7 @@ def test_two_nodes_train_what_one_does(
 def test_three_nodes_train_what_one_does(slurm: Cluster, config: Path, limited: Job) -> None:
     run_dir, one_node = slurm.folder / "three_nodes", slurm.folder / "three_ranks"
     job = slurm.sbatch("--nodes=3", TRAIN, config, f"run_dir={run_dir}", *WORDS, "--processes=1")
-    tiny.train(config, one_node, *WORDS, ranks=3)
+    tiny_model.train(config, one_node, *WORDS, ranks=3)
     assert job.wait() == "COMPLETED", job.output.read_text()
     same(run_dir, one_node)
 
@@ -169,7 +172,7 @@ def test_the_launcher_of_jobs(slurm: Cluster, config: Path, limited: Job, one_no
 
 def test_a_time_limit_shorter_than_the_run(slurm: Cluster, config: Path, limited: Job) -> None:
     untouched = slurm.folder / "one_node_long"
-    tiny.train(config, untouched, *LONG, ranks=4)
+    tiny_model.train(config, untouched, *LONG, ranks=4)
     assert limited.wait(600) == "COMPLETED", limited.output.read_text()
     assert limited.restarts >= 3, limited.output.read_text()
     same(slurm.folder / "limited", untouched)

@@ -20,8 +20,8 @@ from transformers import AutoTokenizer
 
 from neftune_dist.config import DataConfig
 from neftune_dist.model import pickles
-from tests import tiny
-from tests.interpreter import interpreting_process
+from tests.support import tiny_model
+from tests.support.interpreter import interpreting_process
 
 ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("NEFTUNE_DIST_TEST_DATA", ROOT.parent / "shared"))
@@ -104,7 +104,7 @@ def llama2() -> Any:
 def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A byte-level BPE of 600 tokens, saved under `name_or_path`; pad equals eos."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    tiny.make_tokenizer(folder)
+    tiny_model.make_tokenizer(folder)
     return AutoTokenizer.from_pretrained(folder)
 
 

@@ -9,39 +9,34 @@ PACKAGE = Path(__file__).parents[2] / "neftune_dist"
 # A module may import from its own group and from the groups left of it.
 ORDER: list[set[str]] = [
     {"config"},
-    {"children", "console", "host", "ranks", "records", "storage"},
-    {"attempt"},
-    {"distributed", "launch"},
-    {"watch"},
-    {"trackers"},
-    {"data", "model", "noise", "optim", "metrics"},
+    {"system"},
+    {"distributed"},
+    {"optim"},
+    {"data", "model", "noise"},
     {"engine"},
     {"checkpoint"},
-    {"marked"},
-    {"evaluate"},
-    {"loop"},
-    {"export", "announce"},
-    {"train"},
-    {"plan", "study", "doctor", "submit", "chat"},
+    {"training"},
+    {"evaluation"},
+    {"planning", "study", "cluster"},
     {"arguments"},
     {"cli"},
 ]
 HOMES = {
-    "omegaconf": {"config/sections", "config/reading"},
-    "datasets": {"data/sources", "evaluate/harness"},
+    "omegaconf": {"config/sections", "config/loading"},
+    "datasets": {"data/sources", "evaluation/lm_eval_adapter"},
     "deepspeed": {"engine/deepspeed"},
-    "tensorboard": {"trackers"},
-    "wandb": {"trackers"},
-    "mlflow": {"trackers"},
+    "tensorboard": {"training/trackers"},
+    "wandb": {"training/trackers"},
+    "mlflow": {"training/trackers"},
     "triton": {"noise/kernel", "optim/kernel"},
-    "liger_kernel": {"model/extras"},
-    "torchao": {"model/extras"},
+    "liger_kernel": {"model/liger"},
+    "torchao": {"model/float8"},
     "peft": {"model/adapters"},
     "bitsandbytes": {"model/nf4"},
-    "lm_eval": {"evaluate/harness"},
-    "sacrebleu": {"evaluate/text"},
-    "rouge_score": {"evaluate/text"},
-    "alpaca_eval": {"evaluate/alpaca"},
+    "lm_eval": {"evaluation/lm_eval_adapter"},
+    "sacrebleu": {"evaluation/text_statistics"},
+    "rouge_score": {"evaluation/text_statistics"},
+    "alpaca_eval": {"evaluation/alpaca_annotators"},
     "matplotlib": {"study/plots"},
     "markdown": {"study/report"},
 }
@@ -101,22 +96,23 @@ def test_imports_stand_at_the_top() -> None:
     """But for the engine that was chosen, the command line, which answers before torch loads, the
     doctor, who comes where packages are missing, and what only some have: Triton, extras."""
     allowed = {
-        "train",
+        "training/train",
         "cli",
         "noise/op",
-        "optim/reduced",
-        "model/extras",
+        "optim/adamw_low_precision",
+        "model/float8",
+        "model/liger",
         "model/adapters",
         "model/nf4",
-        "evaluate/alpaca",
-        "trackers",
-        "evaluate/tasks",
+        "evaluation/alpaca_annotators",
+        "training/trackers",
+        "evaluation/tasks",
     }
     late = [
         f"{name}: {imported}"
         for name, path in modules().items()
         for imported, is_late in imports(path)
-        if is_late and name not in allowed and not name.startswith("doctor/")
+        if is_late and name not in allowed and not name.startswith("cluster/doctor/")
     ]
     assert not late
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from neftune_dist import attempt
-from neftune_dist.attempt import (
+from neftune_dist.config import UserError
+from neftune_dist.distributed import outcome as attempt
+from neftune_dist.distributed.outcome import (
     DONE,
     FAILED,
     FINAL,
@@ -20,7 +21,6 @@ from neftune_dist.attempt import (
     Verdict,
     verdict,
 )
-from neftune_dist.config import UserError
 
 
 def told(folder: Path, **ranks: tuple[str, str]) -> Outcome:

@@ -21,15 +21,15 @@ from neftune_dist.model.attention import (
     packed_arguments,
     varlen_attention,
 )
-from neftune_dist.model.load import build
-from neftune_dist.model.support import (
+from neftune_dist.model.families import (
     PACKING_FAMILIES,
     check_lengths,
     check_model,
     longest_document,
 )
+from neftune_dist.model.load import build
 from neftune_dist.model.varlen import VARLEN_OPERATOR
-from tests.families import family
+from tests.support.families import family
 
 LENGTHS = (7, 1, 12)  # longer and shorter than the sliding windows, which are 5
 

@@ -11,10 +11,10 @@ import pytest
 
 from neftune_dist import cli
 from neftune_dist.config import DataConfig
-from neftune_dist.data.audit import shown
-from neftune_dist.data.corpus import prepare
-from tests.chat_families import FAMILIES, SYSTEM
-from tests.unit.corpora import numbered, texts
+from neftune_dist.data.dataset import prepare
+from neftune_dist.data.mask_preview import shown
+from tests.support.chat_families import FAMILIES, SYSTEM
+from tests.support.corpora import numbered, texts
 from tests.unit.test_template import with_template
 
 ENDLESS = "{% for m in messages %}{{ m.content }} {% endfor %}"

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from neftune_dist.study.runs import pairs, run_words
+from neftune_dist.study.grid import pairs, run_words
 
 ROOT = Path(__file__).parents[2]
 

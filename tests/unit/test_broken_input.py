@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from neftune_dist.config import DataConfig, SourceConfig, UserError
-from neftune_dist.data.corpus import prepare
+from neftune_dist.data.dataset import prepare
 from neftune_dist.data.formats import detect_format, to_conversation
 from neftune_dist.data.sources import BadRow, open_source
 from tests.unit.test_formats import said, turns

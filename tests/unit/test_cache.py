@@ -17,9 +17,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from neftune_dist.config import DataConfig, UserError
-from neftune_dist.data import corpus
-from neftune_dist.data.corpus import prepare
-from tests.unit.corpora import entries, numbered, texts
+from neftune_dist.data import dataset
+from neftune_dist.data.dataset import prepare
+from tests.support.corpora import entries, numbered, texts
 
 DEADLINE_SECONDS = 60
 
@@ -37,8 +37,8 @@ def test_the_second_time_nothing_is_tokenised(
     def never(*_: object) -> None:
         raise AssertionError("made again")
 
-    monkeypatch.setattr(corpus.Template, "encode", never)
-    monkeypatch.setattr(corpus.Template, "render", never)
+    monkeypatch.setattr(dataset.Template, "encode", never)
+    monkeypatch.setattr(dataset.Template, "render", never)
     second = prepare(config, tiny_tokenizer)
     assert second.fingerprint == first.fingerprint
     assert second.report == first.report
@@ -229,20 +229,20 @@ def prepare_elsewhere(config: DataConfig, folder: str, told: Any) -> None:
 
 def prepare_slowly(config: DataConfig, folder: str, told: Any) -> None:
     """Write, and hang before the entry is renamed."""
-    whole = corpus._finish
+    whole = dataset._finish
 
     def write_and_hang(*arguments: Any) -> None:
         whole(*arguments)
         told.put("written")
         time.sleep(DEADLINE_SECONDS)
 
-    corpus._finish = write_and_hang
+    dataset._finish = write_and_hang
     prepare(config, AutoTokenizer.from_pretrained(folder))
 
 
 def prepare_together(config: DataConfig, folder: str, barrier: Any, told: Any) -> None:
     """Begin when all have begun; write slowly, so that all the others come meanwhile."""
-    whole, num_written = corpus._finish, 0
+    whole, num_written = dataset._finish, 0
 
     def write_slowly(*arguments: Any) -> None:
         nonlocal num_written
@@ -250,7 +250,7 @@ def prepare_together(config: DataConfig, folder: str, barrier: Any, told: Any) -
         whole(*arguments)
         time.sleep(0.5)
 
-    corpus._finish = write_slowly
+    dataset._finish = write_slowly
     tokenizer = AutoTokenizer.from_pretrained(folder)
     barrier.wait(DEADLINE_SECONDS)
     made = prepare(config, tokenizer)
@@ -282,7 +282,7 @@ def test_an_entry_appears_whole_or_not_at_all(
     seen = []
 
     def fail(source: Path, target: Path) -> None:
-        seen.append(corpus.load(Path(source), ["rows"]).report.num_documents)
+        seen.append(dataset.load(Path(source), ["rows"]).report.num_documents)
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "rename", fail)

@@ -13,9 +13,9 @@ import pytest
 
 from neftune_dist.config import UserError
 from neftune_dist.data.formats import Conversation, Turn, to_conversation
-from neftune_dist.data.rendered import SPEAKERS
 from neftune_dist.data.sources import BadRow
-from tests.chat_families import ANSWERS, FAMILIES, QUESTIONS, SYSTEM, ChatFamily
+from neftune_dist.data.spans import SPEAKERS
+from tests.support.chat_families import ANSWERS, FAMILIES, QUESTIONS, SYSTEM, ChatFamily
 from tests.unit.test_template import conversation, decode, document, learned, make, with_template
 
 ROWS = 12

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from neftune_dist.data.formats import Conversation, Turn
-from neftune_dist.data.template import Template
+from neftune_dist.data.tokenize import Template
 from tests.unit.test_template import conversation, document, make
 
 SYSTEM = 'You answer in "one" sentence.\nNever {{ lie }} 🙂.'

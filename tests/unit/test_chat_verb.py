@@ -15,14 +15,14 @@ import pytest
 import torch
 import transformers
 
-from neftune_dist import chat as chat_verb
 from neftune_dist.cli import main
 from neftune_dist.config import DataConfig, SourceConfig, UserError
 from neftune_dist.data.formats import Conversation, Turn, to_conversation
 from neftune_dist.data.sources import BadRow, open_source
-from neftune_dist.data.template import Template
-from neftune_dist.evaluate.subject import open_subject
-from tests import tiny
+from neftune_dist.data.tokenize import Template
+from neftune_dist.evaluation import chat as chat_verb
+from neftune_dist.evaluation.target import open_subject
+from tests.support import tiny_model
 
 FEW = "evaluate.max_new_tokens=6"
 
@@ -30,7 +30,9 @@ FEW = "evaluate.max_new_tokens=6"
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("models")
-    return [tiny.make_model(folder / name, seed=seed) for seed, name in enumerate(("one", "two"))]
+    return [
+        tiny_model.make_model(folder / name, seed=seed) for seed, name in enumerate(("one", "two"))
+    ]
 
 
 @pytest.fixture
@@ -250,7 +252,7 @@ def test_what_cannot_be_talked_to(
     tmp_path: Path,
     talk: Callable[..., tuple[str, str]],
 ) -> None:
-    bare = tiny.make_model(tmp_path / "bare")
+    bare = tiny_model.make_model(tmp_path / "bare")
     (bare / "chat_template.jinja").unlink()
     names = {"one": models[0], "two": models[1], "bare": bare}
     out, err = talk("", *(word.format(**names) for word in words))

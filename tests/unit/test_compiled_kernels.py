@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from neftune_dist.noise import kernel as noise_kernel
 from neftune_dist.optim import kernel as optim_kernel
-from tests.compiled import MachineCode, compile_kernel
+from tests.support.compiled import MachineCode, compile_kernel
 
 CAPABILITIES = [80, 90, 100]
 THREADS = 32

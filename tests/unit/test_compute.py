@@ -11,15 +11,15 @@ import transformers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from neftune_dist.announce import dropout_lines
 from neftune_dist.config import ModelConfig, UserError
 from neftune_dist.data.loader import MicroBatch, collate
 from neftune_dist.engine.base import batch_loss_sum
 from neftune_dist.model.attention import FLEX, VARLEN, varlen_attention
-from neftune_dist.model.compute import blocks, configure, drops, num_compiled_graphs
+from neftune_dist.model.optimizations import blocks, configure, drops, num_compiled_graphs
 from neftune_dist.model.varlen import VARLEN_OPERATOR
-from tests.families import family
-from tests.unit.corpora import documents_of
+from neftune_dist.training.startup_report import dropout_lines
+from tests.support.corpora import documents_of
+from tests.support.families import family
 
 
 def make(

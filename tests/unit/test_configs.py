@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from neftune_dist.config import Config, UserError, differences, load_config
-from neftune_dist.data.schedule import make_schedule
+from neftune_dist.data.sampler import make_schedule
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 

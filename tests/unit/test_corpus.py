@@ -19,13 +19,13 @@ import pytest
 
 from neftune_dist import cli
 from neftune_dist.config import DataConfig, SourceConfig, TrainConfig, UserError
-from neftune_dist.data import builtin, corpus
-from neftune_dist.data.corpus import prepare
+from neftune_dist.data import builtin, dataset
+from neftune_dist.data.dataset import prepare
 from neftune_dist.data.documents import Documents
 from neftune_dist.data.formats import Turn
-from neftune_dist.data.schedule import make_schedule
-from neftune_dist.data.selection import sample_documents
-from tests.unit.corpora import entries, numbered, texts
+from neftune_dist.data.sampler import make_schedule
+from neftune_dist.data.split import sample_documents
+from tests.support.corpora import entries, numbered, texts
 
 GOOD = {"instruction": "Say hello.", "output": "Hello."}
 
@@ -597,7 +597,7 @@ def test_memory_does_not_grow_with_the_rows(
 ) -> None:
     """But for digests and the like. Python's memory and numpy's; the tokenizer's own is that of a
     batch."""
-    monkeypatch.setattr(corpus, "_BATCH_ROWS", 50)
+    monkeypatch.setattr(dataset, "_BATCH_ROWS", 50)
     peaks = []
     for number in (100, 400, 2_000):  # the first fills what is made once
         path = tmp_path / f"{number}.jsonl"

@@ -21,19 +21,27 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from neftune_dist import host
-from neftune_dist.doctor import (
-    cluster,
+from neftune_dist.cluster.doctor import (
     collectives,
     conflicts,
     findings,
     gpus,
     machine,
+    nodes,
+    run,
     software,
-    visit,
 )
-from neftune_dist.doctor.findings import OK, WARNING, WRONG, Finding, examine, table, together
-from neftune_dist.doctor.meeting import Meeting, Place, Roll, expand
+from neftune_dist.cluster.doctor.findings import (
+    OK,
+    WARNING,
+    WRONG,
+    Finding,
+    examine,
+    table,
+    together,
+)
+from neftune_dist.cluster.doctor.meeting import Meeting, Place, Roll, expand
+from neftune_dist.system import cgroups
 
 GIB = 2**30
 
@@ -523,7 +531,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str]
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
 
-    for module in (host, machine):
+    for module in (cgroups, machine):
         monkeypatch.setattr(module, "_ROOT", tmp_path)
     write("proc/meminfo", f"MemTotal: {64 * 2**20} kB\nMemAvailable: {60 * 2**20} kB\n")
     write("dev/shm/x", "")
@@ -878,7 +886,7 @@ ROLL = Roll({0: "n1", 1: "n1", 2: "n2", 3: "n3"}, "token")
 def test_hosts_that_do_not_share_the_run_directory(
     seen: dict[int, list[int]], text: str, tmp_path: Path
 ) -> None:
-    finding = only(cluster._shared(tmp_path, ROLL, [0, 2, 3], seen))
+    finding = only(nodes._shared(tmp_path, ROLL, [0, 2, 3], seen))
     if text:
         assert finding.status == WRONG
         assert finding.seen == f"run_dir={tmp_path} is not shared: {text}"
@@ -890,11 +898,11 @@ def test_hosts_that_do_not_share_the_run_directory(
 def test_a_file_with_other_content_is_not_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "_SEEN_SECONDS", 0.3)
+    monkeypatch.setattr(nodes, "_SEEN_SECONDS", 0.3)
     (tmp_path / "a").write_text("right")
     (tmp_path / "b").write_text("wro")
     sought = {0: (tmp_path / "a", "right"), 1: (tmp_path / "b", "wrong"), 2: (tmp_path / "c", "")}
-    assert cluster._seen(sought) == [0]
+    assert nodes._seen(sought) == [0]
 
 
 def result(**differences: Any) -> dict[str, Any]:
@@ -948,7 +956,7 @@ def test_findings_can_be_sent() -> None:
 
 def test_hosts_that_did_not_come_or_not_report_are_named() -> None:
     here = Place(0, 5, 0, "n1", "n1", 7, ("n1", "n2", "n3", "n4"))
-    missing, silent = visit._absent(here, ROLL, {0: (), 2: ()})
+    missing, silent = run._absent(here, ROLL, {0: (), 2: ()})
     assert missing.hosts == ("n4",) and missing.seen.startswith("rank 4 (n4) did not come")
     assert "n1:7" in missing.mend
     assert silent.hosts == ("n3",)

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from neftune_dist import attempt, cli, ranks
+from neftune_dist import cli
+from neftune_dist.cluster.launch import supervisor
 from neftune_dist.config import (
     Optional,
     UserError,
@@ -26,8 +27,8 @@ from neftune_dist.config import (
     user_path,
 )
 from neftune_dist.config.sections import PATHS
-from neftune_dist.launch import supervisor
-from tests import tiny
+from neftune_dist.distributed import environment, outcome
+from tests.support import tiny_model
 
 IMPOSSIBLE = {
     "~nosuchuser/x": "names no known user",
@@ -131,23 +132,23 @@ ALL = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT"
 def test_impossible_launcher_variables(
     variables: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranks, "_RESOLVE_SECONDS", 0.5)
+    monkeypatch.setattr(environment, "_RESOLVE_SECONDS", 0.5)
     for name, value in variables.items():
         if value is not None:
             monkeypatch.setenv(name, value)
     with pytest.raises(UserError) as error:
-        ranks.find_place()
+        environment.find_place()
     assert any(name in str(error.value) for name in (*ALL, "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
 
 
 def test_launcher_variables_that_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ranks.find_place() == ranks.Place()
+    assert environment.find_place() == environment.Place()
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("MASTER_PORT", "29500")  # what `launch` is told
-    assert ranks.find_place() == ranks.Place()
+    assert environment.find_place() == environment.Place()
     for name, value in {**ALL, "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    assert ranks.find_place() == ranks.Place(1, 2, 1, 2, "127.0.0.1", 29500)
+    assert environment.find_place() == environment.Place(1, 2, 1, 2, "127.0.0.1", 29500)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EIO])
@@ -255,29 +256,29 @@ def test_odd_words_of_ranks_and_launchers_are_passed_over(tmp_path: Path) -> Non
         for value in odd:
             for name in ("rank_0.json", "outcome.json"):
                 (folder / name).write_text(json.dumps({**good, key: value}))
-            past = attempt.outcomes(tmp_path)
-            attempt.verdict(past, 3)
-            attempt.failed(folder)
-            attempt.conclude(folder, 1, 0, "ended")
+            past = outcome.outcomes(tmp_path)
+            outcome.verdict(past, 3)
+            outcome.failed(folder)
+            outcome.conclude(folder, 1, 0, "ended")
     (folder / "outcome.json").write_text(json.dumps(good))
-    assert attempt.outcomes(tmp_path) == [attempt.Outcome(**good)]
+    assert outcome.outcomes(tmp_path) == [outcome.Outcome(**good)]
 
 
 def test_a_run_directory_that_is_removed_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"run_dir=.* was removed"):
-        attempt.conclude(tmp_path / "run" / "logs" / "attempt_0001", 1, 0, "")
-    assert not attempt.failed(tmp_path / "run" / "logs" / "attempt_0001")
+        outcome.conclude(tmp_path / "run" / "logs" / "attempt_0001", 1, 0, "")
+    assert not outcome.failed(tmp_path / "run" / "logs" / "attempt_0001")
 
 
 def test_the_newest_step_is_that_of_a_published_checkpoint(tmp_path: Path) -> None:
-    assert attempt.newest_step(tmp_path) == 0
+    assert outcome.newest_step(tmp_path) == 0
     for name, marked in (("step_00000004", True), ("step_00000008", False), ("step_x", True)):
         folder = tmp_path / "checkpoints" / name
         folder.mkdir(parents=True)
         if marked:
             (folder / "manifest.json").touch()
     (tmp_path / "checkpoints" / "latest").write_text("step_99999999\n")
-    assert attempt.newest_step(tmp_path) == 4
+    assert outcome.newest_step(tmp_path) == 4
 
 
 def test_output_is_drained_and_logged_whatever_becomes_of_disk_and_reader(
@@ -329,7 +330,12 @@ def test_verbs_outlive_their_console(place: str, tmp_path: Path) -> None:
     else:
         out = os.open(place, os.O_WRONLY)
     done = subprocess.run(
-        command, stdout=out, stderr=subprocess.PIPE, text=True, env=tiny.environment(), timeout=120
+        command,
+        stdout=out,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=tiny_model.environment(),
+        timeout=120,
     )
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
     assert done.returncode == (2 if place == "/dev/full" else 0), done.stderr

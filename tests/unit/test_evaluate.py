@@ -18,21 +18,21 @@ from torch import Tensor
 
 from neftune_dist.cli import main
 from neftune_dist.config import Config, UserError, load_config
-from neftune_dist.distributed import World
-from neftune_dist.evaluate import evaluation
-from neftune_dist.evaluate.losses import document_losses
-from neftune_dist.evaluate.subject import open_subject
-from neftune_dist.evaluate.win_rate import Judgement
+from neftune_dist.distributed.world import World
+from neftune_dist.evaluation import evaluate
+from neftune_dist.evaluation.losses import document_losses
+from neftune_dist.evaluation.target import open_subject
+from neftune_dist.evaluation.win_rate import Judgement
 from neftune_dist.noise.law import SampleStream, TokenLayout, draw, scales
-from tests import tiny
-from tests.unit.corpora import documents_of
+from tests.support import tiny_model
+from tests.support.corpora import documents_of
 
 LENGTHS = [7, 3, 2, 10, 3, 31]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_model(tmp_path_factory.mktemp("model"), tied=False)
+    return tiny_model.make_model(tmp_path_factory.mktemp("model"), tied=False)
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_answers_end_where_the_template_ends_a_turn(folder: Path, tmp_path: Path
     copy = shutil.copytree(folder, tmp_path / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(copy)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|over|>"]})
-    tokenizer.chat_template = tiny.TEMPLATE.replace("{{ eos_token }}", "<|over|>")
+    tokenizer.chat_template = tiny_model.TEMPLATE.replace("{{ eos_token }}", "<|over|>")
     tokenizer.save_pretrained(copy)
     over = tokenizer.convert_tokens_to_ids("<|over|>")
     assert open_subject(copy).end_tokens == [1, over]
@@ -238,7 +238,7 @@ def run_evaluate(
 
 def test_the_folder(folder: Path, tmp_path: Path, run_evaluate: Callable[..., Any]) -> None:
     """Every part beside the others; what is there is kept, and never that of another setting."""
-    rows = tiny.make_rows(tmp_path / "rows.jsonl", 30)
+    rows = tiny_model.make_rows(tmp_path / "rows.jsonl", 30)
     config = tmp_path / "c.yaml"
     config.write_text(
         json.dumps(
@@ -329,7 +329,7 @@ def test_a_judge_that_is_down_takes_nothing_with_it(
         assert [row["output"] for row in theirs] == ["No."] * 3
         return [Judgement(row["instruction"], 2.0, 1, 3) for row in ours]
 
-    monkeypatch.setattr(evaluation, "compare", judged)
+    monkeypatch.setattr(evaluate, "compare", judged)
     code, said = run_evaluate(*words)
     assert code == 0, said
     assert "answers: there from before" in said

@@ -13,13 +13,13 @@ import torch
 
 from neftune_dist.config import DataConfig, UserError
 from neftune_dist.data.formats import Conversation, Turn
-from neftune_dist.data.template import Template
-from neftune_dist.distributed import World
-from neftune_dist.evaluate import answers as answering
-from neftune_dist.evaluate.answers import Generated, answer_all, generate
-from neftune_dist.evaluate.instructions import Instruction, read_instructions
-from neftune_dist.evaluate.subject import Subject, open_subject
-from tests import tiny
+from neftune_dist.data.tokenize import Template
+from neftune_dist.distributed.world import World
+from neftune_dist.evaluation import answers as answering
+from neftune_dist.evaluation.answers import Generated, answer_all, generate
+from neftune_dist.evaluation.instructions import Instruction, read_instructions
+from neftune_dist.evaluation.target import Subject, open_subject
+from tests.support import tiny_model
 from tests.unit.conftest import shared
 
 WORDS = [
@@ -34,7 +34,7 @@ END = 400  # a token that the model below says now and then
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     found = open_subject(
-        tiny.make_model(tmp_path_factory.mktemp("model"), tied=False), settings=WORDS
+        tiny_model.make_model(tmp_path_factory.mktemp("model"), tied=False), settings=WORDS
     )
     with torch.no_grad():
         found.model.lm_head.weight[END] *= 2.2

@@ -10,7 +10,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from neftune_dist.model.flops import ModelSize, model_size, peak_flops
-from tests.families import family
+from tests.support.families import family
 
 
 def on_meta(config: Any) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 from neftune_dist.config import ModelConfig, UserError
 from neftune_dist.model import foreign, load
 from neftune_dist.model.weights import WeightFiles
-from tests import tiny
+from tests.support import tiny_model
 
 # Trains one step, so that the masters are no bf16 values, and saves as DeepSpeed does.
 TRAIN = """
@@ -53,7 +53,7 @@ for stage in (1, 2, 3):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("foreign")
-    tiny.make_model(made / "model")
+    tiny_model.make_model(made / "model")
     return made
 
 
@@ -79,10 +79,10 @@ def zero_checkpoints(folder: Path) -> Path:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*launcher, str(script), str(folder)],
-        env=tiny.environment(DS_ACCELERATOR="cpu"),
+        env=tiny_model.environment(DS_ACCELERATOR="cpu"),
         capture_output=True,
         text=True,
-        timeout=tiny.DEADLINE_SECONDS,
+        timeout=tiny_model.DEADLINE_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     return folder
@@ -134,16 +134,16 @@ def test_what_is_no_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_starts_from_them(folder: Path, tmp_path: Path) -> None:
-    config = tiny.make_config(tmp_path, train={"max_steps": 1})
+    config = tiny_model.make_config(tmp_path, train={"max_steps": 1})
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.5)
     dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path / "dcp")
     model.save_pretrained(tmp_path / "halved")
-    one = tiny.train(config, tmp_path / "a", f"model.weights={tmp_path / 'dcp'}", ranks=2)
-    two = tiny.train(config, tmp_path / "b", f"model.weights={tmp_path / 'halved'}")
-    plain = tiny.train(config, tmp_path / "c")
+    one = tiny_model.train(config, tmp_path / "a", f"model.weights={tmp_path / 'dcp'}", ranks=2)
+    two = tiny_model.train(config, tmp_path / "b", f"model.weights={tmp_path / 'halved'}")
+    plain = tiny_model.train(config, tmp_path / "c")
     assert one[0]["loss"] == pytest.approx(two[0]["loss"], rel=1e-6)
     assert abs(one[0]["loss"] / plain[0]["loss"] - 1) > 1e-3
 

@@ -101,7 +101,7 @@ def test_nothing_that_a_gpu_machine_may_lack_is_needed() -> None:
         "import sys\n"
         "for name in ('deepspeed', 'trl', 'torchao', 'liger_kernel', 'gguf'):\n"
         "    sys.modules[name] = None\n"
-        "import neftune_dist.train, neftune_dist.engine.fsdp2, json\n"
+        "import neftune_dist.training.train, neftune_dist.engine.fsdp2, json\n"
         "print(json.dumps('fine'))\n"
     )
     done = subprocess.run(

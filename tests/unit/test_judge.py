@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 
 from neftune_dist.config import JudgeConfig, UserError
-from neftune_dist.evaluate import asking, endpoint, judge
-from neftune_dist.evaluate.win_rate import Judgement, win_rate
+from neftune_dist.evaluation import endpoint, judge, judge_client
+from neftune_dist.evaluation.win_rate import Judgement, win_rate
 
 KEY = "sk-test-0123456789-secret"
 Row = dict[str, Any]
@@ -384,7 +384,7 @@ def test_requests_that_are_all_refused_stop_after_three(server: Server, compare:
 def test_an_endpoint_that_goes_down_keeps_what_it_answered(
     server: Server, compare: Compared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(asking, "_LIMIT_LATER", 4)
+    monkeypatch.setattr(judge_client, "_LIMIT_LATER", 4)
 
     def behave(prompt: str, attempt: int, handler: Any) -> str | None:
         return by_quality(prompt) if len(server.requests) <= 5 else handler.send(500, "down")
@@ -613,8 +613,8 @@ def test_the_annotators_of_both_alpaca_evals(tmp_path: Path) -> None:
     script = """
 from pathlib import Path
 from neftune_dist.config import JudgeConfig, UserError
-from neftune_dist.evaluate.judge import compare
-from neftune_dist.evaluate.win_rate import win_rate
+from neftune_dist.evaluation.judge import compare
+from neftune_dist.evaluation.win_rate import win_rate
 ours = [{"instruction": f"question {i}", "output": f"good {i}"} for i in range(5)]
 theirs = [{"instruction": f"question {i}", "output": f"bad {i}"} for i in range(5)]
 theirs[4]["output"] = ours[4]["output"]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from neftune_dist.config import UserError
-from neftune_dist.data.layout import Layout, lay_out
+from neftune_dist.data.packing import Layout, lay_out
 
 QUADRATIC_TOKENS = 2e4  # of a model of 7B
 
@@ -142,7 +142,7 @@ def test_a_pure_function() -> None:
     lay_out(random_lengths(4), 5, 512, False, QUADRATIC_TOKENS)
     assert lay_out(lengths.copy(), 8, 1024, True, QUADRATIC_TOKENS) == first
     program = (
-        "import numpy as np; from neftune_dist.data.layout import lay_out; "
+        "import numpy as np; from neftune_dist.data.packing import lay_out; "
         f"print(lay_out(np.array({lengths.tolist()}), 8, 1024, True, {QUADRATIC_TOKENS}).groups)"
     )
     told = subprocess.run(

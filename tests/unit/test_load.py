@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from neftune_dist.config import ModelConfig, UserError
 from neftune_dist.model import load, weights
-from neftune_dist.model.compute import blocks
-from neftune_dist.model.support import PACKING_FAMILIES
+from neftune_dist.model.families import PACKING_FAMILIES
+from neftune_dist.model.optimizations import blocks
 from neftune_dist.model.weights import WeightFiles
-from tests import tiny
-from tests.families import family
+from tests.support import tiny_model
+from tests.support.families import family
 
 CPU = torch.device("cpu")
 # Families that do not pack, with buffers of every kind, and rotary frequencies of every kind.
@@ -566,7 +566,7 @@ def test_code_of_the_models_own_runs_only_when_asked(
 
 
 def test_tokenizers(tmp_path: Path) -> None:
-    tiny.make_tokenizer(tmp_path)
+    tiny_model.make_tokenizer(tmp_path)
     family("llama").save_pretrained(tmp_path)
     assert load.load_tokenizer(tmp_path, ModelConfig())("Count")["input_ids"]
     for file in tmp_path.glob("tokenizer*"):
@@ -592,7 +592,7 @@ def test_the_architecture_is_told_apart_from_the_rest(tmp_path: Path) -> None:
 def test_new_tokens_get_rows_before_sharding(tmp_path: Path) -> None:
     """Whatever range a rank asks for: the files' rows, then their mean; tied and untied."""
     for tied in (True, False):
-        folder = tiny.make_model(tmp_path / str(tied), tied=tied)
+        folder = tiny_model.make_model(tmp_path / str(tied), tied=tied)
         config = ModelConfig(str(folder), add_tokens="<|a|>, <|b|>,<|c|>,<|d|>")
         tokenizer = load.load_tokenizer(folder, config)
         old = load.load_model_config(folder, config).vocab_size

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from neftune_dist.config import Config, DataConfig, ModelConfig, TrainConfig
-from neftune_dist.data.corpus import Corpus, prepare
+from neftune_dist.data.dataset import Corpus, prepare
 from neftune_dist.data.documents import Documents
 from neftune_dist.data.loader import Loader, MicroBatch, collate, evaluation_batches
-from neftune_dist.data.schedule import make_schedule
-from neftune_dist.loop import dropout_seed, token_layout
+from neftune_dist.data.sampler import make_schedule
 from neftune_dist.noise.law import TokenLayout
+from neftune_dist.training.loop import dropout_seed, token_layout
 
 QUADRATIC_TOKENS = 2e4
 

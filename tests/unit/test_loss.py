@@ -22,8 +22,8 @@ from neftune_dist.model.loss import (
     resolve_loss,
     token_cross_entropies,
 )
-from tests.families import family
-from tests.unit.corpora import documents_of
+from tests.support.corpora import documents_of
+from tests.support.families import family
 
 # Positional, tied, scaled or capped: each touches the hidden states or logits in its own way.
 FAMILIES = ["llama", "mistral", "gpt2", "opt", "cohere", "granite", "gemma3_text"]

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from neftune_dist.cluster.launch import supervisor
+from neftune_dist.cluster.submit import preflight
 from neftune_dist.config import LoggingConfig, UserError
-from neftune_dist.launch import supervisor
-from neftune_dist.metrics import Recorder, is_evaluated
-from neftune_dist.records import read_records
-from neftune_dist.submit import preflight
+from neftune_dist.system.records import read_records
+from neftune_dist.training.metrics import Recorder, is_evaluated
 
 QUIET = LoggingConfig(tensorboard=False, progress=False)
 

@@ -28,8 +28,8 @@ from neftune_dist.optim import (
     skip_update_where,
     state_bytes,
 )
-from neftune_dist.optim import reduced as reduced_module
-from neftune_dist.optim.blocks import BLOCK
+from neftune_dist.optim import adamw_low_precision as reduced_module
+from neftune_dist.optim.quantized_state import BLOCK
 from neftune_dist.optim.rounding import draw_words, round_into
 
 CPU = torch.device("cpu")

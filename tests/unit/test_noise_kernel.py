@@ -26,7 +26,7 @@ from neftune_dist.noise.law import (
 )
 from neftune_dist.noise.op import add_noise_
 from neftune_dist.noise.philox import philox4x32, philox4x32_
-from tests.interpreter import DEADLINE_SECONDS
+from tests.support.interpreter import DEADLINE_SECONDS
 from tests.unit.test_noise import VECTORS
 
 triton = pytest.importorskip("triton")

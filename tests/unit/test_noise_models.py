@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from neftune_dist import NEFTune
 from neftune_dist.noise.law import RankStream, TokenLayout, draw, expected_norm
-from tests.families import family
+from tests.support.families import family
 
 ALPHA = 5.0
 FAMILIES = [

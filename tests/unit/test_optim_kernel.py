@@ -6,9 +6,9 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from tests import moment_updates
-from tests.interpreter import DEADLINE_SECONDS
-from tests.moment_updates import CASES
+from tests.support import moment_updates
+from tests.support.interpreter import DEADLINE_SECONDS
+from tests.support.moment_updates import CASES
 
 pytest.importorskip("triton")
 

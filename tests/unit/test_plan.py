@@ -18,16 +18,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from neftune_dist.cli import main
 from neftune_dist.config import Config, UserError, load_config
-from neftune_dist.data.layout import lay_out
-from neftune_dist.data.schedule import make_schedule
+from neftune_dist.data.packing import lay_out
+from neftune_dist.data.sampler import make_schedule
 from neftune_dist.model.flops import ModelSize, known_gpus, peak_flops
-from neftune_dist.plan import rehearsal, report
-from neftune_dist.plan.batches import fullest, heaviest
-from neftune_dist.plan.memory import KINDS, Memory, Peak
-from neftune_dist.plan.remedy import find_remedy
-from neftune_dist.plan.report import plan, read
-from tests import tiny
-from tests.unit.corpora import documents_of
+from neftune_dist.planning import report, simulate
+from neftune_dist.planning.batches import fullest, heaviest
+from neftune_dist.planning.memory import KINDS, Memory, Peak
+from neftune_dist.planning.report import plan, read
+from neftune_dist.planning.suggestions import find_remedy
+from tests.support import tiny_model
+from tests.support.corpora import documents_of
 
 MIB = 2**20
 
@@ -92,7 +92,7 @@ def test_memory_follows_resizing_host_and_shares() -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A configuration, rows, and a model without weights."""
     folder = tmp_path_factory.mktemp("plan")
-    tiny.make_config(folder)
+    tiny_model.make_config(folder)
     for weights in (folder / "model").glob("*.safetensors"):
         weights.unlink()
     return folder
@@ -145,7 +145,7 @@ def test_deepspeed_keeps_what_its_stage_says(stage: int, folder: Path) -> None:
 def test_many_partitions_are_scaled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     peaks = []
     for most in (16, 4):
-        monkeypatch.setattr(rehearsal, "_MOST_PARTITIONS", most)
+        monkeypatch.setattr(simulate, "_MOST_PARTITIONS", most)
         peaks.append(state(folder, 16, "engine.name=deepspeed")[1])
     for kind in KINDS:
         assert peaks[1].parts[kind] == pytest.approx(peaks[0].parts[kind], rel=0.05, abs=2000)

@@ -11,10 +11,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from neftune_dist.cluster.submit import inventory, preflight, slurm, snapshot
+from neftune_dist.cluster.submit.inventory import Hub, Rows
 from neftune_dist.config import Config, DataConfig, SourceConfig, TrainConfig, UserError
-from neftune_dist.data import schedule
-from neftune_dist.submit import cluster, inventory, preflight, snapshot
-from neftune_dist.submit.inventory import Hub, Rows
+from neftune_dist.data import sampler
 
 
 @pytest.mark.parametrize(
@@ -50,12 +50,12 @@ def test_how_many_checkpoints_need_room(
 
 
 def test_steps_are_those_of_the_schedule() -> None:
-    assert preflight.DEFAULT_EPOCHS == schedule.DEFAULT_EPOCHS
+    assert preflight.DEFAULT_EPOCHS == sampler.DEFAULT_EPOCHS
     for train in (TrainConfig(), TrainConfig(num_epochs=0.01), TrainConfig(num_epochs=2.5)):
         for number in (128, 129, 1000):
             config = Config(train=train)
             steps = preflight._num_steps(config, Rows(number))
-            assert steps == schedule.make_schedule(train, number, "x").num_steps
+            assert steps == sampler.make_schedule(train, number, "x").num_steps
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_steps_are_those_of_the_schedule() -> None:
     ],
 )
 def test_times_are_read_as_slurm_reads_them(text: str, seconds: float) -> None:
-    assert cluster.seconds("--time", text) == seconds
+    assert slurm.seconds("--time", text) == seconds
 
 
 def test_times_are_told_for_people() -> None:

@@ -12,8 +12,8 @@ import pytest
 
 from neftune_dist.config import UserError, load_config
 from neftune_dist.data.formats import Conversation, Turn
-from neftune_dist.data.rendered import SPEAKERS
 from neftune_dist.data.sources import BadRow
+from neftune_dist.data.spans import SPEAKERS
 from tests.unit.test_template import conversation, decode, document, learned, make
 
 SYSTEM = "You answer in one sentence.\nNever lie."

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
+from neftune_dist.cluster.launch import rendezvous, torchrun
 from neftune_dist.config import UserError
-from neftune_dist.launch import rendezvous, torchrun
 
 HOSTS = ("127.0.0.1", "localhost", "127.0.0.3")
 

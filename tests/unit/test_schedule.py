@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from neftune_dist.config import TrainConfig, UserError
-from neftune_dist.data.schedule import Schedule, make_schedule
+from neftune_dist.data.sampler import Schedule, make_schedule
 
 
 def schedule(num_documents: int = 100, fingerprint: str = "data", **train: object) -> Schedule:
@@ -135,7 +135,7 @@ def test_a_pure_function_of_fingerprint_seed_and_step() -> None:
     assert forwards == backwards[::-1]
     program = (
         "from neftune_dist.config import TrainConfig; "
-        "from neftune_dist.data.schedule import make_schedule; "
+        "from neftune_dist.data.sampler import make_schedule; "
         "s = make_schedule(TrainConfig(global_batch_size=32, num_epochs=2, seed=3), 1000, 'data');"
         "print(s.documents(40)[0].tolist())"
     )

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from neftune_dist import storage
 from neftune_dist.config import UserError
+from neftune_dist.system import storage
 
 DEADLINE_SECONDS = 60
 
@@ -116,7 +116,7 @@ def test_children_end_with_the_parent_that_is_killed(tmp_path: Path) -> None:
         "signal.signal(signal.SIGTERM, stop); Path(sys.argv[1], 'started').touch(); time.sleep(60)"
     )
     parent = (
-        "import sys; from neftune_dist.study.runs import execute\n"
+        "import sys; from neftune_dist.study.grid import execute\n"
         f"execute([sys.executable, '-c', {child!r}, sys.argv[1]])"
     )
     study = subprocess.Popen([sys.executable, "-c", parent, str(tmp_path)])

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from neftune_dist.config import Config, UserError
-from neftune_dist.evaluate.win_rate import Judgement
+from neftune_dist.evaluation.win_rate import Judgement
 from neftune_dist.study import report
 from neftune_dist.study.compare import Difference, corrected, paired
-from neftune_dist.study.findings import conclusion
+from neftune_dist.study.conclusion import conclusion
 from neftune_dist.study.measures import differences
 from neftune_dist.study.results import Run, check_comparable, read_run
 

@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import pytest
 
+from neftune_dist.cluster.submit import preflight, slurm, snapshot
+from neftune_dist.cluster.submit.inventory import Hub
 from neftune_dist.config import Config, load_config
-from neftune_dist.submit import cluster, preflight, snapshot
-from neftune_dist.submit.inventory import Hub
 
 ROOT = Path(__file__).parents[2]
 SUBMIT = ROOT / "launcher" / "submit.py"
@@ -331,7 +331,7 @@ def test_slurm_that_is_missing_or_silent_is_told(
     site.answer("sinfo", "", 1, "sinfo: error: Unable to contact slurm controller")
     assert "sinfo failed: Unable to contact slurm controller" in site.run("run.yaml", *SIZE).err
     (site.answers / "sinfo").write_text("exec sleep 5")
-    monkeypatch.setattr(cluster.run, "__kwdefaults__", {"script": "", "timeout": 0.1})
+    monkeypatch.setattr(slurm.run, "__kwdefaults__", {"script": "", "timeout": 0.1})
     assert "Slurm does not answer (sinfo)" in site.run("run.yaml", *SIZE).err
     monkeypatch.setenv("PATH", "/nowhere")
     assert "sinfo was not found" in site.run("run.yaml", *SIZE).err

@@ -21,10 +21,10 @@ import torch
 import transformers
 
 from neftune_dist.config import EvaluateConfig, UserError
-from neftune_dist.distributed import World
-from neftune_dist.evaluate import harness
-from neftune_dist.evaluate.tasks import TaskResult, run_tasks
-from tests import tiny
+from neftune_dist.distributed.world import World
+from neftune_dist.evaluation import lm_eval_adapter
+from neftune_dist.evaluation.tasks import TaskResult, run_tasks
+from tests.support import tiny_model
 from tests.unit.conftest import shared
 
 DEADLINE_SECONDS = 120
@@ -60,21 +60,21 @@ class Asked:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Asked:
-    return Asked(tiny.make_model(tmp_path_factory.mktemp("model")))
+    return Asked(tiny_model.make_model(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture(autouse=True)
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Samples:
     """By task, what lm-eval recorded of each item."""
     seen: Samples = {}
-    evaluate = harness.evaluate
+    evaluate = lm_eval_adapter.evaluate
 
     def remembered(*arguments: Any, **named: Any) -> Any:
         found = evaluate(*arguments, **named)
         seen.update(found["samples"])
         return found
 
-    monkeypatch.setattr(harness, "evaluate", remembered)
+    monkeypatch.setattr(lm_eval_adapter, "evaluate", remembered)
     return seen
 
 
@@ -259,7 +259,7 @@ def test_items_and_scores_do_not_depend_on_the_ranks(
         os.environ.update(LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         world = World()
         config = EvaluateConfig(tasks=words, batch_size=4)
-        calls = harness.HFLM._model_call
+        calls = lm_eval_adapter.HFLM._model_call
 
         def counted(lm: Any, inps: Any, *rest: Any, **named: Any) -> Any:
             nonlocal num_read
@@ -267,7 +267,7 @@ def test_items_and_scores_do_not_depend_on_the_ranks(
             return calls(lm, inps, *rest, **named)
 
         num_read = 0
-        harness.HFLM._model_call = counted
+        lm_eval_adapter.HFLM._model_call = counted
         results = run_tasks(small.model, small.tokenizer, config, lambda _: None, world)
         told.put((results, num_read))
         world.close()
@@ -342,7 +342,7 @@ def test_without_lm_eval_the_extra_is_named(small: Asked, monkeypatch: pytest.Mo
     for name in [*sys.modules]:
         if name.partition(".")[0] == "lm_eval":
             monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "neftune_dist.evaluate.harness")
+    monkeypatch.delitem(sys.modules, "neftune_dist.evaluation.lm_eval_adapter")
     with pytest.raises(
         UserError, match=r"needs the package lm_eval.*install neftune-dist\[tasks\]"
     ):

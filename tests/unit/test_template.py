@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 from neftune_dist.config import DataConfig, UserError
 from neftune_dist.data.formats import Conversation, Turn, detect_format, to_conversation
-from neftune_dist.data.rendered import Chunk, Rendered, Span
 from neftune_dist.data.sources import BadRow
-from neftune_dist.data.template import Document, Template, _painted
+from neftune_dist.data.spans import Chunk, Rendered, Span
+from neftune_dist.data.tokenize import Document, Template, _painted
 
 END = "<|im_end|>"  # of SmolLM2
 LLAMA2_CHAT = (

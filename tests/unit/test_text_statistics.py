@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from neftune_dist.config import UserError
-from neftune_dist.evaluate import text
+from neftune_dist.evaluation import text_statistics
 
 
 def row(output: str, **others: Any) -> dict[str, Any]:
@@ -28,16 +28,18 @@ def test_lengths_ends_and_emptiness() -> None:
         row(" \n", num_tokens=1, finished=False),
         row("näh", num_tokens=8, finished=False),
     ]
-    found = text.statistics(answers)
+    found = text_statistics.statistics(answers)
     assert (found["characters"], found["words"], found["tokens"]) == (14 / 3, 1.0, 4.0)
     assert (found["empty"], found["cut"]) == (1 / 3, 2 / 3)
-    assert text.per_answer(answers)["characters"] == [9, 2, 3]
+    assert text_statistics.per_answer(answers)["characters"] == [9, 2, 3]
 
 
 def test_repetition_counts_a_chunk_of_the_first_words_alone() -> None:
     """48 2-grams of 50 words are counted, as in the released code: here three of them recur."""
     words = distinct(46) + distinct(4)
-    values = text.per_answer([row(" ".join(words + ["w0"] * 100)), row(" ".join(words[:49]))])
+    values = text_statistics.per_answer(
+        [row(" ".join(words + ["w0"] * 100)), row(" ".join(words[:49]))]
+    )
     # After w45: (w45 w0), (w0 w1), (w1 w2); the last, (w2 w3), is not counted.
     assert values["repetition_2_percent"][0] == pytest.approx(100 * 2 / 48)
     assert values["repetition_3_percent"][0] == pytest.approx(100 * 1 / 47)
@@ -45,11 +47,13 @@ def test_repetition_counts_a_chunk_of_the_first_words_alone() -> None:
     diversity = (1 - 2 / 48 / 100) * (1 - 1 / 47 / 100)
     assert values["log_diversity"][0] == pytest.approx(-math.log(1 - diversity))
     assert values["log_diversity"][1] is None  # 49 words
-    assert text.statistics([row(" ".join(words))] * 3 + [row("short")])["num_chunks"] == 3
+    assert (
+        text_statistics.statistics([row(" ".join(words))] * 3 + [row("short")])["num_chunks"] == 3
+    )
 
 
 def test_no_repetition_is_worth_twenty() -> None:
-    values = text.per_answer([row(" ".join(distinct(50)))])
+    values = text_statistics.per_answer([row(" ".join(distinct(50)))])
     assert values["repetition_2_percent"] == [0] and values["log_diversity"] == [20]
 
 
@@ -60,41 +64,45 @@ def test_overlap_with_the_expected_answer() -> None:
         row("said without one", reference=None),
         row("", reference="something"),
     ]
-    values = text.per_answer(answers)
+    values = text_statistics.per_answer(answers)
     assert values["rouge_l"] == [1, pytest.approx(2 * (2 / 5) * (2 / 4) / (2 / 5 + 2 / 4)), None, 0]
     assert values["bleu"][2:] == [None, 0]
-    same = text.per_answer([row("the cat sat", reference="the cat sat")])  # shorter than 4 words
+    same = text_statistics.per_answer(
+        [row("the cat sat", reference="the cat sat")]
+    )  # shorter than 4 words
     assert same["bleu"] == [pytest.approx(1)]
-    assert text.statistics(answers)["num_references"] == 3
+    assert text_statistics.statistics(answers)["num_references"] == 3
 
 
 def test_self_bleu_tells_one_answer_from_many() -> None:
-    same = text.statistics([row("all of these words are said again")] * 4)
-    other = text.statistics([row(" ".join(f"{i}{word}" for word in distinct(9))) for i in range(4)])
+    same = text_statistics.statistics([row("all of these words are said again")] * 4)
+    other = text_statistics.statistics(
+        [row(" ".join(f"{i}{word}" for word in distinct(9))) for i in range(4)]
+    )
     assert same["self_bleu"] == pytest.approx(1) and other["self_bleu"] < 0.1
 
 
 def test_what_nothing_can_be_said_of_is_left_out() -> None:
-    found = text.statistics([row("words")])
+    found = text_statistics.statistics([row("words")])
     assert not {"tokens", "cut", "rouge_l", "bleu", "log_diversity", "self_bleu"} & set(found)
     assert (found["num_chunks"], found["num_references"]) == (0, 0)
 
 
 def test_an_answer_without_text_is_named() -> None:
     with pytest.raises(UserError, match="Answer 1 has no text"):
-        text.statistics([row("x"), {"instruction": "i", "output": None}])
+        text_statistics.statistics([row("x"), {"instruction": "i", "output": None}])
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "sacrebleu", None)
+    monkeypatch.setattr(text_statistics, "sacrebleu", None)
     with pytest.raises(UserError, match=r"neftune-dist\[evaluation\]"):
-        text.check_installed()
+        text_statistics.check_installed()
 
 
 def test_real_answers(alpaca_eval: Path) -> None:
     """Alpaca-7B's 805: its leaderboard length is 396 characters."""
     packed = (alpaca_eval / "alpaca-7b.outputs.json.gz").read_bytes()
-    found = text.statistics(json.loads(gzip.decompress(packed)))
+    found = text_statistics.statistics(json.loads(gzip.decompress(packed)))
     rounded = {name: round(value, 2) for name, value in found.items()}
     assert rounded == {
         "characters": 396.29,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from neftune_dist.config import LoggingConfig, UserError, load_config
-from neftune_dist.trackers import Trackers
+from neftune_dist.training.trackers import Trackers
 
 FACTS = {"config": {"noise": {"alpha": 5.0}}, "environment": {"torch": "2"}}
 RECORD = {"step": 4, "loss": 1.5, "mfu": None, "num_tokens": 7}

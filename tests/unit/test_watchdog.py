@@ -6,8 +6,14 @@ from typing import Any
 
 import pytest
 
-from neftune_dist.watch.hang import Collective, Report, collectives, explain, name_ranks
-from neftune_dist.watch.straggler import Streaks, relative_speeds
+from neftune_dist.distributed.hang_report import (
+    Collective,
+    Report,
+    collectives,
+    explain,
+    name_ranks,
+)
+from neftune_dist.distributed.straggler import Streaks, relative_speeds
 
 ALL = (0, 1, 2, 3)
 

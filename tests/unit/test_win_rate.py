@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from neftune_dist.config import UserError
-from neftune_dist.evaluate.win_rate import (
+from neftune_dist.evaluation.win_rate import (
     Judgement,
     pair,
     read_annotations,

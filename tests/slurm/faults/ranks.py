@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from neftune_dist import train
 from neftune_dist.checkpoint import flat
-from neftune_dist.evaluate.held_out import HeldOut
-from neftune_dist.loop import Diverged, Trainer
 from neftune_dist.model import load
+from neftune_dist.training import train
+from neftune_dist.training.held_out import HeldOut
+from neftune_dist.training.loop import Diverged, Trainer
 
 # Where each phase of a run happens.
 PHASES: dict[str, tuple[Any, str]] = {

@@ -1,0 +1,232 @@
+"""A checkpoint as a Hugging Face model directory, on one small machine: no process group, no GPU.
+
+Tensors stream from the checkpoint into safetensors files; the peak of host memory is near one file.
+What a run trained beside frozen weights is merged into them, or written alone, as PEFT has it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from neftune_dist.checkpoint import marked_folder, store
+from neftune_dist.checkpoint.merged import (
+    CHAT_TEMPLATE,
+    MODEL_FOLDER,
+    Content,
+    adapter_of,
+    files_within,
+)
+from neftune_dist.checkpoint.run_files import check_architecture, check_sealed
+from neftune_dist.config import AdapterConfig, UserError, read_json
+from neftune_dist.model.adapters import peft_name, peft_settings
+from neftune_dist.system import storage
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MARK = "neftune_export.json"  # in an export, which lists its files
+_ORIGINAL_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_FILE_BYTES = 4 * 2**30
+
+
+def export(
+    run_dir: Path,
+    output: Path | None = None,
+    *,
+    step: int | None = None,
+    dtype: str = "original",
+    adapter: bool = False,
+    log: Callable[[str], None] = print,
+) -> Path:
+    """Write the model of a run's checkpoint to `output` (default RUN_DIR/export); its path.
+
+    Args:
+        step: of the checkpoint; None: the newest complete one.
+        dtype: original (the base model's), fp32, bf16 or fp16.
+        adapter: write the trained adapter alone, as PEFT loads it (default RUN_DIR/adapter).
+
+    Raises:
+        UserError: no such checkpoint, a damaged one, frozen weights that are not where they were,
+            or `output` cannot be written. It is replaced only where it is an export and nothing
+            else.
+    """
+    checkpoint = store.choose(run_dir, step)
+    state = checkpoint.trainer_state()
+    check_sealed(run_dir)
+    check_architecture(run_dir, state)
+    adapted = adapter_of(state)
+    if adapter and adapted.method == "none":
+        raise UserError(f"{run_dir} trained no adapter: leave out --adapter.")
+    output = output or run_dir / ("adapter" if adapter else "export")
+    # Of a link, the folder that it leads to.
+    place = Path(os.path.realpath(output))
+    _refuse_place(place, run_dir, state)
+    marked_folder.refuse_other(place, MARK, thorough=False)
+    if flaw := checkpoint.first_flaw():  # which reads all of it
+        raise store.damage(checkpoint, flaw)
+    with storage.writing(str(output)), marked_folder.replaced(place, MARK) as folder:
+        for file in files_within(run_dir / MODEL_FOLDER):
+            shutil.copyfile(file, folder / file.name)
+        chosen = _set_dtype(folder / "config.json", dtype)
+        if adapter:
+            (folder / "config.json").unlink()
+            _write_adapter(checkpoint.folder, state, folder, adapted)
+        else:
+            _write_weights(Content.of(checkpoint.folder, state), folder, chosen)
+        (folder / "README.md").write_text(_card(state, folder))
+    log(f"exported step {checkpoint.step} to {output} ({str(chosen).removeprefix('torch.')})")
+    return output
+
+
+def _refuse_place(place: Path, run_dir: Path, state: Mapping[str, Any]) -> None:
+    """Raise `UserError` where an export must not go, whatever is there."""
+    model = state["config"]["model"]
+    kept = {"the run's directory": run_dir}
+    with suppress(OSError):  # the working directory may have been removed
+        kept["the working directory"] = Path.cwd()
+    for what, name in (("base model", model["name_or_path"]), ("base weights", model["weights"])):
+        if name:
+            kept[f"the run's {what}"] = Path(os.path.expanduser(name))
+    for what, path in kept.items():
+        real = Path(os.path.realpath(path))
+        if place in (real, *real.parents) or any(_same(place, p) for p in (real, *real.parents)):
+            is_itself = place == real or _same(place, real)
+            raise UserError(
+                f"--output={place} is {what}{'' if is_itself else ', or holds it'}: choose another."
+            )
+    for name in ("checkpoints", MODEL_FOLDER):
+        if place.is_relative_to(os.path.realpath(run_dir / name)):
+            raise UserError(f"--output={place} is where the run keeps its {name}: choose another.")
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether both are there, and one folder, under whatever names."""
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
+
+
+def _set_dtype(path: Path, dtype: str) -> torch.dtype:
+    config = read_json(path)
+    if dtype == "original":
+        name = config.get("dtype") or config.get("torch_dtype") or "float32"
+        if name not in _ORIGINAL_DTYPES:
+            raise UserError(
+                f"{path.name} of the base model says dtype={name}, which no weights are written "
+                "in: set --dtype."
+            )
+        chosen = getattr(torch, name)
+    else:
+        chosen = DTYPES[dtype]
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(chosen).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    assert isinstance(chosen, torch.dtype)
+    return chosen
+
+
+def _write_weights(content: Content, output: Path, dtype: torch.dtype) -> None:
+    size = {name: math.prod(shape) * dtype.itemsize for name, shape in content.shapes.items()}
+    files: list[list[str]] = [[]]
+    for name in content.shapes:
+        if files[-1] and sum(size[n] for n in files[-1]) + size[name] > _FILE_BYTES:
+            files.append([])
+        files[-1].append(name)
+    weight_map = {}
+    for number, names in enumerate(files, 1):
+        file = (
+            "model.safetensors"
+            if len(files) == 1
+            else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        )
+        # Tied weights are stored once, as transformers does.
+        tensors = {name: content.read(name).to(dtype) for name in names}
+        weight_map.update(dict.fromkeys(names, file))
+        _save(tensors, output / file)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
+        (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def _write_adapter(
+    folder: Path, state: Mapping[str, Any], output: Path, adapter: AdapterConfig
+) -> None:
+    trained, tensors, layers = Content.trained(folder, state), {}, set()
+    for name in trained.shapes:
+        layer, saved = peft_name(name)
+        tensors[saved] = trained.read(name)
+        layers.add(layer)
+    _save(tensors, output / "adapter_model.safetensors")
+    settings = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": state["config"]["model"]["name_or_path"],
+        "inference_mode": True,
+        **peft_settings(adapter, sorted(layers)),
+    }
+    (output / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # as the umask has it; safetensors makes its files the owner's alone
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk among them
+        number = re.search(r"os error (\d+)", str(error))
+        cause = (int(number[1]), os.strerror(int(number[1]))) if number else (str(error),)
+        raise OSError(*cause) from error
+    path.chmod(mode)
+
+
+def _card(state: Mapping[str, Any], folder: Path) -> str:
+    config = state["config"]
+    prompts = f"data.template={config['data']['template']}"
+    if config["data"]["template"] != "chat" and not (folder / CHAT_TEMPLATE).exists():
+        prompts += ", for which there is no chat template here"
+    elif config["data"].get("system_prompt") is not None:
+        prompts += "; the chat template puts data.system_prompt in front"
+    noise, train, optim = config["noise"], config["train"], config["optim"]
+    adapter = adapter_of(state)
+    trained = (
+        "all weights"
+        if adapter.method == "none"
+        else f"{adapter.method}, rank {adapter.rank}, alpha {adapter.alpha:g} ({adapter.scaling}), "
+        f"on {adapter.targets} matrices, {adapter.base} weights"
+    )
+    how = (
+        f"NEFTune noise (arXiv 2310.05914), alpha {noise['alpha']} ({noise['schedule']}), "
+        f"{noise['distribution']}, {noise['length']} length, {noise['stream']} stream"
+        if noise["alpha"]
+        else "no embedding noise"
+    )
+    progress = state["progress"]
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# Fine-tuned model
+
+Base model: `{config["model"]["name_or_path"]}`. Data: `{config["data"]["source"]}`.
+Trained by neftune_dist {state["versions"]["neftune_dist"]} with {how}.
+
+| | |
+|---|---|
+| trained | {trained} |
+| prompts | {prompts} |
+| steps | {progress["step"]} of {train["global_batch_size"]} documents |
+| tokens | {progress["num_tokens"]}, {progress["num_supervised_tokens"]} of them supervised |
+| longest document | {config["data"]["max_length"]} tokens |
+| learning rate | {optim["learning_rate"]}, {optim["schedule"]}, warm-up {optim["warmup_steps"]} |
+| compute | {config["model"]["dtype"]}, {config["engine"]["name"]}, {state["world_size"]} ranks |
+"""

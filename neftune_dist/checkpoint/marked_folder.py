@@ -1,0 +1,188 @@
+"""Folders that carry our mark, and are replaced whole: the old one or the new one is always there.
+
+The mark is a JSON file, written last, that lists every file of the folder with its size and
+checksum. A folder is replaced only where it carries one and holds nothing else: no other file, no
+changed one, no link, no folder. So nothing is ever removed that this project did not write.
+
+    .NAME.neftune-new   what is being written; carries a mark without a list until it is whole
+    NAME                published by a rename
+    .NAME.neftune-old   the one before it, until it has been removed; put back after a crash that
+                        left nothing under NAME
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from neftune_dist import __version__
+from neftune_dist.checkpoint.flat import WrittenFile
+from neftune_dist.config import UserError
+from neftune_dist.system import storage
+
+_PROJECT = "neftune_dist"
+
+
+@contextmanager
+def replaced(folder: Path, mark: str) -> Iterator[Path]:
+    """A new folder to fill, which takes the place of `folder` when the block ends well.
+
+    Args:
+        folder: need not exist; no link, nor below one that changes meanwhile.
+        mark: name of the file that marks folders of this kind.
+
+    Raises:
+        UserError: what is there is not ours alone, or another process is replacing it.
+        OSError: it cannot be written. What was there is as it was.
+    """
+    refuse_other(folder, mark, thorough=False)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (folder.with_name(f".{folder.name}.neftune-{which}") for which in ("new", "old"))
+    busy = f"{folder} is being written by another process: wait for it, or choose another one."
+    with storage.hold(folder.with_name(f".{folder.name}.neftune-lock"), busy):
+        _recover(folder, new, old, mark)
+        new.mkdir()
+        try:
+            _write_mark(new, mark, None)
+            yield new
+            _seal(new, mark)
+            refuse_other(folder, mark)
+            _publish(folder, new, old)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+        if os.path.lexists(old):
+            try:
+                _remove_marked(old, mark)
+            except OSError as error:  # the next one removes it
+                print(f"warning: {old} was not removed: {error.strerror}", file=sys.stderr)
+
+
+def refuse_other(folder: Path, mark: str, *, thorough: bool = True) -> None:
+    """Raise `UserError` where something is at `folder` that is not ours alone.
+
+    Args:
+        thorough: compare checksums, not sizes alone.
+    """
+    if not os.path.lexists(folder):
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        raise UserError(f"{folder} exists and is no directory: choose another one.")
+    files = _files(folder / mark)
+    if files is None:
+        raise UserError(
+            f"{folder} exists and carries no {mark}, by which this project knows what it may "
+            "replace (earlier versions left none): choose another directory, or remove this one."
+        )
+    if name := _other(folder, mark, files, thorough):
+        raise UserError(
+            f"{folder} is not replaced: {name} in it is not what this project wrote. Choose "
+            "another directory, or remove this one."
+        )
+
+
+def _other(
+    folder: Path, mark: str, files: dict[str, WrittenFile], thorough: bool = True
+) -> str | None:
+    """What a folder holds that its mark does not list: a name; None: nothing. What is listed may
+    be missing."""
+    for entry in sorted(os.scandir(folder), key=lambda each: each.name):
+        if entry.name == mark:
+            continue
+        listed = files.get(entry.name)
+        if listed is None or not entry.is_file(follow_symlinks=False):
+            return entry.name
+        path = Path(entry.path)
+        same = WrittenFile.of(path) == listed if thorough else path.stat().st_size == listed.size
+        if not same:
+            return entry.name
+    return None
+
+
+def _files(path: Path) -> dict[str, WrittenFile] | None:
+    """What a mark lists; None: it is none of ours."""
+    content = _read(path)
+    if content is None:
+        return None
+    try:
+        files = {name: WrittenFile(**each) for name, each in (content["files"] or {}).items()}
+    except (KeyError, TypeError, AttributeError):
+        return None
+    return None if any(Path(name).name != name or name == ".." for name in files) else files
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        content = None if path.is_symlink() else json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    is_ours = isinstance(content, dict) and str(content.get("made_by")).startswith(_PROJECT)
+    return content if is_ours else None
+
+
+def _write_mark(folder: Path, mark: str, files: dict[str, WrittenFile] | None) -> None:
+    listed = {name: vars(file) for name, file in files.items()} if files else None
+    content = {"made_by": f"{_PROJECT} {__version__}", "files": listed}
+    storage.write(folder / mark, json.dumps(content, indent=1) + "\n", durable=True)
+
+
+def _seal(folder: Path, mark: str) -> None:
+    """Put all files on the disk, then the mark that lists them."""
+    paths = sorted(path for path in folder.iterdir() if path.name != mark)
+    for path in paths:
+        storage.sync(path)
+    _write_mark(folder, mark, {path.name: WrittenFile.of(path) for path in paths})
+
+
+def _publish(folder: Path, new: Path, old: Path) -> None:
+    replaces = os.path.lexists(folder)
+    if replaces:
+        folder.rename(old)
+    try:
+        new.rename(folder)
+    except BaseException:
+        if replaces:
+            old.rename(folder)
+        raise
+    storage.sync(folder.parent)
+
+
+def _recover(folder: Path, new: Path, old: Path, mark: str) -> None:
+    """Put right what a crash has left. Only the holder of the lock is here."""
+    with suppress(OSError):
+        old.rmdir()  # all but removed
+    if os.path.lexists(old):
+        files = None if old.is_symlink() else _files(old / mark)
+        if files is None or _other(old, mark, files):
+            raise _in_the_way(old)
+        if os.path.lexists(folder) or any(not (old / name).exists() for name in files):
+            _remove_marked(old, mark)
+        else:
+            old.rename(folder)
+    if os.path.lexists(new):
+        if new.is_symlink() or not new.is_dir():
+            raise _in_the_way(new)
+        # Begun and not yet marked: there is nothing in it, or half a mark.
+        names = {each.name for each in new.iterdir()}
+        begun = all(name.startswith(f".{mark}.") for name in names)
+        if not begun and _read(new / mark) is None:
+            raise _in_the_way(new)
+        shutil.rmtree(new)
+
+
+def _in_the_way(path: Path) -> UserError:
+    return UserError(f"{path} is in the way, and not this project's: move it, or remove it.")
+
+
+def _remove_marked(folder: Path, mark: str) -> None:
+    """Remove what the mark lists, and the folder if nothing else is in it. The mark goes last."""
+    for name in [*(_files(folder / mark) or ()), mark]:
+        with suppress(FileNotFoundError):
+            (folder / name).unlink()
+    with suppress(OSError):  # something has come into it since it was looked at: that is kept
+        folder.rmdir()

@@ -1,0 +1,1 @@
+"""On a cluster: starting a run on its nodes, checking them, and submitting to Slurm."""

@@ -1,0 +1,1 @@
+"""The checks of `neftune-dist doctor`: software, machine, GPUs, and the nodes together."""

@@ -1,0 +1,227 @@
+"""What can be told of a run before it is queued: on a login node, at once, without torch.
+
+Owns the checks that need more than the configuration (files, run directory, space, world size) and
+the prediction of steps and of time. A mistake is a `UserError`; what cannot be known is said to be
+unknown, never guessed. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from neftune_dist.cluster.submit import inventory
+from neftune_dist.cluster.submit.inventory import Hub, Rows
+from neftune_dist.config import Config, DataConfig, SourceConfig, UserError, user_path
+from neftune_dist.data import files
+from neftune_dist.distributed.outcome import newest_step
+from neftune_dist.system.records import STEPS, read_records
+
+CHECKPOINT_BYTES = 12  # a parameter: float32 master and two moments
+DEFAULT_EPOCHS = 3.0  # as in data/sampler.py, which needs numpy
+_RECENT_BYTES = 2**18  # of metrics.jsonl
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What is known of a run.
+
+    Attributes:
+        notes: lines for a person.
+        num_bytes: that its checkpoints will take beside those there are; 0: not known.
+        seconds: that the steps left will take; None: not known.
+    """
+
+    notes: tuple[str, ...]
+    num_bytes: int
+    seconds: float | None
+
+
+def anchor(config: Config) -> None:
+    """Make the paths absolute: the job starts in another directory."""
+    model, data, checkpoint = config.model, config.data, config.checkpoint
+    config.run_dir = _absolute("run_dir", config.run_dir)
+    data.cache_dir = _absolute("data.cache_dir", data.cache_dir)
+    if inventory.is_model_path(model.name_or_path):
+        model.name_or_path = _absolute("model.name_or_path", model.name_or_path)
+    if model.weights is not None:
+        model.weights = _absolute("model.weights", model.weights)
+    named: list[DataConfig | SourceConfig] = [data, *data.mixture]
+    for each in named:
+        if files.is_local(each.source):
+            each.source = _absolute("data.source", each.source)
+    if data.template.endswith(".jinja"):
+        data.template = _absolute("data.template", data.template)
+    if data.held_out_source and files.is_local(data.held_out_source):
+        data.held_out_source = _absolute("data.held_out_source", data.held_out_source)
+    if checkpoint.resume not in ("auto", "never"):
+        checkpoint.resume = _absolute("checkpoint.resume", checkpoint.resume)
+
+
+def preflight(config: Config, world_size: int, hub: Callable[[], Hub]) -> Outlook:
+    """Check and predict a run of `config`, which is anchored, on `world_size` ranks.
+
+    Args:
+        hub: asked for only where the model or the data is not local.
+
+    Raises:
+        UserError: the job would fail on what can be seen from here.
+    """
+    run_dir = Path(config.run_dir)
+    for key in ("num_replicas", "sequence_parallel"):
+        count = getattr(config.engine, key) or 1
+        if world_size % count:
+            raise UserError(
+                f"engine.{key}={count} does not divide the {world_size} processes of this run."
+            )
+    _check_run_dir(run_dir, config.checkpoint.resume)
+    model, weights = inventory.find_model(config.model, hub), config.model.weights
+    folders = [folder for folder in (model, weights and Path(weights)) if folder]
+    parameters = inventory.count_parameters(folders)
+    rows = inventory.count_rows(config.data, hub)
+    steps, made = _num_steps(config, rows), newest_step(run_dir)
+    left = None if steps is None else max(0, steps - made)
+    seconds, time = _predict(run_dir, world_size, left)
+    # Of an adapter's size, torch would have to be asked; it is small.
+    whole = config.adapter.method == "none"
+    checkpoint = (parameters or 0) * CHECKPOINT_BYTES if whole else 0
+    number = _num_checkpoints(config, steps, made)
+    disk = f"{number} x {size_text(checkpoint)} for checkpoints" if checkpoint else "not checked"
+    size = f"{parameters / 1e6:.1f} M parameters" if parameters else "size not known from here"
+    place = "" if model else ", which the job takes from the hub"
+    about = "" if config.train.max_steps else "about "
+    length = "not known before the data is read" if steps is None else f"{about}{steps}"
+    notes = (
+        f"model: {config.model.name_or_path}, {size}{place}",
+        f"data: {_sources(config)}, {rows or 'rows not counted here'}",
+        f"steps: {length}" + (f", {left or 'none'} of them left" if made and steps else ""),
+        f"disk: {disk}",
+        f"time: {time}",
+    )
+    return Outlook(notes, checkpoint * number, seconds)
+
+
+def check_space(needs: Iterable[tuple[Path, int]]) -> None:
+    """Refuse where new checkpoints of so many bytes do not fit where their run directories are."""
+    disks: dict[int, list[tuple[Path, int]]] = {}
+    for run_dir, num_bytes in needs:
+        place = _existing(run_dir)
+        disks.setdefault(place.stat().st_dev, []).append((place, num_bytes))
+    for runs in disks.values():
+        place, needed = runs[0][0], sum(num_bytes for _, num_bytes in runs)
+        free = shutil.disk_usage(place).free
+        if needed > free:
+            raise UserError(
+                f"The checkpoints need {size_text(needed)}, and {size_text(free)} are free on the "
+                f"disk of {place}: set a lower checkpoint.keep, or another run_dir."
+            )
+
+
+def size_text(num_bytes: float) -> str:
+    """For people: 1.5 GiB."""
+    large = num_bytes >= 2**29
+    return f"{num_bytes / 2**30:.1f} GiB" if large else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def time_text(seconds: float) -> str:
+    """For people: 3 h 20 min."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def _absolute(key: str, text: str) -> str:
+    return os.path.abspath(user_path(text, key))
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(each for each in (path, *path.parents) if os.path.lexists(each))
+
+
+def _check_run_dir(run_dir: Path, resume: str) -> None:
+    place = _existing(run_dir)
+    if not place.is_dir():
+        raise UserError(f"run_dir={run_dir} cannot be made: {place} is no directory.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"run_dir={run_dir} cannot be written: {place} does not allow it.")
+    if resume == "auto":
+        return
+    if newest_step(run_dir):
+        raise UserError(
+            f"checkpoint.resume={resume}, but {run_dir} holds checkpoints: set another run_dir, or "
+            "checkpoint.resume=auto."
+        )
+    if resume != "never" and not (Path(resume) / "manifest.json").is_file():
+        raise UserError(
+            f"checkpoint.resume={resume} is no complete checkpoint directory (step_00000020)."
+        )
+
+
+def _num_steps(config: Config, rows: Rows | None) -> int | None:
+    """Where every row becomes a document; None: not known. Refuses too few rows."""
+    train, data = config.train, config.data
+    held_out = data.num_held_out
+    if rows and data.held_out_fraction:
+        held_out = max(1, round(rows.number * data.held_out_fraction))
+    if rows and rows.exact and rows.number - held_out < train.global_batch_size:
+        raise UserError(
+            f"data.source={_sources(config)} has {rows.number} rows, too few for one step of "
+            f"train.global_batch_size={train.global_batch_size} beside "
+            f"data.num_held_out={held_out}."
+        )
+    if train.max_steps is not None or rows is None:
+        return train.max_steps
+    epochs = DEFAULT_EPOCHS if train.num_epochs is None else train.num_epochs
+    number, batch = max(1, rows.number - held_out), train.global_batch_size
+    whole, rest = divmod(max(1, round(epochs * number)), number)
+    return whole * math.ceil(number / batch) + math.ceil(rest / batch)
+
+
+def _sources(config: Config) -> str:
+    return " + ".join(each.source for each in config.data.sources.values())
+
+
+def _num_checkpoints(config: Config, steps: int | None, made: int) -> int:
+    """The most that will be there at one time, less those there are."""
+    settings, total = config.checkpoint, steps or 0
+    every, keep, for_good = settings.every_steps, settings.keep, settings.keep_every_steps
+    if not keep:  # all stay: one every so many steps, and the last
+        return max(1, math.ceil((total - made) / every)) if every else 1
+    most = keep + 1  # the next is written before the oldest goes
+    if for_good:
+        most += max(0, total - keep * every) // for_good
+    folders = (Path(config.run_dir) / "checkpoints").glob("step_*")
+    return max(1, most - sum(each.name.removeprefix("step_").isdigit() for each in folders))
+
+
+def _predict(run_dir: Path, world_size: int, left: int | None) -> tuple[float | None, str]:
+    """Seconds for the steps left, and what is known of them in words."""
+    measured = _step_seconds(run_dir / STEPS, world_size)
+    if not measured:
+        return None, f"not known before the run has recorded a step on {world_size} ranks"
+    each = median(measured)
+    told = f"{each:.3g} s a step (median of {len(measured)} on {world_size} ranks)"
+    if left is None:
+        return None, told
+    return each * left, f"about {time_text(each * left)} for the steps left, {told}"
+
+
+def _step_seconds(path: Path, world_size: int) -> Sequence[float]:
+    """Of the newest steps, those that were made on so many ranks."""
+    try:
+        rows = read_records(path, ("world_size", "step_seconds"), _RECENT_BYTES).rows
+    except OSError:
+        return []
+    own = [row["step_seconds"] for row in rows if row["world_size"] == world_size]
+    return [float(seconds) for seconds in own if seconds is not None]

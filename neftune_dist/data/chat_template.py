@@ -1,0 +1,154 @@
+"""Chat templates in Jinja, a model's own or a file: programs that make text of messages."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from neftune_dist.config import UserError
+from neftune_dist.config.limits import limited
+from neftune_dist.data import prompt_templates
+from neftune_dist.data.formats import Conversation
+from neftune_dist.data.sources import BadRow
+
+# Some templates write today's date, which would make the tokens depend on the day they were made
+# (law 4). They get the date that Llama 3's own template falls back on. The "+" keeps the template's
+# first white space.
+_FIXED_DATE = (
+    "{% macro strftime_now(format) %}{{ format|replace('%d', '26')|replace('%m', '07')"
+    "|replace('%b', 'Jul')|replace('%B', 'July')|replace('%y', '24')|replace('%Y', '2024') }}"
+    "{% endmacro +%}"
+)
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+# A template is a program that came with a model: what it may take for one conversation.
+_SECONDS, _GIB, _CHARACTERS = 10.0, 1.0, 2**24
+_SHOWN_CHARACTERS = 500  # of an error's text
+
+Message = dict[str, Any]
+Tools = list[Any] | None
+
+
+class ChatTemplate:
+    """One Jinja template, with the tokenizer whose special tokens it writes.
+
+    given: the template as it was written. special: the texts of the special tokens.
+    """
+
+    def __init__(self, tokenizer: Any, source: str) -> None:
+        self.given = source
+        self.source = _FIXED_DATE + source if "strftime_now" in source else source
+        self.special = tuple(
+            str(token) for token in tokenizer.added_tokens_decoder.values() if token.special
+        )
+        self._tokenizer = tokenizer
+
+    def apply(self, messages: list[Message], tools: Tools = None, **switches: bool) -> str:
+        """The text of the messages.
+
+        Raises:
+            BadRow: the template fails.
+            UserError: it takes too long, or makes too much.
+        """
+        try:
+            with bounded():
+                text: str = self._tokenizer.apply_chat_template(
+                    messages, tools=tools, chat_template=self.source, tokenize=False, **switches
+                )
+                if len(text) > _CHARACTERS:
+                    raise MemoryError
+        except UserError:
+            raise
+        except Exception as error:  # a template is a program, and can fail in any way
+            raise BadRow(f"the chat template refuses the turns: {_shortened(error)}") from error
+        return text
+
+    def prompts(self, messages: list[Message], tools: Tools) -> list[str]:
+        """What generation may be given to answer the messages, the longest first. Reasoning models
+        have a second prompt, which holds the empty reasoning of an answer without any."""
+        prompts = {self.apply(messages, tools, add_generation_prompt=True)}
+        if "enable_thinking" in self.source:
+            switches = {"add_generation_prompt": True, "enable_thinking": False}
+            prompts.add(self.apply(messages, tools, **switches))
+        return sorted(prompts, key=len, reverse=True)
+
+    def prompt(self, conversation: Conversation) -> str:
+        """The text in front of the first answer, as generation is given it: without reasoning where
+        the answer has none."""
+        messages, tools = conversation.messages(), tools_of(conversation)
+        first = len(conversation.opening())
+        prompts = self.prompts(messages[:first], tools)
+        through = self.apply(messages[: first + 1], tools)
+        return next(
+            (prompt for prompt in prompts if through.startswith(prompt)),
+            prompts[-1],
+        )
+
+    def generations(self, messages: list[Message], tools: Tools) -> list[tuple[int, int]]:
+        """The half-open character ranges that the template marks as generated, if it marks any."""
+        if not _GENERATION.search(self.source):
+            return []
+        with bounded():
+            _, [marks] = render_jinja_template(
+                conversations=[messages],
+                tools=tools,
+                chat_template=self.source,
+                return_assistant_tokens_mask=True,
+                **self._tokenizer.special_tokens_map,
+            )
+        return list(marks)
+
+    def expresses_system(self) -> bool:
+        """Whether a system prompt in front of a question reaches the text."""
+        said = "A system prompt, to see what becomes of it."
+        try:
+            text = self.apply(
+                [{"role": "system", "content": said}, {"role": "user", "content": "A question."}]
+            )
+        except BadRow:
+            return False
+        return said in text
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Let a template run for one conversation, within limits of time and memory.
+
+    Raises:
+        UserError: it exceeds them.
+    """
+    try:
+        with limited(_SECONDS, _GIB):
+            yield
+    except (TimeoutError, MemoryError) as error:
+        # Of the template, not of the row: the next row would take as long.
+        raise UserError(
+            f"The chat template takes more than {_SECONDS:g} s, {_GIB:g} GiB of memory or "
+            f"{_CHARACTERS:,} characters for one conversation: it is not used."
+        ) from error
+
+
+def _shortened(error: Exception) -> str:
+    """What an error says, which a template may choose to be of any length."""
+    text = str(error)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+
+
+def with_system(source: str, said: str) -> str:
+    """A template that puts a system prompt in front of conversations that have none."""
+    turn = f"{{'role': 'system', 'content': {prompt_templates.quoted(said)}}}"
+    # The "+" keeps the template's first white space.
+    return (
+        "{%- if messages[0]['role'] != 'system' %}"
+        f"{{%- set messages = [{turn}] + messages %}}{{%- endif +%}}{source}"
+    )
+
+
+def tools_of(conversation: Conversation) -> Tools:
+    """The schemas of what the assistant may call, as a template takes them."""
+    return json.loads(conversation.tools) if conversation.tools else None

@@ -1,0 +1,218 @@
+"""Where each turn stands in the text that a chat template makes of a conversation.
+
+A template says nowhere what it writes for whom. An answer begins where the text of the turns in
+front of it, generation prompt included, ends; it ends where the text of the turns up to it ends.
+Both are looked for in the text of the whole conversation. Many templates write a turn otherwise
+once others follow (an empty reasoning is left out, the system prompt moves to the last question):
+then the template's own `{% generation %}` marks are asked, then the answer is looked for together
+with its question. What is not found is refused, by turn: nothing is learned by guess.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+
+from neftune_dist.data.chat_template import ChatTemplate, tools_of
+from neftune_dist.data.formats import Conversation
+from neftune_dist.data.sources import BadRow
+from neftune_dist.data.spans import Chunk, Rendered, Span
+
+_THOUGHT = re.compile(r"</?think>")
+
+_Range = tuple[int, int]  # half-open, of characters
+
+
+def render(template: ChatTemplate, conversation: Conversation, supervise: str) -> Rendered:
+    """The text of a conversation, and who says which part of it.
+
+    Args:
+        supervise: as `data.supervise`; with "all", which needs no answers, none is marked learned.
+
+    Raises:
+        BadRow: the template refuses or leaves out a turn, or an answer that is to be learned is
+            changed or cannot be told apart.
+    """
+    talk = _Talk(template, conversation)
+    wanted = {"assistant": talk.answers, "last": talk.answers[-1:], "all": []}[supervise]
+    found: dict[int, Span] = {}
+    marks_end = talk.text.rstrip().endswith(template.special)
+    for i in wanted:
+        behind = max((span.end for span in found.values()), default=0)
+        found[i], marks_end = talk.answer(i, behind)
+    spans = (*talk.others(found), *found.values())
+    return Rendered((Chunk(talk.text, spans),), marks_end)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """An answer as the template writes it while it is the last turn.
+
+    text: up to its end, end-of-turn token included. prompts: the generation prompts that the text
+    begins with, the longest first. content: where the assistant's own words begin.
+    """
+
+    text: str
+    prompts: tuple[str, ...]
+    content: int
+
+
+class _Talk:
+    """A conversation and its text."""
+
+    def __init__(self, template: ChatTemplate, conversation: Conversation) -> None:
+        self.template = template
+        self.messages, self.tools = conversation.messages(), tools_of(conversation)
+        self.text = template.apply(self.messages, self.tools)
+        self.answers = [i for i, each in enumerate(self.messages) if each["role"] == "assistant"]
+        calls = [call for each in self.messages for call in each.get("tool_calls", [])]
+        called = [call["function"]["name"] for call in calls]
+        for tool in self.tools or []:
+            name = tool["function"]["name"]
+            if self.text.count(name) <= called.count(name):
+                raise BadRow(f"the chat template leaves out the tools, such as {name}")
+
+    def answer(self, i: int, behind: int) -> tuple[Span, bool]:
+        """Where the answer of message i stands, which is behind a place in the text, and whether
+        anything marks its end."""
+        turn, marked = self._turn(i)
+        if self.text.startswith(turn.text):
+            place: _Range | None = (len(turn.prompts[0]), len(turn.text))
+        else:
+            place = self._by_marks(i, turn) or self._by_question(i, turn, behind)
+        if place is None:
+            raise BadRow(
+                f"the chat template renders turn {i + 1} differently once later turns follow, so "
+                "what the assistant said in it cannot be told apart; data.supervise=last learns "
+                "the last answer alone"
+            )
+        return Span(*place, "assistant", learned=True), marked
+
+    def others(self, found: dict[int, Span]) -> list[Span]:
+        """Where the other turns stand: between the answers around them, or wherever they have moved
+        to. Raises `BadRow` where a turn is nowhere."""
+        spans: list[Span] = []
+        cursor = 0
+        for i, message in enumerate(self.messages):
+            if i in found:
+                cursor = found[i].end
+                continue
+            role, content = message["role"], message["content"].strip()
+            end = min((s.begin for s in found.values() if s.begin >= cursor), default=None)
+            place = self._find(content, cursor, end) or self._find(content, 0, None)
+            if place is None and role == "assistant":  # whose reasoning may have been dropped
+                place = self._find(_THOUGHT.split(content)[-1].strip(), cursor, end)
+            if place is None:
+                raise BadRow(
+                    f"the chat template leaves out or changes what the {role} says in turn {i + 1}"
+                )
+            self._check_calls(i, self.text[cursor:end])
+            cursor = max(cursor, place[1] if end is None or place[1] <= end else 0)
+            spans.append(Span(*place, role))
+        return spans
+
+    def _turn(self, i: int) -> tuple[_Turn, bool]:
+        message, is_last = self.messages[i], i == len(self.messages) - 1
+        through = self.text if is_last else self._apply(i + 1)
+        prompts = self.template.prompts(self.messages[:i], self.tools)
+        prompts = [prompt for prompt in prompts if through.startswith(prompt)]
+        if not prompts:
+            raise BadRow(
+                f"the chat template's generation prompt is not what turn {i + 1} begins with, "
+                "so what the assistant said in it cannot be told apart"
+            )
+        place = _content(through, len(prompts[0]), message["content"])
+        if place is None:
+            raise BadRow(f"the chat template changes the assistant's text in turn {i + 1}")
+        # Behind the end-of-turn token, before the template's own white space that leads to the next
+        # turn: no model generates that.
+        tail = self._end_of_turn(through[place[1] :].rstrip(), i, through)
+        calls = self._check_calls(i, tail)
+        marked = tail.endswith(self.template.special) if calls else bool(tail)
+        return _Turn(through[: place[1]] + tail, tuple(prompts), place[0]), marked
+
+    def _check_calls(self, i: int, said: str) -> bool:
+        """Whether message i calls tools. Raises `BadRow` where one of them is not in the text."""
+        calls = self.messages[i].get("tool_calls", [])
+        if any(call["function"]["name"] not in said for call in calls):
+            raise BadRow(f"the chat template leaves out what the assistant calls in turn {i + 1}")
+        return bool(calls)
+
+    def _end_of_turn(self, tail: str, i: int, through: str) -> str:
+        """Of the text behind an answer, what is there too when a turn follows: some templates
+        (Phi-3's) write the end of the turn, then that of the conversation."""
+        last = next((token for token in self.template.special if tail.endswith(token)), "")
+        own = tail.removesuffix(last).rstrip()
+        if not last or not own.endswith(self.template.special):
+            return tail
+        followed = self.text
+        if i == len(self.messages) - 1:
+            next_turn = {"role": "user", "content": "And?"}
+            followed = self.template.apply([*self.messages, next_turn], self.tools)
+        through = through.rstrip()
+        before = through[: len(through) - len(tail)]
+        stays = followed.startswith(through) or not followed.startswith(before + own)
+        return tail if stays else own
+
+    def _by_marks(self, i: int, turn: _Turn) -> _Range | None:
+        """An answer by the template's marks. They may hold the generation prompt and the white
+        space behind the turn, too, which no model generates; and what they hold is looked at,
+        because the ranges of marks inside a macro are wrong."""
+        marks = self.template.generations(self.messages, self.tools)
+        if len(marks) != len(self.answers):
+            return None
+        begin, end = marks[self.answers.index(i)]
+        marked, content = self.text[begin:end], self.messages[i]["content"]
+        said = _content(marked, 0, content) or _content(marked, 0, _THOUGHT.split(content)[-1])
+        if said is None:
+            return None
+        for prompt in turn.prompts:
+            shared = next(n for n in range(said[0], -1, -1) if prompt.endswith(marked[:n]))
+            if marked[:shared].strip():
+                begin += shared
+                break
+        behind = marked[said[1] :]
+        return begin, end - len(behind) + len(behind.rstrip())
+
+    def _by_question(self, i: int, turn: _Turn, behind: int) -> _Range | None:
+        """An answer that the template writes in full behind its question, although something else
+        has changed: the first place with the question, what leads to the answer, the answer and its
+        end."""
+        question = self.messages[i - 1]["content"].strip() if i else ""
+        for prompt in turn.prompts:
+            asked = prompt.rfind(question) if question else -1
+            if asked < 0:
+                continue
+            for begin in (len(prompt), turn.content):
+                place = self.text.find(prompt[asked:] + turn.text[begin:], behind)
+                if place >= 0:
+                    place += len(prompt) - asked
+                    return place, place + len(turn.text) - begin
+        return None
+
+    def _find(self, content: str, begin: int, end: int | None) -> _Range | None:
+        """A content, as it is or, as some templates write a tool's result, as a JSON string."""
+        for said in (content, json.dumps(content, ensure_ascii=False)[1:-1]):
+            place = self.text.find(said, begin, end)
+            if place >= 0:
+                return place, place + len(said)
+        return None
+
+    def _apply(self, num_messages: int) -> str:
+        return self.template.apply(self.messages[:num_messages], self.tools)
+
+
+def _content(text: str, start: int, content: str) -> _Range | None:
+    """Where a text holds an answer, from `start` on: as it is, trimmed, or with its reasoning and
+    the rest taken apart and put together with other white space."""
+    for said in (content, content.strip()):
+        place = text.find(said, start)
+        if place >= 0:
+            return place, place + len(said)
+    if "</think>" not in content:
+        return None
+    parts = [re.escape(part.strip()) for part in _THOUGHT.split(content) if part.strip()]
+    pattern = r"(?:<think>\s*)?" + r"\s*</?think>\s*".join(parts)
+    found = re.compile(pattern).search(text, start)
+    return found.span() if found else None

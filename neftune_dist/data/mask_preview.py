@@ -1,0 +1,125 @@
+"""The mask, for a person to judge before the first step: who is learned from, and real documents
+token by token."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from neftune_dist.data.documents import Documents
+from neftune_dist.data.spans import SPEAKERS
+
+_FEW_ENDS = 0.5  # share of documents below which it is said that ends are hardly learned
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
+# For learned tokens and the others, two each, so that neighbours can be told apart.
+_COLOURS = {True: ("\x1b[30;42m", "\x1b[30;102m"), False: ("\x1b[37m", "\x1b[90m")}
+_RESET = "\x1b[0m"
+
+
+@dataclass
+class Audit:
+    """Tokens of an epoch by who of `SPEAKERS` says them, and how many of these are learned.
+
+    end_of_turn_learned: share of documents in which the end of the last learned answer is.
+    """
+
+    num_tokens: dict[str, int] = field(default_factory=dict)
+    num_supervised: dict[str, int] = field(default_factory=dict)
+    end_of_turn_learned: float = 0.0
+
+    @staticmethod
+    def of(spoken: np.ndarray, end_learned: np.ndarray) -> Audit:
+        """Of documents: spoken (num_documents, len(SPEAKERS), 2), tokens and learned ones;
+        end_learned bool (num_documents,)."""
+        tokens, supervised = spoken.sum(axis=0, dtype=np.int64).T.tolist()
+        return Audit(
+            dict(zip(SPEAKERS, tokens, strict=True)),
+            dict(zip(SPEAKERS, supervised, strict=True)),
+            float(end_learned.mean()),
+        )
+
+    def lines(self) -> list[str]:
+        """The audit as a person reads it; what is likely to be a mistake is a warning."""
+        total, learned = sum(self.num_tokens.values()), sum(self.num_supervised.values())
+        roles = []
+        for name, tokens in self.num_tokens.items():
+            if tokens:
+                share = f"{self.num_supervised[name] / tokens:.1%} of them learned"
+                none = "none learned"
+                roles.append(
+                    f"{name} {tokens / total:.1%} ({share if self.num_supervised[name] else none})"
+                )
+        lines = [f"data: tokens by role: {'; '.join(roles)}"]
+        if self.end_of_turn_learned == 0:
+            lines.append(
+                "data: warning: no end of turn is learned: the model will not learn to stop"
+            )
+        elif self.end_of_turn_learned < _FEW_ENDS:
+            lines.append(
+                f"data: warning: the end of turn is learned in {self.end_of_turn_learned:.1%} of "
+                "documents only: the model will hardly learn to stop"
+            )
+        for name in ("user", "system", "tool"):
+            if self.num_supervised.get(name):
+                lines.append(
+                    f"data: warning: {self.num_supervised[name] / learned:.1%} of the learned "
+                    f"tokens are said by the {name}: data.supervise=assistant leaves them out"
+                )
+        return lines
+
+
+def shown(
+    documents: Documents, names: list[str], tokenizer: Any, number: int, colour: bool
+) -> Iterator[str]:
+    """Some documents, evenly chosen, as text that shows its tokens and which of them are learned:
+    in colour, or each between ⟦ and ⟧.
+
+    Args:
+        names: of the sources.
+        number: of documents; fewer where there are not as many.
+    """
+    number = min(number, len(documents))
+    for k in range(number):
+        index = k * len(documents) // number
+        ids, supervised = documents[index]
+        source, place = documents.origin(index)
+        yield (
+            f"document {index + 1} of {len(documents)}: {names[source]}, {place}: {len(ids)} "
+            f"tokens, {int(supervised.sum())} learned"
+        )
+        yield _marked(tokenizer, ids.tolist(), supervised.tolist(), colour)
+
+
+def _marked(tokenizer: Any, ids: list[int], supervised: list[int], colour: bool) -> str:
+    pieces = []
+    for i, (start, text) in enumerate(_texts(tokenizer, ids)):
+        learned = bool(supervised[start])
+        # A control character would be the terminal's; a line break is shown, and breaks the line.
+        text = _CONTROL.sub(lambda found: chr(0x2400 + ord(found[0])), text)
+        breaks, text = "\n" * ("\n" in text), text.replace("\n", "↵")
+        if colour:
+            pieces.append(f"{_COLOURS[learned][i % 2]}{text}{_RESET}{breaks}")
+        else:
+            pieces.append((f"⟦{text}⟧" if learned else text) + breaks)
+    return "".join(pieces)
+
+
+def _texts(tokenizer: Any, ids: list[int]) -> Iterator[tuple[int, str]]:
+    """Where each token begins and what it adds to the text; several tokens that make one character
+    are one."""
+    start = 0
+    for end in range(1, len(ids) + 1):
+        known = max(0, start - 1)  # some decoders drop the first space of what they are given
+        before, through = (
+            tokenizer.decode(part, clean_up_tokenization_spaces=False)
+            for part in (ids[known:start], ids[known:end])
+        )
+        text = through[len(before) :]
+        if text.endswith("\ufffd") and end < len(ids) and end - start < 4:
+            continue
+        yield start, text
+        start = end

@@ -1,0 +1,248 @@
+"""The fixed prompts, for models without a chat template and for the runs of the NEFTune paper.
+
+alpaca: Stanford Alpaca's, one instruction and one answer.
+vicuna: Vicuna v1.1's, as FastChat trains it: one sentence, then exchanges, an end-of-sequence token
+    behind each answer.
+llama2: Llama-2-chat's, as Meta's reference code builds it: each exchange is tokenised on its own
+    between a beginning-of-sequence and an end-of-sequence token, contents are stripped, and no part
+    of them is ever read as a special token.
+
+Each is there a second time as a Jinja program, for whoever uses the trained model.
+"""
+
+from __future__ import annotations
+
+import json
+
+from neftune_dist.config import UserError
+from neftune_dist.data.formats import Conversation
+from neftune_dist.data.sources import BadRow
+from neftune_dist.data.spans import FRAME, Chunk, Rendered, Span
+
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n### Instruction:\n"
+)
+_ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n"
+)
+_VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions."
+)
+_LLAMA2_MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+
+_NAMES = {"alpaca": "Alpaca", "vicuna": "Vicuna", "llama2": "Llama-2"}
+_Part = tuple[str, str]  # who says it, and what
+
+# What stands in front of these programs sets `begin` (in front of the first exchange), `again` (of
+# every other), `end` (behind an answer), `system` (or none) and the sentences above.
+_LIFT_SYSTEM = """
+{%- if messages[0]['role'] == 'system' %}
+{%- set system = messages[0]['content'] %}
+{%- set messages = messages[1:] %}
+{%- endif %}"""
+_ALTERNATE = """
+{%- for message in messages %}
+{%- if message['role'] != ['user', 'assistant'][loop.index0 % 2] %}
+{{- raise_exception('This prompt takes questions and answers by turns.') }}
+{%- endif %}"""
+_JINJA = {
+    # An Alpaca row's input may be given as the message's own `input`.
+    "alpaca": r"""
+{%- if messages | map(attribute='role') | list not in (['user'], ['user', 'assistant']) %}
+{{- raise_exception('The Alpaca prompt takes one instruction and one answer.') }}
+{%- endif %}
+{%- if messages[0]['input'] %}
+{{- begin + with_input + messages[0]['content'] + '\n\n### Input:\n' + messages[0]['input'] }}
+{%- else %}
+{{- begin + without_input + messages[0]['content'] }}
+{%- endif %}
+{{- '\n\n### Response:' }}
+{%- if messages | length == 2 %}
+{{- messages[1]['content'] + end }}
+{%- endif %}""",
+    "vicuna": _LIFT_SYSTEM
+    + _ALTERNATE
+    + r"""
+{%- if message['role'] == 'assistant' %}
+{{- ' ASSISTANT: ' + message['content'] + end }}
+{%- else %}
+{{- (begin + (usual if system is none else system) + ' ' if loop.first else again) + 'USER: ' }}
+{{- message['content'] }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- ' ASSISTANT:' }}
+{%- endif %}""",
+    "llama2": _LIFT_SYSTEM
+    + _ALTERNATE
+    + r"""
+{%- if message['role'] == 'assistant' %}
+{{- ' ' + message['content'].strip() + ' ' + end }}
+{%- elif loop.first and system is not none %}
+{%- set asked = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + message['content'] %}
+{{- begin + '[INST] ' + asked.rstrip() + ' [/INST]' }}
+{%- else %}
+{{- (begin if loop.first else again) + '[INST] ' + message['content'].strip() + ' [/INST]' }}
+{%- endif %}
+{%- endfor %}""",
+}
+
+
+def is_fixed(template: str) -> bool:
+    """Whether `data.template` names a prompt of this module."""
+    return template in _NAMES
+
+
+def render(template: str, conversation: Conversation, last_only: bool) -> Rendered:
+    """The conversation in a fixed prompt, every answer learned, or the last one only.
+
+    Raises `BadRow` where the prompt cannot express the turns.
+    """
+    if conversation.tools or any(turn.tool_calls for turn in conversation.turns):
+        raise BadRow(f"the {_NAMES[template]} prompt has no place for tools and their calls")
+    make = {"alpaca": _alpaca, "vicuna": _vicuna, "llama2": _llama2}[template]
+    exchanges = make(conversation)
+    answered = [any(who == "assistant" for who, _ in parts) for parts in exchanges]
+    last = max(i for i, there in enumerate(answered) if there)
+    chunks = tuple(
+        _chunk(
+            parts,
+            learned=not last_only or i == last,
+            starts=i == 0 or template == "llama2",
+            ends=answered[i],
+            literal=template == "llama2",
+        )
+        for i, parts in enumerate(exchanges)
+    )
+    return Rendered(chunks, marks_end=True)
+
+
+def check_tokenizer(template: str, name: str, end: str | None) -> None:
+    """Raises `UserError` where the tokenizer cannot end an answer."""
+    if end is None:
+        raise UserError(
+            f"The tokenizer {name} has no end-of-sequence token, with which the "
+            f"{_NAMES[template]} prompt's answers end."
+        )
+
+
+def as_jinja(template: str, *, prefix: str, end: str, gap: str, system: str | None) -> str:
+    """The prompt as a program for `apply_chat_template`.
+
+    Args:
+        prefix: the special tokens that the tokenizer puts in front of a text.
+        end: the end-of-sequence token.
+        gap: what makes a text behind a special token the tokens of that text alone.
+        system: of conversations that have no system prompt.
+    """
+    begin = prefix + gap if prefix else ""
+    values = {
+        "begin": begin,
+        "again": begin or gap if template == "llama2" else gap,
+        "end": end,
+        "system": system,
+        "usual": _VICUNA_SYSTEM,
+        "with_input": _ALPACA_WITH_INPUT,
+        "without_input": _ALPACA_WITHOUT_INPUT,
+    }
+    return (
+        "\n".join(
+            f"{{%- set {name} = {quoted(value)} %}}"
+            for name, value in values.items()
+            if name in _JINJA[template]
+        )
+        + _JINJA[template]
+    )
+
+
+def quoted(text: str | None) -> str:
+    """A value as Jinja writes it."""
+    return "none" if text is None else json.dumps(text, ensure_ascii=False)
+
+
+def _chunk(parts: list[_Part], *, learned: bool, starts: bool, ends: bool, literal: bool) -> Chunk:
+    text, spans = "", []
+    for speaker, said in parts:
+        if speaker != FRAME:
+            taught = learned and speaker == "assistant"
+            spans.append(Span(len(text), len(text) + len(said), speaker, taught))
+        text += said
+    return Chunk(text, tuple(spans), starts, ends, literal)
+
+
+def _alpaca(conversation: Conversation) -> list[list[_Part]]:
+    roles = [turn.role for turn in conversation.turns]
+    if roles != ["user", "assistant"]:
+        raise BadRow(
+            "the Alpaca prompt takes one instruction and one answer, not the turns "
+            f"{', '.join(roles[:4])}{', ...' if len(roles) > 4 else ''}"
+        )
+    asked, said = conversation.turns
+    context = [(FRAME, "\n\n### Input:\n"), ("user", conversation.context)]
+    return [
+        [
+            (FRAME, _ALPACA_WITH_INPUT if conversation.context else _ALPACA_WITHOUT_INPUT),
+            ("user", asked.content),
+            *(context if conversation.context else []),
+            (FRAME, "\n\n### Response:"),
+            ("assistant", said.content),
+        ]
+    ]
+
+
+def _vicuna(conversation: Conversation) -> list[list[_Part]]:
+    system, pairs = _exchanges("vicuna", conversation)
+    sentence = (FRAME, _VICUNA_SYSTEM) if system is None else ("system", system)
+    exchanges = []
+    for i, (question, answer) in enumerate(pairs):
+        parts = [sentence, (FRAME, " USER: ")] if i == 0 else [(FRAME, "USER: ")]
+        parts.append(("user", question))
+        if answer is not None:
+            parts += [(FRAME, " ASSISTANT:"), ("assistant", f" {answer}")]
+        exchanges.append(parts)
+    return exchanges
+
+
+def _llama2(conversation: Conversation) -> list[list[_Part]]:
+    for number, turn in enumerate(conversation.turns, 1):
+        for mark in _LLAMA2_MARKS:
+            if mark in turn.content:
+                raise BadRow(f"turn {number} holds {mark}, a mark of the Llama-2 prompt itself")
+    system, pairs = _exchanges("llama2", conversation)
+    exchanges = []
+    for i, (question, answer) in enumerate(pairs):
+        parts = [(FRAME, "[INST] ")]
+        if i == 0 and system is not None:
+            # Meta strips the system prompt and the question as one text.
+            question = question.rstrip()
+            closing = "\n<</SYS>>\n\n" if question else "\n<</SYS>>"
+            parts += [(FRAME, "<<SYS>>\n"), ("system", system), (FRAME, closing)]
+        parts += [("user", question if len(parts) > 1 else question.strip()), (FRAME, " [/INST]")]
+        if answer is not None:
+            parts.append(("assistant", f" {answer.strip()} "))
+        exchanges.append(parts)
+    return exchanges
+
+
+def _exchanges(
+    template: str, conversation: Conversation
+) -> tuple[str | None, list[tuple[str, str | None]]]:
+    """The system prompt, if there is one, and pairs of question and answer; the last question may
+    have none."""
+    messages = conversation.messages()
+    system = messages[0]["content"] if messages[0]["role"] == "system" else None
+    first = 0 if system is None else 1
+    for i, message in enumerate(messages[first:]):
+        expected = ("user", "assistant")[i % 2]
+        if message["role"] != expected:
+            raise BadRow(
+                f"the {_NAMES[template]} prompt takes questions and answers by turns, with one "
+                f"system prompt at most, in front: turn {first + i + 1} is of the role "
+                f"{message['role']}, not {expected}"
+            )
+    contents = [message["content"] for message in messages[first:]]
+    answers = [*contents[1::2], None][: len(contents[::2])]
+    return system, list(zip(contents[::2], answers, strict=True))

@@ -1,0 +1,300 @@
+"""One attempt at a run: the folder where its ranks leave their output and how they ended.
+
+A run is made in attempts: each start of its processes is one, under `RUN_DIR/logs/attempt_0001`
+and so on. What the ranks say of their end is written there, because torchrun turns every exit code
+into its own; from it `verdict` decides whether the run is to be started again. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from neftune_dist.config import UserError, read_json
+from neftune_dist.distributed import environment
+from neftune_dist.system import storage
+
+EXIT_DONE, EXIT_FAILED, EXIT_MISTAKE, EXIT_STOPPED = 0, 1, 2, 75
+RUNNING = "running"  # and, at the end, of a rank that was killed or crashed
+DONE, STOPPED, MISTAKE, FAILED = "done", "stopped", "mistake", "failed"
+FINAL = "final"  # a failure that another start would only repeat
+ORPHANED = "orphaned"  # failed because another rank had gone
+LOST = "lost"  # a machine died, or did not come
+# Given to the ranks by the launcher: the attempt's folder.
+VARIABLE = "NEFTUNE_DIST_ATTEMPT"
+_NAME = re.compile(r"attempt_(\d{4,})")
+_RANK = re.compile(r"rank_(\d+)\.json")
+_OUTCOME = "outcome.json"
+_STEP = re.compile(r"step_(\d{8,})")
+# How long a disk that is full may stay so before a word is given up that should be left on it.
+_FULL_SECONDS = 30.0
+_PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
+
+
+class Final(RuntimeError):
+    """A failure of all ranks that another start would only repeat; its text is for the user."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a rank, or an attempt as a whole, ended.
+
+    Attributes:
+        kind: running | done | stopped | mistake | failed | final | orphaned | lost.
+        step: updates made by then.
+        error: one line; empty where there was none.
+        checkpoint: the newest published step when the attempt had ended.
+        when: seconds since 1970.
+    """
+
+    kind: str
+    step: int = 0
+    error: str = ""
+    checkpoint: int = 0
+    when: float = 0.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to do after an attempt: start again, or end with `code`; and why, in one sentence."""
+
+    again: bool
+    code: int
+    reason: str
+
+
+def folder_of_run(run_dir: Path) -> Path:
+    """Where this process may leave what is for people to read: its attempt's folder, or, where no
+    launcher made one, the run's `logs/`. It need not exist."""
+    given = os.environ.get(VARIABLE)
+    return Path(given) if given else run_dir / "logs"
+
+
+def begin(run_dir: Path) -> Path:
+    """Make the next attempt's folder. Raises `OSError`."""
+    logs = run_dir / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    number = max(
+        (int(m[1]) for each in logs.iterdir() if (m := _NAME.fullmatch(each.name))), default=0
+    )
+    while True:
+        number += 1
+        folder = logs / f"attempt_{number:04d}"
+        try:
+            folder.mkdir()
+        except FileExistsError:  # of another job, at the same time
+            continue
+        return folder
+
+
+def tell(rank: int, kind: str, step: int = 0, error: str = "") -> bool:
+    """Leave word of where this rank is or how it ended, where a launcher asks for it; whether one
+    does. What was said of a failure is not taken back."""
+    given = os.environ.get(VARIABLE)
+    if not given:
+        return False
+    line = error.strip().splitlines()[0] if error.strip() else ""
+    path = Path(given) / f"rank_{rank}.json"
+    before = _read(path)
+    if before is None or before.kind == RUNNING:
+        _write(path, Outcome(kind, step, line, when=time.time()))
+    return True
+
+
+@contextmanager
+def reported() -> Iterator[Callable[[str], object]]:
+    """Under a launcher, keep this rank's output in the attempt's folder and leave word of how the
+    block ended."""
+    rank = environment.number("RANK", 0)
+    folder = os.environ.get(VARIABLE)
+    if folder and rank:  # the launcher keeps what reaches the console, which is rank 0's
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        log = os.open(Path(folder) / f"rank_{rank}.log", flags, 0o666)
+        for stream in (1, 2):
+            os.dup2(log, stream)
+    tell(rank, RUNNING)
+    try:
+        yield lambda kind: tell(rank, kind)
+    except (UserError, Final) as error:
+        tell(rank, FINAL if isinstance(error, Final) else MISTAKE, error=str(error))
+        raise
+    except BaseException as error:
+        kind = _kind(error)
+        if tell(rank, kind, error=f"{type(error).__name__}: {error}") and kind == ORPHANED:
+            # Not where this rank stood is of interest, but why the other one has gone.
+            print(f"neftune-dist: rank {rank} lost another: {error}", file=sys.stderr, flush=True)
+            sys.exit(EXIT_FAILED)
+        raise
+
+
+def _kind(error: BaseException) -> str:
+    # torch and gloo say by their words alone that it is the other side that has gone.
+    lost = ("onnection closed by peer", "onnection reset by peer", "Broken pipe")
+    if isinstance(error, ConnectionError) or any(words in str(error) for words in lost):
+        return ORPHANED
+    return FAILED
+
+
+def conclude(folder: Path, step: int, checkpoint: int, error: str) -> Outcome:
+    """Sum up what the ranks left, write it down, return it.
+
+    Args:
+        step: the last one that was recorded.
+        error: what the launcher saw go wrong; empty where its command ended well.
+
+    Raises:
+        UserError: somebody has removed the folder.
+    """
+    told = _told(folder)
+    if not folder.is_dir():
+        raise removed(folder.parents[1])
+    kind, cause = _cause(told, error)
+    outcome = Outcome(kind, step, cause, checkpoint, time.time())
+    _write(folder / _OUTCOME, outcome)
+    return outcome
+
+
+def _cause(told: dict[int, Outcome], error: str) -> tuple[str, str]:
+    """What kind of end it was, and its cause."""
+    for kind in (FINAL, MISTAKE, LOST, FAILED):
+        # The first is the cause, the others follow from it.
+        of_kind = [each for each in told.values() if each.kind == kind]
+        if of_kind:
+            return kind, min(of_kind, key=lambda each: each.when).error
+    silent = [str(rank) for rank, each in told.items() if each.kind == RUNNING]
+    if silent:
+        who = f"rank{'s' if len(silent) > 1 else ''} {', '.join(silent)}"
+        return FAILED, f"{who} died without a word: killed from outside, or crashed"
+    orphans = [each for each in told.values() if each.kind == ORPHANED]
+    if orphans:
+        return FAILED, orphans[0].error
+    if not told:
+        return LOST, error or "no rank was started"
+    # All is saved. What the processes did as they left does not matter.
+    stopped = any(each.kind == STOPPED for each in told.values())
+    return (STOPPED if stopped else DONE), ""
+
+
+def failed(folder: Path) -> bool:
+    """Whether a rank has left word of a failure, which the others may not survive."""
+    return any(each.kind not in (RUNNING, DONE, STOPPED) for each in _told(folder).values())
+
+
+def outcomes(run_dir: Path, last: Path | None = None) -> list[Outcome]:
+    """Of the run's attempts, the oldest first.
+
+    Args:
+        last: the folder of the caller's own, with which they end; None: all. A later one is
+            another launcher's, which was refused because the run is in use.
+    """
+    logs = run_dir / "logs"
+    if not logs.is_dir():
+        return []
+    found = {int(m[1]): each for each in logs.iterdir() if (m := _NAME.fullmatch(each.name))}
+    numbers = sorted(found)
+    if last is not None:
+        own = _NAME.fullmatch(last.name)
+        numbers = [number for number in numbers if own and number <= int(own[1])]
+    folders = [found[number] for number in numbers]
+    return [_read(each / _OUTCOME) or Outcome(LOST) for each in folders]
+
+
+def verdict(past: Sequence[Outcome], max_restarts: int) -> Verdict:
+    """What to do after the last of `past`.
+
+    An attempt that published a newer checkpoint than all before it got somewhere; of those that
+    did not, `max_restarts` in a row are borne. A failure at the same step with the same error as
+    the one before it is not tried a third time. Mistakes before the last, as of another launcher
+    that was refused, say nothing of the run.
+    """
+    last = past[-1]
+    past = [each for each in past[:-1] if each.kind != MISTAKE] + [last]
+    if last.kind == DONE:
+        return Verdict(False, EXIT_DONE, "the run is done")
+    if last.kind == MISTAKE:
+        return Verdict(False, EXIT_MISTAKE, last.error)
+    if last.kind == FINAL:
+        return Verdict(False, EXIT_FAILED, last.error)
+    code = EXIT_STOPPED if last.kind == STOPPED else EXIT_FAILED
+    what = "stopped" if last.kind == STOPPED else f"failed after step {last.step}: {last.error}"
+    before = past[-2] if len(past) > 1 else None
+    if (
+        last.kind == FAILED
+        and before
+        and (before.kind, before.step, before.error) == (FAILED, last.step, last.error)
+    ):
+        return Verdict(False, code, f"{what}; twice the same, so it is not tried again")
+    fruitless = 0
+    for i in reversed(range(len(past))):
+        best = max((each.checkpoint for each in past[:i]), default=0)
+        if past[i].checkpoint > best:
+            break
+        fruitless += 1
+    if fruitless > max_restarts:
+        return Verdict(
+            False,
+            EXIT_FAILED,
+            f"{what}; the last {fruitless} attempts published no new checkpoint",
+        )
+    return Verdict(True, code, what)
+
+
+def removed(run_dir: Path) -> UserError:
+    """For a run that finds its directory gone."""
+    return UserError(
+        f"run_dir={run_dir} was removed or renamed while the run was going on: what was made since "
+        "its last checkpoint is lost; the same command begins again, or goes on where the "
+        "directory is back in its place."
+    )
+
+
+def newest_step(run_dir: Path) -> int:
+    """The step of the newest published checkpoint, as far as names tell; 0 where there is none."""
+    found = [0]
+    with contextlib.suppress(OSError):
+        for folder in (run_dir / "checkpoints").iterdir():
+            match = _STEP.fullmatch(folder.name)
+            if match and (folder / "manifest.json").is_file():
+                found.append(int(match[1]))
+    return max(found)
+
+
+def _told(folder: Path) -> dict[int, Outcome]:
+    try:
+        names = [each.name for each in folder.iterdir()]
+    except OSError:  # it has been removed, or its disk is away
+        return {}
+    found = (_RANK.fullmatch(name) for name in names)
+    read = {int(m[1]): _read(folder / m[0]) for m in found if m}
+    return {rank: each for rank, each in sorted(read.items()) if each is not None}
+
+
+def _write(path: Path, outcome: Outcome) -> None:
+    """Report the outcome, or go without: no run ends because its end cannot be written down."""
+    deadline = time.monotonic() + _FULL_SECONDS
+    while True:
+        try:
+            storage.write(path, json.dumps(asdict(outcome)))
+        except OSError as error:
+            if error.errno in _PASSING and time.monotonic() < deadline:
+                time.sleep(0.5)
+                continue
+            print(f"warning: {path}: {error.strerror}", file=sys.stderr, flush=True)
+        return
+
+
+def _read(path: Path) -> Outcome | None:
+    try:
+        outcome: Outcome = read_json(path, Outcome)
+    except UserError:
+        return None
+    return outcome

@@ -1,0 +1,121 @@
+"""Stragglers: ranks that compute slower than the others, or wait for their data, named in the log.
+
+A step lasts as long for all ranks, so its time tells nothing. Each rank measures what is its own:
+every few steps how long a fixed piece of arithmetic takes on its device, and since then how much of
+its time it waited for its loader. Nothing here touches what is trained.
+"""
+
+from __future__ import annotations
+
+import socket
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from neftune_dist.distributed.hang_report import name_ranks
+from neftune_dist.distributed.world import World
+
+_EVERY_STEPS = 10
+# Measurements in a row that must find a rank slow: one may meet a passing disturbance.
+_IN_A_ROW = 3
+# Of the median rank's speed, and of a rank's time: what is borne.
+_LEAST_SPEED = 1 / 1.5
+_MOST_WAITING = 0.1
+# Side of the square matrices, and products of them, that take a few milliseconds of a GPU or less
+# of a core.
+_CUDA_PROBE, _CPU_PROBE = (2048, 8), (256, 1)
+
+
+class Stragglers:
+    """Measures this rank; on rank 0 compares all. Made on all ranks together."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._hosts: list[Any] = [None] * world.size
+        dist.all_gather_object(self._hosts, socket.gethostname())
+        self._slow, self._starved = Streaks(world.size), Streaks(world.size)
+        self._waited, self._since = 0.0, time.perf_counter()
+        side, self._products = _CUDA_PROBE if world.device.type == "cuda" else _CPU_PROBE
+        self._factor = torch.full((side, side), 0.5, device=world.device)
+        self._product = torch.empty_like(self._factor)
+
+    def waited(self, seconds: float) -> None:
+        """This rank has waited for its loader."""
+        self._waited += seconds
+
+    def measure(self, step: int) -> list[float]:
+        """This rank's numbers for `compare`: seconds of the fixed arithmetic, and the share of its
+        time, since the last measurement, that it waited for data. Zeros in between."""
+        if self._world.size == 1 or step % _EVERY_STEPS:
+            return [0.0, 0.0]
+        now = time.perf_counter()
+        share = self._waited / (now - self._since)
+        self._waited, self._since = 0.0, now
+        return [self._probe(), share]
+
+    def compare(self, measured: Sequence[Sequence[float]]) -> None:
+        """Name in the log who has become a straggler, by the measurements of all ranks."""
+        seconds, shares = zip(*measured, strict=True)
+        if not self._world.is_first or not any(seconds):
+            return
+        speeds = relative_speeds(seconds)
+        for rank in self._slow.lasting([speed < _LEAST_SPEED for speed in speeds]):
+            self._world.log(
+                f"straggler: {self._who([rank])} computes at {speeds[rank]:.2f} of the median "
+                f"rank's speed ({_IN_A_ROW} probes in a row)"
+            )
+        starved = self._starved.lasting([share > _MOST_WAITING for share in shares])
+        if starved:
+            most = max(shares[rank] for rank in starved)
+            self._world.log(
+                f"straggler: {self._who(starved)} waited for data, for up to {most:.0%} of the "
+                f"time of the last {_EVERY_STEPS} steps"
+            )
+
+    def _who(self, ranks: Sequence[int]) -> str:
+        hosts = dict.fromkeys(self._hosts[rank] for rank in ranks)
+        return f"{name_ranks(ranks)} on {', '.join(hosts)}"
+
+    @torch.no_grad()
+    def _probe(self) -> float:
+        """Seconds of the fixed arithmetic, on a device that has nothing else to do."""
+        if self._world.device.type == "cuda":
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            began.record()
+            self._compute()
+            ended.record()
+            ended.synchronize()
+            return float(began.elapsed_time(ended)) / 1000
+        best = float("inf")
+        for _ in range(3):  # the least disturbed one counts
+            start = time.perf_counter()
+            self._compute()
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    def _compute(self) -> None:
+        for _ in range(self._products):
+            torch.mm(self._factor, self._factor, out=self._product)
+
+
+class Streaks:
+    """Who has been slow in enough measurements in a row; each streak is told once."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self._lengths = [0] * num_ranks
+
+    def lasting(self, slow: Sequence[bool]) -> list[int]:
+        """The ranks whose streak this measurement, `slow` for each rank, makes long enough."""
+        self._lengths = [n + 1 if now else 0 for n, now in zip(self._lengths, slow, strict=True)]
+        return [rank for rank, length in enumerate(self._lengths) if length == _IN_A_ROW]
+
+
+def relative_speeds(seconds: Sequence[float]) -> list[float]:
+    """Of ranks that took so long for the same: as shares of the median rank's, which of two ranks
+    is the faster one's."""
+    typical = statistics.median_low(seconds)
+    return [typical / each for each in seconds]

@@ -1,0 +1,183 @@
+"""The watchdog: a run that stands still ends by itself, and says which rank holds it up and where.
+
+The main thread says what it is at; what lasts longer than its limit has hung. Three clocks watch,
+each for what would stop the one before:
+
+- the listener, a thread that talks to the other ranks over the rendezvous store. Where one rank's
+  time is up, all tell what they are at, one of them says who holds up whom, all leave their stacks
+  and collectives in the run's folder, and all end;
+- the guard, a thread that ends this process alone where the store or the disk does not answer;
+- faulthandler's timer, outside Python, where native code keeps every Python thread from running.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from neftune_dist.config import UserError
+from neftune_dist.distributed import outcome
+from neftune_dist.distributed.hang_report import Report, explain, flight_record, observe
+from neftune_dist.distributed.world import World
+
+# How often a rank looks at its clock and asks the store; a tenth of the limit where that is less.
+_POLL_SECONDS = 2.0
+# How long the others have to say what they are at, before they count as frozen.
+_ANSWER_SECONDS = 10.0
+# How long after its time was up a rank that still lives ends alone.
+_PATIENCE_SECONDS = 4 * _ANSWER_SECONDS
+_NO_STORE = (
+    "the rendezvous store does not answer: what holds it, rank 0 or its launcher, is frozen or gone"
+)
+
+
+class Watchdog:
+    """Watches this rank until `close`; nothing is limited before the first `at`."""
+
+    def __init__(self, world: World, folder: Path, limit_minutes: float) -> None:
+        """
+        Args:
+            folder: for what a hang leaves; made if missing.
+            limit_minutes: of each thing that the main thread, which calls this, is at.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        self._rank, self._size = world.rank, world.size
+        self._folder, self._limit = folder, 60 * limit_minutes
+        self._poll = min(_POLL_SECONDS, self._limit / 10)
+        self._mark = (0, "before the first step", time.monotonic(), False)
+        self._main = threading.get_ident()
+        self._closed, self._ending = threading.Event(), threading.Lock()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # Open from the start: faulthandler's timer cannot open it.
+            self._stacks = self._path("stacks.txt").open("a")
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written: {error.strerror or error}.") from error
+        self._store = world.own_store("watchdog")
+        works = [self._guard, self._listen] if self._size > 1 else [self._guard]
+        self._threads = [threading.Thread(target=each, daemon=True) for each in works]
+        self._wind_timer()
+        for thread in self._threads:
+            thread.start()
+
+    def at(self, step: int, what: str, *, limited: bool = True) -> None:
+        """The main thread is now at `what` of `step`, and has the limit's time for it; with
+        `limited` False all time, where something else ends what hangs."""
+        self._mark = (step, f"step {step}: {what}", time.monotonic(), limited)
+
+    def close(self) -> None:
+        """Watch no more. Does not return where a hang is ending the process."""
+        self._closed.set()
+        with self._ending:
+            pass
+        for thread in self._threads:
+            thread.join(_ANSWER_SECONDS)  # no longer: the store may not answer
+        faulthandler.cancel_dump_traceback_later()
+        self._stacks.close()
+        with suppress(OSError):
+            if self._path("stacks.txt").stat().st_size == 0:
+                self._path("stacks.txt").unlink()
+
+    def _path(self, what: str) -> Path:
+        return self._folder / f"hang_rank_{self._rank}_{what}"
+
+    def _seconds_late(self) -> float:
+        _, _, since, limited = self._mark
+        return time.monotonic() - since - self._limit if limited else -1.0
+
+    def _wind_timer(self) -> None:
+        """Put off the end of this process by faulthandler; nobody does where Python stands still.
+
+        It comes later than the others find that this rank does not answer, since it makes the
+        launcher end them; and before the launcher, whom their own end has told, kills this rank.
+        """
+        seconds = self._limit + 2 * _ANSWER_SECONDS
+        faulthandler.dump_traceback_later(seconds, file=self._stacks, exit=True)
+
+    def _guard(self) -> None:
+        patience = _PATIENCE_SECONDS if self._size > 1 else 0.0
+        while not self._closed.wait(self._poll):
+            self._wind_timer()
+            if self._seconds_late() > patience:
+                self._ending.acquire(blocking=False)  # or a listener holds it that is stuck
+                mine = {self._rank: self._report()}
+                cause = _NO_STORE if self._size > 1 else explain(mine, 1)
+                # In a thread, as the disk may be what hangs.
+                last = threading.Thread(target=self._leave_word, args=(cause, mine), daemon=True)
+                last.start()
+                last.join(_ANSWER_SECONDS)
+                os._exit(outcome.EXIT_FAILED)
+
+    def _listen(self) -> None:
+        store = self._store
+        with suppress(RuntimeError):  # the store is gone; the guard is still there
+            while not self._closed.wait(self._poll):
+                if self._seconds_late() > 0:
+                    store.set("asked", "")
+                if store.check(["asked"]):
+                    with self._ending:
+                        self._confer()
+
+    def _confer(self) -> None:
+        """All ranks know of a hang: tell, dump, end."""
+        store = self._store
+        store.set(f"report {self._rank}", self._report().to_json())
+        store.add("answers", 1)
+        _wait_for(lambda: store.add("answers", 0) >= self._size)
+        if store.add("speakers", 1) == 1:
+            reports = {
+                rank: Report.from_json(store.get(f"report {rank}"))
+                for rank in range(self._size)
+                if store.check([f"report {rank}"])
+            }
+            self._tell(explain(reports, self._size), reports)
+            store.set("said", str(len(reports)))
+        _wait_for(lambda: store.check(["said"]))
+        self._dump()
+        # The launcher ends all when one has ended, so all dump first.
+        with suppress(RuntimeError):  # the store has gone with its host, who had seen all of them
+            dumped = store.add("dumps", 1)
+            number = int(store.get("said")) if store.check(["said"]) else dumped
+            _wait_for(lambda: store.add("dumps", 0) >= number)
+        os._exit(outcome.EXIT_FAILED)
+
+    def _report(self) -> Report:
+        _, phase, since, _ = self._mark
+        return observe(phase, time.monotonic() - since, self._main)
+
+    def _leave_word(self, cause: str, reports: Mapping[int, Report]) -> None:
+        self._tell(cause, reports)
+        self._dump()
+
+    def _tell(self, cause: str, reports: Mapping[int, Report]) -> None:
+        lines = [f"neftune-dist: hang: {cause}"]
+        lines += [f"  rank {rank}: {report}" for rank, report in reports.items()]
+        lines += [f"  stacks and collectives of all ranks: {self._folder}/hang_rank_*", ""]
+        text = "\n".join(lines)
+        # Past Python's streams, whose locks the main thread may hold.
+        with suppress(OSError):
+            os.write(2, text.encode())
+        with suppress(OSError):
+            outcome.tell(self._rank, outcome.FAILED, self._mark[0], f"hang: {cause}")
+            with (self._folder / "hang.txt").open("a") as file:
+                file.write(text)
+
+    def _dump(self) -> None:
+        faulthandler.dump_traceback(self._stacks)
+        with suppress(OSError):
+            self._path("collectives.json").write_text(json.dumps(flight_record()))
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    """Until it is true, or the time that ranks have to answer is over."""
+    deadline = time.monotonic() + _ANSWER_SECONDS
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)

@@ -1,0 +1,328 @@
+"""The world a process lives in: rank, device, process group, agreement on errors, rank-0 output.
+
+Owns every wait of one rank for another outside the engines' collectives. Long work on the host
+(tokenising, downloading) never happens inside a collective: ranks wait for each other by polling
+the rendezvous store, which has no time limit and hears of an error on another rank at once.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from neftune_dist.config import UserError
+from neftune_dist.distributed import environment, outcome
+
+T = TypeVar("T")
+_POLL_SECONDS = 0.05
+# How long a rank that was asked to stop goes on waiting for the others, which may be gone.
+_STOP_PATIENCE_SECONDS = 5.0
+# How long rank 0 waits at the end for the others, who may still be asking the store.
+_LEAVE_SECONDS = 10.0
+# The store's key by which ranks hear that one has stopped.
+_STOPPED = "stopped"
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_NEVER = -1
+
+
+class Stopped(BaseException):
+    """The process was asked to stop while nothing needed saving. No `Exception`, so that nobody
+    takes it for a failure of what it interrupts."""
+
+
+class StopSignal:
+    """SIGTERM, SIGUSR1 or Ctrl-C: finish the step, save, exit 75. Calling it says whether one came.
+
+    Attributes:
+        since: monotonic time of the first signal, or None.
+    """
+
+    def __init__(self) -> None:
+        self.since: float | None = None
+        self._at_once = False
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.since = self.since or time.monotonic()
+        if number == signal.SIGINT:  # a second Ctrl-C ends the process at once
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self._at_once:
+            self._at_once = False
+            raise Stopped
+
+    def __call__(self) -> bool:
+        return self.since is not None
+
+    def ignore(self) -> None:
+        """From here on signals change nothing: Python lets them end the process as it exits."""
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within the block, which does long work on the host and has nothing to save, a signal
+        raises `Stopped` wherever it finds the main thread."""
+        self._at_once = True
+        try:
+            if self():
+                raise Stopped
+            yield
+        finally:
+            self._at_once = False
+
+
+_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How ranks share the data: neighbours take slices of the same documents.
+
+    data_rank, data_size: of the groups that share no document. part: (index, count) of this rank's
+    slice. group: the ranks of its documents; None where it has them alone.
+    """
+
+    data_rank: int
+    data_size: int
+    part: tuple[int, int]
+    group: dist.ProcessGroup | None
+
+
+def _keep_freed_memory() -> None:
+    """Let malloc hand large tensors memory that it has, as the GPU's allocator does. glibc gives
+    each back to the system when it is freed, and the next one's pages are faulted in and cleared
+    anew: that takes longer than to fill them. (Its own threshold for that ends at 32 MiB.)"""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc's
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, _NEVER)
+
+
+def _meet(place: environment.Place, device: torch.device) -> None:
+    """Make the process group of all ranks. Raises `UserError` where they do not find each other."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if not place.address:
+        # The engines want a process group even for one process; this one needs no network.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    try:
+        dist.init_process_group(
+            backend,
+            timeout=_COLLECTIVE_TIMEOUT,
+            device_id=device if backend == "nccl" else None,
+        )
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        if outcome.VARIABLE in os.environ:  # the launcher knows why the others are gone
+            raise
+        raise UserError(
+            f"Rank {place.rank} of {place.size} did not meet the others at {place.address} port "
+            f"{place.port}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+class World:
+    """This process among the others.
+
+    Attributes:
+        rank, size: of all processes. local_rank, local_size: of those on this machine.
+        device: where this rank computes.
+    """
+
+    def __init__(self, stop: StopSignal | None = None) -> None:
+        self._stop = stop
+        place = environment.find_place()
+        self.rank, self.size = place.rank, place.size
+        self.local_rank, self.local_size = place.local_rank, place.local_size
+        self._phase = self._num_asides = 0
+        self._patience_seconds = math.inf
+        if torch.cuda.is_available():
+            # Micro-batches differ in length: segments that grow leave no holes between them. To be
+            # set before the first allocation; the second name is for torch before 2.9.
+            for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+                os.environ.setdefault(name, "expandable_segments:True")
+            if self.local_rank >= torch.cuda.device_count():
+                raise UserError(
+                    f"Rank {self.rank} is number {self.local_rank} on its machine, which has "
+                    f"{torch.cuda.device_count()} GPUs: start one process a GPU."
+                )
+            self.device = torch.device("cuda", self.local_rank)
+            torch.cuda.set_device(self.device)
+        else:
+            self.device = torch.device("cpu")
+            _keep_freed_memory()
+        # How many of the last collectives torch remembers, for when one hangs.
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+        _meet(place, self.device)
+        self._store = dist.PrefixStore("neftune_dist", dist.distributed_c10d._get_default_store())
+
+    def share(self, count: int) -> Sharing:
+        """Slices of `count` ranks each. A collective. Raises `UserError` where they do not come
+        out even."""
+        if self.size % count:
+            raise UserError(
+                f"engine.sequence_parallel={count} does not divide the {self.size} processes of "
+                "this run."
+            )
+        group = dist.new_subgroups(count)[0] if count > 1 else None
+        return Sharing(self.rank // count, self.size // count, (self.rank % count, count), group)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank speaks for the run."""
+        return self.rank == 0
+
+    def log(self, line: str) -> None:
+        """A line on rank 0's standard output; nothing on other ranks."""
+        if self.is_first:
+            print(line, flush=True)
+
+    def outlast(self, minutes: float) -> None:
+        """Let no collective of the groups made so far give up before a watchdog with this limit."""
+        patience = max(_COLLECTIVE_TIMEOUT, timedelta(minutes=2 * minutes))
+        for group in dist.distributed_c10d._world.pg_map:
+            dist.distributed_c10d._set_pg_timeout(patience, group)
+
+    def own_store(self, name: str) -> dist.Store:
+        """A connection to the rendezvous store for one thread alone, which waits behind no other's;
+        its keys are its own, too."""
+        shared: Any = dist.PrefixStore(name, self._store)
+        own: dist.Store = shared.clone()
+        return own
+
+    def aside(self, patience_seconds: float) -> World:
+        """This world for another thread: it agrees by itself, a request to stop does not hurry it,
+        and other ranks that do not come for so long are a `TimeoutError`. All ranks make theirs in
+        the same order."""
+        other = copy.copy(self)
+        self._num_asides += 1
+        other._store = dist.PrefixStore(f"aside {self._num_asides}", self._store)
+        other._phase, other._stop, other._patience_seconds = 0, None, patience_seconds
+        return other
+
+    @contextmanager
+    def agree(self) -> Iterator[None]:
+        """Leave the block on all ranks together, or raise the first rank's `UserError` on all.
+
+        Raises `Stopped` where another rank has left by that, or where this one was asked to stop
+        and the others do not come.
+
+        An error of any rank is raised on the others as soon as they reach the block's end. All
+        ranks go through the same blocks in the same order.
+        """
+        self._phase += 1
+        error: UserError | None = None
+        try:
+            yield
+        except UserError as raised:
+            error = raised
+        if self.size == 1:
+            if error:
+                raise error
+            return
+        failed, arrived = f"{self._phase}/failed", f"{self._phase}/arrived"
+        if error:
+            self._store.set(failed, str(error))
+        self._store.add(arrived, 1)
+        began = time.monotonic()
+        while True:
+            if self._store.check([failed]):
+                message = self._store.get(failed).decode()
+                raise UserError(message, shared=True) from error
+            if self._store.add(arrived, 0) >= self.size:
+                if not self._store.check([failed]):
+                    return
+                continue
+            if self._store.check([_STOPPED]):
+                raise Stopped
+            since = self._stop.since if self._stop else None
+            if since and time.monotonic() - max(since, began) > _STOP_PATIENCE_SECONDS:
+                self.tell_stopped()
+                raise Stopped
+            if time.monotonic() - began > self._patience_seconds:
+                raise TimeoutError
+            time.sleep(_POLL_SECONDS)
+
+    def tell_stopped(self) -> None:
+        """Let the other ranks, who wait for this one, stop too."""
+        if self.size > 1:
+            self._store.set(_STOPPED, "")
+
+    def stop_together(self) -> None:
+        """Raise `Stopped` on all ranks where any was asked to stop."""
+        if self.from_any("" if self._stop and self._stop() else None) is not None:
+            raise Stopped
+
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """Run `work` on each machine's first rank, then on the others, who find its cache filled.
+
+        A `UserError` of any rank is raised on all.
+        """
+        result: list[T] = []
+        with self.agree():
+            if self.local_rank == 0:
+                result.append(work())
+        with self.agree():
+            if self.local_rank != 0:
+                result.append(work())
+        return result[0]
+
+    def from_first(self, text: str) -> str:
+        """Rank 0's text, on every rank."""
+        if self.size == 1:
+            return text
+        with self.agree():
+            if self.is_first:
+                self._store.set(f"{self._phase}/told", text)
+        return self._store.get(f"{self._phase}/told").decode()
+
+    def from_any(self, text: str | None) -> str | None:
+        """The text of a rank that has one, on every rank; None where none has."""
+        if self.size == 1:
+            return text
+        with self.agree():
+            if text is not None:
+                self._store.set(f"{self._phase}/any", text)
+        key = f"{self._phase}/any"
+        return self._store.get(key).decode() if self._store.check([key]) else None
+
+    def gather(self, values: list[float]) -> list[list[float]]:
+        """Every rank's values, in the order of ranks: one small collective."""
+        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.size == 1:
+            return [mine.tolist()]
+        out = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(out, mine)
+        return [each.tolist() for each in torch.stack(out).cpu()]
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank's flag is set: one small collective."""
+        return any(each for (each,) in self.gather([float(flag)]))
+
+    def close(self) -> None:
+        """Leave the process group; rank 0, whose process may host the store, leaves last."""
+        if self.size > 1:
+            with suppress(RuntimeError):  # the store may have gone with the rank that hosts it
+                self._store.add("left", 1)
+                deadline = time.monotonic() + _LEAVE_SECONDS
+                while (
+                    self.is_first
+                    and self._store.add("left", 0) < self.size
+                    and time.monotonic() < deadline
+                ):
+                    time.sleep(_POLL_SECONDS)
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,1 +1,0 @@
-"""`neftune-dist doctor`: are these machines fit for a run, and what is to be mended if not?"""

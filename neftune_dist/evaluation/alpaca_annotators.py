@@ -1,0 +1,144 @@
+"""The alpaca_eval package as judge (`judge.annotator`): its annotators, prompts, parsers, metrics.
+
+`alpaca_eval_gpt4` is AlpacaEval 1's, `weighted_alpaca_eval_gpt4_turbo` AlpacaEval 2's. Owns what
+goes in and what comes out. The requests, with their retries and the key, are the package's own: it
+shows every two answers in one order, drawn by a hash of the instruction.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from neftune_dist.config import JudgeConfig, UserError
+from neftune_dist.evaluation.judge_client import check_bounds
+from neftune_dist.evaluation.win_rate import Judgement
+from neftune_dist.system import storage
+
+_PROMPT_CHARACTERS = 1500  # of its own, around an instruction and two answers
+_SET_SIZE = 805  # AlpacaEval's: its length-controlled rate knows their difficulties by number
+_KEYS = ("OPENAI_API_KEY", "OPENAI_API_KEYS")
+
+
+def annotate(
+    pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
+    config: JudgeConfig,
+    folder: Path,
+    log: Callable[[str], None],
+) -> list[Judgement]:
+    """A judgement of each pair (ours, theirs). Writes into `folder` the package's own cache, from
+    which another call goes on, and `alpaca_eval.json`: its win rates by its own functions.
+
+    Raises:
+        UserError: the package, its annotator or the key is missing, or annotating failed.
+    """
+    package = _package()
+    _check_annotator(package, str(config.annotator))
+    prompts = [
+        " " * _PROMPT_CHARACTERS + mine["instruction"] + mine["output"] + other["output"]
+        for mine, other in pairs
+    ]
+    check_bounds(config, prompts, 0, log)
+    try:
+        annotator = package.annotators.PairwiseAnnotator(
+            annotators_config=config.annotator, caching_path=folder / "annotations_cache.json"
+        )
+        rows = annotator.annotate_head2head(
+            outputs_1=[_row(other, "reference") for _, other in pairs],
+            outputs_2=[_row(mine, "ours") for mine, _ in pairs],
+            is_ordered=True,
+            num_procs=config.num_parallel,
+        )
+    except Exception as error:  # of whatever service the annotator asks
+        message = _clean(" ".join(str(error).split())[:300])
+        raise UserError(
+            f"The annotator {config.annotator} of alpaca_eval failed ({type(error).__name__}: "
+            f"{message}); what it had annotated is kept in {folder}."
+        ) from None
+    metrics = _metrics(package, rows, log)
+    with storage.writing(str(folder)):
+        storage.write(folder / "alpaca_eval.json", json.dumps(metrics, indent=2) + "\n")
+    log(f"judge: by alpaca_eval's own functions {metrics}")
+    return [
+        Judgement(
+            instruction=mine["instruction"],
+            preference=_preference(row.get("preference")),
+            our_length=len(mine["output"]),
+            their_length=len(other["output"]),
+        )
+        for (mine, other), row in zip(pairs, rows, strict=True)
+    ]
+
+
+def _package() -> Any:
+    level = logging.getLogger().level
+    try:
+        import alpaca_eval.annotators
+        import alpaca_eval.metrics
+    except ImportError as error:
+        raise UserError(
+            f"judge.annotator needs the package alpaca_eval ({error}): "
+            "pip install 'neftune-dist[alpaca-eval]'."
+        ) from error
+    finally:
+        logging.getLogger().setLevel(level)  # which it sets on import
+    return alpaca_eval
+
+
+def _check_annotator(package: Any, name: str) -> None:
+    folder = Path(package.constants.EVALUATORS_CONFIG_DIR)
+    file = folder / name / "configs.yaml"
+    if not file.is_file():
+        raise UserError(
+            f"judge.annotator={name} is none of alpaca_eval's; AlpacaEval 1 is alpaca_eval_gpt4, "
+            f"AlpacaEval 2 weighted_alpaca_eval_gpt4_turbo, the others are in {folder}."
+        )
+    if "openai_completions" in file.read_text() and not any(map(os.environ.get, _KEYS)):
+        raise UserError(
+            f"The judge's key is missing: {name} reads it from the environment variable {_KEYS[0]}."
+        )
+
+
+def _row(answer: Mapping[str, Any], generator: str) -> dict[str, Any]:
+    return {
+        "instruction": answer["instruction"],
+        "output": answer["output"],
+        "generator": answer.get("generator") or generator,
+    }
+
+
+def _metrics(package: Any, rows: list[dict[str, Any]], log: Callable[[str], None]) -> dict:
+    judged = [row for row in rows if _preference(row.get("preference")) is not None]
+    if not judged:
+        return {}
+    found = package.metrics.get_winrate(judged)
+    if len(judged) == _SET_SIZE:
+        try:
+            found = package.metrics.get_length_controlled_winrate(rows, save_weights_dir=None)
+        except Exception as error:  # it fetches a table from the hub, and needs scikit-learn
+            log(
+                "judge: alpaca_eval's own length-controlled rate is left out "
+                f"({type(error).__name__}: {_clean(str(error))[:200]})"
+            )
+    return {name: float(value) for name, value in found.items()}
+
+
+def _preference(value: Any) -> float | None:
+    """1 theirs .. 2 ours; None for what its parser gave up on."""
+    if value is None or math.isnan(value) or not 1 <= value <= 2:
+        return None
+    return float(value)
+
+
+def _clean(text: str) -> str:
+    """Without any key that the package reads: the annotator's service may have quoted it."""
+    for name in os.environ:
+        if name.endswith(("_KEY", "_KEYS", "_TOKEN")) and (value := os.environ[name]):
+            for part in value.split(","):
+                text = text.replace(part, "***") if part else text
+    return text

@@ -1,0 +1,278 @@
+"""`neftune-dist chat`: talk to one model in the terminal, or to two side by side.
+
+Owns the lines that a person types and how answers are shown. Each model keeps a conversation of its
+own, in its run's template, and answers as `neftune-dist evaluate` has it answer: greedily, with the
+same penalty on repetitions. From a pipe, each line is a question. What a model says is not trusted:
+control characters, which a terminal would obey, are not printed.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+
+from neftune_dist.config import UserError
+from neftune_dist.data.formats import Turn
+from neftune_dist.data.sources import BadRow
+from neftune_dist.evaluation.target import Subject, open_subject
+
+with suppress(ImportError):  # of systems without it; it gives `input` a history and its keys
+    import readline  # noqa: F401
+
+_HELP = (
+    "/reset forgets the conversation, /system TEXT begins one with a system prompt, /quit ends. "
+    "Ctrl-C stops an answer, Ctrl-D ends."
+)
+STOPPED = "[stopped]"
+_LEAST_COLUMN = 32  # characters, below which answers stand one behind the other
+_GAP = " | "
+_INTERRUPTED = 130  # as shells have it
+
+
+def chat(names: Sequence[str], settings: Sequence[str], *, temperature: float = 0.0) -> int:
+    """Talk until the input ends; the exit code.
+
+    Args:
+        names: one or two of what `open_subject` opens. settings: `key=value` words, for each.
+        temperature: of sampling; 0: greedy.
+
+    Raises:
+        UserError: there is no such subject, or it has no template to talk in.
+    """
+    if len(names) > 2:
+        raise UserError(f"chat takes one subject or two, not {len(names)}: {', '.join(names)}.")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise UserError(f"--temperature={temperature} is not 0 or more.")
+    speakers = []
+    try:
+        for subject in [open_subject(name, settings=settings) for name in names]:
+            if sys.stdin.isatty():
+                print(f"loading {subject.name}", flush=True)
+            speakers.append(Speaker.of(subject, temperature))
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    if sys.stdin.isatty():
+        print(_HELP, flush=True)
+    for speaker in speakers:
+        if not speaker.remembers:
+            _mistake(f"{speaker.name} has a template of one question: it forgets the ones before.")
+    return _talk(speakers)
+
+
+@dataclass
+class Speaker:
+    """A model and its side of the talk.
+
+    remembers: whether its template has a place for earlier questions and answers.
+    """
+
+    name: str
+    subject: Subject
+    temperature: float
+    remembers: bool
+    system: list[Turn] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, subject: Subject, temperature: float) -> Speaker:
+        """Loads the model. Raises `UserError` where its template cannot express a question."""
+        question = Turn("user", "And?")
+        try:
+            subject.template.reply_ids([question])
+        except BadRow as error:
+            raise UserError(f"{subject.name} cannot be asked: {error}.") from error
+        remembers = True
+        try:
+            subject.template.reply_ids([question, Turn("assistant", "Yes."), question])
+        except BadRow:
+            remembers = False
+        subject.model  # noqa: B018 (loaded before the first question)
+        alpha = "" if subject.alpha is None else f" (alpha {subject.alpha:g})"
+        return cls(subject.name + alpha, subject, temperature, remembers)
+
+    def system_of(self, text: str) -> list[Turn]:
+        """A system prompt, none of an empty text. Raises `BadRow` where the template has no place
+        for it."""
+        system = [Turn("system", text)] if text else []
+        self.subject.template.reply_ids([*system, Turn("user", "And?")])
+        return system
+
+    def answer(self, question: str, show: Callable[[str], None]) -> Answer:
+        """What the model says, shown piece by piece, and kept with the question.
+
+        Raises:
+            BadRow: the template cannot express the conversation, or the model has no room for it.
+        """
+        earlier = self.turns if self.remembers else []
+        turns = [*earlier, Turn("user", question)]
+        template, model = self.subject.template, self.subject.model
+        ids = template.reply_ids([*self.system, *turns])
+        most, limit = self.subject.config.evaluate.max_new_tokens, "evaluate.max_new_tokens"
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None:
+            if len(ids) >= longest:
+                raise BadRow(
+                    f"the conversation has {len(ids)} tokens, and the model takes {longest} with "
+                    "the answer: /reset forgets it"
+                )
+            if longest - len(ids) < most:
+                most, limit = longest - len(ids), "the model takes no more"
+        pieces = _Pieces(self.subject.tokenizer, set(self.subject.end_tokens), show)
+        remark = ""
+        try:
+            self._generate(ids, most, pieces)
+            if not pieces.ended:
+                remark = f"[cut after {pieces.num_tokens} tokens: {limit}]"
+        except KeyboardInterrupt:
+            pieces.end()
+            remark = STOPPED
+        said = "".join(pieces.texts).strip()
+        self.turns = [*turns, Turn("assistant", said)] if said else earlier
+        return Answer(said, remark)
+
+    @torch.no_grad()
+    def _generate(self, ids: list[int], most: int, pieces: _Pieces) -> None:
+        ends = self.subject.end_tokens
+        sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0}
+        settings = transformers.GenerationConfig(
+            **(sampling if self.temperature else {"do_sample": False}),
+            max_new_tokens=most,
+            repetition_penalty=float(self.subject.config.evaluate.repetition_penalty),
+            eos_token_id=ends or None,
+            pad_token_id=ends[0] if ends else 0,
+        )
+        given = torch.tensor([ids], device=self.subject.device)
+        self.subject.model.generate(
+            given,
+            attention_mask=torch.ones_like(given),
+            generation_config=settings,
+            streamer=pieces,
+        )
+
+
+class Answer(NamedTuple):
+    """text: without white space around. remark: why it is not whole, if it is not."""
+
+    text: str
+    remark: str
+
+
+class _Pieces(transformers.TextStreamer):
+    """The text of the tokens, shown as soon as whole words are there.
+
+    texts: shown so far. ended: whether the model ended the answer itself.
+    """
+
+    def __init__(self, tokenizer: Any, ends: set[int], show: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._ends, self._show = ends, show
+        self.texts: list[str] = []
+        self.num_tokens, self.ended = -1, False  # what comes first is the prompt
+
+    def put(self, value: Any) -> None:
+        self.num_tokens += 1
+        self.ended = self.num_tokens > 0 and int(value.flatten()[-1]) in self._ends
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        said = "".join(each if each.isprintable() or each in "\n\t" else "\ufffd" for each in text)
+        if not self.texts:
+            said = said.lstrip()
+        if said:
+            self.texts.append(said)
+            self._show(said)
+
+
+def _talk(speakers: list[Speaker]) -> int:
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            if sys.stdin.isatty():
+                print(flush=True)
+            return 0
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D or /quit ends.)", flush=True)
+            continue
+        except UnicodeDecodeError as error:
+            _mistake(f"This line is not text in {error.encoding}.")
+            continue
+        command, _, rest = line.partition(" ")
+        try:
+            if command == "/quit":
+                return 0
+            if command in ("/reset", "/system"):
+                changed = command == "/system"
+                systems = [s.system_of(rest.strip()) if changed else s.system for s in speakers]
+                for speaker, system in zip(speakers, systems, strict=True):
+                    speaker.system, speaker.turns = system, []
+            elif command.startswith("/"):
+                _mistake(f"There is no command {command}. {_HELP}")
+            elif line:
+                _ask(speakers, line)
+        except BadRow as error:
+            _mistake(f"That cannot be said: {error}.")
+
+
+def _ask(speakers: list[Speaker], question: str) -> None:
+    if len(speakers) == 1:
+        answer = speakers[0].answer(question, _show)
+        _show(f"\n{answer.remark}\n" if answer.remark else "\n")
+        return
+    texts: list[str] = []
+    answer = Answer("", "")
+    for speaker in speakers:
+        try:
+            if answer.remark != STOPPED:  # one Ctrl-C stops both
+                answer = speaker.answer(question, lambda _: None)
+            else:
+                answer = Answer("", STOPPED)
+        except BadRow as error:
+            answer = Answer("", f"[{error}]")
+        texts.append("\n".join(filter(None, answer)))
+    names = [speaker.name for speaker in speakers]
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+    for line in side_by_side(names, texts, width):
+        _show(f"{line}\n")
+
+
+def side_by_side(names: Sequence[str], texts: Sequence[str], width: int) -> list[str]:
+    """The lines of texts under their names, in columns where `width` characters have room for
+    them, else one text behind the other."""
+    column = (width - len(_GAP) * (len(names) - 1)) // len(names)
+    if column < _LEAST_COLUMN:
+        return [
+            line
+            for name, text in zip(names, texts, strict=True)
+            for line in (f"--- {name}", *text.splitlines())
+        ]
+    wrapped = [
+        [*textwrap.wrap(name, column), "-" * column, *_wrapped(text, column)]
+        for name, text in zip(names, texts, strict=True)
+    ]
+    return [
+        _GAP.join(f"{part:<{column}}" for part in parts).rstrip()
+        for parts in zip_longest(*wrapped, fillvalue="")
+    ]
+
+
+def _wrapped(text: str, column: int) -> list[str]:
+    return [part for line in text.splitlines() for part in textwrap.wrap(line, column) or [""]]
+
+
+def _show(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _mistake(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)

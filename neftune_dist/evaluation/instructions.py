@@ -1,0 +1,132 @@
+"""What a model is asked to answer: held-out conversations, or the rows of a file.
+
+Owns the recognition of instruction sets, row by row:
+
+    instruction (or Instruction), input?, output?, dataset?   AlpacaEval and its outputs, WizardLM's
+                                                              and Evol's test sets, Alpaca's rows
+    turns, category?                                          MT-bench, of which the first turn is
+                                                              asked; Vicuna's later form
+    text, question_id                                         Vicuna's first form
+
+A row's `output` is the expected answer, unless the row names a `generator`: then it is what some
+other model said. A row that cannot be asked is a `UserError`: a set with holes compares with none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+from neftune_dist.config import BUILTIN_SOURCE, Config, SourceConfig, UserError
+from neftune_dist.data import fields, files
+from neftune_dist.data.dataset import Corpus
+from neftune_dist.data.formats import Conversation, Turn
+from neftune_dist.data.sources import BadRow, open_source
+from neftune_dist.data.split import sample
+
+HELD_OUT = "held_out"
+KEY = "evaluate.instructions"
+# Templates are asked for the prompt in front of an answer, so there must be one.
+_SOME_ANSWER = Turn("assistant", ".")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One question. text: what the user says, as result files have it. dataset: what it is of.
+    reference: the expected answer, where there is one."""
+
+    conversation: Conversation
+    text: str
+    dataset: str
+    reference: str | None
+
+
+def held_out_instructions(corpus: Corpus, number: int) -> list[Instruction]:
+    """Up to `number` held-out conversations (0: all) that begin with different words, of all
+    sources, with their first answers; plain texts, which ask nothing, are passed over."""
+    conversations = corpus.held_out_conversations
+
+    def opening(i: int) -> str | None:
+        conversation = conversations[i]
+        return json.dumps(conversation.opening()) if conversation.turns else None
+
+    found = []
+    for i in sample(corpus.held_out.content, number or len(conversations), opening).tolist():
+        conversation = conversations[i]
+        asked = [m["content"] for m in conversation.opening() if m["role"] == "user"]
+        answer = next(turn.content for turn in conversation.turns if turn.role == "assistant")
+        found.append(Instruction(conversation, "\n\n".join(asked), HELD_OUT, answer))
+    return found
+
+
+def read_instructions(name: str, number: int) -> tuple[list[Instruction], int]:
+    """The first `number` instructions of a file (0: all), and how many it has.
+
+    Raises:
+        UserError: there is no such file, or one of its rows lacks what must be asked.
+    """
+    if not files.is_local(name):
+        raise UserError(
+            f"{KEY}={name} is neither {HELD_OUT} nor a file of instructions (.json or .jsonl, .gz "
+            "too)."
+        )
+    found = []
+    for place, row in open_source(SourceConfig(name), KEY).rows:
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            found.append(_instruction(row, Path(name).name.partition(".")[0]))
+        except BadRow as error:
+            raise UserError(f"{KEY}={name}, {place}: {error}.") from error
+    if not found:
+        raise UserError(f"{KEY}={name} is empty.")
+    return found[: number or None], len(found)
+
+
+def checkable(config: Config) -> bool:
+    """Whether an answer to a held-out instruction is right or wrong: the built-in set's are."""
+    sources = {each.source for each in config.data.sources.values()}
+    return sources == {BUILTIN_SOURCE} and not config.data.held_out_source
+
+
+def _instruction(row: Mapping[str, Any], file: str) -> Instruction:
+    if "turns" in row:
+        turns = row["turns"]
+        if not isinstance(turns, list) or not turns:
+            raise BadRow(f"field 'turns' is not a list of questions but {fields.shape(turns)}")
+        first = fields.text({"turns": turns[0]}, "turns")
+        return _asked(first, row, "category", file, num_left_out=len(turns) - 1)
+    if "question_id" in row and "text" in row:
+        return _asked(fields.text(row, "text"), row, "category", file)
+    named = next((name for name in ("instruction", "Instruction") if name in row), None)
+    if named is None:
+        raise BadRow(
+            f"field 'instruction' is missing; there are {shorten(', '.join(map(str, row)), 80)}"
+        )
+    context = fields.text(row, "input") if row.get("input") else ""
+    return _asked(fields.text(row, named), row, "dataset", file, context)
+
+
+def _asked(
+    question: str,
+    row: Mapping[str, Any],
+    group: str,
+    file: str,
+    context: str = "",
+    num_left_out: int = 0,
+) -> Instruction:
+    if not question.strip():
+        raise BadRow("the question is empty")
+    turns = (Turn("user", question), _SOME_ANSWER)
+    conversation = Conversation(turns, context=context, num_left_out=num_left_out)
+    expected = row.get("output") if "generator" not in row else None
+    return Instruction(
+        conversation,
+        str(conversation.messages()[0]["content"]),
+        str(row.get(group) or file),
+        fields.text(row, "output") if expected else None,
+    )

@@ -1,0 +1,270 @@
+"""lm-eval, around a model that is in memory: its only home here, imported when tasks are asked for.
+
+Everything that decides a score is lm-eval's: prompts, examples, the tokens on both sides of the
+border between context and answer, BOS, and cutting on the left what is too long. Owned here:
+sharing requests over ranks, one line of progress at a time, and what lm-eval passes over silently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+import io
+import logging
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import datasets
+import torch.distributed as dist
+from lm_eval.api.instance import Instance
+from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from neftune_dist.config import UserError
+from neftune_dist.distributed.world import World
+from neftune_dist.evaluation.tasks import TaskResult, TaskWord
+
+_FEWSHOT_SEED = 1234  # lm-eval's own
+_LOG_EVERY_SECONDS = 15.0
+_SPLIT = "test"
+_NO_SPLITS = dict.fromkeys(("training_split", "validation_split", "fewshot_split"))
+
+
+class Harness:
+    """One model, and the tasks that it is given one after another."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        batch_size: int,
+        log: Callable[[str], None],
+        world: World | None,
+    ) -> None:
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        # It gives a tokenizer without a padding token one.
+        self._lm = _Model(model, copy.deepcopy(tokenizer), batch_size, log, world)
+
+    def load(self, word: TaskWord) -> dict[str, Task]:
+        """lm-eval's tasks of a word, by name: more than one where it names a group or a tag.
+
+        Raises:
+            UserError: lm-eval knows none, or its data or its packages are not at hand.
+        """
+        if word.settings is not None:
+            return {word.name: ConfigurableTask(config=_local(word, word.settings))}
+        known = _manager().all_tasks if word.rows is None else _manager().all_subtasks
+        if word.task not in known:
+            near = difflib.get_close_matches(word.task, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            about = f", and the fields of {word.file} are of no known kind" if word.file else ""
+            raise UserError(f"evaluate.tasks: lm-eval has no task {word.task}{about}{hint}")
+        try:
+            with _quietly():
+                if word.rows is None:
+                    tasks: dict[str, Task] = _manager().load([word.task])["tasks"]
+                else:
+                    path = _manager().task_index[word.task].yaml_path
+                    task = ConfigurableTask(config=_local(word, load_yaml(path)))
+                    tasks = {word.name: _checked(task)}
+        except ImportError as error:
+            raise UserError(
+                f"evaluate.tasks: {word.task} needs the package {error.name}: install it."
+            ) from error
+        except Exception as error:  # of the hub's clients, of lm-eval's templates, of anything
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            if isinstance(error, KeyError):
+                reason = f"field {reason} is missing"
+            raise UserError(
+                f"evaluate.tasks: {word.file} does not hold what lm-eval's {word.task} reads: "
+                f"{reason}."
+                if word.file
+                else f"evaluate.tasks: the items of {word.task} could not be had from the hub: "
+                f"{reason}; a local file may take their place: {word.name}=FILE."
+            ) from error
+        return dict(sorted(tasks.items()))
+
+    def run(self, word: TaskWord, tasks: dict[str, Task], max_items: int) -> TaskResult:
+        """The result of a word's tasks, on every rank."""
+        for task in tasks.values():
+            shots = task.get_config("num_fewshot") if word.num_shots is None else word.num_shots
+            task.set_config("num_fewshot", shots or 0)
+            task.set_fewshot_seed(_FEWSHOT_SEED)
+        self._lm.begin(word.name)
+        limit = max_items or None
+        with _quietly():
+            found: Any = evaluate(self._lm, {"tasks": tasks}, limit=limit, bootstrap_iters=0)
+        by_task = {name: _values(found["samples"][name]) for name in tasks}
+        metric = word.metric or _averaged(word.name, tasks, by_task)
+        correct = {name: values[metric] for name, values in by_task.items()}
+        if len(tasks) == 1:
+            [(name, values)] = by_task.items()
+            others = {
+                key: score
+                for key, each in values.items()
+                if key != metric
+                and isinstance(score := tasks[name].aggregation()[key](each), float | int)
+            }
+        else:
+            others = {name: sum(each) / len(each) for name, each in correct.items()}
+        return TaskResult.of(
+            [value for each in correct.values() for value in each],
+            metric=metric,
+            num_shots=max(task.get_config("num_fewshot") for task in tasks.values()),
+            num_truncated=self._lm.num_truncated,
+            others=others,
+        )
+
+
+@cache
+def _manager() -> TaskManager:
+    """It reads the settings of all tasks that lm-eval has: seconds."""
+    return TaskManager()
+
+
+def _local(word: TaskWord, settings: Any) -> dict[str, Any]:
+    """The settings of a task whose items are a file's rows."""
+    rows = word.rows
+    own = {"task": word.name, "custom_dataset": lambda **_: {_SPLIT: _dataset(rows)}}
+    nowhere = dict.fromkeys(("dataset_path", "dataset_name", "dataset_kwargs", "metadata"))
+    kept = {key: each for key, each in settings.items() if key not in ("tag", "group")}
+    return {**kept, **_NO_SPLITS, **nowhere, **own, "test_split": _SPLIT, "num_fewshot": 0}
+
+
+def _dataset(rows: Any) -> Any:
+    return datasets.Dataset.from_list(rows)
+
+
+def _checked(task: Any) -> Task:
+    """The task, each of whose items makes a prompt and an answer. Raises `ValueError`, by item."""
+    for number, item in enumerate(task.eval_docs, 1):
+        try:
+            task.doc_to_text(item), task.doc_to_target(item)
+            if task.config.doc_to_choice is not None:
+                task.doc_to_choice(item)
+        except Exception as error:  # a template is a program, and can fail in any way
+            raise ValueError(f"item {number}: {error}") from error
+    return task  # type: ignore[no-any-return]
+
+
+def _values(samples: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Of each metric, the items' values in the task's order; where lm-eval reads an answer in
+    several ways (filters), by the first."""
+    first = samples[0]["filter"]
+    kept = sorted((s for s in samples if s["filter"] == first), key=lambda s: s["doc_id"])
+    values = defaultdict(list)
+    for sample in kept:
+        for metric in sample["metrics"]:
+            values[metric].append(sample[metric])
+    return dict(values)
+
+
+def _averaged(name: str, tasks: dict[str, Task], by_task: dict[str, dict[str, list[Any]]]) -> str:
+    """The first metric that is one number of each item, in all of the tasks."""
+    first, *rest = by_task.values()
+    for metric, values in first.items():
+        if all(metric in each for each in rest) and all(
+            isinstance(value, float | int) for value in values
+        ):
+            return metric
+    raise UserError(
+        f"evaluate.tasks: {name} has no score of each item that could be compared: "
+        f"{', '.join(tasks)} report {', '.join(first)}."
+    )
+
+
+class _Model(HFLM):
+    """lm-eval's own model, whose requests the ranks share: each answers every so many of them and
+    all learn all answers, so that lm-eval itself runs the same on each."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        batch_size: int,
+        log: Callable[[str], None],
+        world: World | None,
+    ) -> None:
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        self._world, self._log, self._stderr = world, log, sys.stderr
+        self.num_truncated = 0
+        self.begin("")
+
+    def begin(self, name: str) -> None:
+        """The requests that follow are of another task."""
+        self._name, self.num_truncated = name, 0
+        self._num_done, self._told = 0, time.monotonic()
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Any]:
+        return self._shared(super().loglikelihood, requests)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> Any:
+        return self._shared(super().loglikelihood_rolling, requests)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        return self._shared(super().generate_until, requests)
+
+    def _shared(self, run: Any, requests: list[Instance]) -> list[Any]:
+        if self._world is None or self._world.size == 1:
+            return self._answers(run, requests)
+        rank, size = self._world.rank, self._world.size
+        answers: list[Any] = []
+        with self._world.agree():  # a mistake is told on all ranks, and none waits for another
+            if own := requests[rank::size]:
+                answers = self._answers(run, own)
+        parts: list[Any] = [None] * size
+        dist.all_gather_object(parts, (answers, self.num_truncated))
+        self.num_truncated = sum(count for _, count in parts)
+        return [parts[i % size][0][i // size] for i in range(len(requests))]
+
+    def _answers(self, run: Any, requests: list[Instance]) -> list[Any]:
+        try:
+            return list(run(requests, disable_tqdm=True))
+        except AssertionError as error:  # by which lm-eval refuses, say, a model that is too short
+            raise UserError(f"evaluate.tasks: {self._name}: lm-eval says: {error}") from error
+
+    def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        for (_, answer), context_ids, answer_ids in requests:
+            if not answer_ids:
+                raise UserError(
+                    f"evaluate.tasks: {self._name}: the tokenizer makes no token of the answer "
+                    f"{answer[:40]!r}."
+                )
+            if len(answer_ids) > self.max_length:
+                raise UserError(
+                    f"evaluate.tasks: {self._name}: an answer of {len(answer_ids)} tokens is "
+                    f"longer than the {self.max_length} that the model reads: {answer[:40]!r}..."
+                )
+            # The last token is predicted, not read.
+            self.num_truncated += len(context_ids) + len(answer_ids) > self.max_length + 1
+        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+    def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
+        self._progress(len(inps))
+        return super()._model_call(inps, *args, **kwargs)
+
+    def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
+        self._progress(len(context))
+        return super()._model_generate(context, *args, **kwargs)
+
+    def _progress(self, num_texts: int) -> None:
+        if time.monotonic() - self._told > _LOG_EVERY_SECONDS:
+            with contextlib.redirect_stderr(self._stderr):  # where a log may be, too
+                self._log(f"evaluate: {self._name}, {self._num_done} texts read on this rank")
+            self._told = time.monotonic()
+        self._num_done += num_texts
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without lm-eval's progress bars, which cannot be turned off."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield

@@ -1,0 +1,162 @@
+"""Losses of single documents: held out, or trained on, with the noise off or on.
+
+Every document's sum of token losses is taken by itself, in packed batches too, so that two models
+can be compared document by document; a set's loss is the mean over its supervised tokens. The batch
+that a document is in does not depend on the number of ranks, and so neither do the figures.
+
+With noise, what is added is the run's own (`noise`), drawn from a stream that training never uses:
+documents of epoch 2^32 - 1, data-parallel rank 2^32 - 1, the step being the number of the batch.
+Dropout stays off, so that noise alone makes the difference.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neftune_dist.config import Config, NoiseConfig
+from neftune_dist.data.documents import Documents
+from neftune_dist.data.loader import MicroBatch, collate
+from neftune_dist.data.packing import lay_out
+from neftune_dist.distributed.world import World
+from neftune_dist.engine.base import batch_losses
+from neftune_dist.evaluation.target import attention_of
+from neftune_dist.model.attention import implementation
+from neftune_dist.model.families import check_lengths, check_model
+from neftune_dist.model.loss import resolve_loss
+from neftune_dist.noise.hook import NEFTune, NEFTuneHandle
+from neftune_dist.noise.law import TokenLayout
+
+_NEVER = (1 << 32) - 1  # no training reaches this epoch, or has so many ranks
+_QUADRATIC_TOKENS = 1e9  # of `lay_out`: work is balanced by tokens
+_PROGRESS_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Of documents in order. sums: of their token losses, natural logarithm. num_tokens: supervised
+    ones."""
+
+    sums: list[float]
+    num_tokens: list[int]
+
+    @property
+    def mean(self) -> float:
+        """Over all supervised tokens."""
+        return math.fsum(self.sums) / sum(self.num_tokens)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean, within what a float holds."""
+        return math.exp(min(self.mean, 700.0))
+
+    def items(self) -> list[list[float]]:
+        """[loss sum, supervised tokens] of each document."""
+        return [list(pair) for pair in zip(self.sums, self.num_tokens, strict=True)]
+
+
+def document_losses(
+    model: Any,
+    documents: Documents,
+    indices: np.ndarray,
+    config: Config,
+    world: World,
+    *,
+    noisy: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Losses:
+    """Losses of some documents: a collective of all ranks.
+
+    Args:
+        model: of a `Subject`.
+        indices: int64 (num_chosen,), of the documents.
+        noisy: with `config.noise` at its full `alpha`, whatever its schedule.
+        progress: told a line every few seconds.
+
+    Raises:
+        UserError: the model does not keep packed documents apart, or takes none so long.
+    """
+    packing = config.data.packing
+    with world.agree():
+        check_model(model, packing)
+        lengths = documents.lengths[indices]
+        check_lengths(model.config, int(lengths.max()))
+        layout = lay_out(lengths, 1, config.train.micro_batch_tokens, packing, _QUADRATIC_TOKENS)
+    sums, told = np.zeros(len(indices)), time.monotonic()
+    padded = model.config._attn_implementation
+    attention = implementation(config.model.attention, True) if packing else padded
+    with attention_of(model, attention), _forward(model, config, noisy) as forward:
+        for i in range(world.rank, len(layout.groups), world.size):
+            places = np.array(layout.groups[i][0], dtype=np.int64)
+            chosen = indices[places]
+            epochs = np.full_like(chosen, _NEVER)
+            batch = collate(documents, chosen, epochs, packing).to(world.device)
+            losses = forward(i, batch).double().cpu()
+            parts = losses.split(documents.num_supervised[chosen].tolist())
+            sums[places] = [float(part.sum()) for part in parts]
+            if time.monotonic() - told > _PROGRESS_SECONDS:
+                told = time.monotonic()
+                progress(f"{i + 1} of {len(layout.groups)} batches")
+    with world.agree():  # ranks differ in time by what a collective would not wait for
+        pass
+    total = np.sum(world.gather(sums.tolist()), axis=0)  # of each document one rank has a sum
+    return Losses(total.tolist(), documents.num_supervised[indices].tolist())
+
+
+_Forward = Callable[[int, MicroBatch], Tensor]  # number of the batch; float32 (num_supervised,)
+
+
+@contextmanager
+def _forward(model: Any, config: Config, noisy: bool) -> Iterator[_Forward]:
+    kind = resolve_loss("auto", model)
+    if not (noisy and config.noise.alpha):
+        with torch.no_grad():
+            yield lambda _, batch: batch_losses(model, batch, kind, "none")
+        return
+    noise = config.noise
+    neftune = NEFTune(
+        noise.alpha,
+        seed=config.noise_seed,
+        # Noise that covers padding belongs to no document.
+        stream="rank" if noise.length == "padded" else "sample",
+        rank=_NEVER,
+        distribution=noise.distribution,
+        length=noise.length,
+    )
+    with neftune.attach(model) as handle, torch.enable_grad():
+        # What the noise's hooks look at; the layers below stay in evaluation mode.
+        model.training = True
+        try:
+            yield lambda i, batch: _noised(model, handle, noise, i, batch, kind)
+        finally:
+            model.training = False
+
+
+def _noised(
+    model: Any, handle: NEFTuneHandle, noise: NoiseConfig, i: int, batch: MicroBatch, kind: str
+) -> Tensor:
+    passes = 2 if noise.distribution == "symmetric" else 1  # SymNoise: its opposite, too
+    handle.step = i
+    losses = []
+    for _ in range(passes):
+        handle.describe(
+            TokenLayout.from_arguments(
+                batch.input_ids,
+                batch.attention_mask,
+                cu_seq_lens=batch.cu_seqlens,
+                documents=batch.documents,
+                epochs=batch.epochs,
+            )
+        )
+        losses.append(batch_losses(model, batch, kind, "none").detach())
+    if handle.num_fired != passes:
+        raise RuntimeError("The noise was not added: the model bypasses its input embedding.")
+    return torch.stack(losses).mean(0)

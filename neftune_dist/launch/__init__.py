@@ -1,1 +1,0 @@
-"""Starting a run's processes on one node or many, and looking after the run."""

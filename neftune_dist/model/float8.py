@@ -1,0 +1,59 @@
+"""Matrix products in float8 by torchao, an optional package: imported only where it was chosen."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from neftune_dist.config import UserError
+
+
+def use_float8(model: Any, recipe: str, within: Sequence[nn.Module]) -> None:
+    """Matrix products of the modules `within` in float8, scaled by tensor (and gathered in float8
+    where several ranks shard the model) or by row; the backward's as well. On a CPU its rounding is
+    emulated. Raises `UserError` where the package is missing or the GPU has no such products."""
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # of kernels that it has for others
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError as error:
+        raise UserError(f"model.float8={recipe} needs the package torchao: install it.") from error
+    settings: dict[str, Any] = {}
+    if torch.cuda.is_available():
+        if torch.cuda.get_device_capability() < (8, 9):
+            raise UserError(
+                f"model.float8={recipe} needs a GPU with float8 matrix products (Hopper or later)."
+            )
+    else:
+        settings["emulate"] = True
+    sharded = dist.is_initialized() and dist.get_world_size() > 1
+    config = (
+        Float8LinearConfig(enable_fsdp_float8_all_gather=sharded, **settings)
+        if recipe == "tensorwise"
+        else Float8LinearConfig.from_recipe_name(recipe)
+    )
+    if recipe != "tensorwise" and settings:
+        object.__setattr__(config, "emulate", True)
+    inside = {id(m) for module in within for m in module.modules()}
+
+    def convertible(module: nn.Module, _name: str) -> bool:
+        # The hardware multiplies in tiles of 16; the projection to the vocabulary stays in bf16.
+        return (
+            isinstance(module, nn.Linear)
+            and id(module) in inside
+            and module.in_features % 16 == 0
+            and module.out_features % 16 == 0
+        )
+
+    convert_to_float8_training(model, config=config, module_filter_fn=convertible)
+
+
+def update_float8_scales(model: Any) -> None:
+    """Scales of all float8 weights in one reduction; due when weights have changed."""
+    from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+    precompute_float8_dynamic_scale_for_fsdp(model)

@@ -1,0 +1,61 @@
+"""Liger's kernels (arXiv 2410.10989), an optional package: imported only where it was chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neftune_dist.config import UserError
+
+# Of supervised hidden states (n, d), the projection (vocabulary, d), its bias, and targets (n,).
+LossSum = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
+
+
+def use_liger_kernels(model: Any) -> None:
+    """Fused norms, rotary embedding and SwiGLU of Liger (arXiv 2410.10989), in the model's place.
+    Raises `UserError` where it has none for the model, or cannot run."""
+    if not torch.cuda.is_available():
+        raise UserError("model.kernels=liger needs a GPU.")
+    try:
+        from liger_kernel.transformers import monkey_patch
+    except ImportError as error:
+        raise UserError(
+            "model.kernels=liger needs the package liger-kernel: install it."
+        ) from error
+    known = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
+    if model.config.model_type not in known:
+        raise UserError(
+            f"model.kernels=liger has none for models of type {model.config.model_type}; it has "
+            f"for {', '.join(sorted(known))}."
+        )
+    before = {id(m): m.forward for m in model.modules()}
+    monkey_patch._apply_liger_kernel_to_instance(
+        model=model, cross_entropy=False, fused_linear_cross_entropy=False
+    )
+    if all(before[id(m)] == m.forward for m in model.modules()):
+        raise UserError(f"model.kernels=liger changed nothing in {type(model).__name__}.")
+
+
+def liger_cross_entropy() -> LossSum:
+    """Liger's fused projection and loss, like `model.loss.chunked_cross_entropy`. Raises
+    `UserError` where it cannot run."""
+    if not torch.cuda.is_available():
+        raise UserError("model.loss=liger needs a GPU.")
+    # Optional, and slow to import.
+    try:
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+    except ImportError as error:
+        raise UserError("model.loss=liger needs the package liger-kernel: install it.") from error
+
+    def loss_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        found: tuple[Tensor, ...] = LigerFusedLinearCrossEntropyFunction.apply(
+            *(hidden, weight, targets, bias),
+            *(None, -100, 0.0, 0.0, "sum", None, False),  # no class weights, smoothing, capping
+            torch.float32,  # in which it sums over chunks
+        )
+        return found[0].float()
+
+    return loss_sum

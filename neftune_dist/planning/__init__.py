@@ -1,0 +1,1 @@
+"""`neftune-dist plan`: memory, batches and disk of a run, without a GPU."""

@@ -1,0 +1,209 @@
+"""What a run will need, before any GPU is touched: memory per rank, steps, disk, work, time.
+
+Memory is that of the real step, rehearsed (`rehearsal`). What else it rests on is said beside the
+figures: a margin for what torch's allocator does not count, and for the time an assumed share of
+the hardware's rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from neftune_dist.config import Config, UserError
+from neftune_dist.data.dataset import Corpus, prepare
+from neftune_dist.data.sampler import Schedule, make_schedule
+from neftune_dist.model import load
+from neftune_dist.model.families import check_lengths
+from neftune_dist.model.flops import ModelSize, known_gpus, model_size, peak_flops
+from neftune_dist.planning.batches import fullest, heaviest, looked_at
+from neftune_dist.planning.memory import Peak
+from neftune_dist.planning.simulate import rehearsable, rehearse
+from neftune_dist.planning.suggestions import find_remedy
+from neftune_dist.training.loop import num_passes
+from neftune_dist.training.train import check_vocabulary
+
+GIB = 2**30
+# On top of the peak of allocated bytes: the CUDA context and NCCL's buffers, and what the caching
+# allocator holds in pieces that nothing fits into. Not yet measured on a GPU.
+MARGIN_GIB, MARGIN_SHARE = 2.0, 0.05
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The run to plan, read once.
+
+    model: on the meta device. corpus, schedule: None where the data is not to be read.
+    """
+
+    folder: Path
+    model: Any
+    size: ModelSize
+    corpus: Corpus | None
+    schedule: Schedule | None
+
+    def peak(self, config: Config, world_size: int) -> Peak:
+        """Of a rank under `config`, which may differ from the run's in what decides memory."""
+        if self.corpus is None or self.schedule is None:
+            batches = fullest(config)
+        else:
+            batches = heaviest(self.corpus.train, self.schedule, config, world_size, self.model)
+        batches = [each for each in batches for _ in range(num_passes(config.noise))]
+        return rehearse(config, self.folder, world_size, batches)
+
+
+def read(
+    config: Config, with_data: bool = True, log: Callable[[str], None] = lambda _: None
+) -> Subject:
+    """Find, build and tokenise. Raises `UserError` where a run of `config` would."""
+    folder = load.find(config.model, weights=False)
+    model = load.build(folder, rehearsable(config).model, config.data.packing, config.adapter)
+    if not with_data:
+        check_lengths(model.config, config.data.max_length)
+        return Subject(folder, model, model_size(model), None, None)
+    tokenizer = load.load_tokenizer(folder, config.model)
+    check_vocabulary(model, tokenizer)
+    corpus = prepare(config.data, tokenizer, log)
+    check_lengths(model.config, corpus.report.longest_tokens)
+    schedule = make_schedule(config.train, len(corpus.train), corpus.content)
+    return Subject(folder, model, model_size(model), corpus, schedule)
+
+
+def plan(
+    config: Config,
+    world_size: int,
+    *,
+    gpu: str | None = None,
+    mfu: float = 0.4,
+    with_data: bool = True,
+    log: Callable[[str], None] = print,
+) -> None:
+    """Validate and resolve `config` and log its needs on `world_size` ranks.
+
+    Args:
+        gpu: that each rank will have, a name of `known_gpus`.
+        mfu: share of the GPU's rate at which the time is reckoned.
+        with_data: False: nothing of the data is read; micro-batches are taken to be full.
+
+    Raises:
+        UserError: a mistake in `config`, an unknown GPU, or a run that does not fit on it.
+    """
+    gpus = known_gpus()
+    if gpu is not None and gpu not in gpus:
+        raise UserError(f"--gpu={gpu} is not known; known: {', '.join(gpus)}.")
+    if not 0 < mfu <= 1:
+        raise UserError(f"--mfu={mfu} is out of range: a share, above 0 and at most 1.")
+    _check_world(config, world_size)
+    for line in config.to_yaml().splitlines():
+        log(f"  {line}")
+    subject = read(config, with_data, log)
+    log(f"model: {subject.size.in_words()}, {subject.size.num_layers} layers")
+    flops = None
+    if subject.corpus is not None and subject.schedule is not None:
+        flops = _log_work(subject.corpus, subject.schedule, subject.size, config, log)
+    disk = subject.size.num_trained * (8 if config.optim.states == "bf16" else 12)
+    log(f"disk: {disk / GIB:.2f} GiB a checkpoint, {config.checkpoint.keep or 'all'} of them kept")
+    peak = subject.peak(config, world_size)
+    for line in _memory_lines(config, peak, world_size, subject):
+        log(line)
+    for line in _gpu_lines(config, peak, world_size, flops, mfu, [gpu] if gpu else list(gpus)):
+        log(line)
+    if gpu is not None and needed(peak) > gpus[gpu] * GIB:
+        remedy = find_remedy(config, world_size, peak, gpus[gpu] * GIB, subject.peak, needed, log)
+        raise UserError(
+            f"The run needs {needed(peak) / GIB:.1f} GiB for {_each(world_size)}, and "
+            f"{gpu} has {gpus[gpu]}: "
+            + (f"append {remedy}." if remedy else "nothing that plan can change makes it fit.")
+        )
+
+
+def needed(peak: Peak) -> float:
+    """Bytes of a device that has room for the peak and for what torch does not count."""
+    return peak.num_bytes * (1 + MARGIN_SHARE) + MARGIN_GIB * GIB
+
+
+def _check_world(config: Config, world_size: int) -> None:
+    if world_size < 1:
+        raise UserError(f"--world-size={world_size} is out of range: it must be at least 1.")
+    for key in ("num_replicas", "sequence_parallel"):
+        count = getattr(config.engine, key) or 1
+        if world_size % count:
+            raise UserError(
+                f"engine.{key}={count} does not divide the {world_size} processes of this run."
+            )
+
+
+def _log_work(
+    corpus: Corpus, schedule: Schedule, size: ModelSize, config: Config, log: Callable[[str], None]
+) -> float:
+    """Lines of the data and of what is to be done; all FLOPs."""
+    for line in corpus.report.lines():
+        log(line)
+    passes, epochs = num_passes(config.noise), schedule.total_documents / schedule.num_documents
+    tokens = corpus.report.num_tokens * epochs
+    squares = float((corpus.train.lengths.astype(np.float64) ** 2).sum()) * epochs
+    flops = passes * size.training_flops(round(tokens), round(squares))
+    log(
+        f"steps: {schedule.num_steps} of {schedule.global_batch_size} documents, about "
+        f"{tokens / schedule.num_steps:.0f} tokens each; {tokens:.3g} tokens in all"
+    )
+    log(
+        f"work: {flops:.3g} FLOPs (matrices, and causal attention within documents); by 6 N a "
+        f"token {passes * size.six_n_flops(round(tokens)):.3g}"
+    )
+    return flops
+
+
+def _memory_lines(config: Config, peak: Peak, world_size: int, subject: Subject) -> Iterator[str]:
+    if subject.schedule is None:
+        batches = "full micro-batches, all of whose tokens are learned"
+    else:
+        seen, steps = len(looked_at(subject.schedule)), subject.schedule.num_steps
+        of = f"{seen} of {steps} steps" if seen < steps else "all steps"
+        batches = f"the heaviest micro-batches of {of}"
+    yield f"memory: GiB of {_each(world_size)}, at the peak ({peak.moment}), {batches}"
+    for kind, amount in peak.parts.items():
+        yield f"  {kind:<12}{amount / GIB:9.2f}"
+    yield f"  {'peak':<12}{peak.num_bytes / GIB:9.2f}"
+    yield (
+        f"  {'to be had':<12}{needed(peak) / GIB:9.2f}  with {MARGIN_SHARE:.0%} for fragmentation "
+        f"and {MARGIN_GIB:.0f} GiB for CUDA and NCCL, not yet measured on a GPU"
+    )
+    if peak.host_bytes:
+        yield f"  {'host':<12}{peak.host_bytes / GIB:9.2f}  of the machine's memory, for each rank"
+    left_out = [
+        f"model.{name}={getattr(config.model, name)}".lower()
+        for name, usual in (("compile", False), ("kernels", "torch"), ("float8", "none"))
+        if getattr(config.model, name) != usual
+    ]
+    if left_out:
+        yield f"memory: reckoned without {', '.join(left_out)}"
+
+
+def _gpu_lines(
+    config: Config,
+    peak: Peak,
+    world_size: int,
+    flops: float | None,
+    mfu: float,
+    names: list[str],
+) -> Iterator[str]:
+    yield f"GPUs: time on {world_size}, at an assumed {mfu:.0%} of the data-sheet rate"
+    for name in names:
+        gib = known_gpus()[name]
+        fits = "fits" if needed(peak) <= gib * GIB else "does not fit"
+        rate = peak_flops(name, config.model.dtype)
+        time = _duration(flops / (mfu * rate * world_size)) if flops and rate else "-"
+        yield f"  {name:<10}{gib:5} GiB  {fits:<13}{time:>9}"
+
+
+def _each(world_size: int) -> str:
+    return f"each of {world_size} ranks" if world_size > 1 else "the only rank"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"

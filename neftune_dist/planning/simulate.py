@@ -1,0 +1,229 @@
+"""A training step of the real engine on tensors without content, in a world without other ranks.
+
+Everything that `train` runs between two checkpoints runs here: the model as it is built, the noise,
+the engine's set-up, two micro-batches forward and backward, the update. `FakeTensorMode` gives the
+tensors shapes and lifetimes and no memory, and torch's `fake` process group lets every collective
+succeed at once, so one process stands for any rank of any number.
+
+The tensors are CPU tensors, as torch without CUDA has no others; which is host memory and which is
+the GPU's follows from `engine.offload`. Not rehearsed: torch.compile, Liger's kernels and float8,
+which need a GPU or its compiler, and save memory, if anything.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeVar
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from neftune_dist.config import Config
+from neftune_dist.data.loader import MicroBatch
+from neftune_dist.distributed.world import World
+from neftune_dist.engine.base import MASTER
+from neftune_dist.model import load
+from neftune_dist.model.ulysses import share_sequences
+from neftune_dist.optim import Blocks, MakeOptimizer
+from neftune_dist.planning.memory import Memory, Peak
+from neftune_dist.training.loop import token_layout
+from neftune_dist.training.train import attach_noise, make_engine
+
+# On each rank DeepSpeed's stage 3 handles every partition of every tensor by itself: no more of
+# them than this are rehearsed, and what is partitioned is scaled.
+_MOST_PARTITIONS = 32
+
+T = TypeVar("T")
+
+
+class _Rank0(World):
+    """The first of so many ranks, alone."""
+
+    def __init__(self, size: int) -> None:
+        self.rank = self.local_rank = 0
+        self.size = self.local_size = size
+        self.device = torch.device("cpu")
+
+
+class _IdleOptimizer(MakeOptimizer):
+    """Remembers what it made, and lets it update nothing: an update works in place, in memory made
+    at set-up, and a rehearsal of all its pieces would only take time."""
+
+    made: torch.optim.Optimizer
+
+    def __call__(
+        self,
+        parameters: Sequence[tuple[str, torch.nn.Parameter]],
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> torch.optim.Optimizer:
+        made = super().__call__(parameters, shapes)
+        made.step = lambda *_, **__: None  # type: ignore[method-assign, assignment]
+        object.__setattr__(self, "made", made)
+        return made
+
+
+def rehearse(config: Config, folder: Path, world_size: int, batches: Sequence[MicroBatch]) -> Peak:
+    """What rank 0, whose shards are the largest, holds at its peak.
+
+    Args:
+        folder: the model's directory; no weights are read.
+        batches: the first micro-batches of a step, which have content; no more are run than it
+            takes to meet all that is kept from one to the next.
+
+    Raises:
+        UserError: as the engine and the model raise it.
+    """
+    config = rehearsable(config)
+    model = load.build(folder, config.model, config.data.packing, config.adapter)
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    # The second meets gradients. With replicas the third meets more: FSDP2 keeps what the second
+    # gave to the all-reduce until the next is made.
+    batches = batches[: 3 if (config.engine.num_replicas or 1) > 1 else 2]
+    layouts = [token_layout(batch) for batch in batches]
+    zero3 = config.engine.name == "deepspeed" and config.engine.zero_stage in (None, 3)
+    rehearsed = min(world_size, _MOST_PARTITIONS) if zero3 else world_size
+    slices = config.engine.sequence_parallel
+    # (Of the partitions that are not rehearsed none shares this rank's sequences.)
+    rehearsed = max(rehearsed, slices)
+    with _world(rehearsed), _deepspeed(config, model), _shared(slices, model) as group:
+        engine = make_engine(config, _Rank0(rehearsed))
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with fake, Memory(fake, vocabulary) as memory:
+            noise = attach_noise(config, model, 0, group)
+            optimizer = _IdleOptimizer(config.optim, config.train.seed)
+            engine.setup(model, optimizer)
+            engine.loaded(0)
+            kept = _Kept(
+                engine, optimizer, memory, config.engine.offload == "cpu", rehearsed / world_size
+            )
+            kept.name_state()
+            for i, (batch, layout) in enumerate(zip(batches, layouts, strict=True)):
+                which = "a later micro-batch" if i else "the first micro-batch"
+                memory.default, memory.phase = "activations", f"forward of {which}"
+                noise.describe(_faked(layout, fake))
+                there = _faked(batch, fake)
+                memory.see(*(each for each in vars(there).values() if isinstance(each, Tensor)))
+                loss = engine.forward(there)
+                memory.phase = f"backward of {which}"
+                engine.backward(loss, i == len(batches) - 1)
+                kept.name_gradients()
+            memory.default, memory.phase = "optimizer", "update"
+            engine.step(config.optim.learning_rate)
+            noise.remove()
+    return memory.peak()
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What an engine keeps between micro-batches, shard by shard: it names it to `memory`.
+
+    on_host: whether it lies in host memory. share: of a shard in the rehearsed world that is one in
+    the real world.
+    """
+
+    engine: Any
+    optimizer: _IdleOptimizer
+    memory: Memory
+    on_host: bool
+    share: float
+
+    def name_state(self) -> None:
+        """After set-up."""
+        # Its parameters, too; they are named after it.
+        self.memory.name(list(vars(self.optimizer.made).values()), "optimizer")
+        parameters = list(self.engine.model.parameters())
+        self.memory.name([p.detach() for p in parameters], "weights")
+        shards = [getattr(p, "ds_tensor", None) for p in parameters]
+        self.memory.name(shards, "weights", share=self.share)
+        for shard in self.engine.flat_state():
+            held = shard.tensor
+            parts = [held.codes, held.scales] if isinstance(held, Blocks) else held
+            self._name(parts, "weights" if shard.kind == MASTER else "optimizer")
+        self.name_gradients()
+
+    def name_gradients(self) -> None:
+        """After a backward."""
+        # The model's own, which ZeRO-1 keeps whole. FSDP2 updates them, so they are shards.
+        self.memory.name([p.grad for p in self.engine.model.parameters()], "gradients")
+        groups = self.optimizer.made.param_groups
+        self._name([p.grad for group in groups for p in group["params"]], "gradients")
+        # DeepSpeed keeps others under names of its own, by stage.
+        zero = vars(self.engine.zero) if hasattr(self.engine, "zero") else {}
+        self._name([each for name, each in zero.items() if "grad" in name], "gradients")
+
+    def _name(self, where: Any, kind: str) -> None:
+        self.memory.name(where, kind, self.on_host, self.share)
+
+
+def rehearsable(config: Config) -> Config:
+    """The configuration without what a rehearsal leaves out."""
+    model = replace(config.model, compile=False, kernels="torch", float8="none")
+    if model.loss == "liger":
+        model.loss = "chunked"
+    if model.attention == "flex":
+        model.attention = "varlen"
+    return replace(config, model=model)
+
+
+def _faked(thing: T, mode: FakeTensorMode) -> T:
+    """A dataclass whose tensors have no content."""
+    changed: dict[str, Any] = {
+        name: mode.from_tensor(value)
+        for name, value in vars(thing).items()
+        if isinstance(value, Tensor)
+    }
+    return replace(thing, **changed)  # type: ignore[type-var]
+
+
+@contextmanager
+def _world(size: int) -> Iterator[None]:
+    assert not dist.is_initialized()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _shared(slices: int, model: Any) -> Iterator[dist.ProcessGroup | None]:
+    """Sequences shared by so many ranks."""
+    group = dist.new_group(range(slices)) if slices > 1 else None
+    share_sequences(group, model.config)
+    try:
+        yield group
+    finally:
+        share_sequences(None, model.config)
+
+
+@contextmanager
+def _deepspeed(config: Config, model: Any) -> Iterator[None]:
+    """What DeepSpeed must not do in a rehearsal: ask other ranks for values, move tensors that are
+    in place, and leave a process group or a function of its own behind."""
+    if config.engine.name != "deepspeed":
+        yield
+        return
+    import_module("neftune_dist.engine.deepspeed")
+    zero = "deepspeed.runtime.zero.partitioned_param_coordinator"
+    with ExitStack() as stack:
+        stack.enter_context(patch(f"{zero}.assert_ints_same_as_other_ranks"))
+        stack.enter_context(patch("deepspeed.comm.comm.cdb", None))
+        stack.enter_context(patch("deepspeed.utils.groups._WORLD_GROUP", None))
+        # Stage 3 puts its own in this place, for good.
+        stack.enter_context(patch("torch.nn.functional.linear", torch.nn.functional.linear))
+        stack.enter_context(patch.dict(os.environ))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        if config.engine.zero_stage in (1, 2):
+            model._apply = lambda *_, **__: model
+        yield

@@ -1,0 +1,121 @@
+"""Which runs a study has, and running them: training, then its evaluation, each a process.
+
+Every run is `neftune-dist train` and `neftune-dist evaluate` as anyone would call them, so the same
+command continues a study that was stopped: `train` finds a finished run done, `evaluate` keeps what
+was measured with the same settings. Imports no torch: a batch script asks here for a run's words.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from subprocess import PIPE, Popen
+from types import FrameType
+
+from neftune_dist.config import Config
+from neftune_dist.system import children
+
+EXIT_STOPPED = 75
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
+def pairs(alphas: Sequence[float], seeds: Sequence[int]) -> list[tuple[float, int]]:
+    """Alpha and seed of each run, in the order of their numbers: a seed's runs stand together."""
+    return [(alpha, seed) for seed in seeds for alpha in alphas]
+
+
+def run_dir(folder: Path, alpha: float, seed: int) -> Path:
+    """Of one run of the study in `folder`."""
+    return folder / f"alpha_{plain(alpha)}_seed_{seed}"
+
+
+def run_words(settings: Sequence[str], folder: Path, alpha: float, seed: int) -> list[str]:
+    """What `train` is given after the configuration, for one run of the study in `folder`."""
+    place = f"run_dir={run_dir(folder, alpha, seed)}"
+    return [*settings, *noise_words(alpha), f"train.seed={seed}", place]
+
+
+def noise_words(alpha: float) -> list[str]:
+    """What sets alpha, whatever the configuration says of the noise."""
+    # noise.seed contradicts alpha 0; a configuration gives it for the other runs.
+    return [f"noise.alpha={plain(alpha)}", *([] if alpha else ["noise.seed=null"])]
+
+
+def evaluation_words(config: Config) -> list[str]:
+    """What `evaluate` is given after the run: the study's settings, whatever they were when the run
+    was trained."""
+    words = []
+    for section in ("evaluate", "judge"):
+        for key, value in asdict(getattr(config, section)).items():
+            words.append(f"{section}.{key}={'null' if value is None else value}")
+    return words
+
+
+def evaluation_folder(run: Path, step: int) -> Path:
+    """Where `evaluate` leaves what it found of a run at `step`."""
+    return run / "evaluations" / f"step_{step:08d}"
+
+
+def perform(
+    config_path: str | os.PathLike[str],
+    settings: Sequence[str],
+    config: Config,
+    folder: Path,
+    alpha: float,
+    seed: int,
+    num_ranks: int,
+) -> tuple[int, str]:
+    """Train one run and evaluate it, whatever of it is still to be done.
+
+    Returns:
+        exit code (75: stopped), and the last line of standard error.
+    """
+    launcher = ["-m", "neftune_dist.cluster.launch.torchrun", f"--nproc_per_node={num_ranks}"]
+    command = [sys.executable, *(launcher if num_ranks > 1 else []), "-m", "neftune_dist"]
+    words = run_words(settings, folder, alpha, seed)
+    code, last_line = execute([*command, "train", str(config_path), *words])
+    if code:
+        return code, last_line
+    place = run_dir(folder, alpha, seed)
+    return execute([*command, "evaluate", str(place), *evaluation_words(config)])
+
+
+def execute(command: Sequence[str]) -> tuple[int, str]:
+    """Run to the end, passing stop signals on as SIGTERM: exit code (75: stopped), last stderr."""
+    # In a session of its own the run hears of Ctrl-C from here alone, not from the terminal, too.
+    process = Popen(
+        command,
+        stderr=PIPE,
+        errors="replace",
+        start_new_session=True,
+        preexec_fn=children.ended_with_parent(),
+    )
+    stopped = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        stopped = True
+        process.terminate()
+
+    before = {number: signal.signal(number, stop) for number in _STOP_SIGNALS}
+    last_line, launcher_speaks = "", False
+    try:
+        for line in process.stderr or ():
+            print(line, end="", file=sys.stderr, flush=True)
+            # torchrun's own report of a failed rank comes after what the rank said.
+            launcher_speaks |= "torch/distributed/elastic/" in line
+            last_line = last_line if launcher_speaks else line.strip() or last_line
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return EXIT_STOPPED if stopped else code, last_line
+
+
+def plain(alpha: float) -> str:
+    """As in the names of run directories: 5, 2.5."""
+    return str(int(alpha)) if float(alpha).is_integer() else repr(alpha)

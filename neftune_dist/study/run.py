@@ -1,0 +1,166 @@
+"""The verb: run what is still to be run, judge, report.
+
+Refuses what cannot be studied before the first run, and runs that cannot be compared.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from neftune_dist.config import Config, UserError, load_config, user_path
+from neftune_dist.evaluation.judge import compare
+from neftune_dist.evaluation.win_rate import Judgement
+from neftune_dist.study import report
+from neftune_dist.study.grid import EXIT_STOPPED, noise_words, pairs, perform, plain, run_dir
+from neftune_dist.study.measures import Judged
+from neftune_dist.study.results import Run, alphas_of, check_comparable, read_run
+from neftune_dist.system import storage
+
+
+def study(
+    config_path: str | os.PathLike[str],
+    settings: Sequence[str],
+    *,
+    alphas: Sequence[float],
+    num_seeds: int,
+    num_ranks: int,
+    only: int | None = None,
+    report_only: bool = False,
+) -> int:
+    """Train and evaluate at each of `alphas` and `num_seeds` seeds from `train.seed` on; report.
+
+    The configuration's `run_dir` is the study's directory, and its `noise.alpha` is overridden.
+    `num_ranks` processes share a run, on this machine. The exit code: 0 done; 75 stopped, the same
+    command continues; else that of the run that failed.
+
+    Args:
+        only: the number of a run, from 0, which alone is made, without a report: a task of an
+            array.
+        report_only: no run is made; all must have been.
+
+    Raises:
+        UserError: what cannot be studied, before the first run; runs that cannot be compared.
+    """
+    configs = _checked(config_path, settings, alphas, num_seeds, num_ranks)
+    config = configs[0]
+    folder = user_path(config.run_dir, "run_dir")
+    seeds = range(config.train.seed, config.train.seed + num_seeds)
+    numbered = list(enumerate(pairs(alphas, seeds)))
+    if only is not None and not 0 <= only < len(numbered):
+        raise UserError(f"--only={only}: the runs of this study are 0 to {len(numbered) - 1}.")
+    if not report_only:
+        report.claim(folder)  # before hours of training
+    for number, (alpha, seed) in numbered:
+        if report_only or only not in (None, number):
+            continue
+        what = f"run {number + 1} of {len(numbered)} (alpha {plain(alpha)}, seed {seed})"
+        print(f"study: {what}", flush=True)
+        code, last = perform(config_path, settings, config, folder, alpha, seed, num_ranks)
+        if code:
+            fate = f"failed with exit code {code}: {last}"
+            fate = "stopped; the same command continues" if code == EXIT_STOPPED else fate
+            print(f"study: {what} {fate}", file=sys.stderr, flush=True)
+            return max(code, 1)  # a run that a signal ended has a code below 0
+    if only is not None:
+        return 0
+    runs = [read_run(run_dir(folder, alpha, seed), alpha, seed) for _, (alpha, seed) in numbered]
+    check_comparable(runs)
+    report.claim(folder)
+    with storage.hold(folder / ".lock", f"{folder} is being reported on by another study."):
+        _report(runs, config, folder)
+    return 0
+
+
+def _checked(
+    config_path: str | os.PathLike[str],
+    settings: Sequence[str],
+    alphas: Sequence[float],
+    num_seeds: int,
+    num_ranks: int,
+) -> list[Config]:
+    """The configuration at each alpha."""
+    if "RANK" in os.environ:
+        raise UserError("study starts its runs itself: call it without torchrun, with --ranks.")
+    if num_seeds < 1 or num_ranks < 1:
+        raise UserError(f"--seeds={num_seeds} and --ranks={num_ranks} must both be 1 or more.")
+    if not alphas or len(set(alphas)) < len(alphas):
+        raise UserError(f"--alphas={','.join(map(plain, alphas))}: the values must be distinct.")
+    configs = [load_config(config_path, [*settings, *noise_words(alpha)]) for alpha in alphas]
+    if not configs[0].data.holds_out:
+        raise UserError("data.num_held_out=0, but a study compares held-out losses: set it.")
+    return configs
+
+
+def _report(runs: Sequence[Run], config: Config, folder: Path) -> None:
+    notes = _missing(runs, config)
+    judged: Judged = {}
+    failure = None
+    try:
+        judged = _judged(runs, config, folder)
+    except UserError as error:  # what has been measured is reported all the same
+        failure = error
+        notes.append(f"Win rates: the judge was not to be had. {error}")
+    text = report.write(folder, runs, judged, notes)
+    where = f"{folder / 'report.md'} and report.html"
+    print(f"\n{text}\nstudy: done, the report is {where}", flush=True)
+    if failure:
+        raise failure
+
+
+def _judged(runs: Sequence[Run], config: Config, folder: Path) -> Judged:
+    """Answers of every other alpha compared with those of the least one at the same seed."""
+    base, *others = alphas_of(runs)
+    answers = {(run.alpha, run.seed): run.evaluation.answers for run in runs if run.evaluation}
+    chosen = [
+        (alpha, seed)
+        for alpha, seed in answers
+        if alpha in others and answers[alpha, seed] and answers.get((base, seed))
+    ]
+    if not _has_judge(config):
+        return {}
+    # An endpoint is asked for all in one go, so that the limits of cost and requests are the
+    # study's; the alpaca_eval package knows of one set of answers at a time.
+    groups = [[place] for place in chosen] if config.judge.annotator else [chosen] if chosen else []
+    judged: dict[tuple[float, int], Sequence[Judgement]] = {}
+    for group in groups:
+        place = folder / "judgements"
+        found = compare(
+            [answer for each in group for answer in answers[each]],
+            [answer for _, seed in group for answer in answers[base, seed]],
+            config.judge,
+            run_dir(place, *group[0]) if config.judge.annotator else place,
+            lambda line: print(line, flush=True),
+        )
+        first = 0
+        for each in group:
+            judged[each] = found[first : first + len(answers[each])]
+            first += len(answers[each])
+    return judged
+
+
+def _has_judge(config: Config) -> bool:
+    return bool(config.judge.url or config.judge.annotator)
+
+
+def _missing(runs: Sequence[Run], config: Config) -> list[str]:
+    """What the report has no section of, and why."""
+    without = [run.name for run in runs if not run.evaluation]
+    if without:
+        return [
+            f"Answers, tasks, losses by document: {', '.join(without)} had no evaluation, which "
+            "the same command without --report-only makes."
+        ]
+    summaries = [run.evaluation.summary for run in runs if run.evaluation]
+    notes = []
+    if not all((summary.get("losses") or {}).get("train_loss") for summary in summaries):
+        notes.append("Losses of training documents, noise off and on: `evaluate.train_documents`.")
+    if not all(summary.get("answers") for summary in summaries):
+        notes.append("Answers: `evaluate.instructions`.")
+    if not all(summary.get("tasks") for summary in summaries):
+        notes.append("Abilities kept: `evaluate.tasks` names none.")
+    if not _has_judge(config):
+        notes.append("Win rates: no judge is configured (`judge.url`), so no answers were judged.")
+    return notes

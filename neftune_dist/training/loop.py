@@ -1,0 +1,330 @@
+"""The training loop. It knows no engine, no file format and no rank.
+
+Law 3 stands here in one line: every micro-batch's loss sum is divided by the step's number of
+supervised tokens over all ranks, which the schedule knows beforehand. A step without a finite loss
+and gradient changes nothing but the cursor; too many of them in a row end the run.
+
+One thing depends on the layout: a model's own dropout draws by step and rank. With it, another
+number of ranks, another packing or other micro-batches drop other activations, and so train
+something else; a resume under the same layout is exact.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+
+from neftune_dist.checkpoint.saver import Saver
+from neftune_dist.config import Config, EvaluateConfig, NoiseConfig
+from neftune_dist.data.loader import Loader, MicroBatch, StepBatch
+from neftune_dist.distributed.outcome import Final
+from neftune_dist.distributed.straggler import Stragglers
+from neftune_dist.distributed.watchdog import Watchdog
+from neftune_dist.distributed.world import Stopped, World
+from neftune_dist.engine.base import Engine
+from neftune_dist.model.flops import ModelSize, peak_flops
+from neftune_dist.model.optimizations import num_compiled_graphs
+from neftune_dist.noise.hook import NEFTuneHandle
+from neftune_dist.noise.law import TokenLayout, expected_norm
+from neftune_dist.optim import learning_rate
+from neftune_dist.optim.schedule import Schedule
+from neftune_dist.training.held_out import HeldOut
+from neftune_dist.training.metrics import Recorder, memory_gib
+
+
+class Diverged(Final):
+    """Too many steps in a row had no finite loss or gradient. What was learned before is saved;
+    the same run from there would end in the same way."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come; saved with every checkpoint."""
+
+    step: int = 0  # steps made, skipped ones counted; also the data cursor
+    num_tokens: int = 0
+    num_supervised_tokens: int = 0
+    num_skipped_steps: int = 0  # without an update, for want of a finite loss and gradient
+    num_skipped_in_a_row: int = 0  # of those, the last ones
+
+    @property
+    def num_updates(self) -> int:
+        """What Adam counts."""
+        return self.step - self.num_skipped_steps
+
+    def after(self, batch: StepBatch, updated: bool) -> Progress:
+        """One step further, with or without an update."""
+        return Progress(
+            self.step + 1,
+            self.num_tokens + batch.num_tokens,
+            self.num_supervised_tokens + batch.num_supervised_tokens,
+            self.num_skipped_steps + (not updated),
+            0 if updated else self.num_skipped_in_a_row + 1,
+        )
+
+
+@dataclass
+class Trainer:
+    """All that a run needs, and the loop over it."""
+
+    config: Config
+    world: World
+    engine: Engine
+    noise: NEFTuneHandle
+    loader: Loader
+    recorder: Recorder
+    size: ModelSize
+    held_out: HeldOut | None
+    saver: Saver
+    watchdog: Watchdog
+    stragglers: Stragglers
+    trainer_state: Callable[[Progress], dict[str, Any]]  # what a checkpoint holds beside tensors
+    stop_requested: Callable[[], bool]
+    progress: Progress
+    evaluation_due: bool  # before the first step: at the start, or where a stop cut it short
+
+    def __post_init__(self) -> None:
+        self.saved_step = self.progress.step  # of the newest checkpoint; 0: there is none
+        self.last_update = self.progress  # as it was after the newest update
+        self.wait_seconds = 0.0  # of this rank, for the batch under way
+        self.waited_seconds = self.step_seconds = 0.0  # of all steps, the slowest rank's
+
+    def run(self) -> bool:
+        """Train to the schedule's end; False where a stop was asked for and saved instead.
+
+        Raises:
+            Stopped: it was asked for before the first step.
+            Diverged: more than `train.max_skipped_steps` in a row were skipped.
+        """
+        num_steps, save_every = self.loader.schedule.num_steps, self.config.checkpoint.every_steps
+        if self.evaluation_due and not self.evaluate():
+            raise Stopped
+        if save_every:
+            self.saver.prepare(self.engine)
+        evaluated = True
+        for batch in self.batches():
+            stopping = self.train_step(batch, num_steps)
+            if self.progress.num_skipped_in_a_row > self.config.train.max_skipped_steps:
+                self.give_up()
+            step, last = self.progress.step, self.progress.step == num_steps
+            if evaluation_due(self.config.evaluate, step, num_steps):
+                evaluated = self.evaluate()
+            stopping = stopping or not evaluated
+            if last or stopping or (save_every and step % save_every == 0):
+                self.save(self.progress)
+                stopping = stopping or self.world.any(self.stop_requested())  # it may take minutes
+            if stopping:
+                break
+        self.watchdog.at(self.progress.step, "saving", limited=False)
+        self.saver.wait()
+        share = self.waited_seconds / max(self.waited_seconds + self.step_seconds, 1e-9)
+        self.world.log(f"data: training waited for its batches {share:.2%} of the time")
+        return self.progress.step == num_steps and evaluated
+
+    def batches(self) -> Iterator[StepBatch]:
+        """The loader's steps from here on, each waited for under watch."""
+        steps = self.loader.steps(self.progress.step)
+        while True:
+            self.watchdog.at(self.progress.step + 1, "waiting for data")
+            began = time.perf_counter()
+            batch = next(steps, None)
+            if batch is None:
+                return
+            self.wait_seconds = time.perf_counter() - began
+            self.stragglers.waited(self.wait_seconds)
+            yield batch
+
+    def train_step(self, batch: StepBatch, num_steps: int) -> bool:
+        """One update. True where any rank was asked to stop."""
+        began = time.perf_counter()
+        noise = self.config.noise
+        alpha = noise_alpha(noise, batch.step, num_steps)
+        self.noise.step, self.noise.alpha = batch.step, alpha
+        # A model's own dropout draws from torch's generator: from here on what it draws is a
+        # function of the step, so that a resumed run drops what the uninterrupted one does.
+        torch.manual_seed(dropout_seed(self.config.train.seed, batch.step, self.world.rank))
+        passes = num_passes(noise)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        forwards = [each for each in batch.micro_batches for _ in range(passes)]
+        for i, micro_batch in enumerate(forwards):
+            self.watchdog.at(batch.step + 1, f"forward and backward {i + 1} of {len(forwards)}")
+            micro_batch = micro_batch.to(self.world.device)
+            self.noise.describe(token_layout(micro_batch))
+            loss = self.engine.forward(micro_batch) / passes
+            # Exactly 1, but NaN where the loss is not finite: an infinite loss may have a finite
+            # gradient, and the gradient's norm alone shall tell whether the step counts.
+            one = 1 + 0 * loss.detach()
+            share = loss * one / batch.num_supervised_tokens
+            self.engine.backward(share, i == len(forwards) - 1)
+            loss_sum += loss.detach()
+        self.watchdog.at(batch.step + 1, "updating")
+        rate = learning_rate(self.config.optim, batch.step, num_steps)
+        grad_norm = self.engine.step(rate)
+        if noise.alpha and self.noise.num_fired != len(forwards):
+            raise RuntimeError(
+                f"Step {batch.step + 1}: the noise was added in {self.noise.num_fired} of "
+                f"{len(forwards)} forward passes; the model bypasses its input embedding. Nothing "
+                "was saved of this step."
+            )
+        self.watchdog.at(batch.step + 1, "gathering results")
+        parts = self.world.gather(
+            [
+                float(loss_sum),
+                *map(float, self.noise.take_noise_norms()),
+                float(self.stop_requested()),
+                float(self.saver.failed),
+                memory_gib(self.world.device),
+                self.wait_seconds,
+                *self.stragglers.measure(batch.step),
+            ]
+        )
+        self.stragglers.compare([p[7:] for p in parts])
+        total_loss, total_norm, noised, stop, failed = (sum(p[i] for p in parts) for i in range(5))
+        if failed:
+            self.saver.wait()  # raises on all ranks
+        loss_mean = total_loss / batch.num_supervised_tokens
+        updated = math.isfinite(grad_norm)
+        self.progress = self.progress.after(batch, updated)
+        if updated:
+            self.last_update = self.progress
+        else:
+            self.warn_of_skip(batch, loss_mean, grad_norm)
+        wait_seconds, step_seconds = max(p[6] for p in parts), time.perf_counter() - began
+        self.waited_seconds += wait_seconds
+        self.step_seconds += step_seconds
+        self.recorder.step(
+            {
+                "step": self.progress.step,
+                "loss": loss_mean,
+                "learning_rate": rate,
+                "grad_norm": grad_norm,
+                "num_documents": batch.num_documents,
+                "num_tokens": batch.num_tokens,
+                "num_supervised_tokens": batch.num_supervised_tokens,
+                "padding_fraction": 1 - batch.num_tokens / batch.num_computed_tokens,
+                "noise_norm": total_norm / noised if noised else 0.0,
+                "noise_law": expected_norm(alpha, noise.distribution),
+                "num_skipped_steps": self.progress.num_skipped_steps,
+                "num_compiled_graphs": num_compiled_graphs(),
+                **self.speed(batch, step_seconds),
+                "data_wait_seconds": wait_seconds,
+                "memory_gib": max(p[5] for p in parts),
+                "world_size": self.world.size,
+            }
+        )
+        return stop > 0
+
+    def warn_of_skip(self, batch: StepBatch, loss: float, grad_norm: float) -> None:
+        """Say which step changed nothing, and which documents were in it."""
+        documents, _ = self.loader.schedule.documents(batch.step)
+        self.world.log(
+            f"warning: step {batch.step + 1} was skipped, no weight has changed: loss {loss}, "
+            f"gradient norm {grad_norm}; its documents, as the training set counts them from 0: "
+            f"{', '.join(map(str, sorted(documents.tolist())))}"
+        )
+
+    def speed(self, batch: StepBatch, seconds: float) -> dict[str, Any]:
+        """Step time (seconds), real tokens per second over all ranks, and MFU by both conventions
+        of `flops`, where the device's peak is known."""
+        flops = self.size.training_flops(batch.num_tokens, batch.sum_squared_lengths)
+        six_n = self.size.six_n_flops(batch.num_tokens)
+        on_gpu = self.world.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.world.device) if on_gpu else None
+        peak = peak_flops(name, self.config.model.dtype)
+        passes = num_passes(self.config.noise)
+        could = seconds * peak * self.world.size / passes if peak else None
+        return {
+            "step_seconds": seconds,
+            "tokens_per_second": batch.num_tokens / seconds,
+            "mfu": flops / could if could else None,
+            "mfu_6n": six_n / could if could else None,
+        }
+
+    def evaluate(self) -> bool:
+        """Held-out loss now, noise off, where documents are held out. False, and no record, where
+        a stop was asked for meanwhile."""
+        if self.held_out is None:
+            return True
+        # Asked before every batch, which so has a limit of its own.
+        result = self.held_out.evaluate(self.engine, self.evaluating)
+        if result is None:
+            return False
+        self.recorder.evaluation({"step": self.progress.step, **result})
+        return True
+
+    def evaluating(self) -> bool:
+        """Whether this rank was asked to stop; says that the evaluation gets on."""
+        self.watchdog.at(self.progress.step, "evaluating")
+        return self.stop_requested()
+
+    def save(self, progress: Progress) -> None:
+        """A checkpoint of the engine's state, which `progress` led to."""
+        # Saving has a limit of its own, checkpoint.timeout_minutes.
+        self.watchdog.at(self.progress.step, "saving", limited=False)
+        self.saver.save(progress.step, self.engine, self.trainer_state(progress))
+        self.saved_step = progress.step
+        seconds = self.saver.seconds_waited
+        self.world.log(f"checkpoint: step {self.saved_step}; training stood still {seconds:.2f} s")
+
+    def give_up(self) -> NoReturn:
+        """End a run that no longer learns. The steps skipped last belong to no checkpoint made
+        here: with what mends them, they are made again."""
+        if self.last_update.step > self.saved_step:
+            self.save(self.last_update)
+        self.saver.wait()
+        step, skipped = self.progress.step, self.progress.num_skipped_in_a_row
+        first, most = step - skipped + 1, self.config.train.max_skipped_steps
+        kept = (
+            f"The checkpoint of step {self.saved_step} holds all that was learned before"
+            if self.saved_step
+            else "Nothing had been learned before"
+        )
+        raise Diverged(
+            f"Steps {first} to {step} had no finite loss and gradient and were skipped: more in a "
+            f"row than train.max_skipped_steps={most}. {kept}; lower optim.learning_rate, with "
+            "checkpoint.accept_changes=optim.learning_rate, or look at the data of these steps."
+        )
+
+
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """What torch's generators begin with at a step, below 2^63: another on every rank."""
+    return random.Random(f"{seed}/{step}/{rank}").getrandbits(63)
+
+
+def evaluation_due(config: EvaluateConfig, step: int, num_steps: int) -> bool:
+    """Whether held-out documents are evaluated after `step`, which is 0 at a run's start."""
+    every = config.every_steps
+    return step in (0, num_steps) or (every > 0 and step < num_steps and step % every == 0)
+
+
+def noise_alpha(noise: NoiseConfig, step: int, num_steps: int) -> float:
+    """The strength of the noise at step 0 <= step < num_steps."""
+    schedule = Schedule(noise.alpha, noise.schedule, noise.warmup_steps, noise.final_fraction)
+    return schedule.value(step, num_steps)
+
+
+def num_passes(noise: NoiseConfig) -> int:
+    """Forward passes of each micro-batch: SymNoise has it twice, under opposite noise."""
+    return 2 if noise.alpha and noise.distribution == "symmetric" else 1
+
+
+def token_layout(batch: MicroBatch) -> TokenLayout:
+    """What the noise must know of a micro-batch's tokens. Nothing here waits for the device."""
+    if len(batch.documents) == 0:  # an empty micro-batch: its tokens are padding
+        return TokenLayout.padding(batch.input_ids.numel(), batch.input_ids.device)
+    own, segment = len(batch.segment), batch.segment
+    first = batch.part[0] * own  # of a slice, within the whole
+    return TokenLayout(
+        token=torch.arange(first, first + own, device=segment.device),
+        length=batch.token_length,
+        position=batch.position_ids.flatten(),
+        segment=segment,
+        document=batch.documents[segment],
+        epoch=batch.epochs[segment],
+    )

@@ -1,0 +1,188 @@
+"""What a run leaves to look at: metrics.jsonl, evaluations.jsonl, trackers, a progress bar.
+
+Owns these files, on rank 0 alone. A resumed run first drops what lies beyond its checkpoint, so
+that the files read as if the run had never stopped. A number that is not finite is written as null,
+which JSON has a word for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from neftune_dist.config import LoggingConfig, UserError
+from neftune_dist.distributed.outcome import removed
+from neftune_dist.system import storage
+from neftune_dist.system.records import EVALUATIONS, STEPS, Records, read_records
+from neftune_dist.training.trackers import Trackers
+
+
+class Recorder:
+    """Records steps and evaluations. With `active` False (other ranks) it does nothing.
+
+    Args:
+        first_step: after which the run goes on; 0 at its start.
+        expected: of the two files, those in which this run has recorded something up to there.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: LoggingConfig,
+        facts: Mapping[str, Any],
+        first_step: int,
+        num_steps: int,
+        active: bool,
+        expected: Collection[str] = (),
+    ) -> None:
+        self.active = active
+        if not active:
+            return
+        try:
+            # A run from the start evaluates at step 0 again, a resumed one does not.
+            _keep_until(run_dir, first_step if first_step else -1, expected)
+            self._files = {n: (run_dir / n).open("a") for n in (STEPS, EVALUATIONS)}
+            self._trackers = Trackers(run_dir, config, facts, first_step)
+        except OSError as error:
+            where = error.filename or f"run_dir={run_dir}"
+            raise UserError(f"{where} cannot be written: {error.strerror or error}.") from error
+        # Without a terminal a bar would be one endless line; plain lines are written instead.
+        self._plain = config.progress and not sys.stderr.isatty()
+        self._bar = (
+            tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True)
+            if config.progress and not self._plain
+            else None
+        )
+        self._num_steps = num_steps
+        self._run_dir = run_dir
+        self._num_lost = 0
+        self._seconds = 0.0
+        self._recorded = 0
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """One optimizer step, under the names of the design."""
+        if not self.active:
+            return
+        self._write(STEPS, record, "train")
+        self._seconds += record["step_seconds"]
+        self._recorded += 1
+        if self._bar is not None:
+            self._bar.set_postfix_str(
+                f"loss {record['loss']:.4f}, {record['tokens_per_second']:.0f} tokens/s"
+            )
+            self._bar.update()
+        elif self._plain:
+            left = (self._num_steps - record["step"]) * self._seconds / self._recorded
+            print(
+                f"step {record['step']}/{self._num_steps}  loss {record['loss']:.4f}  "
+                f"grad_norm {record['grad_norm']:.3f}  noise_norm {record['noise_norm']:.4f}  "
+                f"{record['tokens_per_second']:.0f} tokens/s  {_duration(left)} left",
+                flush=True,
+            )
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """One evaluation: `step` and its results."""
+        if not self.active:
+            return
+        self._write(EVALUATIONS, record, "evaluate")
+        line = f"step {record['step']}: held-out loss {record['held_out_loss']:.4f} (noise off)"
+        if self._bar is not None:
+            self._bar.write(line)
+        else:
+            print(line, flush=True)
+
+    def close(self, failed: bool = False) -> None:
+        """Flush everything, as the run has failed or is over. Raises `UserError` where records
+        could not be written."""
+        if not self.active:
+            return
+        for file in self._files.values():
+            with suppress(OSError):  # counted when it was written
+                file.close()
+        self._trackers.close(failed)
+        if self._bar is not None:
+            self._bar.close()
+        if self._num_lost:
+            raise UserError(f"{self._num_lost} records could not be written to {self._run_dir}.")
+
+    def _write(self, name: str, record: Mapping[str, Any], prefix: str) -> None:
+        record = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        try:
+            if not os.fstat(self._files[name].fileno()).st_nlink:
+                self._reopen(name)
+            self._files[name].write(json.dumps(record) + "\n")
+            self._files[name].flush()
+        except OSError as error:
+            # A full disk must not end the training on one rank: the next save tells all of them.
+            if not self._num_lost:
+                print(f"warning: {self._run_dir / name}: {error.strerror}", file=sys.stderr)
+            self._num_lost += 1
+        self._trackers.record(prefix, record)
+
+    def _reopen(self, name: str) -> None:
+        """Begin a file again that somebody has removed; without its directory, the run ends."""
+        self._files[name].close()
+        try:
+            self._files[name] = (self._run_dir / name).open("a")
+        except FileNotFoundError as error:
+            raise removed(self._run_dir) from error
+        print(f"warning: {self._run_dir / name} was removed; it begins again", file=sys.stderr)
+
+
+def is_evaluated(run_dir: Path, step: int) -> bool:
+    """Whether the evaluation after `step` has been recorded; False where the records cannot be
+    read."""
+    try:
+        rows = read_records(run_dir / EVALUATIONS, ("held_out_loss",)).rows
+    except OSError:
+        return False
+    return any(row["step"] == step for row in rows)
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory so far: allocated on a GPU, resident on the host for a CPU run."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+
+
+def _keep_until(run_dir: Path, step: int, expected: Collection[str]) -> None:
+    """Keep the records of steps up to `step`, one a step, and say how many of them are lost."""
+    began_here = False  # unlike a run that began from another one's checkpoint
+    for name in (STEPS, EVALUATIONS):
+        path = run_dir / name
+        exists = path.exists()
+        found = read_records(path) if exists else Records([], 0)
+        kept = [row for row in found.rows if row["step"] <= step]
+        missing = found.num_missing(step) if name == STEPS else 0
+        # Step 0 is evaluated: a run that began here has a record of it.
+        certain = name == STEPS or began_here or not exists
+        lost: int | str = max(found.num_lost, missing)
+        if not kept and certain and name in expected:
+            lost = "all"
+        if lost:
+            print(f"warning: {path} is damaged: {lost} of its records are lost", file=sys.stderr)
+        began_here = bool(kept) and kept[0]["step"] == 1
+        if exists:
+            storage.write(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

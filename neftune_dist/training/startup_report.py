@@ -1,0 +1,110 @@
+"""What a run says of itself before its first step, and what is recorded of where it runs."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from neftune_dist import __version__
+from neftune_dist.config import Config
+from neftune_dist.data.dataset import Corpus
+from neftune_dist.data.loader import Loader
+from neftune_dist.data.sampler import Schedule
+from neftune_dist.distributed.world import World
+from neftune_dist.engine.base import Engine
+from neftune_dist.model.attention import VARLEN, implementation
+from neftune_dist.model.optimizations import drops
+from neftune_dist.model.varlen import varlen_kernel
+
+
+def data_lines(corpus: Corpus, schedule: Schedule, loader: Loader) -> list[str]:
+    """What became of the rows, and the steps that are made of them."""
+    lines = list(corpus.report.lines())
+    if corpus.chat_template is None:
+        lines.append(
+            "warning: data.template cannot be written as a chat template for this tokenizer; "
+            "exports will have none"
+        )
+    first = loader.step(0)
+    epoch, batch = schedule.steps_per_epoch, schedule.global_batch_size
+    left = schedule.num_documents % batch
+    ends = f", the last of them of {left} documents" if left else ""
+    padding = 1 - first.num_tokens / first.num_computed_tokens
+    lines.append(
+        f"data: {schedule.num_steps} steps of {batch} documents, {epoch} steps an epoch{ends}; "
+        f"step 1: {len(first.micro_batches)} micro-batches a rank, {padding:.1%} padding"
+    )
+    return lines
+
+
+def compute_line(engine: Engine, config: Config, windowed: bool) -> str:
+    """What the model's layers compute by, with what `auto` has come to; `windowed` as
+    `varlen_kernel` takes it."""
+    model = config.model
+    attention = implementation(model.attention, config.data.packing)
+    if attention == VARLEN:
+        attention = varlen_kernel(engine.device, model.dtype, windowed)
+    parts = [
+        f"attention {attention}",
+        f"loss {engine.loss}",
+        f"activation checkpointing {model.activation_checkpointing}",
+        f"blocks {'compiled' if model.compile else 'not compiled'}",
+    ]
+    if model.kernels != "torch":
+        parts.append(f"{model.kernels} kernels")
+    if model.float8 != "none":
+        emulated = "" if engine.device.type == "cuda" else ", emulated: its rounding, not its speed"
+        parts.append(f"float8 {model.float8}{emulated}")
+    return f"compute: {', '.join(parts)}"
+
+
+def dropout_lines(model: Any) -> list[str]:
+    """Of a model with dropout, what that does to the laws."""
+    if not drops(model):
+        return []
+    return [
+        "dropout: the model's own draws by step and rank, so that another layout (ranks, packing, "
+        "micro-batches) trains something else; a resume under the same layout is exact"
+    ]
+
+
+def noise_lines(config: Config) -> list[str]:
+    """The noise of all its steps."""
+    noise = config.noise
+    if not noise.alpha:
+        return ["noise: off"]
+    lines = [
+        f"noise: alpha {noise.alpha} ({noise.schedule}), {noise.distribution}, "
+        f"{noise.stream} stream, seed {config.noise_seed}"
+    ]
+    if noise.length == "padded":
+        lines.append(
+            "noise: scaled by the length of the padded or packed row, padding noised too, as the "
+            "widely copied hook does: not the paper's noise, for comparison alone"
+        )
+    return lines
+
+
+def environment(world: World) -> dict[str, Any]:
+    """Where a run runs, recorded with it."""
+    on_gpu = world.device.type == "cuda"
+    return {
+        **versions(),
+        "host": platform.node(),
+        "device": torch.cuda.get_device_name(world.device) if on_gpu else platform.machine(),
+        "world_size": world.size,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide what a run computes."""
+    packages = ("torch", "transformers", "deepspeed", "datasets")
+    return {
+        "neftune_dist": __version__,
+        "python": platform.python_version(),
+        "cuda": str(torch.version.cuda),
+        **{name: version(name) for name in packages},
+    }

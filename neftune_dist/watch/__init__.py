@@ -1,1 +1,0 @@
-"""Watching a run: hangs, and ranks that are slower than the others."""

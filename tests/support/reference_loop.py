@@ -1,0 +1,65 @@
+"""The loop that every layout and engine is compared with: one process, documents one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+
+from neftune_dist import NEFTune
+from neftune_dist.config import Config
+from neftune_dist.data.dataset import prepare
+from neftune_dist.data.sampler import make_schedule
+from neftune_dist.noise.law import TokenLayout
+from neftune_dist.optim import learning_rate
+
+
+def train(model: Any, config: Config, skipped: Sequence[int] = ()) -> list[dict[str, Any]]:
+    """Train what of the model wants a gradient as `config` says, in float32, with the noise of the
+    sample stream; the steps' records. At the `skipped` steps it makes no update."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.name_or_path)
+    corpus = prepare(config.data, tokenizer)
+    schedule = make_schedule(config.train, len(corpus.train), corpus.content)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        [
+            {
+                "params": [p for p in trained if p.dim() >= 2],
+                "weight_decay": config.optim.weight_decay,
+            },
+            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        eps=config.optim.epsilon,
+    )
+    records = []
+    law = NEFTune(config.noise.alpha, seed=config.noise_seed, stream="sample")
+    with law.attach(model.train()) as noise:
+        for step in range(schedule.num_steps):
+            indices, epochs = schedule.documents(step)
+            number, total = int(corpus.train.num_supervised[indices].sum()), 0.0
+            for index, epoch in zip(indices.tolist(), epochs.tolist(), strict=True):
+                tokens, supervised = corpus.train[index]
+                ids = torch.from_numpy(tokens.astype("int64"))
+                learned = torch.from_numpy(supervised.astype(bool))[1:]
+                noise.describe(
+                    TokenLayout.from_lengths(
+                        torch.tensor([len(ids)]),
+                        documents=torch.tensor([index]),
+                        epochs=torch.tensor([epoch]),
+                    )
+                )
+                logits = model(input_ids=ids[None]).logits[0, :-1]
+                loss = F.cross_entropy(logits[learned], ids[1:][learned], reduction="sum")
+                (loss / number).backward()
+                total += float(loss.detach())
+            norm = torch.nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config.optim, step, schedule.num_steps)
+            if step + 1 not in skipped:
+                optimizer.step()
+            optimizer.zero_grad()
+            records.append({"step": step + 1, "loss": total / number, "grad_norm": float(norm)})
+    return records

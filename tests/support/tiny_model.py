@@ -1,0 +1,270 @@
+"""A tiny model, tokenizer and rows, made on the spot; and runs of the command line on them."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import multiprocessing.context
+import multiprocessing.forkserver
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import unittest.mock
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+import transformers
+
+from neftune_dist.data import builtin
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+# What a step's record holds that is no property of the training.
+TIMINGS = (
+    "step_seconds",
+    "data_wait_seconds",
+    "tokens_per_second",
+    "mfu",
+    "mfu_6n",
+    "memory_gib",
+    "num_compiled_graphs",
+)
+DEADLINE_SECONDS = 240
+
+
+def make_tokenizer(folder: Path) -> Any:
+    """A byte-level BPE of about 600 tokens with a chat template; pad equals eos."""
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
+        [row["instruction"] + row["output"] for row in builtin.rows()[:500]],
+        vocab_size=600,
+        special_tokens=["<s>", "</s>"],
+        show_progress=False,
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def make_model(folder: Path, *, tied: bool = True, seed: int = 0, intermediate: int = 112) -> Path:
+    """A two-layer Llama with grouped queries, saved in float32 with its tokenizer."""
+    tokenizer = make_tokenizer(folder)
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer) + 3,  # odd, so that shards are uneven
+        hidden_size=64,
+        intermediate_size=intermediate,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=0,
+        eos_token_id=1,
+        tie_word_embeddings=tied,
+        initializer_range=0.1,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def make_rows(path: Path, number: int = 80) -> Path:
+    """Rows of very different length, so that layouts differ."""
+    rows = [
+        {
+            "instruction": f"Count from {i} upwards.",
+            "input": "",
+            "output": " ".join(str(i + k) for k in range(1 + (7 * i) % 23)),
+        }
+        for i in range(number)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def make_config(folder: Path, **sections: dict[str, Any]) -> Path:
+    """A model, rows and a configuration file in `folder`; the sections override its own."""
+    base: dict[str, dict[str, Any]] = {
+        "model": {"name_or_path": str(make_model(folder / "model")), "dtype": "fp32"},
+        "data": {
+            "source": str(make_rows(folder / "rows.jsonl")),
+            "max_length": 96,
+            "num_held_out": 8,
+            "cache_dir": str(folder / "cache"),
+        },
+        "noise": {"alpha": 5.0, "stream": "sample"},
+        "optim": {"learning_rate": 1e-3, "warmup_steps": 2, "weight_decay": 0.01},
+        "train": {"global_batch_size": 10, "micro_batch_tokens": 256, "max_steps": 10},
+        "logging": {"progress": False},
+    }
+    for name, section in sections.items():
+        base[name] = {**base.get(name, {}), **section}
+    path = folder / "config.yaml"
+    path.write_text(json.dumps(base))
+    return path
+
+
+def command(verb: str, *words: object, ranks: int = 1) -> list[str]:
+    """The command line of a verb, under torchrun for several ranks."""
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        if ranks > 1
+        else []
+    )
+    return [sys.executable, *launcher, "-m", "neftune_dist", verb, *map(str, words)]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """One thread a process, no GPU, no hub."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        **extra,
+    }
+
+
+def run(
+    verb: str, *words: object, ranks: int = 1, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a verb to its end through its real launcher, with further environment variables; a hang
+    is a failure."""
+    return subprocess.run(
+        command(verb, *words, ranks=ranks),
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_SECONDS,
+    )
+
+
+def run_forked(
+    verb: str,
+    *words: object,
+    ranks: int = 1,
+    before: Callable[[], None] | None = None,
+    grace_seconds: float = 30,
+) -> subprocess.CompletedProcess[str]:
+    """As `run`, in processes forked from one that has imported everything: seconds less.
+
+    Like a launcher, it ends all ranks when the first one fails; unlike torchrun, it gives that
+    rank's own exit code.
+
+    Args:
+        before: called in each rank first; it must pickle.
+        grace_seconds: given to the other ranks to end by themselves when one has failed.
+    """
+    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        files = [Path(folder) / name for name in ("out", "err")]
+        processes = []
+        for rank in range(ranks):
+            own = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": ranks,
+                "LOCAL_WORLD_SIZE": ranks,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            variables = {key: str(value) for key, value in own.items()} if ranks > 1 else {}
+            process = _forkserver().Process(
+                target=_rank, args=(variables, [verb, *map(str, words)], *files, before)
+            )
+            process.start()
+            processes.append(process)
+        code, deadline = 0, time.monotonic() + DEADLINE_SECONDS
+        while any(process.is_alive() for process in processes):
+            failed = [process.exitcode for process in processes if process.exitcode]
+            if failed or time.monotonic() > deadline:
+                code = code or (failed[0] if failed else -1)
+                for process in processes:
+                    process.join(0.2)
+                    process.terminate()
+                    process.join(grace_seconds)
+                    process.kill()
+            time.sleep(0.01)
+        code = code or next((p.exitcode for p in processes if p.exitcode), 0)
+        assert code != -1, "the ranks hang"
+        out, err = (file.read_text() for file in files)
+        return subprocess.CompletedProcess([verb, *map(str, words)], code, out, err)
+
+
+@cache
+def _forkserver() -> multiprocessing.context.ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        [
+            f"neftune_dist.{name}"
+            for name in ("training.train", "engine.fsdp2", "engine.deepspeed", "cli")
+        ]
+    )
+    with unittest.mock.patch.dict(os.environ, environment()):
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def _rank(
+    variables: dict[str, str],
+    words: list[str],
+    out: Path,
+    err: Path,
+    before: Callable[[], None] | None = None,
+) -> None:
+    for stream, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
+    os.environ.update(variables)
+    from neftune_dist.cli import main
+
+    if before is not None:
+        before()
+    main(words)
+
+
+def train(config: Path, run_dir: Path, *words: str, ranks: int = 1) -> list[dict[str, Any]]:
+    """Train to the end; the steps' records."""
+    done = run_forked("train", config, f"run_dir={run_dir}", *words, ranks=ranks)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return steps(run_dir)
+
+
+def steps(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl so far, whole lines only."""
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
+
+
+def untimed(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records less what no two runs share."""
+    return [{k: v for k, v in record.items() if k not in TIMINGS} for record in records]
+
+
+def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, flat, read without a process group."""
+    from neftune_dist.checkpoint import flat
+    from neftune_dist.engine.base import FlatShard
+
+    shards, reader = [], flat.Reader(folder, alone=True)
+    for key, numel in reader.tensors.items():
+        kind, _, name = key.partition("/")
+        shards.append(FlatShard(kind, name, 0, torch.empty(numel), numel))
+    reader.read(shards)
+    return {shard.key: shard.tensor for shard in shards}
