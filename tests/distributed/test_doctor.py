@@ -136,9 +136,7 @@ def test_under_torchrun_what_is_wrong_ends_all_ranks_alike(tmp_path: Path) -> No
     done = tiny_model.run("doctor", "--run-dir", tmp_path / "file" / "runs", ranks=2)
     assert done.returncode != 0
     assert [row.check for row in wrong(table(done.stdout))] == ["run directory"]
-    assert (
-        "neftune_dist/cluster/doctor" not in done.stderr
-    )  # no traceback of ours in torchrun's report
+    assert "neftune_dist/cluster/doctor" not in done.stderr  # torchrun reports no traceback
     assert "exitcode  : 2" in done.stderr
 
 

@@ -16,7 +16,7 @@ from neftune_dist.data.formats import Conversation, Turn, to_conversation
 from neftune_dist.data.sources import BadRow
 from neftune_dist.data.spans import SPEAKERS
 from tests.support.chat_families import ANSWERS, FAMILIES, QUESTIONS, SYSTEM, ChatFamily
-from tests.unit.test_template import conversation, decode, document, learned, make, with_template
+from tests.unit.test_tokenize import conversation, decode, document, learned, make, with_template
 
 ROWS = 12
 # Tokenizers, and the families whose own are of that kind.
