@@ -73,7 +73,7 @@ def export(
     _refuse_place(place, run_dir, state)
     marked_folder.refuse_other(place, MARK, thorough=False)
     if flaw := checkpoint.first_flaw():  # which reads all of it
-        raise store.damage(checkpoint, flaw)
+        raise store.damage_error(checkpoint, flaw)
     with storage.writing(str(output)), marked_folder.replaced(place, MARK) as folder:
         for file in files_within(run_dir / MODEL_FOLDER):
             shutil.copyfile(file, folder / file.name)

@@ -75,7 +75,7 @@ def _unreadable(checkpoint: store.Checkpoint) -> str | None:
 
 
 def _others(run_dir: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
-    damaged = [(folder, f"damaged: {flaw}") for folder, flaw in store.damaged(run_dir)]
+    damaged = [(folder, f"damaged: {flaw}") for folder, flaw in store.damaged_folders(run_dir)]
     left = [
         (folder, "unfinished; the next save sweeps it away") for folder in store.leftovers(run_dir)
     ]

@@ -103,7 +103,7 @@ def _reading(folder: Path) -> Iterator[None]:
     except UserError as error:
         if folder.is_dir():
             raise
-        raise store.damage(store.Checkpoint(folder, 0), "") from error
+        raise store.damage_error(store.Checkpoint(folder, 0), "") from error
 
 
 def adapter_of(state: Mapping[str, Any]) -> AdapterConfig:

@@ -75,7 +75,7 @@ def _candidates(run_dir: Path, config: Config, world: World) -> list[Path]:
     resume = config.checkpoint.resume
     found = [checkpoint.folder for checkpoint in store.find_all(run_dir)]
     if resume == "auto":
-        damaged = store.damaged(run_dir)
+        damaged = store.damaged_folders(run_dir)
         for folder, flaw in damaged:
             world.log(f"warning: {folder} is damaged and is passed over: {flaw}")
         if damaged and not found:

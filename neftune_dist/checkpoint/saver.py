@@ -38,7 +38,7 @@ class Saver:
     def __init__(self, run_dir: Path, settings: CheckpointConfig, world: World) -> None:
         self._run_dir, self._settings = run_dir, settings
         timeout = timedelta(minutes=settings.timeout_minutes)
-        self._world, self._aside = world, world.aside(timeout.total_seconds())
+        self._world, self._thread_world = world, world.for_thread(timeout.total_seconds())
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._copy: HostCopy | None = None  # where saves are asynchronous
         self._asynchronous: bool | None = None  # not yet decided
@@ -52,7 +52,7 @@ class Saver:
         if self._asynchronous is None:
             self._asynchronous = self._decide(engine.flat_state())
             if self._asynchronous:
-                shards = engine.flat_state() if engine.saves else []
+                shards = engine.flat_state() if engine.is_saving_replica else []
                 self._copy = HostCopy(shards, self._world.device)
 
     def save(self, step: int, engine: Engine, state: Mapping[str, Any]) -> None:
@@ -67,7 +67,7 @@ class Saver:
         """
         began = time.perf_counter()
         self.wait()
-        shards = engine.flat_state() if engine.saves else []
+        shards = engine.flat_state() if engine.is_saving_replica else []
         text = json.dumps({"step": step, **state}, indent=1)
         self.prepare(engine)
         if self._copy is not None:
@@ -111,7 +111,7 @@ class Saver:
             self._error = error
 
     def _write(self, step: int, shards: list[FlatShard], state: str) -> None:
-        world = self._aside
+        world = self._thread_world
         partial = self._run_dir / "checkpoints" / f"step_{step:08d}.partial"
         with world.agree():
             if world.is_first:

@@ -64,7 +64,7 @@ class Checkpoint:
         except OSError:
             sound = False
         if not sound:
-            raise damage(self, _STATE)
+            raise damage_error(self, _STATE)
         state: dict[str, Any] = read_json(path)
         return state
 
@@ -73,9 +73,9 @@ class Checkpoint:
         try:
             manifest = read_json(self.folder / _MANIFEST, _MANIFEST_FORM)
         except UserError as error:
-            raise damage(self, _MANIFEST) from error
+            raise damage_error(self, _MANIFEST) from error
         if manifest["step"] != _step(self.folder):
-            raise damage(self, _MANIFEST)
+            raise damage_error(self, _MANIFEST)
         return dict(sorted(manifest["files"].items()))
 
     def num_bytes(self) -> int:
@@ -154,7 +154,7 @@ def choose(run_dir: Path, step: int | None) -> Checkpoint:
     """The complete checkpoint of that step; None: the newest. Raises `UserError` where there is
     none, or where a damaged one is newer: an older model must not pass for the newest."""
     found = find_all(run_dir)
-    broken = damaged(run_dir)
+    broken = damaged_folders(run_dir)
     if not found:
         flaws = "".join(f"; {folder.name} is damaged: {flaw}" for folder, flaw in broken)
         raise UserError(f"{run_dir} holds no complete checkpoint{flaws}.")
@@ -173,7 +173,7 @@ def choose(run_dir: Path, step: int | None) -> Checkpoint:
     raise UserError(f"{run_dir} has no complete checkpoint of step {step}; it has: {steps}.")
 
 
-def damage(checkpoint: Checkpoint, flaw: str) -> UserError:
+def damage_error(checkpoint: Checkpoint, flaw: str) -> UserError:
     """For a checkpoint whose `first_flaw` is that file: it is damaged, or no longer there."""
     if not checkpoint.folder.is_dir():
         return UserError(
@@ -186,7 +186,7 @@ def damage(checkpoint: Checkpoint, flaw: str) -> UserError:
     )
 
 
-def damaged(run_dir: Path) -> list[tuple[Path, str]]:
+def damaged_folders(run_dir: Path) -> list[tuple[Path, str]]:
     """Folders that bear a published checkpoint's name, yet are not complete; and what is wrong."""
     folders = sorted((run_dir / "checkpoints").glob("step_*"))
     named = [each for each in folders if _STEP.fullmatch(each.name) and each.is_dir()]

@@ -147,7 +147,7 @@ class World:
         place = environment.find_place()
         self.rank, self.size = place.rank, place.size
         self.local_rank, self.local_size = place.local_rank, place.local_size
-        self._phase = self._num_asides = 0
+        self._phase = self._num_threads = 0
         self._patience_seconds = math.inf
         if torch.cuda.is_available():
             # Micro-batches differ in length: segments that grow leave no holes between them. To be
@@ -190,7 +190,7 @@ class World:
         if self.is_first:
             print(line, flush=True)
 
-    def outlast(self, minutes: float) -> None:
+    def raise_collective_timeout(self, minutes: float) -> None:
         """Let no collective of the groups made so far give up before a watchdog with this limit."""
         patience = max(_COLLECTIVE_TIMEOUT, timedelta(minutes=2 * minutes))
         for group in dist.distributed_c10d._world.pg_map:
@@ -203,13 +203,13 @@ class World:
         own: dist.Store = shared.clone()
         return own
 
-    def aside(self, patience_seconds: float) -> World:
+    def for_thread(self, patience_seconds: float) -> World:
         """This world for another thread: it agrees by itself, a request to stop does not hurry it,
         and other ranks that do not come for so long are a `TimeoutError`. All ranks make theirs in
         the same order."""
         other = copy.copy(self)
-        self._num_asides += 1
-        other._store = dist.PrefixStore(f"aside {self._num_asides}", self._store)
+        self._num_threads += 1
+        other._store = dist.PrefixStore(f"thread {self._num_threads}", self._store)
         other._phase, other._stop, other._patience_seconds = 0, None, patience_seconds
         return other
 
@@ -266,7 +266,7 @@ class World:
         if self.from_any("" if self._stop and self._stop() else None) is not None:
             raise Stopped
 
-    def in_turn(self, work: Callable[[], T]) -> T:
+    def local_rank_zero_first(self, work: Callable[[], T]) -> T:
         """Run `work` on each machine's first rank, then on the others, who find its cache filled.
 
         A `UserError` of any rank is raised on all.

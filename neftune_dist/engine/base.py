@@ -65,10 +65,10 @@ class Engine(Protocol):
         """Shard a model that is on the meta device, and build the optimizer on the shards.
 
         The weights have no content yet: fill `flat_state()` and `frozen_state()`, then call
-        `loaded()`.
+        `after_load()`.
         """
 
-    def loaded(self, num_updates: int) -> None:
+    def after_load(self, num_updates: int) -> None:
         """The flat state has been filled: bring compute copies and step counts in line."""
 
     def forward(self, batch: MicroBatch) -> Tensor:
@@ -88,13 +88,13 @@ class Engine(Protocol):
     def flat_state(self) -> list[FlatShard]:
         """What this rank holds and should save; ranges of different ranks do not overlap, and
         together they cover every tensor. On replicas, as on one copy, all ranks list theirs;
-        `saves` tells whether this rank writes them."""
+        `is_saving_replica` says whether this rank writes them."""
 
     def frozen_state(self) -> list[FlatShard]:
         """What this rank holds of the parameters that are not trained."""
 
     @property
-    def saves(self) -> bool:
+    def is_saving_replica(self) -> bool:
         """Whether this rank's shards go into a checkpoint (one replica's do)."""
 
     @property

@@ -140,8 +140,8 @@ class DeepSpeedEngine:
         self.pieces = list(self._pieces())
         initialize_state(self.zero.optimizer, self.masters, self.pieces)
 
-    def loaded(self, num_updates: int) -> None:
-        """See `Engine.loaded`: the compute copies are made anew from the masters."""
+    def after_load(self, num_updates: int) -> None:
+        """See `Engine.after_load`: the compute copies are made anew from the masters."""
         set_updates(self.zero.optimizer, num_updates)
         if self.stage == 3:
             for group in range(len(self.masters)):
@@ -234,8 +234,8 @@ class DeepSpeedEngine:
         )
 
     @property
-    def saves(self) -> bool:
-        """See `Engine.saves`: ZeRO keeps one copy over all ranks."""
+    def is_saving_replica(self) -> bool:
+        """See `Engine.is_saving_replica`: ZeRO keeps one copy over all ranks."""
         return True
 
     def train(self, mode: bool) -> None:

@@ -119,8 +119,8 @@ class FSDP2Engine:
         self.pieces = list(self._pieces())
         initialize_state(self.optimizer, [p for _, p in self.named], self.pieces)
 
-    def loaded(self, num_updates: int) -> None:
-        """See `Engine.loaded`: the shards are the masters, so only Adam's count is due."""
+    def after_load(self, num_updates: int) -> None:
+        """See `Engine.after_load`: the shards are the masters, so only Adam's count is due."""
         set_updates(self.optimizer, num_updates)
         self._weights_changed()
 
@@ -187,8 +187,8 @@ class FSDP2Engine:
             yield offset[0] * row if offset else 0, math.prod(shape)
 
     @property
-    def saves(self) -> bool:
-        """See `Engine.saves`: the first replica."""
+    def is_saving_replica(self) -> bool:
+        """See `Engine.is_saving_replica`: the first replica."""
         return self.num_replicas == 1 or self.mesh["replicate"].get_local_rank() == 0
 
     def train(self, mode: bool) -> None:

@@ -42,7 +42,7 @@ from neftune_dist.optim import (
 class SingleDeviceEngine:
     """The engine contract on one device."""
 
-    saves = True
+    is_saving_replica = True
 
     def __init__(self, config: Config, world: World) -> None:
         if world.size > 1:
@@ -108,8 +108,8 @@ class SingleDeviceEngine:
         parameter.register_post_accumulate_grad_hook(add_gradient)
         return master
 
-    def loaded(self, num_updates: int) -> None:
-        """See `Engine.loaded`."""
+    def after_load(self, num_updates: int) -> None:
+        """See `Engine.after_load`."""
         set_updates(self.optimizer, num_updates)
         self._weights_changed()
 

@@ -59,7 +59,7 @@ def evaluate(
     world = World(stop)
     try:
         with stop.at_once():
-            subject = world.in_turn(
+            subject = world.local_rank_zero_first(
                 lambda: open_subject(
                     name,
                     step=step,
@@ -102,7 +102,7 @@ class _Evaluation:
             self.tasks = read_words(evaluate.tasks, evaluate.max_task_items)
         if data.holds_out or evaluate.train_documents:
             tokenizer = subject.tokenizer
-            self.corpus = world.in_turn(lambda: prepare(data, tokenizer, world.log))
+            self.corpus = world.local_rank_zero_first(lambda: prepare(data, tokenizer, world.log))
         with world.agree():
             self.instructions = self._instructions()
             self.prompts = self._prompts()

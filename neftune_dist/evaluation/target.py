@@ -118,7 +118,7 @@ class Subject:
     def _of_checkpoint(self) -> Any:
         assert self.checkpoint is not None
         if flaw := self.checkpoint.first_flaw(*self.part):
-            raise store.damage(self.checkpoint, flaw)
+            raise store.damage_error(self.checkpoint, flaw)
         dtype = load.DTYPES[self._plain.dtype]
         model = load.build(self.folder, self._plain, packing=False, dtype=dtype)
         content = Content.of(self.checkpoint.folder, self.checkpoint.trainer_state())

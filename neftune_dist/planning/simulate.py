@@ -102,7 +102,7 @@ def rehearse(config: Config, folder: Path, world_size: int, batches: Sequence[Mi
             noise = attach_noise(config, model, 0, group)
             optimizer = _IdleOptimizer(config.optim, config.train.seed)
             engine.setup(model, optimizer)
-            engine.loaded(0)
+            engine.after_load(0)
             kept = _Kept(
                 engine, optimizer, memory, config.engine.offload == "cpu", rehearsed / world_size
             )

@@ -144,7 +144,7 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
         _fill(engine, ready, stop)
     ready = replace(ready, weights=None)  # and with them the files' pages
     world.stop_together()
-    engine.loaded(ready.progress.num_updates)
+    engine.after_load(ready.progress.num_updates)
     windowed = bool(getattr(ready.model.config.get_text_config(), "sliding_window", None))
     compute = compute_line(engine, config, windowed)
     for line in [*engine.describe(), compute, *ready.lines(config)]:
@@ -159,7 +159,7 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
             world.is_first,
             ready.recorded(config),
         )
-    world.outlast(config.train.hang_minutes)
+    world.raise_collective_timeout(config.train.hang_minutes)
     saver = Saver(run_dir, config.checkpoint, world)
     held_out = HeldOut(ready.corpus.held_out, config, world, sharing, ready.size.quadratic_tokens)
     stragglers = Stragglers(world)
@@ -204,9 +204,9 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
 
 def _prepare(config: Config, run_dir: Path, world: World) -> _Prepared:
     """Find, tokenise, build and check; nothing in the run directory changes before all fits."""
-    folder = world.in_turn(lambda: load.find(config.model))
-    tokenizer = world.in_turn(lambda: load.load_tokenizer(folder, config.model))
-    corpus = world.in_turn(lambda: prepare(config.data, tokenizer, world.log))
+    folder = world.local_rank_zero_first(lambda: load.find(config.model))
+    tokenizer = world.local_rank_zero_first(lambda: load.load_tokenizer(folder, config.model))
+    corpus = world.local_rank_zero_first(lambda: prepare(config.data, tokenizer, world.log))
     found = resume.find(run_dir, config, world)
     adapted = config.adapter.method != "none"
     with world.agree():

@@ -76,7 +76,7 @@ def worker(folder: Path, engine_name: str, run_dir: Path) -> None:
     engine.setup(model, MakeOptimizer(config.optim))
     for shard in engine.flat_state():
         shard.tensor.fill_(1.0)
-    engine.loaded(0)
+    engine.after_load(0)
     state = {
         "shapes": {name: list(shape) for name, shape in engine.shapes.items()},
         "config": config.to_dict(),

@@ -169,7 +169,7 @@ def built(part: Part, size: Size, world: World) -> tuple[Config, Any, NEFTune, A
                     shard.tensor.fill_(1.0)
                 else:
                     shard.tensor.normal_(std=0.02)
-    engine.loaded(0)
+    engine.after_load(0)
     return config, engine, noise, sizes, loader
 
 

@@ -328,7 +328,7 @@ def noise_cost(args: argparse.Namespace) -> None:
             if shard.kind == MASTER:
                 end = shard.start + shard.tensor.numel()
                 shard.tensor.copy_(files.read(shard.name, shard.start, end))
-    engine.loaded(0)
+    engine.after_load(0)
     batch = loader.step(0)
 
     def step(alpha: float, number: int) -> tuple[float, float]:

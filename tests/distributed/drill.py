@@ -116,7 +116,7 @@ def compare(run_dir: Path, untouched: Path) -> None:
 
 def check_published(run_dir: Path, newest: int) -> int:
     """Nothing published is damaged or lost; the newest step."""
-    assert store.damaged(run_dir) == []
+    assert store.damaged_folders(run_dir) == []
     found = store.find_all(run_dir)
     for each in found:
         assert each.first_flaw() is None, each

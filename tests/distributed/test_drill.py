@@ -195,7 +195,7 @@ def test_a_disk_that_never_answers(dead: drill.DeadDisk, config: Path, tmp_path:
     )
     assert done.stderr.count(sentence) == done.stderr.count("checkpoint.timeout_minutes") == 1
     assert "Traceback" not in done.stderr + done.stdout
-    assert store.find_all(tmp_path / "run") == store.damaged(tmp_path / "run") == []
+    assert store.find_all(tmp_path / "run") == store.damaged_folders(tmp_path / "run") == []
 
 
 @pytest.mark.parametrize("rank", [0, 1])

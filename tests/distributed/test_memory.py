@@ -73,7 +73,7 @@ def worker(folder: Path) -> None:
             shard.tensor.copy_(
                 files.read(shard.name, shard.start, shard.start + shard.tensor.numel())
             )
-    engine.loaded(0)
+    engine.after_load(0)
     highest = peak.stop()
     kept = {
         kind: sum(s.tensor.nbytes for s in shards if (s.kind == MASTER) == (kind == "weights"))

@@ -140,7 +140,7 @@ def test_killed_at_random_moments_of_saving(
         wait_for(lambda: bool(list(partial.glob(f"step_{target:08d}*"))), process)  # noqa: B023
         time.sleep(chance.uniform(0, 0.03))
         kill_all(process)
-        assert store.damaged(run_dir) == []
+        assert store.damaged_folders(run_dir) == []
         assert store.find_all(run_dir)[0].step >= target - 1
     tiny_model.train(config, run_dir, *words, ranks=2)
     assert_as_untouched(run_dir, untouched("fsdp2"))

@@ -221,7 +221,7 @@ def test_too_many_in_a_row_end_the_run(engine: str, config: Path, tmp_path: Path
         assert "warning: step 5 was skipped" in done.stdout
         assert len(records_of(run_dir)) == 6
         assert [each.step for each in store.find_all(run_dir)] == [3]
-        assert store.damaged(run_dir) == []
+        assert store.damaged_folders(run_dir) == []
         assert store.find_all(run_dir)[0].first_flaw() is None
     whole = tmp_path / "whole"
     early = Fault(losses=(1, 2), rank=1)

@@ -123,7 +123,7 @@ def evaluated(run_dir: Path) -> list[int]:
 
 def published(run_dir: Path) -> list[int]:
     """Newest first; none is damaged, and nothing is half-written."""
-    assert store.damaged(run_dir) == []
+    assert store.damaged_folders(run_dir) == []
     assert store.leftovers(run_dir) == []
     found = store.find_all(run_dir)
     assert [each.first_flaw() for each in found] == [None] * len(found)

@@ -65,7 +65,7 @@ def same(run_dir: Path, untouched: Path) -> None:
     assert (run_dir / "evaluations.jsonl").read_text() == (
         untouched / "evaluations.jsonl"
     ).read_text()
-    assert store.damaged(run_dir) == []
+    assert store.damaged_folders(run_dir) == []
     ours, theirs = (
         tiny_model.checkpoint_tensors(store.find_all(each)[0].folder)
         for each in (run_dir, untouched)
