@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,28 @@ def test_attention_refuses_lengths_that_do_not_add_up() -> None:
     x = torch.zeros(1, 2, 3, 4)
     with pytest.raises(RuntimeError):
         varlen_attention(torch.nn.Module(), x, x, x, None, cu_seqlens=ends((2, 2)))
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_packed_attention_drops_and_keeps_the_mean(window: int | None) -> None:
+    """Values of 1 are attended to 1; with dropout to 0 up to 2, and to 1 on average."""
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 40, 20, 8), torch.randn(1, 40, 20, 8)
+    out, _ = varlen_attention(
+        torch.nn.Module(),
+        query,
+        key,
+        torch.ones_like(key),
+        None,
+        cu_seqlens=ends(LENGTHS),
+        max_seqlen=12,
+        sliding_window=window,
+        dropout=0.5,
+    )
+    sums = out[0, :, :, 0]  # (num_tokens, num_heads)
+    assert set(sums[0].unique().tolist()) == {0.0, 2.0}  # the first token sees itself alone
+    # A sum of dropped weights has a variance of the weights' squares, 1 at the most.
+    assert float(sums.mean()) == pytest.approx(1, abs=5 / math.sqrt(sums.numel()))
 
 
 def test_auto_attention() -> None:

@@ -223,6 +223,35 @@ def test_rounding_is_right_on_average_and_never_further_than_the_next() -> None:
     assert abs(float(errors.mean())) < 5 * 0.5 / math.sqrt(number * 1000)
 
 
+def test_a_half_of_a_word_is_the_carry() -> None:
+    """The low half of a word decides for the first moment, the high half for the second."""
+    words, out = torch.tensor([0xFFFF], dtype=torch.int32), torch.empty(1, dtype=torch.bfloat16)
+    between = torch.tensor([0x3F800001], dtype=torch.int32).view(torch.float32)  # above 1.0
+    found = []
+    for half in (0, 1):
+        round_into(out, between, words, half, torch.empty(1, dtype=torch.int32))
+        found.append(float(out))
+    assert found == [1.0078125, 1.0]
+
+
+def test_the_two_moments_are_rounded_by_two_halves_of_a_word() -> None:
+    """Of one value, which both moments have under a gradient of 1 and equal betas."""
+    parameter = torch.nn.Parameter(torch.zeros(NUMEL))
+    piece = Piece(parameter, slice(0, NUMEL), "w", 0, NUMEL)
+    make = MakeOptimizer(OptimConfig(states="bf16", beta1=0.9, beta2=0.9))
+    optimizer = make([("w", parameter)], {"w": (50, 100)})
+    initialize_state(optimizer, [parameter], [piece])
+    parameter.grad = torch.ones(NUMEL)
+    optimizer.step()
+    first, second = (moment[:].float() for moment in moments(optimizer, piece).values())
+    assert set(first.tolist()) == set(second.tolist()) and len(set(first.tolist())) == 2
+    # Independent halves differ where one is rounded up and the other down: 2 p (1 - p) of them.
+    up = float((first == first.max()).double().mean())
+    expected = 2 * up * (1 - up)
+    differing = float((first != second).double().mean())
+    assert abs(differing - expected) < 5 * math.sqrt(expected / NUMEL)
+
+
 def test_what_bfloat16_holds_stays_what_it_is() -> None:
     exact = torch.tensor([0.0, -0.0, 1.0, -1.5, 2.0**-120, math.inf, -math.inf, 3e38])
     exact = exact.bfloat16().float()
