@@ -47,19 +47,22 @@ class Stragglers:
         """This rank has waited for its loader."""
         self._waited += seconds
 
-    def measure(self, step: int) -> list[float]:
-        """This rank's numbers for `compare`: seconds of the fixed arithmetic, and the share of its
-        time, since the last measurement, that it waited for data. Zeros in between."""
+    def measure(self, step: int) -> tuple[float, float]:
+        """Seconds of the fixed arithmetic on this rank, and the share of its time since the last
+        measurement that it waited for data; zeros at the steps between measurements."""
         if self._world.size == 1 or step % _EVERY_STEPS:
-            return [0.0, 0.0]
+            return 0.0, 0.0
         now = time.perf_counter()
         share = self._waited / (now - self._since)
         self._waited, self._since = 0.0, now
-        return [self._probe(), share]
+        return self._probe(), share
 
-    def compare(self, measured: Sequence[Sequence[float]]) -> None:
-        """Name in the log who has become a straggler, by the measurements of all ranks."""
-        seconds, shares = zip(*measured, strict=True)
+    def compare(self, seconds: Sequence[float], shares: Sequence[float]) -> None:
+        """Name in the log the ranks that have become stragglers.
+
+        Args:
+            seconds: of the fixed arithmetic, by rank. shares: of time waiting for data, by rank.
+        """
         if not self._world.is_first or not any(seconds):
             return
         speeds = relative_speeds(seconds)

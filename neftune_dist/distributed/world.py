@@ -15,10 +15,10 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,11 @@ import torch.distributed as dist
 from neftune_dist.config import UserError
 from neftune_dist.distributed import environment, outcome
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 T = TypeVar("T")
+R = TypeVar("R", bound="DataclassInstance")
 _POLL_SECONDS = 0.05
 # How long a rank that was asked to stop goes on waiting for the others, which may be gone.
 _STOP_PATIENCE_SECONDS = 5.0
@@ -307,6 +311,15 @@ class World:
         out = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(out, mine)
         return [each.tolist() for each in torch.stack(out).cpu()]
+
+    def gather_fields(self, mine: R) -> list[R]:
+        """Every rank's instance of a dataclass of numbers, in the order of ranks: one small
+        collective."""
+        fields = vars(mine)
+        return [
+            replace(mine, **{n: type(fields[n])(v) for n, v in zip(fields, values, strict=True)})
+            for values in self.gather([float(value) for value in fields.values()])
+        ]
 
     def any(self, flag: bool) -> bool:
         """Whether any rank's flag is set: one small collective."""

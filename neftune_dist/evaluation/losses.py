@@ -32,8 +32,9 @@ from neftune_dist.evaluation.target import attention_of
 from neftune_dist.model.attention import implementation
 from neftune_dist.model.families import check_lengths, check_model
 from neftune_dist.model.loss import resolve_loss
-from neftune_dist.noise.hook import NEFTune, NEFTuneHandle
+from neftune_dist.noise.hook import NEFTuneHandle
 from neftune_dist.noise.law import TokenLayout
+from neftune_dist.training.noise import configured_noise, num_passes
 
 _NEVER = (1 << 32) - 1  # no training reaches this epoch, or has so many ranks
 _QUADRATIC_TOKENS = 1e9  # of `lay_out`: work is balanced by tokens
@@ -122,15 +123,9 @@ def _forward(model: Any, config: Config, noisy: bool) -> Iterator[_Forward]:
             yield lambda _, batch: batch_losses(model, batch, kind, "none")
         return
     noise = config.noise
-    neftune = NEFTune(
-        noise.alpha,
-        seed=config.noise_seed,
-        # Noise that covers padding belongs to no document.
-        stream="rank" if noise.length == "padded" else "sample",
-        rank=_NEVER,
-        distribution=noise.distribution,
-        length=noise.length,
-    )
+    # Noise that covers padding belongs to no document.
+    stream = "rank" if noise.length == "padded" else "sample"
+    neftune = configured_noise(config, _NEVER, stream=stream)
     with neftune.attach(model) as handle, torch.enable_grad():
         # What the noise's hooks look at; the layers below stay in evaluation mode.
         model.training = True
@@ -143,7 +138,7 @@ def _forward(model: Any, config: Config, noisy: bool) -> Iterator[_Forward]:
 def _noised(
     model: Any, handle: NEFTuneHandle, noise: NoiseConfig, i: int, batch: MicroBatch, kind: str
 ) -> Tensor:
-    passes = 2 if noise.distribution == "symmetric" else 1  # SymNoise: its opposite, too
+    passes = num_passes(noise)
     handle.step = i
     losses = []
     for _ in range(passes):

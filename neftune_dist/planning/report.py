@@ -24,7 +24,7 @@ from neftune_dist.planning.batches import fullest, heaviest, looked_at
 from neftune_dist.planning.memory import Peak
 from neftune_dist.planning.simulate import rehearsable, rehearse
 from neftune_dist.planning.suggestions import find_remedy
-from neftune_dist.training.loop import num_passes
+from neftune_dist.training.noise import num_passes
 from neftune_dist.training.train import check_vocabulary
 
 GIB = 2**30

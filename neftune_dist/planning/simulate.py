@@ -37,7 +37,8 @@ from neftune_dist.model.ulysses import share_sequences
 from neftune_dist.optim import Blocks, MakeOptimizer
 from neftune_dist.planning.memory import Memory, Peak
 from neftune_dist.training.loop import token_layout
-from neftune_dist.training.train import attach_noise, make_engine
+from neftune_dist.training.noise import attach_noise
+from neftune_dist.training.train import make_engine
 
 # On each rank DeepSpeed's stage 3 handles every partition of every tensor by itself: no more of
 # them than this are rehearsed, and what is partitioned is scaled.

@@ -14,28 +14,28 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from neftune_dist.checkpoint.saver import Saver
-from neftune_dist.config import Config, EvaluateConfig, NoiseConfig
+from neftune_dist.config import Config, EvaluateConfig
 from neftune_dist.data.loader import Loader, MicroBatch, StepBatch
 from neftune_dist.distributed.outcome import Final
 from neftune_dist.distributed.straggler import Stragglers
 from neftune_dist.distributed.watchdog import Watchdog
 from neftune_dist.distributed.world import Stopped, World
 from neftune_dist.engine.base import Engine
-from neftune_dist.model.flops import ModelSize, peak_flops
-from neftune_dist.model.optimizations import num_compiled_graphs
+from neftune_dist.model.flops import ModelSize
 from neftune_dist.noise.hook import NEFTuneHandle
-from neftune_dist.noise.law import TokenLayout, expected_norm
+from neftune_dist.noise.law import TokenLayout
 from neftune_dist.optim import learning_rate
-from neftune_dist.optim.schedule import Schedule
 from neftune_dist.training.held_out import HeldOut
-from neftune_dist.training.metrics import Recorder, memory_gib
+from neftune_dist.training.metrics import RankResult, Recorder, memory_gib, step_record
+from neftune_dist.training.noise import noise_alpha, num_passes
 
 
 class Diverged(Final):
@@ -141,110 +141,100 @@ class Trainer:
             yield batch
 
     def train_step(self, batch: StepBatch, num_steps: int) -> bool:
-        """One update. True where any rank was asked to stop."""
+        """Make one update; return whether any rank was asked to stop."""
         began = time.perf_counter()
-        noise = self.config.noise
-        alpha = noise_alpha(noise, batch.step, num_steps)
+        alpha = noise_alpha(self.config.noise, batch.step, num_steps)
         self.noise.step, self.noise.alpha = batch.step, alpha
-        # A model's own dropout draws from torch's generator: from here on what it draws is a
-        # function of the step, so that a resumed run drops what the uninterrupted one does.
+        # A model's own dropout draws from torch's generator. Seeded by step, it drops the same
+        # activations in a resumed run as in an uninterrupted one.
         torch.manual_seed(dropout_seed(self.config.train.seed, batch.step, self.world.rank))
-        passes = num_passes(noise)
+        loss_sum = self.accumulate_gradients(batch)
+        self.watchdog.at(batch.step + 1, "updating")
+        rate = learning_rate(self.config.optim, batch.step, num_steps)
+        grad_norm = self.engine.step(rate)
+        self.check_noise_fired(batch)
+        self.watchdog.at(batch.step + 1, "gathering results")
+        ranks = self.world.gather_fields(self.rank_result(loss_sum, batch.step))
+        self.stragglers.compare(
+            [rank.probe_seconds for rank in ranks], [rank.data_wait_share for rank in ranks]
+        )
+        if any(rank.save_failed for rank in ranks):
+            self.saver.wait()  # raises on all ranks
+        updated = math.isfinite(grad_norm)
+        self.progress = self.progress.after(batch, updated)
+        record = step_record(
+            self.config,
+            self.size,
+            self.world,
+            batch,
+            ranks,
+            alpha=alpha,
+            learning_rate=rate,
+            grad_norm=grad_norm,
+            seconds=time.perf_counter() - began,
+            num_skipped_steps=self.progress.num_skipped_steps,
+        )
+        if updated:
+            self.last_update = self.progress
+        else:
+            self.warn_of_skip(batch, record)
+        self.waited_seconds += record["data_wait_seconds"]
+        self.step_seconds += record["step_seconds"]
+        self.recorder.step(record)
+        return any(rank.stop_requested for rank in ranks)
+
+    def accumulate_gradients(self, batch: StepBatch) -> Tensor:
+        """Run this rank's forwards and backwards; return its sum of token losses (float64)."""
+        passes = num_passes(self.config.noise)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        forwards = [each for each in batch.micro_batches for _ in range(passes)]
+        forwards = [micro_batch for micro_batch in batch.micro_batches for _ in range(passes)]
         for i, micro_batch in enumerate(forwards):
             self.watchdog.at(batch.step + 1, f"forward and backward {i + 1} of {len(forwards)}")
             micro_batch = micro_batch.to(self.world.device)
             self.noise.describe(token_layout(micro_batch))
             loss = self.engine.forward(micro_batch) / passes
             # Exactly 1, but NaN where the loss is not finite: an infinite loss may have a finite
-            # gradient, and the gradient's norm alone shall tell whether the step counts.
+            # gradient, and the gradient's norm alone decides whether the step counts.
             one = 1 + 0 * loss.detach()
             share = loss * one / batch.num_supervised_tokens
             self.engine.backward(share, i == len(forwards) - 1)
             loss_sum += loss.detach()
-        self.watchdog.at(batch.step + 1, "updating")
-        rate = learning_rate(self.config.optim, batch.step, num_steps)
-        grad_norm = self.engine.step(rate)
-        if noise.alpha and self.noise.num_fired != len(forwards):
+        return loss_sum
+
+    def check_noise_fired(self, batch: StepBatch) -> None:
+        """Raise `RuntimeError` where a forward pass of the step got no noise."""
+        num_forwards = len(batch.micro_batches) * num_passes(self.config.noise)
+        if self.config.noise.alpha and self.noise.num_fired != num_forwards:
             raise RuntimeError(
                 f"Step {batch.step + 1}: the noise was added in {self.noise.num_fired} of "
-                f"{len(forwards)} forward passes; the model bypasses its input embedding. Nothing "
+                f"{num_forwards} forward passes; the model bypasses its input embedding. Nothing "
                 "was saved of this step."
             )
-        self.watchdog.at(batch.step + 1, "gathering results")
-        parts = self.world.gather(
-            [
-                float(loss_sum),
-                *map(float, self.noise.take_noise_norms()),
-                float(self.stop_requested()),
-                float(self.saver.failed),
-                memory_gib(self.world.device),
-                self.wait_seconds,
-                *self.stragglers.measure(batch.step),
-            ]
-        )
-        self.stragglers.compare([p[7:] for p in parts])
-        total_loss, total_norm, noised, stop, failed = (sum(p[i] for p in parts) for i in range(5))
-        if failed:
-            self.saver.wait()  # raises on all ranks
-        loss_mean = total_loss / batch.num_supervised_tokens
-        updated = math.isfinite(grad_norm)
-        self.progress = self.progress.after(batch, updated)
-        if updated:
-            self.last_update = self.progress
-        else:
-            self.warn_of_skip(batch, loss_mean, grad_norm)
-        wait_seconds, step_seconds = max(p[6] for p in parts), time.perf_counter() - began
-        self.waited_seconds += wait_seconds
-        self.step_seconds += step_seconds
-        self.recorder.step(
-            {
-                "step": self.progress.step,
-                "loss": loss_mean,
-                "learning_rate": rate,
-                "grad_norm": grad_norm,
-                "num_documents": batch.num_documents,
-                "num_tokens": batch.num_tokens,
-                "num_supervised_tokens": batch.num_supervised_tokens,
-                "padding_fraction": 1 - batch.num_tokens / batch.num_computed_tokens,
-                "noise_norm": total_norm / noised if noised else 0.0,
-                "noise_law": expected_norm(alpha, noise.distribution),
-                "num_skipped_steps": self.progress.num_skipped_steps,
-                "num_compiled_graphs": num_compiled_graphs(),
-                **self.speed(batch, step_seconds),
-                "data_wait_seconds": wait_seconds,
-                "memory_gib": max(p[5] for p in parts),
-                "world_size": self.world.size,
-            }
-        )
-        return stop > 0
 
-    def warn_of_skip(self, batch: StepBatch, loss: float, grad_norm: float) -> None:
-        """Say which step changed nothing, and which documents were in it."""
+    def rank_result(self, loss_sum: Tensor, step: int) -> RankResult:
+        """What this rank contributes to the step's record. Waits for the device."""
+        norm_sum, num_noised = self.noise.take_noise_norms()
+        probe_seconds, data_wait_share = self.stragglers.measure(step)
+        return RankResult(
+            loss_sum=float(loss_sum),
+            noise_norm_sum=float(norm_sum),
+            num_noised_documents=float(num_noised),
+            stop_requested=self.stop_requested(),
+            save_failed=self.saver.failed,
+            memory_gib=memory_gib(self.world.device),
+            data_wait_seconds=self.wait_seconds,
+            probe_seconds=probe_seconds,
+            data_wait_share=data_wait_share,
+        )
+
+    def warn_of_skip(self, batch: StepBatch, record: Mapping[str, Any]) -> None:
+        """Name the step that changed nothing, and the documents in it."""
         documents, _ = self.loader.schedule.documents(batch.step)
         self.world.log(
-            f"warning: step {batch.step + 1} was skipped, no weight has changed: loss {loss}, "
-            f"gradient norm {grad_norm}; its documents, as the training set counts them from 0: "
-            f"{', '.join(map(str, sorted(documents.tolist())))}"
+            f"warning: step {record['step']} was skipped, no weight has changed: "
+            f"loss {record['loss']}, gradient norm {record['grad_norm']}; its documents, as the "
+            f"training set counts them from 0: {', '.join(map(str, sorted(documents.tolist())))}"
         )
-
-    def speed(self, batch: StepBatch, seconds: float) -> dict[str, Any]:
-        """Step time (seconds), real tokens per second over all ranks, and MFU by both conventions
-        of `flops`, where the device's peak is known."""
-        flops = self.size.training_flops(batch.num_tokens, batch.sum_squared_lengths)
-        six_n = self.size.six_n_flops(batch.num_tokens)
-        on_gpu = self.world.device.type == "cuda"
-        name = torch.cuda.get_device_name(self.world.device) if on_gpu else None
-        peak = peak_flops(name, self.config.model.dtype)
-        passes = num_passes(self.config.noise)
-        could = seconds * peak * self.world.size / passes if peak else None
-        return {
-            "step_seconds": seconds,
-            "tokens_per_second": batch.num_tokens / seconds,
-            "mfu": flops / could if could else None,
-            "mfu_6n": six_n / could if could else None,
-        }
 
     def evaluate(self) -> bool:
         """Held-out loss now, noise off, where documents are held out. False, and no record, where
@@ -301,17 +291,6 @@ def evaluation_due(config: EvaluateConfig, step: int, num_steps: int) -> bool:
     """Whether held-out documents are evaluated after `step`, which is 0 at a run's start."""
     every = config.every_steps
     return step in (0, num_steps) or (every > 0 and step < num_steps and step % every == 0)
-
-
-def noise_alpha(noise: NoiseConfig, step: int, num_steps: int) -> float:
-    """The strength of the noise at step 0 <= step < num_steps."""
-    schedule = Schedule(noise.alpha, noise.schedule, noise.warmup_steps, noise.final_fraction)
-    return schedule.value(step, num_steps)
-
-
-def num_passes(noise: NoiseConfig) -> int:
-    """Forward passes of each micro-batch: SymNoise has it twice, under opposite noise."""
-    return 2 if noise.alpha and noise.distribution == "symmetric" else 1
 
 
 def token_layout(batch: MicroBatch) -> TokenLayout:

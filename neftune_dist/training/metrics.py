@@ -12,19 +12,113 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from neftune_dist.config import LoggingConfig, UserError
+from neftune_dist.config import Config, LoggingConfig, UserError
+from neftune_dist.data.loader import StepBatch
 from neftune_dist.distributed.outcome import removed
+from neftune_dist.distributed.world import World
+from neftune_dist.model.flops import ModelSize, peak_flops
+from neftune_dist.model.optimizations import num_compiled_graphs
+from neftune_dist.noise.law import expected_norm
 from neftune_dist.system import storage
 from neftune_dist.system.records import EVALUATIONS, STEPS, Records, read_records
+from neftune_dist.training.noise import num_passes
 from neftune_dist.training.trackers import Trackers
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """What one rank contributes to a step's record; gathered over all ranks after each step.
+
+    Attributes:
+        loss_sum: of its supervised tokens.
+        noise_norm_sum: over its documents, of the L2 norm of the noise added to them.
+        num_noised_documents: that the sum counts.
+        stop_requested: whether this rank was asked to stop.
+        save_failed: whether its save in flight has failed.
+        memory_gib: its peak so far.
+        data_wait_seconds: that it waited for this step's batch.
+        probe_seconds, data_wait_share: see `Stragglers.measure`.
+    """
+
+    loss_sum: float
+    noise_norm_sum: float
+    num_noised_documents: float
+    stop_requested: bool
+    save_failed: bool
+    memory_gib: float
+    data_wait_seconds: float
+    probe_seconds: float
+    data_wait_share: float
+
+
+def step_record(
+    config: Config,
+    size: ModelSize,
+    world: World,
+    batch: StepBatch,
+    ranks: Sequence[RankResult],
+    *,
+    alpha: float,
+    learning_rate: float,
+    grad_norm: float,
+    seconds: float,
+    num_skipped_steps: int,
+) -> dict[str, Any]:
+    """Return a step's line of metrics.jsonl.
+
+    Args:
+        ranks: the results of all ranks.
+        alpha: strength of the step's noise.
+        grad_norm: before clipping.
+        seconds: that the step took.
+        num_skipped_steps: since the run began, this step included.
+    """
+    noised = sum(rank.num_noised_documents for rank in ranks)
+    norm_sum = sum(rank.noise_norm_sum for rank in ranks)
+    return {
+        "step": batch.step + 1,
+        "loss": sum(rank.loss_sum for rank in ranks) / batch.num_supervised_tokens,
+        "learning_rate": learning_rate,
+        "grad_norm": grad_norm,
+        "num_documents": batch.num_documents,
+        "num_tokens": batch.num_tokens,
+        "num_supervised_tokens": batch.num_supervised_tokens,
+        "padding_fraction": 1 - batch.num_tokens / batch.num_computed_tokens,
+        "noise_norm": norm_sum / noised if noised else 0.0,
+        "noise_law": expected_norm(alpha, config.noise.distribution),
+        "num_skipped_steps": num_skipped_steps,
+        "num_compiled_graphs": num_compiled_graphs(),
+        "step_seconds": seconds,
+        "tokens_per_second": batch.num_tokens / seconds,
+        **_utilization(config, size, world, batch, seconds),
+        "data_wait_seconds": max(rank.data_wait_seconds for rank in ranks),
+        "memory_gib": max(rank.memory_gib for rank in ranks),
+        "world_size": world.size,
+    }
+
+
+def _utilization(
+    config: Config, size: ModelSize, world: World, batch: StepBatch, seconds: float
+) -> dict[str, float | None]:
+    """MFU by both conventions of `flops`; None where the device's peak rate is not known."""
+    on_gpu = world.device.type == "cuda"
+    name = torch.cuda.get_device_name(world.device) if on_gpu else None
+    peak = peak_flops(name, config.model.dtype)
+    if not peak:
+        return {"mfu": None, "mfu_6n": None}
+    # Per FLOP of one pass over the step's tokens.
+    share = num_passes(config.noise) / (seconds * peak * world.size)
+    flops = size.training_flops(batch.num_tokens, batch.sum_squared_lengths)
+    return {"mfu": flops * share, "mfu_6n": size.six_n_flops(batch.num_tokens) * share}
 
 
 class Recorder:

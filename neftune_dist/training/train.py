@@ -16,7 +16,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from neftune_dist.checkpoint import flat, resume, store
 from neftune_dist.checkpoint.merged import keep_small_files, keep_template, keep_vocabulary
@@ -36,13 +35,13 @@ from neftune_dist.model import load
 from neftune_dist.model.families import check_lengths
 from neftune_dist.model.flops import ModelSize, model_size
 from neftune_dist.model.ulysses import share_sequences
-from neftune_dist.noise.hook import NEFTune, NEFTuneHandle
 from neftune_dist.optim import MakeOptimizer
 from neftune_dist.system import storage
 from neftune_dist.system.records import EVALUATIONS, STEPS
 from neftune_dist.training.held_out import HeldOut
 from neftune_dist.training.loop import Progress, Trainer, evaluation_due
 from neftune_dist.training.metrics import Recorder, is_evaluated
+from neftune_dist.training.noise import attach_noise
 from neftune_dist.training.startup_report import (
     compute_line,
     data_lines,
@@ -326,25 +325,6 @@ def _claim(run_dir: Path, world: World) -> FileLock:
 
 def _unwritable(run_dir: Path, error: OSError) -> UserError:
     return UserError(f"run_dir={run_dir} cannot be written: {error.strerror or error}.")
-
-
-def attach_noise(
-    config: Config, model: Any, rank: int, slices: ProcessGroup | None
-) -> NEFTuneHandle:
-    """Put the run's noise on its model. Raises `UserError` where the law says nothing about it."""
-    noise = config.noise
-    try:
-        return NEFTune(
-            noise.alpha,
-            seed=config.noise_seed,
-            stream=noise.stream,
-            rank=rank,
-            distribution=noise.distribution,
-            length=noise.length,
-            slices=slices,
-        ).attach(model)
-    except ValueError as error:
-        raise UserError(f"{error} Set noise.alpha=0, or train another model.") from error
 
 
 def make_engine(config: Config, world: World) -> Engine:

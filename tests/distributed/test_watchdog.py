@@ -265,7 +265,7 @@ class Unwatched:
         watchdog.Watchdog.__init__ = lambda *_: None  # type: ignore[assignment]
         watchdog.Watchdog.at = lambda *_, **__: None  # type: ignore[method-assign]
         watchdog.Watchdog.close = lambda *_: None  # type: ignore[method-assign]
-        straggler.Stragglers.measure = lambda *_: [0.0, 0.0]  # type: ignore[method-assign]
+        straggler.Stragglers.measure = lambda *_: (0.0, 0.0)  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)

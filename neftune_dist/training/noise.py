@@ -1,0 +1,55 @@
+"""The noise as a configuration asks for it: on which model, how strong at which step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.distributed import ProcessGroup
+
+from neftune_dist.config import Config, NoiseConfig, UserError
+from neftune_dist.noise.hook import NEFTune, NEFTuneHandle
+from neftune_dist.optim.schedule import Schedule
+
+
+def configured_noise(
+    config: Config, rank: int, *, stream: str = "", slices: ProcessGroup | None = None
+) -> NEFTune:
+    """Return the configuration's noise.
+
+    Args:
+        rank: the data-parallel rank.
+        stream: instead of `noise.stream`.
+        slices: ranks that hold slices of the same documents.
+    """
+    noise = config.noise
+    return NEFTune(
+        noise.alpha,
+        seed=config.noise_seed,
+        stream=stream or noise.stream,
+        rank=rank,
+        distribution=noise.distribution,
+        length=noise.length,
+        slices=slices,
+    )
+
+
+def attach_noise(
+    config: Config, model: Any, rank: int, slices: ProcessGroup | None
+) -> NEFTuneHandle:
+    """Put the run's noise on its model. Raises `UserError` where the law does not cover the
+    model."""
+    try:
+        return configured_noise(config, rank, slices=slices).attach(model)
+    except ValueError as error:
+        raise UserError(f"{error} Set noise.alpha=0, or train another model.") from error
+
+
+def noise_alpha(noise: NoiseConfig, step: int, num_steps: int) -> float:
+    """Return the strength of the noise at step 0 <= step < num_steps."""
+    schedule = Schedule(noise.alpha, noise.schedule, noise.warmup_steps, noise.final_fraction)
+    return schedule.value(step, num_steps)
+
+
+def num_passes(noise: NoiseConfig) -> int:
+    """Return the forward passes of each micro-batch: two under SymNoise, of opposite noise."""
+    return 2 if noise.alpha and noise.distribution == "symmetric" else 1
