@@ -179,15 +179,15 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _prepare(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.settings)
     from neftune_dist.data.dataset import prepare
-    from neftune_dist.data.mask_preview import shown
+    from neftune_dist.data.mask_preview import preview
     from neftune_dist.model.load import find, load_tokenizer
 
     tokenizer = load_tokenizer(find(config.model), config.model)
-    corpus = prepare(config.data, tokenizer, _flushed)
-    for line in corpus.report.lines():
+    dataset = prepare(config.data, tokenizer, _flushed)
+    for line in dataset.report.lines():
         print(line)
-    names = [source.name for source in corpus.report.sources]
-    for text in shown(corpus.train, names, tokenizer, arguments.show, _is_colourful()):
+    names = [source.name for source in dataset.report.sources]
+    for text in preview(dataset.train, names, tokenizer, arguments.show, _is_colourful()):
         print(f"\n{text}")
     return 0
 

@@ -19,14 +19,14 @@ import numpy as np
 
 from neftune_dist.config import DataConfig, SourceConfig, UserError, user_path
 from neftune_dist.data import cache
-from neftune_dist.data.documents import Conversations, Documents, Spool, Table
+from neftune_dist.data.documents import Conversations, Documents, DocumentStats, DocumentWriter
 from neftune_dist.data.formats import Conversation, detect_format, to_conversation
-from neftune_dist.data.mask_preview import Audit
+from neftune_dist.data.mask_preview import MaskAudit
 from neftune_dist.data.report import NAMED_ROWS, Report, SourceReport
 from neftune_dist.data.sources import BadRow, Source, open_source
 from neftune_dist.data.spans import Rendered
-from neftune_dist.data.split import Selection, select
-from neftune_dist.data.tokenize import Document, Template
+from neftune_dist.data.split import Split, select
+from neftune_dist.data.tokenize import ConversationTokenizer, Document
 
 _VERSION = 6  # of what this module and the template make of the same input
 # Tokenised together: many, unless they are long.
@@ -48,7 +48,7 @@ _Row = tuple[str, Conversation, Rendered]  # its place in the source first
 
 
 @dataclass(frozen=True)
-class Corpus:
+class Dataset:
     """Training and held-out documents, what was reported of them, the name of their cache entry,
     and a digest of their content, which decides the order of the steps (law 4). A document
     that an epoch has several times is several documents, each with an index of its own."""
@@ -97,8 +97,8 @@ class _Input:
 
 def prepare(
     config: DataConfig, tokenizer: Any, progress: Callable[[str], None] = lambda _: None
-) -> Corpus:
-    """The corpus of the sources in `config`, from the cache or made now.
+) -> Dataset:
+    """The dataset of the sources in `config`, from the cache or made now.
 
     Args:
         progress: told a line every few seconds.
@@ -107,7 +107,7 @@ def prepare(
         UserError: a source that cannot be read, too many bad rows, nothing to learn from, a cache
             that cannot be written or is damaged.
     """
-    template = Template(tokenizer, config)
+    template = ConversationTokenizer(tokenizer, config)
     given = _Input.open(config)
     fingerprint = _fingerprint(config, given, template)
     root = user_path(config.cache_dir, "data.cache_dir") / "corpora"
@@ -128,17 +128,17 @@ def prepare(
         "tokenizer": _short_digest(template.identity()),
         "template": _short_digest(template.identity()["chat_template"]),
     }
-    corpus = replace(
+    dataset = replace(
         load(folder, [source.name for source in given.sources]),
         identity=identity,
         chat_template=template.as_jinja(),
     )
-    for source, told in zip(given.sources, corpus.report.sources, strict=True):
+    for source, told in zip(given.sources, dataset.report.sources, strict=True):
         _refuse_bad_share(source, told, config)
-    return corpus
+    return dataset
 
 
-def load(folder: Path, names: list[str]) -> Corpus:
+def load(folder: Path, names: list[str]) -> Dataset:
     """Open a finished cache entry. Raises `UserError` where it cannot be read.
 
     Args:
@@ -149,7 +149,7 @@ def load(folder: Path, names: list[str]) -> Corpus:
         told = [SourceReport(**each) for each in stored.pop("sources")]
         for each, name in zip(told, names, strict=True):
             each.name = name
-        report = Report(told, audit=Audit(**stored.pop("audit")), **stored)
+        report = Report(told, audit=MaskAudit(**stored.pop("audit")), **stored)
         train, held_out = (Documents(folder, part) for part in ("train", "held_out"))
         conversations = Conversations(folder)
         if len(conversations) != len(held_out):
@@ -159,10 +159,10 @@ def load(folder: Path, names: list[str]) -> Corpus:
             f"The tokenised data in {folder} is damaged ({error}): remove that directory, and it "
             "is made again."
         ) from error
-    return Corpus(train, held_out, conversations, report, folder.name)
+    return Dataset(train, held_out, conversations, report, folder.name)
 
 
-def _fingerprint(config: DataConfig, given: _Input, template: Template) -> str:
+def _fingerprint(config: DataConfig, given: _Input, template: ConversationTokenizer) -> str:
     return _short_digest(
         {
             "version": _VERSION,
@@ -181,28 +181,28 @@ def _make(
     folder: Path,
     config: DataConfig,
     given: _Input,
-    template: Template,
+    template: ConversationTokenizer,
     progress: Callable[[str], None],
 ) -> None:
     report = Report([SourceReport(each.name, left_out=[*each.left_out]) for each in given.sources])
-    spool = Spool(folder)
+    writer = DocumentWriter(folder)
     try:
-        _fill(spool, config, given, report, template, progress)
+        _fill(writer, config, given, report, template, progress)
     finally:
-        spool.close()
-    table = spool.table()
-    _finish(folder, spool, table, select(table, config, given.settings), report)
+        writer.close()
+    stats = writer.stats()
+    _finish(folder, writer, stats, select(stats, config, given.settings), report)
 
 
 def _fill(
-    spool: Spool,
+    writer: DocumentWriter,
     config: DataConfig,
     given: _Input,
     report: Report,
-    template: Template,
+    template: ConversationTokenizer,
     progress: Callable[[str], None],
 ) -> None:
-    """Put all documents of all sources into the spool."""
+    """Put all documents of all sources into the writer."""
     told = time.monotonic()
     formats = given.formats(config)
     for i, (source, own) in enumerate(zip(given.sources, report.sources, strict=True)):
@@ -218,25 +218,27 @@ def _fill(
                 own.num_documents += 1
                 report.num_plain_texts += bool(conversation.text)
                 report.num_turns_left_out += conversation.num_left_out
-                spool.add(fitted, conversation, i, place, is_kept)
+                writer.add(fitted, conversation, i, place, is_kept)
             if time.monotonic() - told > _PROGRESS_SECONDS:
                 told = time.monotonic()
                 progress(f"data: {report.num_rows} rows tokenised")
         _refuse_useless(source, own, report, config)
 
 
-def _finish(folder: Path, spool: Spool, table: Table, chosen: Selection, report: Report) -> None:
-    """Make a spool an entry: its parts, and the report."""
-    spool.choose(table, chosen.train, chosen.held_out)
-    report.content = spool.digest()
+def _finish(
+    folder: Path, writer: DocumentWriter, stats: DocumentStats, chosen: Split, report: Report
+) -> None:
+    """Make a writer an entry: its parts, and the report."""
+    writer.choose(stats, chosen.train, chosen.held_out)
+    report.content = writer.digest()
     for name in ("num_duplicates", "num_dropped_duplicates", "num_leaked", "num_not_chosen"):
         setattr(report, name, getattr(chosen, name))
     report.num_documents, report.num_held_out = len(chosen.train), len(chosen.held_out)
-    lengths = table.lengths[chosen.train]
+    lengths = stats.lengths[chosen.train]
     report.num_tokens, report.longest_tokens = int(lengths.sum()), int(lengths.max())
-    report.num_supervised_tokens = int(table.num_supervised[chosen.train].sum())
-    report.audit = Audit.of(table.spoken[chosen.train], table.end_learned[chosen.train])
-    times = np.bincount(table.source[chosen.train], minlength=len(report.sources))
+    report.num_supervised_tokens = int(stats.num_supervised[chosen.train].sum())
+    report.audit = MaskAudit.of(stats.spoken[chosen.train], stats.end_learned[chosen.train])
+    times = np.bincount(stats.source[chosen.train], minlength=len(report.sources))
     for own, number in zip(report.sources, times, strict=True):
         own.num_occurrences = int(number)
     (folder / "report.json").write_text(json.dumps(asdict(report), indent=1))
@@ -267,7 +269,11 @@ def _refuse_bad_share(source: Source, own: SourceReport, config: DataConfig) -> 
 
 
 def _rendered(
-    source: Source, format_name: str, own: SourceReport, report: Report, template: Template
+    source: Source,
+    format_name: str,
+    own: SourceReport,
+    report: Report,
+    template: ConversationTokenizer,
 ) -> Iterator[_Row]:
     """The good rows. All rows of a source have the format of the first good one."""
     for place, row in source.rows:

@@ -39,7 +39,7 @@ class Documents:
         index = np.load(folder / f"{part}.npy")
         # int64 (num_documents,) each: the first three in tokens.
         self.starts, self.lengths, self.num_supervised, self._numbers, content = index
-        self.content = content.view(np.uint64)  # digests of the conversations, see `Table`
+        self.content = content.view(np.uint64)  # digests of the conversations, see `DocumentStats`
         self._origins = folder / _ORIGINS
         ends = int((self.starts + self.lengths).max(initial=0))
         if not ends <= len(self._ids) == len(self._supervised):
@@ -98,7 +98,7 @@ class Conversations(Sequence[Conversation]):
 
 
 @dataclass(frozen=True)
-class Table:
+class DocumentStats:
     """What is known of all documents, chosen or not; arrays of shape (num_documents,).
 
     lengths, num_supervised: int64, tokens. end_learned: bool. source: int64, index of its source.
@@ -117,7 +117,7 @@ class Table:
     spoken: np.ndarray
 
 
-class Spool:
+class DocumentWriter:
     """Takes documents one by one and writes them into a folder, which it makes."""
 
     def __init__(self, folder: Path) -> None:
@@ -157,7 +157,7 @@ class Spool:
         if keep:
             self._conversations.write(json.dumps(asdict(conversation)).encode() + b"\n")
 
-    def table(self) -> Table:
+    def stats(self) -> DocumentStats:
         """Of all that was added; nothing can be added after."""
         self.close()
         columns = {
@@ -165,16 +165,16 @@ class Spool:
             for name, column in self._columns.items()
         }
         spoken = np.frombuffer(self._spoken, np.int32).reshape(-1, len(SPEAKERS), 2)
-        return Table(
+        return DocumentStats(
             **columns, end_learned=np.frombuffer(self._end_learned, np.bool_), spoken=spoken
         )
 
-    def choose(self, table: Table, train: np.ndarray, held_out: np.ndarray) -> None:
+    def choose(self, stats: DocumentStats, train: np.ndarray, held_out: np.ndarray) -> None:
         """Make the parts: int64 indices of documents, with repetitions."""
-        starts = np.cumsum(table.lengths) - table.lengths
+        starts = np.cumsum(stats.lengths) - stats.lengths
         for part, chosen in (("train", train), ("held_out", held_out)):
-            numbers, content = np.arange(len(starts)), table.content.view(np.int64)
-            columns = (starts, table.lengths, table.num_supervised, numbers, content)
+            numbers, content = np.arange(len(starts)), stats.content.view(np.int64)
+            columns = (starts, stats.lengths, stats.num_supervised, numbers, content)
             index = [column[chosen] for column in columns]
             np.save(self._folder / f"{part}.npy", np.stack(index))
         spoken = self._folder / _SPOKEN

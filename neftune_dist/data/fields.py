@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from neftune_dist.data.sources import BadRow, kind_of
+from neftune_dist.data.sources import BadRow, type_name
 
 # Control characters that are no white space: damage, or the codes of a terminal.
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
@@ -17,7 +17,7 @@ def calls(listed: Any) -> str:
     """Tool calls in OpenAI's form, their arguments an object, as templates take them. Raises
     `BadRow`."""
     if not isinstance(listed, list):
-        raise BadRow(f"field 'tool_calls' is not a list but {kind_of(listed)}")
+        raise BadRow(f"field 'tool_calls' is not a list but {type_name(listed)}")
     if len(listed) == 1 and isinstance(listed[0], list):  # of one turn that calls several
         listed = listed[0]
     made = []
@@ -30,7 +30,7 @@ def calls(listed: Any) -> str:
         if isinstance(arguments, str):
             arguments = parsed(function, "arguments")
         if not isinstance(arguments, dict):
-            raise BadRow(f"the arguments of {name[:40]!a} are no object but {kind_of(arguments)}")
+            raise BadRow(f"the arguments of {name[:40]!a} are no object but {type_name(arguments)}")
         identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         made.append(
             {**identity, "type": "function", "function": {"name": name, "arguments": arguments}}
@@ -47,7 +47,7 @@ def tools(row: Mapping[str, Any]) -> str:
     if not listed:
         return ""
     if not isinstance(listed, list):
-        raise BadRow(f"field 'tools' is not a list of functions but {kind_of(listed)}")
+        raise BadRow(f"field 'tools' is not a list of functions but {type_name(listed)}")
     made = []
     for number, tool in enumerate(listed, 1):
         function = tool.get("function", tool) if isinstance(tool, dict) else tool
@@ -78,7 +78,7 @@ def text(row: Mapping[str, Any], field: str) -> str:
         raise BadRow(f"field '{field}' is missing")
     value = row[field]
     if not isinstance(value, str):
-        raise BadRow(f"field '{field}' is not text but {kind_of(value)}")
+        raise BadRow(f"field '{field}' is not text but {type_name(value)}")
     return _checked(value, field)
 
 
@@ -97,4 +97,4 @@ def _checked(value: str, field: str) -> str:
 
 def shape(value: Any) -> str:
     """What stands where a list of turns should."""
-    return "an empty list" if value == [] else kind_of(value)
+    return "an empty list" if value == [] else type_name(value)

@@ -38,7 +38,7 @@ class Files:
     left_out: tuple[str, ...] = ()
 
 
-def kind(path: Path) -> str:
+def file_kind(path: Path) -> str:
     """How the file is read: one of the values of `KINDS`; nothing where it cannot be."""
     found = _SUFFIX.search(path.name.lower())
     return KINDS[found[1] or found[3]] if found else ""
@@ -48,11 +48,11 @@ def is_local(source: str) -> bool:
     """Whether a source names files on this machine, not the built-in set or the hub."""
     if source == BUILTIN_SOURCE:
         return False
-    named = source.startswith(("/", ".", "~")) or bool(kind(Path(source))) or _is_glob(source)
+    named = source.startswith(("/", ".", "~")) or bool(file_kind(Path(source))) or _is_glob(source)
     return named or os.path.exists(source)
 
 
-def find(source: str, key: str) -> Files:
+def find_files(source: str, key: str) -> Files:
     """The files of a local source: a file, all in a directory (not in those below it), or all that
     a glob matches (`**` for any depth).
 
@@ -70,7 +70,7 @@ def find(source: str, key: str) -> Files:
         return _of_glob(path, what)
     if path.is_dir():
         return _of_directory(path, what)
-    if not kind(path) or not path.is_file():
+    if not file_kind(path) or not path.is_file():
         raise UserError(f"{what} cannot be read: give a {_READABLE} file, or a directory of them.")
     return Files((path,))
 
@@ -84,7 +84,7 @@ def _of_glob(path: Path, what: str) -> Files:
     if not found:
         raise UserError(f"{what} matches no file.")
     for each in found:
-        if not kind(Path(each)):
+        if not file_kind(Path(each)):
             raise UserError(f"{what} matches {each}, which cannot be read: it is no {_READABLE}.")
     return Files(tuple(map(Path, found)))
 
@@ -95,7 +95,9 @@ def _of_directory(path: Path, what: str) -> Files:
     except OSError as error:
         raise UserError(f"{what} cannot be read: {error.strerror or error}.") from error
     rows = [
-        each for each in entries if kind(each) and each.name not in _ABOUT_ROWS and each.is_file()
+        each
+        for each in entries
+        if file_kind(each) and each.name not in _ABOUT_ROWS and each.is_file()
     ]
     if not rows:
         raise UserError(f"{what} is a directory without a {_READABLE} file.")

@@ -21,7 +21,7 @@ from textwrap import shorten
 from typing import Any, NamedTuple
 
 from neftune_dist.data import fields
-from neftune_dist.data.sources import BadRow, kind_of
+from neftune_dist.data.sources import BadRow, type_name
 
 ROLES = ("system", "user", "assistant", "tool")
 # What the turns of a row are called elsewhere. A function call is the assistant's.
@@ -245,7 +245,7 @@ def _turns(row: Mapping[str, Any], field: str) -> list[Turn]:
 
 def _turn(message: Any, aliases: Mapping[str, str]) -> Turn:
     if not isinstance(message, dict):
-        raise BadRow(f"not an object with 'role' and 'content' but {kind_of(message)}")
+        raise BadRow(f"not an object with 'role' and 'content' but {type_name(message)}")
     by = "from" if "from" in message and aliases is _ALIASES else "role"
     called = fields.text(message, by)
     role = aliases.get(called.lower() if aliases is _ALIASES else called)
@@ -280,7 +280,7 @@ def _content(message: Mapping[str, Any], field: str, may_be_null: bool) -> str:
     if not isinstance(content, list):
         return fields.text(message, field)
     for number, part in enumerate(content, 1):
-        kind = part.get("type") if isinstance(part, dict) else kind_of(part)
+        kind = part.get("type") if isinstance(part, dict) else type_name(part)
         if kind != "text":
             raise BadRow(f"part {number} of the content is {str(kind)[:40]!a}, not text")
     return "".join(fields.text(part, "text") for part in content)

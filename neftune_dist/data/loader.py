@@ -23,8 +23,8 @@ from torch import Tensor
 
 from neftune_dist.config import Config
 from neftune_dist.data.documents import Documents
-from neftune_dist.data.packing import lay_out
-from neftune_dist.data.sampler import Schedule
+from neftune_dist.data.packing import assign_documents
+from neftune_dist.data.sampler import Sampler
 
 _EMPTY_TOKENS = 2  # of an empty micro-batch
 # The weights' gradients are products over the tokens, whose number float8 wants divisible by this.
@@ -193,7 +193,7 @@ class Loader:
     def __init__(
         self,
         documents: Documents,
-        schedule: Schedule,
+        sampler: Sampler,
         config: Config,
         rank: int,
         world_size: int,
@@ -202,7 +202,7 @@ class Loader:
         part: tuple[int, int] = (0, 1),
     ) -> None:
         self.documents = documents
-        self.schedule = schedule
+        self.sampler = sampler
         self.packing = config.data.packing
         self.micro_batch_tokens = config.train.micro_batch_tokens * part[1]
         self.rank, self.world_size = rank, world_size
@@ -213,14 +213,14 @@ class Loader:
 
     def step(self, step: int) -> StepBatch:
         """This rank's part of a step: a pure function of the step."""
-        indices, epochs = self.schedule.documents(step)
+        indices, epochs = self.sampler.documents(step)
         lengths = self.documents.lengths[indices]
-        layout = lay_out(
+        rounds = assign_documents(
             lengths, self.world_size, self.micro_batch_tokens, self.packing, self.quadratic_tokens
         )
-        mine = [np.array(groups[self.rank], dtype=np.int64) for groups in layout.groups]
+        mine = [np.array(groups[self.rank], dtype=np.int64) for groups in rounds]
         computed = sum(
-            self._computed(lengths[list(group)]) for groups in layout.groups for group in groups
+            self._computed(lengths[list(group)]) for groups in rounds for group in groups
         )
         return StepBatch(
             step=step,
@@ -246,8 +246,8 @@ class Loader:
         )
 
     def steps(self, first: int) -> Iterator[StepBatch]:
-        """Steps from `first` to the schedule's last."""
-        return _ahead(self._prepare, range(first, self.schedule.num_steps), self.device)
+        """Steps from `first` to the sampler's last."""
+        return _ahead(self._prepare, range(first, self.sampler.num_steps), self.device)
 
     def _prepare(self, step: int) -> StepBatch:
         batch = self.step(step)
@@ -306,7 +306,7 @@ def evaluation_batches(
 ) -> Iterator[MicroBatch]:
     """This rank's micro-batches over a fixed set of documents, laid out like a step and prepared
     ahead; the arguments as `Loader` takes them."""
-    layout = lay_out(
+    rounds = assign_documents(
         documents.lengths[indices],
         world_size,
         config.train.micro_batch_tokens * part[1],
@@ -321,4 +321,4 @@ def evaluation_batches(
         batch = collate(documents, chosen, epochs, config.data.packing, part[1], multiple)
         return _ready(_own(batch, part), device)
 
-    return _ahead(prepare, layout.groups, device)
+    return _ahead(prepare, rounds, device)

@@ -21,7 +21,7 @@ _RESET = "\x1b[0m"
 
 
 @dataclass
-class Audit:
+class MaskAudit:
     """Tokens of an epoch by who of `SPEAKERS` says them, and how many of these are learned.
 
     end_of_turn_learned: share of documents in which the end of the last learned answer is.
@@ -32,11 +32,11 @@ class Audit:
     end_of_turn_learned: float = 0.0
 
     @staticmethod
-    def of(spoken: np.ndarray, end_learned: np.ndarray) -> Audit:
+    def of(spoken: np.ndarray, end_learned: np.ndarray) -> MaskAudit:
         """Of documents: spoken (num_documents, len(SPEAKERS), 2), tokens and learned ones;
         end_learned bool (num_documents,)."""
         tokens, supervised = spoken.sum(axis=0, dtype=np.int64).T.tolist()
-        return Audit(
+        return MaskAudit(
             dict(zip(SPEAKERS, tokens, strict=True)),
             dict(zip(SPEAKERS, supervised, strict=True)),
             float(end_learned.mean()),
@@ -72,7 +72,7 @@ class Audit:
         return lines
 
 
-def shown(
+def preview(
     documents: Documents, names: list[str], tokenizer: Any, number: int, colour: bool
 ) -> Iterator[str]:
     """Some documents, evenly chosen, as text that shows its tokens and which of them are learned:

@@ -1,8 +1,8 @@
-"""How a step's documents are dealt to ranks and micro-batches.
+"""Pack a step's documents into micro-batches and assign these to ranks.
 
-A layout decides speed, never what is trained. It is a pure function of the documents' lengths, so
-every rank computes the same one and nothing is sent. All ranks run the same number of micro-batches
-(collectives go in step); what has no document left is an empty micro-batch.
+The assignment decides speed, never the gradient. It is a pure function of the documents' lengths,
+so every rank computes the same one and nothing is sent. All ranks run the same number of
+micro-batches, because collectives go in step; a rank without a document left runs an empty one.
 
 A round is the micro-batches that all ranks run at the same time: it lasts as long as the slowest of
 them. So those of a round are made alike, in tokens (all but attention) and in squared lengths
@@ -14,13 +14,14 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from neftune_dist.config import UserError
 
 Groups = list[tuple[int, ...]]
+# rounds[k][r]: positions within the step's documents that rank r takes in its micro-batch k.
+Rounds = tuple[tuple[tuple[int, ...], ...], ...]
 
 # Exchanges of documents that even out packed rounds, under two weights of the squares one after the
 # other (tokens have 1). The squares first: short documents hardly change them, and can still even
@@ -33,25 +34,13 @@ _CANDIDATES = 24  # places of a micro-batch that one exchange looks at
 _TOKENS_NEAR, _SQUARES_NEAR = 0.005, 0.01
 
 
-@dataclass(frozen=True)
-class Layout:
-    """groups[k][r]: positions within the step's documents that rank r takes in micro-batch k."""
-
-    groups: tuple[tuple[tuple[int, ...], ...], ...]
-
-    @property
-    def num_micro_batches(self) -> int:
-        """Micro-batches that each rank runs."""
-        return len(self.groups)
-
-
-def lay_out(
+def assign_documents(
     lengths: np.ndarray,
     world_size: int,
     micro_batch_tokens: int,
     packing: bool,
     quadratic_tokens: float,
-) -> Layout:
+) -> Rounds:
     """Deal documents to world_size ranks, at most micro_batch_tokens a micro-batch.
 
     Args:
@@ -96,7 +85,7 @@ def lay_out(
             dealt[rank] = each[b]
             load[rank] += costs[b]
         groups.append(tuple(dealt))
-    return Layout(tuple(groups))
+    return tuple(groups)
 
 
 def _in_rounds(bins: Groups, costs: Sequence[float], world_size: int) -> list[Groups]:
@@ -125,7 +114,7 @@ def _pack(
             break
     else:
         bins = fitted + [[] for _ in range(enough * world_size - len(fitted))]
-    return [tuple(sorted(group)) for group in bins]  # in the order of the schedule
+    return [tuple(sorted(group)) for group in bins]  # in the order of the step
 
 
 def _fit(order: Sequence[int], sizes: Sequence[int], capacity: int) -> list[list[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from neftune_dist.data.mask_preview import Audit
+from neftune_dist.data.mask_preview import MaskAudit
 
 NAMED_ROWS = 20  # bad rows of a source that the report names one by one
 
@@ -51,7 +51,7 @@ class Report:
     num_plain_texts: int = 0
     num_turns_left_out: int = 0
     longest_tokens: int = 0
-    audit: Audit = field(default_factory=Audit)
+    audit: MaskAudit = field(default_factory=MaskAudit)
 
     @property
     def source(self) -> str:

@@ -22,7 +22,7 @@ DEFAULT_EPOCHS = 3.0  # the paper's (appendix A)
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Sampler:
     """Documents per step."""
 
     fingerprint: str
@@ -52,8 +52,8 @@ class Schedule:
         return indices, np.full_like(indices, epoch)
 
 
-def make_schedule(config: TrainConfig, num_documents: int, fingerprint: str) -> Schedule:
-    """The schedule of a run; a part of an epoch is rounded up to whole steps.
+def make_sampler(config: TrainConfig, num_documents: int, fingerprint: str) -> Sampler:
+    """The sampler of a run; a part of an epoch is rounded up to whole steps.
 
     Raises:
         UserError: there are too few documents for a batch.
@@ -64,7 +64,7 @@ def make_schedule(config: TrainConfig, num_documents: int, fingerprint: str) -> 
             f"The data holds {num_documents} documents, fewer than "
             f"train.global_batch_size={batch}: lower it."
         )
-    made = Schedule(fingerprint, config.seed, num_documents, batch, config.max_steps or 0)
+    made = Sampler(fingerprint, config.seed, num_documents, batch, config.max_steps or 0)
     if config.max_steps is not None:
         return made
     epochs = DEFAULT_EPOCHS if config.num_epochs is None else config.num_epochs

@@ -79,7 +79,7 @@ def _refuse_revision(config: SourceConfig, key: str) -> None:
 
 
 def _open_files(name: str, key: str) -> Source:
-    found = files.find(name, key)
+    found = files.find_files(name, key)
     digests = []
     for path in found.paths:
         try:
@@ -87,7 +87,7 @@ def _open_files(name: str, key: str) -> Source:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise UserError(f"{key}={path} cannot be read: {error.strerror or error}.") from error
-        digests.append((files.kind(path), digest))
+        digests.append((files.file_kind(path), digest))
     whole = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
     return Source(key, os.path.expanduser(name), whole, _rows_of(found.paths, key), found.left_out)
 
@@ -120,7 +120,7 @@ def _rows_of(paths: tuple[Path, ...], key: str) -> Rows:
 
 def _rows_of_file(path: Path, key: str) -> Numbered:
     """The rows of one file; what ends the reading is told with the last row before it."""
-    what, kind, number = f"{key}={path}", files.kind(path), 0
+    what, kind, number = f"{key}={path}", files.file_kind(path), 0
     try:
         for number, row in _READERS[kind](path):
             yield number, row
@@ -263,10 +263,10 @@ def _elements(text: IO[str]) -> Iterator[Any]:
 
 
 def _mapping(row: Any) -> Mapping[str, Any] | BadRow:
-    return row if isinstance(row, dict) else BadRow(f"not an object of fields but {kind_of(row)}")
+    return row if isinstance(row, dict) else BadRow(f"not an object of fields but {type_name(row)}")
 
 
-def kind_of(value: Any) -> str:
+def type_name(value: Any) -> str:
     """A value's type, as a person calls it."""
     return "null" if value is None else type(value).__name__
 

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from neftune_dist.config import DataConfig, SourceConfig, UserError
-from neftune_dist.data.documents import Documents, Table
+from neftune_dist.data.documents import Documents, DocumentStats
 
 # Keys under which a document's digest is mixed again, so that two choices have nothing in common.
 _CAP, _FRACTION, _SAMPLE = 1, 2, 3
 
 
 @dataclass(frozen=True)
-class Selection:
+class Split:
     """train, held_out: int64, indices of documents; in `train`, one as often as an epoch has it.
 
     num_duplicates: documents that are there already. num_dropped_duplicates: of them, left out.
@@ -36,7 +36,7 @@ class Selection:
     num_not_chosen: int
 
 
-def select(table: Table, config: DataConfig, sources: Sequence[SourceConfig]) -> Selection:
+def select(stats: DocumentStats, config: DataConfig, sources: Sequence[SourceConfig]) -> Split:
     """Choose among all documents.
 
     Args:
@@ -45,8 +45,8 @@ def select(table: Table, config: DataConfig, sources: Sequence[SourceConfig]) ->
     Raises:
         UserError: nothing is left to train on.
     """
-    is_own = table.source >= len(sources)  # of the held-out source
-    _, first = np.unique(table.content, return_index=True)
+    is_own = stats.source >= len(sources)  # of the held-out source
+    _, first = np.unique(stats.content, return_index=True)
     repeated = ~is_own
     repeated[first] = False
     training = ~is_own
@@ -55,9 +55,9 @@ def select(table: Table, config: DataConfig, sources: Sequence[SourceConfig]) ->
     num_candidates = int(training.sum())
     held_out, leaked = is_own, np.zeros_like(is_own)
     if config.held_out_source:
-        leaked = training & np.isin(table.prompt, table.prompt[is_own])
+        leaked = training & np.isin(stats.prompt, stats.prompt[is_own])
     elif config.holds_out:
-        held_out = _hold_out(table.prompt, training, config)
+        held_out = _hold_out(stats.prompt, training, config)
     training &= ~held_out & ~leaked
     if not training.any():
         ways = ("num_held_out", "held_out_fraction", "held_out_source")
@@ -66,19 +66,19 @@ def select(table: Table, config: DataConfig, sources: Sequence[SourceConfig]) ->
             f"data.{way}={getattr(config, way)} leaves none of the {num_candidates} documents to "
             "train on."
         )
-    times = np.zeros(len(table.source), np.int64)
+    times = np.zeros(len(stats.source), np.int64)
     for i, source in enumerate(sources):
-        mine = np.flatnonzero(training & (table.source == i))
+        mine = np.flatnonzero(training & (stats.source == i))
         if 0 < source.max_documents < len(mine):
-            order = np.argsort(_mixed(table.content[mine], _CAP), kind="stable")
+            order = np.argsort(_mixed(stats.content[mine], _CAP), kind="stable")
             mine = np.sort(mine[order[: source.max_documents]])
         whole, fraction = divmod(source.weight, 1)
-        more = _mixed(table.content[mine], _FRACTION) < np.uint64(fraction * 2**64)
+        more = _mixed(stats.content[mine], _FRACTION) < np.uint64(fraction * 2**64)
         times[mine] = int(whole) + more
     train = np.repeat(np.arange(len(times)), times)
     if not len(train):
         raise UserError("The weights in data.mixture leave no document to train on: raise one.")
-    return Selection(
+    return Split(
         train=train,
         held_out=np.flatnonzero(held_out),
         num_duplicates=int(repeated.sum()),

@@ -51,7 +51,7 @@ class Document:
         )
 
 
-class Template:
+class ConversationTokenizer:
     """Renders and tokenises conversations as `data.template`, `data.supervise` and
     `data.system_prompt` say."""
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from neftune_dist.config import UserError, user_path
-from neftune_dist.data.dataset import Corpus, prepare
+from neftune_dist.data.dataset import Dataset, prepare
 from neftune_dist.data.sources import BadRow
 from neftune_dist.data.split import sample_documents
 from neftune_dist.distributed.outcome import EXIT_DONE, EXIT_STOPPED
@@ -90,7 +90,7 @@ class _Evaluation:
     def __init__(self, subject: Subject, output: Path | None, world: World) -> None:
         self.subject, self.config, self.world = subject, subject.config, world
         evaluate, data = self.config.evaluate, self.config.data
-        self.corpus: Corpus | None = None
+        self.dataset: Dataset | None = None
         with world.agree():
             self.folder = output or _default_folder(subject)
             asked = evaluate.instructions not in (None, HELD_OUT)
@@ -102,7 +102,7 @@ class _Evaluation:
             self.tasks = read_words(evaluate.tasks, evaluate.max_task_items)
         if data.holds_out or evaluate.train_documents:
             tokenizer = subject.tokenizer
-            self.corpus = world.local_rank_zero_first(lambda: prepare(data, tokenizer, world.log))
+            self.dataset = world.local_rank_zero_first(lambda: prepare(data, tokenizer, world.log))
         with world.agree():
             self.instructions = self._instructions()
             self.prompts = self._prompts()
@@ -112,8 +112,8 @@ class _Evaluation:
     def run(self) -> None:
         """All parts that are asked for."""
         self.world.log(f"evaluate: {self.subject.name}, into {self.folder}")
-        if self.corpus is not None:
-            self._losses(self.corpus)
+        if self.dataset is not None:
+            self._losses(self.dataset)
         if self.prompts:
             self._answers()
         if self.tasks:
@@ -126,7 +126,7 @@ class _Evaluation:
         if name is None:
             return []
         if name == HELD_OUT:
-            return held_out_instructions(self.corpus, number) if self.corpus else []
+            return held_out_instructions(self.dataset, number) if self.dataset else []
         found, of_all = read_instructions(name, number)
         if len(found) < of_all:
             self.world.log(
@@ -185,17 +185,17 @@ class _Evaluation:
         for line in told(part, self.results.summary[part]) if self.world.is_first else ():
             self.world.log(line)
 
-    def _losses(self, corpus: Corpus) -> None:
-        evaluate, size = self.config.evaluate, len(corpus.held_out)
+    def _losses(self, dataset: Dataset) -> None:
+        evaluate, size = self.config.evaluate, len(dataset.held_out)
         with self.world.agree():
             chosen = {
-                "held_out": sample_documents(corpus.held_out, evaluate.max_documents or size),
-                "train": sample_documents(corpus.train, evaluate.train_documents),
+                "held_out": sample_documents(dataset.held_out, evaluate.max_documents or size),
+                "train": sample_documents(dataset.train, evaluate.train_documents),
             }
         numbers = {part: len(indices) for part, indices in chosen.items()}
         noise = [asdict(self.config.noise), self.config.noise_seed]
         settings = {
-            "documents": corpus.fingerprint,
+            "documents": dataset.fingerprint,
             **numbers,
             "model.dtype": self.config.model.dtype,
             "noise": noise if numbers["train"] else None,
@@ -209,7 +209,7 @@ class _Evaluation:
                 return None
             return document_losses(
                 model,
-                corpus.held_out if part == "held_out" else corpus.train,
+                dataset.held_out if part == "held_out" else dataset.train,
                 chosen[part],
                 self.config,
                 self.world,

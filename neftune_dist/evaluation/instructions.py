@@ -23,7 +23,7 @@ from typing import Any
 
 from neftune_dist.config import BUILTIN_SOURCE, Config, SourceConfig, UserError
 from neftune_dist.data import fields, files
-from neftune_dist.data.dataset import Corpus
+from neftune_dist.data.dataset import Dataset
 from neftune_dist.data.formats import Conversation, Turn
 from neftune_dist.data.sources import BadRow, open_source
 from neftune_dist.data.split import sample
@@ -45,17 +45,17 @@ class Instruction:
     reference: str | None
 
 
-def held_out_instructions(corpus: Corpus, number: int) -> list[Instruction]:
+def held_out_instructions(dataset: Dataset, number: int) -> list[Instruction]:
     """Up to `number` held-out conversations (0: all) that begin with different words, of all
     sources, with their first answers; plain texts, which ask nothing, are passed over."""
-    conversations = corpus.held_out_conversations
+    conversations = dataset.held_out_conversations
 
     def opening(i: int) -> str | None:
         conversation = conversations[i]
         return json.dumps(conversation.opening()) if conversation.turns else None
 
     found = []
-    for i in sample(corpus.held_out.content, number or len(conversations), opening).tolist():
+    for i in sample(dataset.held_out.content, number or len(conversations), opening).tolist():
         conversation = conversations[i]
         asked = [m["content"] for m in conversation.opening() if m["role"] == "user"]
         answer = next(turn.content for turn in conversation.turns if turn.role == "assistant")

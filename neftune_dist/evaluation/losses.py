@@ -25,7 +25,7 @@ from torch import Tensor
 from neftune_dist.config import Config, NoiseConfig
 from neftune_dist.data.documents import Documents
 from neftune_dist.data.loader import MicroBatch, collate
-from neftune_dist.data.packing import lay_out
+from neftune_dist.data.packing import assign_documents
 from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import batch_losses
 from neftune_dist.evaluation.target import attention_of
@@ -37,7 +37,7 @@ from neftune_dist.noise.law import TokenLayout
 from neftune_dist.training.noise import configured_noise, num_passes
 
 _NEVER = (1 << 32) - 1  # no training reaches this epoch, or has so many ranks
-_QUADRATIC_TOKENS = 1e9  # of `lay_out`: work is balanced by tokens
+_QUADRATIC_TOKENS = 1e9  # of `assign_documents`: work is balanced by tokens
 _PROGRESS_SECONDS = 5.0
 
 
@@ -90,13 +90,15 @@ def document_losses(
         check_model(model, packing)
         lengths = documents.lengths[indices]
         check_lengths(model.config, int(lengths.max()))
-        layout = lay_out(lengths, 1, config.train.micro_batch_tokens, packing, _QUADRATIC_TOKENS)
+        rounds = assign_documents(
+            lengths, 1, config.train.micro_batch_tokens, packing, _QUADRATIC_TOKENS
+        )
     sums, told = np.zeros(len(indices)), time.monotonic()
     padded = model.config._attn_implementation
     attention = implementation(config.model.attention, True) if packing else padded
     with attention_of(model, attention), _forward(model, config, noisy) as forward:
-        for i in range(world.rank, len(layout.groups), world.size):
-            places = np.array(layout.groups[i][0], dtype=np.int64)
+        for i in range(world.rank, len(rounds), world.size):
+            places = np.array(rounds[i][0], dtype=np.int64)
             chosen = indices[places]
             epochs = np.full_like(chosen, _NEVER)
             batch = collate(documents, chosen, epochs, packing).to(world.device)
@@ -105,7 +107,7 @@ def document_losses(
             sums[places] = [float(part.sum()) for part in parts]
             if time.monotonic() - told > _PROGRESS_SECONDS:
                 told = time.monotonic()
-                progress(f"{i + 1} of {len(layout.groups)} batches")
+                progress(f"{i + 1} of {len(rounds)} batches")
     with world.agree():  # ranks differ in time by what a collective would not wait for
         pass
     total = np.sum(world.gather(sums.tolist()), axis=0)  # of each document one rank has a sum

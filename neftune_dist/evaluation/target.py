@@ -27,7 +27,7 @@ from neftune_dist.checkpoint.run_files import check_architecture, check_sealed, 
 from neftune_dist.config import Config, ModelConfig, UserError, load_config, read_json, user_path
 from neftune_dist.data.formats import Conversation, Turn
 from neftune_dist.data.sources import BadRow
-from neftune_dist.data.tokenize import Template
+from neftune_dist.data.tokenize import ConversationTokenizer
 from neftune_dist.model import load
 from neftune_dist.model.families import check_model
 from neftune_dist.model.weights import first_line
@@ -62,9 +62,9 @@ class Subject:
         return load.load_tokenizer(self.folder, self._plain)
 
     @cached_property
-    def template(self) -> Template:
+    def template(self) -> ConversationTokenizer:
         """Renders conversations as `data` says. Raises `UserError` where there is no template."""
-        return Template(self.tokenizer, self.config.data)
+        return ConversationTokenizer(self.tokenizer, self.config.data)
 
     @cached_property
     def end_tokens(self) -> list[int]:
@@ -76,7 +76,11 @@ class Subject:
         else:
             found = load.load_model_config(self.folder, self._plain).eos_token_id
         ends = {*(found if isinstance(found, list) else [found]), self.tokenizer.eos_token_id}
-        ends.add(_taught_end(Template(self.tokenizer, replace(self.config.data, supervise="last"))))
+        ends.add(
+            _taught_end(
+                ConversationTokenizer(self.tokenizer, replace(self.config.data, supervise="last"))
+            )
+        )
         return sorted(ends - {None})
 
     @cached_property
@@ -254,7 +258,7 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
                 module._parameters[name] = made[id(parameter)]
 
 
-def _taught_end(template: Template) -> int | None:
+def _taught_end(template: ConversationTokenizer) -> int | None:
     """The special token that ends an answer in this template, if one does."""
     probe = Conversation((Turn("user", "Say yes."), Turn("assistant", "Yes.")))
     try:

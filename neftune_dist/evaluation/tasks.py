@@ -26,7 +26,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from neftune_dist.config import EvaluateConfig, SourceConfig, UserError, listed
-from neftune_dist.data.sources import BadRow, kind_of, open_source
+from neftune_dist.data.sources import BadRow, open_source, type_name
 from neftune_dist.distributed.world import World
 
 _KEY = "evaluate.tasks"
@@ -244,7 +244,7 @@ def _truthful_row(row: Mapping[str, Any]) -> Row:
 def _text(row: Mapping[str, Any], name: str) -> str:
     value = row[name]
     if not isinstance(value, str):
-        raise BadRow(f"field '{name}' is {kind_of(value)}, not text")
+        raise BadRow(f"field '{name}' is {type_name(value)}, not text")
     if not value.strip():
         raise BadRow(f"field '{name}' is empty")
     return value

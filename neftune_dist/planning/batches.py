@@ -9,22 +9,22 @@ import numpy as np
 from neftune_dist.config import Config
 from neftune_dist.data.dataset import Documents
 from neftune_dist.data.loader import MicroBatch, collate, token_multiple
-from neftune_dist.data.packing import lay_out
-from neftune_dist.data.sampler import Schedule
+from neftune_dist.data.packing import assign_documents
+from neftune_dist.data.sampler import Sampler
 from neftune_dist.model.flops import model_size
 
 # Of longer runs, steps of so many documents in all are looked at, evenly spread.
 _MOST_DOCUMENTS = 150_000
 
 
-def looked_at(schedule: Schedule) -> np.ndarray:
+def looked_at(sampler: Sampler) -> np.ndarray:
     """The steps among which the heaviest micro-batches are looked for, int64 (num_chosen,)."""
-    most = max(16, _MOST_DOCUMENTS // schedule.global_batch_size)
-    return np.unique(np.linspace(0, schedule.num_steps - 1, most).astype(np.int64))
+    most = max(16, _MOST_DOCUMENTS // sampler.global_batch_size)
+    return np.unique(np.linspace(0, sampler.num_steps - 1, most).astype(np.int64))
 
 
 def heaviest(
-    documents: Documents, schedule: Schedule, config: Config, world_size: int, model: Any
+    documents: Documents, sampler: Sampler, config: Config, world_size: int, model: Any
 ) -> list[MicroBatch]:
     """Of all ranks' first micro-batches in a step the heaviest; then, as a second and a third where
     steps have them, that of all later ones, which meet the gradients of those before."""
@@ -32,19 +32,19 @@ def heaviest(
     most = 0
     weight, quadratic_tokens = _weight(config, model), model_size(model).quadratic_tokens
     slices = config.engine.sequence_parallel
-    for step in looked_at(schedule).tolist():
-        indices, epochs = schedule.documents(step)
+    for step in looked_at(sampler).tolist():
+        indices, epochs = sampler.documents(step)
         lengths = documents.lengths[indices]
         supervised = documents.num_supervised[indices]
-        layout = lay_out(
+        rounds = assign_documents(
             lengths,
             world_size // slices,
             config.train.micro_batch_tokens * slices,
             config.data.packing,
             quadratic_tokens,
         )
-        most = max(most, layout.num_micro_batches)
-        for place, groups in enumerate(layout.groups):
+        most = max(most, len(rounds))
+        for place, groups in enumerate(rounds):
             for group in map(list, filter(None, groups)):
                 tokens = lengths[group]
                 num_tokens = tokens.sum() if config.data.packing else len(group) * tokens.max()

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from neftune_dist.config import Config, UserError
-from neftune_dist.data.dataset import Corpus, prepare
-from neftune_dist.data.sampler import Schedule, make_schedule
+from neftune_dist.data.dataset import Dataset, prepare
+from neftune_dist.data.sampler import Sampler, make_sampler
 from neftune_dist.model import load
 from neftune_dist.model.families import check_lengths
 from neftune_dist.model.flops import ModelSize, known_gpus, model_size, peak_flops
@@ -37,21 +37,21 @@ MARGIN_GIB, MARGIN_SHARE = 2.0, 0.05
 class Subject:
     """The run to plan, read once.
 
-    model: on the meta device. corpus, schedule: None where the data is not to be read.
+    model: on the meta device. dataset, sampler: None where the data is not to be read.
     """
 
     folder: Path
     model: Any
     size: ModelSize
-    corpus: Corpus | None
-    schedule: Schedule | None
+    dataset: Dataset | None
+    sampler: Sampler | None
 
     def peak(self, config: Config, world_size: int) -> Peak:
         """Of a rank under `config`, which may differ from the run's in what decides memory."""
-        if self.corpus is None or self.schedule is None:
+        if self.dataset is None or self.sampler is None:
             batches = fullest(config)
         else:
-            batches = heaviest(self.corpus.train, self.schedule, config, world_size, self.model)
+            batches = heaviest(self.dataset.train, self.sampler, config, world_size, self.model)
         batches = [each for each in batches for _ in range(num_passes(config.noise))]
         return rehearse(config, self.folder, world_size, batches)
 
@@ -67,10 +67,10 @@ def read(
         return Subject(folder, model, model_size(model), None, None)
     tokenizer = load.load_tokenizer(folder, config.model)
     check_vocabulary(model, tokenizer)
-    corpus = prepare(config.data, tokenizer, log)
-    check_lengths(model.config, corpus.report.longest_tokens)
-    schedule = make_schedule(config.train, len(corpus.train), corpus.content)
-    return Subject(folder, model, model_size(model), corpus, schedule)
+    dataset = prepare(config.data, tokenizer, log)
+    check_lengths(model.config, dataset.report.longest_tokens)
+    sampler = make_sampler(config.train, len(dataset.train), dataset.content)
+    return Subject(folder, model, model_size(model), dataset, sampler)
 
 
 def plan(
@@ -103,8 +103,8 @@ def plan(
     subject = read(config, with_data, log)
     log(f"model: {subject.size.in_words()}, {subject.size.num_layers} layers")
     flops = None
-    if subject.corpus is not None and subject.schedule is not None:
-        flops = _log_work(subject.corpus, subject.schedule, subject.size, config, log)
+    if subject.dataset is not None and subject.sampler is not None:
+        flops = _log_work(subject.dataset, subject.sampler, subject.size, config, log)
     disk = subject.size.num_trained * (8 if config.optim.states == "bf16" else 12)
     log(f"disk: {disk / GIB:.2f} GiB a checkpoint, {config.checkpoint.keep or 'all'} of them kept")
     peak = subject.peak(config, world_size)
@@ -138,18 +138,18 @@ def _check_world(config: Config, world_size: int) -> None:
 
 
 def _log_work(
-    corpus: Corpus, schedule: Schedule, size: ModelSize, config: Config, log: Callable[[str], None]
+    dataset: Dataset, sampler: Sampler, size: ModelSize, config: Config, log: Callable[[str], None]
 ) -> float:
     """Lines of the data and of what is to be done; all FLOPs."""
-    for line in corpus.report.lines():
+    for line in dataset.report.lines():
         log(line)
-    passes, epochs = num_passes(config.noise), schedule.total_documents / schedule.num_documents
-    tokens = corpus.report.num_tokens * epochs
-    squares = float((corpus.train.lengths.astype(np.float64) ** 2).sum()) * epochs
+    passes, epochs = num_passes(config.noise), sampler.total_documents / sampler.num_documents
+    tokens = dataset.report.num_tokens * epochs
+    squares = float((dataset.train.lengths.astype(np.float64) ** 2).sum()) * epochs
     flops = passes * size.training_flops(round(tokens), round(squares))
     log(
-        f"steps: {schedule.num_steps} of {schedule.global_batch_size} documents, about "
-        f"{tokens / schedule.num_steps:.0f} tokens each; {tokens:.3g} tokens in all"
+        f"steps: {sampler.num_steps} of {sampler.global_batch_size} documents, about "
+        f"{tokens / sampler.num_steps:.0f} tokens each; {tokens:.3g} tokens in all"
     )
     log(
         f"work: {flops:.3g} FLOPs (matrices, and causal attention within documents); by 6 N a "
@@ -159,10 +159,10 @@ def _log_work(
 
 
 def _memory_lines(config: Config, peak: Peak, world_size: int, subject: Subject) -> Iterator[str]:
-    if subject.schedule is None:
+    if subject.sampler is None:
         batches = "full micro-batches, all of whose tokens are learned"
     else:
-        seen, steps = len(looked_at(subject.schedule)), subject.schedule.num_steps
+        seen, steps = len(looked_at(subject.sampler)), subject.sampler.num_steps
         of = f"{seen} of {steps} steps" if seen < steps else "all steps"
         batches = f"the heaviest micro-batches of {of}"
     yield f"memory: GiB of {_each(world_size)}, at the peak ({peak.moment}), {batches}"

@@ -102,7 +102,7 @@ class Trainer:
             Stopped: it was asked for before the first step.
             Diverged: more than `train.max_skipped_steps` in a row were skipped.
         """
-        num_steps, save_every = self.loader.schedule.num_steps, self.config.checkpoint.every_steps
+        num_steps, save_every = self.loader.sampler.num_steps, self.config.checkpoint.every_steps
         if self.evaluation_due and not self.evaluate():
             raise Stopped
         if save_every:
@@ -229,7 +229,7 @@ class Trainer:
 
     def warn_of_skip(self, batch: StepBatch, record: Mapping[str, Any]) -> None:
         """Name the step that changed nothing, and the documents in it."""
-        documents, _ = self.loader.schedule.documents(batch.step)
+        documents, _ = self.loader.sampler.documents(batch.step)
         self.world.log(
             f"warning: step {record['step']} was skipped, no weight has changed: "
             f"loss {record['loss']}, gradient norm {record['grad_norm']}; its documents, as the "

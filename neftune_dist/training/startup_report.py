@@ -10,9 +10,9 @@ import torch
 
 from neftune_dist import __version__
 from neftune_dist.config import Config
-from neftune_dist.data.dataset import Corpus
+from neftune_dist.data.dataset import Dataset
 from neftune_dist.data.loader import Loader
-from neftune_dist.data.sampler import Schedule
+from neftune_dist.data.sampler import Sampler
 from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import Engine
 from neftune_dist.model.attention import VARLEN, implementation
@@ -20,21 +20,21 @@ from neftune_dist.model.optimizations import drops
 from neftune_dist.model.varlen import varlen_kernel
 
 
-def data_lines(corpus: Corpus, schedule: Schedule, loader: Loader) -> list[str]:
+def data_lines(dataset: Dataset, sampler: Sampler, loader: Loader) -> list[str]:
     """What became of the rows, and the steps that are made of them."""
-    lines = list(corpus.report.lines())
-    if corpus.chat_template is None:
+    lines = list(dataset.report.lines())
+    if dataset.chat_template is None:
         lines.append(
             "warning: data.template cannot be written as a chat template for this tokenizer; "
             "exports will have none"
         )
     first = loader.step(0)
-    epoch, batch = schedule.steps_per_epoch, schedule.global_batch_size
-    left = schedule.num_documents % batch
+    epoch, batch = sampler.steps_per_epoch, sampler.global_batch_size
+    left = sampler.num_documents % batch
     ends = f", the last of them of {left} documents" if left else ""
     padding = 1 - first.num_tokens / first.num_computed_tokens
     lines.append(
-        f"data: {schedule.num_steps} steps of {batch} documents, {epoch} steps an epoch{ends}; "
+        f"data: {sampler.num_steps} steps of {batch} documents, {epoch} steps an epoch{ends}; "
         f"step 1: {len(first.micro_batches)} micro-batches a rank, {padding:.1%} padding"
     )
     return lines

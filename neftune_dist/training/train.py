@@ -22,9 +22,9 @@ from neftune_dist.checkpoint.merged import keep_small_files, keep_template, keep
 from neftune_dist.checkpoint.run_files import seal
 from neftune_dist.checkpoint.saver import Saver
 from neftune_dist.config import Config, UserError, user_path
-from neftune_dist.data.dataset import Corpus, prepare
+from neftune_dist.data.dataset import Dataset, prepare
 from neftune_dist.data.loader import Loader
-from neftune_dist.data.sampler import Schedule, make_schedule
+from neftune_dist.data.sampler import Sampler, make_sampler
 from neftune_dist.distributed import outcome
 from neftune_dist.distributed.outcome import EXIT_DONE, EXIT_STOPPED
 from neftune_dist.distributed.straggler import Stragglers
@@ -80,8 +80,8 @@ class _Prepared:
     """All that is known before anything is sharded."""
 
     folder: Path
-    corpus: Corpus
-    schedule: Schedule
+    dataset: Dataset
+    sampler: Sampler
     model: Any  # on the meta device
     size: ModelSize
     identity: dict[str, Any]
@@ -95,14 +95,14 @@ class _Prepared:
         """The files in which this run, if it goes on, has recorded something."""
         if self.found is None or config.checkpoint.resume != "auto":
             return ()
-        return (STEPS, EVALUATIONS) if len(self.corpus.held_out) else (STEPS,)
+        return (STEPS, EVALUATIONS) if len(self.dataset.held_out) else (STEPS,)
 
     def lines(self, config: Config) -> list[str]:
         """What is trained, with which noise, and from where it goes on."""
         lines = [f"model: {config.model.name_or_path}, {self.size.in_words()}"]
         lines += [*noise_lines(config), *dropout_lines(self.model)]
         if self.found:
-            steps = f"step {self.found.step} of {self.schedule.num_steps}"
+            steps = f"step {self.found.step} of {self.sampler.num_steps}"
             lines += [
                 f"resume: {each}" for each in (f"{self.found.folder}, {steps}", *self.changes)
             ]
@@ -114,13 +114,13 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
     lock = _claim(run_dir, world)
     with stop.at_once():
         ready = _prepare(config, run_dir, world)
-    num_steps = ready.schedule.num_steps
+    num_steps = ready.sampler.num_steps
     with world.agree():
         sharing = world.share(config.engine.sequence_parallel)
         share_sequences(sharing.group, ready.model.config)
     loader = Loader(
-        ready.corpus.train,
-        ready.schedule,
+        ready.dataset.train,
+        ready.sampler,
         config,
         sharing.data_rank,
         sharing.data_size,
@@ -128,7 +128,7 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
         world.device,
         sharing.part,
     )
-    for line in data_lines(ready.corpus, ready.schedule, loader):
+    for line in data_lines(ready.dataset, ready.sampler, loader):
         world.log(line)
     if ready.progress.step >= num_steps and not ready.evaluation_due:
         world.log(f"done: {run_dir} has all {num_steps} steps; nothing is left to train")
@@ -160,7 +160,7 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
         )
     world.raise_collective_timeout(config.train.hang_minutes)
     saver = Saver(run_dir, config.checkpoint, world)
-    held_out = HeldOut(ready.corpus.held_out, config, world, sharing, ready.size.quadratic_tokens)
+    held_out = HeldOut(ready.dataset.held_out, config, world, sharing, ready.size.quadratic_tokens)
     stragglers = Stragglers(world)
     with world.agree():
         watchdog = Watchdog(world, outcome.folder_of_run(run_dir), config.train.hang_minutes)
@@ -172,7 +172,7 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
         loader=loader,
         recorder=recorder,
         size=ready.size,
-        held_out=held_out if len(ready.corpus.held_out) else None,
+        held_out=held_out if len(ready.dataset.held_out) else None,
         saver=saver,
         watchdog=watchdog,
         stragglers=stragglers,
@@ -205,17 +205,17 @@ def _prepare(config: Config, run_dir: Path, world: World) -> _Prepared:
     """Find, tokenise, build and check; nothing in the run directory changes before all fits."""
     folder = world.local_rank_zero_first(lambda: load.find(config.model))
     tokenizer = world.local_rank_zero_first(lambda: load.load_tokenizer(folder, config.model))
-    corpus = world.local_rank_zero_first(lambda: prepare(config.data, tokenizer, world.log))
+    dataset = world.local_rank_zero_first(lambda: prepare(config.data, tokenizer, world.log))
     found = resume.find(run_dir, config, world)
     adapted = config.adapter.method != "none"
     with world.agree():
-        schedule = make_schedule(config.train, len(corpus.train), corpus.content)
+        sampler = make_sampler(config.train, len(dataset.train), dataset.content)
         model = load.build(folder, config.model, config.data.packing, config.adapter)
         check_vocabulary(model, tokenizer)
-        check_lengths(model.config, corpus.report.longest_tokens)
+        check_lengths(model.config, dataset.report.longest_tokens)
         identity = {
-            **corpus.identity,
-            "data": corpus.content,
+            **dataset.identity,
+            "data": dataset.content,
             "architecture": load.architecture(model.config),
         }
         weights = None
@@ -231,8 +231,8 @@ def _prepare(config: Config, run_dir: Path, world: World) -> _Prepared:
             state = found.trainer_state()
             changes = resume.check_same_run(found, state, identity, config)
             progress = Progress(**state["progress"])
-    due = evaluation_due(config.evaluate, progress.step, schedule.num_steps)
-    due = due and len(corpus.held_out) > 0
+    due = evaluation_due(config.evaluate, progress.step, sampler.num_steps)
+    due = due and len(dataset.held_out) > 0
     if due and found:  # then only where a stop cut that evaluation short
         recorded = world.is_first and is_evaluated(run_dir, progress.step)
         due = not world.from_first("recorded" if recorded else "")
@@ -244,14 +244,14 @@ def _prepare(config: Config, run_dir: Path, world: World) -> _Prepared:
                 if config.model.add_tokens:
                     keep_vocabulary(tokenizer, model.config.vocab_size, run_dir)
                 if config.data.template != "chat" or config.data.system_prompt is not None:
-                    keep_template(corpus.chat_template, run_dir)
+                    keep_template(dataset.chat_template, run_dir)
                 seal(run_dir)
             except OSError as error:
                 raise _unwritable(run_dir, error) from error
     return _Prepared(
         folder,
-        corpus,
-        schedule,
+        dataset,
+        sampler,
         model,
         model_size(model),
         identity,
@@ -290,7 +290,7 @@ def _trainer_state(
 ) -> dict[str, Any]:
     return {
         "progress": vars(now),
-        "num_steps": ready.schedule.num_steps,
+        "num_steps": ready.sampler.num_steps,
         "identity": ready.identity,
         "shapes": {name: list(shape) for name, shape in engine.shapes.items()},
         "config": config.to_dict(),

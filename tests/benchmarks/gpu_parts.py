@@ -23,7 +23,7 @@ from torch import Tensor
 
 from neftune_dist.config import Config, UserError, load_config
 from neftune_dist.data.loader import Loader, MicroBatch, StepBatch
-from neftune_dist.data.sampler import make_schedule
+from neftune_dist.data.sampler import make_sampler
 from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import MASTER
 from neftune_dist.model import load
@@ -145,8 +145,8 @@ def prepare_step(part: Part, size: Size, folder: Path) -> tuple[Config, RandomDo
             *part.words,
         ],
     )
-    schedule = make_schedule(config.train, len(lengths), "random")
-    loader = Loader(documents, schedule, config, 0, 1, quadratic_tokens=1e5)
+    sampler = make_sampler(config.train, len(lengths), "random")
+    loader = Loader(documents, sampler, config, 0, 1, quadratic_tokens=1e5)
     return config, documents, loader
 
 
@@ -262,7 +262,7 @@ def measure_peer(part: Part, size: Size, _: Path | None) -> dict[str, Any]:
         # As many whole forwards as the documents of a step make.
         accumulate = max(1, config.train.global_batch_size // rows_a_forward)
         steps, warm = size.steps, 1
-        indices = np.concatenate([loader.schedule.documents(s)[0] for s in range(steps + warm)])
+        indices = np.concatenate([loader.sampler.documents(s)[0] for s in range(steps + warm)])
         rows = []
         for index in indices[: rows_a_forward * accumulate * (steps + warm)]:
             ids, supervised = documents.gather(np.array([index]))

@@ -34,7 +34,7 @@ import torch
 from neftune_dist.config import Config, load_config
 from neftune_dist.data.dataset import prepare
 from neftune_dist.data.loader import Loader, StepBatch
-from neftune_dist.data.sampler import make_schedule
+from neftune_dist.data.sampler import make_sampler
 from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import MASTER
 from neftune_dist.model import load
@@ -68,10 +68,10 @@ def open_loader(config: Config) -> tuple[Any, ModelSize, Loader]:
     """The model on the meta device, its size, and the steps of the only rank."""
     folder = load.find(config.model)
     model = load.build(folder, config.model, config.data.packing)
-    corpus = prepare(config.data, load.load_tokenizer(folder, config.model), lambda _: None)
-    schedule = make_schedule(config.train, len(corpus.train), corpus.content)
+    dataset = prepare(config.data, load.load_tokenizer(folder, config.model), lambda _: None)
+    sampler = make_sampler(config.train, len(dataset.train), dataset.content)
     size = model_size(model)
-    return model, size, Loader(corpus.train, schedule, config, 0, 1, size.quadratic_tokens)
+    return model, size, Loader(dataset.train, sampler, config, 0, 1, size.quadratic_tokens)
 
 
 def ours(args: argparse.Namespace, seed: int) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def train_with_trl(args: argparse.Namespace, contender: str, seed: int) -> dict[
     _, _, loader = open_loader(load_config(None, words))
     rows = []
     for step in range(num_steps):
-        for i in loader.schedule.documents(step)[0]:
+        for i in loader.sampler.documents(step)[0]:
             ids, supervised = loader.documents[int(i)]
             labels = [
                 int(t) if learned else -100 for t, learned in zip(ids, supervised, strict=True)

@@ -36,7 +36,7 @@ from transformers.distributed import DistributedConfig
 from neftune_dist import NEFTune
 from neftune_dist.config import load_config
 from neftune_dist.data.dataset import prepare
-from neftune_dist.data.sampler import make_schedule
+from neftune_dist.data.sampler import make_sampler
 from neftune_dist.noise.hook import NEFTuneHandle
 from neftune_dist.noise.law import SampleStream, TokenLayout, draw
 from tests.support import tiny_model
@@ -375,15 +375,15 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(config: Path) -> Digests:
-    """From the schedule and `law.draw`, document by document."""
+    """From the sampler and `law.draw`, document by document."""
     settings = load_config(config)
     tokenizer = transformers.AutoTokenizer.from_pretrained(settings.model.name_or_path)
-    corpus = prepare(settings.data, tokenizer)
-    schedule = make_schedule(settings.train, len(corpus.train), corpus.content)
+    dataset = prepare(settings.data, tokenizer)
+    sampler = make_sampler(settings.train, len(dataset.train), dataset.content)
     found = Digests()
     for step in range(STEPS):
-        for document, epoch in zip(*schedule.documents(step), strict=True):
-            length = len(corpus.train[int(document)][0])
+        for document, epoch in zip(*sampler.documents(step), strict=True):
+            length = len(dataset.train[int(document)][0])
             layout = TokenLayout.from_lengths(
                 torch.tensor([length]),
                 documents=torch.tensor([int(document)]),

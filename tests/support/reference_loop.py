@@ -12,7 +12,7 @@ import transformers
 from neftune_dist import NEFTune
 from neftune_dist.config import Config
 from neftune_dist.data.dataset import prepare
-from neftune_dist.data.sampler import make_schedule
+from neftune_dist.data.sampler import make_sampler
 from neftune_dist.noise.law import TokenLayout
 from neftune_dist.optim import learning_rate
 
@@ -21,8 +21,8 @@ def train(model: Any, config: Config, skipped: Sequence[int] = ()) -> list[dict[
     """Train what of the model wants a gradient as `config` says, in float32, with the noise of the
     sample stream; the steps' records. At the `skipped` steps it makes no update."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.name_or_path)
-    corpus = prepare(config.data, tokenizer)
-    schedule = make_schedule(config.train, len(corpus.train), corpus.content)
+    dataset = prepare(config.data, tokenizer)
+    sampler = make_sampler(config.train, len(dataset.train), dataset.content)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         [
@@ -37,11 +37,11 @@ def train(model: Any, config: Config, skipped: Sequence[int] = ()) -> list[dict[
     records = []
     law = NEFTune(config.noise.alpha, seed=config.noise_seed, stream="sample")
     with law.attach(model.train()) as noise:
-        for step in range(schedule.num_steps):
-            indices, epochs = schedule.documents(step)
-            number, total = int(corpus.train.num_supervised[indices].sum()), 0.0
+        for step in range(sampler.num_steps):
+            indices, epochs = sampler.documents(step)
+            number, total = int(dataset.train.num_supervised[indices].sum()), 0.0
             for index, epoch in zip(indices.tolist(), epochs.tolist(), strict=True):
-                tokens, supervised = corpus.train[index]
+                tokens, supervised = dataset.train[index]
                 ids = torch.from_numpy(tokens.astype("int64"))
                 learned = torch.from_numpy(supervised.astype(bool))[1:]
                 noise.describe(
@@ -57,7 +57,7 @@ def train(model: Any, config: Config, skipped: Sequence[int] = ()) -> list[dict[
                 total += float(loss.detach())
             norm = torch.nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config.optim, step, schedule.num_steps)
+                group["lr"] = learning_rate(config.optim, step, sampler.num_steps)
             if step + 1 not in skipped:
                 optimizer.step()
             optimizer.zero_grad()

@@ -13,7 +13,7 @@ import torch
 
 from neftune_dist.config import DataConfig, UserError
 from neftune_dist.data.formats import Conversation, Turn
-from neftune_dist.data.tokenize import Template
+from neftune_dist.data.tokenize import ConversationTokenizer
 from neftune_dist.distributed.world import World
 from neftune_dist.evaluation import answers as answering
 from neftune_dist.evaluation.answers import Generated, answer_all, generate
@@ -146,7 +146,7 @@ def test_prompts_are_those_of_the_subjects_template(subject: Subject, tmp_path: 
     [[asked], _] = read_instructions(str(path), 0)
     ids = subject.template.prompt_ids(asked.conversation)
     assert subject.tokenizer.decode(ids) == "<|user|>\nAdd.\n\n1 2<|assistant|>\n"
-    alpaca = Template(subject.tokenizer, DataConfig(template="alpaca"))
+    alpaca = ConversationTokenizer(subject.tokenizer, DataConfig(template="alpaca"))
     text = alpaca.prompt(asked.conversation)
     assert "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:" in text
 

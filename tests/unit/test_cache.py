@@ -37,8 +37,8 @@ def test_the_second_time_nothing_is_tokenised(
     def never(*_: object) -> None:
         raise AssertionError("made again")
 
-    monkeypatch.setattr(dataset.Template, "encode", never)
-    monkeypatch.setattr(dataset.Template, "render", never)
+    monkeypatch.setattr(dataset.ConversationTokenizer, "encode", never)
+    monkeypatch.setattr(dataset.ConversationTokenizer, "render", never)
     second = prepare(config, tiny_tokenizer)
     assert second.fingerprint == first.fingerprint
     assert second.report == first.report

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from neftune_dist.data.formats import Conversation, Turn
-from neftune_dist.data.tokenize import Template
+from neftune_dist.data.tokenize import ConversationTokenizer
 from tests.unit.test_tokenize import conversation, document, make
 
 SYSTEM = 'You answer in "one" sentence.\nNever {{ lie }} 🙂.'
@@ -46,7 +46,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
     return request.getfixturevalue(request.param)
 
 
-def check(tokenizer: Any, template: Template, *talks: Conversation) -> None:
+def check(tokenizer: Any, template: ConversationTokenizer, *talks: Conversation) -> None:
     """The tokens of whole talks, and of the prompt for each of their answers."""
     source = template.as_jinja()
     assert source is not None

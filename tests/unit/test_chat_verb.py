@@ -19,7 +19,7 @@ from neftune_dist.cli import main
 from neftune_dist.config import DataConfig, SourceConfig, UserError
 from neftune_dist.data.formats import Conversation, Turn, to_conversation
 from neftune_dist.data.sources import BadRow, open_source
-from neftune_dist.data.tokenize import Template
+from neftune_dist.data.tokenize import ConversationTokenizer
 from neftune_dist.evaluation import chat as chat_verb
 from neftune_dist.evaluation.target import open_subject
 from tests.support import tiny_model
@@ -86,8 +86,10 @@ def test_an_answer_is_asked_for_behind_the_tokens_that_it_is_learned_behind(
 ) -> None:
     name, template_name = how.split()
     tokenizer = request.getfixturevalue(name)
-    template = Template(tokenizer, DataConfig(template=template_name, supervise=supervise))
-    taught = Template(tokenizer, DataConfig(template=template_name))
+    template = ConversationTokenizer(
+        tokenizer, DataConfig(template=template_name, supervise=supervise)
+    )
+    taught = ConversationTokenizer(tokenizer, DataConfig(template=template_name))
     rows = open_source(SourceConfig(str(fastchat))).rows
     talks = [to_conversation(row, "sharegpt") for (_, row), _ in zip(rows, range(5), strict=False)]
     assert max(len(each.turns) for each in talks) > 4
@@ -108,7 +110,7 @@ def test_tokens_do_not_cross_into_earlier_answers(smollm2: Any, tmp_path: Path) 
         "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
-    template = Template(smollm2, DataConfig(template=str(path)))
+    template = ConversationTokenizer(smollm2, DataConfig(template=str(path)))
     said = [Turn("user", "Why?"), Turn("assistant", '"So," he said.')] * 2
     [document] = template.encode([template.render(Conversation(tuple(said)))])
     text = smollm2.decode(document.input_ids)
@@ -119,7 +121,7 @@ def test_tokens_do_not_cross_into_earlier_answers(smollm2: Any, tmp_path: Path) 
 
 
 def test_a_template_of_one_question_takes_no_second(smollm2: Any) -> None:
-    template = Template(smollm2, DataConfig(template="alpaca"))
+    template = ConversationTokenizer(smollm2, DataConfig(template="alpaca"))
     asked = Turn("user", "Why?")
     spoken = Conversation((asked, Turn("assistant", "So.")))
     assert template.reply_ids([asked]) == template.prompt_ids(spoken)

@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from neftune_dist.config import Config, UserError, differences, load_config
-from neftune_dist.data.sampler import make_schedule
+from neftune_dist.data.sampler import make_sampler
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -36,7 +36,7 @@ def test_loads_and_says_nothing_twice(path: Path) -> None:
 def test_the_warm_up_is_the_authors(name: str, rows: int) -> None:
     """3 % of the steps, as their code has it."""
     config = load_config(CONFIGS[0].parent / f"{name}.yaml")
-    made = make_schedule(config.train, rows - config.data.num_held_out, "x")
+    made = make_sampler(config.train, rows - config.data.num_held_out, "x")
     assert config.optim.warmup_steps == int(0.03 * made.num_steps)
 
 

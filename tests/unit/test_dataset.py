@@ -23,7 +23,7 @@ from neftune_dist.data import builtin, dataset
 from neftune_dist.data.dataset import prepare
 from neftune_dist.data.documents import Documents
 from neftune_dist.data.formats import Turn
-from neftune_dist.data.sampler import make_schedule
+from neftune_dist.data.sampler import make_sampler
 from neftune_dist.data.split import sample_documents
 from tests.support.corpora import entries, numbered, texts
 
@@ -312,7 +312,7 @@ def test_a_held_out_source_does_not_decide_the_order_of_training(
     assert len({each.fingerprint for each in made}) == 3
     assert [len(each.held_out) for each in made] == [0, 1, 20]
     orders = {
-        tuple(make_schedule(TrainConfig(global_batch_size=20), 20, each.content).documents(0)[0])
+        tuple(make_sampler(TrainConfig(global_batch_size=20), 20, each.content).documents(0)[0])
         for each in made
     }
     assert len({each.content for each in made}) == len(orders) == 1

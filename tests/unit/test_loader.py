@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from neftune_dist.config import Config, DataConfig, ModelConfig, TrainConfig
-from neftune_dist.data.dataset import Corpus, prepare
+from neftune_dist.data.dataset import Dataset, prepare
 from neftune_dist.data.documents import Documents
 from neftune_dist.data.loader import Loader, MicroBatch, collate, evaluation_batches
-from neftune_dist.data.sampler import make_schedule
+from neftune_dist.data.sampler import make_sampler
 from neftune_dist.noise.law import TokenLayout
 from neftune_dist.training.loop import dropout_seed, token_layout
 
@@ -25,18 +25,18 @@ QUADRATIC_TOKENS = 2e4
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Corpus:
+def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Dataset:
     cache = tmp_path_factory.mktemp("cache")
     return prepare(DataConfig(num_held_out=30, max_length=64, cache_dir=str(cache)), tiny_tokenizer)
 
 
 def loader(
-    corpus: Corpus, *, packing: bool = True, rank: int = 0, world_size: int = 1, **train: Any
+    dataset: Dataset, *, packing: bool = True, rank: int = 0, world_size: int = 1, **train: Any
 ) -> Loader:
     train = {"global_batch_size": 24, "micro_batch_tokens": 256, "max_steps": 200, **train}
     config = Config(data=DataConfig(packing=packing), train=TrainConfig(**train))
-    schedule = make_schedule(config.train, len(corpus.train), corpus.content)
-    return Loader(corpus.train, schedule, config, rank, world_size, QUADRATIC_TOKENS)
+    sampler = make_sampler(config.train, len(dataset.train), dataset.content)
+    return Loader(dataset.train, sampler, config, rank, world_size, QUADRATIC_TOKENS)
 
 
 def same(one: Any, two: Any) -> bool:
@@ -80,9 +80,9 @@ def read_back(batch: MicroBatch) -> list[tuple[int, int, int]]:
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("indices", [[0], [5, 3, 9, 4], list(range(40))])
-def test_collate_against_a_plain_loop(corpus: Corpus, packing: bool, indices: list[int]) -> None:
-    batch = collate(corpus.train, np.array(indices), np.full(len(indices), 2), packing)
-    lengths = [int(corpus.train.lengths[i]) for i in indices]
+def test_collate_against_a_plain_loop(dataset: Dataset, packing: bool, indices: list[int]) -> None:
+    batch = collate(dataset.train, np.array(indices), np.full(len(indices), 2), packing)
+    lengths = [int(dataset.train.lengths[i]) for i in indices]
     width = sum(lengths) if packing else max(lengths)
     assert (
         batch.input_ids.shape == batch.position_ids.shape == (1 if packing else len(indices), width)
@@ -99,13 +99,13 @@ def test_collate_against_a_plain_loop(corpus: Corpus, packing: bool, indices: li
         else [row[:length] for row, length in zip(batch.position_ids, lengths, strict=True)]
     )
     for index, row, place in zip(indices, rows, places, strict=True):
-        assert row.tolist() == corpus.train[index][0].tolist()
+        assert row.tolist() == dataset.train[index][0].tolist()
         assert place.tolist() == list(range(len(row)))
     if batch.attention_mask is not None:
         assert batch.attention_mask.sum(1).tolist() == lengths
         assert (batch.attention_mask.diff(dim=1) <= 0).all()  # padded on the right
         assert batch.input_ids[batch.attention_mask == 0].eq(0).all()
-    assert read_back(batch) == naive(corpus.train, indices)
+    assert read_back(batch) == naive(dataset.train, indices)
     assert batch.lengths.tolist() == list(batch.document_lengths) == lengths
     if batch.cu_seqlens is not None:
         assert batch.cu_seqlens.dtype == torch.int32
@@ -118,21 +118,21 @@ def test_collate_against_a_plain_loop(corpus: Corpus, packing: bool, indices: li
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_packed_and_padded_learn_the_same(corpus: Corpus, packing: bool) -> None:
+def test_packed_and_padded_learn_the_same(dataset: Dataset, packing: bool) -> None:
     indices = np.arange(40)
-    batch = collate(corpus.train, indices, np.zeros(40, np.int64), packing)
+    batch = collate(dataset.train, indices, np.zeros(40, np.int64), packing)
     flat = batch.input_ids.flatten()
     # The token behind the one that predicts is the target, and never a document's first.
     assert torch.equal(flat[batch.positions + 1], batch.targets)
     assert (batch.position_ids.flatten()[batch.positions + 1] > 0).all()
-    assert len(batch.targets) == corpus.train.num_supervised[indices].sum()
+    assert len(batch.targets) == dataset.train.num_supervised[indices].sum()
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_an_empty_micro_batch(corpus: Corpus, packing: bool) -> None:
+def test_an_empty_micro_batch(dataset: Dataset, packing: bool) -> None:
     """Two tokens to run the model on, nothing to learn, no document to draw noise for."""
     none = np.zeros(0, np.int64)
-    batch = collate(corpus.train, none, none, packing)
+    batch = collate(dataset.train, none, none, packing)
     assert batch.input_ids.tolist() == [[0, 0]]
     assert batch.position_ids.tolist() == [[0, 1]]
     assert batch.document_lengths == (2,)
@@ -146,17 +146,17 @@ def test_an_empty_micro_batch(corpus: Corpus, packing: bool) -> None:
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("world_size", [1, 3, 30])
 def test_the_ranks_together_train_on_the_step(
-    corpus: Corpus, packing: bool, world_size: int
+    dataset: Dataset, packing: bool, world_size: int
 ) -> None:
-    """Any layout trains on the schedule's documents, and all ranks report the same totals."""
-    epoch, rest = divmod(len(corpus.train), 24)
+    """Any layout trains on the sampler's documents, and all ranks report the same totals."""
+    epoch, rest = divmod(len(dataset.train), 24)
     assert rest  # the last step of an epoch has fewer documents
     for step, number in ((0, 24), (epoch, rest), (epoch + 1, 24)):
         batches = [
-            loader(corpus, packing=packing, rank=rank, world_size=world_size).step(step)
+            loader(dataset, packing=packing, rank=rank, world_size=world_size).step(step)
             for rank in range(world_size)
         ]
-        indices, epochs = loader(corpus).schedule.documents(step)
+        indices, epochs = loader(dataset).sampler.documents(step)
         micro = [m for b in batches for m in b.micro_batches]
         seen = [
             (d, e)
@@ -165,10 +165,10 @@ def test_the_ranks_together_train_on_the_step(
         ]
         assert sorted(seen) == sorted(zip(indices.tolist(), epochs.tolist(), strict=True))
         learned = [t for m in micro for t in read_back(m)]
-        assert sorted(learned) == sorted(naive(corpus.train, indices.tolist()))
+        assert sorted(learned) == sorted(naive(dataset.train, indices.tolist()))
         assert {*epochs} == {step // (epoch + 1)}
         assert len({len(b.micro_batches) for b in batches}) == 1
-        lengths = corpus.train.lengths[indices]
+        lengths = dataset.train.lengths[indices]
         for b in batches:
             assert b.num_documents == number
             assert b.num_tokens == lengths.sum()
@@ -177,28 +177,28 @@ def test_the_ranks_together_train_on_the_step(
             assert b.sum_squared_lengths == sum(int(n) ** 2 for n in lengths)
 
 
-def test_steps_are_step_by_step_and_resume_is_the_tail(corpus: Corpus) -> None:
-    made = loader(corpus, max_steps=12, rank=1, world_size=2)
+def test_steps_are_step_by_step_and_resume_is_the_tail(dataset: Dataset) -> None:
+    made = loader(dataset, max_steps=12, rank=1, world_size=2)
     whole = list(made.steps(0))
     assert [batch.step for batch in whole] == list(range(12))
     assert all(same(batch, made.step(step)) for step, batch in enumerate(whole))
     for first in (5, 11, 12):
-        tail = list(loader(corpus, max_steps=12, rank=1, world_size=2).steps(first))
+        tail = list(loader(dataset, max_steps=12, rank=1, world_size=2).steps(first))
         assert same(tail, whole[first:])
 
 
-def test_stopping_early_leaves_no_thread(corpus: Corpus) -> None:
+def test_stopping_early_leaves_no_thread(dataset: Dataset) -> None:
     before = threading.active_count()
-    steps = loader(corpus).steps(0)
+    steps = loader(dataset).steps(0)
     assert len(list(itertools.islice(steps, 3))) == 3
     steps.close()  # type: ignore[attr-defined]
     assert threading.active_count() == before
 
 
 def test_two_steps_are_prepared_ahead_and_no_more(
-    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = loader(corpus)
+    made = loader(dataset)
     prepared: queue.Queue[int] = queue.Queue()
     whole = made.step
 
@@ -218,9 +218,9 @@ def test_two_steps_are_prepared_ahead_and_no_more(
 
 
 def test_stopping_does_not_wait_for_steps_not_begun(
-    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = loader(corpus)
+    made = loader(dataset)
     whole, submit = made.step, ThreadPoolExecutor.submit
     begun, cancelled = threading.Event(), threading.Event()
     prepared = []
@@ -248,7 +248,7 @@ def test_stopping_does_not_wait_for_steps_not_begun(
 
 
 def test_batches_for_a_gpu_are_pinned_by_the_thread(
-    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All tensors, and on the rank's own GPU, which a new thread is not on. (No GPU is needed.)"""
     threads: dict[str, torch.device] = {}
@@ -265,14 +265,14 @@ def test_batches_for_a_gpu_are_pinned_by_the_thread(
 
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
-    made = loader(corpus, max_steps=3)
+    made = loader(dataset, max_steps=3)
     plain = list(made.steps(0))
     assert not pinned and not threads
     made.device = torch.device("cuda", 3)
     batches = list(made.steps(0))
     assert same(batches, plain)
     micro = [m for batch in batches for m in batch.micro_batches]
-    held_out, indices = corpus.held_out, np.arange(len(corpus.held_out))
+    held_out, indices = dataset.held_out, np.arange(len(dataset.held_out))
     words = (held_out, indices, Config(), 0, 1, QUADRATIC_TOKENS)
     evaluated = list(evaluation_batches(*words, torch.device("cuda", 3)))
     assert same(evaluated, list(evaluation_batches(*words)))
@@ -283,9 +283,9 @@ def test_batches_for_a_gpu_are_pinned_by_the_thread(
 
 
 def test_an_error_while_preparing_reaches_the_loop(
-    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = loader(corpus)
+    made = loader(dataset)
     whole = made.step
 
     def step(number: int) -> Any:
@@ -303,12 +303,12 @@ def test_an_error_while_preparing_reaches_the_loop(
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("world_size", [1, 4])
 def test_evaluation_takes_each_document_once(
-    corpus: Corpus, packing: bool, world_size: int
+    dataset: Dataset, packing: bool, world_size: int
 ) -> None:
     config = Config(data=DataConfig(packing=packing), train=TrainConfig(micro_batch_tokens=200))
-    indices = np.arange(len(corpus.held_out))
+    indices = np.arange(len(dataset.held_out))
     ranks = [
-        list(evaluation_batches(corpus.held_out, indices, config, r, world_size, QUADRATIC_TOKENS))
+        list(evaluation_batches(dataset.held_out, indices, config, r, world_size, QUADRATIC_TOKENS))
         for r in range(world_size)
     ]
     assert len({len(batches) for batches in ranks}) == 1
@@ -317,22 +317,22 @@ def test_evaluation_takes_each_document_once(
     assert all(batch.input_ids.numel() <= 200 for batches in ranks for batch in batches)
 
 
-def test_a_batch_moves_whole(corpus: Corpus) -> None:
-    batch = collate(corpus.train, np.arange(3), np.zeros(3, np.int64), False)
+def test_a_batch_moves_whole(dataset: Dataset) -> None:
+    batch = collate(dataset.train, np.arange(3), np.zeros(3, np.int64), False)
     moved = batch.to(torch.device("meta"))
     assert all(t.is_meta for t in vars(moved).values() if isinstance(t, torch.Tensor))
     assert moved.document_lengths == batch.document_lengths
 
 
-def test_a_batch_that_is_there_is_not_copied(corpus: Corpus) -> None:
-    batch = collate(corpus.train, np.arange(3), np.zeros(3, np.int64), True)
+def test_a_batch_that_is_there_is_not_copied(dataset: Dataset) -> None:
+    batch = collate(dataset.train, np.arange(3), np.zeros(3, np.int64), True)
     there = batch.to(torch.device("cpu"))
     assert all(value is vars(there)[name] for name, value in vars(batch).items())
 
 
-def test_the_noise_learns_the_layout_of_a_packed_batch(corpus: Corpus) -> None:
+def test_the_noise_learns_the_layout_of_a_packed_batch(dataset: Dataset) -> None:
     """From what lies on the device, without asking the host."""
-    batch = collate(corpus.train, np.array([4, 2, 9]), np.array([0, 1, 1]), True)
+    batch = collate(dataset.train, np.array([4, 2, 9]), np.array([0, 1, 1]), True)
     expected = TokenLayout.from_lengths(
         batch.lengths, documents=batch.documents, epochs=batch.epochs
     )
@@ -343,15 +343,15 @@ def test_the_noise_learns_the_layout_of_a_packed_batch(corpus: Corpus) -> None:
 @pytest.mark.parametrize(("slices", "multiple"), [(1, 16), (2, 1), (2, 16), (4, 16)])
 @pytest.mark.parametrize("chosen", [[4, 2, 9], []])
 def test_rows_are_filled_to_a_multiple(
-    corpus: Corpus, packing: bool, slices: int, multiple: int, chosen: list[int]
+    dataset: Dataset, packing: bool, slices: int, multiple: int, chosen: list[int]
 ) -> None:
     """What equal slices and float8's tiles need; the filling is padding, to noise and loss."""
     if slices > 1 and not packing:
         pytest.skip("padded rows are not sliced")
     indices = np.array(chosen, np.int64)
     epochs = np.zeros_like(indices)
-    plain = collate(corpus.train, indices, epochs, packing)
-    batch = collate(corpus.train, indices, epochs, packing, slices, multiple)
+    plain = collate(dataset.train, indices, epochs, packing)
+    batch = collate(dataset.train, indices, epochs, packing, slices, multiple)
     assert batch.input_ids.shape[1] % (slices * multiple) == 0
     assert batch.input_ids.shape[1] - plain.input_ids.shape[1] < slices * max(multiple, 2)
     assert torch.equal(batch.targets, plain.targets)
@@ -372,31 +372,31 @@ def test_rows_are_filled_to_a_multiple(
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_float8_fills_the_batches_of_a_run(corpus: Corpus, packing: bool) -> None:
+def test_float8_fills_the_batches_of_a_run(dataset: Dataset, packing: bool) -> None:
     config = Config(
         data=DataConfig(packing=packing),
         train=TrainConfig(micro_batch_tokens=208, global_batch_size=20, max_steps=2),
         model=ModelConfig(float8="tensorwise"),
     )
-    schedule = make_schedule(config.train, len(corpus.train), corpus.content)
-    loader = Loader(corpus.train, schedule, config, 0, 1, QUADRATIC_TOKENS)
+    sampler = make_sampler(config.train, len(dataset.train), dataset.content)
+    loader = Loader(dataset.train, sampler, config, 0, 1, QUADRATIC_TOKENS)
     batch = loader.step(0)
     computed = sum(each.input_ids.numel() for each in batch.micro_batches)
     assert computed == batch.num_computed_tokens
-    indices = np.arange(len(corpus.held_out))
-    held_out = evaluation_batches(corpus.held_out, indices, config, 0, 1, QUADRATIC_TOKENS)
+    indices = np.arange(len(dataset.held_out))
+    held_out = evaluation_batches(dataset.held_out, indices, config, 0, 1, QUADRATIC_TOKENS)
     assert all(each.input_ids.shape[1] % 16 == 0 for each in [*batch.micro_batches, *held_out])
 
 
-def test_the_corpus_is_read_without_loading_it(corpus: Corpus, tmp_path: Path) -> None:
-    assert isinstance(corpus.train[0][0], np.memmap)
+def test_the_corpus_is_read_without_loading_it(dataset: Dataset, tmp_path: Path) -> None:
+    assert isinstance(dataset.train[0][0], np.memmap)
 
 
 @pytest.mark.parametrize("indices", [[], [3], [9, 0, 9, 4]])
-def test_documents_are_gathered_in_order(corpus: Corpus, indices: list[int]) -> None:
-    found = corpus.train.gather(np.array(indices, np.int64))
+def test_documents_are_gathered_in_order(dataset: Dataset, indices: list[int]) -> None:
+    found = dataset.train.gather(np.array(indices, np.int64))
     for which, (tokens, dtype) in enumerate(zip(found, (np.int32, np.uint8), strict=True)):
-        one_by_one = [corpus.train[i][which].tolist() for i in indices]
+        one_by_one = [dataset.train[i][which].tolist() for i in indices]
         assert tokens.dtype == dtype and type(tokens) is np.ndarray
         assert tokens.tolist() == list(itertools.chain(*one_by_one))
 

@@ -12,7 +12,7 @@ import pytest
 from neftune_dist import cli
 from neftune_dist.config import DataConfig
 from neftune_dist.data.dataset import prepare
-from neftune_dist.data.mask_preview import shown
+from neftune_dist.data.mask_preview import preview
 from tests.support.chat_families import FAMILIES, SYSTEM
 from tests.support.corpora import numbered, texts
 from tests.unit.test_tokenize import with_template
@@ -85,12 +85,12 @@ def test_what_is_likely_a_mistake(
 def test_documents_are_shown(write: Callable[..., DataConfig], tiny_tokenizer: Any) -> None:
     config = write([BROKEN, *numbered(5), CHARACTERS], max_bad_fraction=0.5)
     made = prepare(config, tiny_tokenizer)
-    lines = list(shown(made.train, ["rows.jsonl"], tiny_tokenizer, 3, colour=False))
-    assert lines == list(shown(made.train, ["rows.jsonl"], tiny_tokenizer, 3, colour=False))
+    lines = list(preview(made.train, ["rows.jsonl"], tiny_tokenizer, 3, colour=False))
+    assert lines == list(preview(made.train, ["rows.jsonl"], tiny_tokenizer, 3, colour=False))
     # The first row is broken: document 1 is row 2.
     heads = [re.sub(r": \d+ tokens, \d+ learned", "", line) for line in lines[::2]]
     assert heads == [f"document {i} of 6: rows.jsonl, row {i + 1}" for i in (1, 3, 5)]
-    everything = list(shown(made.train, [""], tiny_tokenizer, 99, colour=False))[1::2]
+    everything = list(preview(made.train, [""], tiny_tokenizer, 99, colour=False))[1::2]
     for i, said in enumerate(texts(made.train, tiny_tokenizer)):
         (ids, supervised), text = made.train[i], everything[i]
         bare = re.sub("[⟦⟧]", "", text).replace("↵↵\n", "\n\n").replace("↵\n", "\n")

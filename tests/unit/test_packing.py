@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from neftune_dist.config import UserError
-from neftune_dist.data.packing import Layout, lay_out
+from neftune_dist.data.packing import Rounds, assign_documents
 
 QUADRATIC_TOKENS = 2e4  # of a model of 7B
 
@@ -59,7 +59,7 @@ def cost(lengths: np.ndarray, group: tuple[int, ...], packing: bool) -> int:
     return int(chosen.sum() if packing else len(chosen) * chosen.max())
 
 
-def loads(layout: Layout, lengths: np.ndarray, packing: bool) -> np.ndarray:
+def loads(rounds: Rounds, lengths: np.ndarray, packing: bool) -> np.ndarray:
     """Work, (rounds, ranks)."""
     work = lengths * (1 + lengths / QUADRATIC_TOKENS)
 
@@ -69,32 +69,32 @@ def loads(layout: Layout, lengths: np.ndarray, packing: bool) -> np.ndarray:
         chosen = work[list(group)]
         return float(chosen.sum() if packing else len(chosen) * chosen.max())
 
-    return np.array([[of(group) for group in ranks] for ranks in layout.groups])
+    return np.array([[of(group) for group in ranks] for ranks in rounds])
 
 
 def test_every_document_once_within_capacity_all_ranks_in_step() -> None:
     for lengths, world_size, capacity, packing in cases():
-        layout = lay_out(lengths, world_size, capacity, packing, QUADRATIC_TOKENS)
-        dealt = [i for ranks in layout.groups for group in ranks for i in group]
+        rounds = assign_documents(lengths, world_size, capacity, packing, QUADRATIC_TOKENS)
+        dealt = [i for ranks in rounds for group in ranks for i in group]
         assert sorted(dealt) == list(range(len(lengths)))
-        assert all(len(ranks) == world_size for ranks in layout.groups)
-        assert all(cost(lengths, g, packing) <= capacity for ranks in layout.groups for g in ranks)
-        assert layout.num_micro_batches == len(layout.groups) >= 1
+        assert all(len(ranks) == world_size for ranks in rounds)
+        assert all(cost(lengths, g, packing) <= capacity for ranks in rounds for g in ranks)
+        assert len(rounds) >= 1
 
 
 def test_no_round_is_empty() -> None:
     for lengths, world_size, capacity, packing in cases():
-        layout = lay_out(lengths, world_size, capacity, packing, QUADRATIC_TOKENS)
-        assert all(any(ranks) for ranks in layout.groups)
+        rounds = assign_documents(lengths, world_size, capacity, packing, QUADRATIC_TOKENS)
+        assert all(any(ranks) for ranks in rounds)
 
 
 def test_few_more_rounds_than_the_least_possible() -> None:
     """Packed: at most one round over the bound that the tokens give (plus a tenth)."""
     for lengths, world_size, capacity, packing in cases():
         if packing:
-            layout = lay_out(lengths, world_size, capacity, packing, QUADRATIC_TOKENS)
+            rounds = assign_documents(lengths, world_size, capacity, packing, QUADRATIC_TOKENS)
             least = -(-int(lengths.sum()) // (world_size * capacity))
-            assert layout.num_micro_batches <= 1.1 * least + 1
+            assert len(rounds) <= 1.1 * least + 1
 
 
 def least_bins(lengths: np.ndarray, capacity: int) -> int:
@@ -117,8 +117,8 @@ def test_the_fewest_rounds(world_size: int) -> None:
     random = np.random.default_rng(0)
     for _ in range(60):
         lengths = random.integers(1, 101, size=9)
-        layout = lay_out(lengths, world_size, 100, True, QUADRATIC_TOKENS)
-        assert layout.num_micro_batches == -(-least_bins(lengths, 100) // world_size)
+        rounds = assign_documents(lengths, world_size, 100, True, QUADRATIC_TOKENS)
+        assert len(rounds) == -(-least_bins(lengths, 100) // world_size)
 
 
 def test_padded_rounds_fill_the_capacity() -> None:
@@ -131,55 +131,57 @@ def test_padded_rounds_fill_the_capacity() -> None:
             if bins == 0 or (rows + 1) * longest > capacity:
                 bins, longest, rows = bins + 1, length, 0
             rows += 1
-        layout = lay_out(lengths, world_size, capacity, packing, QUADRATIC_TOKENS)
-        assert layout.num_micro_batches <= -(-bins // world_size)
+        rounds = assign_documents(lengths, world_size, capacity, packing, QUADRATIC_TOKENS)
+        assert len(rounds) <= -(-bins // world_size)
 
 
 def test_a_pure_function() -> None:
     """Every rank computes the layout for itself: on each, whatever came before, the same."""
     lengths = random_lengths(3)
-    first = lay_out(lengths, 8, 1024, True, QUADRATIC_TOKENS)
-    lay_out(random_lengths(4), 5, 512, False, QUADRATIC_TOKENS)
-    assert lay_out(lengths.copy(), 8, 1024, True, QUADRATIC_TOKENS) == first
+    first = assign_documents(lengths, 8, 1024, True, QUADRATIC_TOKENS)
+    assign_documents(random_lengths(4), 5, 512, False, QUADRATIC_TOKENS)
+    assert assign_documents(lengths.copy(), 8, 1024, True, QUADRATIC_TOKENS) == first
     program = (
-        "import numpy as np; from neftune_dist.data.packing import lay_out; "
-        f"print(lay_out(np.array({lengths.tolist()}), 8, 1024, True, {QUADRATIC_TOKENS}).groups)"
+        "import numpy as np; from neftune_dist.data.packing import assign_documents; "
+        f"print(assign_documents(np.array({lengths.tolist()}), 8, 1024, True, {QUADRATIC_TOKENS}))"
     )
     told = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert told.stdout.strip() == str(first.groups)
+    assert told.stdout.strip() == str(first)
 
 
 def test_equal_lengths_do_not_leave_the_order_to_chance() -> None:
     lengths = np.full(64, 100)
-    layouts = {lay_out(lengths, 4, 1000, packing, 1e4) for packing in (True, False) for _ in "ab"}
+    layouts = {
+        assign_documents(lengths, 4, 1000, packing, 1e4) for packing in (True, False) for _ in "ab"
+    }
     assert len(layouts) <= 2
 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_more_ranks_than_documents(packing: bool) -> None:
-    layout = lay_out(np.array([5, 9, 7]), 8, 64, packing, QUADRATIC_TOKENS)
-    assert layout.num_micro_batches == 1
-    assert sorted(layout.groups[0]) == [(), (), (), (), (), (0,), (1,), (2,)]
+    rounds = assign_documents(np.array([5, 9, 7]), 8, 64, packing, QUADRATIC_TOKENS)
+    assert len(rounds) == 1
+    assert sorted(rounds[0]) == [(), (), (), (), (), (0,), (1,), (2,)]
 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_no_documents_give_one_empty_round(packing: bool) -> None:
-    layout = lay_out(np.zeros(0, np.int64), 3, 64, packing, QUADRATIC_TOKENS)
-    assert layout.groups == (((), (), ()),)
+    rounds = assign_documents(np.zeros(0, np.int64), 3, 64, packing, QUADRATIC_TOKENS)
+    assert rounds == (((), (), ()),)
 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_document_that_fills_the_capacity(packing: bool) -> None:
-    layout = lay_out(np.array([64, 64, 1]), 1, 64, packing, QUADRATIC_TOKENS)
-    assert sorted(group for ranks in layout.groups for group in ranks) == [(0,), (1,), (2,)]
+    rounds = assign_documents(np.array([64, 64, 1]), 1, 64, packing, QUADRATIC_TOKENS)
+    assert sorted(group for ranks in rounds for group in ranks) == [(0,), (1,), (2,)]
 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_document_above_the_capacity_is_refused(packing: bool) -> None:
     with pytest.raises(UserError, match=r"65 tokens.*train\.micro_batch_tokens=64"):
-        lay_out(np.array([3, 65]), 2, 64, packing, QUADRATIC_TOKENS)
+        assign_documents(np.array([3, 65]), 2, 64, packing, QUADRATIC_TOKENS)
 
 
 @pytest.mark.parametrize("capacity", [1024, 8192])
@@ -188,10 +190,14 @@ def test_ranks_work_alike_on_alpaca(capacity: int, alpaca_lengths: np.ndarray) -
     worst, waiting, total = 0.0, 0.0, 0.0
     for _ in range(50):
         lengths = random.choice(alpaca_lengths, 128, replace=False)
-        packed = loads(lay_out(lengths, 8, capacity, True, QUADRATIC_TOKENS), lengths, True)
+        packed = loads(
+            assign_documents(lengths, 8, capacity, True, QUADRATIC_TOKENS), lengths, True
+        )
         ranks = packed.sum(0)
         worst = max(worst, float(abs(ranks / ranks.mean() - 1).max()))
-        padded = loads(lay_out(lengths, 8, capacity, False, QUADRATIC_TOKENS), lengths, False)
+        padded = loads(
+            assign_documents(lengths, 8, capacity, False, QUADRATIC_TOKENS), lengths, False
+        )
         waiting += float(8 * padded.max(1).sum() - padded.sum())
         total += float(padded.sum())
     assert worst < PACKED_IMBALANCE
@@ -218,7 +224,7 @@ def check_even(corpus: np.ndarray, world_size: int, mean: float, worst: float) -
     found = []
     for _ in range(20):
         lengths = random.choice(corpus, 128, replace=False)
-        (ranks,) = lay_out(lengths, world_size, 2**18, True, QUADRATIC_TOKENS).groups
+        (ranks,) = assign_documents(lengths, world_size, 2**18, True, QUADRATIC_TOKENS)
         tokens = np.array([lengths[list(group)].sum() for group in ranks])
         if lengths.max() <= tokens.mean():
             assert abs(tokens / tokens.mean() - 1).max() < TOKENS
@@ -237,7 +243,7 @@ def check_even(corpus: np.ndarray, world_size: int, mean: float, worst: float) -
 def test_a_giant_document_among_small_ones(longest: int) -> None:
     """No rank works more than the longest document alone, or the mean, asks for."""
     lengths = np.append(np.random.default_rng(3).integers(20, 60, size=200), longest)
-    (ranks,) = lay_out(lengths, 8, 2**16, True, QUADRATIC_TOKENS).groups
+    (ranks,) = assign_documents(lengths, 8, 2**16, True, QUADRATIC_TOKENS)
     tokens = [lengths[list(group)].sum() for group in ranks]
     assert max(tokens) <= 1.01 * max(longest, lengths.sum() / 8)
 
@@ -248,7 +254,9 @@ def test_rounds_even_each_other_out(alpaca_lengths: np.ndarray) -> None:
     found = []
     for _ in range(50):
         lengths = random.choice(alpaca_lengths, 128, replace=False)
-        ranks = loads(lay_out(lengths, 2, 512, False, QUADRATIC_TOKENS), lengths, False).sum(0)
+        ranks = loads(
+            assign_documents(lengths, 2, 512, False, QUADRATIC_TOKENS), lengths, False
+        ).sum(0)
         found.append(abs(ranks / ranks.mean() - 1).max())
     assert np.mean(found) < IMBALANCE_OF_MANY_ROUNDS
 

@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from neftune_dist.cli import main
 from neftune_dist.config import Config, UserError, load_config
-from neftune_dist.data.packing import lay_out
-from neftune_dist.data.sampler import make_schedule
+from neftune_dist.data.packing import assign_documents
+from neftune_dist.data.sampler import make_sampler
 from neftune_dist.model.flops import ModelSize, known_gpus, peak_flops
 from neftune_dist.planning import report, simulate
 from neftune_dist.planning.batches import fullest, heaviest
@@ -177,14 +177,14 @@ def test_the_heaviest_micro_batches_are_found(folder: Path) -> None:
     config = settings(folder, "train.global_batch_size=6", "train.max_steps=2")
     subject = read(config)
     config.train.micro_batch_tokens = 12
-    schedule = make_schedule(config.train, len(rows), "x")
+    sampler = make_sampler(config.train, len(rows), "x")
     sizes: dict[int, list[int]] = {0: [], 1: []}
     for step in (0, 1):
-        chosen = np.array(lengths)[schedule.documents(step)[0]]
-        layout = lay_out(chosen, 1, 12, True, subject.size.quadratic_tokens)
-        for place, (group,) in enumerate(layout.groups):
+        chosen = np.array(lengths)[sampler.documents(step)[0]]
+        rounds = assign_documents(chosen, 1, 12, True, subject.size.quadratic_tokens)
+        for place, (group,) in enumerate(rounds):
             sizes[min(place, 1)].append(int(chosen[list(group)].sum()))
-    found = heaviest(documents_of(rows), schedule, config, 1, subject.model)
+    found = heaviest(documents_of(rows), sampler, config, 1, subject.model)
     assert [batch.input_ids.numel() for batch in found[:2]] == [max(sizes[0]), max(sizes[1])]
     assert len(sizes[1]) > 2 and len(found) == 3 and found[2] is found[1]
 

@@ -55,7 +55,7 @@ def test_steps_are_those_of_the_schedule() -> None:
         for number in (128, 129, 1000):
             config = Config(train=train)
             steps = preflight._num_steps(config, Rows(number))
-            assert steps == sampler.make_schedule(train, number, "x").num_steps
+            assert steps == sampler.make_sampler(train, number, "x").num_steps
 
 
 @pytest.mark.parametrize(

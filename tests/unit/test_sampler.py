@@ -11,21 +11,21 @@ import numpy as np
 import pytest
 
 from neftune_dist.config import TrainConfig, UserError
-from neftune_dist.data.sampler import Schedule, make_schedule
+from neftune_dist.data.sampler import Sampler, make_sampler
 
 
-def schedule(num_documents: int = 100, fingerprint: str = "data", **train: object) -> Schedule:
-    return make_schedule(TrainConfig(**train), num_documents, fingerprint)  # type: ignore[arg-type]
+def sampler(num_documents: int = 100, fingerprint: str = "data", **train: object) -> Sampler:
+    return make_sampler(TrainConfig(**train), num_documents, fingerprint)  # type: ignore[arg-type]
 
 
-def all_steps(made: Schedule) -> tuple[np.ndarray, np.ndarray]:
+def all_steps(made: Sampler) -> tuple[np.ndarray, np.ndarray]:
     parts = [made.documents(step) for step in range(made.num_steps)]
     return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
 
 def test_the_order_never_changes_silently() -> None:
     """Golden: a change here makes every run of the past irreproducible."""
-    made = schedule(20, "neftune", global_batch_size=8, num_epochs=2, seed=0)
+    made = sampler(20, "neftune", global_batch_size=8, num_epochs=2, seed=0)
     assert [made.documents(step)[0].tolist() for step in range(5)] == [
         [12, 4, 17, 15, 13, 7, 0, 1],
         [11, 2, 16, 8, 3, 19, 10, 6],
@@ -33,7 +33,7 @@ def test_the_order_never_changes_silently() -> None:
         [11, 9, 3, 17, 10, 0, 13, 2],
         [7, 14, 6, 4, 15, 1, 5, 18],
     ]
-    large = schedule(1_000_003, "neftune", global_batch_size=8, max_steps=3, seed=2**63 - 1)
+    large = sampler(1_000_003, "neftune", global_batch_size=8, max_steps=3, seed=2**63 - 1)
     assert large.documents(2)[0].tolist() == [
         210514, 445608, 571568, 367924, 884347, 403125, 837355, 244159,
     ]  # fmt: skip
@@ -41,7 +41,7 @@ def test_the_order_never_changes_silently() -> None:
 
 def test_the_order_is_that_of_splitmix64() -> None:
     """The same order from plain integers, so that no library's overflow decides it."""
-    made = schedule(50, "f", global_batch_size=50, num_epochs=1, seed=7)
+    made = sampler(50, "f", global_batch_size=50, num_epochs=1, seed=7)
     key = int.from_bytes(hashlib.sha256(b"f/7/0").digest()[:8], "little")
 
     def splitmix64(index: int) -> int:
@@ -55,7 +55,7 @@ def test_the_order_is_that_of_splitmix64() -> None:
 
 @pytest.mark.parametrize("epochs", [1, 2, 3.0])
 def test_every_document_once_an_epoch(epochs: float) -> None:
-    made = schedule(101, global_batch_size=16, num_epochs=epochs)
+    made = sampler(101, global_batch_size=16, num_epochs=epochs)
     indices, of_epoch = all_steps(made)
     for epoch in range(int(epochs)):
         assert sorted(indices[of_epoch == epoch]) == list(range(101))
@@ -63,7 +63,7 @@ def test_every_document_once_an_epoch(epochs: float) -> None:
 
 
 def test_an_epoch_s_last_step_takes_what_is_left() -> None:
-    made = schedule(100, global_batch_size=48, num_epochs=2)
+    made = sampler(100, global_batch_size=48, num_epochs=2)
     sizes = [len(made.documents(step)[0]) for step in range(made.num_steps)]
     assert sizes == [48, 48, 4, 48, 48, 4]
 
@@ -75,7 +75,7 @@ def test_an_epoch_s_last_step_takes_what_is_left() -> None:
 def test_fractional_epochs_are_rounded_up_to_whole_steps(
     epochs: float, documents: int, steps: int
 ) -> None:
-    made = schedule(100, global_batch_size=16, num_epochs=epochs)
+    made = sampler(100, global_batch_size=16, num_epochs=epochs)
     indices, _ = all_steps(made)
     assert (len(indices), made.num_steps, made.total_documents) == (documents, steps, documents)
     most, fewest = max(Counter(indices.tolist()).values()), int(epochs)
@@ -84,7 +84,7 @@ def test_fractional_epochs_are_rounded_up_to_whole_steps(
 
 def test_0_29_epochs_of_100_documents_are_29() -> None:
     """0.29 * 100 is 28.999999999999996."""
-    assert schedule(100, global_batch_size=1, num_epochs=0.29).num_steps == 29
+    assert sampler(100, global_batch_size=1, num_epochs=0.29).num_steps == 29
 
 
 @pytest.mark.parametrize("documents", [32, 33, 63, 64, 100])
@@ -94,9 +94,9 @@ def test_an_extended_run_trains_what_a_long_one_does(
 ) -> None:
     """Law 4: the documents of a step do not depend on how long the run is."""
     first, whole = (
-        schedule(documents, global_batch_size=32, num_epochs=epochs) for epochs in (short, long)
+        sampler(documents, global_batch_size=32, num_epochs=epochs) for epochs in (short, long)
     )
-    by_steps = schedule(documents, global_batch_size=32, max_steps=whole.num_steps)
+    by_steps = sampler(documents, global_batch_size=32, max_steps=whole.num_steps)
     for step in range(first.num_steps):
         for one, other in zip(first.documents(step), whole.documents(step), strict=True):
             np.testing.assert_array_equal(one, other)
@@ -116,11 +116,11 @@ def test_an_extended_run_trains_what_a_long_one_does(
 
 
 def test_the_paper_s_epochs_are_the_default() -> None:
-    assert schedule(100, global_batch_size=10).total_documents == 300
+    assert sampler(100, global_batch_size=10).total_documents == 300
 
 
 def test_max_steps_runs_over_as_many_epochs_as_it_takes() -> None:
-    made = schedule(10, global_batch_size=7, max_steps=1000)
+    made = sampler(10, global_batch_size=7, max_steps=1000)
     assert (made.num_steps, made.total_documents) == (1000, 5000)
     indices, epochs = made.documents(999)
     assert len(indices) == 3 and epochs.tolist() == [499] * 3
@@ -128,15 +128,15 @@ def test_max_steps_runs_over_as_many_epochs_as_it_takes() -> None:
 
 def test_a_pure_function_of_fingerprint_seed_and_step() -> None:
     """No earlier call, no other step and no other process changes what a step holds."""
-    made = schedule(1000, global_batch_size=32, num_epochs=2, seed=3)
+    made = sampler(1000, global_batch_size=32, num_epochs=2, seed=3)
     forwards = [made.documents(step)[0].tolist() for step in range(made.num_steps)]
-    again = schedule(1000, global_batch_size=32, num_epochs=2, seed=3)
+    again = sampler(1000, global_batch_size=32, num_epochs=2, seed=3)
     backwards = [again.documents(step)[0].tolist() for step in reversed(range(made.num_steps))]
     assert forwards == backwards[::-1]
     program = (
         "from neftune_dist.config import TrainConfig; "
-        "from neftune_dist.data.sampler import make_schedule; "
-        "s = make_schedule(TrainConfig(global_batch_size=32, num_epochs=2, seed=3), 1000, 'data');"
+        "from neftune_dist.data.sampler import make_sampler; "
+        "s = make_sampler(TrainConfig(global_batch_size=32, num_epochs=2, seed=3), 1000, 'data');"
         "print(s.documents(40)[0].tolist())"
     )
     told = subprocess.run(
@@ -146,11 +146,11 @@ def test_a_pure_function_of_fingerprint_seed_and_step() -> None:
 
 
 def test_seed_fingerprint_and_epoch_each_give_another_order() -> None:
-    base = schedule(1000, global_batch_size=1000, num_epochs=2)
+    base = sampler(1000, global_batch_size=1000, num_epochs=2)
     others = [
         base.documents(1)[0],
-        schedule(1000, global_batch_size=1000, seed=1).documents(0)[0],
-        schedule(1000, "other", global_batch_size=1000).documents(0)[0],
+        sampler(1000, global_batch_size=1000, seed=1).documents(0)[0],
+        sampler(1000, "other", global_batch_size=1000).documents(0)[0],
         np.arange(1000),
     ]
     for other in others:
@@ -162,7 +162,7 @@ def test_the_order_does_not_favour_early_rows() -> None:
     """Over many seeds each row stands in the first step as often as any other (chi-squared)."""
     counts = np.zeros(64)
     for seed in range(500):
-        counts[schedule(64, global_batch_size=16, seed=seed).documents(0)[0]] += 1
+        counts[sampler(64, global_batch_size=16, seed=seed).documents(0)[0]] += 1
     expected = 500 * 16 / 64
     # 63 degrees of freedom; drawn without replacement, the sum is about (1 - 1/4) of chi-squared.
     assert 20 < ((counts - expected) ** 2 / expected).sum() < 100
@@ -170,12 +170,12 @@ def test_the_order_does_not_favour_early_rows() -> None:
 
 def test_batch_size_cuts_one_sequence() -> None:
     """Another batch size trains on the same documents in the same order."""
-    one = all_steps(schedule(100, global_batch_size=10, num_epochs=2))
-    two = all_steps(schedule(100, global_batch_size=33, num_epochs=2))
+    one = all_steps(sampler(100, global_batch_size=10, num_epochs=2))
+    two = all_steps(sampler(100, global_batch_size=33, num_epochs=2))
     np.testing.assert_array_equal(one, two)
 
 
 def test_fewer_documents_than_a_batch() -> None:
-    assert schedule(128).num_steps == 3
+    assert sampler(128).num_steps == 3
     with pytest.raises(UserError, match=r"127 documents.*train\.global_batch_size=128"):
-        schedule(127)
+        sampler(127)

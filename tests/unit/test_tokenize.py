@@ -18,7 +18,7 @@ from neftune_dist.config import DataConfig, UserError
 from neftune_dist.data.formats import Conversation, Turn, detect_format, to_conversation
 from neftune_dist.data.sources import BadRow
 from neftune_dist.data.spans import Chunk, Rendered, Span
-from neftune_dist.data.tokenize import Document, Template, _painted
+from neftune_dist.data.tokenize import ConversationTokenizer, Document, _painted
 
 END = "<|im_end|>"  # of SmolLM2
 LLAMA2_CHAT = (
@@ -50,11 +50,11 @@ def with_template(tokenizer: Any, chat_template: str) -> Any:
     return other
 
 
-def make(tokenizer: Any, **data: Any) -> Template:
-    return Template(tokenizer, DataConfig(**data))
+def make(tokenizer: Any, **data: Any) -> ConversationTokenizer:
+    return ConversationTokenizer(tokenizer, DataConfig(**data))
 
 
-def document(template: Template, spoken: Conversation) -> Document:
+def document(template: ConversationTokenizer, spoken: Conversation) -> Document:
     return template.encode([template.render(spoken)])[0]
 
 
@@ -128,14 +128,14 @@ def test_an_end_of_turn_in_the_question_is_not_learned(smollm2: Any) -> None:
         "a" * 3000,
     ],
 )
-def test_any_answer(answer: str, templates: list[Template]) -> None:
+def test_any_answer(answer: str, templates: list[ConversationTokenizer]) -> None:
     for template in templates:
         made = document(template, conversation("?", answer))
         assert learned(template.tokenizer, made) == [answer + template.tokenizer.eos_token]
 
 
 @pytest.fixture(scope="module")
-def templates(smollm2: Any, llama2: Any) -> list[Template]:
+def templates(smollm2: Any, llama2: Any) -> list[ConversationTokenizer]:
     return [make(smollm2), make(smollm2, template="alpaca"), make(llama2, template="alpaca")]
 
 

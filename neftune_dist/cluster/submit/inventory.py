@@ -149,7 +149,7 @@ def _count_source(config: SourceConfig, key: str, hub: Callable[[], Hub]) -> Row
         _cached(key, "datasets", source, config.revision, hub())
         return None
     counted = []
-    for path in files.find(source, key).paths:
+    for path in files.find_files(source, key).paths:
         try:
             counted.append(_count(path))
         except (OSError, EOFError, ValueError, csv.Error) as error:  # pyarrow's are among them
@@ -209,7 +209,7 @@ def _tensors(file: Path) -> dict[str, Any]:
 
 @cache  # the tasks of an array read the same file
 def _count(path: Path) -> Rows | None:
-    kind = files.kind(path)
+    kind = files.file_kind(path)
     if path.stat().st_size == 0:
         return Rows(0)
     if kind == "parquet":
