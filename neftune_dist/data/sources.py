@@ -24,6 +24,7 @@ import pyarrow
 from neftune_dist.config import BUILTIN_SOURCE, SourceConfig, UserError
 from neftune_dist.data import builtin, files, tables
 from neftune_dist.data.errors import LONGEST_ROW_BYTES, BadRow
+from neftune_dist.system.text import first_line
 
 _PIECE_CHARACTERS = 2**20  # of a JSON array, read at a time; of a long element more
 _LONGEST_PIECE = 2**24
@@ -97,7 +98,7 @@ def _open_hub(config: SourceConfig, key: str) -> Source:
     try:
         loaded = datasets.load_dataset(name, split=config.split, revision=config.revision)
     except Exception as error:  # the hub's clients raise a dozen unrelated types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise UserError(
             f"{key}={name} is no local file, and the dataset of that name could not be "
             f"loaded from the hub: {reason}"

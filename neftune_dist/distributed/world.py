@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from neftune_dist.config import UserError
 from neftune_dist.distributed import environment, outcome
+from neftune_dist.system.text import first_line
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -134,7 +135,7 @@ def _meet(place: environment.Place, device: torch.device) -> None:
             raise
         raise UserError(
             f"Rank {place.rank} of {place.size} did not meet the others at {place.address} port "
-            f"{place.port}: {str(error).splitlines()[0]}"
+            f"{place.port}: {first_line(error)}"
         ) from error
 
 

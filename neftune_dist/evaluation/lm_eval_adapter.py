@@ -31,6 +31,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from neftune_dist.config import UserError
 from neftune_dist.distributed.world import World
 from neftune_dist.evaluation.tasks import TaskResult, TaskWord
+from neftune_dist.system.text import first_line
 
 _FEWSHOT_SEED = 1234  # lm-eval's own
 _LOG_EVERY_SECONDS = 15.0
@@ -80,7 +81,7 @@ class Harness:
                 f"evaluate.tasks: {word.task} needs the package {error.name}: install it."
             ) from error
         except Exception as error:  # of the hub's clients, of lm-eval's templates, of anything
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            reason = first_line(error)
             if isinstance(error, KeyError):
                 reason = f"field {reason} is missing"
             raise UserError(

@@ -30,7 +30,7 @@ from neftune_dist.data.sources import BadRow
 from neftune_dist.data.tokenize import ConversationTokenizer
 from neftune_dist.model import load
 from neftune_dist.model.families import check_model
-from neftune_dist.model.weights import first_line
+from neftune_dist.system.text import first_line
 
 # Of another model than the configuration's own, these say nothing.
 _OF_ITS_OWN_MODEL = ("model.revision=null", "model.weights=null", "model.add_tokens=null")

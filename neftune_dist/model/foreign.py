@@ -27,7 +27,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from neftune_dist.config import UserError
-from neftune_dist.model.pickles import KnownReader, first_line, load_tensors
+from neftune_dist.model.pickles import KnownReader, load_tensors
+from neftune_dist.system.text import first_line
 
 _ZERO_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 

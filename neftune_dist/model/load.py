@@ -24,7 +24,8 @@ from neftune_dist.model.attention import implementation
 from neftune_dist.model.families import check_model, check_packable
 from neftune_dist.model.loss import resolve_loss
 from neftune_dist.model.optimizations import configure
-from neftune_dist.model.weights import GrownWeights, WeightFiles, first_line, weights_folder
+from neftune_dist.model.weights import GrownWeights, WeightFiles, weights_folder
+from neftune_dist.system.text import first_line
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # model.dtype
 _SMALL_FILES = ["*.json", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.py"]

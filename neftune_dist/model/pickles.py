@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from neftune_dist.config import UserError
 from neftune_dist.config.limits import limited
+from neftune_dist.system.text import first_line
 
 # Some bytes of a pickle make an object of some hundred bytes.
 _GIB, _GIB_A_BYTE = 1.0, 100 / 2**30
@@ -151,11 +152,6 @@ class _Ignored:
 
     def __init__(self, *_: Any) -> None:
         pass
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line, without the full stop."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def check_stored(file: IO[bytes] | Path) -> None:

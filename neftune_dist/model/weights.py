@@ -20,7 +20,8 @@ from torch import Tensor
 
 from neftune_dist.config import ModelConfig, UserError, read_json, user_path
 from neftune_dist.model.foreign import open_weights
-from neftune_dist.model.pickles import first_line, load_tensors
+from neftune_dist.model.pickles import load_tensors
+from neftune_dist.system.text import first_line
 
 _COMPARED_ELEMENTS = 2**24
 _DIGESTED_ELEMENTS = 2**22

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from torch.utils.tensorboard import SummaryWriter
 
 from neftune_dist.config import LoggingConfig, UserError
+from neftune_dist.system.text import first_line
 
 
 class Tracker(Protocol):
@@ -51,7 +52,7 @@ class Trackers:
             except Exception as error:  # of whatever its client and its server raise
                 if isinstance(error, ImportError) and error.name == name:
                     raise UserError(f"logging.{name}=true needs the package {name}.") from error
-                first = (str(error).strip() or type(error).__name__).splitlines()[0]
+                first = first_line(error)
                 if name == "mlflow" and not os.environ.get("MLFLOW_TRACKING_URI"):
                     first = f"MLFLOW_TRACKING_URI is not set ({first})"
                 raise UserError(f"logging.{name}=true: it cannot begin a run: {first}") from error

@@ -15,6 +15,7 @@ from neftune_dist.cluster.submit import inventory, preflight, slurm, snapshot
 from neftune_dist.cluster.submit.inventory import Hub, Rows
 from neftune_dist.config import Config, DataConfig, SourceConfig, TrainConfig, UserError
 from neftune_dist.data import sampler
+from neftune_dist.system.text import duration_text
 
 
 @pytest.mark.parametrize(
@@ -75,9 +76,9 @@ def test_times_are_read_as_slurm_reads_them(text: str, seconds: float) -> None:
     assert slurm.seconds("--time", text) == seconds
 
 
-def test_times_are_told_for_people() -> None:
-    told = [preflight.time_text(seconds) for seconds in (59, 600, 12000, 200000)]
-    assert told == ["59 s", "10 min", "3 h 20 min", "2 d 7 h"]
+def test_durations_are_written_in_their_two_largest_units() -> None:
+    texts = [duration_text(seconds) for seconds in (59, 600, 12000, 200000)]
+    assert texts == ["59 s", "10 min", "3 h 20 min", "2 d 7 h"]
 
 
 def no_hub() -> Hub:

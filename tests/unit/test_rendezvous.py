@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from neftune_dist.cluster.launch import rendezvous, torchrun
 from neftune_dist.config import UserError
+from neftune_dist.system import network
 
 HOSTS = ("127.0.0.1", "localhost", "127.0.0.3")
 
@@ -42,36 +44,41 @@ def test_missing_nodes_are_named(tmp_path: Path) -> None:
 
 def test_a_port_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MASTER_PORT", raising=False)
-    assert rendezvous.free_port() in range(20000, 32000)
+    assert network.free_port() in range(20000, 32000)
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
         monkeypatch.setenv("MASTER_PORT", str(port))
         with pytest.raises(UserError, match=f"MASTER_PORT={port} is taken on "):
-            rendezvous.free_port()
+            network.free_port()
         monkeypatch.delenv("MASTER_PORT")
-        monkeypatch.setattr(rendezvous, "_PORTS", [port] * 200)
+        monkeypatch.setattr(network, "_PORTS", [port] * 200)
         with pytest.raises(UserError, match="No free port"):
-            rendezvous.free_port()
+            network.free_port()
     monkeypatch.setenv("MASTER_PORT", str(port))
-    assert rendezvous.free_port() == port
+    assert network.free_port() == port
     monkeypatch.setenv("MASTER_PORT", "high")
     with pytest.raises(UserError, match="MASTER_PORT=high is no port"):
-        rendezvous.free_port()
+        network.free_port()
 
 
-def test_the_interface_that_leads_to_a_host() -> None:
-    assert rendezvous.address_towards("127.0.0.1") == "127.0.0.1"
-    assert rendezvous.interface_towards("127.0.0.1") == "lo"
-    assert rendezvous.interface_of("203.0.113.7") is None
+def test_the_interface_that_leads_to_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert network.address_towards("127.0.0.1") == "127.0.0.1"
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    network.use_interface_towards("127.0.0.1")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    assert os.environ["NCCL_SOCKET_IFNAME"] == "ib0"  # what the user has set stays
+    assert network.interface_of("203.0.113.7") is None
     with pytest.raises(UserError, match=r"cannot find nowhere\.invalid"):
-        rendezvous.address_towards("nowhere.invalid")
+        network.address_towards("nowhere.invalid")
 
 
 def test_the_store_listens_at_one_address() -> None:
     """Not on every interface, as torch lets it: whoever reaches it can change what ranks agree."""
-    port = rendezvous.free_port()
+    port = network.free_port()
     place = RendezvousParameters("neftune_dist", f"127.0.0.1:{port}", "none", 1, 1, rank="0")
     store = torchrun._create(place).next_rendezvous().store
     store.set("a", "b")

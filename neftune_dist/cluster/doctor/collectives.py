@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import threading
 import time
@@ -13,6 +12,7 @@ from typing import Any
 
 from neftune_dist.cluster.doctor.findings import OK, WARNING, WRONG, Finding, named, told
 from neftune_dist.cluster.doctor.meeting import Meeting, Place, Roll
+from neftune_dist.system.network import use_interface_towards
 
 _SECONDS = 120.0
 _GRACE_SECONDS = 3.0
@@ -76,7 +76,9 @@ def _exercise(store: Any, place: Place, roll: Roll) -> dict[str, Any]:
         torch.cuda.set_device(device)
     warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
     if place.of_slurm:
-        _choose_interface(place, roll)
+        away = next((host for host in roll.firsts if host != place.host), None)
+        if away:
+            use_interface_towards(away)
     dist.init_process_group(
         "nccl" if cuda else "gloo",
         store=dist.PrefixStore("group", store),
@@ -95,18 +97,6 @@ def _exercise(store: Any, place: Place, roll: Roll) -> dict[str, Any]:
     dist.barrier()
     dist.destroy_process_group()
     return {"device": device.type, "wrong": wrong, "seconds": seconds, "links": links}
-
-
-def _choose_interface(place: Place, roll: Roll) -> None:
-    """As the launcher does for a run: left to themselves the libraries take the interface of the
-    host's name, which is often loopback."""
-    from neftune_dist.cluster.launch.rendezvous import interface_towards
-
-    away = next((host for host in roll.firsts if host != place.host), None)
-    interface = interface_towards(away) if away else None
-    for library in ("NCCL", "GLOO"):
-        if interface:
-            os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
 
 
 def _measure_collectives(device: Any, place: Place) -> tuple[list[str], dict[str, float]]:

@@ -16,7 +16,7 @@ from neftune_dist.cluster.launch import rendezvous
 from neftune_dist.cluster.launch.torchrun import LOOPBACK, torchrun
 from neftune_dist.config import UserError
 from neftune_dist.distributed import environment, outcome
-from neftune_dist.system import cgroups
+from neftune_dist.system import cgroups, network
 
 
 def node(folder: Path, words: Sequence[str], *, num_processes: int, minutes: float) -> int:
@@ -32,15 +32,11 @@ def node(folder: Path, words: Sequence[str], *, num_processes: int, minutes: flo
     signal.signal(signal.SIGUSR1, lambda *_: _leave(index * number))
     try:
         if len(hosts) == 1:
-            address, port = LOOPBACK, rendezvous.free_port()
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", rendezvous.interface_of(LOOPBACK) or "lo")
+            address, port = LOOPBACK, network.free_port()
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", network.interface_of(LOOPBACK) or "lo")
         else:
             address, port = rendezvous.meet(folder, hosts, index, minutes * 60)
-            interface = rendezvous.interface_towards(address if index else hosts[1])
-            for library in ("NCCL", "GLOO"):
-                # Left to themselves they take the interface of the host's name, often loopback.
-                if interface:
-                    os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
+            network.use_interface_towards(address if index else hosts[1])
     except (TimeoutError, OSError, UserError) as error:
         kind = outcome.MISTAKE if isinstance(error, UserError) else outcome.LOST
         outcome.tell(index * number, kind, error=str(error))

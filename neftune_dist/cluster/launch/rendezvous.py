@@ -6,23 +6,16 @@ the interface which leads to the other nodes, not what a host's own name happens
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import os
-import random
-import socket
-import struct
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from neftune_dist.config import UserError, read_json
+from neftune_dist.config import read_json
 from neftune_dist.system import storage
+from neftune_dist.system.network import address_towards, free_port
 
 _POLL_SECONDS = 0.2
-# Below the range from which the system takes ports for outgoing connections.
-_PORTS = range(20000, 32000)
 
 
 def meet(folder: Path, hosts: Sequence[str], index: int, seconds: float) -> tuple[str, int]:
@@ -68,55 +61,3 @@ def missing_hosts(folder: Path, hosts: Sequence[str]) -> list[str]:
     """The hosts of the nodes that have left no mark."""
     there = {each.name for each in folder.iterdir()}
     return [host for i, host in enumerate(hosts) if f"node_{i}" not in there]
-
-
-def free_port() -> int:
-    """A port that nobody listens at; MASTER_PORT where it is set. Raises `UserError`."""
-    given = os.environ.get("MASTER_PORT")
-    if given and not given.isdecimal():
-        raise UserError(f"MASTER_PORT={given} is no port.")
-    for port in [int(given)] if given else random.sample(_PORTS, 100):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("", port))
-            return port
-    if given:
-        raise UserError(
-            f"MASTER_PORT={given} is taken on {socket.gethostname()}: unset it, and a free one is "
-            "chosen."
-        )
-    raise UserError(f"No free port was found on {socket.gethostname()}.")
-
-
-def address_towards(host: str) -> str:
-    """The address of this machine from which it reaches `host`; nothing is sent.
-
-    It is that of the right interface, which the machine's own name often is not.
-    """
-    try:
-        family, _, _, _, place = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(place)
-            return str(probe.getsockname()[0])
-    except OSError as error:
-        raise UserError(
-            f"{socket.gethostname()} cannot find {host} ({error.strerror or error}): is its name "
-            "known on all nodes?"
-        ) from error
-
-
-def interface_towards(host: str) -> str | None:
-    """The network interface by which this machine reaches `host`; None where it is not IPv4's."""
-    return interface_of(address_towards(host))
-
-
-def interface_of(address: str) -> str | None:
-    """The name of the network interface that has `address` (IPv4); None where none has."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):
-                request = struct.pack("256s", name.encode()[:15])
-                reply = fcntl.ioctl(probe, 0x8915, request)  # SIOCGIFADDR
-                if socket.inet_ntoa(reply[20:24]) == address:
-                    return name
-    return None

@@ -27,7 +27,7 @@ from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import (
 )
 from torch.distributed.run import main
 
-from neftune_dist.cluster.launch.rendezvous import free_port
+from neftune_dist.system.network import free_port
 
 LOOPBACK = "127.0.0.1"
 _BACKEND = "neftune_dist"

@@ -21,6 +21,7 @@ from neftune_dist.config import Config, DataConfig, SourceConfig, UserError, use
 from neftune_dist.data import files
 from neftune_dist.distributed.outcome import newest_step
 from neftune_dist.system.records import STEPS, read_records
+from neftune_dist.system.text import duration_text, size_text
 
 CHECKPOINT_BYTES = 12  # a parameter: float32 master and two moments
 DEFAULT_EPOCHS = 3.0  # as in data/sampler.py, which needs numpy
@@ -122,24 +123,6 @@ def check_space(needs: Iterable[tuple[Path, int]]) -> None:
             )
 
 
-def size_text(num_bytes: float) -> str:
-    """For people: 1.5 GiB."""
-    large = num_bytes >= 2**29
-    return f"{num_bytes / 2**30:.1f} GiB" if large else f"{num_bytes / 2**20:.1f} MiB"
-
-
-def time_text(seconds: float) -> str:
-    """For people: 3 h 20 min."""
-    minutes = round(seconds / 60)
-    if minutes < 2:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours} h"
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
-
-
 def _absolute(key: str, text: str) -> str:
     return os.path.abspath(user_path(text, key))
 
@@ -214,7 +197,7 @@ def _predict(run_dir: Path, world_size: int, left: int | None) -> tuple[float | 
     told = f"{each:.3g} s a step (median of {len(measured)} on {world_size} ranks)"
     if left is None:
         return None, told
-    return each * left, f"about {time_text(each * left)} for the steps left, {told}"
+    return each * left, f"about {duration_text(each * left)} for the steps left, {told}"
 
 
 def _step_seconds(path: Path, world_size: int) -> Sequence[float]:

@@ -1,0 +1,30 @@
+"""Errors, sizes and durations as people read them."""
+
+from __future__ import annotations
+
+import math
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without a full stop; its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def size_text(num_bytes: float) -> str:
+    """A size in MiB or GiB: 1.5 GiB."""
+    large = num_bytes >= 2**29
+    return f"{num_bytes / 2**30:.1f} GiB" if large else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def duration_text(seconds: float) -> str:
+    """A duration in its two largest units: 3 h 20 min. `?` where it is not finite."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
