@@ -1,25 +1,21 @@
 """Every knob of a run, and where its value comes from: defaults, then YAML, then `key=value` words.
 
-Owns the configuration tree, its sources and the checks that need nothing but the configuration
-itself. It imports no torch, so a login node can validate a run. Unknown keys, wrong types and
-contradictions are refused with `UserError`.
+Owns the configuration, its sources and the checks that need nothing but the configuration itself.
+Imports no torch, so a login node can validate a run. Unknown keys, wrong types and contradictions
+are refused with `UserError`.
 """
 
 from neftune_dist.config.checks import check
+from neftune_dist.config.config import ACCEPTABLE_CHANGES, KNOBS, Config, differences
 from neftune_dist.config.errors import UserError
 from neftune_dist.config.forms import Optional, checksummed, formed, parse_json, read_json
+from neftune_dist.config.knobs import Knob, reference
 from neftune_dist.config.loading import load_config
 from neftune_dist.config.paths import user_path
 from neftune_dist.config.sections import (
-    ACCEPTABLE_CHANGES,
     BUILTIN_SOURCE,
-    CHOICES,
-    RANGES,
-    TEMPLATES,
-    TYPES,
     AdapterConfig,
     CheckpointConfig,
-    Config,
     DataConfig,
     EngineConfig,
     EvaluateConfig,
@@ -30,39 +26,5 @@ from neftune_dist.config.sections import (
     OptimConfig,
     SourceConfig,
     TrainConfig,
-    differences,
     listed,
 )
-
-__all__ = [
-    "ACCEPTABLE_CHANGES",
-    "BUILTIN_SOURCE",
-    "CHOICES",
-    "RANGES",
-    "TEMPLATES",
-    "TYPES",
-    "AdapterConfig",
-    "CheckpointConfig",
-    "Config",
-    "DataConfig",
-    "EngineConfig",
-    "EvaluateConfig",
-    "JudgeConfig",
-    "LoggingConfig",
-    "ModelConfig",
-    "NoiseConfig",
-    "OptimConfig",
-    "Optional",
-    "SourceConfig",
-    "TrainConfig",
-    "UserError",
-    "check",
-    "checksummed",
-    "differences",
-    "formed",
-    "listed",
-    "load_config",
-    "parse_json",
-    "read_json",
-    "user_path",
-]

@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import yaml
@@ -17,10 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from neftune_dist.config.checks import check
+from neftune_dist.config.config import KNOBS, Config
 from neftune_dist.config.errors import UserError, brief
 from neftune_dist.config.limits import limited
 from neftune_dist.config.paths import user_path
-from neftune_dist.config.sections import TYPES, Config
 
 _MAX_DEPTH = 100  # of lists and mappings within each other
 # Aliases (`*name`) and interpolations let a short file stand for any amount of content.
@@ -109,13 +108,14 @@ def _read_word(word: str) -> Any:
     key, equals, text = word.partition("=")
     if not equals or not key:
         raise UserError(f"'{brief(word)}' is not of the form key=value, such as noise.alpha=5.")
-    if str in TYPES.get(key, ()) and text != "null":
+    types = KNOBS[key].types if key in KNOBS else ()
+    if str in types and text != "null":
         text = json.dumps(text, ensure_ascii=False)  # quoted: YAML reads run_dir=007 as 7
     try:
         _check_depth(text)
         update = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={text}"]), resolve=False)
         section, _, name = key.rpartition(".")
-        if TYPES.get(key) == (list,) and isinstance(update, dict):
+        if types == (list,) and isinstance(update, dict):
             items = update[section][name]
             update[section][name] = items and [_spaced(item) for item in items]
         return update
@@ -135,15 +135,16 @@ def _spaced(item: Any) -> Any:
 
 
 def _check_update(update: dict[Any, Any], where: str, prefix: str = "") -> None:
-    """Refuse unknown keys and wrong types; what an interpolation gives is checked later."""
+    """Refuse unknown keys and wrong types; the value of an interpolation is checked later."""
     for name, value in update.items():
         key = f"{prefix}{name}"
-        if TYPES.get(key) == (list,):
-            _check_list(key, value, where)
-        elif key in TYPES and "." not in str(name):
-            if not (isinstance(value, str) and "${" in value):
-                _check_type(key, value, where)
-        elif any(known.startswith(f"{key}.") for known in TYPES):
+        pattern = f"{_pattern(prefix)}{name}"
+        if pattern in KNOBS and "." not in str(name):
+            if KNOBS[pattern].types == (list,):
+                _check_list(key, value, where)
+            elif not (isinstance(value, str) and "${" in value):
+                KNOBS[pattern].check_type(f"{where}: {key}", value)
+        elif any(known.startswith(f"{pattern}.") for known in KNOBS):
             if not isinstance(value, dict):
                 raise UserError(f"{where}: {key} is a section and takes keys below it.")
             _check_update(value, where, f"{key}.")
@@ -152,45 +153,30 @@ def _check_update(update: dict[Any, Any], where: str, prefix: str = "") -> None:
 
 
 def _check_list(key: str, items: Any, where: str) -> None:
-    known = {each.removeprefix(f"{key}[].") for each in TYPES if each.startswith(f"{key}[].")}
     form = f"{key}=[{{source: a.json, weight: 2}}, {{source: b.json}}]"
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise UserError(f"{where}: {key} is a list of entries, such as {form}.")
     for i, item in enumerate(items):
-        for name, value in item.items():
-            if name not in known:
-                raise UserError(
-                    f"{where}: unknown key {key}[{i}].{name}; known: {', '.join(sorted(known))}."
-                )
-            if not (isinstance(value, str) and "${" in value):
-                _check_type(f"{key}[{i}].{name}", value, where)
+        _check_update(item, where, f"{key}[{i}].")
         if not item.get("source"):
             raise UserError(f"{where}: {key}[{i}] names no source; write {form}.")
 
 
-def _check_type(key: str, value: Any, where: str) -> None:
-    types = TYPES[re.sub(r"\[\d+\]", "[]", key)]
-    wanted = types[0]
-    allowed = (*types, int) if wanted is float else types
-    # By type(), because True is an instance of int; "???" is OmegaConf's word for no value.
-    if type(value) not in allowed or value == "???":
-        kinds = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-        kind = kinds[wanted] + (" or null" if NoneType in types else "")
-        quotes = ": put it in quotes" if wanted is str and type(value) in (int, float, bool) else ""
-        shown = "null" if value is None else brief(value)
-        raise UserError(f"{where}: {key}={shown} is not {kind}{quotes}.")
+def _pattern(key: str) -> str:
+    """The key under which a knob is known: data.mixture[].weight for data.mixture[0].weight."""
+    return re.sub(r"\[\d+\]", "[]", key)
 
 
 def _hint(key: str, prefix: str) -> str:
-    if key in TYPES:
+    if key in KNOBS:
         section, _, name = key.rpartition(".")
         return f"write '{section}:' and, on the next line, indented, '{name}:'."
-    sections = () if prefix else vars(Config())
-    near = difflib.get_close_matches(key, [*TYPES, *sections], n=1)
+    pattern, sections = _pattern(prefix), () if prefix else vars(Config())
+    near = difflib.get_close_matches(key, [*KNOBS, *sections], n=1)
     if near:
-        return f"did you mean {near[0]}?"
-    names = {each[len(prefix) :].split(".")[0] for each in TYPES if each.startswith(prefix)}
-    return f"known: {', '.join(sorted(names))}."
+        return f"did you mean {near[0].replace(pattern, prefix)}?"
+    below = (known.removeprefix(pattern) for known in KNOBS if known.startswith(pattern))
+    return f"known: {', '.join(sorted({name.split('.')[0].strip('[]') for name in below}))}."
 
 
 def _reason(error: Exception) -> str:

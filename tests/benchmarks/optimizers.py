@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from neftune_dist.config import CHOICES, ModelConfig, OptimConfig
+from neftune_dist.config import KNOBS, ModelConfig, OptimConfig
 from neftune_dist.model import load
 from neftune_dist.optim import (
     MakeOptimizer,
@@ -147,7 +147,7 @@ def measure_updates(device: torch.device, numel: int, out: Path) -> None:
 
     report("copy", seconds(lambda: parameter.detach().copy_(grad), device), 8)
     report("gradient norm", seconds(lambda: squared_norm([grad]), device), 4)
-    for states in CHOICES["optim.states"]:
+    for states in KNOBS["optim.states"].choices:
         for clipped in (False, True):
             parameter.grad = grad.clone() if clipped else grad  # may be written
             make = MakeOptimizer(OptimConfig(states=states))
@@ -173,7 +173,7 @@ def compare_training(model_dir: str, data: str, words: list[str]) -> None:
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as temporary:
         runs: dict[str, Run] = {}
-        for states in CHOICES["optim.states"]:
+        for states in KNOBS["optim.states"].choices:
             runs[states] = run(states, Path(temporary), chosen)
             mine, reference = runs[states], runs["fp32"]
             last = mine.losses[-LAST_STEPS:]

@@ -196,7 +196,7 @@ def test_resumed_exported_and_loaded(
             "LlamaForCausalLM has no nothing",
         ),
         (["adapter.method=dora", "adapter.base=nf4"], "adapter.method=dora goes with"),
-        (["adapter.rank=8"], "adapter.rank has no effect with adapter.method=none"),
+        (["adapter.rank=8"], "adapter.rank=8 has no effect with adapter.method=none"),
         (["adapter.method=lora", "adapter.rank=0"], "adapter.rank=0 is out of range"),
         (["adapter.method=lora", "model.float8=rowwise", "model.dtype=bf16"], "goes with adapter"),
     ],

@@ -78,8 +78,8 @@ def test_it_resumes_to_the_bit_and_continues_two_ranks(config: Path, tmp_path: P
     ("words", "ranks", "sentence"),
     [
         ([], 2, "engine.name=single is for one process, this run has 2"),
-        (["engine.offload=cpu"], 1, "engine.offload has no effect with engine.name=single"),
-        (["engine.zero_stage=3"], 1, "engine.zero_stage has no effect with engine.name=single"),
+        (["engine.offload=cpu"], 1, "engine.offload=cpu has no effect with engine.name=single"),
+        (["engine.zero_stage=3"], 1, "engine.zero_stage=3 has no effect with engine.name=single"),
     ],
 )
 def test_what_it_cannot_do_is_refused(

@@ -22,7 +22,7 @@ ORDER: list[set[str]] = [
     {"cli"},
 ]
 HOMES = {
-    "omegaconf": {"config/sections", "config/loading"},
+    "omegaconf": {"config/config", "config/loading"},
     "datasets": {"data/sources", "evaluation/lm_eval_adapter"},
     "deepspeed": {"engine/deepspeed"},
     "tensorboard": {"training/trackers"},

@@ -14,15 +14,15 @@ import pytest
 from neftune_dist import config as module
 from neftune_dist.cli import main
 from neftune_dist.config import (
-    CHOICES,
-    RANGES,
-    TYPES,
+    KNOBS,
     Config,
     SourceConfig,
     UserError,
     differences,
     load_config,
+    reference,
 )
+from neftune_dist.config.knobs import descriptions
 
 ROOT = Path(__file__).parents[2]
 MODEL = "model.name_or_path=m"
@@ -304,10 +304,10 @@ def test_a_file_that_cannot_be_opened(path: str) -> None:
     [
         (
             ["train.max_steps=5", "train.num_epochs=1"],
-            "train.max_steps and train.num_epochs are bo",
+            "train.max_steps=5 and train.num_epochs=1.0 are both set",
         ),
-        (["engine.zero_stage=3"], "engine.zero_stage has no effect with engine.name=fsdp2"),
-        (["engine.name=deepspeed", "engine.num_replicas=2"], "engine.num_replicas has no effect"),
+        (["engine.zero_stage=3"], "engine.zero_stage=3 has no effect with engine.name=fsdp2"),
+        (["engine.name=deepspeed", "engine.num_replicas=2"], "engine.num_replicas=2 has no effect"),
         (
             ["data.max_length=9000"],
             "data.max_length=9000 does not fit into train.micro_batch_token",
@@ -343,17 +343,23 @@ def test_a_file_that_cannot_be_opened(path: str) -> None:
             ["data.num_held_out=5", "data.held_out_source=a.json"],
             "data.num_held_out=5 and data.held_out_source=a.json each say what is held out",
         ),
-        (["data.held_out_split=test"], "data.held_out_split has no effect without data.held_out_s"),
-        (["data.held_out_revision=v1"], "data.held_out_revision has no effect without data.held"),
-        (["evaluate.every_steps=5"], "evaluate.every_steps has no effect without held-out docum"),
-        (["evaluate.max_documents=5"], "evaluate.max_documents has no effect without held-out do"),
-        (["optim.schedule=constant", "optim.final_fraction=0.1"], "optim.final_fraction has no ef"),
-        (["noise.alpha=0", "noise.seed=1"], "noise.seed has no effect with noise.alpha=0"),
-        (["noise.final_fraction=0.1"], "noise.final_fraction has no effect with noise.schedule="),
+        (
+            ["data.held_out_split=test"],
+            "data.held_out_split=test has no effect without data.held_o",
+        ),
+        (["data.held_out_revision=v1"], "data.held_out_revision=v1 has no effect without data."),
+        (["evaluate.every_steps=5"], "evaluate.every_steps=5 has no effect without held-out doc"),
+        (["evaluate.max_documents=5"], "evaluate.max_documents=5 has no effect without held-out"),
+        (
+            ["optim.schedule=constant", "optim.final_fraction=0.1"],
+            "optim.final_fraction=0.1 has no",
+        ),
+        (["noise.alpha=0", "noise.seed=1"], "noise.seed=1 has no effect with noise.alpha=0"),
+        (["noise.final_fraction=0.1"], "noise.final_fraction=0.1 has no effect with noise.sched"),
         (["noise.length=padded", "noise.stream=sample"], "it goes with noise.stream=rank"),
         (
             ["checkpoint.keep=0", "checkpoint.every_steps=2", "checkpoint.keep_every_steps=4"],
-            "checkpoint.keep_every_steps has no effect with checkpoint.keep=0",
+            "checkpoint.keep_every_steps=4 has no effect with checkpoint.keep=0",
         ),
         (
             ["checkpoint.every_steps=3", "checkpoint.keep_every_steps=4"],
@@ -362,15 +368,15 @@ def test_a_file_that_cannot_be_opened(path: str) -> None:
         (["checkpoint.keep_every_steps=4"], "must be a multiple of checkpoint.every_steps=0"),
         (
             ["checkpoint.resume=never", "checkpoint.accept_changes=optim.learning_rate"],
-            "checkpoint.accept_changes has no effect with checkpoint.resume=never",
+            "checkpoint.accept_changes=optim.learning_rate has no effect with checkpoint.re",
         ),
         (["checkpoint.accept_changes=optim.lr"], "accept_changes: unknown key optim.lr"),
         (["checkpoint.accept_changes=train.seed"], "train.seed cannot change within a run"),
         (["judge.url=http://h/v1"], "judge.url and judge.model go together"),
-        (["judge.max_retries=1"], "judge.max_retries has no effect without judge.url or judge.ann"),
+        (["judge.max_retries=1"], "judge.max_retries=1 has no effect without judge.url or judge."),
         ([*_JUDGE, "judge.annotator=a"], "names its own endpoint and model"),
-        (["judge.annotator=a", "judge.max_retries=1"], "no effect with judge.annotator"),
-        ([*_JUDGE, "judge.max_dollars=1"], "judge.max_dollars needs prices"),
+        (["judge.annotator=a", "judge.max_retries=1"], "judge.max_retries=1 has no effect with"),
+        ([*_JUDGE, "judge.max_dollars=1"], "judge.max_dollars=1.0 needs prices"),
         ([*_JUDGE, "judge.url=api.openai.com/v1"], "is no address of an endpoint"),
         ([*_JUDGE, "judge.url=https://me:word@host/v1"], "is no address of an endpoint"),
         ([*_JUDGE, "judge.url=https://host/v1?key=k"], "is no address of an endpoint"),
@@ -430,7 +436,10 @@ def test_a_mixture_in_a_file_is_replaced_by_a_word(yaml: Callable[[str], Path]) 
         ("null", "data.mixture is a list of entries, such as"),
         ("[{weight: 2}]", "data.mixture[0] names no source"),
         ("[{source: a.json}, {source: ''}]", "data.mixture[1] names no source"),
-        ("[{source: a.json, wieght: 2}]", "unknown key data.mixture[0].wieght; known: format, max"),
+        (
+            "[{source: a.json, wieght: 2}]",
+            "unknown key data.mixture[0].wieght; did you mean data.mixture[0].weight?",
+        ),
         ("[{source: a.json, weight: x}]", "data.mixture[0].weight=x is not a number"),
         ("[{source:a.json,weight:x}]", "data.mixture[0].weight=x is not a number"),
         ("[{source: 007}]", "data.mixture[0].source=7 is not text: put it in quotes"),
@@ -450,52 +459,97 @@ def test_one_entry_of_a_mixture_is_no_key() -> None:
     assert "data.mixture is a list of entries" in refused(None, "data.mixture.0.weight=3")
 
 
-# The tables against the tree.
+# Every knob.
 
 
-def test_the_tables_name_settings_that_exist() -> None:
-    assert {*CHOICES, *RANGES} <= {*TYPES}
+def set_value(config: Config, key: str, value: Any) -> None:
+    """Set a knob; data.mixture[].weight is that of the first entry."""
+    section, *items, name = key.replace("[]", ".0").split(".")
+    place = getattr(config, section) if items or "." in key else config
+    setattr(getattr(place, items[0])[0] if items else place, name, value)
 
 
-def test_every_number_has_its_bounds_and_every_default_is_within() -> None:
-    numbers = {key for key, types in TYPES.items() if int in types or float in types}
-    assert numbers == {*RANGES} | {key for key in CHOICES if key in numbers}
+def valid_config() -> Config:
     config = Config()
     config.model.name_or_path = "m"
+    config.data.mixture = [SourceConfig("a.json")]
+    return config
+
+
+def test_every_number_has_a_range_or_choices() -> None:
+    for knob in KNOBS.values():
+        if {int, float} & {*knob.types}:
+            least, greatest = {"ge", "gt"} & {*knob.bounds}, {"le", "lt"} & {*knob.bounds}
+            assert knob.choices or (least and greatest), knob.key
+
+
+def test_every_default_is_allowed() -> None:
+    config = valid_config()
     module.check(config)
-    config.data.mixture = [SourceConfig("builtin")]
+    config.data.mixture = []
     module.check(config)
 
 
-@pytest.mark.parametrize("key", sorted(RANGES))
-def test_the_bounds_hold(key: str) -> None:
-    """Just within is taken, just without is refused, and both ends are told."""
-    least, greatest, ends = RANGES[key]
-    steps = 1 if int in TYPES[key] else 1e-3
-    for bound, inside, included in (
-        (least, steps, ends[0] == "["),
-        (greatest, -steps, ends[1] == "]"),
-    ):
-        if bound in (float("inf"), float("-inf")):
-            continue
-        for number, allowed in ((bound, included), (bound + inside, True), (bound - inside, False)):
-            config = Config()
-            config.data.mixture = [SourceConfig("a.json")]
-            section, *items, name = key.replace("[]", ".0").split(".")
-            place = getattr(config, section)
-            setattr(getattr(place, items[0])[0] if items else place, name, number)
+@pytest.mark.parametrize("key", sorted(key for key, knob in KNOBS.items() if knob.bounds))
+def test_a_number_beyond_its_bounds_is_refused(key: str) -> None:
+    """Just inside is taken, just outside is refused, and the bound itself as its name says."""
+    step = 1 if int in KNOBS[key].types else 1e-3
+    for name, bound in KNOBS[key].bounds.items():
+        inside = step if name in ("ge", "gt") else -step
+        cases = [(bound, name in ("ge", "le")), (bound + inside, True), (bound - inside, False)]
+        if bound == float("inf"):
+            cases = [(bound, False)] if float in KNOBS[key].types else []
+        for number, allowed in cases:
+            config = valid_config()
+            set_value(config, key, number)
             try:
                 module.check(config)
             except UserError as error:
                 shown = key.replace("[]", "[0]")
                 out_of_range = f"{shown}={number} is out of range" in str(error)
                 assert out_of_range != allowed, str(error)
+            else:
+                assert allowed, f"{key}={number} was not refused"
+
+
+@pytest.mark.parametrize("key", sorted(key for key, knob in KNOBS.items() if knob.choices))
+def test_a_value_that_is_no_choice_is_refused(key: str) -> None:
+    config = valid_config()
+    set_value(config, key, "else")
+    with pytest.raises(UserError) as raised:
+        module.check(config)
+    text = str(raised.value)
+    assert text.startswith(f"{key.replace('[]', '[0]')}=else ")
+    assert all(str(value) in text for value in KNOBS[key].choices if value is not None)
 
 
 def test_sections_are_flat() -> None:
     """Two levels, so that every key is section.name, but for entries of a list."""
-    assert all(key.count(".") == 1 for key in TYPES if key != "run_dir" and "[]" not in key)
-    assert {key.split(".")[0] for key in TYPES} == {f.name for f in dataclasses.fields(Config)}
+    assert all(key.count(".") == 1 for key in KNOBS if key != "run_dir" and "[]" not in key)
+    assert {key.split(".")[0] for key in KNOBS} == {f.name for f in dataclasses.fields(Config)}
+
+
+def test_the_reference_describes_every_knob_and_loads_as_the_defaults(
+    yaml: Callable[[str], Path],
+) -> None:
+    text = reference(Config)
+    assert load_config(yaml(text), [MODEL]) == load_config(None, [MODEL])
+    lines = [line.strip("# ") for line in text.splitlines()]
+    for key, knob in KNOBS.items():
+        assert any(
+            line.startswith(f"{key.split('.')[-1]}: ") and line.endswith(f"  # {knob.values}")
+            for line in lines
+        ), key
+
+
+def test_every_knob_has_a_description() -> None:
+    config = valid_config()
+    sections = [config, config.data.mixture[0], *vars(config).values()]
+    for section in filter(dataclasses.is_dataclass, sections):
+        for name, value in vars(section).items():
+            if not dataclasses.is_dataclass(value):
+                text = descriptions(type(section)).get(name, "")
+                assert len(text) > 10 and text.endswith("."), (type(section), name, text)
 
 
 def test_no_torch_is_imported() -> None:

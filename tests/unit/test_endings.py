@@ -18,6 +18,7 @@ import pytest
 from neftune_dist import cli
 from neftune_dist.cluster.launch import supervisor
 from neftune_dist.config import (
+    KNOBS,
     Optional,
     UserError,
     checksummed,
@@ -26,7 +27,6 @@ from neftune_dist.config import (
     read_json,
     user_path,
 )
-from neftune_dist.config.sections import PATHS
 from neftune_dist.distributed import environment, outcome
 from tests.support import tiny_model
 
@@ -40,7 +40,7 @@ IMPOSSIBLE = {
 
 
 @pytest.mark.parametrize("text", IMPOSSIBLE)
-@pytest.mark.parametrize("key", [*PATHS, "evaluate.tasks"])
+@pytest.mark.parametrize("key", [*(key for key in KNOBS if KNOBS[key].is_path), "evaluate.tasks"])
 def test_impossible_paths_in_every_setting(key: str, text: str) -> None:
     words = ["model.name_or_path=m", "judge.url=http://x/v1", "judge.model=m"]
     name = key.replace("[]", "[0]")

@@ -183,7 +183,10 @@ def test_what_a_fixed_prompt_has_no_place_for(llama2: Any) -> None:
     ("words", "message"),
     [
         (["data.template=vicunia"], r"allowed: chat, alpaca, vicuna, llama2, or the path of a"),
-        (["data.template=alpaca", "data.system_prompt=Hi."], "system_prompt has no effect with"),
+        (
+            ["data.template=alpaca", "data.system_prompt=Hi."],
+            "system_prompt=Hi. has no effect with",
+        ),
         (["data.supervise=first"], r"allowed: assistant, last, all"),
     ],
 )

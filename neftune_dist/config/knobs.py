@@ -1,0 +1,187 @@
+"""Knobs: the fields of a configuration, each declared once with its type, default and limits.
+
+`choice`, `number` and `path` make dataclass fields that carry what is allowed; the docstring below
+a field describes it. Validation and the reference of all settings are derived from them.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+import operator
+import re
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import cache
+from itertools import pairwise
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+import yaml
+
+from neftune_dist.config.errors import UserError, brief
+from neftune_dist.config.paths import user_path
+
+_KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+_KINDS |= {list: "a list of entries"}
+_COMPARISONS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+
+
+def choice(*values: Any) -> Any:
+    """A field that takes one of `values`; the first is the default."""
+    return field(default=values[0], metadata={"choices": values})
+
+
+def number(
+    default: float | None,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float = math.inf,
+) -> Any:
+    """A field for a finite number within bounds, which are named as in `operator` and pydantic."""
+    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
+    given = {name: bound for name, bound in bounds.items() if bound is not None}
+    return field(default=default, metadata={"bounds": given})
+
+
+def path(default: str | None) -> Any:
+    """A field that names a file or a folder, or may do so."""
+    return field(default=default, metadata={"is_path": True})
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One setting and all that is known about it without looking at the others.
+
+    Attributes:
+        key: dotted; `data.mixture[].weight` for a field of a list's entries.
+        types: Python types it takes; NoneType among them where it may be null.
+        default: its value where nothing sets it.
+        choices: the values it takes; empty: any.
+        bounds: limits by the name of their comparison: ge, gt, le, lt.
+        is_path: whether it names a file or a folder, or may do so.
+    """
+
+    key: str
+    types: tuple[type, ...]
+    default: Any
+    choices: tuple[Any, ...] = ()
+    bounds: Mapping[str, float] = field(default_factory=dict)
+    is_path: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Its type in words: "a whole number or null"."""
+        return _KINDS[self.types[0]] + (" or null" if NoneType in self.types else "")
+
+    @property
+    def allowed(self) -> str:
+        """Its choices or its range in words; empty where any value is allowed."""
+        if self.choices:
+            return ", ".join(str(value) for value in self.choices if value is not None)
+        finite = {name: bound for name, bound in self.bounds.items() if math.isfinite(bound)}
+        return " and ".join(f"{_COMPARISONS[name]} {bound}" for name, bound in finite.items())
+
+    @property
+    def values(self) -> str:
+        """What may be written: "bf16 | fp32", or "a number, at least 0 and at most 10"."""
+        if self.choices:
+            return " | ".join("null" if value is None else str(value) for value in self.choices)
+        return ", ".join(filter(None, (self.kind, self.allowed)))
+
+    def check_type(self, name: str, value: Any) -> None:
+        """Refuse a value of another type by a `UserError` that calls the knob `name`."""
+        # By type(), because True is an instance of int; "???" is OmegaConf's word for no value.
+        allowed = (*self.types, int) if float in self.types else self.types
+        if type(value) not in allowed or value == "???":
+            quotes = str in self.types and type(value) in (int, float, bool)
+            shown = "null" if value is None else brief(value)
+            fix = ": put it in quotes" if quotes else ""
+            raise UserError(f"{name}={shown} is not {self.kind}{fix}.")
+
+    def check(self, name: str, value: Any) -> None:
+        """Refuse a value that is not allowed by a `UserError` that calls the knob `name`."""
+        if self.choices and value not in self.choices:
+            raise UserError(f"{name}={brief(value)} is not known; allowed: {self.allowed}.")
+        if value is None:
+            return
+        if value == "":
+            raise UserError(f"{name} is empty.")
+        # NaN fails every comparison.
+        if not all(getattr(operator, test)(value, bound) for test, bound in self.bounds.items()):
+            raise UserError(f"{name}={value} is out of range: it must be {self.allowed}.")
+        if isinstance(value, str) and _UNPRINTABLE.search(value):
+            raise UserError(f"{name}={value!a} holds characters that are no plain text.")
+        if self.is_path:
+            user_path(value, name)
+
+
+def find_knobs(section: Any, prefix: str = "") -> dict[str, Knob]:
+    """The knobs of a configuration's dataclass by their keys, those of its sections included."""
+    found: dict[str, Knob] = {}
+    hints = get_type_hints(section)
+    for declared in fields(section):
+        key, hint = prefix + declared.name, hints[declared.name]
+        if is_dataclass(hint):
+            found |= find_knobs(hint, f"{key}.")
+            continue
+        entry = _entry(hint)
+        types = (list,) if entry else get_args(hint) or (hint,)
+        factory = declared.default_factory
+        default = declared.default if factory is MISSING else factory()
+        found[key] = Knob(key, types, default, **declared.metadata)
+        if entry:
+            found |= find_knobs(entry, f"{key}[].")
+    return found
+
+
+def _entry(hint: Any) -> Any:
+    """The dataclass of a list's entries."""
+    return next((item for item in get_args(hint) if is_dataclass(item)), None)
+
+
+def reference(section: Any) -> str:
+    """The reference of every knob, as YAML that loads as the defaults.
+
+    Above each knob stands its description, behind it its type and choices or range.
+    """
+    return "\n".join(_reference_lines(section, "")) + "\n"
+
+
+def _reference_lines(section: Any, prefix: str) -> Iterator[str]:
+    knobs, hints = find_knobs(section, prefix), get_type_hints(section)
+    for declared in fields(section):
+        hint, key = hints[declared.name], prefix + declared.name
+        if is_dataclass(hint):
+            yield from ("", *_comment(inspect.getdoc(hint) or ""), f"{declared.name}:")
+            yield from (f"  {line}" for line in _reference_lines(hint, f"{key}."))
+            continue
+        knob = knobs[key]
+        yield from _comment(descriptions(section)[declared.name])
+        value = yaml.safe_dump({declared.name: knob.default}, allow_unicode=True).strip()
+        yield f"{value}  # {knob.values}"
+        if entry := _entry(hint):
+            yield from (f"#   {line}" for line in _reference_lines(entry, f"{key}[]."))
+
+
+def _comment(text: str) -> list[str]:
+    return [f"# {line}" for line in textwrap.wrap(text, 94)]
+
+
+@cache
+def descriptions(section: Any) -> dict[str, str]:
+    """The docstring below each field of a dataclass, which Python keeps in the source alone."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
+    assert isinstance(definition, ast.ClassDef)
+    found = {}
+    for statement, following in pairwise(definition.body):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            match following:
+                case ast.Expr(value=ast.Constant(value=str(text))):
+                    found[statement.target.id] = " ".join(text.split())
+    return found
