@@ -21,14 +21,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from neftune_dist.checkpoint import marked_folder, store
-from neftune_dist.checkpoint.merged import (
+from neftune_dist.checkpoint.merged import Content, adapter_of
+from neftune_dist.checkpoint.run_files import (
     CHAT_TEMPLATE,
     MODEL_FOLDER,
-    Content,
-    adapter_of,
+    check_architecture,
+    check_sealed,
     files_within,
 )
-from neftune_dist.checkpoint.run_files import check_architecture, check_sealed
 from neftune_dist.config import AdapterConfig, UserError, read_json
 from neftune_dist.model.adapters import peft_name, peft_settings
 from neftune_dist.system import storage

@@ -1,8 +1,11 @@
-"""The files that `train` leaves beside checkpoints: whether they have changed since.
+"""A run's files beside its checkpoints: who may write there, and the base model's small files.
 
-They are `config.yaml` and those in `model/`; their checksums lie in `files.json`. A tokenizer or a
-configuration that somebody has edited, or a disk has damaged, would silently be another model; so
-`export`, `evaluate` and `chat` ask here first. The same `train` command writes them again.
+`neftune_run.json` marks the directory as one that this project writes into, and `.lock` is held by
+the run that does. `config.yaml` is the configuration; `model/` holds what the base model has beside
+its weights, so that a run whose weights were all trained no longer needs its base model. Their
+checksums lie in `files.json`: an edited or damaged tokenizer or configuration would silently be
+another model, so `export`, `evaluate` and `chat` check them first. The same `train` command writes
+them again.
 """
 
 from __future__ import annotations
@@ -12,8 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from neftune_dist.checkpoint import store
 from neftune_dist.checkpoint.flat import WrittenFile
-from neftune_dist.checkpoint.merged import MODEL_FOLDER
 from neftune_dist.config import (
     Config,
     ModelConfig,
@@ -22,11 +27,139 @@ from neftune_dist.config import (
     load_config,
     read_json,
 )
+from neftune_dist.distributed.world import World
 from neftune_dist.model import load
 from neftune_dist.system import storage
+from neftune_dist.system.records import EVALUATIONS, STEPS
 
-_CONFIG, _SEAL = "config.yaml", "files.json"
+MODEL_FOLDER = "model"
+CHAT_TEMPLATE = "chat_template.jinja"
+_MARK, _CONFIG, _SEAL = "neftune_run.json", "config.yaml", "files.json"
+# What a run replaces in its directory.
+_REPLACED = (_CONFIG, MODEL_FOLDER, STEPS, EVALUATIONS)
+# Everything in a model directory that is not weights: configuration, tokenizer, code.
+_SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
 _AGAIN = "the same train command writes it again"
+_AT_ONCE_SECONDS = 1.0
+# An attempt that is dying still has memory to free and files to close: it holds its run directory
+# for as long as this.
+_CLAIM_SECONDS = 30.0
+
+
+def claim(run_dir: Path, world: World) -> FileLock:
+    """Make the run directory, and hold it until the process ends or the lock is released.
+
+    Raises:
+        UserError: it is another run's, holds files of somebody else, or cannot be written.
+    """
+    lock = FileLock(run_dir / ".lock")
+    with world.agree():
+        if world.is_first:
+            # Checkpoints, too, show that a directory is a run's: of an earlier version, or copied.
+            names = () if store.find_all(run_dir) else _REPLACED
+            setting = f"run_dir={run_dir}"
+            storage.claim(run_dir, names, _MARK, setting)
+            with storage.writing(setting):
+                _acquire(lock, setting, world)
+    return lock
+
+
+def _acquire(lock: FileLock, setting: str, world: World) -> None:
+    try:
+        try:
+            lock.acquire(timeout=_AT_ONCE_SECONDS)
+        except Timeout:
+            world.log(f"{setting} is in use; waiting up to {_CLAIM_SECONDS:.0f} s")
+            lock.acquire(timeout=_CLAIM_SECONDS)
+    except Timeout:
+        raise UserError(
+            f"{setting} is in use by another run: wait for its end, or set another run_dir."
+        ) from None
+
+
+def write_run_files(
+    run_dir: Path,
+    config: Config,
+    model_folder: Path,
+    tokenizer: Any,
+    model_config: Any,
+    chat_template: str | None,
+) -> None:
+    """Write `config.yaml` and `model/`, and seal them. Rank 0 alone.
+
+    Args:
+        model_folder: the base model's directory.
+        model_config: of the model as it is trained.
+        chat_template: that the run trains with; None: it cannot be written as one.
+
+    Raises:
+        UserError: they cannot be written; or see `files_within`.
+    """
+    with storage.writing(f"run_dir={run_dir}"):
+        storage.write(run_dir / _CONFIG, config.to_yaml())
+        keep_small_files(model_folder, run_dir)
+        if config.model.add_tokens:
+            keep_vocabulary(tokenizer, model_config.vocab_size, run_dir)
+        if config.data.template != "chat" or config.data.system_prompt is not None:
+            keep_template(chat_template, run_dir)
+        seal(run_dir)
+
+
+def keep_small_files(model_folder: Path, run_dir: Path) -> None:
+    """Copy what a model needs beside the weights into the run directory. Raises `UserError` as
+    `files_within`."""
+    files = {file for pattern in _SMALL for file in files_within(model_folder, pattern)}
+    target = run_dir / MODEL_FOLDER
+    if target.is_symlink():  # to the base model, perhaps, whose files would be changed
+        target.unlink()
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(files):
+        if not file.name.endswith(".index.json"):
+            storage.write(target / file.name, file.read_bytes())
+
+
+def files_within(folder: Path, pattern: str = "*") -> list[Path]:
+    """The files of a model directory, which may be copied to wherever the model goes.
+
+    Raises:
+        UserError: one of them is a link to a file elsewhere, which may be anything that the user
+            can read. A link into the hub cache's own blobs is none.
+    """
+    root = folder.resolve()
+    blobs = root.parents[1] / "blobs" if root.parent.name == "snapshots" else root
+    found = [file for file in sorted(folder.glob(pattern)) if file.is_file()]
+    for file in found:
+        if not {root, blobs} & {*file.resolve().parents}:
+            raise UserError(
+                f"{file} is a link to {file.resolve()}, outside the model directory: put the file "
+                "itself there."
+            )
+    return found
+
+
+def keep_vocabulary(tokenizer: Any, num_rows: int, run_dir: Path) -> None:
+    """Put a tokenizer with new tokens in the place of the model's own, and say how many rows its
+    embedding has now."""
+    target = run_dir / MODEL_FOLDER
+    tokenizer.save_pretrained(target)
+    path = target / "config.json"
+    config = read_json(path)
+    path.write_text(json.dumps({**config, "vocab_size": num_rows}, indent=2) + "\n")
+
+
+def keep_template(source: str | None, run_dir: Path) -> None:
+    """Put the chat template that a run trains with in the place of the model's own, which would
+    now be another; None: it has none."""
+    target = run_dir / MODEL_FOLDER
+    own = target / "tokenizer_config.json"
+    if own.exists():
+        settings = read_json(own)
+        settings.pop("chat_template", None)
+        own.write_text(json.dumps(settings, indent=2) + "\n")
+    if source is None:
+        (target / CHAT_TEMPLATE).unlink(missing_ok=True)
+    else:
+        (target / CHAT_TEMPLATE).write_text(source, encoding="utf-8")
 
 
 def seal(run_dir: Path) -> None:

@@ -1,1 +1,21 @@
-"""Sharded training: one contract, two engines."""
+"""Sharded training: one contract, three engines."""
+
+from neftune_dist.config import Config
+from neftune_dist.distributed.world import World
+from neftune_dist.engine.base import Engine
+
+
+def make_engine(config: Config, world: World) -> Engine:
+    """Return the engine that `engine.name` chooses, before its set-up."""
+    # Imported here: an engine that was not chosen need not be importable.
+    if config.engine.name == "single":
+        from neftune_dist.engine.single import SingleDeviceEngine
+
+        return SingleDeviceEngine(config, world)
+    if config.engine.name == "fsdp2":
+        from neftune_dist.engine.fsdp2 import FSDP2Engine
+
+        return FSDP2Engine(config, world)
+    from neftune_dist.engine.deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(config, world)

@@ -22,8 +22,13 @@ import transformers
 from torch import nn
 
 from neftune_dist.checkpoint import store
-from neftune_dist.checkpoint.merged import MODEL_FOLDER, Content
-from neftune_dist.checkpoint.run_files import check_architecture, check_sealed, run_config
+from neftune_dist.checkpoint.merged import Content
+from neftune_dist.checkpoint.run_files import (
+    MODEL_FOLDER,
+    check_architecture,
+    check_sealed,
+    run_config,
+)
 from neftune_dist.config import Config, ModelConfig, UserError, load_config, read_json, user_path
 from neftune_dist.data.formats import Conversation, Turn
 from neftune_dist.data.sources import BadRow

@@ -24,8 +24,8 @@ from neftune_dist.planning.batches import fullest, heaviest, looked_at
 from neftune_dist.planning.memory import Peak
 from neftune_dist.planning.simulate import rehearsable, rehearse
 from neftune_dist.planning.suggestions import find_remedy
+from neftune_dist.training.inputs import check_vocabulary
 from neftune_dist.training.noise import num_passes
-from neftune_dist.training.train import check_vocabulary
 
 GIB = 2**30
 # On top of the peak of allocated bytes: the CUDA context and NCCL's buffers, and what the caching

@@ -31,6 +31,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from neftune_dist.config import Config
 from neftune_dist.data.loader import MicroBatch
 from neftune_dist.distributed.world import World
+from neftune_dist.engine import make_engine
 from neftune_dist.engine.base import MASTER
 from neftune_dist.model import load
 from neftune_dist.model.ulysses import share_sequences
@@ -38,7 +39,6 @@ from neftune_dist.optim import Blocks, MakeOptimizer
 from neftune_dist.planning.memory import Memory, Peak
 from neftune_dist.training.loop import token_layout
 from neftune_dist.training.noise import attach_noise
-from neftune_dist.training.train import make_engine
 
 # On each rank DeepSpeed's stage 3 handles every partition of every tensor by itself: no more of
 # them than this are rehearsed, and what is partitioned is scaled.

@@ -1,4 +1,4 @@
-"""Held-out loss in the loop: token-weighted, noise off, under any engine, nothing gathered."""
+"""The held-out loss of the loop: a mean over supervised tokens, noise off, under any engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from neftune_dist.engine.base import Engine
 
 
 class HeldOut:
-    """The held-out documents of a run. A collective of all ranks."""
+    """The held-out documents of a run."""
 
     def __init__(
         self,
@@ -27,20 +27,19 @@ class HeldOut:
         sharing: Sharing,
         quadratic_tokens: float,
     ) -> None:
-        most = config.evaluate.max_documents or len(documents)
-        self.indices = sample_documents(documents, most)
+        self.indices = sample_documents(documents, config.evaluate.max_documents or len(documents))
         self.documents, self.config, self.world = documents, config, world
         self.sharing, self.quadratic_tokens = sharing, quadratic_tokens
 
     def evaluate(self, engine: Engine, stop_requested: Callable[[], bool]) -> dict[str, Any] | None:
-        """`held_out_loss` (mean over supervised tokens), its perplexity, and the counts; None where
-        any rank was asked to stop before the last batch."""
+        """Return `held_out_loss`, its perplexity and the counts: a collective of all ranks. None
+        where any rank was asked to stop before the last batch."""
         engine.train(False)
         loss_sum = self._loss_sum(engine, stop_requested)
         engine.train(True)
         if loss_sum is None:
             return None
-        total = sum(part[0] for part in self.world.gather([loss_sum]))
+        total = sum(of_rank for (of_rank,) in self.world.gather([loss_sum]))
         tokens = int(self.documents.num_supervised[self.indices].sum())
         loss = total / tokens
         return {
@@ -52,7 +51,8 @@ class HeldOut:
 
     @torch.no_grad()
     def _loss_sum(self, engine: Engine, stop_requested: Callable[[], bool]) -> float | None:
-        """This rank's; all ranks have as many batches, and give up before the same one."""
+        """This rank's sum of token losses. All ranks have the same number of batches, and give up
+        before the same one."""
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
         batches = evaluation_batches(
             self.documents,
@@ -67,5 +67,7 @@ class HeldOut:
         for batch in batches:
             if self.world.any(stop_requested()):
                 return None
-            loss_sum += engine.forward(batch.to(self.world.device))  # nobody waits for it
+            loss_sum += engine.forward(
+                batch.to(self.world.device)
+            )  # without waiting for the device
         return float(loss_sum)

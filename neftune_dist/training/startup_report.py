@@ -40,12 +40,12 @@ def data_lines(dataset: Dataset, sampler: Sampler, loader: Loader) -> list[str]:
     return lines
 
 
-def compute_line(engine: Engine, config: Config, windowed: bool) -> str:
-    """What the model's layers compute by, with what `auto` has come to; `windowed` as
-    `varlen_kernel` takes it."""
+def compute_line(engine: Engine, config: Config, model_config: Any) -> str:
+    """How the model's layers are computed, with each `auto` resolved."""
     model = config.model
     attention = implementation(model.attention, config.data.packing)
     if attention == VARLEN:
+        windowed = bool(getattr(model_config.get_text_config(), "sliding_window", None))
         attention = varlen_kernel(engine.device, model.dtype, windowed)
     parts = [
         f"attention {attention}",

@@ -24,7 +24,7 @@ import torch
 
 from neftune_dist.checkpoint import flat, store
 from neftune_dist.checkpoint.export import export
-from neftune_dist.checkpoint.merged import keep_small_files
+from neftune_dist.checkpoint.run_files import keep_small_files
 from neftune_dist.checkpoint.saver import Saver
 from neftune_dist.config import CheckpointConfig, Config
 from neftune_dist.distributed.world import World

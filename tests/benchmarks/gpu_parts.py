@@ -25,6 +25,7 @@ from neftune_dist.config import Config, UserError, load_config
 from neftune_dist.data.loader import Loader, MicroBatch, StepBatch
 from neftune_dist.data.sampler import make_sampler
 from neftune_dist.distributed.world import World
+from neftune_dist.engine import make_engine
 from neftune_dist.engine.base import MASTER
 from neftune_dist.model import load
 from neftune_dist.model.flops import model_size, peak_flops
@@ -33,7 +34,6 @@ from neftune_dist.noise.law import RankStream, TokenLayout, scalar, scales
 from neftune_dist.noise.op import add_noise, add_noise_
 from neftune_dist.optim import MakeOptimizer
 from neftune_dist.training.loop import token_layout
-from neftune_dist.training.train import make_engine
 
 GIB = 2**30
 # Tokens at these shares of the documents, the least and the most included. Alpaca's as Llama-2's

@@ -123,6 +123,6 @@ def test_a_run_directory_that_a_dying_run_frees_is_waited_for(config: Path, tmp_
 
 
 def _hurry() -> None:
-    from neftune_dist.training import train
+    from neftune_dist.checkpoint import run_files
 
-    train._CLAIM_SECONDS = 2.0
+    run_files._CLAIM_SECONDS = 2.0

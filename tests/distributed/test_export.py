@@ -12,7 +12,7 @@ import transformers
 
 from neftune_dist.checkpoint import store
 from neftune_dist.checkpoint.export import export
-from neftune_dist.checkpoint.merged import keep_small_files, keep_template
+from neftune_dist.checkpoint.run_files import keep_small_files, keep_template
 from neftune_dist.config import EvaluateConfig, load_config
 from neftune_dist.evaluation.target import open_subject
 from neftune_dist.evaluation.tasks import run_tasks

@@ -28,7 +28,7 @@ from safetensors import safe_open
 
 from neftune_dist.checkpoint import marked_folder
 from neftune_dist.checkpoint.export import MARK, export
-from neftune_dist.checkpoint.merged import keep_small_files, keep_template
+from neftune_dist.checkpoint.run_files import keep_small_files, keep_template
 from neftune_dist.config import UserError, checksummed, read_json
 from neftune_dist.evaluation.evaluate import evaluate
 from neftune_dist.system import storage

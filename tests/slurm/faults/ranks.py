@@ -9,14 +9,14 @@ from typing import Any
 
 from neftune_dist.checkpoint import flat
 from neftune_dist.model import load
-from neftune_dist.training import train
+from neftune_dist.training import inputs, train
 from neftune_dist.training.held_out import HeldOut
 from neftune_dist.training.loop import Diverged, Trainer
 
 # Where each phase of a run happens.
 PHASES: dict[str, tuple[Any, str]] = {
     "load": (load, "build"),
-    "tokenise": (train, "prepare"),
+    "tokenise": (inputs, "prepare"),
     "fill": (train, "_fill"),
     "evaluate": (HeldOut, "evaluate"),
     "save": (flat, "write"),

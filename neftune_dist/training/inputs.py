@@ -1,0 +1,142 @@
+"""A run's inputs: all that is found, read and checked before anything is sharded."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neftune_dist.checkpoint import resume, store
+from neftune_dist.checkpoint.run_files import write_run_files
+from neftune_dist.config import Config, UserError
+from neftune_dist.data.dataset import Dataset, prepare
+from neftune_dist.data.sampler import Sampler, make_sampler
+from neftune_dist.distributed.world import World
+from neftune_dist.model import load
+from neftune_dist.model.families import check_lengths
+from neftune_dist.model.flops import ModelSize, model_size
+from neftune_dist.system.records import EVALUATIONS, STEPS
+from neftune_dist.training.loop import Progress, evaluation_due
+from neftune_dist.training.metrics import is_evaluated
+from neftune_dist.training.startup_report import dropout_lines, noise_lines
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run starts from.
+
+    Attributes:
+        dataset, sampler: the documents, and which of them form each step.
+        model: on the meta device.
+        size: of the model, for FLOPs.
+        identity: data, tokenizer and architecture (with adapters also the frozen weights), which
+            a checkpoint must share to be resumed.
+        found: the checkpoint to resume from; None: the run begins.
+        progress: how far the run has come.
+        evaluation_due: whether to evaluate before the next step.
+        weights: the base model's files; None where a checkpoint holds all that is needed.
+        changes: settings that differ from the checkpoint's.
+    """
+
+    dataset: Dataset
+    sampler: Sampler
+    model: Any
+    size: ModelSize
+    identity: dict[str, Any]
+    found: store.Checkpoint | None
+    progress: Progress
+    evaluation_due: bool
+    weights: load.Weights | None
+    changes: list[str]
+
+    def recorded(self, config: Config) -> Collection[str]:
+        """The files in which this run, if it is resumed, has recorded something."""
+        if self.found is None or config.checkpoint.resume != "auto":
+            return ()
+        return (STEPS, EVALUATIONS) if len(self.dataset.held_out) else (STEPS,)
+
+    def lines(self, config: Config) -> list[str]:
+        """Lines for the start of a run: model, noise, and from where it continues."""
+        lines = [f"model: {config.model.name_or_path}, {self.size.in_words()}"]
+        lines += [*noise_lines(config), *dropout_lines(self.model)]
+        if self.found:
+            where = f"{self.found.folder}, step {self.found.step} of {self.sampler.num_steps}"
+            lines += [f"resume: {line}" for line in (where, *self.changes)]
+        return lines
+
+
+def read_inputs(config: Config, run_dir: Path, world: World) -> Inputs:
+    """Find, tokenise, build and check; then write the run's files beside its checkpoints.
+
+    Nothing in the run directory changes before every check has passed.
+    """
+    folder = world.local_rank_zero_first(lambda: load.find(config.model))
+    tokenizer = world.local_rank_zero_first(lambda: load.load_tokenizer(folder, config.model))
+    dataset = world.local_rank_zero_first(lambda: prepare(config.data, tokenizer, world.log))
+    found = resume.find(run_dir, config, world)
+    adapted = config.adapter.method != "none"
+    with world.agree():
+        sampler = make_sampler(config.train, len(dataset.train), dataset.content)
+        model = load.build(folder, config.model, config.data.packing, config.adapter)
+        check_vocabulary(model, tokenizer)
+        check_lengths(model.config, dataset.report.longest_tokens)
+        identity = {
+            **dataset.identity,
+            "data": dataset.content,
+            "architecture": load.architecture(model.config),
+        }
+        weights = None
+        if not found or adapted:
+            weights = load.open_weights(model, folder, config.model, config.train.seed)
+        digest = weights.digest((world.rank, world.size)) if weights and adapted else 0
+    if adapted:
+        identity["base"] = _xor_over_ranks(digest, world)
+    progress = Progress()
+    changes: list[str] = []
+    with world.agree():
+        if found:
+            state = found.trainer_state()
+            changes = resume.check_same_run(found, state, identity, config)
+            progress = Progress(**state["progress"])
+    due = evaluation_due(config.evaluate, progress.step, sampler.num_steps)
+    due = due and len(dataset.held_out) > 0
+    if due and found:  # then only where a stop cut that evaluation short
+        recorded = world.is_first and is_evaluated(run_dir, progress.step)
+        due = not world.from_first("recorded" if recorded else "")
+    with world.agree():
+        if world.is_first:
+            template = dataset.chat_template
+            write_run_files(run_dir, config, folder, tokenizer, model.config, template)
+    return Inputs(
+        dataset=dataset,
+        sampler=sampler,
+        model=model,
+        size=model_size(model),
+        identity=identity,
+        found=found,
+        progress=progress,
+        evaluation_due=due,
+        weights=weights,
+        changes=changes,
+    )
+
+
+def check_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Raise `UserError` where the tokenizer has tokens that the model cannot embed."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"The tokenizer has {len(tokenizer)} tokens, the model's embedding {rows} rows: they "
+            "do not belong together."
+        )
+
+
+def _xor_over_ranks(digest: int, world: World) -> str:
+    """The exclusive or of all ranks' digests of 128 bits, in hexadecimal."""
+    # Words of 32 bits, which float64 holds exactly.
+    words = [float(digest >> shift & 0xFFFFFFFF) for shift in (96, 64, 32, 0)]
+    columns = zip(*world.gather(words), strict=True)
+    return "".join(f"{functools.reduce(operator.xor, map(int, column)):08x}" for column in columns)
