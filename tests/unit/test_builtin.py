@@ -1,4 +1,4 @@
-"""The built-in instruction set: its shape, its pinned content, its answers and its scorer.
+"""The built-in instruction set: its generator, shape, pinned content, answers and scorer.
 
 The answers are worked out again from the text of each row, without the generator's vocabulary.
 """
@@ -15,6 +15,7 @@ from datetime import date
 import pytest
 
 from neftune_dist.data.builtin import exact_match, rows
+from tests.support import builtin_generator
 
 CONTENT = "0274ad9c7bee728337baa06f3dbb391a1857ebf8527fc9ddd499f4d72cc457d1"
 
@@ -210,13 +211,17 @@ def test_content_is_pinned() -> None:
     assert hashlib.sha256(canonical.encode()).hexdigest() == CONTENT
 
 
+def test_shipped_bytes_are_the_generators() -> None:
+    assert builtin_generator.SHIPPED.read_bytes() == builtin_generator.shipped_bytes()
+
+
 def test_a_caller_that_changes_its_rows_changes_no_others() -> None:
     mine = rows()
     mine.pop()["output"] = mine[0]["output"] = "changed"
     assert rows() == ROWS
 
 
-def test_rows_come_quickly() -> None:
+def test_rows_load_quickly() -> None:
     start = time.perf_counter()
     rows()
     assert time.perf_counter() - start < 1
