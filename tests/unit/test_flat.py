@@ -45,3 +45,27 @@ def test_what_is_of_another_model_is_refused(folder: Path) -> None:
         reader.read([FlatShard(MASTER, "d", 0, torch.empty(1), 1)])
     with pytest.raises(UserError, match=r"master/c has 33 elements, the model's 34"):
         reader.read([FlatShard(MASTER, "c", 0, torch.empty(34), 34)])
+
+
+def test_missing_range_is_refused(tmp_path: Path) -> None:
+    whole = TENSORS["a"]
+    for missing in (slice(1, 50), slice(0, 49)):
+        part = FlatShard(MASTER, "a", missing.start, whole[missing], 50)
+        with pytest.raises(OSError, match=r"master/a: the ranks hold 49 of 50 elements"):
+            flat.write(tmp_path, [part])
+    halves = [FlatShard(MASTER, "a", i, whole[i : i + 25], 50) for i in (0, 25)]
+    flat.write(tmp_path, halves)
+
+
+def test_ranges_longer_than_a_piece_are_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flat, "_PIECE_ELEMENTS", 7)
+    whole = TENSORS["a"]
+    halves = [FlatShard(MASTER, "a", i, whole[i : i + 25], 50) for i in (0, 25)]
+    written = flat.write(tmp_path, halves)
+    assert {name: flat.WrittenFile.of(tmp_path / name) for name in written} == written
+    assert written.keys() == {path.name for path in tmp_path.iterdir()}
+    read = FlatShard(MASTER, "a", 3, torch.empty(40), 50)
+    flat.Reader(tmp_path, alone=True).read([read])
+    assert torch.equal(read.tensor, whole[3:43])

@@ -6,12 +6,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import xxhash
 
-from neftune_dist.checkpoint import store
+from neftune_dist.checkpoint import flat, marked_folder, store
 from neftune_dist.checkpoint.flat import WrittenFile
 from neftune_dist.checkpoint.listing import listing
 from neftune_dist.config import CheckpointConfig
+from neftune_dist.engine.base import MASTER, FlatShard
+from tests.support.disk_log import disk_log
 
 
 def publish(run_dir: Path, step: int, settings: CheckpointConfig) -> Path:
@@ -180,3 +183,55 @@ def test_failure_to_prune_fails_no_save(
     assert "warning: an old checkpoint was not removed: " in capsys.readouterr().err
     publish(tmp_path, 3, settings)
     assert store.leftovers(tmp_path) == []
+
+
+def save(run_dir: Path, step: int) -> None:
+    """A checkpoint of one tensor, which the one before it makes room for."""
+    partial = store.begin(run_dir, step)
+    shard = FlatShard(MASTER, "a", 0, torch.full((9,), float(step)), 9)
+    store.publish(partial, "{}", flat.write(partial, [shard]), CheckpointConfig(keep=1))
+
+
+def test_publish_follows_the_disk(tmp_path: Path) -> None:
+    """A power cut between any two operations leaves no name without its content."""
+    root, name = "checkpoints", "step_00000002"
+    partial, final = f"{root}/{name}.partial", f"{root}/{name}"
+    save(tmp_path, 1)
+    with disk_log(tmp_path) as log:
+        save(tmp_path, 2)
+    files = {f"{partial}/{path.name}" for path in (tmp_path / final).iterdir()}
+    assert len(files) == 4  # tensors, their description, the trainer's state, the manifest
+    manifest = f"{partial}/manifest.json"
+    (written,) = (op for op in log.operations if op[0] == "rename" and op[2] == manifest)
+    assert files - {manifest} <= log.safe_contents[log.index(*written)], "the manifest is last"
+    published = log.index("rename", partial, final)
+    assert files <= log.safe_contents[published] and files <= log.safe_names[published]
+    latest = f"{root}/latest"
+    (replaced,) = (op for op in log.operations if op[0] == "rename" and op[2] == latest)
+    pointed = log.index(*replaced)
+    assert replaced[1] in log.safe_contents[pointed], "latest is never half written"
+    assert final in log.safe_names[pointed], "latest names what is there"
+    doomed = f"{root}/step_00000001.partial"
+    renamed, removed = log.index("rename", doomed[:-8], doomed), log.index("remove", doomed)
+    assert pointed < renamed < removed
+    assert latest in log.safe_names[renamed], "the old one goes when the new one is safe"
+    published_names = {path for op, path, *_ in log.operations if op == "remove"}
+    assert final not in published_names and doomed[:-8] not in published_names
+
+
+def test_replaced_folder_follows_the_disk(tmp_path: Path) -> None:
+    for content in ("one", "two"):
+        with (
+            disk_log(tmp_path) as log,
+            marked_folder.replaced(tmp_path / "export", "mark.json") as folder,
+        ):
+            (folder / "a.txt").write_text(content)
+    new, old = ".export.neftune-new", ".export.neftune-old"
+    published = log.index("rename", new, "export")
+    files = {f"{new}/a.txt", f"{new}/mark.json"}
+    assert files <= log.safe_contents[published] and files <= log.safe_names[published]
+    assert log.index("rename", "export", old) < published
+    for i, (operation, path, *_) in enumerate(log.operations):
+        if operation == "remove" and path.startswith(old):
+            assert i > published and "export" in log.safe_names[i]
+    assert (tmp_path / "export" / "a.txt").read_text() == "two"
