@@ -232,7 +232,8 @@ def _judge(figures: Mapping[str, Any]) -> list[str]:
     rates = []
     for name, rate in (("", "win_rate"), (" at equal lengths", "length_controlled")):
         if figures[rate] is not None:
-            low, high = figures["interval" if rate == "win_rate" else f"{rate}_interval"]
-            rates.append(f"win rate{name} {figures[rate]:.1f} % ({low:.1f} to {high:.1f})")
+            interval = figures["interval" if rate == "win_rate" else f"{rate}_interval"]
+            bounds = f" ({interval[0]:.1f} to {interval[1]:.1f})" if interval else ""
+            rates.append(f"win rate{name} {figures[rate]:.1f} %{bounds}")
     unclear = figures["num_unparsed"] + figures["num_failed"]
     return [f"{', '.join(rates)} of {figures['num']} comparisons, {unclear} of them undecided"]

@@ -14,14 +14,15 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from neftune_dist.config import UserError, parse_json
 from neftune_dist.config.limits import limited
+from neftune_dist.evaluation.intervals import student
 
-NUM_RESAMPLES = 2000
 _LONGEST_QUOTE = 80
 _READING_SECONDS, _READING_GIB = 60.0, 4.0  # what a file of others' answers may take
 
@@ -79,12 +80,11 @@ class WinRate:
 
 
 def win_rate(judgements: Sequence[Judgement]) -> WinRate:
-    """The rates of these judgements; None where no judgement has a preference.
+    """Raw and length-controlled win rates; None where no judgement has a preference.
 
-    Raw, as AlpacaEval 1: the mean of `preference - 1`, so that a tie is half a win, and its
-    standard error (n - 1). Length-controlled, in the manner of Dubois et al. (arXiv 2404.04475):
-    with l the difference of the two lengths in characters and s its standard deviation over the
-    judgements,
+    Raw, as in AlpacaEval 1: the mean of `preference - 1`, so that a tie is half a win.
+    Length-controlled, in the manner of Dubois et al. (arXiv 2404.04475): with l the difference of
+    the two lengths in characters and s its standard deviation over the judgements,
 
         P(ours is preferred) = sigmoid(a + b tanh(l / s)),
 
@@ -94,100 +94,96 @@ def win_rate(judgements: Sequence[Judgement]) -> WinRate:
     instructions weigh alike, and b has a normal prior of variance 1, which matters for few
     judgements alone. Its figures and these are close, not equal.
 
-    Intervals: percentiles 2.5 and 97.5 of 2,000 bootstrap resamples of the judgements, drawn from a
-    fixed seed: the same judgements give the same interval. s is not resampled.
+    Intervals are Student's with n - 1 degrees of freedom: of the mean, clipped to 0 .. 100 %; of a
+    with its sandwich variance, s taken as known. None with fewer than two judgements.
     """
-    judged = [each for each in judgements if each.preference is not None]
-    num_failed = sum(each.failed for each in judgements if each.preference is None)
-    won = np.array([each.preference for each in judged], dtype=float) - 1  # (n,), 0 .. 1
-    ours = np.array([each.our_length for each in judged], dtype=float)
-    theirs = np.array([each.their_length for each in judged], dtype=float)
-    counts = {
-        "num": len(judgements),
-        "num_wins": int((won > 0.5).sum()),
-        "num_losses": int((won < 0.5).sum()),
-        "num_ties": int((won == 0.5).sum()),
-        "num_unparsed": len(judgements) - len(judged) - num_failed,
-        "num_failed": num_failed,
-    }
+    judged = [j for j in judgements if j.preference is not None]
+    num_failed = sum(j.failed for j in judgements if j.preference is None)
+    n, won, x = len(judged), _won(judged), _length_feature(judged)
     agreement, first_shown = _orders(judgements)
-    if not judged:
-        return WinRate(
-            None,
-            None,
-            None,
-            None,
-            None,
-            **counts,
-            order_agreement=agreement,
-            first_shown=first_shown,
-            mean_length=None,
-            mean_reference_length=None,
-        )
-    x = _length_feature(ours - theirs)
-    n = len(judged)
-    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=NUM_RESAMPLES)
+    rate = 100 * float(won.mean()) if n else None
+    a, influences = _fit(won, x)
+    error = interval = controlled_interval = None
+    if rate is not None and n > 1:
+        t, _ = student(0.0, n - 1)
+        error = 100 * float(won.std(ddof=1)) / math.sqrt(n)
+        interval = max(0.0, rate - t * error), min(100.0, rate + t * error)
+        reach = t * math.sqrt(n / (n - 1) * (influences**2).sum())
+        controlled_interval = 100 * _sigmoid(a - reach), 100 * _sigmoid(a + reach)
     return WinRate(
-        win_rate=100 * float(won.mean()),
-        standard_error=100 * float(won.std(ddof=1)) / math.sqrt(n) if n > 1 else None,
-        interval=_interval(drawn @ won / n),
-        length_controlled=100 * float(_at_equal_lengths(np.ones((1, n)), won, x)[0]),
-        length_controlled_interval=_interval(_at_equal_lengths(drawn, won, x)),
-        **counts,
+        win_rate=rate,
+        standard_error=error,
+        interval=interval,
+        length_controlled=100 * _sigmoid(a) if n else None,
+        length_controlled_interval=controlled_interval,
+        num=len(judgements),
+        num_wins=int((won > 0.5).sum()),
+        num_losses=int((won < 0.5).sum()),
+        num_ties=int((won == 0.5).sum()),
+        num_unparsed=len(judgements) - n - num_failed,
+        num_failed=num_failed,
         order_agreement=agreement,
         first_shown=first_shown,
-        mean_length=float(ours.mean()),
-        mean_reference_length=float(theirs.mean()),
+        mean_length=fmean(j.our_length for j in judged) if n else None,
+        mean_reference_length=fmean(j.their_length for j in judged) if n else None,
     )
 
 
+def length_controlled_influences(judgements: Sequence[Judgement]) -> np.ndarray:
+    """Each judgement's influence on the length-controlled rate in percent, 0 without a preference:
+    (num_judgements,)."""
+    judged = [j for j in judgements if j.preference is not None]
+    a, influences = _fit(_won(judged), _length_feature(judged))
+    result = np.zeros(len(judgements))
+    known = [j.preference is not None for j in judgements]
+    result[known] = 100 * _sigmoid(a) * (1 - _sigmoid(a)) * influences
+    return result
+
+
+def _won(judged: Sequence[Judgement]) -> np.ndarray:
+    """(n,), 0 lost .. 1 won."""
+    return np.array([j.preference for j in judged], dtype=float) - 1
+
+
+def _length_feature(judged: Sequence[Judgement]) -> np.ndarray:
+    """tanh(l / s), (n,)."""
+    difference = np.array([j.our_length - j.their_length for j in judged], dtype=float)
+    deviation = difference.std(ddof=1) if len(difference) > 1 else 0.0
+    return np.tanh(difference / deviation) if deviation else np.zeros_like(difference)
+
+
 def _orders(judgements: Sequence[Judgement]) -> tuple[float | None, float | None]:
-    both = [
-        (each.orders[0], each.orders[1])
-        for each in judgements
-        if len(each.orders) == 2 and None not in each.orders
-    ]
+    """`order_agreement` and `first_shown`."""
+    both = [j.orders for j in judgements if len(j.orders) == 2 and None not in j.orders]
     if not both:
         return None, None
-    shown = np.array(both, dtype=float)  # (n, 2)
+    shown = np.array(both, dtype=float)  # (n, 2): theirs first, ours first
     same = np.sign(shown[:, 0] - 1.5) == np.sign(shown[:, 1] - 1.5)
     first = np.stack([2 - shown[:, 0], shown[:, 1] - 1])
     return 100 * float(same.mean()), 100 * float(first.mean())
 
 
-def _length_feature(difference: np.ndarray) -> np.ndarray:
-    deviation = difference.std(ddof=1) if len(difference) > 1 else 0.0
-    return np.tanh(difference / deviation) if deviation else np.zeros_like(difference)
+def _fit(won: np.ndarray, x: np.ndarray) -> tuple[float, np.ndarray]:
+    """The regression's a, and each judgement's influence on it: row a of H^-1 times its score.
 
-
-def _at_equal_lengths(weights: np.ndarray, won: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """sigmoid(a) of the regression under each row of `weights` (resamples, n): (resamples,).
-
-    Newton's method on the penalised likelihood, whose maximum exists even where all were won.
+    Newton's method on the penalised likelihood, which has a maximum even where all were won.
     """
-    prior_a, prior_b = 1e-3, 1.0  # inverse variances
-    a = np.zeros(len(weights))
-    b = np.zeros(len(weights))
+    inverse_variances = np.array([1e-3, 1.0])  # priors of a and b
+    design = np.stack([np.ones_like(x), x], axis=1)  # (n, 2)
+    weights = np.zeros(2)
     for _ in range(50):
-        p = 1 / (1 + np.exp(-(a[:, None] + b[:, None] * x)))
-        rest = weights * (won - p)
-        curve = weights * p * (1 - p)
-        slope_a, slope_b = rest.sum(1) - prior_a * a, rest @ x - prior_b * b
-        aa, ab, bb = curve.sum(1) + prior_a, curve @ x, curve @ (x * x) + prior_b
-        determinant = aa * bb - ab * ab
-        step_a = (bb * slope_a - ab * slope_b) / determinant
-        step_b = (aa * slope_b - ab * slope_a) / determinant
-        # A full step overshoots where nearly all were won.
-        a += np.clip(step_a, -2, 2)
-        b += np.clip(step_b, -2, 2)
-        if max(np.abs(step_a).max(), np.abs(step_b).max()) < 1e-9:
+        p = 1 / (1 + np.exp(-(design @ weights)))
+        scores = design * (won - p)[:, None]
+        hessian = (design * (p * (1 - p))[:, None]).T @ design + np.diag(inverse_variances)
+        step = np.linalg.solve(hessian, scores.sum(axis=0) - inverse_variances * weights)
+        weights += np.clip(step, -2, 2)  # a full step overshoots where nearly all were won
+        if np.abs(step).max() < 1e-9:
             break
-    return 1 / (1 + np.exp(-a))
+    return float(weights[0]), scores @ np.linalg.inv(hessian)[0]
 
 
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.percentile(100 * values, [2.5, 97.5])
-    return float(low), float(high)
+def _sigmoid(a: float) -> float:
+    return 1 / (1 + math.exp(-a))
 
 
 def pair(

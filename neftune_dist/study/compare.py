@@ -1,16 +1,18 @@
-"""Paired differences and how sure they are: bootstrap over seeds and items, Holm's correction.
+"""Paired differences with 95 % intervals and p-values: closed-form variances, Holm's correction.
 
-A measure is taken of runs of two alphas, at the same seeds and of the same items (documents,
-instructions, task items): a crossed design. What varies from seed to seed and what varies from item
-to item are two errors, of which each has a bootstrap of its own, with one draw less than there are
-seeds or items, which makes its variance unbiased (Rao and Wu, JASA 1988). The two variances are
-added, which counts twice what belongs to neither alone: the interval errs on the wide side
-(Cameron, Gelbach and Miller, JBES 2011). It is Student's, with Satterthwaite's degrees of freedom:
-the bare percentiles of 3 seeds, which can go no further than the least and the greatest of them,
-would hold the truth in three of four studies and not in 95 %.
+Runs of two alphas share seeds and items (documents, instructions, task items): a crossed design
+with two sources of error.
 
-Fewer than 3 seeds have no spread that could be trusted: then the seeds are taken as they are, the
-interval is over items alone, and `Difference.over` says so. Every call draws the same numbers.
+    seeds   s^2 / n of the differences by seed
+    items   n / (n - 1) times the sum of squared influences on the weighted mean: its linearisation
+            (Taylor's; Cochran, Sampling Techniques, chapter 6), s^2 / n where weights are equal
+
+The variances are added, which counts twice the error that belongs to neither alone: the interval is
+on the wide side (Cameron, Gelbach and Miller, JBES 2011). It is Student's, with n - 1 degrees of
+freedom, or Satterthwaite's for the sum.
+
+Under 3 seeds their spread cannot be estimated. The interval is then over items alone, holds for
+these very runs, and `Difference.over` says so.
 """
 
 from __future__ import annotations
@@ -20,25 +22,29 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-FEWEST_SEEDS = 3  # below, an interval over seeds means nothing
-FEWEST_ITEMS = 8  # likewise over items
-LEVEL = 0.05
-_RESAMPLES = 2000  # a standard error to within 2 %
-_CHUNK_COUNTS = 2_000_000  # drawn at once: 16 MB
-_ANGLES = np.linspace(-np.pi / 2, np.pi / 2, 20_001)
+from neftune_dist.evaluation.intervals import LEVEL, student
+
+FEWEST_SEEDS = 3  # for an interval over seeds
+FEWEST_ITEMS = 8  # for an interval over items
+HELD_OUT, TRAIN = "held_out_loss", "train_loss"
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one measure, between one alpha and the base, or of a win rate from one half.
+    """The difference in one measure between one alpha and the base; of a win rate, from one half.
 
     Attributes:
-        base, value: means over the seeds, at the base and at `alpha`.
-        by_seed: of the paired difference.
-        low, high: 95 % interval of the mean difference; None where nothing can be said.
-        p: two-sided, of no difference; `p_holm`: after correction for all that were compared.
+        measure: a name that `measures.measure` knows.
+        alpha: compared with the base, the least alpha of the study.
+        base: mean over the seeds at the base.
+        value: mean over the seeds at `alpha`.
+        by_seed: the paired difference at each seed.
+        low: lower end of the 95 % interval of the mean difference; None without an interval.
+        high: its upper end.
+        p: two-sided p-value of no difference.
         over: what the interval covers: "seeds and items", "seeds", "items", or "" without one.
-        num_items: that the measure is taken of; 0 where it is of a whole run.
+        num_items: how many different items were compared; 0 for a value of the whole run.
+        p_holm: `p` corrected for the number of comparisons.
     """
 
     measure: str
@@ -55,147 +61,106 @@ class Difference:
 
     @property
     def mean(self) -> float:
-        """Over the seeds."""
+        """Mean difference over the seeds."""
         return float(np.mean(self.by_seed))
 
     @property
     def excludes_0(self) -> bool:
-        """Whether the interval does; False without one."""
+        """Whether there is an interval and it excludes 0."""
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
     @property
-    def stands(self) -> bool:
-        """Whether the interval excludes 0, and Holm's correction does not take that back."""
+    def is_significant(self) -> bool:
+        """Whether the interval excludes 0 and Holm's p-value is below 0.05."""
         return self.excludes_0 and self.p_holm is not None and self.p_holm < LEVEL
 
 
 def paired(
-    measure: str,
-    alpha: float,
-    values: np.ndarray,
-    base: np.ndarray,
-    weights: np.ndarray,
+    measure: str, alpha: float, values: np.ndarray, base: np.ndarray, weights: np.ndarray
 ) -> Difference | None:
-    """The difference of a measure that is a weighted mean over items, such as tokens' losses.
+    """Compare a measure that is a weighted mean over items, such as token losses of documents.
 
     Args:
-        values, base: (num_seeds, num_items), means over an item's own weight.
-        weights: the same shape, of both: supervised tokens of a document, 1 of an answer, 0 where
-            either run has no value, which may then be NaN.
+        measure: its name. Losses are continuous: documents with equal losses at every seed are
+            copies of one, and count as one item.
+        alpha: of `values`.
+        values: (num_seeds, num_items), the mean over each item's own weight.
+        base: the same at the base.
+        weights: the same shape: supervised tokens of a document, 1 for an answer, 0 where either
+            run has no value; `values` and `base` may be NaN there.
 
     Returns:
-        None where a seed has no item with a value.
+        The difference; None where a seed has no item with a value.
     """
     known = weights > 0
     if not known.any(axis=1).all():
         return None
     values, base = np.where(known, values, 0.0), np.where(known, base, 0.0)
-    weights = weights.astype(np.float64)
-    by_seed = _means(values - base, weights)
-    errors = item_errors(values - base, weights)
-    return concluded(
+    shares = weights / weights.sum(axis=1, keepdims=True)
+    by_seed = ((values - base) * shares).sum(axis=1)
+    influences = (shares * (values - base - by_seed[:, None])).mean(axis=0)
+    if measure in (HELD_OUT, TRAIN):
+        columns = np.concatenate([values, base, weights])
+        _, document = np.unique(columns, axis=1, return_inverse=True)
+        influences = np.bincount(document.ravel(), influences)
+        known = np.bincount(document.ravel(), known.any(axis=0))[None] > 0
+    influences = influences[known.any(axis=0)]
+    return difference(
         measure,
         alpha,
-        base=float(_means(base, weights).mean()),
-        value=float(_means(values, weights).mean()),
+        base=float((base * shares).sum(axis=1).mean()),
+        value=float((values * shares).sum(axis=1).mean()),
         by_seed=by_seed,
-        item_variance=errors,
-        num_items=int(known.any(axis=0).sum()),
+        influences=influences,
     )
 
 
-def concluded(
+def difference(
     measure: str,
     alpha: float,
     *,
     base: float,
     value: float,
     by_seed: np.ndarray,
-    item_variance: float | None,
-    num_items: int,
+    influences: np.ndarray | None,
 ) -> Difference:
-    """The difference with its interval, from its values (num_seeds,) and the variance of their mean
-    from item to item; None where that is not known."""
-    seed_variance = _seed_variance(by_seed) if len(by_seed) >= FEWEST_SEEDS else None
-    sources = [
-        (name, variance, number - 1)
-        for name, variance, number in (
-            ("seeds", seed_variance, len(by_seed)),
-            ("items", item_variance, num_items),
-        )
-        if variance is not None
-    ]
+    """Put an interval around the mean of `by_seed`.
+
+    Args:
+        measure: its name.
+        alpha: compared with the base.
+        base: mean at the base.
+        value: mean at `alpha`.
+        by_seed: (num_seeds,), the paired difference at each seed.
+        influences: (num_items,), each item's share in the deviation of the mean; None where the
+            measure has no items.
+    """
+    sources = {}  # name: variance of the mean, degrees of freedom
+    if len(by_seed) >= FEWEST_SEEDS:
+        sources["seeds"] = by_seed.var(ddof=1) / len(by_seed), len(by_seed) - 1
+    num_items = 0 if influences is None else len(influences)
+    if influences is not None and num_items >= FEWEST_ITEMS:
+        variance = num_items / (num_items - 1) * (influences**2).sum()
+        sources["items"] = variance, num_items - 1
     low = high = p = None
-    if sources:
-        mean = float(by_seed.mean())
-        variance = sum(each for _, each, _ in sources)
-        if variance:
-            df = variance**2 / sum(each**2 / number for _, each, number in sources)
-            reach, p = _student(abs(mean) / variance**0.5, df)
-            low, high = mean - reach * variance**0.5, mean + reach * variance**0.5
-        else:  # the same difference everywhere
-            low, high, p = mean, mean, float(mean == 0)
-    over = " and ".join(name for name, _, _ in sources)
-    shown = tuple(float(each) for each in by_seed)
-    return Difference(measure, alpha, base, value, shown, low, high, p, over, num_items)
-
-
-def item_errors(differences: np.ndarray, weights: np.ndarray) -> float | None:
-    """Variance from item to item of the mean over seeds, the items drawn together for all seeds:
-    (num_seeds, num_items) in. None for too few items."""
-    num_items = differences.shape[1]
-    if (weights > 0).any(axis=0).sum() < FEWEST_ITEMS:
-        return None
-    draw = np.random.default_rng(0)
-    means = []
-    rows = max(1, _CHUNK_COUNTS // num_items)
-    for first in range(0, _RESAMPLES, rows):
-        num = min(rows, _RESAMPLES - first)
-        chosen = draw.integers(0, num_items, (num, num_items - 1))
-        chosen += num_items * np.arange(num)[:, None]
-        counts = np.bincount(chosen.ravel(), minlength=num * num_items).reshape(num, num_items)
-        total = counts @ weights.T
-        with np.errstate(invalid="ignore", divide="ignore"):
-            means.append(((counts @ (differences * weights).T) / total).mean(axis=1))
-    # A draw may hold no item of which a seed has a value.
-    return float(np.nanvar(np.concatenate(means)))
+    mean = float(by_seed.mean())
+    variance = float(sum(of for of, _ in sources.values()))
+    if variance:
+        degrees = variance**2 / sum(of**2 / free for of, free in sources.values())
+        factor, p = student(abs(mean) / variance**0.5, degrees)
+        low, high = mean - factor * variance**0.5, mean + factor * variance**0.5
+    elif sources:  # the same difference everywhere
+        low, high, p = mean, mean, float(mean == 0)
+    seeds = tuple(float(d) for d in by_seed)
+    over = " and ".join(sources)
+    return Difference(measure, alpha, base, value, seeds, low, high, p, over, num_items)
 
 
 def corrected(differences: Sequence[Difference]) -> list[Difference]:
-    """All of them with Holm's p-values, one family (Holm, Scandinavian J. of Statistics 1979)."""
-    known = [i for i, each in enumerate(differences) if each.p is not None]
-    known.sort(key=lambda i: differences[i].p or 0.0)
+    """All differences, with Holm's p-values (Scandinavian Journal of Statistics 1979)."""
+    known = sorted((d.p, i) for i, d in enumerate(differences) if d.p is not None)
     result, greatest = list(differences), 0.0
-    for rank, i in enumerate(known):
-        greatest = max(greatest, min(1.0, (len(known) - rank) * (differences[i].p or 0.0)))
+    for rank, (p, i) in enumerate(known):
+        greatest = max(greatest, min(1.0, (len(known) - rank) * p))
         result[i] = replace(differences[i], p_holm=greatest)
     return result
-
-
-def _means(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Of each seed."""
-    result: np.ndarray = (values * weights).sum(axis=1) / weights.sum(axis=1)
-    return result
-
-
-def _seed_variance(by_seed: np.ndarray) -> float:
-    """Of the mean over seeds."""
-    draw = np.random.default_rng(0)
-    chosen = draw.integers(0, len(by_seed), (10 * _RESAMPLES, len(by_seed) - 1))
-    return float(by_seed[chosen].mean(axis=1).var())
-
-
-def _student(t: float, df: float) -> tuple[float, float]:
-    """97.5 % point of Student's distribution, and the two-sided p-value of `t`.
-
-    With t = sqrt(df) tan(angle), the density of the angle is cos(angle) ** (df - 1).
-    """
-    df = min(df, 10_000.0)  # there it is the normal one, and the grid still fine enough
-    density = np.cos(_ANGLES) ** (df - 1)
-    below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    below /= below[-1]
-    points = np.sqrt(df) * np.tan(_ANGLES)
-    return (
-        float(np.interp(1 - LEVEL / 2, below, points)),
-        float(2 * np.interp(-t, points, below)),
-    )

@@ -57,7 +57,10 @@ def sentence(difference: Difference) -> str:
         text = f"{kind.label} {kind.shown(difference.value)} %, {side} one half ({bounds})"
     if "seeds" not in difference.over:
         return f"{text} in these runs"
-    return text if difference.stands else f"{text}, which so many comparisons may show by chance"
+    by_chance = (
+        "" if difference.is_significant else ", which may be chance among so many comparisons"
+    )
+    return text + by_chance
 
 
 def warnings(differences: Sequence[Difference]) -> list[str]:
@@ -89,7 +92,7 @@ def _is_gain(difference: Difference) -> bool:
 def _verdict(differences: Sequence[Difference]) -> str:
     """Of one alpha, in a sentence or two."""
     few = not any("seeds" in each.over for each in differences)
-    claimed = [each for each in differences if (each.excludes_0 if few else each.stands)]
+    claimed = [each for each in differences if (each.excludes_0 if few else each.is_significant)]
     maybe = [each for each in differences if each.excludes_0 and each not in claimed]
     if not claimed and not maybe:
         return "no difference seen."
@@ -115,7 +118,7 @@ def _verdict(differences: Sequence[Difference]) -> str:
 def _comparisons(differences: Sequence[Difference]) -> str:
     known = [each for each in differences if each.p is not None]
     outside = sum(each.excludes_0 for each in known)
-    standing = sum(each.stands for each in known)
+    standing = sum(each.is_significant for each in known)
     by_chance = f"{LEVEL * len(known):.1f} of their 95 % intervals would exclude 0 by chance"
     return (
         f"{len(known)} comparisons were made. If the noise did nothing, about {by_chance}. "

@@ -12,16 +12,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from neftune_dist.evaluation.win_rate import Judgement, WinRate, win_rate
-from neftune_dist.study.compare import FEWEST_SEEDS, Difference, concluded, corrected, paired
+from neftune_dist.evaluation.win_rate import Judgement, length_controlled_influences, win_rate
+from neftune_dist.study.compare import (
+    HELD_OUT,
+    TRAIN,
+    Difference,
+    corrected,
+    difference,
+    paired,
+)
 from neftune_dist.study.results import Run, alphas_of, seeds_of
 
 Judged = Mapping[tuple[float, int], Sequence[Judgement]]  # by alpha and seed, against the base
 _ItemValues = tuple[np.ndarray, np.ndarray]  # (num_items,): values, weights
 
 TASK, RAW, LENGTH_CONTROLLED = "task ", "win_rate", "win_rate_length_controlled"
-LENGTH, HELD_OUT = "characters", "held_out_loss"
-_NORMAL_95 = 1.96
+LENGTH = "characters"
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ _FIXED = {
     each.name: each
     for each in (
         Measure(HELD_OUT, "held-out loss", -1, "losses"),
-        Measure("train_loss", "loss of training documents, noise off", 0, "losses"),
+        Measure(TRAIN, "loss of training documents, noise off", 0, "losses"),
         Measure(
             LENGTH, "length of answers", 0, "answers", 1, " characters", ("smaller", "greater")
         ),
@@ -105,14 +111,13 @@ def _difference(
         if name != HELD_OUT:
             return None
         losses = np.array([[run.last for run in runs] for runs in (ours, theirs)])
-        return concluded(
+        return difference(
             name,
             alpha,
             base=float(losses[1].mean()),
             value=float(losses[0].mean()),
             by_seed=losses[0] - losses[1],
-            item_variance=None,
-            num_items=0,
+            influences=None,
         )
     values, weights = (
         np.array([[each[part] for each in of_runs if each] for of_runs in items]) for part in (0, 1)
@@ -127,7 +132,7 @@ def _items(run: Run, name: str) -> _ItemValues | None:
         return None
     items = run.evaluation.items
     rows: Sequence[float | bool | None]
-    if name in (HELD_OUT, "train_loss"):
+    if name in (HELD_OUT, TRAIN):
         documents = np.array(items.get("held_out" if name == HELD_OUT else "train") or [])
         if not len(documents):
             return None
@@ -152,28 +157,19 @@ def _won(alpha: float, judgements: Sequence[Sequence[Judgement]]) -> list[Differ
     half = np.full_like(preferences, scale / 2)
     known = (~np.isnan(preferences)).astype(np.float64)
     raw = paired(RAW, alpha, scale * preferences, half, known)
-    rates: list[WinRate] = [win_rate(of) for of in judgements]
-    controlled = np.array([rate.length_controlled for rate in rates], dtype=np.float64)
+    controlled = np.array([win_rate(of).length_controlled for of in judgements], dtype=np.float64)
     if np.isnan(controlled).any():
         return [raw]
-    # The same instructions are judged at all seeds, so their errors may go together: not less than
-    # that of the mean is the mean of the errors.
-    intervals = [rate.length_controlled_interval or (0.0, 0.0) for rate in rates]
-    errors = [(high - low) / (2 * _NORMAL_95) for low, high in intervals]
+    # The same instructions are judged at all seeds: their errors are correlated.
+    influences = np.mean([length_controlled_influences(of) for of in judgements], axis=0)
     return [
         raw,
-        concluded(
+        difference(
             LENGTH_CONTROLLED,
             alpha,
             base=scale / 2,
             value=float(controlled.mean()),
             by_seed=controlled - scale / 2,
-            item_variance=float(np.mean(errors)) ** 2,
-            num_items=int(known.any(axis=0).sum()),
+            influences=influences[known.any(axis=0)],
         ),
     ]
-
-
-def too_few(runs: Sequence[Run]) -> bool:
-    """Whether there are too few seeds for an interval over them."""
-    return len(seeds_of(runs)) < FEWEST_SEEDS

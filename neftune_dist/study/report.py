@@ -23,20 +23,21 @@ from neftune_dist.study.results import Run, alphas_of, seeds_of
 from neftune_dist.system import storage
 
 _METHOD = f"""\
-Runs of one seed began with the same weights and took the same documents in the same steps; they
-differ in alpha alone. Every difference is that of two runs of one seed, on the same item: held-out
-document (weighed by its supervised tokens), instruction, task item. Their mean is over seeds.
+Runs of one seed start from the same weights and train on the same documents in the same steps; they
+differ in alpha alone. A difference compares two runs of one seed on the same item: a held-out
+document (weighted by its supervised tokens), an instruction or a task item. Differences are
+averaged over seeds.
 
-The 95 % interval has two sources, each by a bootstrap: which seeds were drawn, and which items.
-Each draws one less than there are (Rao and Wu 1988); the two variances are added, which errs
-on the wide side; the interval is Student's with Satterthwaite's degrees of freedom, since bare
-percentiles of few seeds are too narrow. It speaks of other seeds and other items of the same kind;
-not of other data, models, learning rates or lengths of training. With fewer than {FEWEST_SEEDS}
-seeds it is over items alone, and speaks of the trained models, not of alpha.
+The 95 % interval covers two sources of error, the choice of seeds and the choice of items. Over n
+seeds the variance of the mean is s^2 / n; over items it is that of the linearised weighted mean.
+The two are added, which makes the interval slightly too wide. It is Student's, with n - 1 or
+Satterthwaite's degrees of freedom. It holds for other seeds and other items of the same kind, not
+for other data, models, learning rates or lengths of training. With fewer than {FEWEST_SEEDS} seeds
+it covers items alone, and describes the trained models, not the effect of alpha.
 
-`p` is that of no difference; `p (Holm)` is corrected for all comparisons of this report. A win rate
-is compared with one half. At equal lengths: by logistic regression on the difference in characters,
-in the manner of AlpacaEval 2; its variance over items is at most what is taken."""
+`p` is the p-value of no difference; `p (Holm)` is corrected for all comparisons of this report. A
+win rate is compared with one half. Win rates at equal lengths come from a logistic regression on
+the difference in characters, in the manner of AlpacaEval 2."""
 
 # What in Markdown becomes HTML that does more than show text.
 _ACTIVE_PATTERNS = (
