@@ -21,6 +21,7 @@ from typing import IO, Any
 import datasets
 import pyarrow
 
+from neftune_dist.compat.datasets import fingerprint
 from neftune_dist.config import BUILTIN_SOURCE, SourceConfig, UserError
 from neftune_dist.data import builtin, files, tables
 from neftune_dist.data.errors import LONGEST_ROW_BYTES, BadRow
@@ -104,7 +105,7 @@ def _open_hub(config: SourceConfig, key: str) -> Source:
             f"loaded from the hub: {reason}"
         ) from error
     rows = _placed(enumerate(loaded, 1))
-    return Source(key, f"{name}[{config.split}]", loaded._fingerprint, rows)
+    return Source(key, f"{name}[{config.split}]", fingerprint(loaded), rows)
 
 
 def _placed(rows: Any, file: str = "") -> Rows:

@@ -16,8 +16,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 import torch.distributed as dist
+
+from neftune_dist.compat.torch import flight_record, process_groups
 
 # Frames that tell how a rank waits, not for what.
 _WAITING_MODULES = {*sys.stdlib_module_names, "torch"}
@@ -76,8 +77,9 @@ class Report:
 
 def observe(phase: str, seconds: float, main_thread: int) -> Report:
     """This process's report."""
-    groups = dist.distributed_c10d._world.pg_map
-    ranks_of = {str(each.group_name): tuple(dist.get_process_group_ranks(each)) for each in groups}
+    ranks_of = {
+        str(each.group_name): tuple(dist.get_process_group_ranks(each)) for each in process_groups()
+    }
     # Of the threads that Python started, such as the saver's, the main thread waits for none here;
     # for autograd's, which are not of them, it does.
     aside = {str(each.ident) for each in threading.enumerate() if type(each) is threading.Thread}
@@ -137,17 +139,6 @@ def collectives(
             name = each["profiling_name"].rpartition(":")[2].lstrip("_")
             waits_in = Collective(name, number, group, ranks_of.get(group, ()))
     return waits_in, reached
-
-
-def flight_record() -> dict[str, Any]:
-    """Torch's record of this process's last collectives, by backend."""
-    record = {}
-    for backend, name in (("nccl", "_dump_nccl_trace_json"), ("gloo", "_dump_fr_trace_json")):
-        # No public functions, nor of every build; what they do not tell is left out.
-        dump = getattr(torch._C._distributed_c10d, name, None)
-        if dump is not None:
-            record[backend] = {"entries": [], **json.loads(dump())}
-    return record
 
 
 def _place(thread: int) -> str:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from neftune_dist.compat.torch import default_store, process_groups, set_collective_timeout
 from neftune_dist.config import UserError
 from neftune_dist.distributed import environment, outcome
 from neftune_dist.system.text import first_line
@@ -172,7 +173,7 @@ class World:
         # How many of the last collectives torch remembers, for when one hangs.
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
         _meet(place, self.device)
-        self._store = dist.PrefixStore("neftune_dist", dist.distributed_c10d._get_default_store())
+        self._store = dist.PrefixStore("neftune_dist", default_store())
 
     def share(self, count: int) -> Sharing:
         """Slices of `count` ranks each. A collective. Raises `UserError` where they do not come
@@ -198,8 +199,7 @@ class World:
     def raise_collective_timeout(self, minutes: float) -> None:
         """Let no collective of the groups made so far give up before a watchdog with this limit."""
         patience = max(_COLLECTIVE_TIMEOUT, timedelta(minutes=2 * minutes))
-        for group in dist.distributed_c10d._world.pg_map:
-            dist.distributed_c10d._set_pg_timeout(patience, group)
+        set_collective_timeout(process_groups(), patience)
 
     def own_store(self, name: str) -> dist.Store:
         """A connection to the rendezvous store for one thread alone, which waits behind no other's;

@@ -36,6 +36,7 @@ from neftune_dist.engine.base import (
 )
 from neftune_dist.model.load import initialize_buffers
 from neftune_dist.model.loss import resolve_loss
+from neftune_dist.model.modules import own_parameters, replace_buffers
 from neftune_dist.model.optimizations import blocks
 from neftune_dist.optim import (
     MakeOptimizer,
@@ -118,10 +119,7 @@ class DeepSpeedEngine:
             )
         # DeepSpeed casts buffers with the parameters; rotary frequencies in bf16 would be another
         # model than FSDP2 trains.
-        for module in model.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.is_floating_point():
-                    module._buffers[name] = torch.empty_like(buffer, dtype=torch.float32)
+        replace_buffers(model, lambda b: b.float() if b.is_floating_point() else b)
         initialize_buffers(model, self.world.device)
         self.model = model
         self.zero = self.engine.optimizer
@@ -326,19 +324,17 @@ class _Materializer(nn.Module):
         self._places: dict[int, list[tuple[nn.Module, str]]] = {}
         self._device, self._dtype = device, dtype
         for module in model.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    self._places.setdefault(id(parameter), []).append((module, name))
+            for name, parameter in own_parameters(module):
+                self._places.setdefault(id(parameter), []).append((module, name))
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         for places in self._places.values():
             module, name = places[0]
-            meta = module._parameters[name]
-            assert meta is not None
+            meta = getattr(module, name)
             real = nn.Parameter(
                 torch.zeros(meta.shape, dtype=self._dtype, device=self._device),
                 requires_grad=meta.requires_grad,
             )
             for module, name in places:
-                module._parameters[name] = real
+                setattr(module, name, real)
             yield real

@@ -23,8 +23,8 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from neftune_dist.compat.torch import local_shape_and_offset
 from neftune_dist.config import Config, UserError
 from neftune_dist.data.loader import MicroBatch
 from neftune_dist.distributed.world import World
@@ -39,6 +39,7 @@ from neftune_dist.engine.base import (
 from neftune_dist.model.float8 import update_float8_scales
 from neftune_dist.model.load import initialize_buffers
 from neftune_dist.model.loss import resolve_loss
+from neftune_dist.model.modules import replace_buffers
 from neftune_dist.model.optimizations import blocks
 from neftune_dist.optim import (
     MakeOptimizer,
@@ -108,10 +109,8 @@ class FSDP2Engine:
         for block, following in pairwise(units):
             block.set_modules_to_forward_prefetch([following])
         model.to_empty(device=self.state_device)
-        for module in model.modules():  # buffers are not offloaded
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = buffer.to(self.world.device)
+        # Buffers are not offloaded.
+        replace_buffers(model, lambda buffer: buffer.to(self.world.device))
         initialize_buffers(model, self.world.device)
         self.model = model
         self.named, self.frozen = trained_and_frozen(model)
@@ -179,9 +178,7 @@ class FSDP2Engine:
         """Where this rank's elements begin in the whole, and how many they are; nothing where there
         are none."""
         assert isinstance(parameter, DTensor)
-        shape, offset = compute_local_shape_and_global_offset(
-            parameter.shape, parameter.device_mesh, parameter.placements
-        )
+        shape, offset = local_shape_and_offset(parameter)
         if 0 not in shape:
             row = parameter.numel() // parameter.shape[0] if offset else 0
             yield offset[0] * row if offset else 0, math.prod(shape)

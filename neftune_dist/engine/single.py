@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neftune_dist.compat.torch import foreach_copy_
 from neftune_dist.config import Config, UserError
 from neftune_dist.data.loader import MicroBatch
 from neftune_dist.distributed.world import World
@@ -27,6 +28,7 @@ from neftune_dist.engine.base import (
 )
 from neftune_dist.model.load import initialize_buffers
 from neftune_dist.model.loss import resolve_loss
+from neftune_dist.model.modules import replace_buffers, replace_parameters
 from neftune_dist.optim import (
     MakeOptimizer,
     Piece,
@@ -75,20 +77,15 @@ class SingleDeviceEngine:
 
     def _materialize(self, model: nn.Module) -> None:
         """Memory for a model on the meta device; parameters that are tied stay one."""
-        made: dict[int, nn.Parameter] = {}
-        for module in model.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is None:
-                    continue
-                if id(parameter) not in made:
-                    trained = parameter.requires_grad
-                    dtype = self.compute_dtype if trained else parameter.dtype
-                    empty = torch.empty_like(parameter, dtype=dtype, device=self.device)
-                    made[id(parameter)] = nn.Parameter(empty, requires_grad=trained)
-                module._parameters[name] = made[id(parameter)]
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = torch.empty_like(buffer, device=self.device)
+
+        def empty(parameter: nn.Parameter) -> nn.Parameter:
+            trained = parameter.requires_grad
+            dtype = self.compute_dtype if trained else parameter.dtype
+            content = torch.empty_like(parameter, dtype=dtype, device=self.device)
+            return nn.Parameter(content, requires_grad=trained)
+
+        replace_parameters(model, empty)
+        replace_buffers(model, lambda buffer: torch.empty_like(buffer, device=self.device))
 
     def _master(self, parameter: nn.Parameter) -> nn.Parameter:
         """The float32 weights of a parameter, which receive its gradients: itself where it is
@@ -117,7 +114,7 @@ class SingleDeviceEngine:
     def _weights_changed(self) -> None:
         if self.compute_dtype != torch.float32:
             parameters: list[Tensor] = [parameter for _, parameter in self.named]
-            torch._foreach_copy_(parameters, list[Tensor](self.masters))
+            foreach_copy_(parameters, list[Tensor](self.masters))
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """See `Engine.forward`."""

@@ -26,8 +26,8 @@ from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._yaml_loader import load_yaml
 
+from neftune_dist.compat.lm_eval import load_yaml
 from neftune_dist.config import UserError
 from neftune_dist.distributed.world import World
 from neftune_dist.evaluation.tasks import TaskResult, TaskWord

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neftune_dist.compat.transformers import attention_name
 from neftune_dist.config import Config, NoiseConfig
 from neftune_dist.data.documents import Documents
 from neftune_dist.data.loader import MicroBatch, collate
@@ -94,7 +95,7 @@ def document_losses(
             lengths, 1, config.train.micro_batch_tokens, packing, _QUADRATIC_TOKENS
         )
     sums, told = np.zeros(len(indices)), time.monotonic()
-    padded = model.config._attn_implementation
+    padded = attention_name(model)
     attention = implementation(config.model.attention, True) if packing else padded
     with attention_of(model, attention), _forward(model, config, noisy) as forward:
         for i in range(world.rank, len(rounds), world.size):

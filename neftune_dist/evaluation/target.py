@@ -29,12 +29,14 @@ from neftune_dist.checkpoint.run_files import (
     check_sealed,
     run_config,
 )
+from neftune_dist.compat.transformers import attention_name
 from neftune_dist.config import Config, ModelConfig, UserError, load_config, read_json, user_path
 from neftune_dist.data.formats import Conversation, Turn
 from neftune_dist.data.sources import BadRow
 from neftune_dist.data.tokenize import ConversationTokenizer
 from neftune_dist.model import load
 from neftune_dist.model.families import check_model
+from neftune_dist.model.modules import replace_parameters
 from neftune_dist.system.text import first_line
 
 # Of another model than the configuration's own, these say nothing.
@@ -222,7 +224,7 @@ def open_subject(
 @contextmanager
 def attention_of(model: Any, implementation: str) -> Iterator[None]:
     """Meanwhile the model has that attention, by transformers' name."""
-    usual = model.config._attn_implementation
+    usual = attention_name(model)
     model.set_attn_implementation(implementation)
     try:
         yield
@@ -254,13 +256,7 @@ def _open_model(
 
 def _allocate(model: nn.Module, device: torch.device) -> None:
     """Give a model on the meta device memory without content; tied weights stay one."""
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                if id(parameter) not in made:
-                    made[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=device))
-                module._parameters[name] = made[id(parameter)]
+    replace_parameters(model, lambda p: nn.Parameter(torch.empty_like(p, device=device)))
 
 
 def _taught_end(template: ConversationTokenizer) -> int | None:

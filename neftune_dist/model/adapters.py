@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from neftune_dist.config import AdapterConfig, UserError, listed
 from neftune_dist.model import nf4
+from neftune_dist.model.modules import replace_parameters
 from neftune_dist.model.optimizations import blocks
 from neftune_dist.model.weights import WeightFiles
 
@@ -50,14 +51,13 @@ def attach(model: Any, config: AdapterConfig, dtype: torch.dtype) -> None:
         peft.inject_adapter_in_model(settings, model)
     if config.base == "nf4":
         _quantize(model, dtype)
-    frozen: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None or parameter.requires_grad:
-                continue
-            if id(parameter) not in frozen:  # tied ones stay one
-                frozen[id(parameter)] = nn.Parameter(parameter.to(dtype), requires_grad=False)
-            module._parameters[name] = frozen[id(parameter)]
+
+    def frozen(parameter: nn.Parameter) -> nn.Parameter:
+        if parameter.requires_grad:
+            return parameter
+        return nn.Parameter(parameter.to(dtype), requires_grad=False)
+
+    replace_parameters(model, frozen)
 
 
 def targets(model: Any, config: AdapterConfig) -> list[str]:

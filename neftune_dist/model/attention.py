@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import flex_attention as flex
 from transformers import AttentionInterface
 
+from neftune_dist.compat.transformers import attention_name
 from neftune_dist.model.ulysses import to_heads, to_slices
 from neftune_dist.model.varlen import VARLEN_OPERATOR, by_document
 
@@ -36,7 +37,7 @@ def packed_arguments(model: Any, cu_seqlens: Tensor, longest: int) -> dict[str, 
         cu_seqlens: int32 (num_documents + 1,), cumulative lengths; on the model's device.
         longest: tokens of the longest document.
     """
-    if model.config._attn_implementation == FLEX:
+    if attention_name(model) == FLEX:
         return {"document_mask": _document_mask(cu_seqlens)}
     # Rounded up: a number that changes from batch to batch would have blocks compiled anew.
     return {"cu_seqlens": cu_seqlens, "max_seqlen": 1 << (longest - 1).bit_length()}

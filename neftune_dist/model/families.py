@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from neftune_dist.compat.transformers import attention_name
 from neftune_dist.config import UserError
 
 # transformers' model_type of the families whose packed documents compute what they compute alone.
@@ -72,7 +73,7 @@ def check_model(model: Any, packing: bool) -> None:
                 f"{name} is code of its own, which is not known to keep packed documents apart: "
                 "set data.packing=false."
             )
-    elif _caps_attention(model.config) and model.config._attn_implementation != "eager":
+    elif _caps_attention(model.config) and attention_name(model) != "eager":
         raise UserError(f"{name} caps its attention logits: set model.attention=eager.")
     causal = {m.is_causal for m in model.modules() if isinstance(m.__dict__.get("is_causal"), bool)}
     decoder = getattr(model.config, "is_decoder", True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -32,9 +33,12 @@ def use_liger_kernels(model: Any) -> None:
             f"for {', '.join(sorted(known))}."
         )
     before = {id(m): m.forward for m in model.modules()}
-    monkey_patch._apply_liger_kernel_to_instance(
-        model=model, cross_entropy=False, fused_linear_cross_entropy=False
-    )
+    apply = known[model.config.model_type]
+    # The loss stays this package's own; not every family has both switches.
+    off = {"cross_entropy", "fused_linear_cross_entropy"} & inspect.signature(
+        apply
+    ).parameters.keys()
+    apply(model=model, **dict.fromkeys(off, False))
     if all(before[id(m)] == m.forward for m in model.modules()):
         raise UserError(f"model.kernels=liger changed nothing in {type(model).__name__}.")
 

@@ -18,11 +18,13 @@ import transformers
 from tokenizers import AddedToken
 from torch import Tensor, nn
 
+from neftune_dist.compat.transformers import mark_initialized
 from neftune_dist.config import AdapterConfig, ModelConfig, UserError, listed, user_path
 from neftune_dist.model import adapters
 from neftune_dist.model.attention import implementation
 from neftune_dist.model.families import check_model, check_packable
 from neftune_dist.model.loss import resolve_loss
+from neftune_dist.model.modules import own_buffers, own_parameters
 from neftune_dist.model.optimizations import configure
 from neftune_dist.model.weights import GrownWeights, WeightFiles, weights_folder
 from neftune_dist.system.text import first_line
@@ -195,20 +197,19 @@ def initialize_buffers(model: Any, device: torch.device) -> None:
     Raises:
         UserError: the model's code leaves a buffer without content.
     """
-    owners = [(m, name) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    owners = [(m, name) for m in model.modules() for name, _ in own_buffers(m)]
     for module, name in owners:
-        if module._buffers[name].is_meta:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
+        if getattr(module, name).is_meta:
+            setattr(module, name, torch.empty_like(getattr(module, name), device=device))
     results: list[list[Tensor]] = []
     with _parameters_set_aside(model):
         # Twice, over zeros and over ones: what then differs has not been written.
         for fill in (0, 1):
             for module, name in owners:
-                module._buffers[name].fill_(fill)
-            for module in model.modules():
-                module._is_hf_initialized = False
+                getattr(module, name).fill_(fill)
+            mark_initialized(model.modules(), False)
             model.initialize_weights()
-            results.append([module._buffers[name].clone() for module, name in owners])
+            results.append([getattr(module, name).clone() for module, name in owners])
     for (module, name), one, other in zip(owners, *results, strict=True):
         if not torch.equal(one, other):
             raise UserError(
@@ -220,17 +221,16 @@ def initialize_buffers(model: Any, device: torch.device) -> None:
 @contextmanager
 def _parameters_set_aside(model: nn.Module) -> Iterator[None]:
     """Meanwhile every parameter is one without memory, marked for transformers as initialized."""
-    places = [(m, name, p) for m in model.modules() for name, p in m._parameters.items()]
+    places = [(m, name, p) for m in model.modules() for name, p in own_parameters(m)]
     try:
         for module, name, parameter in places:
-            if parameter is not None:
-                empty = nn.Parameter(torch.empty(parameter.shape, device="meta"))
-                empty._is_hf_initialized = True  # type: ignore[attr-defined]
-                module._parameters[name] = empty
+            empty = nn.Parameter(torch.empty(parameter.shape, device="meta"))
+            mark_initialized([empty], True)
+            setattr(module, name, empty)
         yield
     finally:
         for module, name, parameter in places:
-            module._parameters[name] = parameter
+            setattr(module, name, parameter)
 
 
 def parameter_aliases(model: nn.Module) -> dict[str, list[str]]:

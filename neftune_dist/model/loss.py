@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neftune_dist.compat.torch import storage_id
 from neftune_dist.config import UserError
 from neftune_dist.model.attention import packed_arguments
 from neftune_dist.model.liger import LossSum, liger_cross_entropy
@@ -130,7 +131,7 @@ def token_losses(
         loss = forward()
     # Engines hand on views; a scaled or capped one would have memory of its own.
     expected = 1 if reduction == "sum" else len(targets)
-    if not given or _storage(loss) != _storage(given[0]) or loss.numel() != expected:
+    if not given or storage_id(loss) != storage_id(given[0]) or loss.numel() != expected:
         raise RuntimeError(
             f"{type(head_owner(model)).__name__} changes its logits after their projection: set "
             "model.loss=plain."
@@ -141,10 +142,6 @@ def token_losses(
 def head_owner(model: Any) -> Any:
     """The transformers model within what an engine wraps it in."""
     return getattr(model, "module", model)
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 @contextmanager

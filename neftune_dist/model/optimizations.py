@@ -19,28 +19,20 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from neftune_dist.compat.torch import COMPUTE_BOUND_OPERATORS, fail_on_recompile_limit
+from neftune_dist.compat.transformers import block_class_names
 from neftune_dist.config import ModelConfig, UserError
 from neftune_dist.model.float8 import use_float8
 from neftune_dist.model.liger import use_liger_kernels
 from neftune_dist.model.varlen import VARLEN_OPERATOR
 
 # What takes long to compute again. All that lies between is read and written, little more.
-_KEPT_BY_SELECTIVE = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    VARLEN_OPERATOR,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_mm.default,
-}
+_KEPT_BY_SELECTIVE = {*COMPUTE_BOUND_OPERATORS, VARLEN_OPERATOR}
 
 
 def blocks(model: Any) -> list[nn.Module]:
     """The repeated transformer blocks, in order: the units of sharding, recomputing, compiling."""
-    names = set(getattr(model, "_no_split_modules", None) or [])
+    names = block_class_names(model)
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
@@ -70,7 +62,7 @@ def configure(model: Any, config: ModelConfig) -> None:
             block.forward = forward  # type: ignore[method-assign]
     if config.compile:
         # Beyond the limit torch would go on without compiling, and say so nowhere.
-        torch._dynamo.config.fail_on_recompile_limit_hit = True  # type: ignore[attr-defined]
+        fail_on_recompile_limit()
 
 
 def num_compiled_graphs() -> int:

@@ -19,7 +19,6 @@ from typing import IO, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -30,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from neftune_dist.compat.dcp import MemoryFormat, StorageInfo
 from neftune_dist.config import UserError
 from neftune_dist.config.limits import limited
 from neftune_dist.system.text import first_line
@@ -40,8 +40,6 @@ _SECONDS, _BYTES_A_SECOND = 60.0, 2e6
 _SHARD_BYTES_A_SECOND = 2e7
 _DIRECTORY_BYTES = 2**16  # at the end of a tensor's file, where what it consists of is listed
 
-_StorageInfo = filesystem._StorageInfo
-_Encoding = metadata._MEM_FORMAT_ENCODING
 _CLASSES = (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -50,8 +48,8 @@ _CLASSES = (
     StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
-    _StorageInfo,
-    _Encoding,
+    StorageInfo,
+    MemoryFormat,
 )
 
 
@@ -183,7 +181,7 @@ class _Unpickler(pickle.Unpickler):
 @contextmanager
 def _unchanged_classes() -> Iterator[None]:
     """Undo and refuse what a pickle sets on the classes themselves, which all later code shares."""
-    shared = [*_CLASSES, *_Encoding]
+    shared = [*_CLASSES, *MemoryFormat]
     before = [dict(vars(each)) for each in shared]
     try:
         yield
@@ -224,7 +222,7 @@ def _check(found: Any) -> None:
     _require(isinstance(found.storage_data, dict))
     for index, place in found.storage_data.items():
         _require(type(index) is MetadataIndex and type(index.fqn) is str)
-        _require(type(place) is _StorageInfo and type(place.relative_path) is str)
+        _require(type(place) is StorageInfo and type(place.relative_path) is str)
         _require(type(place.offset) is int and type(place.length) is int)
         _require(place.offset >= 0 and place.length >= 0)
         path = PurePosixPath(place.relative_path)

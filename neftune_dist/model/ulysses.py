@@ -11,8 +11,8 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import all_to_all_single_autograd, wait_tensor
 
+from neftune_dist.compat.torch import all_to_all
 from neftune_dist.config import UserError
 
 # Of the ranks that share this one's sequences; None: it has them alone. There is one for a process:
@@ -80,5 +80,4 @@ def _exchange(sent: Tensor) -> Tensor:
     """Part i of dimension 0 goes to rank i; of what comes, part i is from rank i."""
     flat = sent.contiguous().flatten(0, 1)
     assert _group is not None
-    found: Tensor = wait_tensor(all_to_all_single_autograd(flat, None, None, _group))
-    return found.view(sent.shape)
+    return all_to_all(flat, _group).view(sent.shape)

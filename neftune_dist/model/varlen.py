@@ -13,8 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_aten: Any = torch.ops.aten
-
+from neftune_dist.compat.torch import (
+    attention_on_cpu,
+    attention_on_cpu_backward,
+    flash_attention,
+    flash_attention_backward,
+)
 
 # Versions of FlashAttention with kernels for a GPU's architecture, the fastest first.
 _NEWER = {9: ("FA3", "FA4"), 10: ("FA4",)}
@@ -100,9 +104,7 @@ def _varlen(
     outs, lses = [], []
     for q, k, v in _documents(cu_seqlens, *map(_by_heads, (query, key, value))):
         mask = _window_mask(q, window)
-        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale
-        )
+        out, lse = attention_on_cpu(q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale)
         outs.append(out[0].transpose(0, 1))
         lses.append(lse[0])
     return torch.cat(outs), torch.cat(lses, dim=1)
@@ -130,7 +132,7 @@ def _varlen_backward(
     pieces = _documents(cu_seqlens, *map(_by_heads, (query, key, value, grad, out)))
     for i, (q, k, v, dout, o) in enumerate(pieces):
         mask = _window_mask(q, window)
-        found = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        found = attention_on_cpu_backward(
             dout,
             q,
             k,
@@ -160,7 +162,7 @@ def _flash_forward(
     """The operator on a GPU. FlashAttention gives its results the query's strides; the graph of a
     compiled block is promised contiguous ones (`register_fake`). So they are copied, only where the
     query was put together from parts, as in Phi and GPT-NeoX."""
-    out, lse, *_ = _aten._flash_attention_forward(
+    out, lse, *_ = flash_attention(
         query,
         key,
         value,
@@ -190,7 +192,7 @@ def _flash_backward(
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient on a GPU, contiguous too."""
-    dq, dk, dv = _aten._flash_attention_backward(
+    dq, dk, dv = flash_attention_backward(
         grad,
         query,
         key,

@@ -25,6 +25,14 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate
 
+from neftune_dist.compat.torch import (
+    backward_id,
+    compiled_module,
+    current_node_number,
+    is_view,
+    move_forward_hook_last,
+    next_node_number,
+)
 from neftune_dist.distributed import environment
 from neftune_dist.noise.law import (
     MAX_MICRO_STEPS,
@@ -253,9 +261,8 @@ class NEFTuneHandle:
         if not torch.compiler.is_compiling():
             # Last of the embedding's hooks: one that sums up a vocabulary-parallel embedding's
             # parts, or gathers its rows, must have run.
-            hooks = self._embedding._forward_hooks
-            hooks[self._hook_id] = hooks.pop(self._hook_id)
-            self._first_node = torch._C._autograd._get_sequence_nr()
+            move_forward_hook_last(self._embedding, self._hook_id)
+            self._first_node = next_node_number()
         if described is not None:
             _UNDER_WAY[self._number] = described
             return
@@ -293,16 +300,16 @@ class NEFTuneHandle:
         layout = _UNDER_WAY.pop(self._number, None)
         if layout is None and not (module.training and _is_recomputing()):
             return None  # not training, or a second lookup
-        if not torch.compiler.is_compiling() and output._is_view():
+        if not torch.compiler.is_compiling() and is_view(output):
             # Memory that is not the lookup's own; what tensor parallelism hands out is a view that
             # autograd lets nobody change in place.
             output = output.clone()
         x = self._activation(module, output)
         if layout is None:
-            last, backward = self._last, torch._C._current_graph_task_id()
+            last, backward = self._last, backward_id()
             if (
                 last is None
-                or torch._C._current_autograd_node()._sequence_nr() < last.first_node
+                or current_node_number() < last.first_node
                 or backward == self._recomputed_in  # two forwards in one checkpoint
             ):
                 raise RuntimeError(
@@ -396,7 +403,7 @@ def _check_alpha(alpha: float) -> None:
 def _is_recomputing() -> bool:
     """A forward inside a backward: activation checkpointing computes a part again. (Within a
     compiled graph that part is given the same counters.)"""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and backward_id() != -1
 
 
 def _inmost(model: nn.Module) -> nn.Module:
@@ -406,7 +413,7 @@ def _inmost(model: nn.Module) -> nn.Module:
             "nn.DataParallel copies the model for every pass, and the noise's hooks with it: start "
             "one process a GPU (torchrun) instead."
         )
-    inner = getattr(model, "_orig_mod", None)
+    inner = compiled_module(model)
     if inner is None and not hasattr(type(model), "get_input_embeddings"):
         inner = getattr(model, "module", None)
     return _inmost(inner) if isinstance(inner, nn.Module) else model

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neftune_dist.compat.torch import assert_async
 from neftune_dist.noise.philox import philox4x32, to_draws
 
 # L2 norm of a document's noise over alpha, root mean square: sqrt(E[u^2]).
@@ -241,7 +242,7 @@ def _check_boundaries(boundaries: Tensor, num_tokens: int) -> None:
         "none."
     )
     if torch.compiler.is_compiling() or boundaries.device.type != "cpu":
-        torch._assert_async(fits, message)
+        assert_async(fits, message)
     elif not bool(fits):
         raise ValueError(f"{message} Given {num_tokens} tokens and {boundaries.tolist()[:8]}.")
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neftune_dist.compat.torch import backward_id
 from neftune_dist.noise.law import (
     MAX_HIDDEN_SIZE,
     RankStream,
@@ -96,7 +97,7 @@ def count_forward_(clock: Tensor) -> Tensor:
 
     An operator, because what a compiled graph does must be checked when it runs.
     """
-    if torch._C._current_graph_task_id() != -1:  # within a backward
+    if backward_id() != -1:  # within a backward
         raise RuntimeError(
             "Activation checkpointing recomputes a compiled model together with its input "
             "embedding, whose noise would be another: checkpoint the layers alone."

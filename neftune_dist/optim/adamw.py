@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neftune_dist.compat.torch import foreach_norm
 from neftune_dist.config import OptimConfig
 from neftune_dist.optim.adamw_low_precision import (
     MIN_NUMEL_8BIT,
@@ -166,5 +167,5 @@ def squared_norm(tensors: list[Tensor]) -> Tensor:
     if tensors[0].device.type == "cpu":
         # There they are copied to float64: as much at a time as stays in the cache.
         tensors = [part for tensor in tensors for part in tensor.split(_NORM_ELEMENTS)]
-    norms = torch._foreach_norm(tensors, 2, dtype=torch.float64)
+    norms = foreach_norm(tensors, 2, dtype=torch.float64)
     return torch.stack(norms).square().sum()

@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[2] / "neftune_dist"
 # A module may import from its own group and from the groups left of it.
 ORDER: list[set[str]] = [
     {"config"},
+    {"compat"},
     {"system"},
     {"distributed"},
     {"optim"},
@@ -27,7 +28,7 @@ LONG_FILES = {"noise/hook", "noise/law"}
 LONG_FUNCTIONS = {"model/loss:token_losses", "optim/kernel:update_range"}
 HOMES = {
     "omegaconf": {"config/config", "config/loading"},
-    "datasets": {"data/sources", "evaluation/lm_eval_adapter"},
+    "datasets": {"compat/datasets", "data/sources", "evaluation/lm_eval_adapter"},
     "deepspeed": {"engine/deepspeed"},
     "tensorboard": {"training/trackers"},
     "wandb": {"training/trackers"},
@@ -37,12 +38,56 @@ HOMES = {
     "torchao": {"model/float8"},
     "peft": {"model/adapters"},
     "bitsandbytes": {"model/nf4"},
-    "lm_eval": {"evaluation/lm_eval_adapter"},
+    "lm_eval": {"compat/lm_eval", "evaluation/lm_eval_adapter"},
     "sacrebleu": {"evaluation/text_statistics"},
     "rouge_score": {"evaluation/text_statistics"},
     "alpaca_eval": {"evaluation/alpaca_annotators"},
     "matplotlib": {"study/plots"},
     "markdown": {"study/report"},
+}
+
+# Documented, in spite of their names.
+PUBLIC = {"_exit", "_current_frames", "_typeshed"}
+# Private names of libraries, by module. A new one is a decision: is there no public way? Then it
+# belongs in `compat/`, with its reason.
+PRIVATE_NAMES = {
+    "compat/datasets": {"_fingerprint"},
+    "compat/dcp": {"_MEM_FORMAT_ENCODING", "_StorageInfo"},
+    "compat/lm_eval": {"_yaml_loader"},
+    "compat/torch": {
+        "_C",
+        "_assert_async",
+        "_autograd",
+        "_cdata",
+        "_current_autograd_node",
+        "_current_graph_task_id",
+        "_distributed_c10d",
+        "_dynamo",
+        "_flash_attention_backward",
+        "_flash_attention_forward",
+        "_foreach_copy_",
+        "_foreach_norm",
+        "_forward_hooks",
+        "_functional_collectives",
+        "_get_default_store",
+        "_get_sequence_nr",
+        "_is_view",
+        "_orig_mod",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention_for_cpu_backward",
+        "_scaled_mm",
+        "_sequence_nr",
+        "_set_pg_timeout",
+        "_utils",
+        "_world",
+    },
+    "compat/transformers": {"_attn_implementation", "_is_hf_initialized", "_no_split_modules"},
+    "engine/deepspeed": {"_hp_mapping", "_reassign_or_swap_out_partitioned_parameters"},
+    "planning/memory": {"_chunk_cat", "_getframe", "_python_dispatch", "_pytree", "_subclasses"},
+    "planning/simulate": {"_apply", "_internal", "_subclasses"},
 }
 
 
@@ -94,6 +139,38 @@ def test_third_party_packages_have_one_home() -> None:
             for package, homes in HOMES.items():
                 if package in imported.split("."):
                     assert name in homes or imported.startswith("neftune_dist"), (name, imported)
+
+
+def private_names(tree: ast.Module) -> set[str]:
+    """Private names of other people's objects: attributes, also by getattr and its like, that this
+    module does not define itself, and private modules or names that it imports."""
+    own, found = set(), set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                own.add(name)
+            case ast.Name(id=name, ctx=ast.Store()):
+                own.add(name)
+            case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store()):
+                own.add(name)
+            case ast.Attribute(attr=name):
+                found.add(name)
+            case ast.Call(
+                func=ast.Name(id="getattr" | "hasattr" | "setattr"),
+                args=[_, ast.Constant(value=str(name)), *_],
+            ):
+                found.add(name)
+            case ast.ImportFrom(module=str(name)) if not name.startswith("neftune_dist"):
+                found |= {*name.split("."), *(alias.name for alias in node.names)}
+            case ast.Import():
+                found |= {part for alias in node.names for part in alias.name.split(".")}
+    private = {name for name in found if name.startswith("_") and not name.startswith("__")}
+    return private - own - PUBLIC
+
+
+def test_private_names_of_libraries_are_listed() -> None:
+    found = {name: private_names(ast.parse(path.read_text())) for name, path in modules().items()}
+    assert {name: names for name, names in found.items() if names} == PRIVATE_NAMES
 
 
 def test_imports_stand_at_the_top() -> None:
