@@ -10,19 +10,22 @@ host memory, and the update is made there.
 from __future__ import annotations
 
 import io
-import logging
 import math
 import os
-import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import redirect_stdout
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from neftune_dist.compat.deepspeed import (
+    copy_masters_to_compute,
+    deepspeed,
+    master_fragment,
+    masters,
+    replace_norms,
+)
 from neftune_dist.config import Config
 from neftune_dist.data.loader import MicroBatch
 from neftune_dist.distributed.world import World
@@ -48,21 +51,6 @@ from neftune_dist.optim import (
     set_updates,
     squared_norm,
 )
-
-# DeepSpeed reports every detail of its start, on every rank, and the lack of a GPU as a warning.
-os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "ERROR")
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-import deepspeed
-
-# On a CPU each run would begin by compiling an operator for inference, which training never calls:
-# a minute, and a compiler needed. A run killed meanwhile leaves torch's lock file behind, on which
-# all later ones, whoever's, would wait for ever, without a word. (As an attribute of its package
-# that module is hidden by torch itself.)
-sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
-
-logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
 
 
 class DeepSpeedEngine:
@@ -123,29 +111,15 @@ class DeepSpeedEngine:
         initialize_buffers(model, self.world.device)
         self.model = model
         self.zero = self.engine.optimizer
-        _norms_in_float64(self.zero, self.world.device)
-        # DeepSpeed has an optimizer class for stage 3, one for 1 and 2, and one for 1 in bf16.
-        masters = next(
-            getattr(self.zero, name)
-            for name in (
-                "fp32_partitioned_groups_flat",
-                "single_partition_of_fp32_groups",
-                "fp32_groups_flat_partition",
-            )
-            if hasattr(self.zero, name)
-        )
-        self.masters: list[Tensor] = list(masters)
+        replace_norms(self.zero, self.world.device, squared_norm)
+        self.masters = masters(self.zero)
         self.pieces = list(self._pieces())
         initialize_state(self.zero.optimizer, self.masters, self.pieces)
 
     def after_load(self, num_updates: int) -> None:
-        """See `Engine.after_load`: the compute copies are made anew from the masters."""
+        """See `Engine.after_load`: the compute copies are made from the masters."""
         set_updates(self.zero.optimizer, num_updates)
-        if self.stage == 3:
-            for group in range(len(self.masters)):
-                self.zero._reassign_or_swap_out_partitioned_parameters(group)
-        else:
-            self.zero.update_lp_params()
+        copy_masters_to_compute(self.zero, self.stage)
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """See `Engine.forward`."""
@@ -215,7 +189,7 @@ class DeepSpeedEngine:
             if size > 0:
                 yield start, self.masters[group], slice(offset, offset + size)
             return
-        fragment = parameter._hp_mapping
+        fragment = master_fragment(parameter)
         if fragment is None:
             return
         address = fragment.get_hp_fragment_address()
@@ -284,31 +258,6 @@ def _sizes(model: nn.Module, stage: int) -> dict[str, int]:
         "reduce_bucket_size": unit,
         **({"stage3_prefetch_bucket_size": unit} if stage == 3 else {}),
     }
-
-
-def _norms_in_float64(zero: Any, device: torch.device) -> None:
-    """Take the gradient's norm over all ranks in float64, as FSDP2 does, offloaded or not.
-
-    DeepSpeed rounds it to float32 by several ways, which depend on stage and offloading. Their
-    square roots differ: torch's of a float32 tensor in host memory is MKL's, which on some
-    processors is off by one in the last bit. (DeepSpeed's optimizer of stage 1 in bfloat16 has
-    neither function, and is never offloaded.)
-    """
-
-    def root(square: Tensor) -> Tensor:
-        square = square.to(device)  # where the process group works
-        dist.all_reduce(square)
-        return square.sqrt()
-
-    def of_gradients(gradients: list[Tensor], _parameters: Any) -> Tensor:
-        return root(squared_norm(gradients))
-
-    def of_norms(parameters: Any) -> Tensor:
-        norms = [zero.norm_for_param_grads.get(zero.get_param_id(p)) for p in parameters]
-        return root(squared_norm([norm for norm in norms if norm is not None])).cpu()
-
-    zero.get_grad_norm_direct = of_gradients
-    zero.complete_grad_norm_calculation_for_cpu_offload = of_norms
 
 
 def _wanting_gradient(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:

@@ -17,10 +17,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException as NoValue
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
+
+from neftune_dist.compat.fake_tensors import (
+    CHUNK_CAT,
+    DataDependentOutputException,
+    FakeTensorMode,
+    TorchDispatchMode,
+    is_traceable_wrapper_subclass,
+    resizing_seen,
+    tree_leaves,
+)
 
 _SET_UP = "set-up"
 KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "collectives")
@@ -39,7 +45,7 @@ _ORIGINS = {
 }
 _aten = torch.ops.aten
 # By these an engine takes over the gradients that a backward leaves.
-_TAKES_OVER = {_aten.copy_.default, _aten.cat.default, _aten.cat.out, _aten._chunk_cat.out}
+_TAKES_OVER = {_aten.copy_.default, _aten.cat.default, _aten.cat.out, CHUNK_CAT}
 # These make a copy of their input inside, where no dispatch shows it.
 _COPIES_INSIDE = {_aten.logsumexp.default}
 
@@ -94,23 +100,18 @@ class Memory(TorchDispatchMode):
         self._origin_of: dict[str, str | None] = {}
 
     def __enter__(self) -> Memory:
-        # FSDP2 frees and refills the memory of gathered weights by resizing it, which no operator
-        # shows.
-        self._resize = torch.UntypedStorage.resize_
-
-        def resize(storage: torch.UntypedStorage, size: int) -> Any:
-            result = self._resize(storage, size)
-            if id(storage) in self._live:
-                self._change(self._live[id(storage)], size)
-            return result
-
-        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
+        self._resizing = resizing_seen(self._resized)
+        self._resizing.__enter__()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        self._resizing.__exit__(*error)
+
+    def _resized(self, storage: torch.UntypedStorage, num_bytes: int) -> None:
+        if id(storage) in self._live:
+            self._change(self._live[id(storage)], num_bytes)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(is_traceable_wrapper_subclass(each) for each in tree_leaves((args, kwargs))):
@@ -119,7 +120,7 @@ class Memory(TorchDispatchMode):
             return True
         try:
             out = func(*args, **(kwargs or {}))
-        except NoValue:
+        except DataDependentOutputException:
             # The host reads a value. Nothing has one; 0 is the norm, the flag, that goes on.
             return args[0].dtype.is_floating_point and 0.0
         if self.default == "activations" and func in _TAKES_OVER and self._origin():

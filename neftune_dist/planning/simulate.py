@@ -12,22 +12,18 @@ which need a GPU or its compiler, and save memory, if anything.
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from neftune_dist.compat.fake_tensors import FakeStore, FakeTensorMode
 from neftune_dist.config import Config
 from neftune_dist.data.loader import MicroBatch
 from neftune_dist.distributed.world import World
@@ -159,8 +155,9 @@ class _Kept:
         groups = self.optimizer.made.param_groups
         self._name([p.grad for group in groups for p in group["params"]], "gradients")
         # DeepSpeed keeps others under names of its own, by stage.
-        zero = vars(self.engine.zero) if hasattr(self.engine, "zero") else {}
-        self._name([each for name, each in zero.items() if "grad" in name], "gradients")
+        if hasattr(self.engine, "zero"):
+            compat = import_module("neftune_dist.compat.deepspeed")
+            self._name(compat.kept_gradients(self.engine.zero), "gradients")
 
     def _name(self, where: Any, kind: str) -> None:
         self.memory.name(where, kind, self.on_host, self.share)
@@ -209,22 +206,10 @@ def _shared(slices: int, model: Any) -> Iterator[dist.ProcessGroup | None]:
 
 @contextmanager
 def _deepspeed(config: Config, model: Any) -> Iterator[None]:
-    """What DeepSpeed must not do in a rehearsal: ask other ranks for values, move tensors that are
-    in place, and leave a process group or a function of its own behind."""
+    """What DeepSpeed needs to run without other ranks, where it is the engine."""
     if config.engine.name != "deepspeed":
         yield
         return
-    import_module("neftune_dist.engine.deepspeed")
-    zero = "deepspeed.runtime.zero.partitioned_param_coordinator"
-    with ExitStack() as stack:
-        stack.enter_context(patch(f"{zero}.assert_ints_same_as_other_ranks"))
-        stack.enter_context(patch("deepspeed.comm.comm.cdb", None))
-        stack.enter_context(patch("deepspeed.utils.groups._WORLD_GROUP", None))
-        # Stage 3 puts its own in this place, for good.
-        stack.enter_context(patch("torch.nn.functional.linear", torch.nn.functional.linear))
-        stack.enter_context(patch.dict(os.environ))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-        if config.engine.zero_stage in (1, 2):
-            model._apply = lambda *_, **__: model
+    compat = import_module("neftune_dist.compat.deepspeed")
+    with compat.simulated(model, config.engine.zero_stage or 3):
         yield

@@ -29,7 +29,7 @@ LONG_FUNCTIONS = {"model/loss:token_losses", "optim/kernel:update_range"}
 HOMES = {
     "omegaconf": {"config/config", "config/loading"},
     "datasets": {"compat/datasets", "data/sources", "evaluation/lm_eval_adapter"},
-    "deepspeed": {"engine/deepspeed"},
+    "deepspeed": {"compat/deepspeed"},
     "tensorboard": {"training/trackers"},
     "wandb": {"training/trackers"},
     "mlflow": {"training/trackers"},
@@ -53,6 +53,18 @@ PUBLIC = {"_exit", "_current_frames", "_typeshed"}
 PRIVATE_NAMES = {
     "compat/datasets": {"_fingerprint"},
     "compat/dcp": {"_MEM_FORMAT_ENCODING", "_StorageInfo"},
+    "compat/deepspeed": {
+        "_apply",
+        "_hp_mapping",
+        "_reassign_or_swap_out_partitioned_parameters",
+    },
+    "compat/fake_tensors": {
+        "_chunk_cat",
+        "_internal",
+        "_python_dispatch",
+        "_pytree",
+        "_subclasses",
+    },
     "compat/lm_eval": {"_yaml_loader"},
     "compat/torch": {
         "_C",
@@ -85,9 +97,20 @@ PRIVATE_NAMES = {
         "_world",
     },
     "compat/transformers": {"_attn_implementation", "_is_hf_initialized", "_no_split_modules"},
-    "engine/deepspeed": {"_hp_mapping", "_reassign_or_swap_out_partitioned_parameters"},
-    "planning/memory": {"_chunk_cat", "_getframe", "_python_dispatch", "_pytree", "_subclasses"},
-    "planning/simulate": {"_apply", "_internal", "_subclasses"},
+    "planning/memory": {"_getframe"},
+}
+# Functions put in the place of a library's, or of one of its objects' methods, by module.
+PATCHES = {
+    "compat/deepspeed": {
+        "_apply",
+        "build_shm_op",
+        "complete_grad_norm_calculation_for_cpu_offload",
+        "get_grad_norm_direct",
+    },
+    "compat/fake_tensors": {"resize_"},
+    "model/loss": {"forward"},  # the projection gives the loss, so no logits come to be
+    "model/optimizations": {"forward"},  # a block recomputes, or is compiled
+    "planning/simulate": {"step"},
 }
 
 
@@ -171,6 +194,30 @@ def private_names(tree: ast.Module) -> set[str]:
 def test_private_names_of_libraries_are_listed() -> None:
     found = {name: private_names(ast.parse(path.read_text())) for name, path in modules().items()}
     assert {name: names for name, names in found.items() if names} == PRIVATE_NAMES
+
+
+def patches(tree: ast.Module) -> set[str]:
+    """Attributes of other objects than `self` to which a function is assigned."""
+    functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    return {
+        target.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Attribute)
+        and ast.unparse(target.value) != "self"
+        and (
+            isinstance(node.value, ast.Lambda)
+            or ast.unparse(node.value) in functions
+            or target.attr == "forward"
+        )
+    }
+
+
+def test_patches_are_listed() -> None:
+    found = {name: patches(ast.parse(path.read_text())) for name, path in modules().items()}
+    assert {name: names for name, names in found.items() if names} == PATCHES
+    assert not [n for n, path in modules().items() if "unittest" in path.read_text()]
 
 
 def test_imports_stand_at_the_top() -> None:
