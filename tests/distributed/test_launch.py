@@ -37,13 +37,14 @@ def untouched(config: Path) -> Path:
 
 @contextmanager
 def launched(
-    config: Path, run_dir: Path, *words: str, **faults: object
+    config: Path, run_dir: Path, *words: str, ranks: int = 2, **faults: object
 ) -> Iterator[subprocess.Popen[str]]:
-    """launcher/torchrun.sh under way with two ranks; it must end by itself."""
+    """launcher/torchrun.sh under way; it must end by itself. A rank takes seconds to start: one is
+    enough where the ranks do not act on each other."""
     path = os.pathsep.join([str(SCRIPT.parent / "faults"), str(ROOT)])
     process = subprocess.Popen(
         [str(ROOT / "launcher/torchrun.sh"), str(config), f"run_dir={run_dir}", *WORDS, *words],
-        env=tiny_model.environment(NPROC="2", PYTHONPATH=path, FAULTS=json.dumps(faults)),
+        env=tiny_model.environment(NPROC=str(ranks), PYTHONPATH=path, FAULTS=json.dumps(faults)),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -110,11 +111,11 @@ def test_a_killed_worker(config: Path, untouched: Path, tmp_path: Path) -> None:
 def test_ranks_end_with_a_launcher_that_is_killed(config: Path, tmp_path: Path) -> None:
     """After their step, saved; and the same command goes on from there."""
     run_dir = tmp_path / "run"
-    with launched(config, run_dir, step_seconds=0.3) as process:
+    with launched(config, run_dir, ranks=1, step_seconds=0.3) as process:
         until(lambda: len(tiny_model.steps(run_dir)) >= 4)
         process.kill()
         process.wait()
-        with launched(config, run_dir, step_seconds=0.3) as second:
+        with launched(config, run_dir, ranks=1, step_seconds=0.3) as second:
             code, text = end(second)
     assert code == 0, text
     assert "resume: " in text
@@ -141,7 +142,7 @@ def test_a_console_that_nobody_reads(config: Path, tmp_path: Path) -> None:
 
 def test_a_run_directory_that_is_removed(config: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    with launched(config, run_dir, step_seconds=0.3) as process:
+    with launched(config, run_dir, ranks=1, step_seconds=0.3) as process:
         until(lambda: len(tiny_model.steps(run_dir)) >= 2)
         run_dir.rename(tmp_path / "aside")
         shutil.rmtree(tmp_path / "aside")
@@ -174,7 +175,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(
 
 def test_a_second_ctrl_c_ends_at_once(config: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    with launched(config, run_dir, step_seconds=100) as process:
+    with launched(config, run_dir, ranks=1, step_seconds=100) as process:
         until(lambda: (run_dir / "evaluations.jsonl").exists())
         process.send_signal(signal.SIGINT)
         time.sleep(1)
@@ -189,7 +190,7 @@ def test_a_failure_that_repeats_itself_is_not_tried_a_third_time(
     config: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    with launched(config, run_dir, fail_at=5) as process:
+    with launched(config, run_dir, ranks=1, fail_at=5) as process:
         code, text = end(process)
     assert code == 1, text
     assert "failed after step 4: ValueError: step 5; twice the same, so it is not tried" in text
@@ -199,7 +200,7 @@ def test_a_failure_that_repeats_itself_is_not_tried_a_third_time(
 
 def test_failures_without_progress_end_the_run(config: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    with launched(config, run_dir, "--max-restarts", "1", fail_with_time=True) as process:
+    with launched(config, run_dir, "--max-restarts", "1", ranks=1, fail_with_time=True) as process:
         code, text = end(process)
     assert code == 1, text
     assert "the last 2 attempts published no new checkpoint" in text
