@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import datasets
 import pyarrow
 
 from neftune_dist.compat.datasets import fingerprint
@@ -95,6 +94,9 @@ def _open_files(name: str, key: str) -> Source:
 
 
 def _open_hub(config: SourceConfig, key: str) -> Source:
+    # Takes a second to import, with pandas; most sources are local files.
+    import datasets
+
     name = config.source
     try:
         loaded = datasets.load_dataset(name, split=config.split, revision=config.revision)

@@ -8,6 +8,7 @@ mask of blocks.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -147,12 +148,15 @@ def _refuse(
 
 # FlexAttention is no faster than plain attention unless compiled, and on a CPU has no backward.
 def _flex(*args: Any, **kwargs: Any) -> Tensor:
-    run = _compiled_flex if args[0].is_cuda else flex.flex_attention
+    run = _compiled_flex() if args[0].is_cuda else flex.flex_attention
     out: Tensor = run(*args, **kwargs)
     return out
 
 
-_compiled_flex = torch.compile(flex.flex_attention, dynamic=True)
+@cache
+def _compiled_flex() -> Any:
+    """FlexAttention, compiled when it is first used: importing the compiler takes half a second."""
+    return torch.compile(flex.flex_attention, dynamic=True)
 
 
 def _document_mask(cu_seqlens: Tensor) -> flex.BlockMask:

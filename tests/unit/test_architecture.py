@@ -226,6 +226,7 @@ def test_imports_stand_at_the_top() -> None:
     allowed = {
         "training/train",
         "cli",
+        "data/sources",
         "noise/op",
         "optim/adamw_low_precision",
         "model/float8",
