@@ -371,6 +371,50 @@ def test_rows_are_filled_to_a_multiple(
         assert int((token_layout(batch).length > 0).sum()) == int(plain.lengths.sum())
 
 
+def test_padding_at_the_end_of_slices_is_a_document_apart(dataset: Dataset) -> None:
+    """Attention would mix it into the last document otherwise."""
+    index = int(np.flatnonzero(dataset.train.lengths % 2)[0])
+    length = int(dataset.train.lengths[index])
+    batch = collate(dataset.train, np.array([index]), np.zeros(1, np.int64), True, slices=2)
+    assert batch.tail == 1 and batch.whole_tokens == length + 1
+    assert batch.cu_seqlens is not None and batch.cu_seqlens.tolist() == [0, length, length + 1]
+    assert batch.document_lengths == (length,)
+    assert batch.token_length.tolist() == [length] * length + [0]
+
+
+@pytest.mark.parametrize("multiple_of_16", [False, True])
+def test_slices_share_the_micro_batches_of_several_ranks_memory(
+    dataset: Dataset, multiple_of_16: bool
+) -> None:
+    """A micro-batch holds the tokens of as many ranks as it has slices, and what they compute is
+    counted over all of them, padding included."""
+    longest = int(dataset.train.lengths.max())
+    config = Config(
+        train=TrainConfig(micro_batch_tokens=longest // 2 + 1, global_batch_size=24, max_steps=4),
+        model=ModelConfig(float8="tensorwise" if multiple_of_16 else "none"),
+    )
+    sampler = make_sampler(config.train, len(dataset.train), dataset.content)
+    of_document = dataset.train.lengths[sampler.documents(0)[0]]
+    assert of_document.max() > config.train.micro_batch_tokens
+    steps = [
+        Loader(dataset.train, sampler, config, r, 2, QUADRATIC_TOKENS, part=(i, 2)).step(0)
+        for r in range(2)
+        for i in range(2)
+    ]
+    batches = [batch for step in steps for batch in step.micro_batches]
+    tokens = [batch.input_ids.numel() for batch in batches]
+    assert any(batch.tail for batch in batches)
+    assert {step.num_computed_tokens for step in steps} == {sum(tokens)}
+    assert steps[0].num_computed_tokens > steps[0].num_tokens == of_document.sum()
+    held_out, indices = dataset.held_out, np.arange(len(dataset.held_out))
+    evaluated = [
+        list(evaluation_batches(held_out, indices, config, 0, 1, QUADRATIC_TOKENS, part=(i, 2)))
+        for i in range(2)
+    ]
+    targets = sum(len(batch.targets) for part in evaluated for batch in part)
+    assert targets == held_out.num_supervised.sum()
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_float8_fills_the_batches_of_a_run(dataset: Dataset, packing: bool) -> None:
     config = Config(
