@@ -1,1 +1,1 @@
-"""Documents: read, templated, tokenised once, scheduled by law 4 and laid out over ranks."""
+"""From rows to micro-batches: read, render, tokenise once, sample by law 4, pack and collate."""

@@ -1,4 +1,4 @@
-"""Chat templates in Jinja, a model's own or a file: programs that make text of messages."""
+"""Chat templates in Jinja, the model's or from a file: programs that render messages as text."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from neftune_dist.config import UserError
 from neftune_dist.config.limits import limited
 from neftune_dist.data import prompt_templates
+from neftune_dist.data.errors import BadRow
 from neftune_dist.data.formats import Conversation
-from neftune_dist.data.sources import BadRow
 
-# Some templates write today's date, which would make the tokens depend on the day they were made
-# (law 4). They get the date that Llama 3's own template falls back on. The "+" keeps the template's
-# first white space.
+# Some templates write today's date, and the tokens would depend on the day (law 4). They get the
+# date that Llama 3's own template falls back on. The "+" keeps the template's first white space.
 _FIXED_DATE = (
     "{% macro strftime_now(format) %}{{ format|replace('%d', '26')|replace('%m', '07')"
     "|replace('%b', 'Jul')|replace('%B', 'July')|replace('%y', '24')|replace('%Y', '2024') }}"
@@ -26,7 +25,7 @@ _FIXED_DATE = (
 )
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-# A template is a program that came with a model: what it may take for one conversation.
+# Limits for one conversation: a template is a program that came with a model.
 _SECONDS, _GIB, _CHARACTERS = 10.0, 1.0, 2**24
 _SHOWN_CHARACTERS = 500  # of an error's text
 
@@ -37,7 +36,10 @@ Tools = list[Any] | None
 class ChatTemplate:
     """One Jinja template, with the tokenizer whose special tokens it writes.
 
-    given: the template as it was written. special: the texts of the special tokens.
+    Attributes:
+        given: the template as it was written.
+        source: the template as it is run, with a fixed date.
+        special: the texts of the special tokens.
     """
 
     def __init__(self, tokenizer: Any, source: str) -> None:
@@ -49,11 +51,16 @@ class ChatTemplate:
         self._tokenizer = tokenizer
 
     def apply(self, messages: list[Message], tools: Tools = None, **switches: bool) -> str:
-        """The text of the messages.
+        """Render messages as text.
+
+        Args:
+            messages: as `Conversation.messages` makes them.
+            tools: schemas of the functions that the assistant may call.
+            switches: further variables of the template.
 
         Raises:
             BadRow: the template fails.
-            UserError: it takes too long, or makes too much.
+            UserError: it exceeds a limit.
         """
         try:
             with bounded():
@@ -69,8 +76,8 @@ class ChatTemplate:
         return text
 
     def prompts(self, messages: list[Message], tools: Tools) -> list[str]:
-        """What generation may be given to answer the messages, the longest first. Reasoning models
-        have a second prompt, which holds the empty reasoning of an answer without any."""
+        """The prompts for an answer to the messages, the longest first. Reasoning models have a
+        second one, which holds the empty reasoning of an answer without reasoning."""
         prompts = {self.apply(messages, tools, add_generation_prompt=True)}
         if "enable_thinking" in self.source:
             switches = {"add_generation_prompt": True, "enable_thinking": False}
@@ -78,19 +85,15 @@ class ChatTemplate:
         return sorted(prompts, key=len, reverse=True)
 
     def prompt(self, conversation: Conversation) -> str:
-        """The text in front of the first answer, as generation is given it: without reasoning where
-        the answer has none."""
+        """The prompt for the first answer, with an empty reasoning if the answer has none."""
         messages, tools = conversation.messages(), tools_of(conversation)
         first = len(conversation.opening())
         prompts = self.prompts(messages[:first], tools)
         through = self.apply(messages[: first + 1], tools)
-        return next(
-            (prompt for prompt in prompts if through.startswith(prompt)),
-            prompts[-1],
-        )
+        return next((prompt for prompt in prompts if through.startswith(prompt)), prompts[-1])
 
     def generations(self, messages: list[Message], tools: Tools) -> list[tuple[int, int]]:
-        """The half-open character ranges that the template marks as generated, if it marks any."""
+        """Half-open character ranges that the template marks as generated; none without marks."""
         if not _GENERATION.search(self.source):
             return []
         with bounded():
@@ -104,7 +107,7 @@ class ChatTemplate:
         return list(marks)
 
     def expresses_system(self) -> bool:
-        """Whether a system prompt in front of a question reaches the text."""
+        """Whether the text contains a system prompt before a question."""
         said = "A system prompt, to see what becomes of it."
         try:
             text = self.apply(
@@ -117,16 +120,13 @@ class ChatTemplate:
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Let a template run for one conversation, within limits of time and memory.
-
-    Raises:
-        UserError: it exceeds them.
-    """
+    """Limit the time and memory of a template for one conversation. Raises `UserError` where the
+    template exceeds them."""
     try:
         with limited(_SECONDS, _GIB):
             yield
     except (TimeoutError, MemoryError) as error:
-        # Of the template, not of the row: the next row would take as long.
+        # An error of the template, not of the row: the next row would take as long.
         raise UserError(
             f"The chat template takes more than {_SECONDS:g} s, {_GIB:g} GiB of memory or "
             f"{_CHARACTERS:,} characters for one conversation: it is not used."
@@ -134,13 +134,13 @@ def bounded() -> Iterator[None]:
 
 
 def _shortened(error: Exception) -> str:
-    """What an error says, which a template may choose to be of any length."""
+    """The message of an error, which a template can make of any length."""
     text = str(error)
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
 
 def with_system(source: str, said: str) -> str:
-    """A template that puts a system prompt in front of conversations that have none."""
+    """The template, with a default system prompt for conversations without one."""
     turn = f"{{'role': 'system', 'content': {prompt_templates.quoted(said)}}}"
     # The "+" keeps the template's first white space.
     return (
@@ -150,5 +150,5 @@ def with_system(source: str, said: str) -> str:
 
 
 def tools_of(conversation: Conversation) -> Tools:
-    """The schemas of what the assistant may call, as a template takes them."""
+    """The schemas of the functions that the assistant may call, for a template."""
     return json.loads(conversation.tools) if conversation.tools else None

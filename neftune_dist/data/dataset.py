@@ -1,13 +1,12 @@
 """The tokenised documents of a run: made once, cached by content, read by memory map.
 
-Owns the cache (`data.cache_dir`) and the way of every row into it. A cache entry is named by a
-digest of all that decides its content, so it is never stale; `entry` sees that it is whole and that
-any number of processes and jobs may start at once. Nothing here is a collective.
+The cache (`data.cache_dir`) names an entry by a digest of all that decides its content, so an entry
+is never stale; `cache` sees that it is whole and that any number of processes and jobs may start at
+once. Nothing here is a collective.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -20,19 +19,21 @@ import numpy as np
 from neftune_dist.config import DataConfig, SourceConfig, UserError, user_path
 from neftune_dist.data import cache
 from neftune_dist.data.documents import Conversations, Documents, DocumentStats, DocumentWriter
+from neftune_dist.data.errors import BadRow
 from neftune_dist.data.formats import Conversation, detect_format, to_conversation
+from neftune_dist.data.hashing import digest_of
 from neftune_dist.data.mask_preview import MaskAudit
 from neftune_dist.data.report import NAMED_ROWS, Report, SourceReport
-from neftune_dist.data.sources import BadRow, Source, open_source
+from neftune_dist.data.sources import Source, open_source
 from neftune_dist.data.spans import Rendered
-from neftune_dist.data.split import Split, select
+from neftune_dist.data.split import Split, split_documents
 from neftune_dist.data.tokenize import ConversationTokenizer, Document
 
-_VERSION = 6  # of what this module and the template make of the same input
-# Tokenised together: many, unless they are long.
+_VERSION = 6  # raised when the same rows and settings become other documents
+# Tokenised together: many rows, unless they are long.
 _BATCH_ROWS, _BATCH_CHARACTERS = 1000, 2**22
 _PROGRESS_SECONDS = 5.0
-# Settings that decide what a cache entry holds, beside those of the sources and the template.
+# Settings that decide an entry's content, beside those of the sources and the template.
 _DECISIVE = (
     "format",
     "system_prompt",
@@ -49,59 +50,69 @@ _Row = tuple[str, Conversation, Rendered]  # its place in the source first
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training and held-out documents, what was reported of them, the name of their cache entry,
-    and a digest of their content, which decides the order of the steps (law 4). A document
-    that an epoch has several times is several documents, each with an index of its own."""
+    """The documents of a run. One that an epoch has several times is several documents.
+
+    Attributes:
+        train, held_out: the two parts.
+        held_out_conversations: what the held-out documents were made from.
+        report: what became of every row.
+        fingerprint: the name of the cache entry.
+        identity: digests of what the entry was made from, for messages that name a difference.
+        chat_template: in Jinja, for users of the trained model; None where there is none.
+    """
 
     train: Documents
     held_out: Documents
     held_out_conversations: Conversations
     report: Report
     fingerprint: str
-    # Digests of what made it, for a message that says which of them is another.
     identity: dict[str, str] = field(default_factory=dict)
-    chat_template: str | None = None  # in Jinja, for users of the trained model; None: it has none
+    chat_template: str | None = None
 
     @property
     def content(self) -> str:
-        """The same for the same tokens and masks, by whatever version they were made."""
+        """Digest of the training tokens and masks, which decides the order of the steps (law 4):
+        the same whatever version of this project made them."""
         return self.report.content
 
 
 @dataclass(frozen=True)
 class _Input:
-    """What is read: sources to train on with their settings, then the held-out source if any."""
+    """The training sources with their settings, then the held-out source, if there is one."""
 
     sources: tuple[Source, ...]
     settings: tuple[SourceConfig, ...]
 
     @staticmethod
     def open(config: DataConfig) -> _Input:
-        sources = [open_source(each, key) for key, each in config.sources.items()]
+        sources = [open_source(source, key) for key, source in config.sources.items()]
         if config.held_out:
             sources.append(open_source(config.held_out, "data.held_out_source"))
         return _Input(tuple(sources), tuple(config.sources.values()))
 
     def identity(self) -> list[list[Any]]:
-        """Plain values: digests, and how often what they stand for is trained on."""
-        own = [[each.digest] for each in self.sources[len(self.settings) :]]
+        """The digest of every source, with the settings of those to train on."""
+        held_out = [[source.digest] for source in self.sources[len(self.settings) :]]
         return [
-            [source.digest, each.format, each.weight, each.max_documents]
-            for source, each in zip(self.sources, self.settings, strict=False)
-        ] + own
+            [source.digest, setting.format, setting.weight, setting.max_documents]
+            for source, setting in zip(self.sources, self.settings, strict=False)
+        ] + held_out
 
     def formats(self, config: DataConfig) -> list[str]:
-        """Of each source; that of the held-out one is the training data's where that is said."""
-        return [*(each.format for each in self.settings), config.format][: len(self.sources)]
+        """The format of every source; `data.format` is that of the held-out source, too."""
+        formats = [*(setting.format for setting in self.settings), config.format]
+        return formats[: len(self.sources)]
 
 
 def prepare(
     config: DataConfig, tokenizer: Any, progress: Callable[[str], None] = lambda _: None
 ) -> Dataset:
-    """The dataset of the sources in `config`, from the cache or made now.
+    """The dataset of `config`, from the cache or made now.
 
     Args:
-        progress: told a line every few seconds.
+        config: the section `data`.
+        tokenizer: the model's, from `transformers`.
+        progress: called with a line every few seconds.
 
     Raises:
         UserError: a source that cannot be read, too many bad rows, nothing to learn from, a cache
@@ -109,32 +120,35 @@ def prepare(
     """
     template = ConversationTokenizer(tokenizer, config)
     given = _Input.open(config)
-    fingerprint = _fingerprint(config, given, template)
+    fingerprint = digest_of(
+        {
+            "version": _VERSION,
+            "sources": given.identity(),
+            "settings": {key: getattr(config, key) for key in _DECISIVE},
+            "tokenizer": template.identity(),
+        }
+    )
     root = user_path(config.cache_dir, "data.cache_dir") / "corpora"
     try:
-        folder = cache.obtain(
-            root,
-            fingerprint,
-            lambda folder: _make(folder, config, given, template, progress),
-            progress,
+        folder = cache.open_or_make(
+            root, fingerprint, _Builder(config, given, template, progress).build, progress
         )
     except (OSError, NotImplementedError) as error:  # the second from a disk without file locks
         raise UserError(
             f"The tokenised data cannot be written to data.cache_dir={config.cache_dir}: "
             f"{getattr(error, 'strerror', None) or error}."
         ) from error
-    identity = {
-        "dataset": _short_digest(given.identity()),
-        "tokenizer": _short_digest(template.identity()),
-        "template": _short_digest(template.identity()["chat_template"]),
-    }
     dataset = replace(
         load(folder, [source.name for source in given.sources]),
-        identity=identity,
+        identity={
+            "dataset": digest_of(given.identity()),
+            "tokenizer": digest_of(template.identity()),
+            "template": digest_of(template.identity()["chat_template"]),
+        },
         chat_template=template.as_jinja(),
     )
-    for source, told in zip(given.sources, dataset.report.sources, strict=True):
-        _refuse_bad_share(source, told, config)
+    for source, counted in zip(given.sources, dataset.report.sources, strict=True):
+        _refuse_bad_share(source, counted, config)
     return dataset
 
 
@@ -142,18 +156,19 @@ def load(folder: Path, names: list[str]) -> Dataset:
     """Open a finished cache entry. Raises `UserError` where it cannot be read.
 
     Args:
+        folder: the entry's.
         names: of the sources; the same content may have been read under others.
     """
     try:
         stored = json.loads((folder / "report.json").read_text())
-        told = [SourceReport(**each) for each in stored.pop("sources")]
-        for each, name in zip(told, names, strict=True):
-            each.name = name
-        report = Report(told, audit=MaskAudit(**stored.pop("audit")), **stored)
+        sources = [SourceReport(**source) for source in stored.pop("sources")]
+        for source, name in zip(sources, names, strict=True):
+            source.name = name
+        report = Report(sources, audit=MaskAudit(**stored.pop("audit")), **stored)
         train, held_out = (Documents(folder, part) for part in ("train", "held_out"))
         conversations = Conversations(folder)
         if len(conversations) != len(held_out):
-            raise ValueError(f"{len(held_out)} conversations are wanted, of {len(conversations)}")
+            raise ValueError(f"{len(held_out)} conversations are needed, of {len(conversations)}")
     except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
         raise UserError(
             f"The tokenised data in {folder} is damaged ({error}): remove that directory, and it "
@@ -162,101 +177,116 @@ def load(folder: Path, names: list[str]) -> Dataset:
     return Dataset(train, held_out, conversations, report, folder.name)
 
 
-def _fingerprint(config: DataConfig, given: _Input, template: ConversationTokenizer) -> str:
-    return _short_digest(
-        {
-            "version": _VERSION,
-            "sources": given.identity(),
-            "settings": {key: getattr(config, key) for key in _DECISIVE},
-            "tokenizer": template.identity(),
-        }
-    )
+class _Builder:
+    """Fills the folder of a cache entry, and counts what becomes of every row."""
 
+    def __init__(
+        self,
+        config: DataConfig,
+        given: _Input,
+        template: ConversationTokenizer,
+        progress: Callable[[str], None],
+    ) -> None:
+        self.config, self.given, self.template = config, given, template
+        self.progress = progress
+        self.report = Report([SourceReport(s.name, left_out=[*s.left_out]) for s in given.sources])
 
-def _short_digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:24]
+    def build(self, folder: Path) -> None:
+        """Write an entry into `folder`, which is made."""
+        writer = DocumentWriter(folder)
+        try:
+            self._write_documents(writer)
+        finally:
+            writer.close()
+        stats = writer.stats()
+        split = split_documents(stats, self.config, self.given.settings)
+        writer.write_parts(stats, split.train, split.held_out)
+        self.report.content = writer.digest()
+        self._count(stats, split)
+        (folder / "report.json").write_text(json.dumps(asdict(self.report), indent=1))
 
+    def _write_documents(self, writer: DocumentWriter) -> None:
+        """Write all documents of all sources."""
+        report, config, reported = self.report, self.config, time.monotonic()
+        formats = self.given.formats(config)
+        for i, (source, own) in enumerate(zip(self.given.sources, report.sources, strict=True)):
+            # Any document may be held out, unless there is a source for that.
+            keep = i >= len(self.given.settings) if config.held_out_source else config.holds_out
+            for batch in _batches(self._rendered(source, formats[i], own)):
+                documents = self.template.encode([rendered for _, _, rendered in batch])
+                for (place, conversation, _), document in zip(batch, documents, strict=True):
+                    fitted = self._fit(document)
+                    if fitted is None:
+                        continue
+                    own.num_documents += 1
+                    report.num_plain_texts += bool(conversation.text)
+                    report.num_turns_left_out += conversation.num_left_out
+                    writer.add(fitted, conversation, i, place, keep)
+                if time.monotonic() - reported > _PROGRESS_SECONDS:
+                    reported = time.monotonic()
+                    self.progress(f"data: {report.num_rows} rows tokenised")
+            self._refuse_useless(source, own)
 
-def _make(
-    folder: Path,
-    config: DataConfig,
-    given: _Input,
-    template: ConversationTokenizer,
-    progress: Callable[[str], None],
-) -> None:
-    report = Report([SourceReport(each.name, left_out=[*each.left_out]) for each in given.sources])
-    writer = DocumentWriter(folder)
-    try:
-        _fill(writer, config, given, report, template, progress)
-    finally:
-        writer.close()
-    stats = writer.stats()
-    _finish(folder, writer, stats, select(stats, config, given.settings), report)
+    def _rendered(self, source: Source, format_name: str, own: SourceReport) -> Iterator[_Row]:
+        """The good rows. All rows of a source have the format of the first good one."""
+        for place, row in source.rows:
+            self.report.num_rows += 1
+            own.num_rows += 1
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                found = detect_format(row) if format_name == "auto" else format_name
+                conversation = to_conversation(row, found)
+                rendered = self.template.render(conversation)
+            except BadRow as error:
+                self.report.num_bad_rows += 1
+                own.num_bad_rows += 1
+                if len(own.bad_rows) < NAMED_ROWS:
+                    own.bad_rows.append(f"{place}: {error}")
+                continue
+            format_name = found
+            yield str(place), conversation, rendered
 
+    def _fit(self, document: Document) -> Document | None:
+        """The document within `data.max_length`; None where it is dropped."""
+        max_length, report = self.config.max_length, self.report
+        too_long = len(document.input_ids) > max_length
+        if too_long and self.config.too_long == "drop":
+            report.num_dropped_too_long += 1
+            return None
+        if not document.supervised[:max_length].any():
+            report.num_nothing_to_learn += 1
+            return None
+        report.num_truncated += too_long
+        return document.cut(max_length) if too_long else document
 
-def _fill(
-    writer: DocumentWriter,
-    config: DataConfig,
-    given: _Input,
-    report: Report,
-    template: ConversationTokenizer,
-    progress: Callable[[str], None],
-) -> None:
-    """Put all documents of all sources into the writer."""
-    told = time.monotonic()
-    formats = given.formats(config)
-    for i, (source, own) in enumerate(zip(given.sources, report.sources, strict=True)):
-        # Any document may be held out, unless there is a source for that.
-        is_kept = i >= len(given.settings) if config.held_out_source else config.holds_out
-        rendered = _rendered(source, formats[i], own, report, template)
-        for batch in _batches(rendered):
-            documents = template.encode([r for _, _, r in batch])
-            for (place, conversation, _), document in zip(batch, documents, strict=True):
-                fitted = _fit(document, config, report)
-                if fitted is None:
-                    continue
-                own.num_documents += 1
-                report.num_plain_texts += bool(conversation.text)
-                report.num_turns_left_out += conversation.num_left_out
-                writer.add(fitted, conversation, i, place, is_kept)
-            if time.monotonic() - told > _PROGRESS_SECONDS:
-                told = time.monotonic()
-                progress(f"data: {report.num_rows} rows tokenised")
-        _refuse_useless(source, own, report, config)
+    def _count(self, stats: DocumentStats, split: Split) -> None:
+        """Report what is trained on and what is left out."""
+        report = self.report
+        for name in ("num_duplicates", "num_dropped_duplicates", "num_leaked", "num_not_chosen"):
+            setattr(report, name, getattr(split, name))
+        report.num_documents, report.num_held_out = len(split.train), len(split.held_out)
+        lengths = stats.lengths[split.train]
+        report.num_tokens, report.longest_tokens = int(lengths.sum()), int(lengths.max())
+        report.num_supervised_tokens = int(stats.num_supervised[split.train].sum())
+        report.audit = MaskAudit.of(stats.spoken[split.train], stats.end_learned[split.train])
+        times = np.bincount(stats.source[split.train], minlength=len(report.sources))
+        for own, number in zip(report.sources, times, strict=True):
+            own.num_occurrences = int(number)
 
-
-def _finish(
-    folder: Path, writer: DocumentWriter, stats: DocumentStats, chosen: Split, report: Report
-) -> None:
-    """Make a writer an entry: its parts, and the report."""
-    writer.choose(stats, chosen.train, chosen.held_out)
-    report.content = writer.digest()
-    for name in ("num_duplicates", "num_dropped_duplicates", "num_leaked", "num_not_chosen"):
-        setattr(report, name, getattr(chosen, name))
-    report.num_documents, report.num_held_out = len(chosen.train), len(chosen.held_out)
-    lengths = stats.lengths[chosen.train]
-    report.num_tokens, report.longest_tokens = int(lengths.sum()), int(lengths.max())
-    report.num_supervised_tokens = int(stats.num_supervised[chosen.train].sum())
-    report.audit = MaskAudit.of(stats.spoken[chosen.train], stats.end_learned[chosen.train])
-    times = np.bincount(stats.source[chosen.train], minlength=len(report.sources))
-    for own, number in zip(report.sources, times, strict=True):
-        own.num_occurrences = int(number)
-    (folder / "report.json").write_text(json.dumps(asdict(report), indent=1))
-
-
-def _refuse_useless(source: Source, own: SourceReport, report: Report, config: DataConfig) -> None:
-    what = f"{source.key}={source.name}"
-    if own.num_rows == 0:
-        raise UserError(f"{what} is empty.")
-    _refuse_bad_share(source, own, config)
-    if own.num_documents == 0:
-        raise UserError(
-            f"{what} holds no document to learn from: of {own.num_rows} rows, {own.num_bad_rows} "
-            "cannot be used"
-            + (f" (the first: {own.bad_rows[0]})" if own.bad_rows else "")
-            + f", {report.num_dropped_too_long} are over data.max_length={config.max_length}, "
-            f"{report.num_nothing_to_learn} have no supervised token within it."
-        )
+    def _refuse_useless(self, source: Source, own: SourceReport) -> None:
+        name, report = f"{source.key}={source.name}", self.report
+        if own.num_rows == 0:
+            raise UserError(f"{name} is empty.")
+        _refuse_bad_share(source, own, self.config)
+        if own.num_documents == 0:
+            first = f" (the first: {own.bad_rows[0]})" if own.bad_rows else ""
+            raise UserError(
+                f"{name} holds no document to learn from: of {own.num_rows} rows, "
+                f"{own.num_bad_rows} cannot be used{first}, {report.num_dropped_too_long} are over "
+                f"data.max_length={self.config.max_length}, {report.num_nothing_to_learn} have no "
+                "supervised token within it."
+            )
 
 
 def _refuse_bad_share(source: Source, own: SourceReport, config: DataConfig) -> None:
@@ -268,57 +298,13 @@ def _refuse_bad_share(source: Source, own: SourceReport, config: DataConfig) -> 
         )
 
 
-def _rendered(
-    source: Source,
-    format_name: str,
-    own: SourceReport,
-    report: Report,
-    template: ConversationTokenizer,
-) -> Iterator[_Row]:
-    """The good rows. All rows of a source have the format of the first good one."""
-    for place, row in source.rows:
-        report.num_rows += 1
-        own.num_rows += 1
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            found = detect_format(row) if format_name == "auto" else format_name
-            conversation = to_conversation(row, found)
-            rendered = template.render(conversation)
-        except BadRow as error:
-            report.num_bad_rows += 1
-            own.num_bad_rows += 1
-            if len(own.bad_rows) < NAMED_ROWS:
-                own.bad_rows.append(f"{place}: {error}")
-            continue
-        format_name = found
-        yield str(place), conversation, rendered
-
-
-def _batches(
-    rendered: Iterator[_Row],
-) -> Iterator[list[_Row]]:
+def _batches(rendered: Iterator[_Row]) -> Iterator[list[_Row]]:
     batch, characters = [], 0
-    for each in rendered:
-        batch.append(each)
-        characters += len(each[2].text)
+    for row in rendered:
+        batch.append(row)
+        characters += len(row[2].text)
         if len(batch) == _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def _fit(document: Document, config: DataConfig, report: Report) -> Document | None:
-    kept = slice(config.max_length)
-    too_long = len(document.input_ids) > config.max_length
-    if too_long and config.too_long == "drop":
-        report.num_dropped_too_long += 1
-        return None
-    if not document.supervised[kept].any():
-        report.num_nothing_to_learn += 1
-        return None
-    if not too_long:
-        return document
-    report.num_truncated += 1
-    return document.cut(config.max_length)

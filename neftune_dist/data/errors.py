@@ -1,10 +1,17 @@
-"""What is wrong with one row of a source."""
+"""Errors of single rows."""
 
 from __future__ import annotations
 
-# What is longer is a damaged file rather than a row.
+from typing import Any
+
+# A longer row is taken for a damaged file.
 LONGEST_ROW_BYTES = 64 * 2**20
 
 
 class BadRow(Exception):
-    """One row that cannot be used, and why; the caller knows which row it was."""
+    """One row cannot be used; the message says why, the caller knows which row it was."""
+
+
+def type_name(value: Any) -> str:
+    """A value's type, as messages name it."""
+    return "null" if value is None else type(value).__name__

@@ -1,4 +1,4 @@
-"""Fields of a row, checked: text that can be learned, and the JSON of functions and their calls."""
+"""Checked fields of a row: text that can be learned, and the JSON of functions and their calls."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from neftune_dist.data.sources import BadRow, type_name
+from neftune_dist.data.errors import BadRow, type_name
 
-# Control characters that are no white space: damage, or the codes of a terminal.
+# Control characters other than white space: damage, or the escape codes of a terminal.
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 
 
 def calls(listed: Any) -> str:
-    """Tool calls in OpenAI's form, their arguments an object, as templates take them. Raises
-    `BadRow`."""
+    """Tool calls as JSON in OpenAI's form, with arguments as an object, as templates take them.
+    Raises `BadRow`."""
     if not isinstance(listed, list):
         raise BadRow(f"field 'tool_calls' is not a list but {type_name(listed)}")
-    if len(listed) == 1 and isinstance(listed[0], list):  # of one turn that calls several
+    if len(listed) == 1 and isinstance(listed[0], list):  # one turn with several calls
         listed = listed[0]
-    made = []
+    functions = []
     for number, call in enumerate(listed, 1):
         function = call.get("function", call) if isinstance(call, dict) else call
         name = function.get("name") if isinstance(function, dict) else None
@@ -32,14 +32,14 @@ def calls(listed: Any) -> str:
         if not isinstance(arguments, dict):
             raise BadRow(f"the arguments of {name[:40]!a} are no object but {type_name(arguments)}")
         identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-        made.append(
+        functions.append(
             {**identity, "type": "function", "function": {"name": name, "arguments": arguments}}
         )
-    return _dumped(made, "tool_calls")
+    return _dumped(functions, "tool_calls")
 
 
 def tools(row: Mapping[str, Any]) -> str:
-    """The functions of a row's field `tools`, a list or its JSON, in OpenAI's form. Raises
+    """The functions of the field `tools`, a list or its JSON, as JSON in OpenAI's form. Raises
     `BadRow`."""
     listed = row.get("tools")
     if isinstance(listed, str):
@@ -48,17 +48,17 @@ def tools(row: Mapping[str, Any]) -> str:
         return ""
     if not isinstance(listed, list):
         raise BadRow(f"field 'tools' is not a list of functions but {type_name(listed)}")
-    made = []
+    functions = []
     for number, tool in enumerate(listed, 1):
         function = tool.get("function", tool) if isinstance(tool, dict) else tool
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise BadRow(f"tool {number} is not an object with the 'name' of a function")
-        made.append({"type": "function", "function": function})
-    return _dumped(made, "tools")
+        functions.append({"type": "function", "function": function})
+    return _dumped(functions, "tools")
 
 
 def parsed(row: Mapping[str, Any], field: str) -> Any:
-    """What a field holds that is JSON in text. Raises `BadRow`."""
+    """The value of a field of JSON text. Raises `BadRow`."""
     try:
         return json.loads(text(row, field))
     except (ValueError, RecursionError) as error:
@@ -68,12 +68,12 @@ def parsed(row: Mapping[str, Any], field: str) -> Any:
 def _dumped(value: Any, field: str) -> str:
     try:
         return _checked(json.dumps(value, ensure_ascii=False), field)
-    except (TypeError, RecursionError) as error:  # a table may hold times and bytes
+    except (TypeError, RecursionError) as error:  # a table may hold times or bytes
         raise BadRow(f"field '{field}' cannot be written as JSON ({error})") from None
 
 
 def text(row: Mapping[str, Any], field: str) -> str:
-    """A field that must be text, and can be encoded. Raises `BadRow`."""
+    """The value of a text field that can be encoded. Raises `BadRow`."""
     if field not in row:
         raise BadRow(f"field '{field}' is missing")
     value = row[field]
@@ -96,5 +96,5 @@ def _checked(value: str, field: str) -> str:
 
 
 def shape(value: Any) -> str:
-    """What stands where a list of turns should."""
+    """The kind of a value in place of a list of turns."""
     return "an empty list" if value == [] else type_name(value)

@@ -1,15 +1,13 @@
-"""Rows of every format, as conversations.
-
-Owns the recognition of formats and what each makes of its fields:
+"""Formats of rows, recognised by their fields and converted to conversations.
 
     alpaca             instruction, input?, output; system?   (Evol-Instruct, Platypus too)
     dolly              instruction, context?, response
     sharegpt           conversations of from, value (or role, content); system?, tools?
     messages           messages of role, content, tool_calls; tools?   (OpenAI's)
     prompt_completion  prompt, completion: texts, or lists of messages (TRL's)
-    text               text: learned whole, through no template
+    text               text: learned whole, without a template
 
-Whatever would be learned wrongly, or silently not at all, is a `BadRow` that says why.
+A field that would be learned wrongly, or silently ignored, makes the row a `BadRow` with a reason.
 """
 
 from __future__ import annotations
@@ -21,10 +19,10 @@ from textwrap import shorten
 from typing import Any, NamedTuple
 
 from neftune_dist.data import fields
-from neftune_dist.data.sources import BadRow, type_name
+from neftune_dist.data.errors import BadRow, type_name
 
 ROLES = ("system", "user", "assistant", "tool")
-# What the turns of a row are called elsewhere. A function call is the assistant's.
+# Names of roles in ShareGPT files. A function call is the assistant's.
 _ALIASES = {
     **{role: role for role in ROLES},
     **dict.fromkeys(("human",), "user"),
@@ -32,18 +30,21 @@ _ALIASES = {
     "observation": "tool",
 }
 _OPENAI_ROLES = {**{role: role for role in ROLES}, "developer": "system"}
-# Fields of a turn that say something which would not be learned, or learned as something else.
-_NOT_TAKEN = ("function_call", "reasoning_content", "thinking", "audio", "refusal")
-# A document of 2^20 tokens, the longest `data.max_length`, has about as many characters.
+# Fields of a turn whose content would not be learned, or learned as something else.
+_REFUSED_FIELDS = ("function_call", "reasoning_content", "thinking", "audio", "refusal")
+# About the characters of a document of 2^20 tokens, the largest `data.max_length`.
 _MOST_CHARACTERS = 4 * 2**20
 
 
 class Turn(NamedTuple):
-    """What one role of `ROLES` says.
+    """One turn of a conversation.
 
-    tool_calls: what an assistant calls beside its content, or in its place: a JSON list of OpenAI's
-        form, `{"type": "function", "function": {"name": ..., "arguments": {...}}}`; or nothing.
-    tool_call_id, name: of a tool's turn, which call it answers and which function it is.
+    Attributes:
+        role: one of `ROLES`.
+        content: the text.
+        tool_calls: an assistant's calls beside its content, or in its place: "" or a JSON list in
+            OpenAI's form, `{"type": "function", "function": {"name": ..., "arguments": {...}}}`.
+        tool_call_id, name: of a tool's turn: the call that it answers, and the function.
     """
 
     role: str
@@ -55,14 +56,17 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns, of which at least one is an answer; or a plain text, which has none.
+    """Turns with at least one answer; or a plain text without turns.
 
-    context: the `input` of an Alpaca row, which the Alpaca prompt sets apart from the instruction.
-    extra: the row's other text fields, kept for evaluation (the built-in set's `task`).
-    tools: what the assistant may call: a JSON list of OpenAI's form, `{"type": "function",
-        "function": {"name": ..., "parameters": ...}}`; or nothing.
-    text: of a document without turns: it goes through no template and is learned whole.
-    num_left_out: turns of the row that are not here, as nothing asks for them or answers them.
+    Attributes:
+        turns: in their order.
+        context: the `input` of an Alpaca row, separate from the instruction in the Alpaca prompt.
+        extra: other text fields of the row, kept for evaluation (the built-in set's `task`).
+        tools: the functions that the assistant may call: "" or a JSON list in OpenAI's form,
+            `{"type": "function", "function": {"name": ..., "parameters": ...}}`.
+        text: a document without turns, learned whole, without a template.
+        num_left_out: turns of the row that are dropped: answers that nothing asks for, questions
+            that nothing answers.
     """
 
     turns: tuple[Turn, ...]
@@ -73,8 +77,8 @@ class Conversation:
     num_left_out: int = 0
 
     def messages(self) -> list[dict[str, Any]]:
-        """As a chat template takes it; an Alpaca row's context follows its instruction. Keys
-        beside `role` and `content` are there where they say something."""
+        """The messages for a chat template; an Alpaca row's context follows its instruction. Keys
+        beside `role` and `content` are present where they are not empty."""
         messages = []
         for turn in self.turns:
             message: dict[str, Any] = {"role": turn.role, "content": turn.content}
@@ -90,32 +94,33 @@ class Conversation:
         return messages
 
     def opening(self) -> list[dict[str, Any]]:
-        """The messages in front of the first answer; none of a plain text."""
+        """The messages before the first answer; none for a plain text."""
         roles = [turn.role for turn in self.turns]
         return self.messages()[: roles.index("assistant")] if roles else []
 
 
 def detect_format(row: Mapping[str, Any]) -> str:
-    """The format whose fields the row has. Raises `BadRow` where it has those of none."""
+    """The format whose fields the row has. Raises `BadRow` where no format matches."""
     for name, needed in _FIELDS.items():
         if all(field in row for field in needed):
             return name
     found = ", ".join(ascii(key)[1:-1] for key in row) or "(none)"
-    known = "; ".join(", ".join(each) for each in _FIELDS.values())
+    known = "; ".join(", ".join(names) for names in _FIELDS.values())
     raise BadRow(f"the fields {shorten(found, 80)} are of no known format ({known})")
 
 
 def to_conversation(row: Mapping[str, Any], format_name: str) -> Conversation:
-    """The row as a conversation with an answer, or a plain text.
+    """Convert a row to a conversation with an answer, or a plain text.
 
-    A trailing turn that nothing answers is left out, in every format; so are leading answers in
-    ShareGPT's, which begin where a longer conversation was cut. Both are counted in `num_left_out`.
+    Trailing turns that nothing answers are left out in every format; in ShareGPT's also leading
+    answers, because its files cut longer conversations anywhere. Both count in `num_left_out`.
 
-    Raises `BadRow` naming the field or the turn that is missing or wrong.
+    Raises:
+        BadRow: names the field or the turn that is missing or wrong.
     """
     for field in _FIELDS[format_name]:
         if field not in row:
-            others = (name for name in _FIELDS if all(each in row for each in _FIELDS[name]))
+            others = (name for name, needed in _FIELDS.items() if all(f in row for f in needed))
             hint = f": the row is of the format {other}" if (other := next(others, "")) else ""
             raise BadRow(f"field '{field}' is missing{hint}")
     conversation = _MAKERS[format_name](row)
@@ -204,14 +209,14 @@ def _sharegpt(row: Mapping[str, Any]) -> Conversation:
 
 
 def _following(turn: Turn) -> tuple[str, ...]:
-    """Roles that may speak after a turn."""
+    """The roles that may follow a turn."""
     if turn.role == "assistant":  # some write their calls into the content
         return ("tool",) if turn.tool_calls else ("user", "tool")
     return ("assistant", "tool") if turn.role == "tool" else ("assistant",)
 
 
 def _answered(turns: Sequence[Turn], row: Mapping[str, Any]) -> Conversation:
-    """With the row's system prompt and tools, up to the last answer."""
+    """The conversation up to the last answer, with the row's system prompt and tools."""
     if all(turn.role != "assistant" for turn in turns):
         raise BadRow("no turn is the assistant's")
     ends = max(i for i, turn in enumerate(turns) if turn.role == "assistant") + 1
@@ -251,7 +256,7 @@ def _turn(message: Any, aliases: Mapping[str, str]) -> Turn:
     role = aliases.get(called.lower() if aliases is _ALIASES else called)
     if role is None:
         raise BadRow(f"the role {called[:40]!a} is not known; known: {', '.join(aliases)}")
-    for field in _NOT_TAKEN:
+    for field in _REFUSED_FIELDS:
         if message.get(field):
             raise BadRow(f"field '{field}' would not be learned: put what it says into the content")
     if role == "assistant" and message.get("weight") not in (None, 1):
@@ -273,7 +278,7 @@ def _turn(message: Any, aliases: Mapping[str, str]) -> Turn:
 
 
 def _content(message: Mapping[str, Any], field: str, may_be_null: bool) -> str:
-    """Text, or a list of parts that are all text."""
+    """The content of a message: text, or a list of parts that are all text."""
     content = message.get(field)
     if content is None and may_be_null:
         return ""
@@ -286,7 +291,7 @@ def _content(message: Mapping[str, Any], field: str, may_be_null: bool) -> str:
     return "".join(fields.text(part, "text") for part in content)
 
 
-# What tells a format, the more telling first; a row may have other fields besides.
+# Fields by which a format is recognised, in order of precedence; a row may have others besides.
 _FIELDS = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),

@@ -1,12 +1,12 @@
-"""Batches: the documents of one micro-batch as tensors, prepared some steps ahead by a thread.
+"""Micro-batches: documents of one forward pass as tensors, prepared some steps ahead by a thread.
 
-A `MicroBatch` is all that a forward pass, the loss and the noise need, the same under every engine.
-An empty micro-batch is two tokens that nothing is learned from, so that every rank takes part in
+A `MicroBatch` holds all that a forward pass, the loss and the noise need, the same under every
+engine. An empty micro-batch is two tokens without supervision, so that every rank takes part in
 every collective; two, because torch.compile would compile once more for a dimension of size 1.
 
-Ranks that share sequences (`engine.sequence_parallel`) take slices of one micro-batch: as many
-tokens each, wherever documents begin and end. A packed micro-batch that has too few tokens for
-equal slices, or for float8's tiles, ends with a tail of padding.
+Ranks that share sequences (`engine.sequence_parallel`) take slices of one micro-batch, of equally
+many tokens, wherever documents begin and end. A packed micro-batch with too few tokens for equal
+slices, or for float8's tiles, ends with a tail of padding.
 """
 
 from __future__ import annotations
@@ -23,34 +23,39 @@ from torch import Tensor
 
 from neftune_dist.config import Config
 from neftune_dist.data.documents import Documents
-from neftune_dist.data.packing import assign_documents
+from neftune_dist.data.packing import Rounds, assign_documents
 from neftune_dist.data.sampler import Sampler
 
 _EMPTY_TOKENS = 2  # of an empty micro-batch
-# The weights' gradients are products over the tokens, whose number float8 wants divisible by this.
+# The weights' gradients are products over the tokens, whose number float8 needs divisible by this.
 _FLOAT8_TILE = 16
-# Prepared beyond the one that is used: two outlast a single slow one.
-_AHEAD = 2
+# Steps prepared beyond the current one: two outlast a single slow one.
+_STEPS_AHEAD = 2
 _CPU = torch.device("cpu")
 _Key = TypeVar("_Key")
-_Made = TypeVar("_Made")
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """One forward pass of one rank. B rows of S tokens: B = 1 where documents are packed.
 
-    input_ids, position_ids: int64 (B, S). attention_mask: int64 (B, S), None where packed.
-    positions: int64 (num_supervised,), indices into the flattened (B * S) tokens whose successor is
-        learned; targets: int64 (num_supervised,), those successors.
-    lengths, documents, epochs: int64 (num_documents,), in order; none where the batch is empty.
-    segment, token_length: int64 (B * S,), index of each token's document among those, and that
-        document's tokens; 0 at padding, and all of an empty batch is padding.
-    cu_seqlens: int32 (num_documents + 1,), where each document begins and the last one ends; None
-        where padded. The tokens of an empty batch count as one document: (0, S).
-    tail: tokens of padding at the end of a packed batch, one more document in cu_seqlens.
-    part: (index, count) of a slice. Its input_ids, position_ids, positions and targets are its own;
-        segment and token_length too; documents, cu_seqlens and tail are those of the whole.
+    Attributes:
+        input_ids, position_ids: int64 (B, S).
+        attention_mask: int64 (B, S); None where packed.
+        positions: int64 (num_supervised,), indices into the flattened (B * S) tokens whose
+            successor is supervised.
+        targets: int64 (num_supervised,), those successors.
+        lengths, documents, epochs: int64 (num_documents,), in order; empty in an empty batch.
+        segment, token_length: int64 (B * S,), the index of the token's document among those, and
+            the tokens of that document; 0 at padding. An empty batch is all padding.
+        cu_seqlens: int32 (num_documents + 1,), where documents begin and the last one ends; None
+            where padded. The tokens of an empty batch count as one document: (0, S).
+        document_lengths: `lengths` known to the host without waiting for the device; (S,) in an
+            empty batch.
+        tail: tokens of padding at the end of a packed batch, one more document in cu_seqlens.
+        part: (index, count) of a slice. Its input_ids, position_ids, positions, targets, segment
+            and token_length are the slice's; documents, cu_seqlens and tail are the whole batch's.
     """
 
     input_ids: Tensor
@@ -64,20 +69,19 @@ class MicroBatch:
     segment: Tensor
     token_length: Tensor
     cu_seqlens: Tensor | None
-    # Known to the host without waiting for the device: lengths, or (S,) where the batch is empty.
     document_lengths: tuple[int, ...]
     tail: int = 0
     part: tuple[int, int] = (0, 1)
 
     @property
     def whole_tokens(self) -> int:
-        """Of all slices, packed: S where there is but one."""
+        """Tokens of a packed batch over all its slices."""
         return sum(self.document_lengths) + self.tail
 
     def slice(self, index: int, count: int) -> MicroBatch:
-        """The `index`-th of `count` equal slices of a packed one, whose tokens they divide."""
-        own = self.whole_tokens // count
-        first, last = index * own, (index + 1) * own
+        """Slice `index` of `count` equal ones of a packed batch, whose tokens `count` divides."""
+        size = self.whole_tokens // count
+        first, last = index * size, (index + 1) * size
         inside = (self.positions >= first) & (self.positions < last)
         return replace(
             self,
@@ -91,11 +95,11 @@ class MicroBatch:
         )
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same batch on another device; pinned, the host does not wait for the copies."""
+        """The batch on another device. The host does not wait for copies from pinned memory."""
         return self._map(lambda value: value.to(device, non_blocking=True))
 
     def pinned(self) -> MicroBatch:
-        """The same batch in memory that a GPU copies from by itself."""
+        """The batch in pinned memory, which a GPU copies from asynchronously."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
@@ -107,7 +111,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What one rank does in one step, and the step's totals over all ranks."""
+    """The micro-batches of one rank in one step, and the step's totals over all ranks."""
 
     step: int
     micro_batches: list[MicroBatch]
@@ -119,7 +123,7 @@ class StepBatch:
 
 
 def token_multiple(config: Config) -> int:
-    """What divides the number of tokens in each row of a rank's micro-batches."""
+    """The number that the tokens in a row of a rank's micro-batch must be a multiple of."""
     return 1 if config.model.float8 == "none" else _FLOAT8_TILE
 
 
@@ -131,13 +135,14 @@ def collate(
     slices: int = 1,
     multiple: int = 1,
 ) -> MicroBatch:
-    """The micro-batch of some documents; of none, an empty one.
+    """The micro-batch of some documents; an empty one without any.
 
     Args:
+        documents: the part that `indices` point into.
         indices, epochs: int64 (num_documents,).
-        packing: one row of all documents; else a row each.
-        slices: into how many equal ones a packed batch can be cut.
-        multiple: what divides the tokens of each slice, or of each padded row.
+        packing: one row of all documents, instead of a row for every document.
+        slices: the number of equal slices that a packed batch can be cut into.
+        multiple: the tokens of every slice, or of a padded row, are a multiple of this.
     """
     if len(indices):
         lengths, (ids, supervised) = documents.lengths[indices], documents.gather(indices)
@@ -148,7 +153,7 @@ def collate(
     ends = np.cumsum(lengths)
     token = np.arange(len(ids))
     within = token - np.repeat(ends - lengths, lengths)
-    # The place of each token among the flattened rows.
+    # The place of every token among the flattened rows, (num_tokens,).
     rows = 1 if packing else len(lengths)
     width = _row_width(lengths, packing, slices, multiple)
     tail = width - len(ids) if packing else 0
@@ -183,11 +188,57 @@ def _row_width(lengths: np.ndarray, packing: bool, slices: int, multiple: int) -
     return tokens + -tokens % (slices * multiple)
 
 
-class Loader:
-    """Steps of one rank, from any step on; the next ones are prepared while one is trained.
+@dataclass(frozen=True)
+class _Assembler:
+    """Makes the micro-batches of one rank from documents.
 
-    rank, world_size: of those that share no document. device: where they are trained on; for a GPU
-    they are pinned. part: (index, count) of this rank's slice of each micro-batch.
+    rank, world_size: among ranks that do not share documents.
+    part: (index, count) of this rank's slice of a micro-batch.
+    """
+
+    documents: Documents
+    config: Config
+    rank: int
+    world_size: int
+    quadratic_tokens: float
+    part: tuple[int, int]
+
+    def assign(self, indices: np.ndarray) -> Rounds:
+        """The documents' places in micro-batches, over all ranks."""
+        return assign_documents(
+            self.documents.lengths[indices],
+            self.world_size,
+            self.config.train.micro_batch_tokens * self.part[1],
+            self.config.data.packing,
+            self.quadratic_tokens,
+        )
+
+    def micro_batch(self, indices: np.ndarray, epochs: np.ndarray) -> MicroBatch:
+        """This rank's slice of the micro-batch of some documents."""
+        packing, multiple = self.config.data.packing, token_multiple(self.config)
+        batch = collate(self.documents, indices, epochs, packing, self.part[1], multiple)
+        return batch if self.part[1] == 1 else batch.slice(*self.part)
+
+    def num_computed_tokens(self, lengths: np.ndarray) -> int:
+        """Tokens of the micro-batch of some documents over all slices, padding included."""
+        packing, slices = self.config.data.packing, self.part[1]
+        if len(lengths) == 0:
+            lengths = np.array([_EMPTY_TOKENS * slices])
+        width = _row_width(lengths, packing, slices, token_multiple(self.config))
+        return width if packing else len(lengths) * width
+
+
+class Loader:
+    """The steps of one rank, from any step on; the next ones are prepared during the current one.
+
+    Args:
+        documents: the training part.
+        sampler: the documents of every step.
+        config: of the run.
+        rank, world_size: among ranks that do not share documents.
+        quadratic_tokens: as `assign_documents` takes it.
+        device: where the batches are trained on; for a GPU they are pinned.
+        part: (index, count) of this rank's slice of a micro-batch.
     """
 
     def __init__(
@@ -201,97 +252,39 @@ class Loader:
         device: torch.device = _CPU,
         part: tuple[int, int] = (0, 1),
     ) -> None:
-        self.documents = documents
-        self.sampler = sampler
-        self.packing = config.data.packing
-        self.micro_batch_tokens = config.train.micro_batch_tokens * part[1]
-        self.rank, self.world_size = rank, world_size
-        self.quadratic_tokens = quadratic_tokens
-        self.device = device
-        self.part = part
-        self.multiple = token_multiple(config)
+        self.documents, self.sampler, self.device = documents, sampler, device
+        self._assembler = _Assembler(documents, config, rank, world_size, quadratic_tokens, part)
 
     def step(self, step: int) -> StepBatch:
         """This rank's part of a step: a pure function of the step."""
+        assembler = self._assembler
         indices, epochs = self.sampler.documents(step)
         lengths = self.documents.lengths[indices]
-        rounds = assign_documents(
-            lengths, self.world_size, self.micro_batch_tokens, self.packing, self.quadratic_tokens
-        )
-        mine = [np.array(groups[self.rank], dtype=np.int64) for groups in rounds]
-        computed = sum(
-            self._computed(lengths[list(group)]) for groups in rounds for group in groups
+        rounds = assembler.assign(indices)
+        own = [np.array(groups[assembler.rank], dtype=np.int64) for groups in rounds]
+        computed = (
+            assembler.num_computed_tokens(lengths[list(group)])
+            for groups in rounds
+            for group in groups
         )
         return StepBatch(
             step=step,
-            micro_batches=[
-                _own(
-                    collate(
-                        self.documents,
-                        indices[group],
-                        epochs[group],
-                        self.packing,
-                        self.part[1],
-                        self.multiple,
-                    ),
-                    self.part,
-                )
-                for group in mine
-            ],
+            micro_batches=[assembler.micro_batch(indices[g], epochs[g]) for g in own],
             num_documents=len(indices),
             num_tokens=int(lengths.sum()),
             num_supervised_tokens=int(self.documents.num_supervised[indices].sum()),
-            num_computed_tokens=computed,
+            num_computed_tokens=sum(computed),
             sum_squared_lengths=int((lengths**2).sum()),
         )
 
     def steps(self, first: int) -> Iterator[StepBatch]:
         """Steps from `first` to the sampler's last."""
-        return _ahead(self._prepare, range(first, self.sampler.num_steps), self.device)
+        return _prefetch(self._prepare, range(first, self.sampler.num_steps), self.device)
 
     def _prepare(self, step: int) -> StepBatch:
         batch = self.step(step)
-        return replace(
-            batch, micro_batches=[_ready(each, self.device) for each in batch.micro_batches]
-        )
-
-    def _computed(self, lengths: np.ndarray) -> int:
-        slices = self.part[1]
-        if len(lengths) == 0:
-            lengths = np.array([_EMPTY_TOKENS * slices])
-        rows = 1 if self.packing else len(lengths)
-        return rows * _row_width(lengths, self.packing, slices, self.multiple)
-
-
-def _own(batch: MicroBatch, part: tuple[int, int]) -> MicroBatch:
-    return batch if part[1] == 1 else batch.slice(*part)
-
-
-def _ready(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    return batch.pinned() if device.type == "cuda" else batch
-
-
-def _ahead(
-    make: Callable[[_Key], _Made], keys: Sequence[_Key], device: torch.device
-) -> Iterator[_Made]:
-    """What `make` makes of each key, in order; the next ones are made by a thread while one is
-    used."""
-
-    def enter_thread() -> None:
-        if device.type == "cuda":
-            # A thread begins on GPU 0: what it pins would take memory there on behalf of all ranks.
-            torch.cuda.set_device(device)
-
-    pool = ThreadPoolExecutor(1, "loader", initializer=enter_thread)
-    try:
-        made: deque[Future[_Made]] = deque()
-        for i in range(len(keys) + _AHEAD):
-            if i < len(keys):
-                made.append(pool.submit(make, keys[i]))
-            if i >= _AHEAD:
-                yield made.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+        pinned = [_pinned_for(micro_batch, self.device) for micro_batch in batch.micro_batches]
+        return replace(batch, micro_batches=pinned)
 
 
 def evaluation_batches(
@@ -304,21 +297,43 @@ def evaluation_batches(
     device: torch.device = _CPU,
     part: tuple[int, int] = (0, 1),
 ) -> Iterator[MicroBatch]:
-    """This rank's micro-batches over a fixed set of documents, laid out like a step and prepared
-    ahead; the arguments as `Loader` takes them."""
-    rounds = assign_documents(
-        documents.lengths[indices],
-        world_size,
-        config.train.micro_batch_tokens * part[1],
-        config.data.packing,
-        quadratic_tokens,
-    )
-    multiple = token_multiple(config)
+    """This rank's micro-batches over a fixed set of documents, assigned like those of a step and
+    prepared ahead.
+
+    Args:
+        documents, indices: int64 (num_documents,) in that part.
+        config, rank, world_size, quadratic_tokens, device, part: as `Loader` takes them.
+    """
+    assembler = _Assembler(documents, config, rank, world_size, quadratic_tokens, part)
 
     def prepare(groups: Sequence[Sequence[int]]) -> MicroBatch:
         chosen = indices[list(groups[rank])]
-        epochs = np.zeros_like(chosen)
-        batch = collate(documents, chosen, epochs, config.data.packing, part[1], multiple)
-        return _ready(_own(batch, part), device)
+        return _pinned_for(assembler.micro_batch(chosen, np.zeros_like(chosen)), device)
 
-    return _ahead(prepare, rounds, device)
+    return _prefetch(prepare, assembler.assign(indices), device)
+
+
+def _pinned_for(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    return batch.pinned() if device.type == "cuda" else batch
+
+
+def _prefetch(
+    make: Callable[[_Key], _Value], keys: Sequence[_Key], device: torch.device
+) -> Iterator[_Value]:
+    """`make(key)` of every key, in order; a thread makes the next ones while one is used."""
+
+    def enter_thread() -> None:
+        if device.type == "cuda":
+            # A new thread is on GPU 0: what it pins would take memory there on behalf of all ranks.
+            torch.cuda.set_device(device)
+
+    pool = ThreadPoolExecutor(1, "loader", initializer=enter_thread)
+    try:
+        pending: deque[Future[_Value]] = deque()
+        for i in range(len(keys) + _STEPS_AHEAD):
+            if i < len(keys):
+                pending.append(pool.submit(make, keys[i]))
+            if i >= _STEPS_AHEAD:
+                yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,11 +1,11 @@
-"""Where each turn stands in the text that a chat template makes of a conversation.
+"""The spans of the turns in the text that a chat template renders, and with them the loss mask.
 
-A template says nowhere what it writes for whom. An answer begins where the text of the turns in
-front of it, generation prompt included, ends; it ends where the text of the turns up to it ends.
-Both are looked for in the text of the whole conversation. Many templates write a turn otherwise
-once others follow (an empty reasoning is left out, the system prompt moves to the last question):
-then the template's own `{% generation %}` marks are asked, then the answer is looked for together
-with its question. What is not found is refused, by turn: nothing is learned by guess.
+A template does not say which part of its text belongs to which turn. An answer begins where the
+text of the turns before it ends, generation prompt included; it ends where the text of the turns up
+to it ends. Both are searched in the text of the whole conversation. Many templates write a turn
+differently once others follow (they drop an empty reasoning, or move the system prompt to the last
+question): then the template's own `{% generation %}` marks decide, then a search for the answer
+together with its question. A turn that is not found makes a bad row: the mask is never a guess.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import re
 from dataclasses import dataclass
 
 from neftune_dist.data.chat_template import ChatTemplate, tools_of
+from neftune_dist.data.errors import BadRow
 from neftune_dist.data.formats import Conversation
-from neftune_dist.data.sources import BadRow
 from neftune_dist.data.spans import Chunk, Rendered, Span
 
 _THOUGHT = re.compile(r"</?think>")
@@ -25,32 +25,37 @@ _Range = tuple[int, int]  # half-open, of characters
 
 
 def render(template: ChatTemplate, conversation: Conversation, supervise: str) -> Rendered:
-    """The text of a conversation, and who says which part of it.
+    """The text of a conversation with the spans of its turns.
 
     Args:
-        supervise: as `data.supervise`; with "all", which needs no answers, none is marked learned.
+        template: renders the text.
+        conversation: with at least one answer.
+        supervise: as `data.supervise`. With "all" no span is marked learned: the caller learns
+            every token.
 
     Raises:
-        BadRow: the template refuses or leaves out a turn, or an answer that is to be learned is
-            changed or cannot be told apart.
+        BadRow: the template refuses or leaves out a turn, or an answer to learn is changed or
+            cannot be told apart.
     """
-    talk = _Talk(template, conversation)
-    wanted = {"assistant": talk.answers, "last": talk.answers[-1:], "all": []}[supervise]
+    text = _RenderedText(template, conversation)
+    answers = {"assistant": text.answers, "last": text.answers[-1:], "all": []}[supervise]
     found: dict[int, Span] = {}
-    marks_end = talk.text.rstrip().endswith(template.special)
-    for i in wanted:
-        behind = max((span.end for span in found.values()), default=0)
-        found[i], marks_end = talk.answer(i, behind)
-    spans = (*talk.others(found), *found.values())
-    return Rendered((Chunk(talk.text, spans),), marks_end)
+    marks_end = text.text.rstrip().endswith(template.special)
+    for i in answers:
+        after = max((span.end for span in found.values()), default=0)
+        found[i], marks_end = text.answer(i, after)
+    spans = (*text.others(found), *found.values())
+    return Rendered((Chunk(text.text, spans),), marks_end)
 
 
 @dataclass(frozen=True)
-class _Turn:
-    """An answer as the template writes it while it is the last turn.
+class _AnswerText:
+    """The conversation up to an answer, rendered while that is the last turn.
 
-    text: up to its end, end-of-turn token included. prompts: the generation prompts that the text
-    begins with, the longest first. content: where the assistant's own words begin.
+    Attributes:
+        text: up to the answer's end, end-of-turn token included.
+        prompts: the generation prompts that the text begins with, the longest first.
+        content: where the assistant's words begin.
     """
 
     text: str
@@ -58,29 +63,30 @@ class _Turn:
     content: int
 
 
-class _Talk:
+class _RenderedText:
     """A conversation and its text."""
 
     def __init__(self, template: ChatTemplate, conversation: Conversation) -> None:
         self.template = template
         self.messages, self.tools = conversation.messages(), tools_of(conversation)
         self.text = template.apply(self.messages, self.tools)
-        self.answers = [i for i, each in enumerate(self.messages) if each["role"] == "assistant"]
-        calls = [call for each in self.messages for call in each.get("tool_calls", [])]
+        self.answers = [i for i, m in enumerate(self.messages) if m["role"] == "assistant"]
+        calls = [call for message in self.messages for call in message.get("tool_calls", [])]
         called = [call["function"]["name"] for call in calls]
         for tool in self.tools or []:
             name = tool["function"]["name"]
+            # A call names the tool, too: that alone does not show its schema.
             if self.text.count(name) <= called.count(name):
                 raise BadRow(f"the chat template leaves out the tools, such as {name}")
 
-    def answer(self, i: int, behind: int) -> tuple[Span, bool]:
-        """Where the answer of message i stands, which is behind a place in the text, and whether
-        anything marks its end."""
-        turn, marked = self._turn(i)
+    def answer(self, i: int, after: int) -> tuple[Span, bool]:
+        """The span of message i, an answer after a place in the text, and whether a token marks
+        its end."""
+        turn, marked = self._answer_text(i)
         if self.text.startswith(turn.text):
             place: _Range | None = (len(turn.prompts[0]), len(turn.text))
         else:
-            place = self._by_marks(i, turn) or self._by_question(i, turn, behind)
+            place = self._by_marks(i, turn) or self._by_question(i, turn, after)
         if place is None:
             raise BadRow(
                 f"the chat template renders turn {i + 1} differently once later turns follow, so "
@@ -90,8 +96,8 @@ class _Talk:
         return Span(*place, "assistant", learned=True), marked
 
     def others(self, found: dict[int, Span]) -> list[Span]:
-        """Where the other turns stand: between the answers around them, or wherever they have moved
-        to. Raises `BadRow` where a turn is nowhere."""
+        """The spans of the other turns: between the answers around them, or wherever the template
+        has moved them. Raises `BadRow` where a turn is missing."""
         spans: list[Span] = []
         cursor = 0
         for i, message in enumerate(self.messages):
@@ -101,7 +107,7 @@ class _Talk:
             role, content = message["role"], message["content"].strip()
             end = min((s.begin for s in found.values() if s.begin >= cursor), default=None)
             place = self._find(content, cursor, end) or self._find(content, 0, None)
-            if place is None and role == "assistant":  # whose reasoning may have been dropped
+            if place is None and role == "assistant":  # its reasoning may be dropped
                 place = self._find(_THOUGHT.split(content)[-1].strip(), cursor, end)
             if place is None:
                 raise BadRow(
@@ -112,7 +118,7 @@ class _Talk:
             spans.append(Span(*place, role))
         return spans
 
-    def _turn(self, i: int) -> tuple[_Turn, bool]:
+    def _answer_text(self, i: int) -> tuple[_AnswerText, bool]:
         message, is_last = self.messages[i], i == len(self.messages) - 1
         through = self.text if is_last else self._apply(i + 1)
         prompts = self.template.prompts(self.messages[:i], self.tools)
@@ -125,22 +131,22 @@ class _Talk:
         place = _content(through, len(prompts[0]), message["content"])
         if place is None:
             raise BadRow(f"the chat template changes the assistant's text in turn {i + 1}")
-        # Behind the end-of-turn token, before the template's own white space that leads to the next
-        # turn: no model generates that.
+        # The answer ends after the end-of-turn token and before the template's white space that
+        # leads to the next turn: no model generates that.
         tail = self._end_of_turn(through[place[1] :].rstrip(), i, through)
         calls = self._check_calls(i, tail)
         marked = tail.endswith(self.template.special) if calls else bool(tail)
-        return _Turn(through[: place[1]] + tail, tuple(prompts), place[0]), marked
+        return _AnswerText(through[: place[1]] + tail, tuple(prompts), place[0]), marked
 
     def _check_calls(self, i: int, said: str) -> bool:
-        """Whether message i calls tools. Raises `BadRow` where one of them is not in the text."""
+        """Whether message i calls tools. Raises `BadRow` where a call is missing in its text."""
         calls = self.messages[i].get("tool_calls", [])
         if any(call["function"]["name"] not in said for call in calls):
             raise BadRow(f"the chat template leaves out what the assistant calls in turn {i + 1}")
         return bool(calls)
 
     def _end_of_turn(self, tail: str, i: int, through: str) -> str:
-        """Of the text behind an answer, what is there too when a turn follows: some templates
+        """The part of the text after an answer that stays when a turn follows: some templates
         (Phi-3's) write the end of the turn, then that of the conversation."""
         last = next((token for token in self.template.special if tail.endswith(token)), "")
         own = tail.removesuffix(last).rstrip()
@@ -155,10 +161,10 @@ class _Talk:
         stays = followed.startswith(through) or not followed.startswith(before + own)
         return tail if stays else own
 
-    def _by_marks(self, i: int, turn: _Turn) -> _Range | None:
-        """An answer by the template's marks. They may hold the generation prompt and the white
-        space behind the turn, too, which no model generates; and what they hold is looked at,
-        because the ranges of marks inside a macro are wrong."""
+    def _by_marks(self, i: int, turn: _AnswerText) -> _Range | None:
+        """The range of an answer by the template's `{% generation %}` marks, without the generation
+        prompt and the white space after the turn, which no model generates. Checked against the
+        content, because the ranges of marks inside a macro are wrong."""
         marks = self.template.generations(self.messages, self.tools)
         if len(marks) != len(self.answers):
             return None
@@ -172,27 +178,27 @@ class _Talk:
             if marked[:shared].strip():
                 begin += shared
                 break
-        behind = marked[said[1] :]
-        return begin, end - len(behind) + len(behind.rstrip())
+        tail = marked[said[1] :]
+        return begin, end - len(tail) + len(tail.rstrip())
 
-    def _by_question(self, i: int, turn: _Turn, behind: int) -> _Range | None:
-        """An answer that the template writes in full behind its question, although something else
-        has changed: the first place with the question, what leads to the answer, the answer and its
-        end."""
+    def _by_question(self, i: int, turn: _AnswerText, after: int) -> _Range | None:
+        """The range of an answer that the template writes in full after its question, although
+        something else has changed: the first place with the question, the generation prompt, the
+        answer and its end."""
         question = self.messages[i - 1]["content"].strip() if i else ""
         for prompt in turn.prompts:
             asked = prompt.rfind(question) if question else -1
             if asked < 0:
                 continue
             for begin in (len(prompt), turn.content):
-                place = self.text.find(prompt[asked:] + turn.text[begin:], behind)
+                place = self.text.find(prompt[asked:] + turn.text[begin:], after)
                 if place >= 0:
                     place += len(prompt) - asked
                     return place, place + len(turn.text) - begin
         return None
 
     def _find(self, content: str, begin: int, end: int | None) -> _Range | None:
-        """A content, as it is or, as some templates write a tool's result, as a JSON string."""
+        """The range of a content, as it is or as a JSON string, as some templates write results."""
         for said in (content, json.dumps(content, ensure_ascii=False)[1:-1]):
             place = self.text.find(said, begin, end)
             if place >= 0:
@@ -204,8 +210,8 @@ class _Talk:
 
 
 def _content(text: str, start: int, content: str) -> _Range | None:
-    """Where a text holds an answer, from `start` on: as it is, trimmed, or with its reasoning and
-    the rest taken apart and put together with other white space."""
+    """The range of an answer in a text from `start` on: as it is, trimmed, or with other white
+    space between its reasoning and the rest."""
     for said in (content, content.strip()):
         place = text.find(said, start)
         if place >= 0:

@@ -1,5 +1,4 @@
-"""The mask, for a person to judge before the first step: who is learned from, and real documents
-token by token."""
+"""The loss mask as people check it before the first step: counts by speaker, documents by token."""
 
 from __future__ import annotations
 
@@ -13,18 +12,21 @@ import numpy as np
 from neftune_dist.data.documents import Documents
 from neftune_dist.data.spans import SPEAKERS
 
-_FEW_ENDS = 0.5  # share of documents below which it is said that ends are hardly learned
+_FEW_ENDS = 0.5  # share of documents with a supervised end below which a warning is given
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
-# For learned tokens and the others, two each, so that neighbours can be told apart.
+# By whether a token is learned, two for each case, so that neighbouring tokens differ.
 _COLOURS = {True: ("\x1b[30;42m", "\x1b[30;102m"), False: ("\x1b[37m", "\x1b[90m")}
 _RESET = "\x1b[0m"
 
 
 @dataclass
 class MaskAudit:
-    """Tokens of an epoch by who of `SPEAKERS` says them, and how many of these are learned.
+    """Tokens of an epoch by speaker, one of `SPEAKERS`.
 
-    end_of_turn_learned: share of documents in which the end of the last learned answer is.
+    Attributes:
+        num_tokens, num_supervised: all tokens, and the supervised ones.
+        end_of_turn_learned: share of documents in which the end of the last supervised answer is
+            supervised.
     """
 
     num_tokens: dict[str, int] = field(default_factory=dict)
@@ -33,8 +35,7 @@ class MaskAudit:
 
     @staticmethod
     def of(spoken: np.ndarray, end_learned: np.ndarray) -> MaskAudit:
-        """Of documents: spoken (num_documents, len(SPEAKERS), 2), tokens and learned ones;
-        end_learned bool (num_documents,)."""
+        """Sums over documents of the arrays `spoken` and `end_learned` of `DocumentStats`."""
         tokens, supervised = spoken.sum(axis=0, dtype=np.int64).T.tolist()
         return MaskAudit(
             dict(zip(SPEAKERS, tokens, strict=True)),
@@ -43,16 +44,14 @@ class MaskAudit:
         )
 
     def lines(self) -> list[str]:
-        """The audit as a person reads it; what is likely to be a mistake is a warning."""
+        """The counts as printed lines, with warnings of likely mistakes."""
         total, learned = sum(self.num_tokens.values()), sum(self.num_supervised.values())
         roles = []
         for name, tokens in self.num_tokens.items():
             if tokens:
-                share = f"{self.num_supervised[name] / tokens:.1%} of them learned"
-                none = "none learned"
-                roles.append(
-                    f"{name} {tokens / total:.1%} ({share if self.num_supervised[name] else none})"
-                )
+                share = self.num_supervised[name] / tokens
+                part = f"{share:.1%} of them learned" if share else "none learned"
+                roles.append(f"{name} {tokens / total:.1%} ({part})")
         lines = [f"data: tokens by role: {'; '.join(roles)}"]
         if self.end_of_turn_learned == 0:
             lines.append(
@@ -75,12 +74,14 @@ class MaskAudit:
 def preview(
     documents: Documents, names: list[str], tokenizer: Any, number: int, colour: bool
 ) -> Iterator[str]:
-    """Some documents, evenly chosen, as text that shows its tokens and which of them are learned:
-    in colour, or each between ⟦ and ⟧.
+    """Evenly chosen documents as text that shows the tokens, and the learned ones among them.
 
     Args:
+        documents: of one part.
         names: of the sources.
-        number: of documents; fewer where there are not as many.
+        tokenizer: decodes the tokens.
+        number: of documents, or as many as there are.
+        colour: mark learned tokens by colour, else by ⟦ and ⟧.
     """
     number = min(number, len(documents))
     for k in range(number):
@@ -98,7 +99,7 @@ def _marked(tokenizer: Any, ids: list[int], supervised: list[int], colour: bool)
     pieces = []
     for i, (start, text) in enumerate(_texts(tokenizer, ids)):
         learned = bool(supervised[start])
-        # A control character would be the terminal's; a line break is shown, and breaks the line.
+        # The terminal would obey a control character; a line break is shown as a sign and obeyed.
         text = _CONTROL.sub(lambda found: chr(0x2400 + ord(found[0])), text)
         breaks, text = "\n" * ("\n" in text), text.replace("\n", "↵")
         if colour:
@@ -109,8 +110,8 @@ def _marked(tokenizer: Any, ids: list[int], supervised: list[int], colour: bool)
 
 
 def _texts(tokenizer: Any, ids: list[int]) -> Iterator[tuple[int, str]]:
-    """Where each token begins and what it adds to the text; several tokens that make one character
-    are one."""
+    """The index of every token and the text that it adds; tokens that form one character together
+    count as one."""
     start = 0
     for end in range(1, len(ids) + 1):
         known = max(0, start - 1)  # some decoders drop the first space of what they are given

@@ -4,9 +4,9 @@ The assignment decides speed, never the gradient. It is a pure function of the d
 so every rank computes the same one and nothing is sent. All ranks run the same number of
 micro-batches, because collectives go in step; a rank without a document left runs an empty one.
 
-A round is the micro-batches that all ranks run at the same time: it lasts as long as the slowest of
-them. So those of a round are made alike, in tokens (all but attention) and in squared lengths
-(attention) each by itself.
+A round is the micro-batches that all ranks run at the same time; it lasts as long as the slowest of
+them. The micro-batches of a round are therefore balanced by tokens (all work but attention) and by
+squared lengths (attention).
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ Groups = list[tuple[int, ...]]
 # rounds[k][r]: positions within the step's documents that rank r takes in its micro-batch k.
 Rounds = tuple[tuple[tuple[int, ...], ...], ...]
 
-# Exchanges of documents that even out packed rounds, under two weights of the squares one after the
-# other (tokens have 1). The squares first: short documents hardly change them, and can still even
-# out the tokens. Limited by number: a limit of time would end them elsewhere on every rank.
+# Packed rounds are balanced by exchanging documents, under a large weight of the squares, then a
+# small one (tokens have 1): short documents hardly change the squares, and can still balance the
+# tokens. The limit is a number: a limit of time would differ from rank to rank.
 _SQUARES_WEIGHTS, _MOST_EXCHANGES = (4.0, 0.25), 30
-_MOST_QUIET = 8  # exchanges in a row that gain nothing
+_MOST_QUIET = 8  # consecutive exchanges without a gain
 _LEAST_GAIN = 1e-7
-_CANDIDATES = 24  # places of a micro-batch that one exchange looks at
-# Relative distances that are even enough: of tokens, which are most of the work, and of squares.
-_TOKENS_NEAR, _SQUARES_NEAR = 0.005, 0.01
+_CANDIDATES = 24  # places of a micro-batch that one exchange considers
+# Relative imbalance at which the search stops: of tokens, which are most of the work, and squares.
+_TOKENS_TOLERANCE, _SQUARES_TOLERANCE = 0.005, 0.01
 
 
 def assign_documents(
@@ -41,13 +41,18 @@ def assign_documents(
     packing: bool,
     quadratic_tokens: float,
 ) -> Rounds:
-    """Deal documents to world_size ranks, at most micro_batch_tokens a micro-batch.
+    """Assign documents to the micro-batches of all ranks.
 
     Args:
         lengths: int64 (num_documents,), tokens.
-        packing: a micro-batch costs its tokens; otherwise its rows times its longest row.
+        world_size: ranks that do not share documents.
+        micro_batch_tokens: the most tokens of a micro-batch.
+        packing: a micro-batch computes its tokens; otherwise its rows times its longest row.
         quadratic_tokens: length at which a document's attention costs as much as all else; the
             work of a document of L tokens is L (1 + L / quadratic_tokens).
+
+    Returns:
+        rounds[k][r]: the documents, as positions in `lengths`, of micro-batch k of rank r.
 
     Raises:
         UserError: a document is longer than micro_batch_tokens.
@@ -63,48 +68,48 @@ def assign_documents(
         return size * (1 + size / quadratic_tokens)
 
     if packing:
-        # Rounds of like squares: long documents run beside long documents.
+        # Rounds of similar squares: long documents run beside long documents.
         bins = _pack(sizes, world_size, micro_batch_tokens, work)
         rounds = _in_rounds(bins, [sum(sizes[i] ** 2 for i in group) for group in bins], world_size)
-        rounds = _even_out(lengths, rounds, micro_batch_tokens)
+        rounds = _balance(lengths, rounds, micro_batch_tokens)
     else:
         bins = _pad(sizes, world_size, micro_batch_tokens)
         rounds = _in_rounds(bins, [_padded(sizes, group, work) for group in bins], world_size)
-    # Within a round the heaviest goes to the rank that has worked least so far.
+    # Within a round the heaviest group goes to the rank with the least work so far.
     load = [0.0] * world_size
-    groups = []
-    for each in rounds:
+    assigned = []
+    for groups in rounds:
         costs = [
             sum(work(sizes[i]) for i in group) if packing else _padded(sizes, group, work)
-            for group in each
+            for group in groups
         ]
-        heaviest = sorted(range(world_size), key=lambda b: (-costs[b], each[b]))
+        heaviest = sorted(range(world_size), key=lambda b: (-costs[b], groups[b]))
         ranks = sorted(range(world_size), key=lambda r: (load[r], r))
-        dealt: Groups = [()] * world_size
+        by_rank: Groups = [()] * world_size
         for rank, b in zip(ranks, heaviest, strict=True):
-            dealt[rank] = each[b]
+            by_rank[rank] = groups[b]
             load[rank] += costs[b]
-        groups.append(tuple(dealt))
-    return tuple(groups)
+        assigned.append(tuple(by_rank))
+    return tuple(assigned)
 
 
 def _in_rounds(bins: Groups, costs: Sequence[float], world_size: int) -> list[Groups]:
-    """Rounds of world_size bins that cost about the same, the heaviest first."""
+    """Rounds of world_size bins of similar cost, the heaviest first."""
     order = sorted(range(len(bins)), key=lambda b: (-costs[b], bins[b]))
     ordered = [bins[b] for b in order]
     return [ordered[first : first + world_size] for first in range(0, len(ordered), world_size)]
 
 
 def _padded(sizes: Sequence[int], group: Sequence[int], work: Callable[[int], float]) -> float:
-    """Work of padded rows: each costs what the longest does."""
+    """Work of padded rows: every row costs as much as the longest."""
     return len(group) * work(max((sizes[i] for i in group), default=0))
 
 
 def _pack(
     sizes: Sequence[int], world_size: int, capacity: int, work: Callable[[int], float]
 ) -> Groups:
-    """Bins for as few rounds as are found to do. Those of `_fill` are even but need more room than
-    those of `_fit`, which are taken only where that saves a round."""
+    """Bins for as few rounds as possible. The bins of `_fill` are balanced but need more room than
+    those of `_fit`, which are used only where that saves a round."""
     order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
     fitted = _fit(order, sizes, capacity)
     enough = max(1, -(-len(fitted) // world_size))
@@ -118,8 +123,8 @@ def _pack(
 
 
 def _fit(order: Sequence[int], sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Best fit decreasing (Johnson 1973): the longest document left goes where it leaves the least
-    room."""
+    """Best fit decreasing (Johnson 1973): the longest remaining document goes where it leaves the
+    least room."""
     bins: list[list[int]] = []
     room: list[tuple[int, int]] = []  # tokens left, bin; in order
     for i in order:
@@ -139,8 +144,8 @@ def _fill(
     capacity: int,
     work: Callable[[int], float],
 ) -> list[list[int]] | None:
-    """Longest processing time first (Graham 1969) under a capacity: the longest document left goes
-    to the bin with the least work that has room; None where none has."""
+    """Longest processing time first (Graham 1969) under a capacity: the longest remaining document
+    goes to the bin with the least work that has room; None where no bin has."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     heap = [(0.0, b, 0) for b in range(num_bins)]  # work, bin, tokens
     for i in order:
@@ -152,29 +157,31 @@ def _fill(
         done, b, tokens = heapq.heappop(heap)
         bins[b].append(i)
         heapq.heappush(heap, (done + work(sizes[i]), b, tokens + sizes[i]))
-        for each in full:
-            heapq.heappush(heap, each)
+        for entry in full:
+            heapq.heappush(heap, entry)
     return bins
 
 
-def _even_out(lengths: np.ndarray, rounds: list[Groups], capacity: int) -> list[Groups]:
-    """The same rounds after exchanges of documents within each."""
+def _balance(lengths: np.ndarray, rounds: list[Groups], capacity: int) -> list[Groups]:
+    """The rounds after exchanges of documents within every round."""
     world_size = len(rounds[0])
     if world_size == 1 or len(lengths) == 0:
         return rounds
-    held, size = _table(lengths, rounds)
+    held, size = _as_arrays(lengths, rounds)
     mean = size.sum((1, 2)) / world_size
-    least = np.array([_least_squares(each[each > 0], world_size) for each in size])
+    least = np.array([_least_squares(row[row > 0], world_size) for row in size])
     scale = np.stack([mean, least])[..., None]  # (tokens or squares, rounds, 1)
     for weight in _SQUARES_WEIGHTS:
         quiet = 0
         for number in range(_MOST_EXCHANGES):
             load = np.stack([size, size * size])  # (tokens or squares, rounds, ranks, places)
-            # Sums of whole numbers, exact in any order: all machines find the same layout.
+            # Sums of whole numbers, exact in any order: all machines find the same rounds.
             totals = load.sum(3) / scale
             tokens, squares = totals
-            even = abs(tokens - 1).max() < _TOKENS_NEAR and squares.max() < 1 + _SQUARES_NEAR
-            if even or quiet == _MOST_QUIET:
+            balanced = (
+                abs(tokens - 1).max() < _TOKENS_TOLERANCE and squares.max() < 1 + _SQUARES_TOLERANCE
+            )
+            if balanced or quiet == _MOST_QUIET:
                 break
             pairs, places = _pairs(tokens, squares, number), _places(size.shape[2], number)
             swaps = _best_swaps(load, totals, scale, pairs, places, capacity / mean, weight)
@@ -183,11 +190,11 @@ def _even_out(lengths: np.ndarray, rounds: list[Groups], capacity: int) -> list[
                 continue
             quiet = 0
             one, other = swaps
-            for table in (held, size):
-                table[one], table[other] = table[other], table[one]
+            for array in (held, size):
+                array[one], array[other] = array[other], array[one]
     return [
-        [tuple(sorted(int(i) for i in group if i < len(lengths))) for group in each]
-        for each in held
+        [tuple(sorted(int(i) for i in group if i < len(lengths))) for group in groups]
+        for groups in held
     ]
 
 
@@ -203,15 +210,24 @@ def _best_swaps(
     room: np.ndarray,
     weight: float,
 ) -> tuple[Where, Where] | None:
-    """Of each pair of micro-batches that gains by it, the two places to swap; None where none does.
+    """The best swap of every pair of micro-batches, as two places; None where no swap gains.
 
-    What is to be lessened, summed over micro-batches: the squared distance of the tokens from their
-    mean, and `weight` times the squared excess of the squares over `_least_squares`. A swap with a
-    free place is a move.
+    The objective, summed over micro-batches: the squared distance of the tokens from their mean,
+    plus `weight` times the squared excess of the squares over `_least_squares`. A swap with a free
+    place is a move.
+
+    Args:
+        load: tokens and squares of every place, (2, rounds, ranks, places).
+        totals: their sums over places relative to `scale`, (2, rounds, ranks).
+        scale: the mean tokens and the least squares of a round, (2, rounds, 1).
+        pairs: the ranks that exchange, (rounds, pairs) twice.
+        places: the places considered.
+        room: capacity relative to the mean tokens, (rounds,).
+        weight: of the squares.
     """
 
     def uneven(totals: np.ndarray) -> np.ndarray:
-        excess = np.maximum(totals[1] - (1 + _SQUARES_NEAR), 0)
+        excess = np.maximum(totals[1] - (1 + _SQUARES_TOLERANCE), 0)
         return np.asarray((totals[0] - 1) ** 2 + weight * excess**2)
 
     a, b = pairs
@@ -223,7 +239,7 @@ def _best_swaps(
     old_a, old_b = totals[:, rows, a][..., None, None], totals[:, rows, b][..., None, None]
     new_a, new_b = old_a + shift, old_b - shift
     gains = uneven(old_a) + uneven(old_b) - uneven(new_a) - uneven(new_b)
-    # A full micro-batch is exactly full: what is left of rounding must not count.
+    # A full micro-batch is exactly full: rounding must not count as overfull.
     gains[np.maximum(new_a[0], new_b[0]) > room[:, None, None, None] * (1 + 1e-9)] = 0
     gains = gains.reshape(*a.shape, -1)
     best = gains.argmax(2)
@@ -237,20 +253,20 @@ def _best_swaps(
     )
 
 
-def _table(lengths: np.ndarray, rounds: list[Groups]) -> tuple[np.ndarray, np.ndarray]:
-    """Documents and their lengths, (rounds, ranks, places): at the places that stay free, of which
-    every micro-batch has some, num_documents and 0."""
-    most = max(len(group) for each in rounds for group in each)
+def _as_arrays(lengths: np.ndarray, rounds: list[Groups]) -> tuple[np.ndarray, np.ndarray]:
+    """Documents and their lengths, (rounds, ranks, places). Every micro-batch has some free places,
+    which hold num_documents and length 0."""
+    most = max(len(group) for groups in rounds for group in groups)
     held = np.full((len(rounds), len(rounds[0]), most + 2), len(lengths))
-    for k, each in enumerate(rounds):
-        for r, group in enumerate(each):
+    for k, groups in enumerate(rounds):
+        for r, group in enumerate(groups):
             held[k, r, : len(group)] = group
     return held, np.append(lengths, 0).astype(np.float64)[held]
 
 
 def _least_squares(lengths: np.ndarray, world_size: int) -> float:
-    """What the largest sum of squares of a round comes to at least while the tokens are even: the
-    mean, or the longest document with the shortest ones that fill its micro-batch up."""
+    """A lower bound of the largest sum of squares in a round of equal tokens: the mean, or that of
+    the longest document with the shortest ones that fill its micro-batch up."""
     *others, longest = np.sort(lengths).tolist()
     fill = np.searchsorted(np.cumsum(others), lengths.sum() / world_size - longest, side="right")
     alone = float(longest**2 + sum(n * n for n in others[:fill]))
@@ -258,8 +274,8 @@ def _least_squares(lengths: np.ndarray, world_size: int) -> float:
 
 
 def _pairs(tokens: np.ndarray, squares: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """The ranks, (rounds, pairs) each, that the heavier and the lighter halves send to an exchange.
-    From one to the next it changes what counts as heavy, and who meets whom."""
+    """The ranks of the heavier and of the lighter half that exchange, (rounds, pairs) twice. The
+    measure of heaviness, and the partners, change with the number of the exchange."""
     measures = (tokens, squares, tokens + squares / 2, tokens - squares / 2)
     order = np.argsort(-measures[number % 4], axis=1, kind="stable")
     num_pairs = tokens.shape[1] // 2
@@ -268,7 +284,7 @@ def _pairs(tokens: np.ndarray, squares: np.ndarray, number: int) -> tuple[np.nda
 
 
 def _places(num_places: int, number: int) -> np.ndarray:
-    """The places that an exchange looks at: all, or a few that change, with a free one."""
+    """The places that an exchange considers: all, or a changing selection with a free one."""
     if num_places <= _CANDIDATES:
         return np.arange(num_places)
     spread = np.arange(_CANDIDATES - 1) * num_places // (_CANDIDATES - 1)
@@ -276,8 +292,8 @@ def _places(num_places: int, number: int) -> np.ndarray:
 
 
 def _pad(sizes: Sequence[int], world_size: int, capacity: int) -> Groups:
-    """Rows of like length together, the longest first, so that little is padded: in as few rounds
-    as the capacity allows, and then with the smallest capacity that needs no more."""
+    """Rows of similar length together, the longest first, so that little is padded: in as few
+    rounds as the capacity allows, and then with the smallest capacity that needs no more."""
     order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
 
     def bins(capacity: int) -> list[list[int]]:

@@ -1,13 +1,13 @@
-"""The fixed prompts, for models without a chat template and for the runs of the NEFTune paper.
+"""Fixed prompts, for models without a chat template and for the runs of the NEFTune paper.
 
 alpaca: Stanford Alpaca's, one instruction and one answer.
 vicuna: Vicuna v1.1's, as FastChat trains it: one sentence, then exchanges, an end-of-sequence token
-    behind each answer.
-llama2: Llama-2-chat's, as Meta's reference code builds it: each exchange is tokenised on its own
+    after every answer.
+llama2: Llama-2-chat's, as Meta's reference code builds it: every exchange is tokenised separately
     between a beginning-of-sequence and an end-of-sequence token, contents are stripped, and no part
-    of them is ever read as a special token.
+    of them is read as a special token.
 
-Each is there a second time as a Jinja program, for whoever uses the trained model.
+Every prompt exists also as a Jinja program, for users of the trained model.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from __future__ import annotations
 import json
 
 from neftune_dist.config import UserError
+from neftune_dist.data.errors import BadRow
 from neftune_dist.data.formats import Conversation
-from neftune_dist.data.sources import BadRow
 from neftune_dist.data.spans import FRAME, Chunk, Rendered, Span
 
 _ALPACA_WITH_INPUT = (
@@ -34,10 +34,10 @@ _VICUNA_SYSTEM = (
 _LLAMA2_MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
 _NAMES = {"alpaca": "Alpaca", "vicuna": "Vicuna", "llama2": "Llama-2"}
-_Part = tuple[str, str]  # who says it, and what
+_Part = tuple[str, str]  # speaker and text
 
-# What stands in front of these programs sets `begin` (in front of the first exchange), `again` (of
-# every other), `end` (behind an answer), `system` (or none) and the sentences above.
+# `as_jinja` puts assignments before these programs: `begin` (before the first exchange), `again`
+# (before every other), `end` (after an answer), `system` (or none) and the sentences above.
 _LIFT_SYSTEM = """
 {%- if messages[0]['role'] == 'system' %}
 {%- set system = messages[0]['content'] %}
@@ -49,7 +49,7 @@ _ALTERNATE = """
 {{- raise_exception('This prompt takes questions and answers by turns.') }}
 {%- endif %}"""
 _JINJA = {
-    # An Alpaca row's input may be given as the message's own `input`.
+    # An Alpaca row's input may be given as the key `input` of the message.
     "alpaca": r"""
 {%- if messages | map(attribute='role') | list not in (['user'], ['user', 'assistant']) %}
 {{- raise_exception('The Alpaca prompt takes one instruction and one answer.') }}
@@ -97,16 +97,22 @@ def is_fixed(template: str) -> bool:
 
 
 def render(template: str, conversation: Conversation, last_only: bool) -> Rendered:
-    """The conversation in a fixed prompt, every answer learned, or the last one only.
+    """Render a conversation in a fixed prompt.
 
-    Raises `BadRow` where the prompt cannot express the turns.
+    Args:
+        template: the prompt's name.
+        conversation: with at least one answer.
+        last_only: only the last answer is learned, else every one.
+
+    Raises:
+        BadRow: the prompt cannot express the turns.
     """
     if conversation.tools or any(turn.tool_calls for turn in conversation.turns):
         raise BadRow(f"the {_NAMES[template]} prompt has no place for tools and their calls")
     make = {"alpaca": _alpaca, "vicuna": _vicuna, "llama2": _llama2}[template]
     exchanges = make(conversation)
-    answered = [any(who == "assistant" for who, _ in parts) for parts in exchanges]
-    last = max(i for i, there in enumerate(answered) if there)
+    answered = [any(speaker == "assistant" for speaker, _ in parts) for parts in exchanges]
+    last = max(i for i, has_answer in enumerate(answered) if has_answer)
     chunks = tuple(
         _chunk(
             parts,
@@ -121,7 +127,7 @@ def render(template: str, conversation: Conversation, last_only: bool) -> Render
 
 
 def check_tokenizer(template: str, name: str, end: str | None) -> None:
-    """Raises `UserError` where the tokenizer cannot end an answer."""
+    """Raise `UserError` where the tokenizer has no token that ends an answer."""
     if end is None:
         raise UserError(
             f"The tokenizer {name} has no end-of-sequence token, with which the "
@@ -130,13 +136,14 @@ def check_tokenizer(template: str, name: str, end: str | None) -> None:
 
 
 def as_jinja(template: str, *, prefix: str, end: str, gap: str, system: str | None) -> str:
-    """The prompt as a program for `apply_chat_template`.
+    """The prompt as a Jinja program for `apply_chat_template`.
 
     Args:
-        prefix: the special tokens that the tokenizer puts in front of a text.
+        template: the prompt's name.
+        prefix: the special tokens that the tokenizer puts before a text.
         end: the end-of-sequence token.
-        gap: what makes a text behind a special token the tokens of that text alone.
-        system: of conversations that have no system prompt.
+        gap: text after a special token that makes the following text the tokens of that text alone.
+        system: the system prompt of conversations without one.
     """
     begin = prefix + gap if prefix else ""
     values = {
@@ -159,7 +166,7 @@ def as_jinja(template: str, *, prefix: str, end: str, gap: str, system: str | No
 
 
 def quoted(text: str | None) -> str:
-    """A value as Jinja writes it."""
+    """A text, or none, as a Jinja literal."""
     return "none" if text is None else json.dumps(text, ensure_ascii=False)
 
 
@@ -167,8 +174,8 @@ def _chunk(parts: list[_Part], *, learned: bool, starts: bool, ends: bool, liter
     text, spans = "", []
     for speaker, said in parts:
         if speaker != FRAME:
-            taught = learned and speaker == "assistant"
-            spans.append(Span(len(text), len(text) + len(said), speaker, taught))
+            is_learned = learned and speaker == "assistant"
+            spans.append(Span(len(text), len(text) + len(said), speaker, is_learned))
         text += said
     return Chunk(text, tuple(spans), starts, ends, literal)
 
@@ -230,8 +237,8 @@ def _llama2(conversation: Conversation) -> list[list[_Part]]:
 def _exchanges(
     template: str, conversation: Conversation
 ) -> tuple[str | None, list[tuple[str, str | None]]]:
-    """The system prompt, if there is one, and pairs of question and answer; the last question may
-    have none."""
+    """The system prompt, or None, and pairs of question and answer; the last question may have
+    no answer."""
     messages = conversation.messages()
     system = messages[0]["content"] if messages[0]["role"] == "system" else None
     first = 0 if system is None else 1

@@ -1,4 +1,4 @@
-"""What became of every row, for a person to read."""
+"""The data report: what became of every row."""
 
 from __future__ import annotations
 
@@ -6,13 +6,21 @@ from dataclasses import dataclass, field
 
 from neftune_dist.data.mask_preview import MaskAudit
 
-NAMED_ROWS = 20  # bad rows of a source that the report names one by one
+NAMED_ROWS = 20  # bad rows that the report names, of one source
 
 
 @dataclass
 class SourceReport:
-    """Of one source. num_documents: that can be learned from. num_occurrences: in an epoch; 0 of
-    the held-out source."""
+    """Counts of one source.
+
+    Attributes:
+        name: the source's.
+        num_rows, num_bad_rows: read, and those that cannot be used.
+        num_documents: rows that can be learned from.
+        num_occurrences: documents in an epoch; 0 for the held-out source.
+        bad_rows: the first bad rows, with their place and reason.
+        left_out: other files in a directory.
+    """
 
     name: str
     num_rows: int = 0
@@ -20,21 +28,21 @@ class SourceReport:
     num_documents: int = 0
     num_occurrences: int = 0
     bad_rows: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)  # files of a directory
+    left_out: list[str] = field(default_factory=list)
 
 
 @dataclass
 class Report:
-    """What became of the rows of all sources.
+    """Counts over all sources.
 
-    num_rows is the sum of the documents that are trained on, num_held_out and the kinds that were
-    left out: num_dropped_too_long, num_nothing_to_learn, num_bad_rows, num_dropped_duplicates,
-    num_leaked, num_not_chosen. num_documents counts a document as often as an epoch has it; tokens
-    and lengths are of those.
+    num_rows is the sum of the different training documents, num_held_out and the rows left out:
+    num_dropped_too_long, num_nothing_to_learn, num_bad_rows, num_dropped_duplicates, num_leaked,
+    num_not_chosen. num_documents counts a document as often as an epoch has it; tokens and lengths
+    are those of these occurrences.
     """
 
     sources: list[SourceReport]
-    content: str = ""  # digest of what is trained on, token by token
+    content: str = ""  # digest of the training tokens and masks
     num_rows: int = 0
     num_documents: int = 0
     num_held_out: int = 0
@@ -55,18 +63,18 @@ class Report:
 
     @property
     def source(self) -> str:
-        """The sources' names."""
-        return " + ".join(each.name for each in self.sources)
+        """The names of the sources."""
+        return " + ".join(source.name for source in self.sources)
 
     @property
     def bad_rows(self) -> list[str]:
-        """Those that are named, with the name of their source where there are several."""
+        """The named bad rows, with the name of their source where there are several."""
         if len(self.sources) == 1:
             return self.sources[0].bad_rows
-        return [f"{each.name}, {row}" for each in self.sources for row in each.bad_rows]
+        return [f"{source.name}, {row}" for source in self.sources for row in source.bad_rows]
 
     def lines(self) -> list[str]:
-        """The report as a person reads it."""
+        """The report as printed lines."""
         supervised = self.num_supervised_tokens / max(1, self.num_tokens)
         several = len(self.sources) > 1
         lines = [
@@ -77,17 +85,17 @@ class Report:
             f"{self.audit.end_of_turn_learned:.1%} of documents",
             *self.audit.lines(),
         ]
-        for each in self.sources if several else []:
-            times = f"{each.num_occurrences} times in an epoch"
+        for source in self.sources if several else []:
+            times = f"{source.num_occurrences} times in an epoch"
             lines.append(
-                f"data:   {each.name}: {each.num_rows} rows, {each.num_documents} documents, "
-                f"{times if each.num_occurrences else 'not trained on'}"
+                f"data:   {source.name}: {source.num_rows} rows, {source.num_documents} documents, "
+                f"{times if source.num_occurrences else 'not trained on'}"
             )
-        lines += [f"data: {number} {what}" for number, what in self._counted() if number]
-        for each in self.sources:
-            if each.left_out:
-                names = ", ".join(each.left_out[:5]) + (", ..." if len(each.left_out) > 5 else "")
-                lines.append(f"data: {each.name}: not read: {names}")
+        lines += [f"data: {number} {kind}" for number, kind in self._counted() if number]
+        for source in self.sources:
+            if names := source.left_out:
+                listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+                lines.append(f"data: {source.name}: not read: {listed}")
         return lines + self._bad_lines()
 
     def _counted(self) -> list[tuple[int, str]]:
@@ -110,8 +118,8 @@ class Report:
         if not self.num_bad_rows:
             return []
         lines = [f"data: {self.num_bad_rows} rows skipped:"]
-        for each in self.sources:
-            lines += [f"data:   {each.name}, {row}" for row in each.bad_rows]
-            if each.num_bad_rows > len(each.bad_rows):
-                lines.append(f"data:   and {each.num_bad_rows - len(each.bad_rows)} more")
+        for source in self.sources:
+            lines += [f"data:   {source.name}, {row}" for row in source.bad_rows]
+            if source.num_bad_rows > len(source.bad_rows):
+                lines.append(f"data:   and {source.num_bad_rows - len(source.bad_rows)} more")
         return lines

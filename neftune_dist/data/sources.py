@@ -1,6 +1,6 @@
-"""The rows of a source: files of every kind, the hub, the built-in set.
+"""Rows of a source: local files, a dataset of the hub, or the built-in set.
 
-Owns reading, a row at a time: no file is held in memory. A source that cannot be read is a
+Rows are read one at a time; no file is held in memory. A source that cannot be read is a
 `UserError`; a single bad row is a `BadRow`, which the caller counts and reports.
 """
 
@@ -23,10 +23,10 @@ import pyarrow
 from neftune_dist.compat.datasets import fingerprint
 from neftune_dist.config import BUILTIN_SOURCE, SourceConfig, UserError
 from neftune_dist.data import builtin, files, tables
-from neftune_dist.data.errors import LONGEST_ROW_BYTES, BadRow
+from neftune_dist.data.errors import LONGEST_ROW_BYTES, BadRow, type_name
 from neftune_dist.system.text import first_line
 
-_PIECE_CHARACTERS = 2**20  # of a JSON array, read at a time; of a long element more
+_PIECE_CHARACTERS = 2**20  # of a JSON array, read at a time; more in a long element
 _LONGEST_PIECE = 2**24
 _BOM = b"\xef\xbb\xbf"
 _MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet", b"ARROW1": ".arrow"}
@@ -37,13 +37,15 @@ Rows = Iterator[tuple[str, "Mapping[str, Any] | BadRow"]]
 
 @dataclass(frozen=True)
 class Source:
-    """A readable source: the setting and the name that it goes by, a digest of its content, and its
-    rows.
+    """A readable source.
 
-    rows: pairs of a place and the row, or what is wrong with it. A place is `row 7`, with the
-        file's name in front where there are several. Rows count from 1; in a file of lines (JSON,
-        CSV) the number is that of the line on which the row begins.
-    left_out: names in a directory that are no files of rows.
+    Attributes:
+        key, name: the setting that names it, and its value.
+        digest: of its content.
+        rows: pairs of a place and a row, or the reason why it is bad. A place is `row 7`, after
+            the file's name where there are several. Rows count from 1; in a file of lines (JSON,
+            CSV) the number is that of the line on which the row begins.
+        left_out: names of the other files in a directory.
     """
 
     key: str
@@ -54,14 +56,14 @@ class Source:
 
 
 def open_source(config: SourceConfig, key: str = "data.source") -> Source:
-    """The source of that name; `key` is the setting's. Raises `UserError` where it cannot be
+    """Open a source; `key` names the setting in messages. Raises `UserError` where it cannot be
     read."""
     name = config.source
     if name == BUILTIN_SOURCE:
         _refuse_revision(config, key)
         rows = builtin.rows()
         digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-        return Source(key, name, digest, _placed(enumerate(rows, 1)))
+        return Source(key, name, digest, _with_places(enumerate(rows, 1)))
     if files.is_local(name):
         _refuse_revision(config, key)
         return _open_files(name, key)
@@ -72,9 +74,9 @@ def open_source(config: SourceConfig, key: str = "data.source") -> Source:
 
 def _refuse_revision(config: SourceConfig, key: str) -> None:
     if config.revision is not None or config.split != SourceConfig.split:
-        its = key.removesuffix("source")
+        prefix = key.removesuffix("source")
         raise UserError(
-            f"{its}split and {its}revision have no effect with {key}={config.source}, "
+            f"{prefix}split and {prefix}revision have no effect with {key}={config.source}, "
             "which is no hub id: leave them out."
         )
 
@@ -89,8 +91,9 @@ def _open_files(name: str, key: str) -> Source:
         except OSError as error:
             raise UserError(f"{key}={path} cannot be read: {error.strerror or error}.") from error
         digests.append((files.file_kind(path), digest))
-    whole = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
-    return Source(key, os.path.expanduser(name), whole, _rows_of(found.paths, key), found.left_out)
+    total = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+    rows = _rows_of_files(found.paths, key)
+    return Source(key, os.path.expanduser(name), total, rows, found.left_out)
 
 
 def _open_hub(config: SourceConfig, key: str) -> Source:
@@ -101,29 +104,28 @@ def _open_hub(config: SourceConfig, key: str) -> Source:
     try:
         loaded = datasets.load_dataset(name, split=config.split, revision=config.revision)
     except Exception as error:  # the hub's clients raise a dozen unrelated types
-        reason = first_line(error)
         raise UserError(
             f"{key}={name} is no local file, and the dataset of that name could not be "
-            f"loaded from the hub: {reason}"
+            f"loaded from the hub: {first_line(error)}."
         ) from error
-    rows = _placed(enumerate(loaded, 1))
+    rows = _with_places(enumerate(loaded, 1))
     return Source(key, f"{name}[{config.split}]", fingerprint(loaded), rows)
 
 
-def _placed(rows: Any, file: str = "") -> Rows:
+def _with_places(rows: Any, file: str = "") -> Rows:
     for number, row in rows:
         yield f"{file}row {number}", row
 
 
-def _rows_of(paths: tuple[Path, ...], key: str) -> Rows:
+def _rows_of_files(paths: tuple[Path, ...], key: str) -> Rows:
     root = os.path.commonpath([path.parent for path in paths])
     for path in paths:
         file = f"{os.path.relpath(path, root)}, " if len(paths) > 1 else ""
-        yield from _placed(_rows_of_file(path, key), file)
+        yield from _with_places(_rows_of_file(path, key), file)
 
 
 def _rows_of_file(path: Path, key: str) -> Numbered:
-    """The rows of one file; what ends the reading is told with the last row before it."""
+    """The rows of one file. An error that ends the reading names the last row before it."""
     what, kind, number = f"{key}={path}", files.file_kind(path), 0
     try:
         for number, row in _READERS[kind](path):
@@ -133,9 +135,9 @@ def _rows_of_file(path: Path, key: str) -> Numbered:
     except (zlib.error, gzip.BadGzipFile, EOFError) as error:
         raise UserError(f"{what} is a damaged gzip file{_behind(number)}: {error}.") from error
     except (pyarrow.ArrowException, ValueError, RecursionError, csv.Error) as error:
-        # Of which numbers of too many digits, in JSON, are ValueErrors.
-        told = {"parquet": "a readable Parquet file", "arrow": "a readable Arrow file"}
-        form = told.get(kind, f"valid {kind.upper()}")
+        # A JSON number of too many digits is a ValueError, too.
+        tables_of = {"parquet": "a readable Parquet file", "arrow": "a readable Arrow file"}
+        form = tables_of.get(kind, f"valid {kind.upper()}")
         reason = getattr(error, "msg", None) or str(error).splitlines()[0]
         raise UserError(f"{what} is not {form}{_behind(number)}: {reason}.") from error
     except OSError as error:
@@ -148,8 +150,7 @@ def _behind(number: int) -> str:
 
 
 def _open_bytes(path: Path) -> IO[bytes]:
-    """The file's content, not compressed. Raises `ValueError` where it is not what its name
-    says."""
+    """The decompressed content of a file. Raises `ValueError` where its name is of another kind."""
     suffix = path.suffix.lower()
     if suffix == ".gz":
         return gzip.open(path)  # type: ignore[return-value]
@@ -172,7 +173,7 @@ def _open_bytes(path: Path) -> IO[bytes]:
 
 
 def _json_rows(path: Path) -> Numbered:
-    """An array of objects, or one object a line."""
+    """Rows of a JSON file: an array of objects, or one object a line."""
     with _open_bytes(path) as file:
         is_array = file.read(2**16).removeprefix(_BOM).lstrip().startswith(b"[")
     with _open_bytes(path) as file:
@@ -212,22 +213,21 @@ def _json_lines(file: IO[bytes]) -> Numbered:
 
 
 def _elements(text: IO[str]) -> Iterator[Any]:
-    """The elements of a JSON array, of which a piece is held in memory, and never less than one
-    element. Raises `ValueError`, at a mistake after looking for the element's end as far as one may
-    reach."""
+    """The elements of a JSON array, with a piece of it in memory, at least one element. Raises
+    `ValueError`; a syntax error is known only after reading as far as an element may reach."""
     decode = json.JSONDecoder().raw_decode
     buffer, at = "", 0
 
     def more() -> bool:
         nonlocal buffer, at
-        # As much again as there is: an element of any length is looked at a few times only.
+        # Double the piece: an element of any length is parsed only a few times.
         piece = text.read(max(_PIECE_CHARACTERS, min(len(buffer) - at, _LONGEST_PIECE)))
         if piece:
             buffer, at = buffer[at:] + piece, 0
         return bool(piece)
 
     def following() -> str:
-        """The next character that is no white space, not yet taken; nothing at the end."""
+        """The next character that is not white space, without consuming it; "" at the end."""
         nonlocal at
         while True:
             while at < len(buffer) and buffer[at] in " \t\n\r":
@@ -250,7 +250,7 @@ def _elements(text: IO[str]) -> Iterator[Any]:
                 if not more():
                     raise
                 continue
-            # A number at the end of what was read may go on behind it.
+            # A number at the end of the buffer may continue behind it.
             if end < len(buffer) or not more():
                 break
         at = end
@@ -270,14 +270,9 @@ def _mapping(row: Any) -> Mapping[str, Any] | BadRow:
     return row if isinstance(row, dict) else BadRow(f"not an object of fields but {type_name(row)}")
 
 
-def type_name(value: Any) -> str:
-    """A value's type, as a person calls it."""
-    return "null" if value is None else type(value).__name__
-
-
 def _table_rows(path: Path, delimiter: str) -> Numbered:
-    """Of text with a header, quoted as spreadsheets do."""
-    csv.field_size_limit(LONGEST_ROW_BYTES)  # of the whole process; 128 KiB were it not set
+    """Rows of a CSV or TSV file with a header, quoted as spreadsheets do."""
+    csv.field_size_limit(LONGEST_ROW_BYTES)  # of the whole process; the default is 128 KiB
     with _open_bytes(path) as file:
         # newline="": line breaks within quotes stay as they are.
         text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")  # type: ignore[type-var]
@@ -305,10 +300,11 @@ def _table_rows(path: Path, delimiter: str) -> Numbered:
 
 
 class _Lines:
-    """The lines of a text, of which one row may take so many characters.
+    """The lines of a text, with a limit on the characters of a row.
 
     Attributes:
-        number: of the line that was read last, from 1. left: characters, until the next row begins.
+        number: of the last line read, from 1.
+        left: characters that the current row may still take.
     """
 
     def __init__(self, text: IO[str]) -> None:

@@ -1,4 +1,4 @@
-"""A conversation as text: what every template makes of it, whether fixed or a model's own."""
+"""A rendered conversation: chunks of text, with spans for speakers and supervision."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 from neftune_dist.data.formats import ROLES
 
-FRAME = "template"  # headers, special tokens, a system prompt of the template's own
-TEXT = "text"  # of a document without turns
+FRAME = "template"  # headers, special tokens, the template's default system prompt
+TEXT = "text"  # a document without turns
 SPEAKERS = (FRAME, *ROLES, TEXT)
 
 
 class Span(NamedTuple):
-    """Half-open range of a text's characters, and who of `SPEAKERS` says them."""
+    """Half-open range of characters said by one of `SPEAKERS`, supervised where `learned`."""
 
     begin: int
     end: int
@@ -23,13 +23,13 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunk:
-    """Text that is tokenised on its own.
+    """Text that is tokenised separately.
 
-    spans: who says what; the template says what lies outside them, and where two overlap, the later
-        one holds.
-    starts: what the tokenizer itself puts in front of a text goes in front of this one.
-    ends: the end-of-sequence token goes behind it, as a part of the last span.
-    literal: what looks like a special token is plain text.
+    Attributes:
+        spans: text outside them is the template's; of two that overlap, the later one counts.
+        starts: the tokenizer's own prefix (BOS) is put in front.
+        ends: the end-of-sequence token is appended, as a part of the last span.
+        literal: special tokens in the text are read as plain text.
     """
 
     text: str
@@ -41,9 +41,9 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation's chunks, one behind the other.
+    """The chunks of a conversation, in order.
 
-    marks_end: whether something learned marks the end of the last answer that is learned.
+    marks_end: whether a supervised token marks the end of the last supervised answer.
     """
 
     chunks: tuple[Chunk, ...]
@@ -51,5 +51,5 @@ class Rendered:
 
     @property
     def text(self) -> str:
-        """All of it, without the tokens that `starts` and `ends` add."""
+        """The whole text, without the tokens that `starts` and `ends` add."""
         return "".join(chunk.text for chunk in self.chunks)

@@ -1,7 +1,7 @@
-"""The rows of tables in Parquet and Arrow files, a few at a time.
+"""Rows of Parquet and Arrow files, read in small batches.
 
-A damaged or made-up table may say that its values lie where no memory is, or stand for any amount
-of them: batches are validated in full before a value is read, and read within limits.
+The offsets in a damaged or malicious table may point outside its memory, or expand to any amount of
+it: batches are validated in full before a value is read, and read within limits.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import pyarrow.parquet
 from neftune_dist.config.limits import limited
 from neftune_dist.data.errors import LONGEST_ROW_BYTES, BadRow
 
-_BATCH_ROWS = 1000  # turned into Python's values at a time, or fewer where they are long
+_BATCH_ROWS = 1000  # converted to Python values at a time; fewer where rows are long
 _BATCH_BYTES = 64 * 2**20
-_BATCH_SECONDS, _BATCH_GIB = 120.0, 4.0  # what a batch may take
+_BATCH_SECONDS, _BATCH_GIB = 120.0, 4.0  # limits of one batch
 _BUFFER_BYTES = 2**20
 
 Numbered = Iterator[tuple[int, "Mapping[str, Any] | BadRow"]]
 
 
 def parquet_rows(path: Path) -> Numbered:
-    """Numbers from 1 and rows."""
+    """Rows of a Parquet file with their numbers, from 1."""
     with pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER_BYTES) as file:
         yield from enumerate(_values(_parquet_batches(file)), 1)
 
@@ -40,7 +40,7 @@ def _parquet_batches(file: Any) -> Iterator[Any]:
 
 
 def arrow_rows(path: Path) -> Numbered:
-    """The file form and the stream form, which `datasets` writes."""
+    """Rows of an Arrow file, in the file format or in the stream format that `datasets` writes."""
     with pyarrow.memory_map(str(path)) as file:
         try:
             stored = pyarrow.ipc.open_file(file)
@@ -53,8 +53,8 @@ def arrow_rows(path: Path) -> Numbered:
 
 
 def _values(batches: Iterable[Any]) -> Iterator[Mapping[str, Any] | BadRow]:
-    """The rows of tables, some of them at a time. Raises `ValueError` where a table's parts are not
-    what its header says: reading those would end the process."""
+    """The rows of batches, converted some at a time. Raises `ValueError` where a batch contradicts
+    its header: reading its values would crash the process."""
     following = iter(batches)
     while True:
         with _batch_limits():
@@ -82,7 +82,7 @@ def _batch_limits() -> Iterator[None]:
     try:
         with limited(_BATCH_SECONDS, _BATCH_GIB):
             yield
-    except (TimeoutError, MemoryError) as error:  # Arrow's own is a MemoryError
+    except (TimeoutError, MemoryError) as error:  # Arrow's memory error is a MemoryError
         raise ValueError(
             f"some rows of it take more than {_BATCH_GIB:g} GiB of memory or {_BATCH_SECONDS:g} s"
         ) from error

@@ -1,8 +1,8 @@
-"""Conversations to tokens, with the mask of what is learned.
+"""Conversations to tokens with their loss mask.
 
-Owns the choice of the template and law 3's mask: which tokens are supervised is decided by
-character spans of the rendered text, never by token ids, so that an end-of-turn token is learned
-even where it equals the padding token.
+Chooses the template, and makes law 3's mask: the supervised tokens are decided by character spans
+of the rendered text, never by token ids, so that an end-of-turn token is supervised even where it
+equals the padding token.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import numpy as np
 from neftune_dist.config import DataConfig, UserError, user_path
 from neftune_dist.data import loss_mask, prompt_templates
 from neftune_dist.data.chat_template import ChatTemplate, bounded, with_system
+from neftune_dist.data.errors import BadRow
 from neftune_dist.data.formats import Conversation, Turn
-from neftune_dist.data.sources import BadRow
 from neftune_dist.data.spans import SPEAKERS, TEXT, Chunk, Rendered, Span
 
-# What a fixed prompt in Jinja is tried on.
+# Conversations on which a fixed prompt in Jinja is compared with the tokens made here.
 _EXCHANGE = (Turn("user", "What is 2 + 3?\nSay it."), Turn("assistant", "It is 5."))
 _TALK = (*_EXCHANGE, Turn("user", "And doubled?"), Turn("assistant", "10"))
 _Pieces = tuple[np.ndarray, np.ndarray]
@@ -31,11 +31,13 @@ _ANY_ANSWER = "Yes."
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """One document.
+    """The tokens of one conversation or text.
 
-    input_ids: int32 (length,). supervised: uint8 (length,), 1 where the token is learned (never the
-    first one). speakers: uint8 (length,), who says the token, as an index of `SPEAKERS`.
-    end_learned: whether the token that ends the last learned answer is there and learned.
+    Attributes:
+        input_ids: int32 (length,).
+        supervised: uint8 (length,), 1 for a supervised token; the first one never is.
+        speakers: uint8 (length,), index in `SPEAKERS` of who says the token.
+        end_learned: whether the token that ends the last supervised answer is supervised.
     """
 
     input_ids: np.ndarray
@@ -44,7 +46,7 @@ class Document:
     end_learned: bool
 
     def cut(self, max_length: int) -> Document:
-        """The first tokens of a document that is longer."""
+        """The first `max_length` tokens of a longer document."""
         kept = slice(max_length)
         return Document(
             self.input_ids[kept], self.supervised[kept], self.speakers[kept], end_learned=False
@@ -52,8 +54,8 @@ class Document:
 
 
 class ConversationTokenizer:
-    """Renders and tokenises conversations as `data.template`, `data.supervise` and
-    `data.system_prompt` say."""
+    """Renders and tokenises conversations by `data.template`, `data.supervise` and
+    `data.system_prompt`."""
 
     def __init__(self, tokenizer: Any, config: DataConfig) -> None:
         self.tokenizer = tokenizer
@@ -65,7 +67,7 @@ class ConversationTokenizer:
                 "a model with a tokenizer.json."
             )
         self._backend = _bare(tokenizer.backend_tokenizer)
-        # What the tokenizer puts in front of a text. A chat template writes its own.
+        # The tokens that the tokenizer puts before a text. A chat template writes its own.
         probe = tokenizer("a", return_special_tokens_mask=True)
         num_special = probe["special_tokens_mask"].index(0)
         self._prefix = np.array(probe["input_ids"][:num_special], np.int32)
@@ -82,13 +84,13 @@ class ConversationTokenizer:
 
     @cached_property
     def _literal(self) -> Any:
-        """The tokenizer that reads no special token in a text."""
+        """The tokenizer that reads special tokens in a text as plain text."""
         literal = _bare(self.tokenizer.backend_tokenizer)
         literal.encode_special_tokens = True
         return literal
 
     def identity(self) -> dict[str, Any]:
-        """All of the tokenizer that decides what a conversation becomes, as plain values."""
+        """All properties that decide the tokens of a conversation, as plain values."""
         return {
             "backend": self._backend.to_str(),
             "prefix": self._prefix.tolist(),
@@ -98,7 +100,8 @@ class ConversationTokenizer:
         }
 
     def render(self, conversation: Conversation) -> Rendered:
-        """Text and spans. Raises `BadRow` where the template cannot express the turns."""
+        """The text of a conversation with spans. Raises `BadRow` where the template cannot express
+        its turns."""
         if conversation.text:
             if self.tokenizer.eos_token_id is None:
                 raise BadRow("the tokenizer has no end-of-sequence token, with which a text ends")
@@ -108,25 +111,28 @@ class ConversationTokenizer:
         return self._render(conversation, self.config.supervise)
 
     def prompt(self, conversation: Conversation) -> str:
-        """The text in front of the first answer, as generation is given it."""
+        """The prompt for the first answer, as text."""
         return self._prompt(conversation).text
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
-        """The tokens of `prompt`: those that the document begins with."""
+        """The prompt for the first answer, as the tokens that the document begins with."""
         chunk = self._prompt(conversation)
         [(ids, _)] = self._tokenize([chunk.text], chunk.literal)
         return [*(self._prefix.tolist() if chunk.starts else []), *ids.tolist()]
 
     def as_jinja(self) -> str | None:
-        """The template as a chat template for whoever uses the trained model: what it makes of a
-        conversation are the tokens of the document (what looks like a special token is one there;
-        and no tokens are kept apart where a prompt ends).
+        """The template as a chat template for users of the trained model.
 
-        None where this tokenizer reads a text behind a special token otherwise than the text alone.
+        It renders a conversation as the document's tokens, except that text like a special token
+        becomes that token, and that a token may hold the end of a prompt with the answer's start.
+
+        Returns:
+            The program, or None where the tokenizer splits a text after a special token differently
+            from the text alone.
         """
-        said = self.config.system_prompt
+        system = self.config.system_prompt
         if self._chat is not None:
-            return self._chat.given if said is None else with_system(self._chat.given, said)
+            return self._chat.given if system is None else with_system(self._chat.given, system)
         prefix = "".join(self.tokenizer.convert_ids_to_tokens(self._prefix.tolist()))
         alone = self.config.template == "alpaca"
         talks = [_EXCHANGE] if alone else [_TALK, (Turn("system", "Be\nbrief."), *_TALK)]
@@ -136,19 +142,19 @@ class ConversationTokenizer:
                 prefix=prefix,
                 end=self.tokenizer.eos_token,
                 gap=gap,
-                system=said,
+                system=system,
             )
             if all(self._is_made_by(source, Conversation(turns)) for turns in talks):
                 return source
         return None
 
     def reply_ids(self, turns: Sequence[Turn]) -> list[int]:
-        """The tokens in front of the answer to the last turn: those behind which it is learned,
-        earlier answers among them. Raises `BadRow` where the template cannot express the turns."""
+        """The tokens before the answer to the last turn, as training sees them, earlier answers
+        included. Raises `BadRow` where the template cannot express the turns."""
         conversation = Conversation((*turns, Turn("assistant", _ANY_ANSWER)))
         try:
             rendered = self._render(conversation, "assistant")
-        except BadRow:  # an earlier answer cannot be told apart, which is not asked for here
+        except BadRow:  # the span of an earlier answer is not found, and not needed here
             rendered = self._render(conversation, "last")
         [document] = self.encode([rendered])
         answered = document.speakers == SPEAKERS.index("assistant")
@@ -157,18 +163,18 @@ class ConversationTokenizer:
         return reply
 
     def encode(self, rendered: Sequence[Rendered]) -> list[Document]:
-        """Tokens and masks, in few calls of the tokenizer."""
-        pieces = self._encode_chunks([chunk for each in rendered for chunk in each.chunks])
+        """Tokenise rendered conversations together, in few calls of the tokenizer."""
+        pieces = self._encode_chunks([chunk for item in rendered for chunk in item.chunks])
         documents = []
-        for each in rendered:
-            encoded = [next(pieces) for _ in each.chunks]
+        for item in rendered:
+            encoded = [next(pieces) for _ in item.chunks]
             ids, supervised, speakers = (
                 np.concatenate(part) for part in zip(*encoded, strict=True)
             )
             if self.config.supervise == "all":
                 supervised = np.ones_like(supervised)
-            supervised[:1] = 0  # nothing comes before it that could predict it
-            documents.append(Document(ids, supervised, speakers, each.marks_end))
+            supervised[:1] = 0  # no token precedes it that could predict it
+            documents.append(Document(ids, supervised, speakers, item.marks_end))
         return documents
 
     def _is_made_by(self, source: str, conversation: Conversation) -> bool:
@@ -182,31 +188,30 @@ class ConversationTokenizer:
         conversation = self._with_system(conversation)
         if self._chat is not None:
             return Chunk(self._chat.prompt(conversation), ())
-        first = prompt_templates.render(self.config.template, conversation, last_only=False).chunks[
-            0
-        ]
+        rendered = prompt_templates.render(self.config.template, conversation, last_only=False)
+        first = rendered.chunks[0]
         begin = next(span.begin for span in first.spans if span.speaker == "assistant")
         return replace(first, text=first.text[:begin], spans=(), ends=False)
 
     def _render(self, conversation: Conversation, supervise: str) -> Rendered:
         conversation = self._with_system(conversation)
         if self._chat is not None:
-            with bounded():  # all that the template makes of one conversation
+            with bounded():  # over all renderings of one conversation
                 return loss_mask.render(self._chat, conversation, supervise)
         return prompt_templates.render(
             self.config.template, conversation, last_only=supervise == "last"
         )
 
     def _with_system(self, conversation: Conversation) -> Conversation:
-        said = self.config.system_prompt
-        if said is None or any(turn.role == "system" for turn in conversation.turns):
+        system = self.config.system_prompt
+        if system is None or any(turn.role == "system" for turn in conversation.turns):
             return conversation
-        return replace(conversation, turns=(Turn("system", said), *conversation.turns))
+        return replace(conversation, turns=(Turn("system", system), *conversation.turns))
 
     def _encode_chunks(
         self, chunks: Sequence[Chunk]
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Of each chunk: input_ids, supervised, speakers, each (length,)."""
+        """input_ids, supervised and speakers of every chunk, (length,) each."""
         encoded = {
             literal: iter(self._tokenize([c.text for c in chunks if c.literal == literal], literal))
             for literal in (False, True)
@@ -217,12 +222,11 @@ class ConversationTokenizer:
             cuts = [begin for begin in begins if _is_joined(chunk.text, offsets, begin)]
             if cuts:
                 ids, offsets = self._tokenize_in_pieces(chunk.text, cuts, chunk.literal)
-            supervised, speakers = _painted(offsets, chunk.spans)
+            supervised, speakers = _masks(offsets, chunk.spans)
             prefix, end = self._prefix, self.tokenizer.eos_token_id
             if chunk.starts and ids[: len(prefix)].tolist() != prefix.tolist():
                 ids = np.concatenate([prefix, ids])
-                supervised = np.concatenate([np.zeros(len(prefix), np.uint8), supervised])
-                speakers = np.concatenate([np.zeros(len(prefix), np.uint8), speakers])
+                supervised, speakers = (np.pad(m, (len(prefix), 0)) for m in (supervised, speakers))
             if chunk.ends and ids[-1:].tolist() != [end]:
                 last = chunk.spans[-1]
                 ids = np.append(ids, np.int32(end))
@@ -231,7 +235,7 @@ class ConversationTokenizer:
             yield ids, supervised, speakers
 
     def _tokenize(self, texts: list[str], literal: bool) -> list[_Pieces]:
-        """Of each text, without special tokens around it: input_ids int32 (length,) and half-open
+        """input_ids int32 (length,) of every text, without special tokens around it, and half-open
         character offsets int64 (length, 2)."""
         backend = self._literal if literal else self._backend
         return [
@@ -240,14 +244,14 @@ class ConversationTokenizer:
         ]
 
     def _tokenize_in_pieces(self, text: str, cuts: list[int], literal: bool) -> _Pieces:
-        """As `_tokenize`, with no token across a cut. A token that holds the prompt's end and the
-        answer's beginning (':"' with the Alpaca prompt) could be neither learned nor generated."""
+        """As `_tokenize`, with no token across a cut. A token of the prompt's end and the answer's
+        start (':"' with the Alpaca prompt) could be neither learned nor generated."""
         ids, offsets = [], []
         for first, last in pairwise([0, *cuts, len(text)]):
             [(piece_ids, piece_offsets)] = self._tokenize([text[first:last]], literal)
             if first:
-                # Tokenizers made from sentencepiece put a space in front of whatever they are
-                # given: a line break takes it, unless one token holds the break and more.
+                # Tokenizers made from sentencepiece put a space before any text: a line break
+                # takes it, unless one token holds the break and more.
                 [(broken_ids, broken)] = self._tokenize(["\n" + text[first:last]], literal)
                 if not _inside_token(broken, 1):
                     kept = broken[:, 0] >= 1
@@ -258,8 +262,8 @@ class ConversationTokenizer:
 
 
 def _bare(backend: Any) -> Any:
-    """The tokenizer without a post-processor: special tokens are put in here, and some
-    post-processors take spaces off the offsets, which would hide who said them."""
+    """The tokenizer without a post-processor: special tokens are added in this module, and some
+    post-processors strip spaces from the offsets, which would hide their speaker."""
     bare = type(backend).from_str(backend.to_str())
     bare.post_processor = None
     bare.no_truncation()
@@ -286,20 +290,21 @@ def _jinja(tokenizer: Any, template: str, name: str) -> str:
 
 
 def _inside_token(offsets: np.ndarray, place: int) -> bool:
-    """Whether one token holds characters on both sides of a place in the text."""
+    """Whether a token has characters on both sides of a place in the text."""
     return bool(np.any((offsets[:, 0] < place) & (place < offsets[:, 1])))
 
 
 def _is_joined(text: str, offsets: np.ndarray, begin: int) -> bool:
-    """Whether what an answer begins with changes the tokens in front of it, which would then not
-    be those of the prompt alone: by a token that holds both, or because the prompt ends in much
-    white space, whose tokens in many tokenizers depend on whether a word follows."""
+    """Whether the start of an answer may change the tokens of the prompt before it: a token has
+    characters of both, or the prompt ends in much white space, which many tokenizers split
+    differently when a word follows."""
     return _inside_token(offsets, begin) or (begin > 1 and text[begin - 2 : begin].isspace())
 
 
-def _painted(offsets: np.ndarray, spans: Sequence[Span]) -> _Pieces:
-    """supervised and speakers, each uint8 (length,). A learned span has the tokens that begin in
-    it; any other those that end in it, for their first one may begin with a space in front."""
+def _masks(offsets: np.ndarray, spans: Sequence[Span]) -> _Pieces:
+    """supervised and speakers of tokens, uint8 (length,) each. A learned span has the tokens that
+    begin in it; any other span those that end in it, as its first may begin with a space before.
+    """
     first, last = offsets[:, 0], offsets[:, 1] - 1
     supervised, speakers = np.zeros(len(offsets), np.uint8), np.zeros(len(offsets), np.uint8)
     for span in spans:

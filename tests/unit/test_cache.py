@@ -229,20 +229,20 @@ def prepare_elsewhere(config: DataConfig, folder: str, told: Any) -> None:
 
 def prepare_slowly(config: DataConfig, folder: str, told: Any) -> None:
     """Write, and hang before the entry is renamed."""
-    whole = dataset._finish
+    whole = dataset._Builder.build
 
     def write_and_hang(*arguments: Any) -> None:
         whole(*arguments)
         told.put("written")
         time.sleep(DEADLINE_SECONDS)
 
-    dataset._finish = write_and_hang
+    dataset._Builder.build = write_and_hang
     prepare(config, AutoTokenizer.from_pretrained(folder))
 
 
 def prepare_together(config: DataConfig, folder: str, barrier: Any, told: Any) -> None:
     """Begin when all have begun; write slowly, so that all the others come meanwhile."""
-    whole, num_written = dataset._finish, 0
+    whole, num_written = dataset._Builder.build, 0
 
     def write_slowly(*arguments: Any) -> None:
         nonlocal num_written
@@ -250,7 +250,7 @@ def prepare_together(config: DataConfig, folder: str, barrier: Any, told: Any) -
         whole(*arguments)
         time.sleep(0.5)
 
-    dataset._finish = write_slowly
+    dataset._Builder.build = write_slowly
     tokenizer = AutoTokenizer.from_pretrained(folder)
     barrier.wait(DEADLINE_SECONDS)
     made = prepare(config, tokenizer)

@@ -18,7 +18,7 @@ from neftune_dist.config import DataConfig, UserError
 from neftune_dist.data.formats import Conversation, Turn, detect_format, to_conversation
 from neftune_dist.data.sources import BadRow
 from neftune_dist.data.spans import Chunk, Rendered, Span
-from neftune_dist.data.tokenize import ConversationTokenizer, Document, _painted
+from neftune_dist.data.tokenize import ConversationTokenizer, Document, _masks
 
 END = "<|im_end|>"  # of SmolLM2
 LLAMA2_CHAT = (
@@ -230,7 +230,7 @@ def test_a_token_that_holds_an_answer_s_end_is_learned() -> None:
     """And what follows, for it begins in the answer; one that begins in front of it is not."""
     spans = [Span(0, 4, "user"), Span(4, 8, "assistant", True)]
     offsets = np.array([[0, 3], [3, 5], [5, 7], [7, 9], [9, 12]])
-    supervised, _ = _painted(offsets, spans)
+    supervised, _ = _masks(offsets, spans)
     assert supervised.tolist() == [0, 0, 1, 1, 0]
 
 
