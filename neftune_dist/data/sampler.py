@@ -40,8 +40,7 @@ class Sampler:
     def total_documents(self) -> int:
         """Documents of all steps, repetitions counted."""
         epochs, steps = divmod(self.num_steps, self.steps_per_epoch)
-        rest = min(steps * self.global_batch_size, self.num_documents)
-        return epochs * self.num_documents + rest
+        return epochs * self.num_documents + steps * self.global_batch_size
 
     def documents(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Document indices and their epochs, int64 (batch,), for 0 <= step < num_steps."""

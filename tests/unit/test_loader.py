@@ -371,6 +371,28 @@ def test_rows_are_filled_to_a_multiple(
         assert int((token_layout(batch).length > 0).sum()) == int(plain.lengths.sum())
 
 
+@pytest.mark.parametrize("slices", [2, 3, 4])
+@pytest.mark.parametrize("chosen", [[4, 2, 9, 0, 7], []])
+def test_slices_supervise_the_whole_between_them(
+    dataset: Dataset, slices: int, chosen: list[int]
+) -> None:
+    """Every position once, in the slice that holds its token, counted from the slice's start."""
+    indices = np.array(chosen, np.int64)
+    whole = collate(dataset.train, indices, np.zeros_like(indices), True, slices)
+    size = whole.whole_tokens // slices
+    assert size >= 2  # torch.compile would compile again for a dimension of size 1
+    found = []
+    for i in range(slices):
+        part = whole.slice(i, slices)
+        assert part.part == (i, slices) and part.input_ids.shape == (1, size)
+        assert ((part.positions >= 0) & (part.positions < size)).all()
+        found += zip((part.positions + i * size).tolist(), part.targets.tolist(), strict=True)
+        for name in ("input_ids", "position_ids", "segment", "token_length"):
+            own = getattr(whole, name).flatten()[i * size : (i + 1) * size]
+            assert torch.equal(getattr(part, name).flatten(), own), name
+    assert found == list(zip(whole.positions.tolist(), whole.targets.tolist(), strict=True))
+
+
 def test_padding_at_the_end_of_slices_is_a_document_apart(dataset: Dataset) -> None:
     """Attention would mix it into the last document otherwise."""
     index = int(np.flatnonzero(dataset.train.lengths % 2)[0])

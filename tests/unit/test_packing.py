@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from neftune_dist.config import UserError
-from neftune_dist.data.packing import Rounds, assign_documents
+from neftune_dist.data.packing import Rounds, _pairs, assign_documents
 
 QUADRATIC_TOKENS = 2e4  # of a model of 7B
 
@@ -119,6 +119,23 @@ def test_the_fewest_rounds(world_size: int) -> None:
         lengths = random.integers(1, 101, size=9)
         rounds = assign_documents(lengths, world_size, 100, True, QUADRATIC_TOKENS)
         assert len(rounds) == -(-least_bins(lengths, 100) // world_size)
+
+
+def test_a_round_that_best_fit_does_not_save_is_saved() -> None:
+    """Best fit decreasing needs 8 bins of 100 for these, longest processing time first 7."""
+    lengths = np.array([28, 31, 56, 88, 24, 89, 92, 32, 90, 14, 56, 14, 26])
+    assert len(assign_documents(lengths, 1, 100, True, QUADRATIC_TOKENS)) == 7
+
+
+def test_ranks_of_equal_load_exchange_in_their_order() -> None:
+    """An unstable sort would pair them differently from machine to machine."""
+    tokens = np.random.default_rng(0).integers(1, 4, (2, 64)).astype(np.float64)
+    for number in range(4):
+        heavy, light = _pairs(tokens, np.zeros_like(tokens), number)
+        for ranks in (heavy, np.roll(light, -(number // 4), axis=1)[:, ::-1]):
+            loads = np.take_along_axis(tokens, ranks, axis=1)
+            same = np.diff(loads) == 0
+            assert (np.diff(ranks)[same] > 0).all()
 
 
 def test_padded_rounds_fill_the_capacity() -> None:

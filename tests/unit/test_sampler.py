@@ -145,6 +145,25 @@ def test_a_pure_function_of_fingerprint_seed_and_step() -> None:
     assert told.stdout.strip() == str(forwards[40])
 
 
+def test_callers_may_change_the_indices_that_they_get() -> None:
+    base = sampler(100, global_batch_size=10)
+    first = base.documents(0)[0].copy()
+    base.documents(0)[0][:] = 0
+    assert base.documents(0)[0].tolist() == first.tolist()
+
+
+@pytest.mark.parametrize("epochs", [1e-6, 0.001])
+def test_a_run_has_at_least_one_step(epochs: float) -> None:
+    assert sampler(100, global_batch_size=10, num_epochs=epochs).num_steps == 1
+
+
+@pytest.mark.parametrize(("steps", "documents"), [(1, 10), (10, 95), (11, 105), (20, 190)])
+def test_total_documents_of_short_last_steps(steps: int, documents: int) -> None:
+    found = sampler(95, global_batch_size=10, max_steps=steps)
+    assert found.total_documents == documents
+    assert sum(len(found.documents(step)[0]) for step in range(steps)) == documents
+
+
 def test_seed_fingerprint_and_epoch_each_give_another_order() -> None:
     base = sampler(1000, global_batch_size=1000, num_epochs=2)
     others = [

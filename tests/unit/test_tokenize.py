@@ -170,6 +170,15 @@ def test_supervise_all(smollm2: Any, llama2: Any) -> None:
         assert made.supervised.tolist() == [0] + [1] * (len(made.input_ids) - 1)
 
 
+@pytest.mark.parametrize("has_end", [True, False])
+def test_supervise_all_reports_whether_an_end_is_learned(
+    has_end: bool, tiny_tokenizer: Any
+) -> None:
+    turns = TURNS if has_end else TURNS.replace("{{ eos_token }}", "")
+    template = make(with_template(tiny_tokenizer, turns + ASK), supervise="all")
+    assert document(template, conversation("a", "b")).end_learned == has_end
+
+
 def test_the_first_token_is_never_learned(tiny_tokenizer: Any) -> None:
     """Nothing comes before it: here the text begins at once."""
     made = document(make(tiny_tokenizer), Conversation((), text="one two"))
@@ -226,12 +235,31 @@ def test_a_beginning_stands_once(text: str, tiny_tokenizer: Any) -> None:
     assert decode(adding, made.input_ids[1:]) == "Hello"
 
 
+@pytest.mark.parametrize("text", ["Hello</s>", "Hello"])
+def test_an_end_stands_once(text: str, tiny_tokenizer: Any) -> None:
+    """Whether the text ends with the end-of-sequence token or not."""
+    chunk = Chunk(text, (Span(0, len(text), "text", True),), ends=True)
+    [made] = make(tiny_tokenizer).encode([Rendered((chunk,), marks_end=True)])
+    end = tiny_tokenizer.eos_token_id
+    assert made.input_ids[-1] == end and made.input_ids.tolist().count(end) == 1
+    assert made.supervised[-1] == 1
+
+
 def test_a_token_that_holds_an_answer_s_end_is_learned() -> None:
     """And what follows, for it begins in the answer; one that begins in front of it is not."""
     spans = [Span(0, 4, "user"), Span(4, 8, "assistant", True)]
     offsets = np.array([[0, 3], [3, 5], [5, 7], [7, 9], [9, 12]])
     supervised, _ = _masks(offsets, spans)
     assert supervised.tolist() == [0, 0, 1, 1, 0]
+
+
+def test_the_later_of_two_spans_that_overlap_counts() -> None:
+    answer, quoted = Span(0, 12, "assistant", True), Span(4, 8, "user")
+    offsets = np.array([[0, 4], [4, 8], [8, 12]])
+    supervised, speakers = _masks(offsets, [answer, quoted])
+    assert supervised.tolist() == [1, 0, 1] and speakers[0] == speakers[2] != speakers[1]
+    supervised, speakers = _masks(offsets, [quoted, answer])
+    assert supervised.tolist() == [1, 1, 1] and len({*speakers.tolist()}) == 1
 
 
 def test_llama2_alpaca_begins_with_its_token(llama2: Any) -> None:
