@@ -108,7 +108,7 @@ class ChatTemplate:
 
     def expresses_system(self) -> bool:
         """Whether the text contains a system prompt before a question."""
-        said = "A system prompt, to see what becomes of it."
+        said = "A system prompt that must reach the text."
         try:
             text = self.apply(
                 [{"role": "system", "content": said}, {"role": "user", "content": "A question."}]

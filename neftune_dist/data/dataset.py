@@ -98,11 +98,6 @@ class _Input:
             for source, setting in zip(self.sources, self.settings, strict=False)
         ] + held_out
 
-    def formats(self, config: DataConfig) -> list[str]:
-        """The format of every source; `data.format` is that of the held-out source, too."""
-        formats = [*(setting.format for setting in self.settings), config.format]
-        return formats[: len(self.sources)]
-
 
 def prepare(
     config: DataConfig, tokenizer: Any, progress: Callable[[str], None] = lambda _: None
@@ -208,7 +203,8 @@ class _Builder:
     def _write_documents(self, writer: DocumentWriter) -> None:
         """Write all documents of all sources."""
         report, config, reported = self.report, self.config, time.monotonic()
-        formats = self.given.formats(config)
+        # `data.format` is the held-out source's, too.
+        formats = [*(setting.format for setting in self.given.settings), config.format]
         for i, (source, own) in enumerate(zip(self.given.sources, report.sources, strict=True)):
             # Any document may be held out, unless there is a source for that.
             keep = i >= len(self.given.settings) if config.held_out_source else config.holds_out

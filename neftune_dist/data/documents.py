@@ -118,7 +118,7 @@ class DocumentStats:
 
 
 class DocumentWriter:
-    """Writes documents one by one into a new folder, then the index of each part."""
+    """Writes documents one by one into a new folder, then the index of either part."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
@@ -174,7 +174,7 @@ class DocumentWriter:
         return DocumentStats(**columns, end_learned=end_learned, spoken=spoken)
 
     def write_parts(self, stats: DocumentStats, train: np.ndarray, held_out: np.ndarray) -> None:
-        """Write the index of each part: int64 indices of documents, with repetitions."""
+        """Write the index of either part: int64 indices of documents, with repetitions."""
         starts = np.cumsum(stats.lengths) - stats.lengths
         numbers, content = np.arange(len(starts)), stats.content.view(np.int64)
         columns = (starts, stats.lengths, stats.num_supervised, numbers, content)
@@ -207,7 +207,7 @@ class DocumentWriter:
 
 
 def _tokens_by_speaker(document: Document) -> list[int]:
-    """Tokens and supervised tokens of each of `SPEAKERS`, alternating."""
+    """Tokens and supervised tokens of every speaker, alternating."""
     pairs = document.speakers * 2 + document.supervised
     kinds = np.bincount(pairs, minlength=2 * len(SPEAKERS)).reshape(-1, 2)
     counts: list[int] = np.stack([kinds.sum(axis=1), kinds[:, 1]], axis=1).ravel().tolist()

@@ -14,4 +14,6 @@ class BadRow(Exception):
 
 def type_name(value: Any) -> str:
     """A value's type, as messages name it."""
+    if isinstance(value, list) and not value:
+        return "an empty list"
     return "null" if value is None else type(value).__name__

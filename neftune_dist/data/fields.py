@@ -93,8 +93,3 @@ def _checked(value: str, field: str) -> str:
             f"character {found.start() + 1}"
         )
     return value
-
-
-def shape(value: Any) -> str:
-    """The kind of a value in place of a list of turns."""
-    return "an empty list" if value == [] else type_name(value)

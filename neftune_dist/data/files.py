@@ -70,35 +70,39 @@ def find_files(source: str, key: str) -> SourceFiles:
         UserError: no file is found, or one that cannot be read.
     """
     path = user_path(source, key)
-    what = f"{key}={path}"
+    setting = f"{key}={path}"
     if not os.path.exists(path):
         if not glob.has_magic(source):
-            raise UserError(f"{what} does not exist.")
-        return _of_glob(path, what)
+            raise UserError(f"{setting} does not exist.")
+        return _of_glob(path, setting)
     if path.is_dir():
-        return _of_directory(path, what)
+        return _of_directory(path, setting)
     if not file_kind(path) or not path.is_file():
-        raise UserError(f"{what} cannot be read: give a {_READABLE} file, or a directory of them.")
+        raise UserError(
+            f"{setting} cannot be read: give a {_READABLE} file, or a directory of them."
+        )
     return SourceFiles((path,))
 
 
-def _of_glob(path: Path, what: str) -> SourceFiles:
+def _of_glob(path: Path, setting: str) -> SourceFiles:
     found = sorted(name for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
     if not found:
-        raise UserError(f"{what} matches no file.")
+        raise UserError(f"{setting} matches no file.")
     for name in found:
         if not file_kind(Path(name)):
-            raise UserError(f"{what} matches {name}, which cannot be read: it is no {_READABLE}.")
+            raise UserError(
+                f"{setting} matches {name}, which cannot be read: it is no {_READABLE}."
+            )
     return SourceFiles(tuple(map(Path, found)))
 
 
-def _of_directory(path: Path, what: str) -> SourceFiles:
+def _of_directory(path: Path, setting: str) -> SourceFiles:
     try:
         entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
     except OSError as error:
-        raise UserError(f"{what} cannot be read: {error.strerror or error}.") from error
+        raise UserError(f"{setting} cannot be read: {error.strerror or error}.") from error
     rows = [e for e in entries if file_kind(e) and e.name not in _METADATA and e.is_file()]
     if not rows:
-        raise UserError(f"{what} is a directory without a {_READABLE} file.")
+        raise UserError(f"{setting} is a directory without a {_READABLE} file.")
     left_out = tuple(entry.name for entry in entries if entry not in rows)
     return SourceFiles(tuple(rows), left_out)

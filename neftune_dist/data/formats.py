@@ -101,12 +101,17 @@ class Conversation:
 
 def detect_format(row: Mapping[str, Any]) -> str:
     """The format whose fields the row has. Raises `BadRow` where no format matches."""
-    for name, needed in _FIELDS.items():
-        if all(field in row for field in needed):
-            return name
+    if name := _matching(row):
+        return name
     found = ", ".join(ascii(key)[1:-1] for key in row) or "(none)"
-    known = "; ".join(", ".join(names) for names in _FIELDS.values())
+    known = "; ".join(", ".join(needed) for needed, _ in _FORMATS.values())
     raise BadRow(f"the fields {shorten(found, 80)} are of no known format ({known})")
+
+
+def _matching(row: Mapping[str, Any]) -> str:
+    """The first format whose fields the row has; "" where none matches."""
+    matches = (name for name, (needed, _) in _FORMATS.items() if all(f in row for f in needed))
+    return next(matches, "")
 
 
 def to_conversation(row: Mapping[str, Any], format_name: str) -> Conversation:
@@ -118,12 +123,13 @@ def to_conversation(row: Mapping[str, Any], format_name: str) -> Conversation:
     Raises:
         BadRow: names the field or the turn that is missing or wrong.
     """
-    for field in _FIELDS[format_name]:
+    needed, convert = _FORMATS[format_name]
+    for field in needed:
         if field not in row:
-            others = (name for name, needed in _FIELDS.items() if all(f in row for f in needed))
-            hint = f": the row is of the format {other}" if (other := next(others, "")) else ""
+            other = _matching(row)
+            hint = f": the row is of the format {other}" if other else ""
             raise BadRow(f"field '{field}' is missing{hint}")
-    conversation = _MAKERS[format_name](row)
+    conversation = convert(row)
     length = len(conversation.text) + len(conversation.context)
     length += sum(len(turn.content) + len(turn.tool_calls) for turn in conversation.turns)
     if length > _MOST_CHARACTERS:
@@ -136,19 +142,22 @@ def _alpaca(row: Mapping[str, Any], context: str = "input", answer: str = "outpu
         raise BadRow("field 'history' holds turns: give all turns as 'messages'")
     asked, said = fields.text(row, "instruction"), fields.text(row, answer)
     given = fields.text(row, context) if row.get(context) is not None else ""
-    if not asked.strip() and not given.strip():
-        raise BadRow("the instruction is empty")
-    if not said.strip():
-        raise BadRow("the answer is empty")
     if not asked.strip():
         asked, given = given, ""
     extra = (("task", row["task"]),) if isinstance(row.get("task"), str) else ()
-    turns = (*_system(row), Turn("user", asked), Turn("assistant", said))
-    return Conversation(turns, given if given.strip() else "", extra)
+    return replace(
+        _exchange(row, "instruction", asked, said),
+        context=given if given.strip() else "",
+        extra=extra,
+    )
 
 
-def _dolly(row: Mapping[str, Any]) -> Conversation:
-    return _alpaca(row, "context", "response")
+def _exchange(row: Mapping[str, Any], field: str, asked: str, said: str) -> Conversation:
+    if not asked.strip():
+        raise BadRow(f"the {field} is empty")
+    if not said.strip():
+        raise BadRow("the answer is empty")
+    return Conversation((*_system(row), Turn("user", asked), Turn("assistant", said)))
 
 
 def _plain_text(row: Mapping[str, Any]) -> Conversation:
@@ -162,11 +171,7 @@ def _prompt_completion(row: Mapping[str, Any]) -> Conversation:
     prompt, completion = row["prompt"], row["completion"]
     if not isinstance(prompt, list) and not isinstance(completion, list):
         asked, said = fields.text(row, "prompt"), fields.text(row, "completion")
-        if not asked.strip():
-            raise BadRow("the prompt is empty")
-        if not said.strip():
-            raise BadRow("the answer is empty")
-        return Conversation((*_system(row), Turn("user", asked), Turn("assistant", said)))
+        return _exchange(row, "prompt", asked, said)
     before, after = _turns(row, "prompt"), _turns(row, "completion")
     for number, turn in enumerate(before, 1):
         if turn.role == "assistant":
@@ -237,7 +242,7 @@ def _system(row: Mapping[str, Any]) -> tuple[Turn, ...]:
 def _turns(row: Mapping[str, Any], field: str) -> list[Turn]:
     messages = row[field]
     if not isinstance(messages, list) or not messages:
-        raise BadRow(f"field '{field}' is not a list of turns but {fields.shape(messages)}")
+        raise BadRow(f"field '{field}' is not a list of turns but {type_name(messages)}")
     aliases = _ALIASES if field == "conversations" else _OPENAI_ROLES
     turns = []
     for number, message in enumerate(messages, 1):
@@ -291,20 +296,13 @@ def _content(message: Mapping[str, Any], field: str, may_be_null: bool) -> str:
     return "".join(fields.text(part, "text") for part in content)
 
 
-# Fields by which a format is recognised, in order of precedence; a row may have others besides.
-_FIELDS = {
-    "messages": ("messages",),
-    "sharegpt": ("conversations",),
-    "alpaca": ("instruction", "output"),
-    "dolly": ("instruction", "response"),
-    "prompt_completion": ("prompt", "completion"),
-    "text": ("text",),
-}
-_MAKERS: dict[str, Callable[[Mapping[str, Any]], Conversation]] = {
-    "messages": _messages,
-    "sharegpt": _sharegpt,
-    "alpaca": _alpaca,
-    "dolly": _dolly,
-    "prompt_completion": _prompt_completion,
-    "text": _plain_text,
+# In order of precedence: the fields that recognise a format (a row may have others besides), and the
+# conversion.
+_FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any]], Conversation]]] = {
+    "messages": (("messages",), _messages),
+    "sharegpt": (("conversations",), _sharegpt),
+    "alpaca": (("instruction", "output"), _alpaca),
+    "dolly": (("instruction", "response"), lambda row: _alpaca(row, "context", "response")),
+    "prompt_completion": (("prompt", "completion"), _prompt_completion),
+    "text": (("text",), _plain_text),
 }

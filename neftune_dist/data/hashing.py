@@ -1,4 +1,4 @@
-"""Hashes that do not depend on a library's version: what they decide must never change silently."""
+"""Hashes that do not depend on a library's version: the order of training depends on them."""
 
 from __future__ import annotations
 

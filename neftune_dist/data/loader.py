@@ -324,7 +324,7 @@ def _prefetch(
 
     def enter_thread() -> None:
         if device.type == "cuda":
-            # A new thread is on GPU 0: what it pins would take memory there on behalf of all ranks.
+            # A new thread is on GPU 0: pinned memory would take memory there, of every rank.
             torch.cuda.set_device(device)
 
     pool = ThreadPoolExecutor(1, "loader", initializer=enter_thread)

@@ -114,7 +114,7 @@ def _texts(tokenizer: Any, ids: list[int]) -> Iterator[tuple[int, str]]:
     count as one."""
     start = 0
     for end in range(1, len(ids) + 1):
-        known = max(0, start - 1)  # some decoders drop the first space of what they are given
+        known = max(0, start - 1)  # some decoders drop the first space of their input
         before, through = (
             tokenizer.decode(part, clean_up_tokenization_spaces=False)
             for part in (ids[known:start], ids[known:end])

@@ -126,27 +126,27 @@ def _rows_of_files(paths: tuple[Path, ...], key: str) -> Rows:
 
 def _rows_of_file(path: Path, key: str) -> Numbered:
     """The rows of one file. An error that ends the reading names the last row before it."""
-    what, kind, number = f"{key}={path}", files.file_kind(path), 0
+    setting, kind, number = f"{key}={path}", files.file_kind(path), 0
     try:
         for number, row in _READERS[kind](path):
             yield number, row
     except UnicodeDecodeError as error:
-        raise UserError(f"{what} is not UTF-8 text{_behind(number)}: {error}.") from error
+        raise UserError(f"{setting} is not UTF-8 text{_after(number)}: {error}.") from error
     except (zlib.error, gzip.BadGzipFile, EOFError) as error:
-        raise UserError(f"{what} is a damaged gzip file{_behind(number)}: {error}.") from error
+        raise UserError(f"{setting} is a damaged gzip file{_after(number)}: {error}.") from error
     except (pyarrow.ArrowException, ValueError, RecursionError, csv.Error) as error:
         # A JSON number of too many digits is a ValueError, too.
         tables_of = {"parquet": "a readable Parquet file", "arrow": "a readable Arrow file"}
         form = tables_of.get(kind, f"valid {kind.upper()}")
         reason = getattr(error, "msg", None) or str(error).splitlines()[0]
-        raise UserError(f"{what} is not {form}{_behind(number)}: {reason}.") from error
+        raise UserError(f"{setting} is not {form}{_after(number)}: {reason}.") from error
     except OSError as error:
         form = "is a damaged zstd file" if path.suffix.lower() == ".zst" else "cannot be read"
-        raise UserError(f"{what} {form}{_behind(number)}: {error.strerror or error}.") from error
+        raise UserError(f"{setting} {form}{_after(number)}: {error.strerror or error}.") from error
 
 
-def _behind(number: int) -> str:
-    return f" behind row {number}" if number else ""
+def _after(number: int) -> str:
+    return f" after row {number}" if number else ""
 
 
 def _open_bytes(path: Path) -> IO[bytes]:
@@ -154,22 +154,18 @@ def _open_bytes(path: Path) -> IO[bytes]:
     suffix = path.suffix.lower()
     if suffix == ".gz":
         return gzip.open(path)  # type: ignore[return-value]
-    raw = path.open("rb")
-    head = raw.read(8)
-    raw.seek(0)
+    with path.open("rb") as raw:
+        head = raw.read(8)
     if suffix == ".zst":
         if not head:
-            raw.close()
             raise OSError("it is empty")
-        return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
+        return io.BufferedReader(pyarrow.CompressedInputStream(path.open("rb"), "zstd"))
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raw.close()
         raise ValueError("it is UTF-16 text and must be UTF-8")
     for magic, real in _MAGIC.items():
         if head.startswith(magic):
-            raw.close()
             raise ValueError(f"by its content it is a {real} file and should be named so")
-    return raw
+    return path.open("rb")
 
 
 def _json_rows(path: Path) -> Numbered:
@@ -250,7 +246,7 @@ def _elements(text: IO[str]) -> Iterator[Any]:
                 if not more():
                     raise
                 continue
-            # A number at the end of the buffer may continue behind it.
+            # A number at the end of the buffer may continue after it.
             if end < len(buffer) or not more():
                 break
         at = end
@@ -263,7 +259,7 @@ def _elements(text: IO[str]) -> Iterator[Any]:
             raise ValueError("the array ends without ']', or a ',' is missing")
     at += 1
     if following():
-        raise ValueError("more follows behind the array")
+        raise ValueError("more text follows the array")
 
 
 def _mapping(row: Any) -> Mapping[str, Any] | BadRow:

@@ -24,8 +24,9 @@ from typing import Any
 from neftune_dist.config import BUILTIN_SOURCE, Config, SourceConfig, UserError
 from neftune_dist.data import fields, files
 from neftune_dist.data.dataset import Dataset
+from neftune_dist.data.errors import BadRow, type_name
 from neftune_dist.data.formats import Conversation, Turn
-from neftune_dist.data.sources import BadRow, open_source
+from neftune_dist.data.sources import open_source
 from neftune_dist.data.split import sample
 
 HELD_OUT = "held_out"
@@ -97,7 +98,7 @@ def _instruction(row: Mapping[str, Any], file: str) -> Instruction:
     if "turns" in row:
         turns = row["turns"]
         if not isinstance(turns, list) or not turns:
-            raise BadRow(f"field 'turns' is not a list of questions but {fields.shape(turns)}")
+            raise BadRow(f"field 'turns' is not a list of questions but {type_name(turns)}")
         first = fields.text({"turns": turns[0]}, "turns")
         return _asked(first, row, "category", file, num_left_out=len(turns) - 1)
     if "question_id" in row and "text" in row:

@@ -64,11 +64,11 @@ FILES: dict[str, tuple[bytes, str]] = {
     "rows": (lines(ROWS), "cannot be read: give a .json"),
     "rows.json.bz2": (lines(ROWS), "cannot be read: give a .json"),
     "rows.parquet.gz": (b"", "cannot be read: give a .json"),
-    "cut.json": (array(ROWS)[:-9], "not valid JSON behind row 2: Unterminated string"),
-    "half.json": (array(ROWS)[:-1], "behind row 3: the array ends without ']'"),
-    "no_comma.json": (b'[{"a": 1} {"b": 2}]', "behind row 1: the array ends without ']', or a ','"),
-    "comma.json": (b'[{"a": 1},]', "behind row 1: a comma stands before the end"),
-    "more.json": (b'[{"a": 1}]\n{"b": 2}', "behind row 1: more follows behind the array"),
+    "cut.json": (array(ROWS)[:-9], "not valid JSON after row 2: Unterminated string"),
+    "half.json": (array(ROWS)[:-1], "after row 3: the array ends without ']'"),
+    "no_comma.json": (b'[{"a": 1} {"b": 2}]', "after row 1: the array ends without ']', or a ','"),
+    "comma.json": (b'[{"a": 1},]', "after row 1: a comma stands before the end"),
+    "more.json": (b'[{"a": 1}]\n{"b": 2}', "after row 1: more text follows the array"),
     "deep.json": (b"[" * 100_000, "is not valid JSON: maximum recursion depth"),
     "digits.json": (b"[" + b"1" * 5000 + b"]", "is not valid JSON: Exceeds the limit"),
     "nul.json": (b'[{"a": "\0"}]', "is not valid JSON: Invalid control character"),
@@ -141,7 +141,7 @@ def test_damage_behind_good_rows_is_placed(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl.gz").write_bytes(content)
     rows = open_source(SourceConfig(str(tmp_path))).rows
     assert next(rows)[0] == "a.jsonl, row 1"
-    with pytest.raises(UserError, match=r"b\.jsonl\.gz is a damaged gzip file behind row \d\d\d"):
+    with pytest.raises(UserError, match=r"b\.jsonl\.gz is a damaged gzip file after row \d\d\d"):
         list(rows)
 
 

@@ -132,7 +132,7 @@ def test_ranks_of_equal_load_exchange_in_their_order() -> None:
     tokens = np.random.default_rng(0).integers(1, 4, (2, 64)).astype(np.float64)
     for number in range(4):
         heavy, light = _pairs(tokens, np.zeros_like(tokens), number)
-        for ranks in (heavy, np.roll(light, -(number // 4), axis=1)[:, ::-1]):
+        for ranks in (heavy, light[:, ::-1]):
             loads = np.take_along_axis(tokens, ranks, axis=1)
             same = np.diff(loads) == 0
             assert (np.diff(ranks)[same] > 0).all()
