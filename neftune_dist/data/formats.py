@@ -296,7 +296,7 @@ def _content(message: Mapping[str, Any], field: str, may_be_null: bool) -> str:
     return "".join(fields.text(part, "text") for part in content)
 
 
-# In order of precedence: the fields that recognise a format (a row may have others besides), and the
+# In order of precedence: the fields that recognise a format (a row may have others, too), and the
 # conversion.
 _FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any]], Conversation]]] = {
     "messages": (("messages",), _messages),
