@@ -1,4 +1,4 @@
-"""Small sources and what came of them, for the tests of the corpus and of its cache."""
+"""Small sources and what came of them, for the tests of the dataset and of its cache."""
 
 from __future__ import annotations
 

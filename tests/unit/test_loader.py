@@ -454,7 +454,7 @@ def test_float8_fills_the_batches_of_a_run(dataset: Dataset, packing: bool) -> N
     assert all(each.input_ids.shape[1] % 16 == 0 for each in [*batch.micro_batches, *held_out])
 
 
-def test_the_corpus_is_read_without_loading_it(dataset: Dataset, tmp_path: Path) -> None:
+def test_tokens_are_read_by_memory_map(dataset: Dataset, tmp_path: Path) -> None:
     assert isinstance(dataset.train[0][0], np.memmap)
 
 
