@@ -22,8 +22,8 @@ import torch
 import transformers
 
 from neftune_dist.config import UserError
+from neftune_dist.data.errors import BadRow
 from neftune_dist.data.formats import Turn
-from neftune_dist.data.sources import BadRow
 from neftune_dist.evaluation.target import Subject, open_subject
 
 with suppress(ImportError):  # of systems without it; it gives `input` a history and its keys

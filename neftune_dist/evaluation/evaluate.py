@@ -18,7 +18,7 @@ from typing import Any
 
 from neftune_dist.config import UserError, user_path
 from neftune_dist.data.dataset import Dataset, prepare
-from neftune_dist.data.sources import BadRow
+from neftune_dist.data.errors import BadRow
 from neftune_dist.data.split import sample_documents
 from neftune_dist.distributed.outcome import EXIT_DONE, EXIT_STOPPED
 from neftune_dist.distributed.world import Stopped, StopSignal, World

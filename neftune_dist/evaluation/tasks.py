@@ -26,7 +26,8 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from neftune_dist.config import EvaluateConfig, SourceConfig, UserError, listed
-from neftune_dist.data.sources import BadRow, open_source, type_name
+from neftune_dist.data.errors import BadRow, type_name
+from neftune_dist.data.sources import open_source
 from neftune_dist.distributed.world import World
 
 _KEY = "evaluate.tasks"

@@ -15,8 +15,9 @@ import pytest
 
 from neftune_dist.config import DataConfig, SourceConfig, UserError
 from neftune_dist.data.dataset import prepare
+from neftune_dist.data.errors import BadRow
 from neftune_dist.data.formats import detect_format, to_conversation
-from neftune_dist.data.sources import BadRow, open_source
+from neftune_dist.data.sources import open_source
 from tests.unit.test_formats import said, turns
 from tests.unit.test_sources import ROWS, array, lines, parquet, read, table, zstd
 

@@ -19,7 +19,8 @@ import pytest
 
 from neftune_dist.config import SourceConfig, UserError
 from neftune_dist.data import builtin
-from neftune_dist.data.sources import BadRow, open_source
+from neftune_dist.data.errors import BadRow
+from neftune_dist.data.sources import open_source
 
 ROWS: list[dict[str, Any]] = [
     {"instruction": "Say hello.", "input": "", "output": "Hello."},
