@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from neftune_dist.system.memory_tag import memory_tag
+
 # DeepSpeed reports every detail of its start, on every rank, and the lack of a GPU as a warning.
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "ERROR")
 if not torch.cuda.is_available():
@@ -110,9 +112,14 @@ def simulated(model: Any, stage: int) -> Iterator[None]:
     variable of the environment nor its own `linear` (stage 3) behind.
     """
     coordinator = import_module("deepspeed.runtime.zero.partitioned_param_coordinator")
-    environment = dict(os.environ)
+    environment, tagged = dict(os.environ), memory_tag("collectives")
     with ExitStack() as stack:
+        zero = import_module("deepspeed.runtime.zero.stage_1_and_2").DeepSpeedZeroOptimizer
+        gathering = coordinator.PartitionedParameterCoordinator
         for module, name, value in (
+            # Weights that stage 3 gathers, and the buckets of stages 1 and 2.
+            (gathering, "fetch_sub_module", tagged(gathering.fetch_sub_module)),
+            (zero, "setup_buckets", tagged(zero.setup_buckets)),
             (coordinator, "assert_ints_same_as_other_ranks", lambda *_, **__: None),
             (import_module("deepspeed.comm.comm"), "cdb", None),
             (import_module("deepspeed.utils.groups"), "_WORLD_GROUP", None),

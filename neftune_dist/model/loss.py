@@ -25,6 +25,7 @@ from neftune_dist.compat.torch import storage_id
 from neftune_dist.config import UserError
 from neftune_dist.model.attention import packed_arguments
 from neftune_dist.model.liger import LossSum, liger_cross_entropy
+from neftune_dist.system.memory_tag import memory_tag
 
 # Of the float32 logits that are there at a time. Large enough that the matrix products run at full
 # rate, small against what a block's activations take.
@@ -264,6 +265,7 @@ def token_cross_entropies(
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
+    @memory_tag("logits")
     def forward(
         ctx: Any,
         hidden: Tensor,
@@ -309,6 +311,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @memory_tag("logits")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grads = [
             None if each is None else multiply_(each, grad).to(dtype)

@@ -9,9 +9,9 @@ but for those known here, and what lies outside torch's allocator.
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,26 +26,19 @@ from neftune_dist.compat.fake_tensors import (
     is_traceable_wrapper_subclass,
     resizing_seen,
     tree_leaves,
+    within_shape_inference,
 )
+from neftune_dist.system.memory_tag import current_memory_tag
 
 _SET_UP = "set-up"
 KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "collectives")
 
-# What the innermost of these files on the stack says of a new storage. "": it is the model's own;
-# "nothing": shapes that DTensor works out, which no device ever holds.
-_ORIGINS = {
-    "/torch/distributed/tensor/_sharding_prop.py": "nothing",
-    "/torch/distributed/tensor/_op_schema.py": "nothing",
-    "/torch/distributed/fsdp/": "collectives",
-    "/deepspeed/runtime/zero/linear.py": "",  # ZeRO-3's matrix products
-    "/deepspeed/runtime/zero/": "collectives",
-    "/neftune_dist/model/loss.py": "logits",
-    "/torch/nn/modules/module.py": "",
-    "/torch/autograd/graph.py": "",
-}
 _aten = torch.ops.aten
-# By these an engine takes over the gradients that a backward leaves.
-_TAKES_OVER = {_aten.copy_.default, _aten.cat.default, _aten.cat.out, CHUNK_CAT}
+# Engines hand their buffers to these operators. (Ulysses' exchange of activations is functional:
+# `_c10d_functional`.)
+_COLLECTIVE_OPERATORS = ("c10d", "fsdp")
+# An engine's buffer, into which it copies the gradients that a backward leaves.
+_BUFFERS = ("collectives", "gradients")
 # These make a copy of their input inside, where no dispatch shows it.
 _COPIES_INSIDE = {_aten.logsumexp.default}
 
@@ -93,21 +86,30 @@ class Memory(TorchDispatchMode):
 
     def __init__(self, fake_mode: FakeTensorMode, vocabulary: int) -> None:
         super().__init__()
-        self.phase, self.default, self.vocabulary = _SET_UP, "weights", vocabulary
+        self.phase, self.default, self.vocabulary = _SET_UP, "collectives", vocabulary
         self._fake_mode = fake_mode
         self._live: dict[int, _Storage] = {}
         self._history: list[tuple[str, _Storage, int]] = []  # phase, storage, bytes more
-        self._origin_of: dict[str, str | None] = {}
+        self._paused = False
 
     def __enter__(self) -> Memory:
-        self._resizing = resizing_seen(self._resized)
-        self._resizing.__enter__()
+        self._patches = ExitStack()
+        self._patches.enter_context(resizing_seen(self._resized))
+        self._patches.enter_context(within_shape_inference(self._pause))
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._resizing.__exit__(*error)
+        self._patches.close()
+
+    @contextmanager
+    def _pause(self) -> Iterator[None]:
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def _resized(self, storage: torch.UntypedStorage, num_bytes: int) -> None:
         if id(storage) in self._live:
@@ -123,9 +125,8 @@ class Memory(TorchDispatchMode):
         except DataDependentOutputException:
             # The host reads a value. Nothing has one; 0 is the norm, the flag, that goes on.
             return args[0].dtype.is_floating_point and 0.0
-        if self.default == "activations" and func in _TAKES_OVER and self._origin():
-            for tensor in _tensors(args):
-                self._rename(tensor, "activations", "gradients")
+        if self.default == "activations":
+            self._learn(func, args, kwargs or {})
         if func in _COPIES_INSIDE:
             self._copy_inside(args[0])
         self.see(*_tensors(out))
@@ -145,9 +146,9 @@ class Memory(TorchDispatchMode):
             if storage.nbytes() != known.nbytes:
                 self._change(known, storage.nbytes())
             return
-        kind = self._origin() or self.default
-        if kind == "nothing":
+        if self._paused:
             return
+        kind = current_memory_tag() or self.default
         if self.default == "activations" and tensor.dim() > 1:
             if tensor.shape[-1] == self.vocabulary:
                 kind = "logits"
@@ -184,6 +185,19 @@ class Memory(TorchDispatchMode):
         rounded = {kind: round(amount) for kind, amount in parts.items()}
         return Peak(rounded, self._history[at][0], round(most_host))
 
+    def _learn(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """Tell gradients and an engine's buffers from activations by the operators they come to."""
+        if func is CHUNK_CAT or (func is _aten.copy_.default and self._kind(args[0]) in _BUFFERS):
+            for tensor in _tensors(args):
+                self._rename(tensor, "activations", "gradients")
+        if func is CHUNK_CAT or func.namespace in _COLLECTIVE_OPERATORS:
+            for tensor in _tensors((kwargs, args)):
+                self._rename(tensor, "activations", "collectives")
+
+    def _kind(self, tensor: Tensor) -> str | None:
+        storage = self._live.get(id(tensor.untyped_storage()))
+        return storage.kind if storage else None
+
     def _copy_inside(self, like: Tensor) -> None:
         known = self._live.get(id(like.untyped_storage()))
         passing = _Storage(0, known.kind if known else self.default)
@@ -198,21 +212,6 @@ class Memory(TorchDispatchMode):
         storage = self._live.get(id(tensor.untyped_storage()))
         if storage is not None and storage.kind == old:
             storage.kind = new
-
-    def _origin(self) -> str:
-        """What the stack says of what is made now."""
-        frame = sys._getframe(2)
-        while frame is not None:
-            file = frame.f_code.co_filename
-            if file not in self._origin_of:
-                self._origin_of[file] = next(
-                    (kind for part, kind in _ORIGINS.items() if part in file), None
-                )
-            origin = self._origin_of[file]
-            if origin is not None:
-                return origin
-            frame = frame.f_back  # type: ignore[assignment]
-        return ""
 
 
 def _tensors(where: Any) -> Iterator[Tensor]:

@@ -140,6 +140,7 @@ class _Kept:
         self.memory.name(list(vars(self.optimizer.made).values()), "optimizer")
         parameters = list(self.engine.model.parameters())
         self.memory.name([p.detach() for p in parameters], "weights")
+        self.memory.name(list(self.engine.model.buffers()), "weights")
         shards = [getattr(p, "ds_tensor", None) for p in parameters]
         self.memory.name(shards, "weights", share=self.share)
         for shard in self.engine.flat_state():

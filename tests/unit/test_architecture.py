@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parents[2] / "neftune_dist"
 # A module may import from its own group and from the groups left of it.
 ORDER: list[set[str]] = [
     {"config"},
-    {"compat"},
     {"system"},
+    {"compat"},
     {"distributed"},
     {"optim"},
     {"data", "model", "noise"},
@@ -61,8 +61,10 @@ PRIVATE_NAMES = {
     "compat/fake_tensors": {
         "_chunk_cat",
         "_internal",
+        "_propagate_tensor_meta_non_cached",
         "_python_dispatch",
         "_pytree",
+        "_sharding_prop",
         "_subclasses",
     },
     "compat/lm_eval": {"_yaml_loader"},
@@ -97,7 +99,6 @@ PRIVATE_NAMES = {
         "_world",
     },
     "compat/transformers": {"_attn_implementation", "_is_hf_initialized", "_no_split_modules"},
-    "planning/memory": {"_getframe"},
 }
 # Functions put in the place of a library's, or of one of its objects' methods, by module.
 PATCHES = {
@@ -107,7 +108,7 @@ PATCHES = {
         "complete_grad_norm_calculation_for_cpu_offload",
         "get_grad_norm_direct",
     },
-    "compat/fake_tensors": {"resize_"},
+    "compat/fake_tensors": {"_propagate_tensor_meta_non_cached", "resize_"},
     "model/loss": {"forward"},  # the projection gives the loss, so no logits come to be
     "model/optimizations": {"forward"},  # a block recomputes, or is compiled
     "planning/simulate": {"step"},
