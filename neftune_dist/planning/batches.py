@@ -1,4 +1,4 @@
-"""The heaviest micro-batches: those of the run's own layout, or all that the settings allow."""
+"""The micro-batches that take the most memory: of the run's own data, or as large as allowed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from neftune_dist.data.packing import assign_documents
 from neftune_dist.data.sampler import Sampler
 from neftune_dist.model.flops import model_size
 
-# Of longer runs, steps of so many documents in all are looked at, evenly spread.
+# Longer runs are sampled: steps of this many documents in all, evenly spread.
 _MOST_DOCUMENTS = 150_000
 
 
-def looked_at(sampler: Sampler) -> np.ndarray:
-    """The steps among which the heaviest micro-batches are looked for, int64 (num_chosen,)."""
+def sampled_steps(sampler: Sampler) -> np.ndarray:
+    """Return the steps that are searched for the heaviest micro-batches, int64 (num_chosen,)."""
     most = max(16, _MOST_DOCUMENTS // sampler.global_batch_size)
     return np.unique(np.linspace(0, sampler.num_steps - 1, most).astype(np.int64))
 
@@ -26,13 +26,16 @@ def looked_at(sampler: Sampler) -> np.ndarray:
 def heaviest(
     documents: Documents, sampler: Sampler, config: Config, world_size: int, model: Any
 ) -> list[MicroBatch]:
-    """Of all ranks' first micro-batches in a step the heaviest; then, as a second and a third where
-    steps have them, that of all later ones, which meet the gradients of those before."""
+    """Return the heaviest micro-batches of a step, over all ranks and sampled steps.
+
+    The first is the heaviest of all that open a step. The second and the third, where steps have
+    so many, are the heaviest of the later ones: those run while gradients are kept.
+    """
     found: list[tuple[float, np.ndarray, np.ndarray]] = []
     most = 0
     weight, quadratic_tokens = _weight(config, model), model_size(model).quadratic_tokens
     slices = config.engine.sequence_parallel
-    for step in looked_at(sampler).tolist():
+    for step in sampled_steps(sampler).tolist():
         indices, epochs = sampler.documents(step)
         lengths = documents.lengths[indices]
         supervised = documents.num_supervised[indices]
@@ -54,13 +57,13 @@ def heaviest(
                     found.append((0.0, indices[:0], epochs[:0]))
                 if cost > found[which][0]:
                     found[which] = (cost, indices[group], epochs[group])
-    batches = [_fullest_slice(documents, *each[1:], config) for each in found]
+    batches = [_fullest_slice(documents, indices, epochs, config) for _, indices, epochs in found]
     return [*batches, batches[-1]] if most > 2 else batches
 
 
 def fullest(config: Config) -> list[MicroBatch]:
-    """Where the data is not to be read: three micro-batches full of the longest documents, all of
-    whose tokens are learned."""
+    """Return three micro-batches full of the longest documents allowed, every token supervised:
+    for a plan that does not read the data."""
     tokens = config.train.micro_batch_tokens * config.engine.sequence_parallel
     number = tokens // config.data.max_length
     documents: Any = _Assumed(np.full(number, config.data.max_length))
@@ -71,17 +74,17 @@ def fullest(config: Config) -> list[MicroBatch]:
 def _fullest_slice(
     documents: Documents, indices: np.ndarray, epochs: np.ndarray, config: Config
 ) -> MicroBatch:
-    """Of the micro-batch of these documents, the rank's with the most to learn."""
+    """Return the slice of these documents' micro-batch that has the most supervised tokens."""
     slices = config.engine.sequence_parallel
     multiple = token_multiple(config)
     batch = collate(documents, indices, epochs, config.data.packing, slices, multiple)
     if slices == 1:
         return batch
-    return max((batch.slice(i, slices) for i in range(slices)), key=lambda each: len(each.targets))
+    return max((batch.slice(i, slices) for i in range(slices)), key=lambda part: len(part.targets))
 
 
 class _Assumed:
-    """Documents of these lengths; a document's first token is never learned."""
+    """Documents of these lengths; a document's first token is never a target."""
 
     def __init__(self, lengths: np.ndarray) -> None:
         self.lengths = lengths
@@ -94,8 +97,7 @@ class _Assumed:
 
 
 def _weight(config: Config, model: Any) -> float:
-    """Roughly what a supervised token adds to memory, as a number of tokens. It only ranks
-    micro-batches, which differ little."""
+    """Estimate the memory that supervising a token adds, in tokens. It only ranks micro-batches."""
     vocabulary, width = model.get_output_embeddings().weight.shape
     layers = model.config.get_text_config().num_hidden_layers
     logits = 12 * vocabulary / width if config.model.loss == "plain" else 4

@@ -1,10 +1,11 @@
-"""Live tensor memory, operator by operator, and what it is for.
+"""Live tensor memory, operator by operator, split by what it is for.
 
-`Memory` follows every storage that is made, resized or freed while it is active; it is meant to lie
-over a `FakeTensorMode`, whose tensors have shapes and lifetimes but no content. What a storage is
-for is often known only later (a reduced gradient is a buffer of the engine until it becomes one),
-so a history is kept, and the peak is looked for at the end. Not seen: workspaces inside operators,
-but for those known here, and what lies outside torch's allocator.
+`Memory` follows every storage that is made, resized or freed while it is active. It is used over a
+`FakeTensorMode`, whose tensors have shapes and lifetimes but no content. What a storage is for is
+said where it is made (`system.memory_tag`), or by its owner afterwards (`Memory.name`), or follows
+from the operators that it comes to; as that is often known late, a history is kept and the peak is
+found at the end. Not seen: workspaces inside operators, except the known ones, and what lies
+outside torch's allocator.
 """
 
 from __future__ import annotations
@@ -45,24 +46,31 @@ _COPIES_INSIDE = {_aten.logsumexp.default}
 
 @dataclass(eq=False)
 class _Storage:
-    """One storage: its bytes now, and what it is for as far as is known.
+    """One storage.
 
-    share: of its bytes that count, where the rehearsed world is smaller than the real one.
+    Attributes:
+        nbytes: its size now.
+        kind: one of `KINDS`, as far as is known.
+        on_host: whether it lies in host memory.
+        share: the part of its bytes that counts, where fewer ranks are simulated than run.
+        reference: weak, to the storage; kept so that its callback is called.
     """
 
     nbytes: int
     kind: str
     on_host: bool = False
     share: float = 1.0
-    reference: Any = None  # weak; kept so that its callback is called
+    reference: Any = None
 
 
 @dataclass(frozen=True)
 class Peak:
     """The moment at which a device holds most.
 
-    parts: bytes by kind, in the order of KINDS. moment: what went on. host_bytes: the most that
-    lies in host memory at any moment.
+    Attributes:
+        parts: bytes by kind, in the order of `KINDS`.
+        moment: the phase of the step.
+        host_bytes: the most that lies in host memory at any moment.
     """
 
     parts: Mapping[str, int]
@@ -71,7 +79,7 @@ class Peak:
 
     @property
     def num_bytes(self) -> int:
-        """All parts together."""
+        """The bytes of all kinds."""
         return sum(self.parts.values())
 
 
@@ -79,9 +87,9 @@ class Memory(TorchDispatchMode):
     """The history of all storages while it is active.
 
     Attributes:
-        phase: what goes on now, in words; set it as the step goes on.
-        default: kind of a new storage of which nothing else says what it is for.
-        vocabulary: rows of the output embedding; what is so wide is logits.
+        phase: the part of the step that runs now, in words; to be set by the caller.
+        default: kind of a new storage without a tag; to be set by the caller.
+        vocabulary: rows of the output embedding: a tensor of this width holds logits.
     """
 
     def __init__(self, fake_mode: FakeTensorMode, vocabulary: int) -> None:
@@ -116,14 +124,14 @@ class Memory(TorchDispatchMode):
             self._change(self._live[id(storage)], num_bytes)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(is_traceable_wrapper_subclass(each) for each in tree_leaves((args, kwargs))):
+        if any(map(is_traceable_wrapper_subclass, tree_leaves((args, kwargs)))):
             return NotImplemented  # it comes again, with the tensors that it is made of
         if func is _aten.equal.default:
             return True
         try:
             out = func(*args, **(kwargs or {}))
         except DataDependentOutputException:
-            # The host reads a value. Nothing has one; 0 is the norm, the flag, that goes on.
+            # The host reads a value, a norm or a flag, which nothing has. With 0 the step goes on.
             return args[0].dtype.is_floating_point and 0.0
         if self.default == "activations":
             self._learn(func, args, kwargs or {})
@@ -159,15 +167,17 @@ class Memory(TorchDispatchMode):
         self._change(made, storage.nbytes())
 
     def name(self, where: Any, kind: str, on_host: bool = False, share: float = 1.0) -> None:
-        """Say what the tensors in nested dicts and lists, which are followed, are for."""
+        """Say what the followed tensors in nested dicts and lists are for."""
         for tensor in _tensors(where):
             storage = self._live.get(id(tensor.untyped_storage()))
             if storage is not None:
                 storage.kind, storage.on_host, storage.share = kind, on_host, share
 
     def peak(self) -> Peak:
-        """The device's, over all that has happened since set-up. (What set-up takes for a moment,
-        DeepSpeed takes on the host where the device has no room.)"""
+        """Return the device's peak since set-up.
+
+        (What set-up needs for a moment, DeepSpeed takes on the host if the device has no room.)
+        """
         now = most = host = most_host = 0.0
         at = -1
         for i, (phase, storage, more) in enumerate(self._history):
@@ -215,12 +225,12 @@ class Memory(TorchDispatchMode):
 
 
 def _tensors(where: Any) -> Iterator[Tensor]:
-    """Plain tensors in nested dicts and lists; of a DTensor and its like, what it is made of."""
+    """Yield plain tensors in nested dicts and lists; of a DTensor and its like, the parts."""
     for leaf in tree_leaves(where):
         if is_traceable_wrapper_subclass(leaf):
             names, _ = leaf.__tensor_flatten__()
             yield from _tensors([getattr(leaf, name) for name in names])
         elif isinstance(leaf, Tensor):
             yield leaf
-        elif isinstance(leaf, list):  # of a class of its own, which tree_leaves does not look into
+        elif isinstance(leaf, list):  # a subclass of list, which tree_leaves does not open
             yield from _tensors(list(leaf))

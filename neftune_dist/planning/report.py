@@ -1,8 +1,8 @@
-"""What a run will need, before any GPU is touched: memory per rank, steps, disk, work, time.
+"""Needs of a run, before any GPU is touched: memory per rank, steps, disk, work, time.
 
-Memory is that of the real step, rehearsed (`rehearsal`). What else it rests on is said beside the
-figures: a margin for what torch's allocator does not count, and for the time an assumed share of
-the hardware's rate.
+Memory is that of the real step, simulated on tensors without content (`simulate`). The printed
+report names the two assumptions: a margin for memory that torch's allocator does not count, and the
+share of the hardware's rate at which the time is estimated.
 """
 
 from __future__ import annotations
@@ -20,24 +20,28 @@ from neftune_dist.data.sampler import Sampler, make_sampler
 from neftune_dist.model import load
 from neftune_dist.model.families import check_lengths
 from neftune_dist.model.flops import ModelSize, known_gpus, model_size, peak_flops
-from neftune_dist.planning.batches import fullest, heaviest, looked_at
+from neftune_dist.planning.batches import fullest, heaviest, sampled_steps
 from neftune_dist.planning.memory import Peak
-from neftune_dist.planning.simulate import rehearsable, rehearse
-from neftune_dist.planning.suggestions import find_remedy
+from neftune_dist.planning.simulate import simulate, simulated_settings
+from neftune_dist.planning.suggestions import suggest_changes
 from neftune_dist.training.inputs import check_vocabulary
 from neftune_dist.training.noise import num_passes
 
 GIB = 2**30
-# On top of the peak of allocated bytes: the CUDA context and NCCL's buffers, and what the caching
-# allocator holds in pieces that nothing fits into. Not yet measured on a GPU.
+# Beyond the peak of allocated bytes: the CUDA context, NCCL's buffers, and fragments that the
+# caching allocator cannot use. Not yet measured on a GPU.
 MARGIN_GIB, MARGIN_SHARE = 2.0, 0.05
 
 
 @dataclass(frozen=True)
-class Subject:
-    """The run to plan, read once.
+class PlanInput:
+    """A run to plan, read once.
 
-    model: on the meta device. dataset, sampler: None where the data is not to be read.
+    Attributes:
+        folder: the model's directory.
+        model: on the meta device.
+        size: its parameters and FLOPs.
+        dataset, sampler: None if the data is not read.
     """
 
     folder: Path
@@ -47,30 +51,32 @@ class Subject:
     sampler: Sampler | None
 
     def peak(self, config: Config, world_size: int) -> Peak:
-        """Of a rank under `config`, which may differ from the run's in what decides memory."""
+        """Return a rank's peak under `config`, whose memory settings may differ from the run's."""
         if self.dataset is None or self.sampler is None:
             batches = fullest(config)
         else:
             batches = heaviest(self.dataset.train, self.sampler, config, world_size, self.model)
-        batches = [each for each in batches for _ in range(num_passes(config.noise))]
-        return rehearse(config, self.folder, world_size, batches)
+        batches = [batch for batch in batches for _ in range(num_passes(config.noise))]
+        return simulate(config, self.folder, world_size, batches)
 
 
 def read(
     config: Config, with_data: bool = True, log: Callable[[str], None] = lambda _: None
-) -> Subject:
-    """Find, build and tokenise. Raises `UserError` where a run of `config` would."""
+) -> PlanInput:
+    """Find and build the model, tokenise the data. Raises `UserError` where a run would."""
     folder = load.find(config.model, weights=False)
-    model = load.build(folder, rehearsable(config).model, config.data.packing, config.adapter)
+    model = load.build(
+        folder, simulated_settings(config).model, config.data.packing, config.adapter
+    )
     if not with_data:
         check_lengths(model.config, config.data.max_length)
-        return Subject(folder, model, model_size(model), None, None)
+        return PlanInput(folder, model, model_size(model), None, None)
     tokenizer = load.load_tokenizer(folder, config.model)
     check_vocabulary(model, tokenizer)
     dataset = prepare(config.data, tokenizer, log)
     check_lengths(model.config, dataset.report.longest_tokens)
     sampler = make_sampler(config.train, len(dataset.train), dataset.content)
-    return Subject(folder, model, model_size(model), dataset, sampler)
+    return PlanInput(folder, model, model_size(model), dataset, sampler)
 
 
 def plan(
@@ -85,9 +91,9 @@ def plan(
     """Validate and resolve `config` and log its needs on `world_size` ranks.
 
     Args:
-        gpu: that each rank will have, a name of `known_gpus`.
-        mfu: share of the GPU's rate at which the time is reckoned.
-        with_data: False: nothing of the data is read; micro-batches are taken to be full.
+        gpu: name of each rank's GPU, one of `known_gpus`.
+        mfu: share of the GPU's rate at which the time is estimated.
+        with_data: False: the data is not read, and micro-batches are assumed to be full.
 
     Raises:
         UserError: a mistake in `config`, an unknown GPU, or a run that does not fit on it.
@@ -100,29 +106,31 @@ def plan(
     _check_world(config, world_size)
     for line in config.to_yaml().splitlines():
         log(f"  {line}")
-    subject = read(config, with_data, log)
-    log(f"model: {subject.size.in_words()}, {subject.size.num_layers} layers")
+    given = read(config, with_data, log)
+    log(f"model: {given.size.in_words()}, {given.size.num_layers} layers")
     flops = None
-    if subject.dataset is not None and subject.sampler is not None:
-        flops = _log_work(subject.dataset, subject.sampler, subject.size, config, log)
-    disk = subject.size.num_trained * (8 if config.optim.states == "bf16" else 12)
+    if given.dataset is not None and given.sampler is not None:
+        flops = _log_work(given.dataset, given.sampler, given.size, config, log)
+    disk = given.size.num_trained * (8 if config.optim.states == "bf16" else 12)
     log(f"disk: {disk / GIB:.2f} GiB a checkpoint, {config.checkpoint.keep or 'all'} of them kept")
-    peak = subject.peak(config, world_size)
-    for line in _memory_lines(config, peak, world_size, subject):
+    peak = given.peak(config, world_size)
+    for line in _memory_lines(config, peak, world_size, given):
         log(line)
     for line in _gpu_lines(config, peak, world_size, flops, mfu, [gpu] if gpu else list(gpus)):
         log(line)
     if gpu is not None and needed(peak) > gpus[gpu] * GIB:
-        remedy = find_remedy(config, world_size, peak, gpus[gpu] * GIB, subject.peak, needed, log)
+        suggestion = suggest_changes(
+            config, world_size, peak, gpus[gpu] * GIB, given.peak, needed, log
+        )
         raise UserError(
             f"The run needs {needed(peak) / GIB:.1f} GiB for {_each(world_size)}, and "
             f"{gpu} has {gpus[gpu]}: "
-            + (f"append {remedy}." if remedy else "nothing that plan can change makes it fit.")
+            + (f"append {suggestion}." if suggestion else "no change that plan tries makes it fit.")
         )
 
 
 def needed(peak: Peak) -> float:
-    """Bytes of a device that has room for the peak and for what torch does not count."""
+    """Return the bytes that a device needs for the peak and for what torch does not count."""
     return peak.num_bytes * (1 + MARGIN_SHARE) + MARGIN_GIB * GIB
 
 
@@ -140,7 +148,7 @@ def _check_world(config: Config, world_size: int) -> None:
 def _log_work(
     dataset: Dataset, sampler: Sampler, size: ModelSize, config: Config, log: Callable[[str], None]
 ) -> float:
-    """Lines of the data and of what is to be done; all FLOPs."""
+    """Log the data and the work; return the run's FLOPs."""
     for line in dataset.report.lines():
         log(line)
     passes, epochs = num_passes(config.noise), sampler.total_documents / sampler.num_documents
@@ -158,11 +166,11 @@ def _log_work(
     return flops
 
 
-def _memory_lines(config: Config, peak: Peak, world_size: int, subject: Subject) -> Iterator[str]:
-    if subject.sampler is None:
-        batches = "full micro-batches, all of whose tokens are learned"
+def _memory_lines(config: Config, peak: Peak, world_size: int, given: PlanInput) -> Iterator[str]:
+    if given.sampler is None:
+        batches = "full micro-batches, every token supervised"
     else:
-        seen, steps = len(looked_at(subject.sampler)), subject.sampler.num_steps
+        seen, steps = len(sampled_steps(given.sampler)), given.sampler.num_steps
         of = f"{seen} of {steps} steps" if seen < steps else "all steps"
         batches = f"the heaviest micro-batches of {of}"
     yield f"memory: GiB of {_each(world_size)}, at the peak ({peak.moment}), {batches}"
@@ -170,7 +178,7 @@ def _memory_lines(config: Config, peak: Peak, world_size: int, subject: Subject)
         yield f"  {kind:<12}{amount / GIB:9.2f}"
     yield f"  {'peak':<12}{peak.num_bytes / GIB:9.2f}"
     yield (
-        f"  {'to be had':<12}{needed(peak) / GIB:9.2f}  with {MARGIN_SHARE:.0%} for fragmentation "
+        f"  {'needed':<12}{needed(peak) / GIB:9.2f}  with {MARGIN_SHARE:.0%} for fragmentation "
         f"and {MARGIN_GIB:.0f} GiB for CUDA and NCCL, not yet measured on a GPU"
     )
     if peak.host_bytes:
@@ -181,7 +189,7 @@ def _memory_lines(config: Config, peak: Peak, world_size: int, subject: Subject)
         if getattr(config.model, name) != usual
     ]
     if left_out:
-        yield f"memory: reckoned without {', '.join(left_out)}"
+        yield f"memory: estimated without {', '.join(left_out)}"
 
 
 def _gpu_lines(

@@ -6,7 +6,7 @@ tensors shapes and lifetimes and no memory, and torch's `fake` process group let
 succeed at once, so one process stands for any rank of any number.
 
 The tensors are CPU tensors, as torch without CUDA has no others; which is host memory and which is
-the GPU's follows from `engine.offload`. Not rehearsed: torch.compile, Liger's kernels and float8,
+the GPU's follows from `engine.offload`. Not simulated: torch.compile, Liger's kernels and float8,
 which need a GPU or its compiler, and save memory, if anything.
 """
 
@@ -37,14 +37,14 @@ from neftune_dist.training.loop import token_layout
 from neftune_dist.training.noise import attach_noise
 
 # On each rank DeepSpeed's stage 3 handles every partition of every tensor by itself: no more of
-# them than this are rehearsed, and what is partitioned is scaled.
-_MOST_PARTITIONS = 32
+# them than this are simulated, and the size of a partition is scaled.
+_MAX_PARTITIONS = 32
 
 T = TypeVar("T")
 
 
 class _Rank0(World):
-    """The first of so many ranks, alone."""
+    """Rank 0 of `size` ranks, alone."""
 
     def __init__(self, size: int) -> None:
         self.rank = self.local_rank = 0
@@ -54,7 +54,7 @@ class _Rank0(World):
 
 class _IdleOptimizer(MakeOptimizer):
     """Remembers what it made, and lets it update nothing: an update works in place, in memory made
-    at set-up, and a rehearsal of all its pieces would only take time."""
+    at set-up, so to simulate it would only take time."""
 
     made: torch.optim.Optimizer
 
@@ -69,18 +69,18 @@ class _IdleOptimizer(MakeOptimizer):
         return made
 
 
-def rehearse(config: Config, folder: Path, world_size: int, batches: Sequence[MicroBatch]) -> Peak:
-    """What rank 0, whose shards are the largest, holds at its peak.
+def simulate(config: Config, folder: Path, world_size: int, batches: Sequence[MicroBatch]) -> Peak:
+    """Simulate a step on rank 0, whose shards are the largest, and return its peak.
 
     Args:
         folder: the model's directory; no weights are read.
-        batches: the first micro-batches of a step, which have content; no more are run than it
-            takes to meet all that is kept from one to the next.
+        batches: the first micro-batches of a step, with content. Only as many are run as it takes
+            to meet everything that is kept from one to the next.
 
     Raises:
         UserError: as the engine and the model raise it.
     """
-    config = rehearsable(config)
+    config = simulated_settings(config)
     model = load.build(folder, config.model, config.data.packing, config.adapter)
     vocabulary = model.get_output_embeddings().weight.shape[0]
     # The second meets gradients. With replicas the third meets more: FSDP2 keeps what the second
@@ -88,20 +88,20 @@ def rehearse(config: Config, folder: Path, world_size: int, batches: Sequence[Mi
     batches = batches[: 3 if (config.engine.num_replicas or 1) > 1 else 2]
     layouts = [token_layout(batch) for batch in batches]
     zero3 = config.engine.name == "deepspeed" and config.engine.zero_stage in (None, 3)
-    rehearsed = min(world_size, _MOST_PARTITIONS) if zero3 else world_size
+    num_ranks = min(world_size, _MAX_PARTITIONS) if zero3 else world_size
     slices = config.engine.sequence_parallel
-    # (Of the partitions that are not rehearsed none shares this rank's sequences.)
-    rehearsed = max(rehearsed, slices)
-    with _world(rehearsed), _deepspeed(config, model), _shared(slices, model) as group:
-        engine = make_engine(config, _Rank0(rehearsed))
+    # (None of the partitions left out shares this rank's sequences.)
+    num_ranks = max(num_ranks, slices)
+    with _world(num_ranks), _deepspeed(config, model), _shared(slices, model) as group:
+        engine = make_engine(config, _Rank0(num_ranks))
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with fake, Memory(fake, vocabulary) as memory:
             noise = attach_noise(config, model, 0, group)
             optimizer = _IdleOptimizer(config.optim, config.train.seed)
             engine.setup(model, optimizer)
             engine.after_load(0)
-            kept = _Kept(
-                engine, optimizer, memory, config.engine.offload == "cpu", rehearsed / world_size
+            kept = _EngineState(
+                engine, optimizer, memory, config.engine.offload == "cpu", num_ranks / world_size
             )
             kept.name_state()
             for i, (batch, layout) in enumerate(zip(batches, layouts, strict=True)):
@@ -109,7 +109,7 @@ def rehearse(config: Config, folder: Path, world_size: int, batches: Sequence[Mi
                 memory.default, memory.phase = "activations", f"forward of {which}"
                 noise.describe(_faked(layout, fake))
                 there = _faked(batch, fake)
-                memory.see(*(each for each in vars(there).values() if isinstance(each, Tensor)))
+                memory.see(*filter(torch.is_tensor, vars(there).values()))
                 loss = engine.forward(there)
                 memory.phase = f"backward of {which}"
                 engine.backward(loss, i == len(batches) - 1)
@@ -121,11 +121,12 @@ def rehearse(config: Config, folder: Path, world_size: int, batches: Sequence[Mi
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """What an engine keeps between micro-batches, shard by shard: it names it to `memory`.
+class _EngineState:
+    """Names to `memory` what an engine keeps between micro-batches, shard by shard.
 
-    on_host: whether it lies in host memory. share: of a shard in the rehearsed world that is one in
-    the real world.
+    Attributes:
+        on_host: whether it lies in host memory.
+        share: size of a real shard relative to a simulated one.
     """
 
     engine: Any
@@ -164,8 +165,8 @@ class _Kept:
         self.memory.name(where, kind, self.on_host, self.share)
 
 
-def rehearsable(config: Config) -> Config:
-    """The configuration without what a rehearsal leaves out."""
+def simulated_settings(config: Config) -> Config:
+    """Return the configuration without compilation, fused kernels and float8."""
     model = replace(config.model, compile=False, kernels="torch", float8="none")
     if model.loss == "liger":
         model.loss = "chunked"
@@ -175,7 +176,7 @@ def rehearsable(config: Config) -> Config:
 
 
 def _faked(thing: T, mode: FakeTensorMode) -> T:
-    """A dataclass whose tensors have no content."""
+    """Return the dataclass with tensors that have no content."""
     changed: dict[str, Any] = {
         name: mode.from_tensor(value)
         for name, value in vars(thing).items()
@@ -196,7 +197,7 @@ def _world(size: int) -> Iterator[None]:
 
 @contextmanager
 def _shared(slices: int, model: Any) -> Iterator[dist.ProcessGroup | None]:
-    """Sequences shared by so many ranks."""
+    """Share sequences among so many ranks."""
     group = dist.new_group(range(slices)) if slices > 1 else None
     share_sequences(group, model.config)
     try:
@@ -207,7 +208,7 @@ def _shared(slices: int, model: Any) -> Iterator[dist.ProcessGroup | None]:
 
 @contextmanager
 def _deepspeed(config: Config, model: Any) -> Iterator[None]:
-    """What DeepSpeed needs to run without other ranks, where it is the engine."""
+    """Let DeepSpeed run without other ranks, if it is the engine."""
     if config.engine.name != "deepspeed":
         yield
         return

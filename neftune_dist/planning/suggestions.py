@@ -1,4 +1,4 @@
-"""The change that makes a run fit: tried by rehearsing again, what costs least first."""
+"""Changes that make a run fit: the cheapest first, each tried by simulating the step again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from neftune_dist.config import Config, UserError, check
 from neftune_dist.planning.memory import Peak
 
-# What a change must save to be kept.
+# A change must save this share of the peak to be kept.
 _LEAST_SAVING = 0.01
 _MOST_RANKS = 1024
 _RANKS = "--world-size"
@@ -17,28 +17,30 @@ _RANKS = "--world-size"
 Changes = dict[str, str | int | bool]
 
 
-def find_remedy(
+def suggest_changes(
     config: Config,
     world_size: int,
     peak: Peak,
     room: float,
-    rehearse: Callable[[Config, int], Peak],
+    simulate: Callable[[Config, int], Peak],
     needed: Callable[[Peak], float],
     log: Callable[[str], None],
 ) -> str | None:
-    """The words to append to the command line, or None where nothing that is tried is enough.
+    """Return `key=value` words that make the run fit, or None if nothing that is tried does.
 
     Args:
-        peak: of the run as it is. room: the device's, in bytes.
-        rehearse: the peak of a configuration on so many ranks. needed: the room that a peak takes.
+        peak: of the run as it is.
+        room: bytes of the device.
+        simulate: returns the peak of a configuration on a number of ranks.
+        needed: returns the bytes that a peak takes.
     """
     changes: Changes = {}
 
     def attempt(more: Changes) -> Peak | None:
-        """The peak with these changes, or None where they contradict a setting."""
+        """Return the peak with these changes, None if they contradict a setting."""
         try:
             changed = _changed(config, more)
-            found = rehearse(changed, int(more.get(_RANKS, world_size)))
+            found = simulate(changed, int(more.get(_RANKS, world_size)))
         except UserError:
             return None
         log(f"tried {_words(more)}: {needed(found) / 2**30:.1f} GiB")
@@ -60,7 +62,7 @@ def find_remedy(
         changes, peak = {**changes, **step}, found
         if needed(peak) <= room:
             break
-    for key in list(changes)[:-1]:  # is an earlier one needed still?
+    for key in list(changes)[:-1]:  # is an earlier change still needed?
         less = {k: v for k, v in changes.items() if k != key}
         found = attempt(less)
         if found is not None and needed(found) <= room:
@@ -71,8 +73,10 @@ def find_remedy(
 def _ladder(
     config: Config, ranks: int, peak: Peak, room: float, needed: Callable[[Peak], float]
 ) -> Iterator[Changes]:
-    """What may be tried next, in order of cost. Where what is kept between micro-batches has no
-    room, no change of the batch helps: then that comes first."""
+    """Yield the changes to try next, in order of cost.
+
+    If the state alone has no room, no change of the batch helps: changes of the state come first.
+    """
     state = sum(peak.parts[kind] for kind in ("weights", "gradients", "optimizer"))
     lower_state = list(_lower_state(config, ranks, peak, room, needed))
     lower_batch = list(_lower_batch(config, peak, room, needed))
@@ -117,7 +121,7 @@ def _lower_state(
 
 
 def _halvings(amount: float, excess: float) -> int | None:
-    """How often `amount` must be halved at least to save `excess`; None: it cannot."""
+    """Return how many times to halve `amount` to save `excess`; None: no number is enough."""
     if amount <= excess:
         return None
     return max(1, math.ceil(math.log2(amount / (amount - excess))))

@@ -240,13 +240,13 @@ def _measure_step(world: World, part: Part, size: Size, profile: Path | None) ->
 
 def planned_gib(part: Part, size: Size) -> float:
     """The peak that `neftune-dist plan` estimates for the part's own micro-batches."""
-    from neftune_dist.planning.simulate import rehearse
+    from neftune_dist.planning.simulate import simulate
 
     with tempfile.TemporaryDirectory() as folder:
         config, _, loader = prepare_step(part, size, Path(folder))
         batches = loader.step(0).micro_batches
         heaviest = sorted(batches, key=lambda b: b.input_ids.numel(), reverse=True)[:2]
-        return rehearse(config, Path(folder), 1, heaviest).num_bytes / GIB
+        return simulate(config, Path(folder), 1, heaviest).num_bytes / GIB
 
 
 def measure_peer(part: Part, size: Size, _: Path | None) -> dict[str, Any]:

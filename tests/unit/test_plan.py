@@ -25,7 +25,7 @@ from neftune_dist.planning import report, simulate
 from neftune_dist.planning.batches import fullest, heaviest
 from neftune_dist.planning.memory import KINDS, Memory, Peak
 from neftune_dist.planning.report import plan, read
-from neftune_dist.planning.suggestions import find_remedy
+from neftune_dist.planning.suggestions import suggest_changes
 from tests.support import tiny_model
 from tests.support.corpora import documents_of
 
@@ -85,7 +85,7 @@ def test_memory_follows_resizing_host_and_shares() -> None:
     assert torch.UntypedStorage.resize_ is usual
 
 
-# --------------------------------------------------------------------------------- rehearsal
+# --------------------------------------------------------------------------------- simulation
 
 
 @pytest.fixture(scope="module")
@@ -105,17 +105,17 @@ def settings(folder: Path, *words: str) -> Config:
 def state(folder: Path, ranks: int, *words: str) -> tuple[list[int], Peak]:
     """Elements of each parameter, and the peak of full micro-batches."""
     config = settings(folder, *words)
-    subject = read(config, with_data=False)
-    return [p.numel() for p in subject.model.parameters()], subject.peak(config, ranks)
+    given = read(config, with_data=False)
+    return [p.numel() for p in given.model.parameters()], given.peak(config, ranks)
 
 
 @pytest.mark.parametrize("ranks", [1, 8, 512])
 def test_fsdp2_keeps_a_share_of_everything(ranks: int, folder: Path) -> None:
     config = settings(folder)
-    subject = read(config)
-    peak = subject.peak(config, ranks)
+    given = read(config)
+    peak = given.peak(config, ranks)
     # It shards rows, the last ranks' shards being the smaller ones.
-    shards = [-(-p.shape[0] // ranks) * math.prod(p.shape[1:]) for p in subject.model.parameters()]
+    shards = [-(-p.shape[0] // ranks) * math.prod(p.shape[1:]) for p in given.model.parameters()]
     buffers = 4 * 2 * (64 // 4 // 2)  # rotary frequencies, twice
     assert peak.parts["weights"] == pytest.approx(4 * sum(shards) + buffers, abs=64)
     counts = 4 * len(shards)  # of updates
@@ -145,7 +145,7 @@ def test_deepspeed_keeps_what_its_stage_says(stage: int, folder: Path) -> None:
 def test_many_partitions_are_scaled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     peaks = []
     for most in (16, 4):
-        monkeypatch.setattr(simulate, "_MOST_PARTITIONS", most)
+        monkeypatch.setattr(simulate, "_MAX_PARTITIONS", most)
         peaks.append(state(folder, 16, "engine.name=deepspeed")[1])
     for kind in KINDS:
         assert peaks[1].parts[kind] == pytest.approx(peaks[0].parts[kind], rel=0.05, abs=2000)
@@ -175,16 +175,16 @@ def test_the_heaviest_micro_batches_are_found(folder: Path) -> None:
     lengths = [3, 9, 4, 4, 8, 2, 7, 9, 5, 6, 2, 3]
     rows = [(np.zeros(n), (np.arange(n) > 0).astype(np.uint8)) for n in lengths]
     config = settings(folder, "train.global_batch_size=6", "train.max_steps=2")
-    subject = read(config)
+    given = read(config)
     config.train.micro_batch_tokens = 12
     sampler = make_sampler(config.train, len(rows), "x")
     sizes: dict[int, list[int]] = {0: [], 1: []}
     for step in (0, 1):
         chosen = np.array(lengths)[sampler.documents(step)[0]]
-        rounds = assign_documents(chosen, 1, 12, True, subject.size.quadratic_tokens)
+        rounds = assign_documents(chosen, 1, 12, True, given.size.quadratic_tokens)
         for place, (group,) in enumerate(rounds):
             sizes[min(place, 1)].append(int(chosen[list(group)].sum()))
-    found = heaviest(documents_of(rows), sampler, config, 1, subject.model)
+    found = heaviest(documents_of(rows), sampler, config, 1, given.model)
     assert [batch.input_ids.numel() for batch in found[:2]] == [max(sizes[0]), max(sizes[1])]
     assert len(sizes[1]) > 2 and len(found) == 3 and found[2] is found[1]
 
@@ -199,7 +199,7 @@ def test_without_data_micro_batches_are_full() -> None:
     assert fullest(config)[0].input_ids.shape == (4, 100)
 
 
-# ------------------------------------------------------------------------------------ remedy
+# ------------------------------------------------------------------------------------ suggestion
 
 
 def suggested(room: float, *words: str, ranks: int = 8) -> tuple[str | None, list[str]]:
@@ -207,7 +207,7 @@ def suggested(room: float, *words: str, ranks: int = 8) -> tuple[str | None, lis
     of numbers: 100 of state, 100 of activations, 40 of logits."""
     config = load_config(None, ["model.name_or_path=x", *words])
 
-    def rehearse(changed: Config, ranks_then: int) -> Peak:
+    def peak_of(changed: Config, ranks_then: int) -> Peak:
         state = 100.0 * ranks / ranks_then
         state *= 0.6 if changed.optim.states == "8bit" else 1
         state *= 0.1 if changed.engine.offload == "cpu" else 1
@@ -219,15 +219,15 @@ def suggested(room: float, *words: str, ranks: int = 8) -> tuple[str | None, lis
         return Peak({kind: round(parts.get(kind, 0)) for kind in KINDS}, "", 0)
 
     log: list[str] = []
-    peak = rehearse(config, ranks)
-    found = find_remedy(
-        config, ranks, peak, room, rehearse, lambda p: float(p.num_bytes), log.append
+    peak = peak_of(config, ranks)
+    found = suggest_changes(
+        config, ranks, peak, room, peak_of, lambda p: float(p.num_bytes), log.append
     )
     return found, log
 
 
 @pytest.mark.parametrize(
-    ("room", "words", "remedy"),
+    ("room", "words", "suggestion"),
     [
         (205, ["model.loss=plain"], "model.loss=chunked"),
         (170, [], "model.activation_checkpointing=selective"),
@@ -242,11 +242,11 @@ def suggested(room: float, *words: str, ranks: int = 8) -> tuple[str | None, lis
     ],
 )  # fmt: skip
 def test_the_cheapest_change_that_fits_is_found(
-    room: float, words: list[str], remedy: str | None
+    room: float, words: list[str], suggestion: str | None
 ) -> None:
     found, tried = suggested(room, *words)
     print(*tried, sep="\n")
-    assert found == remedy
+    assert found == suggestion
 
 
 def test_a_change_that_contradicts_a_setting_is_passed_over() -> None:
