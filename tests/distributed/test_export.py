@@ -51,7 +51,7 @@ def test_logits_are_those_of_the_trained_weights(run_dir: Path, tmp_path: Path) 
 
 
 def test_the_folder_is_complete_and_says_how_it_was_made(run_dir: Path, tmp_path: Path) -> None:
-    done = tiny_model.run(
+    done = tiny_model.run_forked(
         "export", run_dir, "--output", tmp_path / "e", "--dtype", "bf16", "--step", 4
     )
     assert done.returncode == 0, done.stderr
@@ -96,7 +96,7 @@ def test_mistakes_are_told(run_dir: Path, tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("do not lose this")
-    done = tiny_model.run("export", run_dir, "--output", tmp_path / "mine")
+    done = tiny_model.run_forked("export", run_dir, "--output", tmp_path / "mine")
     assert done.returncode == 2
     assert (tmp_path / "mine" / "thesis.txt").exists()
 

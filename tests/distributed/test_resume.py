@@ -16,12 +16,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
 from neftune_dist.checkpoint import store
 from tests.support import tiny_model
+from tests.support.tiny_model import Forked
 
 STEPS = 12
 ENGINES = {
@@ -56,43 +56,17 @@ def untouched(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     return of
 
 
-def start(config: Path, run_dir: Path, *words: str, ranks: int = 2) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        tiny_model.command("train", config, f"run_dir={run_dir}", *words, ranks=ranks),
-        env=tiny_model.environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+def start(config: Path, run_dir: Path, *words: str, ranks: int = 2) -> Forked:
+    return Forked("train", config, f"run_dir={run_dir}", *words, ranks=ranks)
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + tiny_model.DEADLINE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "the run did not get so far"
-        assert process.poll() is None, "the run ended by itself"
-        time.sleep(0.005)
+def kill_all(run: Forked) -> None:
+    run.kill()
 
 
-def kill_all(process: subprocess.Popen[bytes]) -> None:
-    family = psutil.Process(process.pid).children(recursive=True)
-    for each in [*family, psutil.Process(process.pid)]:
-        try:
-            each.kill()
-        except psutil.NoSuchProcess:
-            continue
-    process.wait(30)
-    psutil.wait_procs(family, 30)
-
-
-def kill_one_rank(process: subprocess.Popen[bytes]) -> None:
-    ranks = [
-        p
-        for p in psutil.Process(process.pid).children(recursive=True)
-        if "neftune_dist" in " ".join(p.cmdline())
-    ]
-    ranks[-1].kill()
-    assert process.wait(60) != 0  # the launcher ends the other one
+def kill_one_rank(run: Forked) -> None:
+    run.ranks[-1].kill()
+    assert run.wait().returncode != 0
 
 
 def assert_as_untouched(run_dir: Path, untouched_dir: Path) -> None:
@@ -115,15 +89,15 @@ def assert_as_untouched(run_dir: Path, untouched_dir: Path) -> None:
 @pytest.mark.parametrize("engine", ["fsdp2", "zero-3"])
 def test_killed_between_saves(
     engine: str,
-    kill: Callable[[subprocess.Popen[bytes]], None],
+    kill: Callable[[Forked], None],
     config: Path,
     untouched: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:
     run_dir = tmp_path / "run"
-    process = start(config, run_dir, *ENGINES[engine])
-    wait_for(lambda: len(tiny_model.steps(run_dir)) >= 5, process)
-    kill(process)
+    run = start(config, run_dir, *ENGINES[engine])
+    run.until(lambda: len(tiny_model.steps(run_dir)) >= 5)
+    kill(run)
     tiny_model.train(config, run_dir, *ENGINES[engine], ranks=2)
     assert_as_untouched(run_dir, untouched(engine))
 
@@ -136,10 +110,10 @@ def test_killed_at_random_moments_of_saving(
     words = [*ENGINES["fsdp2"], "checkpoint.every_steps=1"]
     partial = run_dir / "checkpoints"
     for target in (2, 5, 8):
-        process = start(config, run_dir, *words)
-        wait_for(lambda: bool(list(partial.glob(f"step_{target:08d}*"))), process)  # noqa: B023
+        run = start(config, run_dir, *words)
+        run.until(lambda: bool(list(partial.glob(f"step_{target:08d}*"))))  # noqa: B023
         time.sleep(chance.uniform(0, 0.03))
-        kill_all(process)
+        kill_all(run)
         assert store.damaged_folders(run_dir) == []
         assert store.find_all(run_dir)[0].step >= target - 1
     tiny_model.train(config, run_dir, *words, ranks=2)
@@ -151,9 +125,9 @@ def test_killed_before_the_first_save(
     config: Path, untouched: Callable[[str], Path], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    process = start(config, run_dir, *ENGINES["fsdp2"])
-    wait_for(lambda: len(tiny_model.steps(run_dir)) >= 1, process)
-    kill_all(process)
+    run = start(config, run_dir, *ENGINES["fsdp2"])
+    run.until(lambda: len(tiny_model.steps(run_dir)) >= 1)
+    kill_all(run)
     tiny_model.train(config, run_dir, *ENGINES["fsdp2"], ranks=2)
     assert_as_untouched(run_dir, untouched("fsdp2"))
 
@@ -163,10 +137,10 @@ def test_stopped_by_a_signal(number: signal.Signals, config: Path, tmp_path: Pat
     whole = tmp_path / "whole"
     tiny_model.train(config, whole)
     run_dir = tmp_path / "run"
-    process = start(config, run_dir, "checkpoint.every_steps=0", ranks=1)
-    wait_for(lambda: len(tiny_model.steps(run_dir)) >= 2, process)
-    process.send_signal(number)
-    assert process.wait(60) == 75
+    run = start(config, run_dir, "checkpoint.every_steps=0", ranks=1)
+    run.until(lambda: len(tiny_model.steps(run_dir)) >= 2)
+    run.send_signal(number)
+    assert run.wait().returncode == 75
     stopped_at = len(tiny_model.steps(run_dir))
     assert store.find_all(run_dir)[0].step == stopped_at < STEPS
     tiny_model.train(config, run_dir)
@@ -175,9 +149,9 @@ def test_stopped_by_a_signal(number: signal.Signals, config: Path, tmp_path: Pat
 
 def test_zero_1_resumes(config: Path, untouched: Callable[[str], Path], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    process = start(config, run_dir, *ENGINES["zero-1"])
-    wait_for(lambda: len(tiny_model.steps(run_dir)) >= 5, process)
-    kill_all(process)
+    run = start(config, run_dir, *ENGINES["zero-1"])
+    run.until(lambda: len(tiny_model.steps(run_dir)) >= 5)
+    kill_all(run)
     tiny_model.train(config, run_dir, *ENGINES["zero-1"], ranks=2)
     assert_as_untouched(run_dir, untouched("zero-1"))
 
@@ -192,9 +166,9 @@ def test_continues_under_another_engine_and_world(
     words = ["noise.stream=sample"]
     whole = tiny_model.train(config, tmp_path / "whole", *ENGINES[first], *words, ranks=2)
     run_dir = tmp_path / "run"
-    process = start(config, run_dir, *ENGINES[first], *words)
-    wait_for(lambda: (run_dir / "checkpoints" / "step_00000006").exists(), process)
-    kill_all(process)
+    run = start(config, run_dir, *ENGINES[first], *words)
+    run.until(lambda: (run_dir / "checkpoints" / "step_00000006").exists())
+    kill_all(run)
     records = tiny_model.train(config, run_dir, *ENGINES[then], *words, ranks=ranks)
     assert len(records) == STEPS
     for one, other in zip(records, whole, strict=True):

@@ -7,6 +7,7 @@ import multiprocessing
 import multiprocessing.context
 import multiprocessing.forkserver
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -151,28 +152,33 @@ def run(
     )
 
 
-def run_forked(
-    verb: str,
-    *words: object,
-    ranks: int = 1,
-    before: Callable[[], None] | None = None,
-    grace_seconds: float = 30,
-) -> subprocess.CompletedProcess[str]:
-    """As `run`, in processes forked from one that has imported everything: seconds less.
+class Forked:
+    """A verb in processes forked from one that has imported everything: seconds less than a start.
 
-    Like a launcher, it ends all ranks when the first one fails; unlike torchrun, it gives that
-    rank's own exit code.
-
-    Args:
-        before: called in each rank first; it must pickle.
-        grace_seconds: given to the other ranks to end by themselves when one has failed.
+    Attributes:
+        ranks: the processes; they meet as under torchrun.
     """
-    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
-        files = [Path(folder) / name for name in ("out", "err")]
-        processes = []
+
+    def __init__(
+        self,
+        verb: str,
+        *words: object,
+        ranks: int = 1,
+        before: Callable[[], None] | None = None,
+    ) -> None:
+        """Start the ranks.
+
+        Args:
+            before: called in each rank first; it must pickle.
+        """
+        self._words = [verb, *map(str, words)]
+        self._folder = tempfile.TemporaryDirectory()
+        self._files = [Path(self._folder.name) / name for name in ("out", "err")]
+        self._deadline = time.monotonic() + DEADLINE_SECONDS
+        self.ranks: list[multiprocessing.context.ForkServerProcess] = []
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
         for rank in range(ranks):
             own = {
                 "RANK": rank,
@@ -184,25 +190,67 @@ def run_forked(
             }
             variables = {key: str(value) for key, value in own.items()} if ranks > 1 else {}
             process = _forkserver().Process(
-                target=_rank, args=(variables, [verb, *map(str, words)], *files, before)
+                target=_rank, args=(variables, self._words, *self._files, before)
             )
             process.start()
-            processes.append(process)
-        code, deadline = 0, time.monotonic() + DEADLINE_SECONDS
-        while any(process.is_alive() for process in processes):
-            failed = [process.exitcode for process in processes if process.exitcode]
-            if failed or time.monotonic() > deadline:
+            self.ranks.append(process)
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for a condition; that a rank ends before it, or a hang, is a failure."""
+        while not condition():
+            assert time.monotonic() < self._deadline, "the run did not get so far"
+            assert all(rank.is_alive() for rank in self.ranks), "the run ended by itself"
+            time.sleep(0.005)
+
+    def kill(self) -> None:
+        """End all ranks at once, as a node that dies does."""
+        for rank in self.ranks:
+            rank.kill()
+        for rank in self.ranks:
+            rank.join()
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal to every rank, as a launcher passes it on."""
+        for rank in self.ranks:
+            assert rank.pid is not None
+            os.kill(rank.pid, number)
+
+    def wait(self, grace_seconds: float = 30) -> subprocess.CompletedProcess[str]:
+        """Wait for the end; a hang is a failure.
+
+        Like a launcher, it ends all ranks when the first one fails; unlike torchrun, it gives that
+        rank's own exit code.
+
+        Args:
+            grace_seconds: given to the other ranks to end by themselves when one has failed.
+        """
+        code = 0
+        while any(rank.is_alive() for rank in self.ranks):
+            failed = [rank.exitcode for rank in self.ranks if rank.exitcode]
+            if failed or time.monotonic() > self._deadline:
                 code = code or (failed[0] if failed else -1)
-                for process in processes:
-                    process.join(0.2)
-                    process.terminate()
-                    process.join(grace_seconds)
-                    process.kill()
+                for rank in self.ranks:
+                    rank.join(0.2)
+                    rank.terminate()
+                    rank.join(grace_seconds)
+                    rank.kill()
             time.sleep(0.01)
-        code = code or next((p.exitcode for p in processes if p.exitcode), 0)
+        code = code or next((rank.exitcode for rank in self.ranks if rank.exitcode), 0)
         assert code != -1, "the ranks hang"
-        out, err = (file.read_text() for file in files)
-        return subprocess.CompletedProcess([verb, *map(str, words)], code, out, err)
+        with self._folder:
+            out, err = (file.read_text() for file in self._files)
+        return subprocess.CompletedProcess(self._words, code, out, err)
+
+
+def run_forked(
+    verb: str,
+    *words: object,
+    ranks: int = 1,
+    before: Callable[[], None] | None = None,
+    grace_seconds: float = 30,
+) -> subprocess.CompletedProcess[str]:
+    """As `run`, in forked processes; see `Forked`."""
+    return Forked(verb, *words, ranks=ranks, before=before).wait(grace_seconds)
 
 
 @cache
