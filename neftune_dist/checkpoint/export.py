@@ -1,7 +1,7 @@
-"""A checkpoint as a Hugging Face model directory, on one small machine: no process group, no GPU.
+"""A checkpoint as a Hugging Face model directory, made on one machine without a GPU.
 
-Tensors stream from the checkpoint into safetensors files; the peak of host memory is near one file.
-What a run trained beside frozen weights is merged into them, or written alone, as PEFT has it.
+Tensors stream from the checkpoint into safetensors files; the peak of host memory is near the size
+of one file. Adapters are merged into the base weights, or written alone for PEFT.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from neftune_dist.checkpoint.run_files import (
     files_within,
 )
 from neftune_dist.config import AdapterConfig, UserError, read_json
+from neftune_dist.engine.base import dtype_name
 from neftune_dist.model.adapters import peft_name, peft_settings
 from neftune_dist.system import storage
 
@@ -48,17 +49,18 @@ def export(
     adapter: bool = False,
     log: Callable[[str], None] = print,
 ) -> Path:
-    """Write the model of a run's checkpoint to `output` (default RUN_DIR/export); its path.
+    """Write the model of a run's checkpoint to `output`; return its path.
 
     Args:
+        output: default RUN_DIR/export, or RUN_DIR/adapter. Replaced if it is an earlier export.
         step: of the checkpoint; None: the newest complete one.
         dtype: original (the base model's), fp32, bf16 or fp16.
-        adapter: write the trained adapter alone, as PEFT loads it (default RUN_DIR/adapter).
+        adapter: write the trained adapter alone, as PEFT loads it.
+        log: takes a line about what was written.
 
     Raises:
-        UserError: no such checkpoint, a damaged one, frozen weights that are not where they were,
-            or `output` cannot be written. It is replaced only where it is an export and nothing
-            else.
+        UserError: no such checkpoint, a damaged one, frozen weights that are missing, or an
+            `output` that cannot be written or holds files of others.
     """
     checkpoint = store.choose(run_dir, step)
     state = checkpoint.trainer_state()
@@ -68,8 +70,7 @@ def export(
     if adapter and adapted.method == "none":
         raise UserError(f"{run_dir} trained no adapter: leave out --adapter.")
     output = output or run_dir / ("adapter" if adapter else "export")
-    # Of a link, the folder that it leads to.
-    place = Path(os.path.realpath(output))
+    place = Path(os.path.realpath(output))  # a link's target
     _refuse_place(place, run_dir, state)
     marked_folder.refuse_other(place, MARK, thorough=False)
     if flaw := checkpoint.first_flaw():  # which reads all of it
@@ -84,12 +85,12 @@ def export(
         else:
             _write_weights(Content.of(checkpoint.folder, state), folder, chosen)
         (folder / "README.md").write_text(_card(state, folder))
-    log(f"exported step {checkpoint.step} to {output} ({str(chosen).removeprefix('torch.')})")
+    log(f"exported step {checkpoint.step} to {output} ({dtype_name(chosen)})")
     return output
 
 
 def _refuse_place(place: Path, run_dir: Path, state: Mapping[str, Any]) -> None:
-    """Raise `UserError` where an export must not go, whatever is there."""
+    """Raise `UserError` for a place that holds, or lies in, the run's files or its base model."""
     model = state["config"]["model"]
     kept = {"the run's directory": run_dir}
     with suppress(OSError):  # the working directory may have been removed
@@ -110,7 +111,7 @@ def _refuse_place(place: Path, run_dir: Path, state: Mapping[str, Any]) -> None:
 
 
 def _same(one: Path, other: Path) -> bool:
-    """Whether both are there, and one folder, under whatever names."""
+    """Whether both exist and are the same folder."""
     try:
         return one.samefile(other)
     except OSError:
@@ -123,14 +124,14 @@ def _set_dtype(path: Path, dtype: str) -> torch.dtype:
         name = config.get("dtype") or config.get("torch_dtype") or "float32"
         if name not in _ORIGINAL_DTYPES:
             raise UserError(
-                f"{path.name} of the base model says dtype={name}, which no weights are written "
-                "in: set --dtype."
+                f"{path.name} of the base model has dtype={name}, in which no weights can be "
+                "written: set --dtype."
             )
         chosen = getattr(torch, name)
     else:
         chosen = DTYPES[dtype]
     config.pop("torch_dtype", None)
-    config["dtype"] = str(chosen).removeprefix("torch.")
+    config["dtype"] = dtype_name(chosen)
     path.write_text(json.dumps(config, indent=2) + "\n")
     assert isinstance(chosen, torch.dtype)
     return chosen
@@ -179,10 +180,10 @@ def _write_adapter(
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     path.touch()
-    mode = path.stat().st_mode  # as the umask has it; safetensors makes its files the owner's alone
+    mode = path.stat().st_mode  # by the umask; safetensors lets the owner alone read its files
     try:
         save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # a full disk among them
+    except SafetensorError as error:  # also for a full disk
         number = re.search(r"os error (\d+)", str(error))
         cause = (int(number[1]), os.strerror(int(number[1]))) if number else (str(error),)
         raise OSError(*cause) from error

@@ -49,20 +49,21 @@ from neftune_dist.engine.base import FlatShard
 from neftune_dist.model.pickles import KnownReader
 from neftune_dist.optim import Blocks
 
-# No file item is larger, so that reading a range takes no more memory than this beside the range.
+# Largest item of a file: reading a range takes this much memory beside the range.
 _PIECE_ELEMENTS = 1 << 24
 
 
 def write(
     folder: Path, shards: Sequence[FlatShard], group: dist.ProcessGroup | None = None
 ) -> dict[str, WrittenFile]:
-    """Write this rank's shards: a collective of the group. Files are flushed to disk.
+    """Write this rank's shards, and sync its files: a collective of the group.
 
     Returns:
         The files that this rank wrote, by name.
 
     Raises:
-        OSError: on every rank, where any rank could not write.
+        OSError: on every rank, where any rank could not write, or the ranks' ranges do not cover
+            every tensor.
     """
     writer = dcp.FileSystemWriter(folder)
     writer.fs = hashing = _HashingFileSystem()
@@ -77,14 +78,14 @@ def write(
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """What a file was given to hold. size: bytes. xxh3: its checksum."""
+    """The bytes written to a file: size in bytes, and xxh3, their 128-bit checksum."""
 
     size: int
     xxh3: str
 
     @staticmethod
     def of(path: Path) -> WrittenFile:
-        """A file as it lies on disk. Raises `OSError`."""
+        """Read a file on disk. Raises `OSError`."""
         digest, size = xxhash.xxh3_128(), 0
         with path.open("rb") as file:
             while block := file.read(1 << 22):
@@ -94,10 +95,10 @@ class WrittenFile:
 
 
 class Reader:
-    """A checkpoint's tensors. What describes them is read once.
+    """A checkpoint's tensors. Their description is read once.
 
     Args:
-        alone: without a process group (export); else reading is a collective of all ranks.
+        alone: without a process group (export); otherwise reading is a collective of all ranks.
     """
 
     def __init__(self, folder: Path, *, alone: bool = False) -> None:
@@ -110,9 +111,9 @@ class Reader:
     def tensors(self) -> dict[str, int]:
         """Key and number of elements of every tensor."""
         return {
-            key: each.size.numel()
-            for key, each in self.metadata.state_dict_metadata.items()
-            if isinstance(each, TensorStorageMetadata)
+            key: stored.size.numel()
+            for key, stored in self.metadata.state_dict_metadata.items()
+            if isinstance(stored, TensorStorageMetadata)
         }
 
     def read(self, shards: Sequence[FlatShard]) -> None:
@@ -122,7 +123,7 @@ class Reader:
             UserError: a tensor that is missing or of another size, or a file that cannot be read.
         """
         with _uncollected(), warnings.catch_warnings():
-            # DCP warns that it reads without a process group, which is what `alone` asks for.
+            # DCP warns that it reads without a process group; `alone` asks for that.
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             try:
                 dcp.load(
@@ -133,16 +134,19 @@ class Reader:
                 )
             except dcp.CheckpointException as error:
                 causes = [failure[0] for failure in error.failures.values()]
-                told = next((str(c) for c in causes if isinstance(c, UserError)), None)
+                known = next((str(c) for c in causes if isinstance(c, UserError)), None)
                 raise UserError(
-                    told or f"The checkpoint {self._folder} cannot be read: {causes[0]}."
+                    known or f"The checkpoint {self._folder} cannot be read: {causes[0]}."
                 ) from error
 
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Without the collector of cyclic garbage: of many ranks the description is millions of small
-    objects, and going through them again and again takes twenty times as long as making them."""
+    """Run without the collector of cyclic garbage.
+
+    The description of many ranks' shards is millions of small objects; scanning them again and
+    again takes 20 times as long as making them.
+    """
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -165,7 +169,7 @@ class _HashingFileSystem(FileSystem):
             try:
                 yield stream
             except Exception as error:
-                # What torch makes of a failed write names its own bookkeeping, not the disk.
+                # Torch's error for a failed write names its own bookkeeping, not the disk.
                 raise (stream.error or error) from error
         self.written[Path(path).name] = WrittenFile(stream.size, stream.digest.hexdigest())
 
@@ -175,7 +179,7 @@ class _HashingFileSystem(FileSystem):
 
 
 class _HashedStream(io.RawIOBase):
-    """Writes through to a file, from its beginning to its end."""
+    """Writes through to a file, from its beginning to its end, and hashes the bytes."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -241,12 +245,12 @@ class _SavePlanner(SavePlanner):
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         plans, metadata = create_default_global_save_plan(all_plans)
-        for key, each in metadata.state_dict_metadata.items():
-            assert isinstance(each, TensorStorageMetadata)
-            covered = sum(chunk.sizes.numel() for chunk in each.chunks)
-            if covered != each.size.numel():
+        for key, stored in metadata.state_dict_metadata.items():
+            assert isinstance(stored, TensorStorageMetadata)
+            covered = sum(chunk.sizes.numel() for chunk in stored.chunks)
+            if covered != stored.size.numel():
                 raise RuntimeError(
-                    f"{key}: the ranks hold {covered} of {each.size.numel()} elements."
+                    f"{key}: the ranks hold {covered} of {stored.size.numel()} elements."
                 )
         return plans, metadata
 
@@ -257,7 +261,7 @@ class _SavePlanner(SavePlanner):
         index = write_item.index
         assert index.offset is not None
         shard, i = self.pieces[index.fqn, index.offset[0]]
-        return shard.tensor[i : i + _PIECE_ELEMENTS]  # 8-bit moments are decoded here, by pieces
+        return shard.tensor[i : i + _PIECE_ELEMENTS]  # decodes 8-bit moments, piece by piece
 
 
 class _LoadPlanner(LoadPlanner):
@@ -298,16 +302,17 @@ class _LoadPlanner(LoadPlanner):
         raise AssertionError("flat checkpoints hold tensors only")
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        index = read_item.dest_index
-        assert index.offset is not None
-        whole = self.shards[index.fqn, index.offset[0]].tensor
-        if isinstance(whole, Blocks):
+        whole = self._shard(read_item).tensor
+        if isinstance(whole, Blocks):  # encoded by `commit_tensor`
             return torch.empty(read_item.lengths)
         return whole.narrow(0, read_item.dest_offsets[0], read_item.lengths[0])
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        index = read_item.dest_index
-        assert index.offset is not None
-        whole = self.shards[index.fqn, index.offset[0]].tensor
+        whole = self._shard(read_item).tensor
         if isinstance(whole, Blocks):
             whole.write(read_item.dest_offsets[0], tensor)
+
+    def _shard(self, read_item: ReadItem) -> FlatShard:
+        index = read_item.dest_index
+        assert index.offset is not None
+        return self.shards[index.fqn, index.offset[0]]

@@ -1,8 +1,8 @@
-"""A copy of the engine's state in host memory, which every save fills again.
+"""A copy of the engine's state in host memory, filled again by every save.
 
-One mapping of exactly the bytes that are needed: torch's own pinned memory comes in powers of two
-(99 GiB for 75 at 7B) and takes 0.4 s a GiB. Pinning, which lets a GPU copy at full rate, goes on in
-threads beside the first steps: pages are touched and then registered with CUDA piece by piece.
+It is one mapping of exactly the bytes needed: torch's own pinned memory comes in powers of two (99
+GiB for 75 at 7B) and takes 0.4 s a GiB. Threads pin the memory, which lets a GPU copy at full rate,
+beside the first steps: they touch its pages and register them with CUDA piece by piece.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from torch import Tensor
 from neftune_dist.engine.base import FlatShard
 from neftune_dist.optim import Blocks
 
-# Bytes at which tensors begin: as torch aligns them.
+# Tensors begin at multiples of this many bytes, as torch aligns them.
 _ALIGNMENT = 64
-# Bytes that are touched and registered at a time, and threads that do so.
+# Bytes to touch and register at a time, and the threads that do so.
 _PIECE_BYTES, _NUM_THREADS = 1 << 30, 8
 _PAGE_BYTES = mmap.PAGESIZE
 
 
 class HostCopy:
-    """Room for the shards' content.
+    """Memory for the shards' content.
 
     Args:
-        shards: what is to be copied. Later calls of `copy` give the same ones.
-        device: where they lie; on a GPU the memory is pinned.
+        shards: to be copied; `copy` is called with the same ones.
+        device: of the engine; on a GPU the memory is pinned.
     """
 
     def __init__(self, shards: Sequence[FlatShard], device: torch.device) -> None:
@@ -60,7 +60,7 @@ class HostCopy:
 
     @property
     def is_pinned(self) -> bool:
-        """Whether all of it is; waits for that. (A system may limit how much can be locked.)"""
+        """Whether all of it could be pinned; waits for that. (A system may limit locked memory.)"""
         return bool(self._pinning) and all(piece.result() for piece in self._pinning)
 
     def _room(self, like: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class HostCopy:
         pieces = self._bytes.split(_PIECE_BYTES)
         self._pinning = [pool.submit(_register, piece) for piece in pieces]
         pool.shutdown(wait=False)
-        # (At the end of the process the driver lets go of it by itself.)
+        # At the end of the process the driver unregisters it by itself.
         weakref.finalize(self, _unregister, self._pinning, pieces).atexit = False
 
 
@@ -87,7 +87,7 @@ def _tensors(shard: FlatShard) -> Iterable[Tensor]:
 
 
 def _register(piece: Tensor) -> bool:
-    """Give the piece its pages, then lock them."""
+    """Give the piece its pages, then lock them; whether that worked."""
     piece[::_PAGE_BYTES].zero_()
     return int(torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), piece.nbytes, 0)) == 0
 

@@ -1,13 +1,13 @@
-"""Folders that carry our mark, and are replaced whole: the old one or the new one is always there.
+"""Folders with this project's mark, replaced whole: either the old or the new one is always there.
 
 The mark is a JSON file, written last, that lists every file of the folder with its size and
-checksum. A folder is replaced only where it carries one and holds nothing else: no other file, no
-changed one, no link, no folder. So nothing is ever removed that this project did not write.
+checksum. A folder is replaced only if it carries a mark and holds exactly what the mark lists: no
+other file, no changed one, no link, no folder. So only files that this project wrote are removed.
 
-    .NAME.neftune-new   what is being written; carries a mark without a list until it is whole
+    .NAME.neftune-new   being written; its mark lists nothing until it is complete
     NAME                published by a rename
-    .NAME.neftune-old   the one before it, until it has been removed; put back after a crash that
-                        left nothing under NAME
+    .NAME.neftune-old   the one before it, until it is removed; put back after a crash that left
+                        nothing under NAME
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _PROJECT = "neftune_dist"
 
 @contextmanager
 def replaced(folder: Path, mark: str) -> Iterator[Path]:
-    """A new folder to fill, which takes the place of `folder` when the block ends well.
+    """Yield a new folder to fill, which replaces `folder` when the block ends without an error.
 
     Args:
-        folder: need not exist; no link, nor below one that changes meanwhile.
+        folder: need not exist; no link.
         mark: name of the file that marks folders of this kind.
 
     Raises:
-        UserError: what is there is not ours alone, or another process is replacing it.
-        OSError: it cannot be written. What was there is as it was.
+        UserError: `folder` holds files of others, or another process is replacing it.
+        OSError: it cannot be written; `folder` is unchanged.
     """
     refuse_other(folder, mark, thorough=False)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def replaced(folder: Path, mark: str) -> Iterator[Path]:
 
 
 def refuse_other(folder: Path, mark: str, *, thorough: bool = True) -> None:
-    """Raise `UserError` where something is at `folder` that is not ours alone.
+    """Raise `UserError` where `folder` holds anything that this project did not write.
 
     Args:
         thorough: compare checksums, not sizes alone.
@@ -89,9 +89,9 @@ def refuse_other(folder: Path, mark: str, *, thorough: bool = True) -> None:
 def _other(
     folder: Path, mark: str, files: dict[str, WrittenFile], thorough: bool = True
 ) -> str | None:
-    """What a folder holds that its mark does not list: a name; None: nothing. What is listed may
+    """The first entry of a folder that is not as its mark lists it; None: none. Listed files may
     be missing."""
-    for entry in sorted(os.scandir(folder), key=lambda each: each.name):
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name == mark:
             continue
         listed = files.get(entry.name)
@@ -105,12 +105,12 @@ def _other(
 
 
 def _files(path: Path) -> dict[str, WrittenFile] | None:
-    """What a mark lists; None: it is none of ours."""
+    """The files that a mark lists; None: the mark is not this project's."""
     content = _read(path)
     if content is None:
         return None
     try:
-        files = {name: WrittenFile(**each) for name, each in (content["files"] or {}).items()}
+        files = {name: WrittenFile(**file) for name, file in (content["files"] or {}).items()}
     except (KeyError, TypeError, AttributeError):
         return None
     return None if any(Path(name).name != name or name == ".." for name in files) else files
@@ -132,7 +132,7 @@ def _write_mark(folder: Path, mark: str, files: dict[str, WrittenFile] | None) -
 
 
 def _seal(folder: Path, mark: str) -> None:
-    """Put all files on the disk, then the mark that lists them."""
+    """Sync all files, then write the mark that lists them."""
     paths = sorted(path for path in folder.iterdir() if path.name != mark)
     for path in paths:
         storage.sync(path)
@@ -153,9 +153,9 @@ def _publish(folder: Path, new: Path, old: Path) -> None:
 
 
 def _recover(folder: Path, new: Path, old: Path, mark: str) -> None:
-    """Put right what a crash has left. Only the holder of the lock is here."""
+    """Recover from a crash. Called by the holder of the lock alone."""
     with suppress(OSError):
-        old.rmdir()  # all but removed
+        old.rmdir()  # its files were removed already
     if os.path.lexists(old):
         files = None if old.is_symlink() else _files(old / mark)
         if files is None or _other(old, mark, files):
@@ -167,8 +167,8 @@ def _recover(folder: Path, new: Path, old: Path, mark: str) -> None:
     if os.path.lexists(new):
         if new.is_symlink() or not new.is_dir():
             raise _in_the_way(new)
-        # Begun and not yet marked: there is nothing in it, or half a mark.
-        names = {each.name for each in new.iterdir()}
+        # Begun and not yet marked: it is empty, or holds part of a mark.
+        names = {entry.name for entry in new.iterdir()}
         begun = all(name.startswith(f".{mark}.") for name in names)
         if not begun and _read(new / mark) is None:
             raise _in_the_way(new)
@@ -180,9 +180,9 @@ def _in_the_way(path: Path) -> UserError:
 
 
 def _remove_marked(folder: Path, mark: str) -> None:
-    """Remove what the mark lists, and the folder if nothing else is in it. The mark goes last."""
+    """Remove the files that the mark lists, the mark last, and the folder if it is then empty."""
     for name in [*(_files(folder / mark) or ()), mark]:
         with suppress(FileNotFoundError):
             (folder / name).unlink()
-    with suppress(OSError):  # something has come into it since it was looked at: that is kept
+    with suppress(OSError):  # a file that came into it meanwhile is kept
         folder.rmdir()

@@ -26,14 +26,14 @@ from neftune_dist.model.weights import weights_folder
 
 @dataclass(frozen=True)
 class Content:
-    """A model's tensors: their shapes by name, in order, and each of them whole, float."""
+    """A model's tensors: `shapes` by name, in order, and `read`, which gives one whole, float."""
 
     shapes: dict[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
 
     @staticmethod
     def trained(folder: Path, state: Mapping[str, Any]) -> Content:
-        """What a checkpoint holds: of a run with adapters, those alone. Tensors are float32.
+        """The trained tensors in a checkpoint (with adapters, the adapters alone), float32.
 
         Args:
             state: the checkpoint's `trainer_state()`.
@@ -56,10 +56,10 @@ class Content:
 
     @staticmethod
     def of(folder: Path, state: Mapping[str, Any]) -> Content:
-        """The plain model, adapters merged into the weights that they were trained beside.
+        """The plain model, with adapters merged into their frozen weights.
 
         Raises:
-            UserError: frozen weights that are not where they were, or are others.
+            UserError: the frozen weights are missing, or have changed.
         """
         trained = Content.trained(folder, state)
         adapter = adapter_of(state)
@@ -89,7 +89,7 @@ class Content:
 
 @contextmanager
 def _reading(folder: Path) -> Iterator[None]:
-    """Turn a failure to read a checkpoint that was removed meanwhile into one that says so."""
+    """Report a checkpoint that was removed while it was read as such."""
     try:
         yield
     except UserError as error:
@@ -99,5 +99,5 @@ def _reading(folder: Path) -> Iterator[None]:
 
 
 def adapter_of(state: Mapping[str, Any]) -> AdapterConfig:
-    """The adapter that the run trained, by the checkpoint's `trainer_state()`."""
+    """Return the adapter that a run trained, from a checkpoint's `trainer_state()`."""
     return AdapterConfig(**state["config"].get("adapter", {}))

@@ -1,7 +1,7 @@
-"""What a run continues from: the newest sound checkpoint, and only one of the same run.
+"""The checkpoint that a run resumes from: the newest sound one, of the same run.
 
-Refuses, with the fields that differ, a checkpoint of another architecture, tokenizer, dataset,
-frozen weights or incompatible setting (`UserError`); tells what has changed and may.
+A checkpoint of another architecture, tokenizer, dataset, frozen weights or incompatible setting is
+refused with `UserError`, naming what differs. Changes that are allowed are reported.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from neftune_dist.checkpoint import store
 from neftune_dist.config import ACCEPTABLE_CHANGES, Config, UserError, differences, user_path
 from neftune_dist.distributed.world import World
 
-# What says how long a run is: a resumed run may change it, and says so.
+# The settings of a run's length: a resumed run may change them, and reports it.
 _LENGTH = ("train.max_steps", "train.num_epochs")
-# What a resumed run may change besides: where and how it runs, how long, how it reports.
+# Settings, and sections, that a resumed run may change: where and how it runs, how it reports.
 _MAY_CHANGE = (
     "run_dir",
     "model.name_or_path",  # the architecture is compared instead
-    "model.weights",  # what the run began with
+    "model.weights",  # read at the start of a run only
     "model.revision",
     "model.attention",
     "model.loss",
@@ -29,7 +29,7 @@ _MAY_CHANGE = (
     "model.compile",
     "model.kernels",
     "model.trust_remote_code",
-    "data.source",  # its content is compared instead, and that of the next two
+    "data.source",  # for this and the next two the content is compared instead
     "data.mixture",
     "data.held_out_source",
     "data.packing",
@@ -46,15 +46,21 @@ _MAY_CHANGE = (
     "judge.",
 )
 
+_FIX = "set another run_dir, or restore the configuration that made it."
+
 
 def find(run_dir: Path, config: Config, world: World) -> store.Checkpoint | None:
-    """What to resume from. Rank 0 looks, and all take what it saw: nodes may see a shared file
-    system a little apart in time."""
-    told = "[]"
+    """Return the checkpoint to resume from; None: the run begins.
+
+    Rank 0 looks, and all ranks use its result: nodes may see a change of a shared file system at
+    different times.
+    """
+    found_by_first = "[]"
     with world.agree():
         if world.is_first:
-            told = json.dumps([str(path) for path in _candidates(run_dir, config, world)])
-    candidates = json.loads(world.from_first(told))
+            paths = [str(path) for path in _candidates(run_dir, config, world)]
+            found_by_first = json.dumps(paths)
+    candidates = json.loads(world.from_first(found_by_first))
     for path in candidates:
         with world.agree():
             found = store.open_checkpoint(
@@ -71,7 +77,7 @@ def find(run_dir: Path, config: Config, world: World) -> store.Checkpoint | None
 
 
 def _candidates(run_dir: Path, config: Config, world: World) -> list[Path]:
-    """Where to resume from, the best first."""
+    """The folders to resume from, in order of preference."""
     resume = config.checkpoint.resume
     found = [checkpoint.folder for checkpoint in store.find_all(run_dir)]
     if resume == "auto":
@@ -92,36 +98,40 @@ def _candidates(run_dir: Path, config: Config, world: World) -> list[Path]:
 def _no_sound_checkpoint(run_dir: Path, config: Config) -> str:
     if config.checkpoint.resume != "auto":
         return f"The checkpoint {config.checkpoint.resume} is damaged; it is not used."
-    return f"{run_dir} holds damaged checkpoints only: mend or remove them, or set another run_dir."
+    return (
+        f"{run_dir} holds damaged checkpoints only: restore or remove them, or set another run_dir."
+    )
 
 
 def check_same_run(
     found: store.Checkpoint, state: Mapping[str, Any], identity: Mapping[str, Any], config: Config
 ) -> list[str]:
-    """Refuse a checkpoint of another run; the settings that differ and may."""
-    mend = "set another run_dir, or restore the configuration that made it."
-    saved, now = state["identity"]["architecture"], identity["architecture"]
-    # A newer transformers may know of fields that the other did not.
-    other = [key for key in sorted(saved.keys() & now.keys()) if saved[key] != now[key]]
+    """Refuse a checkpoint of another run; return a line for each allowed change.
+
+    Args:
+        state: the checkpoint's `trainer_state()`.
+        identity: of this run, see `Inputs`.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    other = differing_fields(state["identity"]["architecture"], identity["architecture"])
     if other:
         raise UserError(
             f"The checkpoint {found.folder} is of another model than this run's, by its "
-            f"{', '.join(other)}: {mend}"
+            f"{', '.join(other)}: {_FIX}"
         )
-    # Settings that were not known when it was saved had their default's effect.
-    before = _merged(Config().to_dict(), state["config"])
-    changed = [
-        key for key in differences(before, config.to_dict()) if not key.startswith(_MAY_CHANGE)
-    ]
+    # Settings unknown to the version that saved it had their default's effect.
+    before, now = _merged(Config().to_dict(), state["config"]), config.to_dict()
+    changed = [key for key in differences(before, now) if not key.startswith(_MAY_CHANGE)]
     template = config.data.template
     from_file = template.endswith(".jinja") and before["data"]["template"].endswith(".jinja")
     if from_file and "data.template" in changed:
-        changed.remove("data.template")  # their content is compared below
+        changed.remove("data.template")  # the files' content is compared below
     refused = [key for key in changed if key not in config.checkpoint.accepted]
     if refused:
         shown = ", ".join(
-            f"{key} (then {_value(before, key)}, now {_value(config.to_dict(), key)})"
-            for key in refused
+            f"{key} (then {_value(before, key)}, now {_value(now, key)})" for key in refused
         )
         can = [key for key in refused if key.startswith(ACCEPTABLE_CHANGES)]
         accept = f"or accept with checkpoint.accept_changes={','.join(can)}, " if can else ""
@@ -129,28 +139,31 @@ def check_same_run(
             f"The checkpoint {found.folder} was made with other settings of {shown}: restore them, "
             f"{accept}or set another run_dir."
         )
-    read = {"tokenizer": "another tokenizer", "dataset": "another dataset"}
-    if from_file and "template" in state["identity"]:
-        read = {"template": f"another text in data.template={template}", **read}
-    for key, what in read.items():
-        if state["identity"][key] != identity[key]:
-            raise UserError(f"The checkpoint {found.folder} was made with {what}: {mend}")
-    if state["identity"]["data"] != identity["data"]:
-        raise UserError(
-            f"The checkpoint {found.folder} was made with other data, or by a version of "
-            f"neftune_dist that put the same data in another order: {mend}"
-        )
-    if state["identity"].get("base", identity.get("base")) != identity.get("base"):
-        place = config.model.weights or config.model.name_or_path
-        raise UserError(
-            f"The checkpoint {found.folder} was trained beside other frozen weights than those of "
-            f"{place}: {mend}"
-        )
+    place = config.model.weights or config.model.name_or_path
+    ways = {
+        "tokenizer": "made with another tokenizer",
+        "dataset": "made with another dataset",
+        "data": "made with other data, or by a version of neftune_dist that put the same data in "
+        "another order",
+        "base": f"trained beside other frozen weights than those of {place}",
+    }
+    if from_file:
+        ways = {"template": f"made with another text in data.template={template}", **ways}
+    for key, way in ways.items():
+        # Earlier versions recorded no template, and base is recorded with adapters only.
+        if state["identity"].get(key, identity.get(key)) != identity.get(key):
+            raise UserError(f"The checkpoint {found.folder} was {way}: {_FIX}")
     return [
-        f"{key} was {_value(before, key)}, is now {_value(config.to_dict(), key)}"
+        f"{key} was {_value(before, key)}, is now {_value(now, key)}"
         for key in (*changed, *_LENGTH)
-        if _value(before, key) != _value(config.to_dict(), key)
+        if _value(before, key) != _value(now, key)
     ]
+
+
+def differing_fields(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the fields in which two architectures differ; one that a version of transformers does
+    not know does not count."""
+    return [key for key in sorted(saved.keys() & now.keys()) if saved[key] != now[key]]
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from neftune_dist.checkpoint import store
 from neftune_dist.checkpoint.flat import WrittenFile
+from neftune_dist.checkpoint.resume import differing_fields
 from neftune_dist.config import (
     Config,
     ModelConfig,
@@ -106,8 +107,8 @@ def write_run_files(
 
 
 def keep_small_files(model_folder: Path, run_dir: Path) -> None:
-    """Copy what a model needs beside the weights into the run directory. Raises `UserError` as
-    `files_within`."""
+    """Copy the files that a model needs beside its weights. Raises `UserError` as `files_within`
+    does."""
     files = {file for pattern in _SMALL for file in files_within(model_folder, pattern)}
     target = run_dir / MODEL_FOLDER
     if target.is_symlink():  # to the base model, perhaps, whose files would be changed
@@ -119,11 +120,11 @@ def keep_small_files(model_folder: Path, run_dir: Path) -> None:
 
 
 def files_within(folder: Path, pattern: str = "*") -> list[Path]:
-    """The files of a model directory, which may be copied to wherever the model goes.
+    """Return the files of a model directory that may be copied with the model.
 
     Raises:
-        UserError: one of them is a link to a file elsewhere, which may be anything that the user
-            can read. A link into the hub cache's own blobs is none.
+        UserError: one is a link to a file elsewhere, which could be any file the user can read.
+            Links into the blobs of the hub's cache are allowed.
     """
     root = folder.resolve()
     blobs = root.parents[1] / "blobs" if root.parent.name == "snapshots" else root
@@ -138,8 +139,7 @@ def files_within(folder: Path, pattern: str = "*") -> list[Path]:
 
 
 def keep_vocabulary(tokenizer: Any, num_rows: int, run_dir: Path) -> None:
-    """Put a tokenizer with new tokens in the place of the model's own, and say how many rows its
-    embedding has now."""
+    """Replace the model's tokenizer by one with new tokens, and record the embedding's rows."""
     target = run_dir / MODEL_FOLDER
     tokenizer.save_pretrained(target)
     path = target / "config.json"
@@ -148,8 +148,7 @@ def keep_vocabulary(tokenizer: Any, num_rows: int, run_dir: Path) -> None:
 
 
 def keep_template(source: str | None, run_dir: Path) -> None:
-    """Put the chat template that a run trains with in the place of the model's own, which would
-    now be another; None: it has none."""
+    """Replace the model's chat template by the one that a run trains with; None: remove it."""
     target = run_dir / MODEL_FOLDER
     own = target / "tokenizer_config.json"
     if own.exists():
@@ -163,15 +162,17 @@ def keep_template(source: str | None, run_dir: Path) -> None:
 
 
 def seal(run_dir: Path) -> None:
-    """Write down the checksums of what is there. Rank 0 alone. Raises `OSError`."""
+    """Write the checksums of the files that are there. Rank 0 alone. Raises `OSError`."""
     paths = [run_dir / _CONFIG, *sorted((run_dir / MODEL_FOLDER).iterdir())]
     files = {str(p.relative_to(run_dir)): vars(WrittenFile.of(p)) for p in paths if p.is_file()}
     storage.write(run_dir / _SEAL, json.dumps(checksummed({"files": files}), indent=1) + "\n")
 
 
 def check_sealed(run_dir: Path) -> None:
-    """Raise `UserError` naming a file that is not what `train` wrote. Runs of earlier versions have
-    no checksums, which is no error."""
+    """Raise `UserError` naming a file that has changed since `train` wrote it.
+
+    Runs of earlier versions have no checksums and pass.
+    """
     if not (run_dir / _SEAL).exists():
         return
     files = read_json(run_dir / _SEAL, {"files": {str: WrittenFile}}, fix=_AGAIN)["files"]
@@ -187,7 +188,7 @@ def check_sealed(run_dir: Path) -> None:
 
 
 def run_config(run_dir: Path, words: Sequence[str] = ()) -> Config:
-    """The configuration that a run was trained with, then `key=value` words. Raises `UserError`."""
+    """Return the configuration of a run, changed by `key=value` words. Raises `UserError`."""
     check_sealed(run_dir)
     return load_config(run_dir / _CONFIG, words)
 
@@ -203,10 +204,7 @@ def check_architecture(run_dir: Path, state: Mapping[str, Any]) -> None:
         trust_remote_code=state["config"]["model"].get("trust_remote_code", False)
     )
     now = load.architecture(load.load_model_config(folder, settings))
-    then = state["identity"]["architecture"]
-    # Another transformers may know of fields that the other did not.
-    other = [key for key in sorted(then.keys() & now.keys()) if then[key] != now[key]]
-    if other:
+    if other := differing_fields(state["identity"]["architecture"], now):
         raise UserError(
             f"{folder / 'config.json'} describes another model than the checkpoint's, by its "
             f"{', '.join(other)}: {_AGAIN}."

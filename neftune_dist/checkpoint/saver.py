@@ -1,9 +1,9 @@
-"""Saving while training goes on: the loop waits for a copy in host memory, a thread does the rest.
+"""Saving while training continues: the loop waits for a copy in host memory, a thread writes it.
 
-At most one save is in flight; the next one, or the end of the run, waits for it. The thread has a
-process group of its own, with its own time-out, so a slow disk trips no training collective; an
-error in it is raised in the loop, on all ranks at the same step. Where host memory does not hold
-the copy, or `checkpoint.mode=sync`, the loop waits for the whole.
+At most one save is in flight; the next save, or the end of the run, waits for it. The thread has a
+separate process group with a separate time-out, so a slow disk ends no training collective; its
+error is raised in the loop, on all ranks at the same step. Where host memory does not hold the
+copy, or `checkpoint.mode=sync`, the loop waits for the whole save.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from threading import Thread
@@ -25,30 +26,43 @@ from neftune_dist.config import CheckpointConfig, UserError
 from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import Engine, FlatShard
 from neftune_dist.system import cgroups
+from neftune_dist.system.text import size_text
 
-# Of the host's available memory, what a copy of the state may take.
+# The part of the host's available memory that a copy of the state may take.
 _SHARE_OF_MEMORY = 0.8
 # How long a failing run waits for the save in flight, whose other ranks may be gone.
 _LAST_SAVE_SECONDS = 60.0
 
 
+@dataclass(frozen=True)
+class _HostMemory:
+    """Bytes on one machine: those a copy needs, and those available."""
+
+    needed: int
+    available: int
+
+    @property
+    def room(self) -> float:
+        """Bytes that would be left of the share that a copy may take; negative: too few."""
+        return _SHARE_OF_MEMORY * self.available - self.needed
+
+
 class Saver:
-    """Saves a run's checkpoints. Built on every rank alike; all calls are collectives."""
+    """Saves a run's checkpoints. Every rank builds one; all calls are collectives."""
 
     def __init__(self, run_dir: Path, settings: CheckpointConfig, world: World) -> None:
         self._run_dir, self._settings = run_dir, settings
         timeout = timedelta(minutes=settings.timeout_minutes)
         self._world, self._thread_world = world, world.for_thread(timeout.total_seconds())
         self._group = dist.new_group(backend="gloo", timeout=timeout)
-        self._copy: HostCopy | None = None  # where saves are asynchronous
+        self._copy: HostCopy | None = None  # None: saves are synchronous
         self._asynchronous: bool | None = None  # not yet decided
         self._thread: Thread | None = None
         self._error: BaseException | None = None
-        self.seconds_waited = 0.0  # that the loop stood still for the last save
+        self.seconds_waited = 0.0  # by the loop, for the last save
 
     def prepare(self, engine: Engine) -> None:
-        """Decide how to save, and get the memory for it: ahead of the first save, while training
-        goes on."""
+        """Decide how to save, and allocate the memory for it before the first save."""
         if self._asynchronous is None:
             self._asynchronous = self._decide(engine.flat_state())
             if self._asynchronous:
@@ -62,7 +76,7 @@ class Saver:
             state: of the trainer; JSON-able, the same on every rank.
 
         Raises:
-            UserError: this or the last save could not be written. What was published before is
+            UserError: this or the last save could not be written. Published checkpoints are
                 unharmed.
         """
         began = time.perf_counter()
@@ -81,11 +95,11 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether the save in flight has failed on this rank: `wait` will raise."""
+        """Whether the save in flight has failed on this rank, so that `wait` will raise."""
         return self._error is not None
 
     def wait(self) -> None:
-        """Wait for the save in flight, and raise what went wrong in it."""
+        """Wait for the save in flight, and raise its error."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -94,7 +108,7 @@ class Saver:
             raise error
 
     def abandon(self) -> None:
-        """The run has failed: give the save in flight a while to be published all the same."""
+        """Give the save in flight of a failed run a limited time to be published."""
         if self._thread is not None:
             self._thread.join(_LAST_SAVE_SECONDS)
 
@@ -102,7 +116,7 @@ class Saver:
         try:
             self._write(step, shards, state)
         except BaseException as error:
-            # The latter are gloo's words, in an error of no class of its own.
+            # gloo's time-out has no class of its own, only this text.
             if isinstance(error, TimeoutError) or "Timed out waiting" in str(error):
                 error = UserError(
                     f"The checkpoint of step {step} was not written on all ranks within "
@@ -117,31 +131,29 @@ class Saver:
             if world.is_first:
                 store.begin(self._run_dir, step)
         with world.agree(), store.explained(partial):
-            # Also makes this node look the folder up anew, on a shared file system.
+            # On a shared file system this also makes the node look the folder up again.
             partial.mkdir(exist_ok=True)
         with world.agree(), store.explained(partial):
             mine = flat.write(partial, shards, self._group)
         of_ranks: list[Any] = [None] * world.size
         dist.all_gather_object(of_ranks, mine, group=self._group)
         files: dict[str, WrittenFile] = {}
-        for each in of_ranks:
-            files |= each
+        for of_rank in of_ranks:
+            files |= of_rank
         with world.agree():
             if world.is_first:
                 store.publish(partial, state, files, self._settings)
 
     def _decide(self, shards: list[FlatShard]) -> bool:
-        """Whether to copy and go on: as told, or where every machine has the memory."""
+        """Whether to copy and continue: as configured, or where every machine has the memory."""
         if self._settings.mode != "auto":
             return self._settings.mode == "async"
         needed = sum(shard.tensor.nbytes for shard in shards) * self._world.local_size
-        available = cgroups.memory_bytes()[0]
-        room = _SHARE_OF_MEMORY * available - needed
-        worst = min(self._world.gather([room, float(needed), float(available)]))
-        decided = worst[0] > 0
-        if not decided:
+        ranks = self._world.gather_fields(_HostMemory(needed, cgroups.memory_bytes()[0]))
+        tightest = min(ranks, key=lambda memory: memory.room)
+        if tightest.room <= 0:
             self._world.log(
-                f"checkpoint: saved synchronously: a copy takes {worst[1] / 2**30:.1f} GiB of host "
-                f"memory a machine, of which {worst[2] / 2**30:.1f} GiB are free"
+                f"checkpoint: saved synchronously: a copy takes {size_text(tightest.needed)} of "
+                f"host memory a machine, of which {size_text(tightest.available)} are free"
             )
-        return decided
+        return tightest.room > 0

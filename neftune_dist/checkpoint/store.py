@@ -1,14 +1,14 @@
 """Law 6: a checkpoint is complete or invisible.
 
 Owns `RUN_DIR/checkpoints/`. A checkpoint is written to `step_N.partial`, its manifest last; then
-one rename makes it `step_N`, and `latest` is replaced. So a crash at any instant leaves published
-ones as they were, and what was half written carries another name, is never read, and is swept away
-by the next save. The manifest's sizes and checksums are those of the bytes that each rank meant to
-write, not of what one node sees of a shared file system.
+one rename makes it `step_N`, and `latest` is replaced. A crash at any instant leaves published
+checkpoints as they were; a half-written one has another name, is never read, and is removed by the
+next save. The manifest's sizes and checksums are those of the bytes that each rank meant to write,
+not of the files that one node sees on a shared file system.
 
-Removed is what saves have made, and nothing else: of a link, the link alone; a folder that holds
-anything that no save wrote is kept, and so is whatever else lies there under a name like ours.
-Saves go on all the same, and `odd_entries` names it.
+Only the files of saves are ever removed: of a link, the link alone. A folder that holds any other
+file is kept, and so is any other entry whose name resembles a checkpoint's. Saving continues, and
+`odd_entries` names them.
 """
 
 from __future__ import annotations
@@ -32,18 +32,17 @@ from neftune_dist.checkpoint.flat import WrittenFile
 from neftune_dist.config import CheckpointConfig, UserError, checksummed, read_json
 from neftune_dist.distributed.outcome import removed
 from neftune_dist.system import storage
+from neftune_dist.system.checkpoint_names import MANIFEST, step_of
 
-_STEP = re.compile(r"step_(\d{8,})")
 _PARTIAL = ".partial"
 _DAMAGED = ".damaged"
-# What crashes while saving or pruning leave, and what is put aside.
+# Left by crashes while saving or pruning, or put aside.
 _LEFT = re.compile(r"step_\d{8,}\.(partial|damaged)(-\d+)?")
-# The files of saves, finished or not; the last are an NFS client's, of files still open.
+# The files of saves, finished or not; the last are an NFS client's, for files still open.
 _FILES = re.compile(
     r"__\d+_\d+\.distcp|\.?metadata.*|manifest\.json|trainer_state\.json|\..*\.new|.*\.tmp|\.nfs.*"
 )
-_MANIFEST = "manifest.json"
-_STATE = "trainer_state.json"
+STATE = "trainer_state.json"
 _MANIFEST_FORM = {"step": int, "files": {str: WrittenFile}}
 # A node may see another's new folder on a shared file system as late as this.
 _VISIBLE_SECONDS = 60.0
@@ -51,40 +50,43 @@ _VISIBLE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint. step: updates made when it was saved."""
+    """A complete checkpoint. step: of the run, when it was saved."""
 
     folder: Path
     step: int
 
     def trainer_state(self) -> dict[str, Any]:
-        """What was saved beside the tensors. Raises `UserError` where that is not what it holds."""
-        path = self.folder / _STATE
+        """The state saved beside the tensors. Raises `UserError` where the file is damaged."""
+        path = self.folder / STATE
         try:
-            sound = WrittenFile.of(path) == self.files().get(_STATE)
+            sound = WrittenFile.of(path) == self.files().get(STATE)
         except OSError:
             sound = False
         if not sound:
-            raise damage_error(self, _STATE)
+            raise damage_error(self, STATE)
         state: dict[str, Any] = read_json(path)
         return state
 
     def files(self) -> dict[str, WrittenFile]:
-        """What the manifest says of its files, by name. Raises `UserError` where it is damaged."""
+        """The manifest's entries by file name. Raises `UserError` where it is damaged."""
         try:
-            manifest = read_json(self.folder / _MANIFEST, _MANIFEST_FORM)
+            manifest = read_json(self.folder / MANIFEST, _MANIFEST_FORM)
         except UserError as error:
-            raise damage_error(self, _MANIFEST) from error
-        if manifest["step"] != _step(self.folder):
-            raise damage_error(self, _MANIFEST)
+            raise damage_error(self, MANIFEST) from error
+        if manifest["step"] != step_of(self.folder):
+            raise damage_error(self, MANIFEST)
         return dict(sorted(manifest["files"].items()))
 
     def num_bytes(self) -> int:
-        """On disk."""
+        """Size on disk."""
         return sum(file.size for file in self.files().values())
 
     def first_flaw(self, part: int = 0, num_parts: int = 1) -> str | None:
-        """The first file whose bytes are not those that were written, of every `num_parts`-th from
-        `part` on; None: all are. Reads them whole."""
+        """The first file whose bytes are not those written; None: all are. Reads whole files.
+
+        Args:
+            part, num_parts: check every `num_parts`-th file, from number `part` on.
+        """
         for name, file in list(self.files().items())[part::num_parts]:
             try:
                 if WrittenFile.of(self.folder / name) != file:
@@ -95,7 +97,7 @@ class Checkpoint:
 
 
 def begin(run_dir: Path, step: int) -> Path:
-    """The folder to write into, empty; what earlier crashes left is swept away. Rank 0 alone."""
+    """Make the empty folder to write into, and remove leftovers of crashes. Rank 0 alone."""
     if not run_dir.is_dir():
         raise removed(run_dir)
     root = run_dir / "checkpoints"
@@ -112,29 +114,31 @@ def begin(run_dir: Path, step: int) -> Path:
 def publish(
     partial: Path, state: str, files: Mapping[str, WrittenFile], settings: CheckpointConfig
 ) -> None:
-    """Make what all ranks have written a checkpoint, then prune, which fails nothing. Rank 0 alone.
+    """Publish the files of all ranks as a checkpoint, then prune older ones. Rank 0 alone.
 
     Args:
+        partial: the folder of `begin`.
         state: of the trainer, JSON.
-        files: of all ranks, by name.
+        files: of all ranks, by name; each is on the disk.
+        settings: how many checkpoints to keep.
 
     Raises:
-        UserError: it could not be written. What was published before is unharmed.
+        UserError: it could not be written; earlier checkpoints are unharmed. A failure to prune is
+            only a warning.
     """
     root, final = partial.parent, partial.with_suffix("")
     step = int(final.name.removeprefix("step_"))
     with explained(final):
         content = state.encode()
-        storage.write(partial / _STATE, content, durable=True)
+        storage.write(partial / STATE, content, durable=True)
         checksum = xxhash.xxh3_128(content).hexdigest()
-        all_files = {**files, _STATE: WrittenFile(len(content), checksum)}
+        all_files = {**files, STATE: WrittenFile(len(content), checksum)}
         manifest = {"step": step, "files": {name: vars(f) for name, f in all_files.items()}}
-        storage.write(
-            partial / _MANIFEST, json.dumps(checksummed(manifest), indent=1), durable=True
-        )
+        storage.write(partial / MANIFEST, json.dumps(checksummed(manifest), indent=1), durable=True)
         _clear(final, final.name + _DAMAGED)
         partial.rename(final)
         storage.sync(root)
+        # The name is on the disk first: `latest` never names a folder that is not there.
         storage.write(root / "latest", f"{final.name}\n", durable=True)
     try:
         _prune(root, step, settings)
@@ -146,13 +150,17 @@ def publish(
 
 
 def find_all(run_dir: Path) -> list[Checkpoint]:
-    """Complete checkpoints, newest first, by their manifests' sizes."""
+    """Checkpoints whose files have their manifests' sizes, newest first."""
     return _complete(run_dir / "checkpoints")
 
 
 def choose(run_dir: Path, step: int | None) -> Checkpoint:
-    """The complete checkpoint of that step; None: the newest. Raises `UserError` where there is
-    none, or where a damaged one is newer: an older model must not pass for the newest."""
+    """Return the complete checkpoint of that step; None: the newest.
+
+    Raises:
+        UserError: there is none, or a damaged one is newer: an older model must not pass for the
+            newest.
+    """
     found = find_all(run_dir)
     broken = damaged_folders(run_dir)
     if not found:
@@ -160,7 +168,7 @@ def choose(run_dir: Path, step: int | None) -> Checkpoint:
         raise UserError(f"{run_dir} holds no complete checkpoint{flaws}.")
     if step is None:
         for folder, flaw in reversed(broken):
-            if (_step(folder) or 0) > found[0].step:
+            if (step_of(folder) or 0) > found[0].step:
                 raise UserError(
                     f"The newest checkpoint {folder} is damaged: {flaw}. Choose the one before it "
                     f"with --step {found[0].step}, or let the same train command go on from it."
@@ -174,7 +182,7 @@ def choose(run_dir: Path, step: int | None) -> Checkpoint:
 
 
 def damage_error(checkpoint: Checkpoint, flaw: str) -> UserError:
-    """For a checkpoint whose `first_flaw` is that file: it is damaged, or no longer there."""
+    """The error for a checkpoint whose file `flaw` is damaged, or that is no longer there."""
     if not checkpoint.folder.is_dir():
         return UserError(
             f"The checkpoint {checkpoint.folder} was removed while it was read: a run that goes on "
@@ -187,28 +195,25 @@ def damage_error(checkpoint: Checkpoint, flaw: str) -> UserError:
 
 
 def damaged_folders(run_dir: Path) -> list[tuple[Path, str]]:
-    """Folders that bear a published checkpoint's name, yet are not complete; and what is wrong."""
+    """Folders with a published checkpoint's name that are not complete, and the flaw of each."""
     folders = sorted((run_dir / "checkpoints").glob("step_*"))
-    named = [each for each in folders if _STEP.fullmatch(each.name) and each.is_dir()]
-    flaws = [(folder, _flaw(folder)) for folder in named]
-    return [(folder, flaw) for folder, flaw in flaws if flaw]
+    named = (folder for folder in folders if step_of(folder) is not None and folder.is_dir())
+    return [(folder, flaw) for folder in named if (flaw := _flaw(folder))]
 
 
 def leftovers(run_dir: Path) -> list[Path]:
-    """What a crash left while saving or pruning; swept away by the next save."""
-    found = (run_dir / "checkpoints").glob(f"step_*{_PARTIAL}")
-    return sorted(each for each in found if _is_of_saves(each))
+    """Folders left by a crash while saving or pruning; the next save removes them."""
+    return sorted(filter(_is_of_saves, (run_dir / "checkpoints").glob(f"step_*{_PARTIAL}")))
 
 
 def odd_entries(run_dir: Path) -> list[tuple[Path, str]]:
-    """What lies among the checkpoints under a name like theirs and is never removed, and why."""
+    """Entries named like checkpoints that are never removed, and the reason for each."""
     odd = []
     for path in sorted((run_dir / "checkpoints").glob("step_*")):
         if path.is_symlink() and not path.exists():
             odd.append((path, "a link that leads nowhere"))
-        elif _STEP.fullmatch(path.name) and path.is_dir():
-            is_linked = path.is_symlink()
-            if not is_linked and not _flaw(path) and (name := _unlisted(Checkpoint(path, 0))):
+        elif step_of(path) is not None and path.is_dir():
+            if not path.is_symlink() and not _flaw(path) and (name := _unlisted(path)):
                 odd.append((path, f"it holds {name}, which no save wrote"))
         elif not _is_of_saves(path):
             odd.append((path, "not made by a save"))
@@ -216,29 +221,29 @@ def odd_entries(run_dir: Path) -> list[tuple[Path, str]]:
 
 
 def open_checkpoint(path: Path, *, patient: bool = False, key: str = "") -> Checkpoint:
-    """The checkpoint at a path.
+    """Return the checkpoint at a path.
 
     Args:
-        patient: another node has seen it, so wait for this one to see it too.
+        patient: wait until this node sees it too: another one has seen it.
         key: of the setting that names it, for the message.
 
     Raises:
         UserError: there is none, or it is incomplete.
     """
-    match = _STEP.fullmatch(path.name)
+    step = step_of(path)
     deadline = time.monotonic() + (_VISIBLE_SECONDS if patient else 0)
     while (flaw := _flaw(path)) and time.monotonic() < deadline:
         time.sleep(0.5)
-    if not match or not path.is_dir():
+    if step is None or not path.is_dir():
         raise UserError(f"{key}{path} is no checkpoint directory (step_00000020).")
     if flaw:
         raise UserError(f"The checkpoint {path} is incomplete or damaged: {flaw}.")
-    return Checkpoint(path, int(match[1]))
+    return Checkpoint(path, step)
 
 
 @contextmanager
 def explained(folder: Path) -> Iterator[None]:
-    """Turns a failed file operation into a `UserError` that names the checkpoint."""
+    """Turn a failed file operation into a `UserError` that names the checkpoint."""
     try:
         yield
     except OSError as error:
@@ -248,26 +253,20 @@ def explained(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _step(folder: Path) -> int | None:
-    match = _STEP.fullmatch(folder.name)
-    return int(match[1]) if match else None
-
-
 def _complete(root: Path) -> list[Checkpoint]:
-    found = []
-    for folder in root.glob("step_*"):
-        match = _STEP.fullmatch(folder.name)
-        if match and not _flaw(folder):
-            found.append(Checkpoint(folder, int(match[1])))
-    return sorted(found, key=lambda c: -c.step)
+    found = ((step_of(folder), folder) for folder in root.glob("step_*"))
+    complete = [
+        Checkpoint(folder, step) for step, folder in found if step is not None and not _flaw(folder)
+    ]
+    return sorted(complete, key=lambda checkpoint: -checkpoint.step)
 
 
 def _flaw(folder: Path) -> str | None:
-    """What is wrong with a checkpoint as far as sizes tell; None: nothing."""
+    """The flaw of a checkpoint as far as names and sizes tell; None: none."""
     try:
         files = Checkpoint(folder, 0).files()
     except UserError:
-        return f"{_MANIFEST} is missing or cannot be read"
+        return f"{MANIFEST} is missing or cannot be read"
     for name, file in files.items():
         try:
             size = (folder / name).stat().st_size
@@ -278,15 +277,15 @@ def _flaw(folder: Path) -> str | None:
     return None
 
 
-def _unlisted(checkpoint: Checkpoint) -> str | None:
-    """What a checkpoint's folder holds that its manifest does not list: a name; None: nothing."""
-    listed = {*checkpoint.files(), _MANIFEST}
-    names = (entry.name for entry in checkpoint.folder.iterdir())
+def _unlisted(folder: Path) -> str | None:
+    """The first entry of a checkpoint's folder that its manifest does not list; None: none."""
+    listed = {*Checkpoint(folder, 0).files(), MANIFEST}
+    names = (entry.name for entry in folder.iterdir())
     return min((n for n in names if n not in listed and not n.startswith(".nfs")), default=None)
 
 
 def _is_of_saves(path: Path) -> bool:
-    """Whether `path`, no published checkpoint, was made by saves alone, so that it may go."""
+    """Whether `path`, no published checkpoint, holds files of saves alone and may be removed."""
     if not _LEFT.fullmatch(path.name):
         return False
     if path.is_symlink():  # which goes alone, not what it leads to
@@ -295,8 +294,8 @@ def _is_of_saves(path: Path) -> bool:
 
 
 def _clear(path: Path, aside_name: str) -> None:
-    """Make a name free. A link goes; anything else is put aside, under the next name that is free
-    or an earlier save's."""
+    """Free a name: remove a link, or put another entry aside, under the next name that is free or
+    an earlier save's."""
     if path.is_symlink():
         path.unlink()
     if not path.exists():
@@ -313,14 +312,14 @@ def _prune(root: Path, newest: int, settings: CheckpointConfig) -> None:
     if not settings.keep:
         return
     every = settings.keep_every_steps
-    # What bears a later step than the one just published was passed over as damaged: it must not
-    # take the place of a sound one.
-    for old in [each for each in _complete(root) if each.step <= newest][settings.keep :]:
+    # A checkpoint of a later step than the one just published was passed over as damaged: it must
+    # not count as one of those to keep.
+    for old in [c for c in _complete(root) if c.step <= newest][settings.keep :]:
         if every and old.step % every == 0:
             continue
         if old.folder.is_symlink():
             old.folder.unlink()
-        elif not _unlisted(old):
+        elif not _unlisted(old.folder):
             # Renamed first, so that a crash while deleting leaves nothing that looks published.
             doomed = old.folder.with_name(old.folder.name + _PARTIAL)
             _clear(doomed, doomed.name)

@@ -7,7 +7,6 @@ into its own; from it `verdict` decides whether the run is to be started again. 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -34,7 +33,6 @@ VARIABLE = "NEFTUNE_DIST_ATTEMPT"
 _NAME = re.compile(r"attempt_(\d{4,})")
 _RANK = re.compile(r"rank_(\d+)\.json")
 _OUTCOME = "outcome.json"
-_STEP = re.compile(r"step_(\d{8,})")
 # How long a disk that is full may stay so before a word is given up that should be left on it.
 _FULL_SECONDS = 30.0
 _PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
@@ -255,17 +253,6 @@ def removed(run_dir: Path) -> UserError:
         "its last checkpoint is lost; the same command begins again, or goes on where the "
         "directory is back in its place."
     )
-
-
-def newest_step(run_dir: Path) -> int:
-    """The step of the newest published checkpoint, as far as names tell; 0 where there is none."""
-    found = [0]
-    with contextlib.suppress(OSError):
-        for folder in (run_dir / "checkpoints").iterdir():
-            match = _STEP.fullmatch(folder.name)
-            if match and (folder / "manifest.json").is_file():
-                found.append(int(match[1]))
-    return max(found)
 
 
 def _told(folder: Path) -> dict[int, Outcome]:

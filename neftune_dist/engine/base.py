@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from neftune_dist.data.loader import MicroBatch
 from neftune_dist.model.loss import token_losses
-from neftune_dist.optim import Blocks, MakeOptimizer, Moment, precision_of
+from neftune_dist.optim import (
+    Blocks,
+    MakeOptimizer,
+    Moment,
+    Piece,
+    local,
+    moments,
+    precision_of,
+    prepare_update,
+)
 
 # The float32 master weights, beside the moments named in optim.STATE_NAMES.
 MASTER = "master"
@@ -29,10 +38,13 @@ FROZEN = "frozen"
 class FlatShard:
     """A rank's range of one flattened tensor.
 
-    kind: MASTER, FROZEN or a moment's name. name: the parameter's Hugging Face name.
-    start: of the range within the whole. tensor: 1-D view of the rank's memory, float32 unless
-    FROZEN; a moment may be bfloat16, or 8-bit blocks, which are read and written as float32.
-    numel: elements of the whole tensor.
+    Attributes:
+        kind: MASTER, FROZEN or a moment's name.
+        name: the parameter's Hugging Face name.
+        start: of the range within the whole tensor.
+        tensor: 1-D view of the rank's memory, float32 unless FROZEN; a moment may be bfloat16, or
+            8-bit blocks, which are read and written as float32.
+        numel: elements of the whole tensor.
     """
 
     kind: str
@@ -47,11 +59,7 @@ class FlatShard:
         return f"{self.kind}/{self.name}"
 
     def copied_into(self, room: Callable[[Tensor], Tensor]) -> Moment:
-        """Memory for a copy of `tensor`, of its precision, without content.
-
-        Args:
-            room: gives memory of the shape and type of a tensor.
-        """
+        """Return memory for a copy of `tensor`, made by `room`, which allocates like a tensor."""
         return self.tensor.like(room) if isinstance(self.tensor, Blocks) else room(self.tensor)
 
 
@@ -59,7 +67,7 @@ class Engine(Protocol):
     """What the loop, evaluation and checkpoints use of an engine."""
 
     device: torch.device  # of this rank's computation
-    loss: str  # plain, chunked or liger: what `model.loss` came to, after `setup`
+    loss: str  # plain, chunked or liger: `model.loss`, with `auto` resolved by `setup`
 
     def setup(self, model: Any, make_optimizer: MakeOptimizer) -> None:
         """Shard a model that is on the meta device, and build the optimizer on the shards.
@@ -69,7 +77,7 @@ class Engine(Protocol):
         """
 
     def after_load(self, num_updates: int) -> None:
-        """The flat state has been filled: bring compute copies and step counts in line."""
+        """Bring compute copies and counts of updates in line with a flat state just filled."""
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """This rank's sum of token losses (float32 scalar)."""
@@ -79,19 +87,18 @@ class Engine(Protocol):
         micro-batches of a step the gradients add up: no factor of either remains (law 3)."""
 
     def step(self, learning_rate: float) -> float:
-        """Clip, update, zero; the global L2 norm of the gradient before clipping.
+        """Clip, update, zero; return the global L2 norm of the gradient before clipping.
 
-        Where that norm is not finite, which all ranks find alike, no weight, no moment and no
-        count of updates changes, and the gradient is dropped all the same.
+        Where that norm is not finite (on all ranks or on none) no weight, no moment and no count
+        of updates changes, and the gradient is dropped.
         """
 
     def flat_state(self) -> list[FlatShard]:
-        """What this rank holds and should save; ranges of different ranks do not overlap, and
-        together they cover every tensor. On replicas, as on one copy, all ranks list theirs;
-        `is_saving_replica` says whether this rank writes them."""
+        """This rank's masters and moments. Within a replica, ranges of different ranks do not
+        overlap and together cover every tensor; `is_saving_replica` says which replica is saved."""
 
     def frozen_state(self) -> list[FlatShard]:
-        """What this rank holds of the parameters that are not trained."""
+        """This rank's ranges of the parameters that are not trained."""
 
     @property
     def is_saving_replica(self) -> bool:
@@ -113,16 +120,54 @@ def trained_and_frozen(
 ) -> tuple[list[tuple[str, nn.Parameter]], list[tuple[str, nn.Parameter]]]:
     """A model's parameters by first name, in order."""
     named = list(model.named_parameters())
-    return [each for each in named if each[1].requires_grad], [
-        each for each in named if not each[1].requires_grad
+    trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    frozen = [(name, parameter) for name, parameter in named if not parameter.requires_grad]
+    return trained, frozen
+
+
+def trained_shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    """Whole shape of each trained parameter, by first name; taken before the model is sharded."""
+    return {name: tuple(parameter.shape) for name, parameter in trained_and_frozen(model)[0]}
+
+
+def state_shards(optimizer: torch.optim.Optimizer, pieces: Sequence[Piece]) -> list[FlatShard]:
+    """Return masters and moments of an optimizer's pieces, for `Engine.flat_state`."""
+    return [
+        FlatShard(kind, piece.name, piece.start, tensor, piece.numel)
+        for piece in pieces
+        for kind, tensor in {
+            MASTER: local(piece.tensor)[piece.part],
+            **moments(optimizer, piece),
+        }.items()
     ]
 
 
+def clip_and_update(
+    optimizer: torch.optim.Optimizer, learning_rate: float, norm: Tensor, max_grad_norm: float
+) -> None:
+    """Clip, update and zero, where the engine drives its optimizer itself.
+
+    Args:
+        norm: of all ranks' gradients, on their device; where it is not finite nothing changes.
+        max_grad_norm: 0: no clipping.
+    """
+    prepare_update(optimizer, learning_rate, norm, max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype as people write it: bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def describe_state(shards: Sequence[FlatShard]) -> str:
-    """A line of `Engine.describe`: how masters and moments are kept, and where."""
+    """A line of `Engine.describe`: the precision of masters and moments, and where they lie."""
     kept = [
-        " and ".join(sorted({precision_of(s.tensor) for s in shards if (s.kind == MASTER) == of}))
-        for of in (True, False)
+        " and ".join(
+            sorted({precision_of(s.tensor) for s in shards if (s.kind == MASTER) == of_masters})
+        )
+        for of_masters in (True, False)
     ]
     places = {"cpu": "host", "cuda": "GPU"}
     where = {places.get(s.tensor.device.type, s.tensor.device.type) for s in shards}

@@ -31,13 +31,15 @@ from neftune_dist.data.loader import MicroBatch
 from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import (
     FROZEN,
-    MASTER,
     FlatShard,
     batch_loss_sum,
     describe_state,
+    dtype_name,
+    state_shards,
     trained_and_frozen,
+    trained_shapes,
 )
-from neftune_dist.model.load import initialize_buffers
+from neftune_dist.model.load import DTYPES, initialize_buffers
 from neftune_dist.model.loss import resolve_loss
 from neftune_dist.model.modules import own_parameters, replace_buffers
 from neftune_dist.model.optimizations import blocks
@@ -45,8 +47,6 @@ from neftune_dist.optim import (
     MakeOptimizer,
     Piece,
     initialize_state,
-    local,
-    moments,
     set_learning_rate,
     set_updates,
     squared_norm,
@@ -56,12 +56,14 @@ from neftune_dist.optim import (
 class DeepSpeedEngine:
     """The engine contract over DeepSpeed ZeRO."""
 
+    is_saving_replica = True  # ZeRO keeps one copy over all ranks
+
     def __init__(self, config: Config, world: World) -> None:
         self.world = world
         self.device = world.device
         self.stage = config.engine.zero_stage or 3
         self.loss = config.model.loss
-        self.compute_dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
+        self.compute_dtype = DTYPES[config.model.dtype]
         self.settings = _settings(config, self.stage, on_gpu=world.device.type == "cuda")
         self.shapes: Mapping[str, tuple[int, ...]] = {}
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
@@ -75,7 +77,7 @@ class DeepSpeedEngine:
 
     def setup(self, model: Any, make_optimizer: MakeOptimizer) -> None:
         """See `Engine.setup`."""
-        self.shapes = {name: tuple(p.shape) for name, p in trained_and_frozen(model)[0]}
+        self.shapes = trained_shapes(model)
         self.loss = resolve_loss(self.loss, model)
         self.settings["zero_optimization"] |= _sizes(model, self.stage)
         whole = _Materializer(model, self.world.device, self.compute_dtype)
@@ -84,20 +86,18 @@ class DeepSpeedEngine:
                 deepspeed.zero.Init(
                     module=whole, config_dict_or_path=self.settings, dtype=self.compute_dtype
                 )
-            else:
-                for _ in whole.parameters():
-                    pass
-            if self.stage == 3:
-                # A block's weights come and go together, by hooks on the block alone: fewer and
-                # larger messages, and nothing of DeepSpeed's within what is compiled or recomputed.
+                # A block's weights are gathered together, by hooks on the block alone: fewer and
+                # larger messages, and no hook inside code that is compiled or recomputed.
                 deepspeed.utils.set_z3_leaf_modules(
                     model, list({type(block) for block in blocks(model)})
                 )
+            else:
+                list(whole.parameters())
             self.named, self.frozen = trained_and_frozen(model)
             if self.frozen and self.stage == 3:
                 # DeepSpeed learns from the gradient of a block's input that its backward is over;
-                # the first block's must have one, too, where nothing in front of it is trained.
-                model.get_input_embeddings().register_forward_hook(_wanting_gradient)
+                # the first block's needs one even where nothing in front of it is trained.
+                model.get_input_embeddings().register_forward_hook(_require_gradient)
             initialize_buffers(model, self.world.device)
             self.engine, *_ = deepspeed.initialize(
                 model=model,
@@ -105,8 +105,8 @@ class DeepSpeedEngine:
                 config=self.settings,
                 dist_init_required=False,
             )
-        # DeepSpeed casts buffers with the parameters; rotary frequencies in bf16 would be another
-        # model than FSDP2 trains.
+        # DeepSpeed casts buffers with the parameters; with rotary frequencies in bf16 the model
+        # would differ from the one FSDP2 trains.
         replace_buffers(model, lambda b: b.float() if b.is_floating_point() else b)
         initialize_buffers(model, self.world.device)
         self.model = model
@@ -128,8 +128,8 @@ class DeepSpeedEngine:
     def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
         """See `Engine.backward`."""
         self.engine.set_gradient_accumulation_boundary(last_micro_batch)
-        # DeepSpeed divides the sum over ranks by their number; its division by the accumulation
-        # steps is switched off.
+        # DeepSpeed divides the sum over ranks by their number: cancelled here (law 3). Its division
+        # by the accumulation steps is switched off.
         self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
         if not last_micro_batch:
             self.engine.step()  # counts the micro-batch; updates nothing
@@ -137,28 +137,18 @@ class DeepSpeedEngine:
     def step(self, learning_rate: float) -> float:
         """See `Engine.step`."""
         set_learning_rate(self.zero.optimizer, learning_rate)
-        # Where the norm is not finite it updates nothing, and calls the norm infinite.
+        # Where the norm is not finite it updates nothing, and reports the norm as infinite.
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())
         if not math.isfinite(norm):
-            # Stages 1 and 2, when offloaded, would add the next step's gradient to this one.
+            # Offloaded, stages 1 and 2 would add the next step's gradient to this one.
             kept = getattr(self.zero, "averaged_gradients", {})
             kept.update(dict.fromkeys(kept))
         return norm
 
     def flat_state(self) -> list[FlatShard]:
         """See `Engine.flat_state`."""
-        shards = []
-        for piece in self.pieces:
-            held = {
-                MASTER: local(piece.tensor)[piece.part],
-                **moments(self.zero.optimizer, piece),
-            }
-            shards += [
-                FlatShard(kind, piece.name, piece.start, each, piece.numel)
-                for kind, each in held.items()
-            ]
-        return shards
+        return state_shards(self.zero.optimizer, self.pieces)
 
     def frozen_state(self) -> list[FlatShard]:
         """See `Engine.frozen_state`."""
@@ -181,7 +171,7 @@ class DeepSpeedEngine:
                 yield Piece(master, part, name, start, numel)
 
     def _ranges(self, parameter: Any, numel: int) -> Iterator[tuple[int, Tensor, slice]]:
-        """(start within the parameter, flat master tensor, slice of it) that this rank holds."""
+        """This rank's ranges: start within the parameter, flat master tensor, slice of it."""
         if self.stage == 3:
             group, offset, size = self.zero.grad_position[self.zero.get_param_id(parameter)]
             start = size * self.world.rank
@@ -205,11 +195,6 @@ class DeepSpeedEngine:
             slice(address.start, address.start + size),
         )
 
-    @property
-    def is_saving_replica(self) -> bool:
-        """See `Engine.is_saving_replica`: ZeRO keeps one copy over all ranks."""
-        return True
-
     def train(self, mode: bool) -> None:
         """See `Engine.train`."""
         self.engine.train(mode)
@@ -219,14 +204,14 @@ class DeepSpeedEngine:
         return [
             f"engine: deepspeed {deepspeed.__version__}, ZeRO stage {self.stage}, "
             f"{self.world.size} partitions on {self.world.device.type}; "
-            f"compute {str(self.compute_dtype).removeprefix('torch.')}, "
+            f"compute {dtype_name(self.compute_dtype)}, "
             "gradients reduced and accumulated in float32",
             describe_state(self.flat_state()),
         ]
 
 
 def _settings(config: Config, stage: int, on_gpu: bool) -> dict[str, Any]:
-    # On a GPU messages go while it computes; gloo's would take the processor that computes.
+    # On a GPU, communication overlaps computation; gloo's would take cores from it.
     zero: dict[str, Any] = {"stage": stage, "contiguous_gradients": True, "overlap_comm": on_gpu}
     if config.engine.offload == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
@@ -248,9 +233,11 @@ def _settings(config: Config, stage: int, on_gpu: bool) -> dict[str, Any]:
 
 
 def _sizes(model: nn.Module, stage: int) -> dict[str, int]:
-    """Elements of DeepSpeed's buckets: gradients leave a block at a time, and the weights of the
-    next block are fetched ahead, whole. Its defaults know no model: at 7B they hold a buffer of
-    2.5 blocks, and fetch a quarter of a block ahead."""
+    """Elements of DeepSpeed's buckets: one block, for gradients to reduce and weights to prefetch.
+
+    Its defaults do not depend on the model: at 7B they hold a buffer of 2.5 blocks, and prefetch a
+    quarter of a block.
+    """
     largest = max(parameter.numel() for parameter in model.parameters())
     block = max(sum(p.numel() for p in each.parameters()) for each in [*blocks(model), nn.Module()])
     unit = max(largest, block, 50_000_000)  # smaller messages are slower
@@ -260,13 +247,13 @@ def _sizes(model: nn.Module, stage: int) -> dict[str, int]:
     }
 
 
-def _wanting_gradient(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+def _require_gradient(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
     return output.requires_grad_()
 
 
 class _Materializer(nn.Module):
-    """Turns a model's meta parameters into empty real ones, one at a time, as DeepSpeed asks for
-    them: by the time it asks for the next, it has partitioned the last. Ties are kept."""
+    """Turns a model's meta parameters into empty real ones, one at a time, as DeepSpeed iterates:
+    it has partitioned one before it asks for the next. Ties are kept."""
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()

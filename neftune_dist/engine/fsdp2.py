@@ -30,14 +30,17 @@ from neftune_dist.data.loader import MicroBatch
 from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import (
     FROZEN,
-    MASTER,
     FlatShard,
     batch_loss_sum,
+    clip_and_update,
     describe_state,
+    dtype_name,
+    state_shards,
     trained_and_frozen,
+    trained_shapes,
 )
 from neftune_dist.model.float8 import update_float8_scales
-from neftune_dist.model.load import initialize_buffers
+from neftune_dist.model.load import DTYPES, initialize_buffers
 from neftune_dist.model.loss import resolve_loss
 from neftune_dist.model.modules import replace_buffers
 from neftune_dist.model.optimizations import blocks
@@ -46,8 +49,6 @@ from neftune_dist.optim import (
     Piece,
     initialize_state,
     local,
-    moments,
-    prepare_update,
     set_updates,
     squared_norm,
 )
@@ -60,7 +61,7 @@ class FSDP2Engine:
         self.world = world
         self.device = world.device
         self.max_grad_norm = config.optim.max_grad_norm
-        self.compute_dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
+        self.compute_dtype = DTYPES[config.model.dtype]
         self.num_replicas = config.engine.num_replicas or 1
         if world.size % self.num_replicas:
             raise UserError(
@@ -88,7 +89,7 @@ class FSDP2Engine:
 
     def setup(self, model: Any, make_optimizer: MakeOptimizer) -> None:
         """See `Engine.setup`."""
-        self.shapes = {name: tuple(p.shape) for name, p in trained_and_frozen(model)[0]}
+        self.shapes = trained_shapes(model)
         self.loss = resolve_loss(self.loss, model)
         policy = MixedPrecisionPolicy(
             param_dtype=self.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -100,12 +101,12 @@ class FSDP2Engine:
         }
         units: list[Any] = blocks(model)
         for block in units:
-            # The backward begins with the last block: its weights are just there.
+            # The backward begins with the last block, whose weights are still gathered.
             reshard = self.reshard_after_forward and block is not units[-1]
             fully_shard(block, reshard_after_forward=reshard, **options)
         fully_shard(model, **options)
-        # FSDP2 asks for the next block's weights when the GPU begins this one; asked for one block
-        # earlier, they are there when they are needed.
+        # FSDP2 gathers the next block's weights when the GPU begins this one; asked for one block
+        # earlier, they have arrived when they are needed.
         for block, following in pairwise(units):
             block.set_modules_to_forward_prefetch([following])
         model.to_empty(device=self.state_device)
@@ -119,11 +120,12 @@ class FSDP2Engine:
         initialize_state(self.optimizer, [p for _, p in self.named], self.pieces)
 
     def after_load(self, num_updates: int) -> None:
-        """See `Engine.after_load`: the shards are the masters, so only Adam's count is due."""
+        """See `Engine.after_load`: the shards are the masters, so nothing is copied."""
         set_updates(self.optimizer, num_updates)
-        self._weights_changed()
+        self._refresh_scales()
 
-    def _weights_changed(self) -> None:
+    def _refresh_scales(self) -> None:
+        """Take the scales of float8 weights again, from weights that have changed."""
         if self.settings.float8 == "tensorwise":
             update_float8_scales(self.model)
 
@@ -143,22 +145,13 @@ class FSDP2Engine:
         square = squared_norm(grads).to(self.world.device)  # where the process group works
         dist.all_reduce(square, group=self.mesh["shard"].get_group())
         norm = square.sqrt().to(self.state_device)
-        prepare_update(self.optimizer, learning_rate, norm, self.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._weights_changed()
+        clip_and_update(self.optimizer, learning_rate, norm, self.max_grad_norm)
+        self._refresh_scales()
         return float(norm)
 
     def flat_state(self) -> list[FlatShard]:
         """See `Engine.flat_state`."""
-        shards = []
-        for piece in self.pieces:
-            held = {MASTER: local(piece.tensor)[piece.part], **moments(self.optimizer, piece)}
-            shards += [
-                FlatShard(kind, piece.name, piece.start, each, piece.numel)
-                for kind, each in held.items()
-            ]
-        return shards
+        return state_shards(self.optimizer, self.pieces)
 
     def frozen_state(self) -> list[FlatShard]:
         """See `Engine.frozen_state`."""
@@ -175,8 +168,7 @@ class FSDP2Engine:
 
     @staticmethod
     def _range(parameter: Tensor) -> Iterator[tuple[int, int]]:
-        """Where this rank's elements begin in the whole, and how many they are; nothing where there
-        are none."""
+        """This rank's range of the whole parameter: its start and length; nothing where empty."""
         assert isinstance(parameter, DTensor)
         shape, offset = local_shape_and_offset(parameter)
         if 0 not in shape:
@@ -200,7 +192,7 @@ class FSDP2Engine:
         )
         return [
             f"engine: fsdp2, {layout} on {self.world.device.type}; "
-            f"compute {str(self.compute_dtype).removeprefix('torch.')}, "
+            f"compute {dtype_name(self.compute_dtype)}, "
             "gradients reduced and accumulated in float32",
             describe_state(self.flat_state()),
         ]

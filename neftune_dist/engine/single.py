@@ -20,13 +20,16 @@ from neftune_dist.data.loader import MicroBatch
 from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import (
     FROZEN,
-    MASTER,
     FlatShard,
     batch_loss_sum,
+    clip_and_update,
     describe_state,
+    dtype_name,
+    state_shards,
     trained_and_frozen,
+    trained_shapes,
 )
-from neftune_dist.model.load import initialize_buffers
+from neftune_dist.model.load import DTYPES, initialize_buffers
 from neftune_dist.model.loss import resolve_loss
 from neftune_dist.model.modules import replace_buffers, replace_parameters
 from neftune_dist.optim import (
@@ -34,8 +37,6 @@ from neftune_dist.optim import (
     Piece,
     initialize_state,
     local,
-    moments,
-    prepare_update,
     set_updates,
     squared_norm,
 )
@@ -54,13 +55,13 @@ class SingleDeviceEngine:
             )
         self.device = world.device
         self.max_grad_norm = config.optim.max_grad_norm
-        self.compute_dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
+        self.compute_dtype = DTYPES[config.model.dtype]
         self.loss = config.model.loss
         self.shapes: Mapping[str, tuple[int, ...]] = {}
 
     def setup(self, model: Any, make_optimizer: MakeOptimizer) -> None:
         """See `Engine.setup`."""
-        self.shapes = {name: tuple(p.shape) for name, p in trained_and_frozen(model)[0]}
+        self.shapes = trained_shapes(model)
         self.loss = resolve_loss(self.loss, model)
         self._materialize(model)
         initialize_buffers(model, self.device)
@@ -88,8 +89,7 @@ class SingleDeviceEngine:
         replace_buffers(model, lambda buffer: torch.empty_like(buffer, device=self.device))
 
     def _master(self, parameter: nn.Parameter) -> nn.Parameter:
-        """The float32 weights of a parameter, which receive its gradients: itself where it is
-        float32."""
+        """The float32 weights that receive a parameter's gradients: itself where it is float32."""
         if parameter.dtype == torch.float32:
             return parameter
         master = nn.Parameter(torch.empty_like(parameter, dtype=torch.float32))
@@ -108,10 +108,11 @@ class SingleDeviceEngine:
     def after_load(self, num_updates: int) -> None:
         """See `Engine.after_load`."""
         set_updates(self.optimizer, num_updates)
-        self._weights_changed()
+        self._copy_masters()
 
     @torch.no_grad()
-    def _weights_changed(self) -> None:
+    def _copy_masters(self) -> None:
+        """Make the compute copies from the masters."""
         if self.compute_dtype != torch.float32:
             parameters: list[Tensor] = [parameter for _, parameter in self.named]
             foreach_copy_(parameters, list[Tensor](self.masters))
@@ -128,21 +129,13 @@ class SingleDeviceEngine:
         """See `Engine.step`."""
         grads = [master.grad for master in self.masters if master.grad is not None]
         norm = squared_norm(grads).sqrt()
-        prepare_update(self.optimizer, learning_rate, norm, self.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._weights_changed()
+        clip_and_update(self.optimizer, learning_rate, norm, self.max_grad_norm)
+        self._copy_masters()
         return float(norm)
 
     def flat_state(self) -> list[FlatShard]:
         """See `Engine.flat_state`."""
-        shards = []
-        for piece in self.pieces:
-            held = {MASTER: local(piece.tensor), **moments(self.optimizer, piece)}
-            shards += [
-                FlatShard(kind, piece.name, 0, each, piece.numel) for kind, each in held.items()
-            ]
-        return shards
+        return state_shards(self.optimizer, self.pieces)
 
     def frozen_state(self) -> list[FlatShard]:
         """See `Engine.frozen_state`."""
@@ -159,6 +152,6 @@ class SingleDeviceEngine:
         """See `Engine.describe`."""
         return [
             f"engine: single, the whole model on one {self.device.type}; compute "
-            f"{str(self.compute_dtype).removeprefix('torch.')}, gradients accumulated in float32",
+            f"{dtype_name(self.compute_dtype)}, gradients accumulated in float32",
             describe_state(self.flat_state()),
         ]

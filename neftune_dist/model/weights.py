@@ -18,9 +18,10 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
-from neftune_dist.config import ModelConfig, UserError, read_json, user_path
+from neftune_dist.config import ModelConfig, UserError, user_path
 from neftune_dist.model.foreign import open_weights
 from neftune_dist.model.pickles import load_tensors
+from neftune_dist.system.model_files import weight_files
 from neftune_dist.system.text import first_line
 
 _COMPARED_ELEMENTS = 2**24
@@ -196,14 +197,8 @@ def _candidates(names: list[str], prefix: str) -> list[str]:
 def _index(folder: Path) -> dict[str, Any]:
     """Tensor name: the opened file that holds it. The files are those transformers would read."""
     for name in ("model.safetensors", "pytorch_model.bin"):
-        single, index = folder / name, folder / f"{name}.index.json"
-        if single.is_file():
-            files = [single]
-        elif index.is_file():
-            fix = "it is no index of weight files, so copy it again"
-            weight_map = read_json(index, {"weight_map": {str: str}}, fix=fix)["weight_map"]
-            files = [folder / file for file in sorted(set(weight_map.values()))]
-        else:
+        files = weight_files(folder, name)
+        if not files:
             continue
         opened = [_open(file) for file in files]
         return {key: file for file in opened for key in file.keys()}  # noqa: SIM118 (no dict)

@@ -1,12 +1,12 @@
 """The training loop. It knows no engine, no file format and no rank.
 
-Law 3 stands here in one line: every micro-batch's loss sum is divided by the step's number of
-supervised tokens over all ranks, which the schedule knows beforehand. A step without a finite loss
-and gradient changes nothing but the cursor; too many of them in a row end the run.
+Law 3 is one line of `accumulate_gradients`: each micro-batch's loss sum is divided by the step's
+number of supervised tokens over all ranks, which the sampler knows beforehand. A step whose loss or
+gradient is not finite changes nothing but the cursor; too many consecutive ones end the run.
 
-One thing depends on the layout: a model's own dropout draws by step and rank. With it, another
-number of ranks, another packing or other micro-batches drop other activations, and so train
-something else; a resume under the same layout is exact.
+Only a model's own dropout depends on the layout, as it draws by step and rank: with another number
+of ranks, packing or micro-batches it drops other activations. A resume under the same layout is
+exact.
 """
 
 from __future__ import annotations
@@ -39,27 +39,34 @@ from neftune_dist.training.noise import noise_alpha, num_passes
 
 
 class Diverged(Final):
-    """Too many steps in a row had no finite loss or gradient. What was learned before is saved;
-    the same run from there would end in the same way."""
+    """Too many consecutive steps had no finite loss and gradient. The last update is saved; resumed
+    from there unchanged, the run would end in the same way."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come; saved with every checkpoint."""
+    """How far a run has come; saved with every checkpoint.
 
-    step: int = 0  # steps made, skipped ones counted; also the data cursor
+    Attributes:
+        step: steps made, including skipped ones; also the data cursor.
+        num_tokens, num_supervised_tokens: trained on.
+        num_skipped_steps: without an update, as loss or gradient was not finite.
+        num_skipped_in_a_row: the last steps, if they were skipped.
+    """
+
+    step: int = 0
     num_tokens: int = 0
     num_supervised_tokens: int = 0
-    num_skipped_steps: int = 0  # without an update, for want of a finite loss and gradient
-    num_skipped_in_a_row: int = 0  # of those, the last ones
+    num_skipped_steps: int = 0
+    num_skipped_in_a_row: int = 0
 
     @property
     def num_updates(self) -> int:
-        """What Adam counts."""
+        """Adam's count of steps."""
         return self.step - self.num_skipped_steps
 
     def after(self, batch: StepBatch, updated: bool) -> Progress:
-        """One step further, with or without an update."""
+        """Return the progress after one more step."""
         return Progress(
             self.step + 1,
             self.num_tokens + batch.num_tokens,
@@ -71,7 +78,14 @@ class Progress:
 
 @dataclass
 class Trainer:
-    """All that a run needs, and the loop over it."""
+    """The parts of a run, and the loop over its steps.
+
+    Attributes:
+        trainer_state: returns the part of a checkpoint beside tensors.
+        stop_requested: whether this rank was asked to stop.
+        evaluation_due: whether to evaluate before the first step, as at the run's start, or where a
+            stop cut the last evaluation short.
+    """
 
     config: Config
     world: World
@@ -84,23 +98,23 @@ class Trainer:
     saver: Saver
     watchdog: Watchdog
     stragglers: Stragglers
-    trainer_state: Callable[[Progress], dict[str, Any]]  # what a checkpoint holds beside tensors
+    trainer_state: Callable[[Progress], dict[str, Any]]
     stop_requested: Callable[[], bool]
     progress: Progress
-    evaluation_due: bool  # before the first step: at the start, or where a stop cut it short
+    evaluation_due: bool
 
     def __post_init__(self) -> None:
         self.saved_step = self.progress.step  # of the newest checkpoint; 0: there is none
-        self.last_update = self.progress  # as it was after the newest update
-        self.wait_seconds = 0.0  # of this rank, for the batch under way
-        self.waited_seconds = self.step_seconds = 0.0  # of all steps, the slowest rank's
+        self.last_update = self.progress  # right after the newest update
+        self.wait_seconds = 0.0  # this rank's wait for the current batch
+        self.waited_seconds = self.step_seconds = 0.0  # totals of the slowest rank
 
     def run(self) -> bool:
-        """Train to the schedule's end; False where a stop was asked for and saved instead.
+        """Train to the last step; return False where a stop was requested and saved instead.
 
         Raises:
-            Stopped: it was asked for before the first step.
-            Diverged: more than `train.max_skipped_steps` in a row were skipped.
+            Stopped: the request came before the first step.
+            Diverged: more than `train.max_skipped_steps` consecutive steps were skipped.
         """
         num_steps, save_every = self.loader.sampler.num_steps, self.config.checkpoint.every_steps
         if self.evaluation_due and not self.evaluate():
@@ -118,7 +132,8 @@ class Trainer:
             stopping = stopping or not evaluated
             if last or stopping or (save_every and step % save_every == 0):
                 self.save(self.progress)
-                stopping = stopping or self.world.any(self.stop_requested())  # it may take minutes
+                # A save may take minutes, in which a request came.
+                stopping = stopping or self.world.any(self.stop_requested())
             if stopping:
                 break
         self.watchdog.at(self.progress.step, "saving", limited=False)
@@ -128,7 +143,7 @@ class Trainer:
         return self.progress.step == num_steps and evaluated
 
     def batches(self) -> Iterator[StepBatch]:
-        """The loader's steps from here on, each waited for under watch."""
+        """The loader's remaining steps; the watchdog limits the wait for each of them."""
         steps = self.loader.steps(self.progress.step)
         while True:
             self.watchdog.at(self.progress.step + 1, "waiting for data")
@@ -212,7 +227,7 @@ class Trainer:
             )
 
     def rank_result(self, loss_sum: Tensor, step: int) -> RankResult:
-        """What this rank contributes to the step's record. Waits for the device."""
+        """This rank's contribution to the step's record. Waits for the device."""
         norm_sum, num_noised = self.noise.take_noise_norms()
         probe_seconds, data_wait_share = self.stragglers.measure(step)
         return RankResult(
@@ -237,11 +252,10 @@ class Trainer:
         )
 
     def evaluate(self) -> bool:
-        """Held-out loss now, noise off, where documents are held out. False, and no record, where
-        a stop was asked for meanwhile."""
+        """Record the held-out loss, where documents are held out. False, and no record, where a
+        stop was requested meanwhile."""
         if self.held_out is None:
             return True
-        # Asked before every batch, which so has a limit of its own.
         result = self.held_out.evaluate(self.engine, self.evaluating)
         if result is None:
             return False
@@ -249,13 +263,14 @@ class Trainer:
         return True
 
     def evaluating(self) -> bool:
-        """Whether this rank was asked to stop; says that the evaluation gets on."""
+        """Whether this rank was asked to stop. Called before each batch of an evaluation, so that
+        the watchdog limits the batch and not the evaluation."""
         self.watchdog.at(self.progress.step, "evaluating")
         return self.stop_requested()
 
     def save(self, progress: Progress) -> None:
-        """A checkpoint of the engine's state, which `progress` led to."""
-        # Saving has a limit of its own, checkpoint.timeout_minutes.
+        """Save a checkpoint of the engine's state as that of `progress`."""
+        # Saving has its own limit, checkpoint.timeout_minutes.
         self.watchdog.at(self.progress.step, "saving", limited=False)
         self.saver.save(progress.step, self.engine, self.trainer_state(progress))
         self.saved_step = progress.step
@@ -263,8 +278,8 @@ class Trainer:
         self.world.log(f"checkpoint: step {self.saved_step}; training stood still {seconds:.2f} s")
 
     def give_up(self) -> NoReturn:
-        """End a run that no longer learns. The steps skipped last belong to no checkpoint made
-        here: with what mends them, they are made again."""
+        """End a run that no longer learns. The checkpoint is that of the last update: once their
+        cause is fixed, the skipped steps are made again."""
         if self.last_update.step > self.saved_step:
             self.save(self.last_update)
         self.saver.wait()
@@ -283,7 +298,7 @@ class Trainer:
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:
-    """What torch's generators begin with at a step, below 2^63: another on every rank."""
+    """Return the seed of torch's generators at a step, below 2^63, different on every rank."""
     return random.Random(f"{seed}/{step}/{rank}").getrandbits(63)
 
 
@@ -294,8 +309,8 @@ def evaluation_due(config: EvaluateConfig, step: int, num_steps: int) -> bool:
 
 
 def token_layout(batch: MicroBatch) -> TokenLayout:
-    """What the noise must know of a micro-batch's tokens. Nothing here waits for the device."""
-    if len(batch.documents) == 0:  # an empty micro-batch: its tokens are padding
+    """Return the noise's description of a micro-batch's tokens, without waiting for the device."""
+    if len(batch.documents) == 0:  # an empty micro-batch holds padding alone
         return TokenLayout.padding(batch.input_ids.numel(), batch.input_ids.device)
     own, segment = len(batch.segment), batch.segment
     first = batch.part[0] * own  # of a slice, within the whole

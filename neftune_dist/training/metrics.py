@@ -1,8 +1,9 @@
-"""What a run leaves to look at: metrics.jsonl, evaluations.jsonl, trackers, a progress bar.
+"""A run's metrics: metrics.jsonl, evaluations.jsonl, trackers, a progress bar.
 
-Owns these files, on rank 0 alone. A resumed run first drops what lies beyond its checkpoint, so
-that the files read as if the run had never stopped. A number that is not finite is written as null,
-which JSON has a word for.
+Rank 0 alone writes them. A resumed run first drops the records beyond its checkpoint, so that the
+files read as if the run had never stopped. A number that is not finite is written as null, as JSON
+has no other word for it. To add a metric: a field of `RankResult` if ranks measure it, and a line
+of `step_record`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from neftune_dist.model.optimizations import num_compiled_graphs
 from neftune_dist.noise.law import expected_norm
 from neftune_dist.system import storage
 from neftune_dist.system.records import EVALUATIONS, STEPS, Records, read_records
+from neftune_dist.system.text import duration_text
 from neftune_dist.training.noise import num_passes
 from neftune_dist.training.trackers import Trackers
 
@@ -122,11 +124,13 @@ def _utilization(
 
 
 class Recorder:
-    """Records steps and evaluations. With `active` False (other ranks) it does nothing.
+    """Records steps and evaluations.
 
     Args:
-        first_step: after which the run goes on; 0 at its start.
-        expected: of the two files, those in which this run has recorded something up to there.
+        facts: configuration and environment, for the trackers.
+        first_step: the last step made so far; 0 at a run's start.
+        active: False on ranks other than 0: nothing is written.
+        expected: the files in which this run has recorded something up to `first_step`.
     """
 
     def __init__(
@@ -143,14 +147,14 @@ class Recorder:
         if not active:
             return
         try:
-            # A run from the start evaluates at step 0 again, a resumed one does not.
+            # From the start a run evaluates at step 0 again; resumed, it does not.
             _keep_until(run_dir, first_step if first_step else -1, expected)
             self._files = {n: (run_dir / n).open("a") for n in (STEPS, EVALUATIONS)}
             self._trackers = Trackers(run_dir, config, facts, first_step)
         except OSError as error:
             where = error.filename or f"run_dir={run_dir}"
             raise UserError(f"{where} cannot be written: {error.strerror or error}.") from error
-        # Without a terminal a bar would be one endless line; plain lines are written instead.
+        # Without a terminal a bar would be one endless line: plain lines instead.
         self._plain = config.progress and not sys.stderr.isatty()
         self._bar = (
             tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True)
@@ -164,7 +168,7 @@ class Recorder:
         self._recorded = 0
 
     def step(self, record: Mapping[str, Any]) -> None:
-        """One optimizer step, under the names of the design."""
+        """Record a step, see `step_record`."""
         if not self.active:
             return
         self._write(STEPS, record, "train")
@@ -180,12 +184,12 @@ class Recorder:
             print(
                 f"step {record['step']}/{self._num_steps}  loss {record['loss']:.4f}  "
                 f"grad_norm {record['grad_norm']:.3f}  noise_norm {record['noise_norm']:.4f}  "
-                f"{record['tokens_per_second']:.0f} tokens/s  {_duration(left)} left",
+                f"{record['tokens_per_second']:.0f} tokens/s  {duration_text(left)} left",
                 flush=True,
             )
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        """One evaluation: `step` and its results."""
+        """Record an evaluation: `step` and its results."""
         if not self.active:
             return
         self._write(EVALUATIONS, record, "evaluate")
@@ -196,12 +200,11 @@ class Recorder:
             print(line, flush=True)
 
     def close(self, failed: bool = False) -> None:
-        """Flush everything, as the run has failed or is over. Raises `UserError` where records
-        could not be written."""
+        """Flush and close everything. Raises `UserError` where records could not be written."""
         if not self.active:
             return
         for file in self._files.values():
-            with suppress(OSError):  # counted when it was written
+            with suppress(OSError):  # counted by `_write`
                 file.close()
         self._trackers.close(failed)
         if self._bar is not None:
@@ -220,14 +223,14 @@ class Recorder:
             self._files[name].write(json.dumps(record) + "\n")
             self._files[name].flush()
         except OSError as error:
-            # A full disk must not end the training on one rank: the next save tells all of them.
+            # A full disk must not end the run on one rank alone: the next save ends it on all.
             if not self._num_lost:
                 print(f"warning: {self._run_dir / name}: {error.strerror}", file=sys.stderr)
             self._num_lost += 1
         self._trackers.record(prefix, record)
 
     def _reopen(self, name: str) -> None:
-        """Begin a file again that somebody has removed; without its directory, the run ends."""
+        """Create a file again that was removed. Raises `UserError` if its directory is gone."""
         self._files[name].close()
         try:
             self._files[name] = (self._run_dir / name).open("a")
@@ -237,8 +240,7 @@ class Recorder:
 
 
 def is_evaluated(run_dir: Path, step: int) -> bool:
-    """Whether the evaluation after `step` has been recorded; False where the records cannot be
-    read."""
+    """Whether the evaluation after `step` is in the records."""
     try:
         rows = read_records(run_dir / EVALUATIONS, ("held_out_loss",)).rows
     except OSError:
@@ -247,22 +249,22 @@ def is_evaluated(run_dir: Path, step: int) -> bool:
 
 
 def memory_gib(device: torch.device) -> float:
-    """Peak memory so far: allocated on a GPU, resident on the host for a CPU run."""
+    """Peak memory so far: allocated on a GPU, or resident on the host of a CPU run."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
 
 
 def _keep_until(run_dir: Path, step: int, expected: Collection[str]) -> None:
-    """Keep the records of steps up to `step`, one a step, and say how many of them are lost."""
-    began_here = False  # unlike a run that began from another one's checkpoint
+    """Keep one record of each step up to `step`, and warn of lost ones."""
+    began_here = False  # False for a run that began from another run's checkpoint
     for name in (STEPS, EVALUATIONS):
         path = run_dir / name
         exists = path.exists()
         found = read_records(path) if exists else Records([], 0)
         kept = [row for row in found.rows if row["step"] <= step]
         missing = found.num_missing(step) if name == STEPS else 0
-        # Step 0 is evaluated: a run that began here has a record of it.
+        # A run that began here has a record of step 0, which is evaluated.
         certain = name == STEPS or began_here or not exists
         lost: int | str = max(found.num_lost, missing)
         if not kept and certain and name in expected:
@@ -272,11 +274,3 @@ def _keep_until(run_dir: Path, step: int, expected: Collection[str]) -> None:
         began_here = bool(kept) and kept[0]["step"] == 1
         if exists:
             storage.write(path, "".join(json.dumps(row) + "\n" for row in kept))
-
-
-def _duration(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"

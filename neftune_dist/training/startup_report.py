@@ -1,4 +1,4 @@
-"""What a run says of itself before its first step, and what is recorded of where it runs."""
+"""The lines that a run prints before its first step, and its recorded environment."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from neftune_dist.model.varlen import varlen_kernel
 
 
 def data_lines(dataset: Dataset, sampler: Sampler, loader: Loader) -> list[str]:
-    """What became of the rows, and the steps that are made of them."""
+    """Lines on the rows read and the steps made of them."""
     lines = list(dataset.report.lines())
     if dataset.chat_template is None:
         lines.append(
@@ -62,7 +62,7 @@ def compute_line(engine: Engine, config: Config, model_config: Any) -> str:
 
 
 def dropout_lines(model: Any) -> list[str]:
-    """Of a model with dropout, what that does to the laws."""
+    """A line for a model with dropout, which depends on the layout."""
     if not drops(model):
         return []
     return [
@@ -72,7 +72,7 @@ def dropout_lines(model: Any) -> list[str]:
 
 
 def noise_lines(config: Config) -> list[str]:
-    """The noise of all its steps."""
+    """Lines on the run's noise."""
     noise = config.noise
     if not noise.alpha:
         return ["noise: off"]
@@ -89,7 +89,7 @@ def noise_lines(config: Config) -> list[str]:
 
 
 def environment(world: World) -> dict[str, Any]:
-    """Where a run runs, recorded with it."""
+    """The machine and versions, recorded with the run."""
     on_gpu = world.device.type == "cuda"
     return {
         **versions(),
@@ -100,7 +100,7 @@ def environment(world: World) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that decide what a run computes."""
+    """Versions of the packages that affect a run's results."""
     packages = ("torch", "transformers", "deepspeed", "datasets")
     return {
         "neftune_dist": __version__,

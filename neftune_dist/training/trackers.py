@@ -1,16 +1,15 @@
-"""Where a run's numbers go besides its own files: TensorBoard, Weights & Biases, MLflow.
+"""Trackers of a run's numbers: TensorBoard, Weights & Biases, MLflow.
 
-Each is one small class of the same three calls. A resumed run continues its record under the same
-identity, kept in the run directory. Refused with `UserError`: a package that is missing, a server
-that does not answer when the run begins. Later, a tracker that fails is given up with a warning:
-the run's own files hold every number.
+A resumed run continues its record under the same identity, kept in the run directory. A missing
+package, or a server that does not answer when the run begins, is refused with `UserError`. A
+tracker that fails later is dropped with a warning: the run's own files hold every number.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,21 +20,23 @@ from neftune_dist.system.text import first_line
 
 
 class Tracker(Protocol):
-    """One place where numbers are looked at."""
+    """Takes a run's numbers."""
 
     def record(self, values: Mapping[str, float], step: int) -> None:
-        """Numbers by name, after a step."""
+        """Record numbers by name, after a step."""
 
     def close(self, failed: bool) -> None:
-        """Nothing more will come, because the run has failed or because it is over."""
+        """End the record, of a run that failed or finished."""
 
 
 class Trackers:
-    """Those that `logging` asks for.
+    """The trackers that `logging` asks for.
 
     Args:
-        facts: the run's configuration and environment, as plain nested dicts; recorded with it.
-        first_step: numbers beyond it, of a run that was cut short, are no longer the run's.
+        run_dir: where their files and identities lie.
+        config: which trackers, and how they name the run.
+        facts: configuration and environment, as nested dicts; recorded with the run.
+        first_step: the last step made so far; earlier records of later steps are dropped.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Trackers:
                 raise UserError(f"logging.{name}=true: it cannot begin a run: {first}") from error
 
     def record(self, prefix: str, record: Mapping[str, Any]) -> None:
-        """The numbers of a record that has its `step`, under `prefix/name`."""
+        """Record the numbers of a record, which has a `step`, as `prefix/name`."""
         values = {
             f"{prefix}/{key}": float(value)
             for key, value in record.items()
@@ -68,14 +69,14 @@ class Trackers:
             self._try(name, lambda tracker: tracker.record(values, record["step"]))
 
     def close(self, failed: bool = False) -> None:
-        """Flush and leave all of them."""
+        """Flush and close all trackers."""
         for name in list(self._running):
             self._try(name, lambda tracker: tracker.close(failed))
         self._running.clear()
 
-    def _try(self, name: str, what: Any) -> None:
+    def _try(self, name: str, call: Callable[[Tracker], None]) -> None:
         try:
-            what(self._running[name])
+            call(self._running[name])
         except Exception as error:  # training does not depend on a server
             del self._running[name]
             print(f"warning: {name} has failed and gets no more numbers: {error}", file=sys.stderr)
@@ -97,7 +98,7 @@ class _TensorBoard:
 
 
 class _WandB:
-    """Steps are numbers of their own there: its internal count could not go back on a resume."""
+    """The step is logged as a metric: W&B's internal count could not go back on a resume."""
 
     def __init__(self, run_dir: Path, config: LoggingConfig, facts: Mapping[str, Any]) -> None:
         import wandb
@@ -133,7 +134,7 @@ class _MLflow:
             run_name=config.name or run_dir.resolve().name,
         )
         if not kept.exists():
-            # A parameter cannot change there, so a resumed run writes none; 500 characters at most.
+            # MLflow's parameters cannot change: a resumed run writes none. At most 500 characters.
             mlflow.log_params({key: str(value)[:500] for key, value in _flat(facts).items()})
             kept.write_text(run.info.run_id)
         self._mlflow = mlflow

@@ -28,7 +28,7 @@ def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return folder / "run"
 
 
-def test_logits_are_those_of_the_trained_weights(run_dir: Path, tmp_path: Path) -> None:
+def test_export_has_the_trained_logits(run_dir: Path, tmp_path: Path) -> None:
     output = export(run_dir, tmp_path / "export", log=lambda _: None)
     exported = transformers.AutoModelForCausalLM.from_pretrained(output).eval()
     base = load_config(run_dir / "config.yaml").model.name_or_path
@@ -50,7 +50,7 @@ def test_logits_are_those_of_the_trained_weights(run_dir: Path, tmp_path: Path) 
     assert not torch.equal(start, exported.model.embed_tokens.weight)
 
 
-def test_the_folder_is_complete_and_says_how_it_was_made(run_dir: Path, tmp_path: Path) -> None:
+def test_export_is_complete_with_model_card(run_dir: Path, tmp_path: Path) -> None:
     done = tiny_model.run_forked(
         "export", run_dir, "--output", tmp_path / "e", "--dtype", "bf16", "--step", 4
     )
@@ -64,7 +64,7 @@ def test_the_folder_is_complete_and_says_how_it_was_made(run_dir: Path, tmp_path
     assert "4 of 10 documents" in card
 
 
-def test_a_damaged_checkpoint_is_not_exported(run_dir: Path, tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_not_exported(run_dir: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run_dir, copy)
     newest = store.find_all(copy)[0].folder
@@ -85,7 +85,7 @@ def test_a_damaged_checkpoint_is_not_exported(run_dir: Path, tmp_path: Path) -> 
     assert "exported step 4" in other.stdout
 
 
-def test_mistakes_are_told(run_dir: Path, tmp_path: Path) -> None:
+def test_mistakes_exit_2(run_dir: Path, tmp_path: Path) -> None:
     for words, needle in (
         (["export", tmp_path], "no complete checkpoint"),
         (["export", run_dir, "--step", "5"], "it has: 8, 4"),
@@ -101,7 +101,7 @@ def test_mistakes_are_told(run_dir: Path, tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
-def test_the_prompts_of_the_run_are_the_export_s(tmp_path: Path) -> None:
+def test_export_keeps_the_run_s_prompts(tmp_path: Path) -> None:
     """Not those of the model that it began with."""
     config = tiny_model.make_config(tmp_path, train={"max_steps": 1})
     own = tmp_path / "model" / "tokenizer_config.json"
@@ -118,7 +118,7 @@ def test_the_prompts_of_the_run_are_the_export_s(tmp_path: Path) -> None:
     assert "| prompts | data.template=vicuna; the chat template puts data.system_prompt in" in card
 
 
-def test_no_chat_template_rather_than_another(tmp_path: Path) -> None:
+def test_unwritable_template_leaves_no_chat_template(tmp_path: Path) -> None:
     folder = tiny_model.make_model(tmp_path / "base")
     keep_small_files(folder, tmp_path)
     keep_template(None, tmp_path)
@@ -149,7 +149,7 @@ def test_new_tokens_are_trained_saved_and_exported(tmp_path: Path) -> None:
     assert told["losses"]["held_out_loss"] == pytest.approx(last["held_out_loss"], rel=1e-6)
 
 
-def test_abilities_are_those_of_the_checkpoint(run_dir: Path, tmp_path: Path) -> None:
+def test_export_behaves_as_the_checkpoint(run_dir: Path, tmp_path: Path) -> None:
     choices = [
         {"query": f"Question: {i} + 1?", "choices": [f"{i}", f"{i + 1}"], "gold": 1}
         for i in range(10)

@@ -281,7 +281,7 @@ def test_exported_files_follow_the_umask(umask: int, run_dir: Path, tmp_path: Pa
     assert {path.stat().st_mode & 0o777 for path in output.iterdir()} == {0o666 & ~umask}
 
 
-def test_files_of_a_run_are_the_umask_s_and_no_program(run_dir: Path) -> None:
+def test_run_files_follow_umask_and_are_not_executable(run_dir: Path) -> None:
     wrong = [
         path
         for path in run_dir.rglob("*")
@@ -403,7 +403,7 @@ def signals_kept() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def test_export_that_dies_anywhere_leaves_one_of_them_whole(run_dir: Path, tmp_path: Path) -> None:
+def test_export_killed_anywhere_leaves_old_or_new(run_dir: Path, tmp_path: Path) -> None:
     output, count, done = tmp_path / "exported", 0, False
     quiet_export(run_dir, output, dtype="fp32")
     states = set()
@@ -425,7 +425,7 @@ def test_export_that_dies_anywhere_leaves_one_of_them_whole(run_dir: Path, tmp_p
     assert count > 20
 
 
-def test_export_without_room_anywhere_leaves_the_old_one(run_dir: Path, tmp_path: Path) -> None:
+def test_export_on_full_disk_leaves_the_old_one(run_dir: Path, tmp_path: Path) -> None:
     output, count, failures, done = tmp_path / "exported", 0, 0, False
     quiet_export(run_dir, output, dtype="fp32")
     while not done:
@@ -456,9 +456,7 @@ def no_file_over(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
-def test_files_that_cannot_be_written_whole_are_not_published(
-    run_dir: Path, tmp_path: Path
-) -> None:
+def test_partly_written_files_are_not_published(run_dir: Path, tmp_path: Path) -> None:
     output = quiet_export(run_dir, tmp_path / "exported", dtype="fp32")
     for size in sorted({path.stat().st_size for path in output.iterdir()}):
         with no_file_over(size - 1), pytest.raises(UserError, match="File too large"):
@@ -467,7 +465,7 @@ def test_files_that_cannot_be_written_whole_are_not_published(
     assert [path.name for path in tmp_path.iterdir()] == ["exported"]
 
 
-def test_evaluation_without_room_anywhere_is_continued(run_dir: Path, tmp_path: Path) -> None:
+def test_evaluation_on_full_disk_is_continued(run_dir: Path, tmp_path: Path) -> None:
     folder, reference = tmp_path / "results", tmp_path / "untouched"
     assert evaluated(run_dir, reference) == 0
     wanted = (reference / "summary.json").read_text(), (reference / "answers.json").read_text()

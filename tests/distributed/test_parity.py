@@ -160,7 +160,7 @@ def test_slices_of_a_document_share_its_noise(config: Path, tmp_path: Path) -> N
     assert held_out[0] == pytest.approx(held_out[1], rel=TOLERANCE)
 
 
-def test_heads_that_cannot_be_dealt(config: Path, tmp_path: Path) -> None:
+def test_sequence_parallel_needs_divisible_heads_and_ranks(config: Path, tmp_path: Path) -> None:
     words = [f"run_dir={tmp_path}", "engine.sequence_parallel=3", "train.micro_batch_tokens=96"]
     done = tiny_model.run_forked("train", config, *words, ranks=3)
     assert done.returncode == 2
@@ -173,9 +173,7 @@ def test_heads_that_cannot_be_dealt(config: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("most", [1e6, 0])
-def test_a_gradient_below_the_limit_is_left_alone(
-    most: float, config: Path, tmp_path: Path
-) -> None:
+def test_gradient_below_max_norm_is_not_scaled(most: float, config: Path, tmp_path: Path) -> None:
     """No clipping, and no stretching, where the norm is below `max_grad_norm`, or it is 0."""
     words = ["train.max_steps=3", "optim.learning_rate=1e-2", "optim.epsilon=1e-2"]
     expected = reference(config, *words, "optim.max_grad_norm=1e6")
@@ -191,7 +189,7 @@ def test_a_gradient_below_the_limit_is_left_alone(
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "deepspeed"])
-def test_a_rank_without_a_document(engine: str, config: Path, tmp_path: Path) -> None:
+def test_rank_without_documents_trains_the_same(engine: str, config: Path, tmp_path: Path) -> None:
     """Two documents a step on three ranks: one rank has nothing to learn from in every step."""
     words = ["train.global_batch_size=2", "train.max_steps=6"]
     expected = reference(config, *words)

@@ -177,9 +177,7 @@ def test_continues_under_another_engine_and_world(
     assert records[-1]["world_size"] == ranks
 
 
-def test_a_finished_run_says_so_and_changes_nothing(
-    config: Path, untouched: Callable[[str], Path]
-) -> None:
+def test_finished_run_changes_nothing(config: Path, untouched: Callable[[str], Path]) -> None:
     run_dir = untouched("fsdp2")
     before = (run_dir / "metrics.jsonl").read_bytes()
     done = tiny_model.run_forked("train", config, f"run_dir={run_dir}", *ENGINES["fsdp2"], ranks=2)
@@ -188,7 +186,7 @@ def test_a_finished_run_says_so_and_changes_nothing(
     assert (run_dir / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_longer_run_continues_from_the_finished_one(config: Path, tmp_path: Path) -> None:
+def test_finished_run_can_be_extended(config: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     tiny_model.train(config, run_dir, "optim.schedule=constant", "train.max_steps=4")
     records = tiny_model.train(config, run_dir, "optim.schedule=constant", "train.max_steps=8")
@@ -221,7 +219,9 @@ def damage(folder: Path) -> None:
     os.truncate(shard, shard.stat().st_size // 2)
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(config: Path, tmp_path: Path) -> None:
+def test_damaged_newest_checkpoint_resumes_from_the_one_before(
+    config: Path, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     whole = tiny_model.train(config, run_dir)
     newest = store.find_all(run_dir)[0]
@@ -233,7 +233,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(config: Path, tmp_path: Path
     assert store.find_all(run_dir)[0].step == STEPS
 
 
-def test_only_damaged_checkpoints_stop_the_run(config: Path, tmp_path: Path) -> None:
+def test_only_damaged_checkpoints_exit_2(config: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     tiny_model.train(config, run_dir, "checkpoint.every_steps=0")
     damage(store.find_all(run_dir)[0].folder)
@@ -244,9 +244,7 @@ def test_only_damaged_checkpoints_stop_the_run(config: Path, tmp_path: Path) -> 
     assert sorted(p.name for p in (run_dir / "checkpoints").rglob("*")) == before
 
 
-def test_a_full_disk_ends_with_a_sentence_and_the_last_checkpoint(
-    config: Path, tmp_path: Path
-) -> None:
+def test_full_disk_exits_2_and_keeps_last_checkpoint(config: Path, tmp_path: Path) -> None:
     """The largest file allowed is smaller than a checkpoint: every write of one fails."""
     run_dir = tmp_path / "run"
     tiny_model.train(config, run_dir, "train.max_steps=3", "optim.schedule=constant")
@@ -339,7 +337,7 @@ def another_vocabulary(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
-def test_a_template_of_a_file_is_compared_by_its_text(config: Path, tmp_path: Path) -> None:
+def test_template_file_is_compared_by_text(config: Path, tmp_path: Path) -> None:
     one, two, run_dir = tmp_path / "one.jinja", tmp_path / "two.jinja", tmp_path / "run"
     for path in (one, two):
         path.write_text(tiny_model.TEMPLATE)
@@ -381,7 +379,7 @@ def test_another_dataset_is_refused(
     assert_refused_by_what_it_read(words, "another dataset", config, untouched("fsdp2"))
 
 
-def test_the_same_content_in_another_place_is_the_same_run(
+def test_moved_data_and_model_resume(
     config: Path, untouched: Callable[[str], Path], tmp_path: Path
 ) -> None:
     model, rows = (

@@ -31,7 +31,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("8-bit moments", ["optim.states=8bit", "model.dtype=bf16"]),
     ],
 )
-def test_it_trains_what_fsdp2_trains_on_one_rank(
+def test_single_trains_the_same_as_fsdp2(
     name: str, words: list[str], config: Path, tmp_path: Path
 ) -> None:
     """To the bit: the same sums in the same order and the same roundings."""
@@ -60,7 +60,7 @@ def test_float8_follows_fsdp2(recipe: str, config: Path, tmp_path: Path) -> None
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
 
 
-def test_it_resumes_to_the_bit_and_continues_two_ranks(config: Path, tmp_path: Path) -> None:
+def test_single_resumes_bitwise_and_from_two_ranks(config: Path, tmp_path: Path) -> None:
     whole = tiny_model.train(config, tmp_path / "whole", SINGLE)
     half = tmp_path / "whole" / "checkpoints" / "step_00000003"
     resumed = tiny_model.train(config, tmp_path / "resumed", SINGLE, f"checkpoint.resume={half}")
@@ -82,7 +82,7 @@ def test_it_resumes_to_the_bit_and_continues_two_ranks(config: Path, tmp_path: P
         (["engine.zero_stage=3"], 1, "engine.zero_stage=3 has no effect with engine.name=single"),
     ],
 )
-def test_what_it_cannot_do_is_refused(
+def test_single_refuses_ranks_offload_and_zero(
     words: list[str], ranks: int, sentence: str, config: Path, tmp_path: Path
 ) -> None:
     run_dir = f"run_dir={tmp_path / 'run'}"

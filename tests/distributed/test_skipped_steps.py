@@ -128,7 +128,7 @@ def assert_same_end(run_dir: Path, untouched: Path) -> None:
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero-1", "zero-2", "zero-3"])
-def test_the_update_is_left_out_and_nothing_else(engine: str, config: Path, tmp_path: Path) -> None:
+def test_skipped_step_omits_only_the_update(engine: str, config: Path, tmp_path: Path) -> None:
     """As in a plain loop that makes no update at these steps, whose Adam counts no step there."""
     fault = Fault(losses=(2, 6), gradients=(5,), rank=1)
     records = train(config, tmp_path / "run", fault, *ENGINES[engine])
@@ -143,7 +143,9 @@ def test_the_update_is_left_out_and_nothing_else(engine: str, config: Path, tmp_
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_no_weight_and_no_moment_changes(engine: str, config: Path, tmp_path: Path) -> None:
+def test_skipped_step_changes_no_weight_and_no_moment(
+    engine: str, config: Path, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     words = [*ENGINES[engine], "model.dtype=bf16", "train.max_steps=5"]
     words += ["train.global_batch_size=20"]  # enough for several micro-batches on four ranks
@@ -160,9 +162,7 @@ def test_no_weight_and_no_moment_changes(engine: str, config: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero-1", "zero-3"])
-def test_a_run_resumes_after_skipped_steps_and_among_them(
-    engine: str, config: Path, tmp_path: Path
-) -> None:
+def test_resumes_after_and_among_skipped_steps(engine: str, config: Path, tmp_path: Path) -> None:
     fault, words = Fault(losses=(2, 3), gradients=(4,), rank=1), ENGINES[engine]
     whole = tmp_path / "whole"
     train(config, whole, fault, *words)
@@ -181,7 +181,7 @@ def cut(whole: Path, run_dir: Path, step: int) -> None:
             shutil.rmtree(each.folder)
 
 
-def test_the_count_of_updates_outlives_a_change_of_engine(config: Path, tmp_path: Path) -> None:
+def test_update_count_survives_change_of_engine(config: Path, tmp_path: Path) -> None:
     """Adam's bias correction after few updates differs much from that after a few more."""
     fault = Fault(gradients=(1, 2, 4))
     whole = tmp_path / "whole"
@@ -196,12 +196,12 @@ def test_the_count_of_updates_outlives_a_change_of_engine(config: Path, tmp_path
             assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
 
 
-def test_progress_that_was_saved_without_skipped_steps_loads() -> None:
+def test_progress_of_earlier_version_loads() -> None:
     assert Progress(**{"step": 3, "num_tokens": 2, "num_supervised_tokens": 1}).num_updates == 3
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero-3"])
-def test_too_many_in_a_row_end_the_run(engine: str, config: Path, tmp_path: Path) -> None:
+def test_too_many_consecutive_skips_end_the_run(engine: str, config: Path, tmp_path: Path) -> None:
     """What was learned before is kept, even where no save was due; and with the fault mended the
     run goes on from there, and ends as one that never had it."""
     words = [*ENGINES[engine], "train.max_skipped_steps=2", "checkpoint.every_steps=0"]
@@ -230,7 +230,7 @@ def test_too_many_in_a_row_end_the_run(engine: str, config: Path, tmp_path: Path
     assert_same_end(run_dir, whole)
 
 
-def test_how_many_in_a_row_is_kept_in_a_checkpoint(config: Path, tmp_path: Path) -> None:
+def test_consecutive_skips_are_saved(config: Path, tmp_path: Path) -> None:
     """Saved among skipped steps, a run does not begin to count them anew."""
     run_dir = tmp_path / "run"
     fault = Fault(losses=(3, 4, 5), folder=tmp_path)
@@ -245,7 +245,7 @@ def test_how_many_in_a_row_is_kept_in_a_checkpoint(config: Path, tmp_path: Path)
         assert len(records_of(run_dir)) == 5
 
 
-def test_none_is_borne_and_nothing_was_learned(config: Path, tmp_path: Path) -> None:
+def test_max_skipped_steps_0_ends_at_first_skip(config: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     fault = Fault(losses=(1,), folder=tmp_path)
     done = tiny_model.run_forked(
@@ -258,7 +258,7 @@ def test_none_is_borne_and_nothing_was_learned(config: Path, tmp_path: Path) -> 
     assert store.find_all(run_dir) == []
 
 
-def test_the_line_names_the_step_its_values_and_its_documents(config: Path, tmp_path: Path) -> None:
+def test_skip_warning_names_step_values_and_documents(config: Path, tmp_path: Path) -> None:
     done = tiny_model.run_forked(
         "train",
         config,

@@ -149,7 +149,7 @@ def assert_as_untouched(run_dir: Path, untouched_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("engine", "ranks"), [("fsdp2", (1,)), ("fsdp2", (0, 1)), ("zero-3", (0,))]
 )
-def test_stopped_while_it_evaluates(
+def test_stop_during_evaluation(
     engine: str,
     ranks: tuple[int, ...],
     step: int,
@@ -178,7 +178,7 @@ def test_stopped_while_it_evaluates(
         assert_as_untouched(run_dir, untouched(engine))
 
 
-def test_an_evaluation_has_many_batches(config: Path, tmp_path: Path) -> None:
+def test_evaluation_has_many_batches(config: Path, tmp_path: Path) -> None:
     """Else the test above would show nothing."""
     injected = StopInEvaluation(0, (), tmp_path)
     words = [f"run_dir={tmp_path / 'run'}", "train.max_steps=1"]
@@ -191,7 +191,7 @@ def test_an_evaluation_has_many_batches(config: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
 @pytest.mark.parametrize("ranks", [(1,), (0, 1)])
-def test_stopped_while_it_saves(
+def test_stop_during_save(
     ranks: tuple[int, ...],
     mode: str,
     config: Path,

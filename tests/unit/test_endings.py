@@ -28,6 +28,7 @@ from neftune_dist.config import (
     user_path,
 )
 from neftune_dist.distributed import environment, outcome
+from neftune_dist.system.checkpoint_names import newest_step
 from tests.support import tiny_model
 
 IMPOSSIBLE = {
@@ -271,14 +272,14 @@ def test_a_run_directory_that_is_removed_is_said(tmp_path: Path) -> None:
 
 
 def test_the_newest_step_is_that_of_a_published_checkpoint(tmp_path: Path) -> None:
-    assert outcome.newest_step(tmp_path) == 0
+    assert newest_step(tmp_path) == 0
     for name, marked in (("step_00000004", True), ("step_00000008", False), ("step_x", True)):
         folder = tmp_path / "checkpoints" / name
         folder.mkdir(parents=True)
         if marked:
             (folder / "manifest.json").touch()
     (tmp_path / "checkpoints" / "latest").write_text("step_99999999\n")
-    assert outcome.newest_step(tmp_path) == 4
+    assert newest_step(tmp_path) == 4
 
 
 def test_output_is_drained_and_logged_whatever_becomes_of_disk_and_reader(

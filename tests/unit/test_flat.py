@@ -24,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_any_range_is_read_and_the_description_once(
+def test_any_range_is_read_with_one_read_of_metadata(
     folder: Path, metadata_reads: list[Path]
 ) -> None:
     """Of many ranks the description is hundreds of megabytes; export reads a tensor at a time."""
@@ -39,7 +39,7 @@ def test_any_range_is_read_and_the_description_once(
     assert metadata_reads == [folder]
 
 
-def test_what_is_of_another_model_is_refused(folder: Path) -> None:
+def test_tensor_of_another_model_is_refused(folder: Path) -> None:
     reader = flat.Reader(folder, alone=True)
     with pytest.raises(UserError, match=r"lacks the tensor master/d"):
         reader.read([FlatShard(MASTER, "d", 0, torch.empty(1), 1)])

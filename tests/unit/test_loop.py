@@ -289,7 +289,7 @@ def test_noise_follows_its_schedule_by_the_batch_step() -> None:
     assert parts.alphas[:6] == pytest.approx([2.0, 2.0, 4.0, 4.0, 6.0, 6.0])
 
 
-def test_a_hook_that_does_not_fire_ends_the_run() -> None:
+def test_hook_that_does_not_fire_ends_the_run() -> None:
     with pytest.raises(RuntimeError, match="added in 0 of 2 forward passes"):
         make_trainer(parts := Parts(fired=False)).run()
     assert parts.records == [] and "save 1" not in parts.events
@@ -297,7 +297,7 @@ def test_a_hook_that_does_not_fire_ends_the_run() -> None:
 
 
 @pytest.mark.parametrize("losses", [[math.inf], [6.0, math.nan]])
-def test_a_loss_that_is_not_finite_poisons_the_gradient(losses: list[float]) -> None:
+def test_non_finite_loss_poisons_the_gradient(losses: list[float]) -> None:
     """An infinite loss may have a finite gradient, and the gradient alone decides."""
     parts = Parts(losses=losses)
     make_trainer(parts, "checkpoint.every_steps=0", step=5).run()
@@ -333,21 +333,21 @@ def test_nothing_is_saved_of_a_run_that_never_learned() -> None:
     assert numbered(parts.events) == "1 2 wait"
 
 
-def test_a_checkpoint_that_holds_the_last_update_is_not_saved_again() -> None:
+def test_checkpoint_of_last_update_is_not_saved_again() -> None:
     parts = Parts(grad_norms=[1.0, 1.0, math.nan])
     with pytest.raises(Diverged, match="The checkpoint of step 2 holds all"):
         make_trainer(parts, "train.max_skipped_steps=0", "checkpoint.every_steps=2").run()
     assert numbered(parts.events) == "prepare 1 2 save-2 3 wait"
 
 
-def test_a_failed_save_ends_the_run_at_the_next_step() -> None:
+def test_failed_save_ends_the_run_at_the_next_step() -> None:
     parts = Parts(fails=True)
     with pytest.raises(UserError, match="the disk is full"):
         make_trainer(parts).run()
     assert parts.records == [] and parts.events[-2:] == ["update", "wait"]
 
 
-def test_any_ranks_flags_count_and_the_slowest_rank_is_recorded() -> None:
+def test_stop_of_any_rank_counts_and_slowest_rank_is_recorded() -> None:
     class Others(FakeWorld):
         size = 3
 

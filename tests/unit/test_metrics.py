@@ -29,7 +29,7 @@ def steps(run_dir: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").open()]
 
 
-def test_a_resumed_run_drops_what_lies_beyond_its_checkpoint(tmp_path: Path) -> None:
+def test_resume_drops_records_beyond_checkpoint(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, QUIET, {}, 0, 9, active=True)
     for step in range(1, 6):
         recorder.step(record(step))
@@ -47,7 +47,7 @@ def test_a_resumed_run_drops_what_lies_beyond_its_checkpoint(tmp_path: Path) -> 
     assert (tmp_path / "evaluations.jsonl").read_text() == ""
 
 
-def test_what_is_not_finite_is_null_in_json_and_left_out_of_tensorboard(
+def test_non_finite_value_is_null_in_json_and_absent_from_tensorboard(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recorder = Recorder(tmp_path, LoggingConfig(), {}, 0, 9, active=True)
@@ -67,7 +67,7 @@ def test_what_is_not_finite_is_null_in_json_and_left_out_of_tensorboard(
     assert "step 2: held-out loss inf" in out
 
 
-def test_a_bar_shows_what_is_not_finite(
+def test_progress_bar_shows_nan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
@@ -78,7 +78,7 @@ def test_a_bar_shows_what_is_not_finite(
     assert "loss nan" in shown
 
 
-def test_whether_a_step_was_evaluated(tmp_path: Path) -> None:
+def test_is_evaluated_reads_whole_records_only(tmp_path: Path) -> None:
     assert not is_evaluated(tmp_path, 3)
     recorder = Recorder(tmp_path, QUIET, {}, 0, 9, active=True)
     recorder.evaluation({"step": 3, "held_out_loss": 1.0})
@@ -113,7 +113,7 @@ DAMAGED = [
 
 
 @pytest.mark.parametrize("line", DAMAGED, ids=[str(each[:20]) for each in DAMAGED])
-def test_a_damaged_record_is_counted_and_takes_no_other_with_it(
+def test_damaged_record_is_counted_and_others_kept(
     line: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recorder = Recorder(tmp_path, QUIET, {}, 0, 9, active=True)
@@ -137,7 +137,7 @@ def test_a_damaged_record_is_counted_and_takes_no_other_with_it(
 
 
 @pytest.mark.parametrize("step", [b'"x"', b"[1]", b"{}", b"1e999", b"9" * 5000, b"9" * 400])
-def test_a_record_without_what_is_read_of_it_is_lost(step: bytes, tmp_path: Path) -> None:
+def test_record_without_a_needed_number_is_lost(step: bytes, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(
         b'{"step": 1, "loss": null}\n{"step": 2}\n{"step": 3, "loss": ' + step + b"}\n"
@@ -146,7 +146,7 @@ def test_a_record_without_what_is_read_of_it_is_lost(step: bytes, tmp_path: Path
     assert (found.rows, found.num_lost) == ([{"step": 1, "loss": None}], 2)
 
 
-def test_the_end_of_a_file_of_records(tmp_path: Path) -> None:
+def test_last_records_are_read_without_a_cut_line(tmp_path: Path) -> None:
     """Of the last bytes a line that begins before them is left out; one that was being written by
     whoever was killed is not lost, and one that lacks its end alone is there."""
     path = tmp_path / "metrics.jsonl"
@@ -160,9 +160,7 @@ def test_the_end_of_a_file_of_records(tmp_path: Path) -> None:
         path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(10)))
 
 
-def test_records_that_were_removed_are_counted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_records_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the first one on: a run that began from another one's checkpoint has no earlier ones."""
     text = "".join(json.dumps(record(step)) + "\n" for step in (4, 5, 8, 9))
     (tmp_path / "metrics.jsonl").write_text(text)
@@ -176,7 +174,7 @@ BOTH = ("metrics.jsonl", "evaluations.jsonl")
 
 @pytest.mark.parametrize("name", BOTH)
 @pytest.mark.parametrize("content", [None, b"", bytes(90), b"null\n", b'{"step": 3}\n'])
-def test_a_file_without_any_record_is_told(
+def test_file_without_any_record_warns(
     name: str, content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of a run that goes on; a record of a step yet to come is none."""
@@ -193,7 +191,7 @@ def test_a_file_without_any_record_is_told(
     assert said == [f"warning: {tmp_path / name} is damaged: all of its records are lost"]
 
 
-def test_a_run_that_may_have_recorded_nothing_is_not_called_damaged(
+def test_run_without_earlier_records_does_not_warn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One that begins from another run's checkpoint, and its continuation before its first
@@ -204,14 +202,14 @@ def test_a_run_that_may_have_recorded_nothing_is_not_called_damaged(
     assert capsys.readouterr().err == ""
 
 
-def test_records_that_are_there_twice_or_in_another_order(tmp_path: Path) -> None:
+def test_duplicate_and_unordered_records_are_sorted(tmp_path: Path) -> None:
     text = "".join(json.dumps(record(step)) + "\n" for step in (3, 1, 2, 3, 1))
     (tmp_path / "metrics.jsonl").write_text(text)
     Recorder(tmp_path, QUIET, {}, 3, 9, active=True).close()
     assert steps(tmp_path) == [1, 2, 3]
 
 
-def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
+def test_unwritable_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written"):
         Recorder(tmp_path, QUIET, {}, 3, 9, active=True)
@@ -224,7 +222,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_is_told_and_does_not_end_the_training(
+def test_full_disk_warns_once_and_training_continues(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recorder = Recorder(tmp_path, QUIET, {}, 0, 9, active=True)
@@ -236,6 +234,6 @@ def test_a_full_disk_is_told_and_does_not_end_the_training(
         recorder.close()
 
 
-def test_a_run_directory_that_cannot_be_written(tmp_path: Path) -> None:
+def test_unwritable_run_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be written"):
         Recorder(tmp_path / "missing", QUIET, {}, 0, 9, active=True)

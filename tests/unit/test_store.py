@@ -44,7 +44,9 @@ def steps(run_dir: Path) -> list[int]:
         (2, 3, [5, 4, 3]),
     ],
 )
-def test_what_is_kept(keep: int, keep_every_steps: int, kept: list[int], tmp_path: Path) -> None:
+def test_prune_keeps_by_count_and_interval(
+    keep: int, keep_every_steps: int, kept: list[int], tmp_path: Path
+) -> None:
     for step in range(1, 6):
         publish(tmp_path, step, CheckpointConfig(keep=keep, keep_every_steps=keep_every_steps))
     assert steps(tmp_path) == kept
@@ -56,7 +58,7 @@ def test_what_is_kept(keep: int, keep_every_steps: int, kept: list[int], tmp_pat
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000005\n"
 
 
-def test_a_later_checkpoint_that_was_passed_over_takes_no_sound_ones_place(tmp_path: Path) -> None:
+def test_prune_keeps_newest_sound_checkpoint(tmp_path: Path) -> None:
     """A flipped bit changes no size: by sizes alone step 8 is still the newest, and with one to
     keep, it was kept in place of the step that a resumed run had just published."""
     settings = CheckpointConfig(keep=1)
@@ -75,7 +77,7 @@ def test_a_later_checkpoint_that_was_passed_over_takes_no_sound_ones_place(tmp_p
     assert store.find_all(tmp_path)[0].first_flaw() is None
 
 
-def test_what_a_crash_left_is_swept_away_and_never_read(tmp_path: Path) -> None:
+def test_unfinished_checkpoint_is_never_read_and_removed_by_next_save(tmp_path: Path) -> None:
     settings = CheckpointConfig(keep=1)
     publish(tmp_path, 1, settings)
     (store.begin(tmp_path, 2) / "__0_0.distcp").write_bytes(b"half")
@@ -109,7 +111,7 @@ def contents(root: Path) -> dict[str, str]:
     }
 
 
-def test_odd_entries_fail_no_save_are_kept_and_named_once(
+def test_foreign_entries_are_kept_and_named_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Links too: `rmtree` refuses them, and every later save failed."""
@@ -138,7 +140,7 @@ def test_odd_entries_fail_no_save_are_kept_and_named_once(
         assert told.count(f"checkpoints/{name} is passed over: ") == 1
 
 
-def test_a_checkpoint_behind_a_link_is_read_and_only_the_link_is_removed(tmp_path: Path) -> None:
+def test_linked_checkpoint_is_read_and_only_its_link_removed(tmp_path: Path) -> None:
     settings, run_dir = CheckpointConfig(keep=2), tmp_path / "run"
     moved = publish(run_dir, 1, settings).rename(tmp_path / "step_00000001")
     (run_dir / "checkpoints" / "step_00000001").symlink_to(moved)
@@ -154,7 +156,7 @@ def test_a_checkpoint_behind_a_link_is_read_and_only_the_link_is_removed(tmp_pat
     assert steps(run_dir) == [4, 3] and (moved / "__0_0.distcp").exists()
 
 
-def test_a_checkpoint_with_other_files_in_it_is_kept(
+def test_checkpoint_with_foreign_file_is_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = CheckpointConfig(keep=1)

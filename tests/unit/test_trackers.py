@@ -106,7 +106,7 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_a_server_that_goes_away_ends_nothing(
+def test_failing_tracker_is_dropped_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wandb = Wandb(fails_at=4)
@@ -119,7 +119,7 @@ def test_a_server_that_goes_away_ends_nothing(
     assert capsys.readouterr().err == ("warning: wandb has failed and gets no more numbers: gone\n")
 
 
-def test_what_cannot_begin_is_told_at_the_start(
+def test_tracker_that_cannot_start_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
@@ -139,7 +139,7 @@ def test_what_cannot_begin_is_told_at_the_start(
 
 
 @pytest.mark.parametrize("word", ["logging.project=x", "logging.name=x"])
-def test_names_for_nobody_are_refused(word: str) -> None:
+def test_name_without_a_tracker_is_refused(word: str) -> None:
     with pytest.raises(UserError, match="has no effect without logging"):
         load_config(None, ["model.name_or_path=m", word])
     load_config(None, ["model.name_or_path=m", word, "logging.mlflow=true"])

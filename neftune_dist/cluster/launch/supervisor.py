@@ -31,6 +31,7 @@ from neftune_dist.cluster.launch.rendezvous import missing_hosts
 from neftune_dist.config import Config, UserError, user_path
 from neftune_dist.distributed import environment, outcome
 from neftune_dist.system import children, storage
+from neftune_dist.system.checkpoint_names import newest_step
 from neftune_dist.system.records import STEPS, read_records
 
 _POLL_SECONDS = 0.2
@@ -146,7 +147,7 @@ def _launch(
     children.adopt_orphans()
     words, going_on = [*words], environment.number("SLURM_RESTART_COUNT", 0) > 0
     while True:
-        if going_on and outcome.newest_step(run_dir):
+        if going_on and newest_step(run_dir):
             # What `never` or another run's checkpoint meant was the first start.
             words.append("checkpoint.resume=auto")
         going_on = True
@@ -156,7 +157,7 @@ def _launch(
         command = _command(job, folder, words, num_processes, minutes)
         with (folder / "console.log").open("wb", buffering=0) as console:
             error_text = _attend(command, folder, console, requests, job, minutes * 60)
-        steps, published = _last_step(run_dir), outcome.newest_step(run_dir)
+        steps, published = _last_step(run_dir), newest_step(run_dir)
         ended = outcome.conclude(folder, steps, published, error_text)
         if requests.kill:
             _say(f"ended at once; the newest checkpoint is that of step {published}")

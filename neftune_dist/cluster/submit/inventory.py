@@ -26,9 +26,9 @@ from neftune_dist.config import (
     UserError,
     formed,
     parse_json,
-    read_json,
 )
 from neftune_dist.data import builtin, files
+from neftune_dist.system.model_files import weight_files
 
 _TRUE = ("1", "ON", "YES", "TRUE")
 _COUNTED_BYTES = (
@@ -114,7 +114,7 @@ def count_parameters(folders: Iterable[Path]) -> int | None:
     """From the headers of the safetensors files in the first folder that has some; None where none
     has. Raises `UserError` where a file is missing or was cut off."""
     for folder in folders:
-        if files := _weight_files(folder):
+        if files := weight_files(folder):
             tensors = [tensor for file in files for tensor in _tensors(file).values()]
             return sum(int(math.prod(tensor["shape"])) for tensor in tensors)
     return None
@@ -172,17 +172,6 @@ def _cached(key: str, kind: str, name: str, revision: str | None, hub: Hub) -> P
             f"{hub.cache} does not hold it, and HF_HUB_OFFLINE keeps the job from asking the hub."
         )
     return found
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        return []
-    fix = "it is no index of weight files, so copy it again"
-    weight_map = read_json(index, {"weight_map": {str: str}}, fix=fix)["weight_map"]
-    return [folder / name for name in sorted(set(weight_map.values()))]
 
 
 @cache

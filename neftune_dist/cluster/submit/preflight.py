@@ -19,7 +19,7 @@ from neftune_dist.cluster.submit import inventory
 from neftune_dist.cluster.submit.inventory import Hub, Rows
 from neftune_dist.config import Config, DataConfig, SourceConfig, UserError, user_path
 from neftune_dist.data import files
-from neftune_dist.distributed.outcome import newest_step
+from neftune_dist.system.checkpoint_names import newest_step
 from neftune_dist.system.records import STEPS, read_records
 from neftune_dist.system.text import duration_text, size_text
 

@@ -1,0 +1,27 @@
+"""Checkpoints as far as their names tell, without torch: RUN_DIR/checkpoints/step_00000020."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from pathlib import Path
+
+MANIFEST = "manifest.json"  # in a checkpoint, written last
+_STEP = re.compile(r"step_(\d{8,})")
+
+
+def step_of(folder: Path) -> int | None:
+    """The step in the name of a published checkpoint; None for any other name."""
+    match = _STEP.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+def newest_step(run_dir: Path) -> int:
+    """The step of the newest published checkpoint, unread; 0 where there is none."""
+    steps = [0]
+    with suppress(OSError):
+        for folder in (run_dir / "checkpoints").iterdir():
+            step = step_of(folder)
+            if step is not None and (folder / MANIFEST).is_file():
+                steps.append(step)
+    return max(steps)
