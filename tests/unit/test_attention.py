@@ -113,7 +113,10 @@ def test_activation_checkpointing_changes_nothing(model_type: str) -> None:
     results = []
     for checkpointed in (False, True):
         if checkpointed:
-            model.activation_checkpointing_enable()
+            # transformers 5.17 has it under its older name only.
+            newer = hasattr(model, "activation_checkpointing_enable")
+            name = "activation" if newer else "gradient"
+            getattr(model, f"{name}_checkpointing_enable")()
         calls = 0
 
         def count(*_: Any) -> None:
@@ -144,6 +147,8 @@ def folder_of(config: Any, path: Path) -> Path:
      "mpt", "nemotron", "olmo_hybrid", "recurrent_gemma", "stablelm"],
 )  # fmt: skip
 def test_other_families_are_refused(model_type: str, tmp_path: Path) -> None:
+    if model_type not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
     config = transformers.AutoConfig.for_model(model_type)
     with pytest.raises(UserError, match=r"data\.packing=false"):
         build(folder_of(config, tmp_path), ModelConfig(), packing=True)
