@@ -47,7 +47,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from neftune_dist.config import UserError
 from neftune_dist.engine.base import FlatShard
 from neftune_dist.model.pickles import KnownReader
-from neftune_dist.optim import Blocks
+from neftune_dist.optim import QuantizedMoment
 
 # Largest item of a file: reading a range takes this much memory beside the range.
 _PIECE_ELEMENTS = 1 << 24
@@ -303,13 +303,13 @@ class _LoadPlanner(LoadPlanner):
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         whole = self._shard(read_item).tensor
-        if isinstance(whole, Blocks):  # encoded by `commit_tensor`
+        if isinstance(whole, QuantizedMoment):  # encoded by `commit_tensor`
             return torch.empty(read_item.lengths)
         return whole.narrow(0, read_item.dest_offsets[0], read_item.lengths[0])
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         whole = self._shard(read_item).tensor
-        if isinstance(whole, Blocks):
+        if isinstance(whole, QuantizedMoment):
             whole.write(read_item.dest_offsets[0], tensor)
 
     def _shard(self, read_item: ReadItem) -> FlatShard:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from neftune_dist.engine.base import FlatShard
-from neftune_dist.optim import Blocks
+from neftune_dist.optim import QuantizedMoment
 
 # Tensors begin at multiples of this many bytes, as torch aligns them.
 _ALIGNMENT = 64
@@ -83,7 +83,7 @@ def _aligned(num_bytes: int) -> int:
 
 def _tensors(shard: FlatShard) -> Iterable[Tensor]:
     held = shard.tensor
-    return (held.codes, held.scales) if isinstance(held, Blocks) else (held,)
+    return (held.codes, held.scales) if isinstance(held, QuantizedMoment) else (held,)
 
 
 def _register(piece: Tensor) -> bool:

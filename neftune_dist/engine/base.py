@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from neftune_dist.data.loader import MicroBatch
 from neftune_dist.model.loss import token_losses
 from neftune_dist.optim import (
-    Blocks,
     MakeOptimizer,
     Moment,
-    Piece,
+    ParamSlice,
+    QuantizedMoment,
     local,
     moments,
     precision_of,
@@ -60,7 +60,11 @@ class FlatShard:
 
     def copied_into(self, room: Callable[[Tensor], Tensor]) -> Moment:
         """Return memory for a copy of `tensor`, made by `room`, which allocates like a tensor."""
-        return self.tensor.like(room) if isinstance(self.tensor, Blocks) else room(self.tensor)
+        return (
+            self.tensor.like(room)
+            if isinstance(self.tensor, QuantizedMoment)
+            else room(self.tensor)
+        )
 
 
 class Engine(Protocol):
@@ -130,7 +134,7 @@ def trained_shapes(model: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in trained_and_frozen(model)[0]}
 
 
-def state_shards(optimizer: torch.optim.Optimizer, pieces: Sequence[Piece]) -> list[FlatShard]:
+def state_shards(optimizer: torch.optim.Optimizer, pieces: Sequence[ParamSlice]) -> list[FlatShard]:
     """Return masters and moments of an optimizer's pieces, for `Engine.flat_state`."""
     return [
         FlatShard(kind, piece.name, piece.start, tensor, piece.numel)

@@ -45,7 +45,7 @@ from neftune_dist.model.modules import own_parameters, replace_buffers
 from neftune_dist.model.optimizations import blocks
 from neftune_dist.optim import (
     MakeOptimizer,
-    Piece,
+    ParamSlice,
     initialize_state,
     set_learning_rate,
     set_updates,
@@ -164,11 +164,11 @@ class DeepSpeedEngine:
                 shards.append(FlatShard(FROZEN, name, start, held.view(-1), numel))
         return shards
 
-    def _pieces(self) -> Iterator[Piece]:
+    def _pieces(self) -> Iterator[ParamSlice]:
         for name, parameter in self.named:
             numel = math.prod(self.shapes[name])
             for start, master, part in self._ranges(parameter, numel):
-                yield Piece(master, part, name, start, numel)
+                yield ParamSlice(master, part, name, start, numel)
 
     def _ranges(self, parameter: Any, numel: int) -> Iterator[tuple[int, Tensor, slice]]:
         """This rank's ranges: start within the parameter, flat master tensor, slice of it."""

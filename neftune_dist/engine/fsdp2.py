@@ -46,7 +46,7 @@ from neftune_dist.model.modules import replace_buffers
 from neftune_dist.model.optimizations import blocks
 from neftune_dist.optim import (
     MakeOptimizer,
-    Piece,
+    ParamSlice,
     initialize_state,
     local,
     set_updates,
@@ -161,10 +161,10 @@ class FSDP2Engine:
             for start, held in self._range(parameter)
         ]
 
-    def _pieces(self) -> Iterator[Piece]:
+    def _pieces(self) -> Iterator[ParamSlice]:
         for name, parameter in self.named:
             for start, held in self._range(parameter):
-                yield Piece(parameter, slice(0, held), name, start, parameter.numel())
+                yield ParamSlice(parameter, slice(0, held), name, start, parameter.numel())
 
     @staticmethod
     def _range(parameter: Tensor) -> Iterator[tuple[int, int]]:

@@ -34,7 +34,7 @@ from neftune_dist.model.loss import resolve_loss
 from neftune_dist.model.modules import replace_buffers, replace_parameters
 from neftune_dist.optim import (
     MakeOptimizer,
-    Piece,
+    ParamSlice,
     initialize_state,
     local,
     set_updates,
@@ -71,7 +71,7 @@ class SingleDeviceEngine:
         names = [name for name, _ in self.named]
         self.optimizer = make_optimizer(list(zip(names, self.masters, strict=True)), self.shapes)
         self.pieces = [
-            Piece(master, slice(0, master.numel()), name, 0, master.numel())
+            ParamSlice(master, slice(0, master.numel()), name, 0, master.numel())
             for name, master in zip(names, self.masters, strict=True)
         ]
         initialize_state(self.optimizer, self.masters, self.pieces)

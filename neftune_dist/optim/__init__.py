@@ -15,15 +15,15 @@ from neftune_dist.optim.adamw import (
     squared_norm,
     state_bytes,
 )
-from neftune_dist.optim.adamw_low_precision import Moment, Piece, local
-from neftune_dist.optim.quantized_state import Blocks
+from neftune_dist.optim.adamw_low_precision import Moment, ParamSlice, local
+from neftune_dist.optim.quantized_state import QuantizedMoment
 
 __all__ = [
     "STATE_NAMES",
-    "Blocks",
     "MakeOptimizer",
     "Moment",
-    "Piece",
+    "ParamSlice",
+    "QuantizedMoment",
     "divide_gradients",
     "initialize_state",
     "learning_rate",

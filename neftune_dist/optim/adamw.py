@@ -2,8 +2,8 @@
 
 The learning rate is a pure function of the step, so a resumed run needs no scheduler state. The
 optimizer is AdamW (Loshchilov and Hutter, arXiv 1711.05101), on whatever shards the engine holds:
-torch's where moments are float32, `ReducedAdamW` where they are smaller. Its state is made at once,
-so that a fresh run and a resumed one look the same.
+torch's where moments are float32, `LowPrecisionAdamW` where they are smaller. Its state is made at
+once, so that a fresh run and a resumed one look the same.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from neftune_dist.config import OptimConfig
 from neftune_dist.optim.adamw_low_precision import (
     MIN_NUMEL_8BIT,
     STATE_NAMES,
+    LowPrecisionAdamW,
     Moment,
-    Piece,
-    ReducedAdamW,
+    ParamSlice,
     local,
 )
-from neftune_dist.optim.quantized_state import BLOCK, Blocks
+from neftune_dist.optim.quantized_state import BLOCK, QuantizedMoment
 from neftune_dist.optim.schedule import Schedule
 
 _NORM_ELEMENTS = 1 << 18  # of gradients in host memory, at a time
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
-    """The rate of step 0 <= step < num_steps."""
+    """The learning rate of step 0 <= step < num_steps."""
     schedule = Schedule(
         config.learning_rate, config.schedule, config.warmup_steps, config.final_fraction
     )
@@ -43,7 +43,9 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
 class MakeOptimizer:
     """Builds AdamW over an engine's shards. Weight decay falls on matrices only.
 
-    seed: of the rounding, where `states` is bf16.
+    Attributes:
+        config: the section `optim`.
+        seed: of the rounding, where `optim.states` is bf16.
     """
 
     config: OptimConfig
@@ -54,7 +56,8 @@ class MakeOptimizer:
         parameters: Sequence[tuple[str, torch.nn.Parameter]],
         shapes: Mapping[str, tuple[int, ...]],
     ) -> torch.optim.Optimizer:
-        """
+        """Build the optimizer, without state.
+
         Args:
             parameters: names and the shards to update.
             shapes: of the whole parameters, by name.
@@ -73,19 +76,20 @@ class MakeOptimizer:
         }
         if self.config.states == "fp32":
             return torch.optim.AdamW(groups, **settings, fused=True)
-        return ReducedAdamW(groups, **settings, states=self.config.states, seed=self.seed)
+        return LowPrecisionAdamW(groups, **settings, states=self.config.states, seed=self.seed)
 
 
 def initialize_state(
-    optimizer: torch.optim.Optimizer, tensors: Sequence[Tensor], pieces: Sequence[Piece]
+    optimizer: torch.optim.Optimizer, tensors: Sequence[Tensor], slices: Sequence[ParamSlice]
 ) -> None:
-    """Zero moments and counts of updates, as torch makes them at its first step.
+    """Make zero moments and counts of updates, as torch makes them at its first step.
 
     Args:
-        tensors: all that the optimizer updates. pieces: what they hold of which parameter.
+        tensors: all that the optimizer updates.
+        slices: which ranges of which parameters they hold.
     """
-    if isinstance(optimizer, ReducedAdamW):
-        optimizer.hold(tensors, pieces)
+    if isinstance(optimizer, LowPrecisionAdamW):
+        optimizer.initialize(tensors, slices)
         return
     for tensor in tensors:
         optimizer.state[tensor] = {
@@ -94,18 +98,18 @@ def initialize_state(
         }
 
 
-def moments(optimizer: torch.optim.Optimizer, piece: Piece) -> dict[str, Moment]:
-    """A piece's moments by name, where the optimizer keeps them: to be read and to be written."""
-    state = optimizer.state[piece.tensor]
-    if isinstance(optimizer, ReducedAdamW):
-        held: dict[str, Moment] = next(each for one, each in state["pieces"] if one is piece)
+def moments(optimizer: torch.optim.Optimizer, param_slice: ParamSlice) -> dict[str, Moment]:
+    """A slice's moments by name, where the optimizer keeps them: to read them and to write them."""
+    state = optimizer.state[param_slice.tensor]
+    if isinstance(optimizer, LowPrecisionAdamW):
+        held: dict[str, Moment] = next(kept for one, kept in state["slices"] if one is param_slice)
         return held
-    return {name: local(state[name])[piece.part] for name in STATE_NAMES}
+    return {name: local(state[name])[param_slice.part] for name in STATE_NAMES}
 
 
 def precision_of(moment: Moment) -> str:
-    """How a moment is kept, for people."""
-    if isinstance(moment, Blocks):
+    """The precision of a moment, for people."""
+    if isinstance(moment, QuantizedMoment):
         return f"8-bit in blocks of {BLOCK}"
     return str(moment.dtype).removeprefix("torch.")
 
@@ -118,21 +122,21 @@ def state_bytes(config: OptimConfig, numel: int) -> int:
 
 
 def set_updates(optimizer: torch.optim.Optimizer, num_updates: int) -> None:
-    """Tell Adam's bias correction how many updates have been made."""
+    """Set the number of updates made so far, which Adam's bias correction needs."""
     for state in optimizer.state.values():
         state["step"].fill_(num_updates)
 
 
 def skip_update_where(optimizer: torch.optim.Optimizer, unwanted: Tensor) -> None:
-    """Whether the next update is to change nothing: no parameter, no moment, no count. A bool
-    scalar on the parameters' device, so that the host need not wait for its value."""
+    """Let the next update change nothing (no parameter, no moment, no count) where `unwanted`, a
+    bool scalar on the parameters' device, is true. So the host need not wait for its value."""
     # Torch's fused optimizers look for it; it is what GradScaler sets.
     optimizer.found_inf = unwanted.float()  # type: ignore[attr-defined]
 
 
 def divide_gradients(optimizer: torch.optim.Optimizer, divisor: Tensor) -> None:
-    """What the next update divides gradients by as it reads them: float32 (), on their device. The
-    gradients themselves may be divided by it, too, or not."""
+    """Set the divisor, float32 () on the gradients' device, that the next update divides gradients
+    by as it reads them. The gradients in memory may be divided by it as well, or not."""
     # As with found_inf: what GradScaler sets, and torch's fused optimizers look for.
     optimizer.grad_scale = divisor  # type: ignore[attr-defined]
 
@@ -140,11 +144,12 @@ def divide_gradients(optimizer: torch.optim.Optimizer, divisor: Tensor) -> None:
 def prepare_update(
     optimizer: torch.optim.Optimizer, rate: float, norm: Tensor, max_norm: float
 ) -> None:
-    """Say how the next update is made; gradients are read by nothing but the update itself.
+    """Set rate and clipping of the next update, which alone reads the gradients.
 
     Args:
-        norm: the gradients', float64 (), on their device; where it is not finite, nothing changes.
-        max_norm: the gradients are divided by what the norm exceeds it by; 0: never.
+        rate: the learning rate.
+        norm: of the gradients, float64 () on their device; if it is not finite, nothing changes.
+        max_norm: the gradients are divided by norm / max_norm where that is above 1; 0: never.
     """
     set_learning_rate(optimizer, rate)
     skip_update_where(optimizer, ~norm.isfinite())
@@ -154,7 +159,7 @@ def prepare_update(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The rate of the next update, for every group."""
+    """Set the rate of the next update, for every group."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 

@@ -1,8 +1,8 @@
 """AdamW whose moments are kept in bfloat16 or in 8 bits, and computed in float32.
 
 The optimizer's tensors are shards, or under ZeRO many parameters' shards behind each other; the
-rounding, though, belongs to an element of a whole parameter. So it works on pieces, which say what
-lies where, and on no more of one at a time than a cache holds.
+rounding, though, belongs to an element of a whole parameter. So it works on parameter slices, which
+say what lies where, and on no more of one at a time than a cache holds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from neftune_dist.optim.quantized_state import BLOCK, Blocks, square_root
+from neftune_dist.optim.quantized_state import BLOCK, QuantizedMoment, square_root
 from neftune_dist.optim.rounding import draw_words, round_into
 
 STATE_NAMES = ("exp_avg", "exp_avg_sq")
@@ -23,16 +23,20 @@ STATE_NAMES = ("exp_avg", "exp_avg_sq")
 MIN_NUMEL_8BIT = 4096
 _CHUNK = 1 << 18  # elements at a time, for each thread
 
-# A moment of a piece, 1-D: float32 or bfloat16, or read as float32.
-Moment: TypeAlias = Tensor | Blocks
+# A moment of a slice, 1-D: float32 or bfloat16, or read as float32.
+Moment: TypeAlias = Tensor | QuantizedMoment
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Part of one of an optimizer's tensors: a range of one flattened parameter.
+class ParamSlice:
+    """A range of one flattened parameter, which is a part of one of an optimizer's tensors.
 
-    tensor: the optimizer's, a DTensor's shard counting as flat. part: of it. name: the
-    parameter's. start: of the range within the whole parameter, which has numel elements.
+    Attributes:
+        tensor: the optimizer's tensor; a DTensor's shard counts as flat.
+        part: where in that tensor the range lies.
+        name: the parameter's.
+        start: of the range within the whole parameter.
+        numel: elements of the whole parameter.
     """
 
     tensor: Tensor
@@ -41,11 +45,29 @@ class Piece:
     start: int
     numel: int
 
+    @property
+    def size(self) -> int:
+        """Elements of the slice."""
+        return int(self.part.stop - self.part.start)
+
+    def split(self, multiple: int) -> Iterator[tuple[int, int]]:
+        """Ranges (first, stop) within the slice that meet at multiples of `multiple` in the whole
+        parameter."""
+        first = 0
+        while first < self.size:
+            stop = min(self.size, first + multiple - (self.start + first) % multiple)
+            yield first, stop
+            first = stop
+
 
 @dataclass(frozen=True)
 class Update:
-    """The numbers of one update of one of the tensors, the `number`-th since the run began. Each is
-    computed in float64 and rounded once, to float32, where it meets a tensor."""
+    """The numbers of one update of one tensor. They are computed in float64 and rounded once, to
+    float32, where they meet a tensor.
+
+    Attributes:
+        number: counts updates since the run began; the first is 1.
+    """
 
     number: int
     rate: float
@@ -61,12 +83,12 @@ class Update:
 
     @property
     def correction(self) -> float:
-        """Factor of the second moment's root: it began at 0."""
+        """Factor of the second moment's root, which corrects its start at 0."""
         return float((1 - self.beta2**self.number) ** -0.5)
 
     @property
     def step_size(self) -> float:
-        """Factor of what is added to the parameter; the first moment, too, began at 0."""
+        """Factor of the change of the parameter; it corrects the first moment's start at 0."""
         return -self.rate / (1 - self.beta1**self.number)
 
 
@@ -76,12 +98,12 @@ def local(tensor: Tensor) -> Tensor:
     return mine.detach().view(-1)
 
 
-class ReducedAdamW(torch.optim.Optimizer):
+class LowPrecisionAdamW(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101) with moments of reduced precision.
 
     The update is computed in float32, from the moments before they are rounded. bf16 moments are
-    rounded stochastically (`rounding`), 8-bit ones to the nearest code (`blocks`). On a GPU one
-    kernel does all of it (`kernel`); what is written here is the reference, and the CPU's.
+    rounded stochastically (`rounding`), 8-bit ones to the nearest code (`quantized_state`). On a
+    GPU one kernel does all of it (`kernel`); `_update_chunk` is the reference, and the CPU's.
 
     Args:
         groups: as torch's optimizers take them.
@@ -102,36 +124,36 @@ class ReducedAdamW(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self._states, self._seed = states, seed
 
-    def hold(self, tensors: Iterable[Tensor], pieces: Sequence[Piece]) -> None:
-        """Zero moments for the pieces, and a count of updates for each of the tensors."""
+    def initialize(self, tensors: Iterable[Tensor], slices: Sequence[ParamSlice]) -> None:
+        """Make zero moments for the slices, and a count of updates for each of the tensors."""
         for tensor in tensors:
-            self.state[tensor] = {"step": torch.zeros(()), "pieces": []}
-        for piece in pieces:
-            moments = {kind: self._zeros(piece, kind) for kind in STATE_NAMES}
-            self.state[piece.tensor]["pieces"].append((piece, moments))
-        self.fused = bool(pieces) and pieces[0].tensor.device.type == "cuda"
+            self.state[tensor] = {"step": torch.zeros(()), "slices": []}
+        for param_slice in slices:
+            moments = {kind: self._zeros(param_slice, kind) for kind in STATE_NAMES}
+            self.state[param_slice.tensor]["slices"].append((param_slice, moments))
+        self.fused = bool(slices) and slices[0].tensor.device.type == "cuda"
         if self.fused:
             return
-        sizes = [piece.part.stop - piece.part.start for piece in pieces]
         # A power of 2: no chunk lies on both sides of position 2^32, where the words' key changes.
         self._chunk = _CHUNK << (torch.get_num_threads() - 1).bit_length()
-        # Made once: memory that is asked for and given back for every chunk costs more than Adam.
-        size = min(self._chunk, max(sizes, default=0)) + 2 * BLOCK
+        # Allocated once: to allocate and free it for every chunk costs more than Adam.
+        longest = max((param_slice.size for param_slice in slices), default=0)
+        size = min(self._chunk, longest) + 2 * BLOCK
         self._memory = torch.empty(4, size)
         self._counter = torch.arange(size, dtype=torch.int32)
 
-    def _zeros(self, piece: Piece, kind: str) -> Moment:
-        size, device = piece.part.stop - piece.part.start, piece.tensor.device
-        if self._states == "8bit" and piece.numel >= MIN_NUMEL_8BIT:
-            return Blocks(piece.start, size, kind == "exp_avg_sq", device)
+    def _zeros(self, param_slice: ParamSlice, kind: str) -> Moment:
+        size, device = param_slice.size, param_slice.tensor.device
+        if self._states == "8bit" and param_slice.numel >= MIN_NUMEL_8BIT:
+            return QuantizedMoment(param_slice.start, size, kind == "exp_avg_sq", device)
         dtype = torch.bfloat16 if self._states == "bf16" else torch.float32
         return torch.zeros(size, dtype=dtype, device=device)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update; none where `found_inf`, which `skip_update_where` sets, is not zero. The host
-        waits for that value: the rounding's key holds the number of updates. Gradients are divided
-        by `grad_scale` first, where `divide_gradients` has set it."""
+        """Make one update; none where `found_inf`, which `skip_update_where` sets, is not zero. The
+        host waits for that value: the rounding's key holds the number of updates. Gradients are
+        divided by `grad_scale` first, where `divide_gradients` has set it."""
         unwanted = getattr(self, "found_inf", None)
         if unwanted is not None and bool(unwanted):
             return
@@ -149,57 +171,45 @@ class ReducedAdamW(torch.optim.Optimizer):
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         if self.fused:
             # Imported here: only machines with a GPU have Triton.
-            from neftune_dist.optim.kernel import update_range
+            from neftune_dist.optim.kernel import update_slice
 
-            for piece, moments in state["pieces"]:
-                update_range(
-                    update,
-                    values[piece.part],
-                    grads[piece.part],
-                    (moments[STATE_NAMES[0]], moments[STATE_NAMES[1]]),
-                    grad_scale,
-                    (self._seed, piece.name, piece.start),
+            for param_slice, moments in state["slices"]:
+                part, pair = param_slice.part, tuple(moments[kind] for kind in STATE_NAMES)
+                update_slice(
+                    update, param_slice, values[part], grads[part], pair, grad_scale, self._seed
                 )
             return
         if grad_scale is not None:
             grads.div_(grad_scale)
-        for piece, moments in state["pieces"]:
-            for first, stop in self._chunks(piece):
-                part = slice(piece.part.start + first, piece.part.start + stop)
-                self._update_chunk(update, piece, moments, first, values[part], grads[part])
-
-    def _chunks(self, piece: Piece) -> Iterator[tuple[int, int]]:
-        """Ranges of a piece; they meet at multiples of the chunk size of the whole parameter, so
-        that each holds whole blocks."""
-        first, size = 0, piece.part.stop - piece.part.start
-        while first < size:
-            stop = min(size, first + self._chunk - (piece.start + first) % self._chunk)
-            yield first, stop
-            first = stop
+        for param_slice, moments in state["slices"]:
+            # Chunks meet at multiples of their size in the whole parameter: blocks stay whole.
+            for first, stop in param_slice.split(self._chunk):
+                part = slice(param_slice.part.start + first, param_slice.part.start + stop)
+                self._update_chunk(update, param_slice, moments, first, values[part], grads[part])
 
     def _update_chunk(
         self,
         update: Update,
-        piece: Piece,
+        param_slice: ParamSlice,
         moments: dict[str, Moment],
         first: int,
         values: Tensor,
         grad: Tensor,
     ) -> None:
-        """Update a piece's elements from `first` on: their values (n,), by their gradient."""
+        """Update a slice's elements from `first` on: their values (n,), by their gradient (n,)."""
         n, memory = len(values), self._memory
         stop = first + n
         exp_avg, exp_avg_sq = (
             _load(moments[kind], first, stop, memory[i]) for i, kind in enumerate(STATE_NAMES)
         )
-        # One rounding an operation: what torch fuses (lerp, addcmul) it rounds by the processor.
+        # One rounding an operation: torch rounds fused ones (lerp, addcmul) by the processor.
         spare = memory[2, :n]
         exp_avg.mul_(update.beta1).add_(torch.mul(grad, 1 - update.beta1, out=spare))
         torch.mul(grad, grad, out=spare).mul_(1 - update.beta2)
         exp_avg_sq.mul_(update.beta2).add_(spare)
-        # Blocks keep the root: then it takes the second moment's place.
-        in_blocks = isinstance(moments[STATE_NAMES[1]], Blocks)
-        root = square_root(exp_avg_sq, exp_avg_sq if in_blocks else spare)
+        # A quantized moment keeps the root, which then takes the second moment's place.
+        quantized = isinstance(moments[STATE_NAMES[1]], QuantizedMoment)
+        root = square_root(exp_avg_sq, exp_avg_sq if quantized else spare)
         torch.mul(root, update.correction, out=spare).add_(update.epsilon)
         torch.div(exp_avg, spare, out=spare).mul_(update.step_size)
         if update.weight_decay:
@@ -207,11 +217,12 @@ class ReducedAdamW(torch.optim.Optimizer):
         values.add_(spare)
         words, spare = memory[2].view(torch.int32), memory[3].view(torch.int32)
         if self._states == "bf16":
-            place, counter = piece.start + first, self._counter[:n]
-            draw_words(self._seed, update.number, piece.name, place, counter, words[:n], spare[:n])
+            position, counter = param_slice.start + first, self._counter[:n]
+            key = (self._seed, update.number, param_slice.name, position)
+            draw_words(*key, counter, words[:n], spare[:n])
         for i, (kind, updated) in enumerate(zip(STATE_NAMES, (exp_avg, exp_avg_sq), strict=True)):
             moment = moments[kind]
-            if isinstance(moment, Blocks):
+            if isinstance(moment, QuantizedMoment):
                 moment.store(first, stop, memory[i], spare)
             elif self._states == "bf16":
                 round_into(moment[first:stop], updated, words[:n], i, spare[:n])
@@ -220,6 +231,6 @@ class ReducedAdamW(torch.optim.Optimizer):
 
 
 def _load(moment: Moment, first: int, stop: int, memory: Tensor) -> Tensor:
-    if isinstance(moment, Blocks):
+    if isinstance(moment, QuantizedMoment):
         return moment.load(first, stop, memory)
     return memory[: stop - first].copy_(moment[first:stop])

@@ -24,74 +24,84 @@ BLOCK = 256  # elements of a block
 # that float32 still holds at full precision, as has the greatest scale.
 LEAST_SCALE, GREATEST_SCALE = -46, 63
 _LEAST_SCALE, _GREATEST_SCALE = 2.0**LEAST_SCALE, 2.0**GREATEST_SCALE
+# By whether the root is kept: mantissa bits of a code, and the code of 1.0. Two bits less than 32
+# remain for the exponent, and the code's highest bit is the sign where there is one.
+CODE_FORMATS = {False: (3, 127), True: (4, 255)}
 _ONE = 127 << 23  # the bits of 1.0
 
 
-class Blocks:
-    """A range of a flat float32 tensor, in 8 bits an element.
+class QuantizedMoment:
+    """A range of one of Adam's moments, a flat float32 tensor, in 8 bits an element.
 
-    Blocks begin at multiples of 256 of the whole tensor, whatever range of it lies here. Reading
-    and writing again what was read changes neither code nor scale: a block's largest element has
-    the code of 1 and the others err by far less than half a code's width.
+    QuantizedMoment begin at multiples of 256 of the whole tensor, whichever range of it lies here. To read
+    values and write them back changes neither code nor scale: a block's largest element has the
+    code of 1 and the others err by far less than half a code's width.
 
     Args:
-        start: of the range within the whole. numel: of the range.
-        root: kept by the square root, and never negative; else with 7 bits and a sign.
+        start: of the range within the whole tensor.
+        numel: elements of the range.
+        root: keep the square root of values that are never negative; else 7 bits and a sign.
+        device: of codes and scales.
+
+    Attributes:
+        codes: uint8 (num_blocks, 256).
+        scales: float32 (num_blocks,).
+        lead: elements of the first block that lie before the range.
     """
 
     dtype = torch.float32  # of what is read and written
 
     def __init__(self, start: int, numel: int, root: bool, device: torch.device) -> None:
         self.start, self.root, self._numel = start, root, numel
-        self._lead = start % BLOCK  # elements of the first block that do not lie here
-        rows = -(-(self._lead + numel) // BLOCK)
+        self.lead = start % BLOCK
+        rows = -(-(self.lead + numel) // BLOCK)
         self.codes = torch.zeros(rows, BLOCK, dtype=torch.uint8, device=device)
         self.scales = torch.full((rows,), _LEAST_SCALE, device=device)
-        self._mantissa_bits, self._top = (4, 255) if root else (3, 127)
-        # Rows of which a part has been written: their values, and how many are missing.
+        self._mantissa_bits, self._top = CODE_FORMATS[root]
+        # QuantizedMoment of which a part has been written: their values, and how many are missing.
         self._begun: dict[int, tuple[Tensor, int]] = {}
 
     def numel(self) -> int:
-        """Elements here."""
+        """Elements of the range."""
         return self._numel
 
     @property
     def nbytes(self) -> int:
-        """Of codes and scales."""
+        """Bytes of codes and scales."""
         return self.codes.nbytes + self.scales.nbytes
 
     def __getitem__(self, part: slice) -> Tensor:
-        """A range read, as a new tensor."""
+        """The values of a part of the range, as a new float32 tensor."""
         first, stop, _ = part.indices(self._numel)
         return self.load(first, stop, torch.empty(stop - first + 2 * BLOCK, device=self.device))
 
-    def copy_(self, other: Tensor | Blocks, non_blocking: bool = False) -> None:
-        """Become another of the same range, or the nearest to a tensor (numel,)."""
+    def copy_(self, other: Tensor | QuantizedMoment, non_blocking: bool = False) -> None:
+        """Take over another moment of the same range, or quantize a tensor (numel,)."""
         if isinstance(other, Tensor):
             self.write(0, other)
         else:
             self.codes.copy_(other.codes, non_blocking=non_blocking)
             self.scales.copy_(other.scales, non_blocking=non_blocking)
 
-    def like(self, room: Callable[[Tensor], Tensor]) -> Blocks:
-        """Blocks of the same range in other memory, without content.
+    def like(self, room: Callable[[Tensor], Tensor]) -> QuantizedMoment:
+        """A moment of the same range in other memory, without content.
 
         Args:
-            room: gives memory of the shape and type of a tensor.
+            room: allocates memory of the shape and type of a tensor.
         """
         other = copy(self)
         other.codes, other.scales, other._begun = room(self.codes), room(self.scales), {}
         return other
 
     def load(self, first: int, stop: int, memory: Tensor) -> Tensor:
-        """The elements first <= i < stop.
+        """Read the elements first <= i < stop.
 
         Args:
             memory: float32, of whole blocks' size at least. It receives all blocks that the range
-                touches, with zeros for what does not lie here.
+                touches, with zeros for the elements that do not lie here.
 
         Returns:
-            (stop - first,): a view of `memory`.
+            float32 (stop - first,): a view of `memory`.
         """
         one, end = self._rows(first, stop)
         whole = memory[: (end - one) * BLOCK]
@@ -100,15 +110,15 @@ class Blocks:
         whole.view(-1, BLOCK).mul_(self.scales[one:end, None])
         if self.root:
             whole.square_()
-        begin = self._lead + first - one * BLOCK
+        begin = self.lead + first - one * BLOCK
         return whole[begin : begin + stop - first]
 
     def store(self, first: int, stop: int, memory: Tensor, spare: Tensor) -> None:
-        """Write the elements first <= i < stop: all that lies here of their blocks.
+        """Write the elements first <= i < stop: all elements of their blocks that lie here.
 
         Args:
-            memory: as `load` left it, with other values; if `root`, with their square roots. It is
-                used up.
+            memory: as `load` left it, with other values; if `root`, with their square roots. Its
+                content is lost.
             spare: int32 of the same size, to work in.
         """
         one, end = self._rows(first, stop)
@@ -135,14 +145,14 @@ class Blocks:
         self.codes[one:end].copy_(bits)
 
     def write(self, first: int, values: Tensor) -> None:
-        """Write any range, in any order: a block is encoded when all of it has come.
+        """Write any part, in any order: a block is encoded when its last element arrives.
 
         Args:
             values: float32 (n,) on any device, for the elements from `first`.
         """
         stop = first + len(values)
         while first < stop:
-            row, within = divmod(self._lead + first, BLOCK)
+            row, within = divmod(self.lead + first, BLOCK)
             begin, end = self._row(row)
             if first == begin and stop >= end:
                 last = self._rows(first, stop)[1] - 1
@@ -163,12 +173,13 @@ class Blocks:
         if missing:
             self._begun[row] = so_far, missing
         else:
-            within = self._lead + begin - row * BLOCK
+            within = self.lead + begin - row * BLOCK
             self._encode(row, within, so_far[within : within + end - begin])
 
     def _encode(self, row: int, within: int, values: Tensor) -> None:
-        """All that lies here of one or several blocks, the first of which is `row`."""
-        first = row * BLOCK + within - self._lead
+        """Encode all elements that lie here of one or several blocks, the first of which is
+        `row`."""
+        first = row * BLOCK + within - self.lead
         memory = torch.zeros(len(values) + 2 * BLOCK, device=self.device)
         memory[within : within + len(values)] = values
         if self.root:
@@ -176,15 +187,15 @@ class Blocks:
         self.store(first, first + len(values), memory, torch.empty_like(memory, dtype=torch.int32))
 
     def _row(self, row: int) -> tuple[int, int]:
-        """The elements of a row: the first, and the one behind the last."""
-        return max(0, row * BLOCK - self._lead), min(self._numel, (row + 1) * BLOCK - self._lead)
+        """The range of elements that lie in a block: the first, and the one behind the last."""
+        return max(0, row * BLOCK - self.lead), min(self._numel, (row + 1) * BLOCK - self.lead)
 
     def _rows(self, first: int, stop: int) -> tuple[int, int]:
-        return (self._lead + first) // BLOCK, -(-(self._lead + stop) // BLOCK)
+        return (self.lead + first) // BLOCK, -(-(self.lead + stop) // BLOCK)
 
     @property
     def device(self) -> torch.device:
-        """Where codes and scales lie."""
+        """The device of codes and scales."""
         return self.codes.device
 
 
@@ -202,9 +213,10 @@ def square_root(values: Tensor, out: Tensor) -> Tensor:
 
 @cache
 def _values(root: bool, device: torch.device) -> Tensor:
-    """What the 256 codes are worth, as shares of the scale: from 0 up to 1, and signed, down."""
+    """The values of the 256 codes as shares of the scale, float32 (256,): from 0 up to 1; signed
+    codes continue from 0 down to -1."""
     codes = torch.arange(256, dtype=torch.int32)
-    bits, top = (4, 255) if root else (3, 127)
+    bits, top = CODE_FORMATS[root]
     size = codes if root else codes & 127
     values = (((size - top) << (23 - bits)) + _ONE).view(torch.float32)
     values = torch.where(size > 0, values, 0.0)

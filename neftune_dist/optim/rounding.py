@@ -21,6 +21,7 @@ from torch import Tensor
 # is a shift to the right and an odd multiplier.
 ROUNDS = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB))
 LAST_SHIFT = 14
+KEY_POSITIONS = 1 << 32  # positions in a tensor that share keys
 
 
 def _signed(word: int) -> int:
@@ -29,17 +30,17 @@ def _signed(word: int) -> int:
 
 @cache
 def _int32(word: int) -> Tensor:
-    """A constant: torch would make a tensor of a Python number anew at every use."""
+    """A constant: torch would make another tensor of a Python number at every use."""
     return torch.tensor(_signed(word), dtype=torch.int32)
 
 
 def draw_keys(seed: int, update: int, name: str, first: int) -> tuple[int, int]:
-    """The keys, int32, of the words from a position on: the position is in the first of them.
+    """Two int32 keys for the words of the elements from `first` on.
 
-    One is added to an element's number from there, one between the rounds: two updates, or two
-    tensors, share no stretch of words.
+    The first key contains the position and is added to an element's number, counted from `first`;
+    the second is added between the rounds: two updates, or two tensors, share no stretch of words.
     """
-    text = f"{seed}/{update}/{first >> 32}/{name}"
+    text = f"{seed}/{update}/{first // KEY_POSITIONS}/{name}"
     digest = blake2b(text.encode(), digest_size=8).digest()
     halves = [int.from_bytes(digest[i : i + 4], "little") for i in (0, 4)]
     return _signed(first + halves[0]), _signed(halves[1])
@@ -48,10 +49,11 @@ def draw_keys(seed: int, update: int, name: str, first: int) -> tuple[int, int]:
 def draw_words(
     seed: int, update: int, name: str, first: int, counter: Tensor, out: Tensor, spare: Tensor
 ) -> Tensor:
-    """A random 32-bit word for each of the elements `first`, `first + 1`, ... of a whole tensor.
+    """Random 32-bit words for the elements `first`, `first + 1`, ... of a whole tensor.
 
     Args:
-        first: position; the last one lies in the same 2^32 positions.
+        seed, update, name: of the run, of the optimizer's count, of the parameter.
+        first: position; the last one lies in the same `KEY_POSITIONS`.
         counter: int32 (n,): 0, 1, ... n - 1.
         out, spare: int32 (n,) to work in.
 
@@ -75,12 +77,14 @@ def _fold_(x: Tensor, shift: int, spare: Tensor) -> Tensor:
 
 
 def round_into(out: Tensor, values: Tensor, words: Tensor, half: int, spare: Tensor) -> None:
-    """Values, float32 (n,), to bfloat16: away from zero where 16 random bits and the 16 that go
-    make up a carry. What bfloat16 holds exactly, infinities among it, stays what it is.
+    """Round float32 values to bfloat16: away from zero where 16 random bits plus the 16 bits to be
+    dropped carry over. Values that bfloat16 holds exactly, infinities among them, do not change.
 
     Args:
-        words: int32 (n,).
-        half: which of a word's halves to use, 0 or 1.
+        out: bfloat16 (n,).
+        values: float32 (n,).
+        words: int32 (n,), random.
+        half: use the low (0) or the high (1) 16 bits of the words.
         spare: int32 (n,) to work in.
     """
     torch.bitwise_right_shift(words, _int32(16 * half), out=spare).bitwise_and_(_int32(0xFFFF))

@@ -31,7 +31,7 @@ from neftune_dist.engine import make_engine
 from neftune_dist.engine.base import MASTER
 from neftune_dist.model import load
 from neftune_dist.model.ulysses import share_sequences
-from neftune_dist.optim import Blocks, MakeOptimizer
+from neftune_dist.optim import MakeOptimizer, QuantizedMoment
 from neftune_dist.planning.memory import Memory, Peak
 from neftune_dist.training.loop import token_layout
 from neftune_dist.training.noise import attach_noise
@@ -146,7 +146,7 @@ class _EngineState:
         self.memory.name(shards, "weights", share=self.share)
         for shard in self.engine.flat_state():
             held = shard.tensor
-            parts = [held.codes, held.scales] if isinstance(held, Blocks) else held
+            parts = [held.codes, held.scales] if isinstance(held, QuantizedMoment) else held
             self._name(parts, "weights" if shard.kind == MASTER else "optimizer")
         self.name_gradients()
 

@@ -36,7 +36,7 @@ from neftune_dist.config import KNOBS, ModelConfig, OptimConfig
 from neftune_dist.model import load
 from neftune_dist.optim import (
     MakeOptimizer,
-    Piece,
+    ParamSlice,
     divide_gradients,
     initialize_state,
     squared_norm,
@@ -152,8 +152,8 @@ def measure_updates(device: torch.device, numel: int, out: Path) -> None:
             parameter.grad = grad.clone() if clipped else grad  # may be written
             make = MakeOptimizer(OptimConfig(states=states))
             optimizer = make([("w", parameter)], {"w": (numel // 1000, 1000)})
-            piece = Piece(parameter, slice(0, numel), "w", 0, numel)
-            initialize_state(optimizer, [parameter], [piece])
+            param_slice = ParamSlice(parameter, slice(0, numel), "w", 0, numel)
+            initialize_state(optimizer, [parameter], [param_slice])
             if clipped:
                 divide_gradients(optimizer, torch.ones((), device=device))
             writes_grad = 4 * (clipped and states == "fp32")

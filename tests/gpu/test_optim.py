@@ -48,12 +48,12 @@ def test_elements_past_2_31(states: str) -> None:
     for device, start in (("cuda", 0), ("cpu", first)):
         case = Case(numel, start, numel - start)
         zeros = torch.zeros(case.size, device=device)
-        optimizer, parameter, piece = moment_updates.make(states, case, zeros)
+        optimizer, parameter, param_slice = moment_updates.make(states, case, zeros)
         parameter.grad = torch.zeros_like(parameter)
         parameter.grad[-len(grad) :] = grad.to(device)
         optimizer.step()
         last = {"parameter": parameter.detach()[-len(grad) :]}
-        for name, kept in moment_updates.state(optimizer, piece).items():
+        for name, kept in moment_updates.state(optimizer, param_slice).items():
             last[name] = kept[-blocks if states == "8bit" else -len(grad) :]
         tails.append({name: tensor.cpu() for name, tensor in last.items()})
     moment_updates.assert_same_bits(*tails)

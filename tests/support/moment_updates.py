@@ -1,4 +1,4 @@
-"""Updates of `ReducedAdamW` on numbers that could go wrong, by its kernels or by the reference.
+"""Updates of `LowPrecisionAdamW` on numbers that could go wrong, by its kernel or the reference.
 
 Whoever compares two of them compares every bit that an update leaves behind.
 """
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from neftune_dist.config import OptimConfig
 from neftune_dist.optim import (
-    Blocks,
     MakeOptimizer,
-    Piece,
+    ParamSlice,
+    QuantizedMoment,
     divide_gradients,
     initialize_state,
     moments,
@@ -26,7 +26,7 @@ NUM_UPDATES = 4
 
 @dataclass(frozen=True)
 class Case:
-    """One piece of a parameter of `numel` elements: `size` of them from `start` on, which lie in
+    """One slice of a parameter of `numel` elements: `size` of them from `start` on, which lie in
     the optimizer's tensor from `offset` on."""
 
     numel: int
@@ -66,24 +66,24 @@ def gradients(size: int, update: int) -> Tensor:
     return grad
 
 
-def make(states: str, case: Case, values: Tensor) -> tuple[Any, Tensor, Piece]:
-    """An optimizer, the tensor that it updates, which holds `values`, and the piece in it."""
+def make(states: str, case: Case, values: Tensor) -> tuple[Any, Tensor, ParamSlice]:
+    """An optimizer, the tensor that it updates, which holds `values`, and the slice in it."""
     parameter = torch.nn.Parameter(values)
     part = slice(case.offset, case.offset + case.size)
-    piece = Piece(parameter, part, "w", case.start, case.numel)
+    param_slice = ParamSlice(parameter, part, "w", case.start, case.numel)
     config = OptimConfig(learning_rate=1e-2, weight_decay=case.weight_decay, states=states)
     optimizer = MakeOptimizer(config, seed=3)([("w", parameter)], {"w": (case.numel, 1)})
-    initialize_state(optimizer, [parameter], [piece])
+    initialize_state(optimizer, [parameter], [param_slice])
     if case.grad_scale is not None:
         divide_gradients(optimizer, torch.tensor(case.grad_scale, device=values.device))
-    return optimizer, parameter, piece
+    return optimizer, parameter, param_slice
 
 
-def state(optimizer: Any, piece: Piece) -> dict[str, Tensor]:
+def state(optimizer: Any, param_slice: ParamSlice) -> dict[str, Tensor]:
     """Moments as they are kept, by name; blocks as codes (blocks, 256) and scales (blocks,)."""
     found = {}
-    for name, moment in moments(optimizer, piece).items():
-        if isinstance(moment, Blocks):
+    for name, moment in moments(optimizer, param_slice).items():
+        if isinstance(moment, QuantizedMoment):
             found |= {f"{name} codes": moment.codes, f"{name} scales": moment.scales}
         else:
             found[name] = moment
@@ -98,13 +98,13 @@ def run(states: str, case: Case, device: str = "cpu", fused: bool = False) -> di
     """
     draw = torch.Generator().manual_seed(99)
     values = torch.randn(case.offset + case.size + 5, generator=draw) * 0.02
-    optimizer, parameter, piece = make(states, case, values.to(device))
+    optimizer, parameter, param_slice = make(states, case, values.to(device))
     optimizer.fused |= fused
     for update in range(NUM_UPDATES):
         parameter.grad = torch.full_like(parameter, 1e3)
-        parameter.grad[piece.part] = gradients(case.size, update).to(device)
+        parameter.grad[param_slice.part] = gradients(case.size, update).to(device)
         optimizer.step()
-    left = {"parameter": parameter.detach(), **state(optimizer, piece)}
+    left = {"parameter": parameter.detach(), **state(optimizer, param_slice)}
     return {name: tensor.cpu() for name, tensor in left.items()}
 
 

@@ -84,15 +84,15 @@ def test_noise_that_is_not_contiguous() -> None:
 NUMBERS = ["decay", "beta1", "rest1", "beta2", "rest2", "correction", "epsilon", "step_size"]
 MOMENTS = {
     "8bit": {
-        "codes": "*u8!",
-        "scales": "*fp32!",
-        "root_codes": "*u8!",
-        "root_scales": "*fp32!",
-        "lead": "i32!",
+        "exp_avg": "*u8!",
+        "exp_avg_scales": "*fp32!",
+        "exp_avg_sq": "*u8!",
+        "exp_avg_sq_scales": "*fp32!",
     },
-    "bf16": {"first_moment": "*i16!", "second_moment": "*i16!", "key0": "i32", "key1": "i32"},
-    "fp32": {"first_moment": "*fp32!", "second_moment": "*fp32!", "key0": "i32", "key1": "i32"},
+    "bf16": {"exp_avg": "*i16!", "exp_avg_sq": "*i16!"},
+    "fp32": {"exp_avg": "*fp32!", "exp_avg_sq": "*fp32!"},
 }
+BITS = {"8bit": 8, "bf16": 16, "fp32": 32}
 
 
 def compile_update(states: str, capability: int, **changed: str) -> tuple[MachineCode, int]:
@@ -102,23 +102,22 @@ def compile_update(states: str, capability: int, **changed: str) -> tuple[Machin
         "grads": "*fp32!",
         "grad_scale": "*fp32!",
         "numel": "i32!",
+        "lead": "i32!",
+        "key0": "i32",
+        "key1": "i32",
         **dict.fromkeys(NUMBERS, "fp32"),
         **MOMENTS[states],
         **changed,
     }
-    if states == "8bit":
-        kernel = optim_kernel._update_blocks
-        constants: dict[str, Any] = {"ROWS": optim_kernel._ROWS}
-        elements = 256 * optim_kernel._ROWS
-    else:
-        kernel = optim_kernel._update_elements
-        constants = {"BF16": states == "bf16", "TILE": optim_kernel._TILE}
-        elements = optim_kernel._TILE
+    bits, warps = BITS[states], optim_kernel._WARPS
+    rows = optim_kernel._ROWS[bits]
+    constants: dict[str, Any] = {"BITS": bits, "ROWS": rows}
+    if states != "8bit":
+        constants |= {"exp_avg_scales": None, "exp_avg_sq_scales": None}
     if arguments["grad_scale"] == "constexpr":
         constants["grad_scale"] = None
-    warps = optim_kernel._WARPS
-    code = compile_kernel(kernel, arguments, constants, capability, warps)
-    return code, elements // (THREADS * warps)
+    code = compile_kernel(optim_kernel._update, arguments, constants, capability, warps)
+    return code, 256 * rows // (THREADS * warps)
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,10 @@ from neftune_dist.config import OptimConfig
 from neftune_dist.engine.base import FlatShard
 from neftune_dist.optim import (
     STATE_NAMES,
-    Blocks,
     MakeOptimizer,
-    Piece,
+    ParamSlice,
+    QuantizedMoment,
+    adamw_low_precision,
     initialize_state,
     moments,
     precision_of,
@@ -28,7 +29,6 @@ from neftune_dist.optim import (
     skip_update_where,
     state_bytes,
 )
-from neftune_dist.optim import adamw_low_precision as reduced_module
 from neftune_dist.optim.quantized_state import BLOCK
 from neftune_dist.optim.rounding import draw_words, round_into
 
@@ -59,14 +59,14 @@ class Training:
             self.tensors = [torch.nn.Parameter(whole[a:b].clone()) for a, b in ranges]
             self.parts = [slice(0, b - a) for a, b in ranges]
         self.ranges = ranges
-        self.pieces = [
-            Piece(tensor, part, "w", a, NUMEL)
+        self.param_slices = [
+            ParamSlice(tensor, part, "w", a, NUMEL)
             for tensor, part, (a, _) in zip(self.tensors, self.parts, ranges, strict=True)
         ]
         config = OptimConfig(learning_rate=1e-2, weight_decay=0.1, states=states)
         distinct = list(dict.fromkeys(self.tensors))
         self.optimizer = MakeOptimizer(config, seed)([("w", t) for t in distinct], {"w": (50, 100)})
-        initialize_state(self.optimizer, distinct, self.pieces)
+        initialize_state(self.optimizer, distinct, self.param_slices)
 
     def step(self, number: int) -> None:
         for tensor in self.tensors:
@@ -84,7 +84,7 @@ class Training:
     def values(self) -> dict[str, Tensor]:
         """The whole parameter and its moments (NUMEL,)."""
         found = [t.detach()[p] for t, p in zip(self.tensors, self.parts, strict=True)]
-        kept = [moments(self.optimizer, piece) for piece in self.pieces]
+        kept = [moments(self.optimizer, param_slice) for param_slice in self.param_slices]
         return {
             "w": torch.cat(found),
             **{k: torch.cat([each[k][:].float() for each in kept]) for k in STATE_NAMES},
@@ -115,15 +115,15 @@ def test_a_small_tensor_keeps_float32_where_others_have_8_bits() -> None:
     values, results = torch.linspace(-1, 1, 100), []
     for states in ("8bit", "fp32"):
         parameter = torch.nn.Parameter(values.clone())
-        piece = Piece(parameter, slice(0, 100), "norm", 0, 100)
+        param_slice = ParamSlice(parameter, slice(0, 100), "norm", 0, 100)
         make = MakeOptimizer(OptimConfig(learning_rate=1e-2, states=states, weight_decay=0.1))
         optimizer = make([("norm", parameter)], {"norm": (10, 10)})
-        initialize_state(optimizer, [parameter], [piece])
+        initialize_state(optimizer, [parameter], [param_slice])
         for step in range(20):
             parameter.grad = torch.sin(values * (step + 1))
             optimizer.step()
-        results.append([parameter.detach(), *moments(optimizer, piece).values()])
-        assert precision_of(moments(optimizer, piece)["exp_avg"]) == "float32"
+        results.append([parameter.detach(), *moments(optimizer, param_slice).values()])
+        assert precision_of(moments(optimizer, param_slice)["exp_avg"]) == "float32"
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
@@ -135,7 +135,7 @@ def test_shards_and_chunks_change_no_bit(
 ) -> None:
     """In 8 bits they end where blocks do; elsewhere a block has two scales."""
     whole = Training(states, []).run().values()
-    monkeypatch.setattr(reduced_module, "_CHUNK", 2 * BLOCK)
+    monkeypatch.setattr(adamw_low_precision, "_CHUNK", 2 * BLOCK)
     cuts = [1001, 1002, 3333] if states == "bf16" else [4 * BLOCK, 5 * BLOCK, 16 * BLOCK]
     parts = Training(states, cuts, together).run().values()
     assert torch.equal(parts["w"], whole["w"])
@@ -152,9 +152,9 @@ def test_through_a_checkpoint_training_goes_on_to_the_bit(
 
     def shards(training: Training) -> list[FlatShard]:
         return [
-            FlatShard(kind, "w", piece.start, each, NUMEL)
-            for piece in training.pieces
-            for kind, each in moments(training.optimizer, piece).items()
+            FlatShard(kind, "w", param_slice.start, each, NUMEL)
+            for param_slice in training.param_slices
+            for kind, each in moments(training.optimizer, param_slice).items()
         ]
 
     flat.write(tmp_path, shards(first))
@@ -189,7 +189,7 @@ def test_the_seed_decides_and_torchs_generator_is_left_alone() -> None:
 @pytest.mark.parametrize("states", ["fp32", "bf16", "8bit"])
 def test_state_bytes_are_what_the_moments_take(states: str) -> None:
     training = Training(states, [])
-    kept = moments(training.optimizer, training.pieces[0]).values()
+    kept = moments(training.optimizer, training.param_slices[0]).values()
     padding = 2 * (-NUMEL % BLOCK) if states == "8bit" else 0  # the last block is kept whole
     assert sum(each.nbytes for each in kept) == padding + state_bytes(
         OptimConfig(states=states), NUMEL
@@ -237,13 +237,13 @@ def test_a_half_of_a_word_is_the_carry() -> None:
 def test_the_two_moments_are_rounded_by_two_halves_of_a_word() -> None:
     """Of one value, which both moments have under a gradient of 1 and equal betas."""
     parameter = torch.nn.Parameter(torch.zeros(NUMEL))
-    piece = Piece(parameter, slice(0, NUMEL), "w", 0, NUMEL)
+    param_slice = ParamSlice(parameter, slice(0, NUMEL), "w", 0, NUMEL)
     make = MakeOptimizer(OptimConfig(states="bf16", beta1=0.9, beta2=0.9))
     optimizer = make([("w", parameter)], {"w": (50, 100)})
-    initialize_state(optimizer, [parameter], [piece])
+    initialize_state(optimizer, [parameter], [param_slice])
     parameter.grad = torch.ones(NUMEL)
     optimizer.step()
-    first, second = (moment[:].float() for moment in moments(optimizer, piece).values())
+    first, second = (moment[:].float() for moment in moments(optimizer, param_slice).values())
     assert set(first.tolist()) == set(second.tolist()) and len(set(first.tolist())) == 2
     # Independent halves differ where one is rounded up and the other down: 2 p (1 - p) of them.
     up = float((first == first.max()).double().mean())
@@ -336,7 +336,7 @@ def test_a_word_belongs_to_its_position() -> None:
         assert torch.equal(words(0, 1, "a", 2**31 - 100 + first, 10), whole[first : first + 10])
 
 
-# Blocks.
+# Quantized moments.
 
 
 def hard(n: int) -> dict[str, Tensor]:
@@ -370,15 +370,15 @@ def squares(values: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", hard(1).keys())
 def test_what_is_read_is_written_as_the_same_codes(kind: str, start: int, root: bool) -> None:
     values = squares(hard(1000)[kind]) if root else hard(1000)[kind]
-    first = Blocks(start, 1000, root, CPU)
+    first = QuantizedMoment(start, 1000, root, CPU)
     first.copy_(values)
-    again = Blocks(start, 1000, root, CPU)
+    again = QuantizedMoment(start, 1000, root, CPU)
     again.copy_(first[:])
     assert torch.equal(first.codes, again.codes)
     assert torch.equal(first.scales, again.scales)
     assert torch.equal(first[:].view(torch.int32), again[:].view(torch.int32))
     # In parts of any size, in any order, as another world size would read them.
-    shuffled, random = Blocks(start, 1000, root, CPU), Random(start)
+    shuffled, random = QuantizedMoment(start, 1000, root, CPU), Random(start)
     cuts = [0, *sorted(random.sample(range(1, 1000), 12)), 1000]
     parts = list(itertools.pairwise(cuts))
     random.shuffle(parts)
@@ -394,7 +394,7 @@ def test_errors_are_half_a_code(root: bool) -> None:
     """Within 2^15 of the block's largest: a 16th of the value, signed; a 32nd of the root."""
     for values in hard(1024).values():
         values = values.clamp(-(2.0**60), 2.0**60)
-        blocks = Blocks(0, 1024, root, CPU)
+        blocks = QuantizedMoment(0, 1024, root, CPU)
         blocks.copy_(squares(values) if root else values)
         read = blocks[:].double().sqrt() if root else blocks[:].double()
         exact = squares(values).double().sqrt() if root else values.double()
@@ -410,7 +410,7 @@ def test_only_zero_is_a_second_moment_of_zero() -> None:
     """Else a first moment is divided by epsilon alone: a step a thousand times too long."""
     values = torch.full((BLOCK,), 1e-18)
     values[3], values[7] = 1.0, 0.0
-    blocks = Blocks(0, BLOCK, True, CPU)
+    blocks = QuantizedMoment(0, BLOCK, True, CPU)
     blocks.copy_(values)
     assert [int(i) for i in (blocks[:] == 0).nonzero()] == [7]
 
@@ -420,7 +420,7 @@ def test_what_is_not_finite_spoils_its_block_only() -> None:
     for bad in (math.inf, math.nan):
         values[1] = bad
         for root in (False, True):
-            blocks = Blocks(0, 2 * BLOCK, root, CPU)
+            blocks = QuantizedMoment(0, 2 * BLOCK, root, CPU)
             blocks.copy_(values)
             assert bool(blocks[:].isfinite().all())
             assert torch.equal(blocks[BLOCK:], torch.ones(BLOCK))
@@ -428,7 +428,7 @@ def test_what_is_not_finite_spoils_its_block_only() -> None:
 
 def test_a_copy_on_the_host_is_the_same_and_of_the_same_size() -> None:
     """Tensors and blocks, one behind the other in one mapping; a later copy replaces the first."""
-    blocks, plain = Blocks(100, 1000, False, CPU), torch.randn(777)
+    blocks, plain = QuantizedMoment(100, 1000, False, CPU), torch.randn(777)
     blocks.copy_(hard(1000)["spread"])
     shards = [
         FlatShard("master", "w", 3, plain[:50], 777),

@@ -12,7 +12,7 @@ from neftune_dist.config import OptimConfig
 from neftune_dist.optim import (
     STATE_NAMES,
     MakeOptimizer,
-    Piece,
+    ParamSlice,
     initialize_state,
     learning_rate,
     prepare_update,
@@ -196,9 +196,9 @@ def test_gradients_are_clipped_as_they_are_read(states: str, max_norm: float) ->
     def trained(clip_before: bool) -> torch.Tensor:
         draw = torch.Generator().manual_seed(0)
         parameter = torch.nn.Parameter(torch.randn(70, 80, generator=draw))
-        piece = Piece(parameter, slice(0, 5600), "w", 0, 5600)
+        param_slice = ParamSlice(parameter, slice(0, 5600), "w", 0, 5600)
         optimizer = MakeOptimizer(config(states=states))([("w", parameter)], {"w": (70, 80)})
-        initialize_state(optimizer, [parameter], [piece])
+        initialize_state(optimizer, [parameter], [param_slice])
         for scale in (1e-3, 1.0):
             grad = torch.randn(70, 80, generator=draw) * scale
             exact = float(grad.double().square().sum())

@@ -1,4 +1,4 @@
-"""The kernels of `ReducedAdamW` leave the reference's bits, under Triton's interpreter."""
+"""The kernels of `LowPrecisionAdamW` leave the reference's bits, under Triton's interpreter."""
 
 from __future__ import annotations
 
