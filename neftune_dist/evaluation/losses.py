@@ -34,7 +34,7 @@ from neftune_dist.model.attention import implementation
 from neftune_dist.model.families import check_lengths, check_model
 from neftune_dist.model.loss import resolve_loss
 from neftune_dist.noise.hook import NEFTuneHandle
-from neftune_dist.noise.law import TokenLayout
+from neftune_dist.noise.layout import TokenLayout
 from neftune_dist.training.noise import configured_noise, num_passes
 
 _NEVER = (1 << 32) - 1  # no training reaches this epoch, or has so many ranks

@@ -34,13 +34,8 @@ from neftune_dist.compat.torch import (
     next_node_number,
 )
 from neftune_dist.distributed import environment
-from neftune_dist.noise.law import (
-    MAX_MICRO_STEPS,
-    NORMS,
-    RankStream,
-    SampleStream,
-    TokenLayout,
-)
+from neftune_dist.noise.law import MAX_MICRO_STEPS, NORMS, RankStream, SampleStream
+from neftune_dist.noise.layout import TokenLayout
 from neftune_dist.noise.op import add_noise, count_forward_
 
 _MARK = "_neftune_handle"

@@ -18,11 +18,11 @@ from neftune_dist.noise.law import (
     MAX_HIDDEN_SIZE,
     RankStream,
     SampleStream,
-    TokenLayout,
     key_words,
     scalar,
     scales,
 )
+from neftune_dist.noise.layout import TokenLayout
 from neftune_dist.noise.philox import philox4x32_, to_draws
 
 _PIECE_COUNTERS = 1 << 16  # counters drawn at a time on the CPU: 512 KiB a word

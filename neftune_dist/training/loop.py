@@ -31,7 +31,7 @@ from neftune_dist.distributed.world import Stopped, World
 from neftune_dist.engine.base import Engine
 from neftune_dist.model.flops import ModelSize
 from neftune_dist.noise.hook import NEFTuneHandle
-from neftune_dist.noise.law import TokenLayout
+from neftune_dist.noise.layout import TokenLayout
 from neftune_dist.optim import learning_rate
 from neftune_dist.training.held_out import HeldOut
 from neftune_dist.training.metrics import RankResult, Recorder, memory_gib, step_record

@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from neftune_dist import NEFTune
-from neftune_dist.noise.law import RankStream, TokenLayout
+from neftune_dist.noise.law import RankStream
+from neftune_dist.noise.layout import TokenLayout
 from neftune_dist.noise.op import add_noise
 
 TOKENS, HIDDEN, ROWS, REPEATS = 8192, 4096, 16, 15

@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from neftune_dist.noise.callback import NEFTuneCallback
-from neftune_dist.noise.law import RankStream, TokenLayout, draw
+from neftune_dist.noise.law import RankStream, draw
+from neftune_dist.noise.layout import TokenLayout
 from tests.distributed import sft_worker
 from tests.support import tiny_model
 from tests.support.noise_probe import Forward, Recorder

@@ -15,7 +15,8 @@ import torch
 import transformers
 
 from neftune_dist import NEFTune
-from neftune_dist.noise.law import RankStream, TokenLayout, draw
+from neftune_dist.noise.law import RankStream, draw
+from neftune_dist.noise.layout import TokenLayout
 from neftune_dist.noise.op import add_noise
 from tests.support import tiny_model
 

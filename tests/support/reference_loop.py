@@ -13,7 +13,7 @@ from neftune_dist import NEFTune
 from neftune_dist.config import Config
 from neftune_dist.data.dataset import prepare
 from neftune_dist.data.sampler import make_sampler
-from neftune_dist.noise.law import TokenLayout
+from neftune_dist.noise.layout import TokenLayout
 from neftune_dist.optim import learning_rate
 
 

@@ -23,7 +23,8 @@ from neftune_dist.evaluation import evaluate
 from neftune_dist.evaluation.losses import document_losses
 from neftune_dist.evaluation.target import open_subject
 from neftune_dist.evaluation.win_rate import Judgement
-from neftune_dist.noise.law import SampleStream, TokenLayout, draw, scales
+from neftune_dist.noise.law import SampleStream, draw, scales
+from neftune_dist.noise.layout import TokenLayout
 from tests.support import tiny_model
 from tests.support.corpora import documents_of
 

@@ -18,7 +18,7 @@ from neftune_dist.data.dataset import Dataset, prepare
 from neftune_dist.data.documents import Documents
 from neftune_dist.data.loader import Loader, MicroBatch, collate, evaluation_batches
 from neftune_dist.data.sampler import make_sampler
-from neftune_dist.noise.law import TokenLayout
+from neftune_dist.noise.layout import TokenLayout
 from neftune_dist.training.loop import dropout_seed, token_layout
 
 QUADRATIC_TOKENS = 2e4

@@ -12,14 +12,8 @@ import transformers
 from torch import Tensor
 
 from neftune_dist import NEFTune
-from neftune_dist.noise.law import (
-    RankStream,
-    SampleStream,
-    TokenLayout,
-    draw,
-    expected_norm,
-    key_words,
-)
+from neftune_dist.noise.law import RankStream, SampleStream, draw, expected_norm, key_words
+from neftune_dist.noise.layout import TokenLayout
 from neftune_dist.noise.op import add_noise
 from neftune_dist.noise.philox import philox4x32, to_draws
 

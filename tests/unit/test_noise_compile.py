@@ -14,7 +14,8 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 from neftune_dist import NEFTune
-from neftune_dist.noise.law import RankStream, TokenLayout, expected_norm, scales
+from neftune_dist.noise.law import RankStream, expected_norm, scales
+from neftune_dist.noise.layout import TokenLayout
 from neftune_dist.noise.op import add_noise_, count_forward_
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")

@@ -17,13 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from neftune_dist.noise.law import (
-    RankStream,
-    SampleStream,
-    TokenLayout,
-    draw,
-    scales,
-)
+from neftune_dist.noise.law import RankStream, SampleStream, draw, scales
+from neftune_dist.noise.layout import TokenLayout
 from neftune_dist.noise.op import add_noise_
 from neftune_dist.noise.philox import philox4x32, philox4x32_
 from tests.support.interpreter import DEADLINE_SECONDS

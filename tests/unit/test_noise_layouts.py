@@ -18,7 +18,8 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from neftune_dist import NEFTune
-from neftune_dist.noise.law import RankStream, SampleStream, TokenLayout, draw, expected_norm
+from neftune_dist.noise.law import RankStream, SampleStream, draw, expected_norm
+from neftune_dist.noise.layout import TokenLayout
 from neftune_dist.noise.op import add_noise
 
 ALPHA = 5.0

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from neftune_dist import NEFTune
-from neftune_dist.noise.law import RankStream, TokenLayout, draw, expected_norm
+from neftune_dist.noise.law import RankStream, draw, expected_norm
+from neftune_dist.noise.layout import TokenLayout
 from tests.support.families import family
 
 ALPHA = 5.0

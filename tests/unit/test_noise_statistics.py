@@ -12,7 +12,8 @@ import os
 import torch
 from torch import Tensor
 
-from neftune_dist.noise.law import RankStream, TokenLayout
+from neftune_dist.noise.law import RankStream
+from neftune_dist.noise.layout import TokenLayout
 from neftune_dist.noise.op import add_noise
 
 TOKENS, HIDDEN = 2048, 1024
