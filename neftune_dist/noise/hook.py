@@ -16,27 +16,28 @@ import copy
 import inspect
 import itertools
 import math
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
-from neftune_dist.compat.torch import (
-    backward_id,
-    compiled_module,
-    current_node_number,
-    is_view,
-    move_forward_hook_last,
-    next_node_number,
-)
+from neftune_dist.compat.torch import is_view, move_forward_hook_last
 from neftune_dist.distributed import environment
+from neftune_dist.noise.embedding import (
+    check_embedding,
+    embedding_scale,
+    innermost,
+    input_embedding,
+    local_activation,
+    padding_token,
+)
 from neftune_dist.noise.law import MAX_MICRO_STEPS, NORMS, RankStream, SampleStream
 from neftune_dist.noise.layout import TokenLayout
 from neftune_dist.noise.op import add_noise, count_forward_
+from neftune_dist.noise.recomputation import LastForward, is_recomputing
 
 _MARK = "_neftune_handle"
 # Handle's number: layout of the forward pass under way. Here and not in the handle, because
@@ -114,46 +115,31 @@ class NEFTune:
         return NEFTuneHandle(self, model)
 
 
-@dataclass(frozen=True)
-class _Forward:
-    """What a forward pass was noised with, so that its recomputation gets the same."""
-
-    first_node: int  # autograd's number of the first node that the model made
-    layout: TokenLayout
-    alpha: Tensor
-    step: Tensor
-    count: Tensor
-
-
 class NEFTuneHandle:
     """The noise on one model. Leaving the `with` block, or `remove()`, takes it off."""
 
     def __init__(self, neftune: NEFTune, model: nn.Module) -> None:
         self.neftune = neftune
-        model = _inmost(model)
-        embedding = _input_embedding(model)
+        model = innermost(model)
+        embedding = input_embedding(model)
         if neftune.alpha:
-            _check_scale(embedding)
+            check_embedding(embedding)
         # (Not on the embedding alone: it may have been wrapped since, by PEFT for instance.)
         if any(getattr(module, _MARK, None) is not None for module in model.modules()):
             raise ValueError("NEFTune is attached to this model already: remove() it first.")
         self._model_name, self._embedding = type(model).__name__, embedding
-        # transformers' scaled embeddings (Gemma 3) keep the factor under one of these names.
-        scale = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", 1.0))
-        self._embed_scale = float(scale)
+        self._embed_scale = embedding_scale(embedding)
         parameters = inspect.signature(model.forward).parameters
         self._names = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
         self._tensor_parallel = getattr(model, "tp_size", None) not in (None, 1)
-        # Of documents packed without a mask, what stands behind the last one.
-        self.padding_token: int | None = _padding_token(model)
+        # Where documents are packed without a mask, it fills the row behind the last one.
+        self.padding_token: int | None = padding_token(model)
         self._rank = _data_parallel_rank() if neftune.rank is None else neftune.rank
 
         self._weight_is_shared = False
         self._number = next(_numbers)
         self._described: TokenLayout | None = None  # for the next forward
-        self._first_node = 0
-        self._last: _Forward | None = None
-        self._recomputed_in = -1  # autograd's number of a backward
+        self._last = LastForward()
         self._step = 0
         # The optimizer step, and the noised forwards since it was set.
         self._clock = torch.zeros(2, dtype=torch.int64)
@@ -247,7 +233,7 @@ class NEFTuneHandle:
     def _before_model(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if _is_recomputing():
+        if is_recomputing():
             return
         described, self._described = self._described, None
         _UNDER_WAY.pop(self._number, None)
@@ -257,29 +243,13 @@ class NEFTuneHandle:
             # Last of the embedding's hooks: one that sums up a vocabulary-parallel embedding's
             # parts, or gathers its rows, must have run.
             move_forward_hook_last(self._embedding, self._hook_id)
-            self._first_node = next_node_number()
+            self._last.begin()
         if described is not None:
             _UNDER_WAY[self._number] = described
             return
-        # (Lengths differ where the model takes *args of its own; names beyond them are not read.)
+        # (Lengths differ where the model has *args of its own; names beyond them are not read.)
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        input_ids = given.get("input_ids")
-        if input_ids is None:
-            raise ValueError(
-                "NEFTune adds its noise behind the embedding lookup: call the model with "
-                "input_ids, or describe the batch to the handle."
-            )
-        cu_seq_lens = given.get("cu_seq_lens_q")
-        layout = TokenLayout.from_arguments(
-            input_ids,
-            attention_mask=given.get("attention_mask"),
-            position_ids=given.get("position_ids"),
-            cu_seq_lens=given.get("cu_seqlens") if cu_seq_lens is None else cu_seq_lens,
-            seq_idx=given.get("seq_idx"),
-        )
-        if given.get("attention_mask") is None and self.padding_token is not None:
-            layout = layout.without_padding(input_ids == self.padding_token)
-        _UNDER_WAY[self._number] = layout
+        _UNDER_WAY[self._number] = TokenLayout.from_call(given, self.padding_token)
 
     def _before_embedding(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """See how the weight is laid out where the lookup uses it: FSDP2, of which the embedding
@@ -293,27 +263,23 @@ class NEFTuneHandle:
         if not torch.is_grad_enabled():
             return None
         layout = _UNDER_WAY.pop(self._number, None)
-        if layout is None and not (module.training and _is_recomputing()):
+        if layout is None and not (module.training and is_recomputing()):
             return None  # not training, or a second lookup
         if not torch.compiler.is_compiling() and is_view(output):
             # Memory that is not the lookup's own; what tensor parallelism hands out is a view that
             # autograd lets nobody change in place.
             output = output.clone()
-        x = self._activation(module, output)
+        if self.neftune.rank is None and (self._tensor_parallel or self._weight_is_shared):
+            raise ValueError(
+                "The model is tensor parallel: say NEFTune(rank=...), the data-parallel rank, "
+                "which ranks that hold copies of one batch share."
+            )
+        # In place on the lookup's fresh output: the gradient passes through unchanged, because the
+        # backward of a lookup reads its indices, never its output.
+        x = local_activation(output.detach())
         if layout is None:
-            last, backward = self._last, backward_id()
-            if (
-                last is None
-                or current_node_number() < last.first_node
-                or backward == self._recomputed_in  # two forwards in one checkpoint
-            ):
-                raise RuntimeError(
-                    "Activation checkpointing recomputes the input embedding of a forward pass "
-                    "that was not the last noised one: checkpoint the layers alone, or use "
-                    "use_reentrant=False and one forward a backward."
-                )
-            self._recomputed_in = backward
-            self._add(x, last.layout, last.alpha, last.step, last.count)
+            last = self._last.recall()
+            self._add(x, last.layout, last.alpha, last.step, last.micro_step)
             return output
         if layout.num_tokens != x.numel() // x.shape[-1]:
             raise ValueError(
@@ -333,7 +299,7 @@ class NEFTuneHandle:
             squares = torch.where(documents, squares[layout.segment], 0.0)
         self._norms.add_(torch.stack((squares.sqrt().sum(), documents.sum().to(torch.float64))))
         if not torch.compiler.is_compiling():
-            self._last = _Forward(self._first_node, layout, alpha, step, count)
+            self._last.keep(layout, alpha, step, count)
         return output
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -344,25 +310,6 @@ class NEFTuneHandle:
                 "gradients off. Attach it after resizing the embedding and before compiling, and "
                 "checkpoint activations with use_reentrant=False."
             )
-
-    def _activation(self, module: nn.Module, output: Tensor) -> Tensor:
-        """The local tensor to add noise to, (rows, columns, hidden_size) or (num_tokens, ...)."""
-        if self.neftune.rank is None and (self._tensor_parallel or self._weight_is_shared):
-            raise ValueError(
-                "The model is tensor parallel: say NEFTune(rank=...), the data-parallel rank, "
-                "which ranks that hold copies of one batch share."
-            )
-        # In place on the lookup's fresh output: the gradient passes through unchanged, because the
-        # backward of a lookup reads its indices, never its output.
-        x = output.detach()
-        if isinstance(x, DTensor):
-            if not all(isinstance(p, Replicate) for p in x.placements):
-                raise ValueError(
-                    f"The input embedding gives {x.placements}: NEFTune needs whole activations "
-                    "behind it (output_layouts=Replicate())."
-                )
-            x = x.to_local()
-        return x
 
     def _add(
         self, x: Tensor, layout: TokenLayout, alpha: Tensor, step: Tensor, count: Tensor
@@ -393,56 +340,6 @@ class NEFTuneHandle:
 def _check_alpha(alpha: float) -> None:
     if not (0 <= alpha <= 1000 and math.isfinite(alpha)):
         raise ValueError(f"alpha={alpha} is out of range: from 0 to 1000.")
-
-
-def _is_recomputing() -> bool:
-    """A forward inside a backward: activation checkpointing computes a part again. (Within a
-    compiled graph that part is given the same counters.)"""
-    return not torch.compiler.is_compiling() and backward_id() != -1
-
-
-def _inmost(model: nn.Module) -> nn.Module:
-    """The model itself, out of wrappers that call it (torch.compile, DDP, DeepSpeed)."""
-    if isinstance(model, nn.DataParallel):
-        raise ValueError(
-            "nn.DataParallel copies the model for every pass, and the noise's hooks with it: start "
-            "one process a GPU (torchrun) instead."
-        )
-    inner = compiled_module(model)
-    if inner is None and not hasattr(type(model), "get_input_embeddings"):
-        inner = getattr(model, "module", None)
-    return _inmost(inner) if isinstance(inner, nn.Module) else model
-
-
-def _input_embedding(model: nn.Module) -> nn.Module:
-    name = type(model).__name__
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError(f"{name} is an encoder and a decoder: NEFTune is for causal models.")
-    accessor = getattr(model, "get_input_embeddings", None)
-    embedding = accessor() if accessor is not None else None
-    if not isinstance(embedding, nn.Module):
-        raise ValueError(
-            f"{name} has no get_input_embeddings(): NEFTune cannot tell which layer embeds the "
-            "tokens."
-        )
-    return embedding
-
-
-def _check_scale(embedding: nn.Module) -> None:
-    """Refuse an embedding that is more than a lookup and a factor (Inkling's). A norm behind it
-    (Bloom's) does no harm: that takes the noise for a part of the embedding."""
-    if any("norm" in type(module).__name__.lower() for module in embedding.modules()):
-        raise ValueError(
-            f"{type(embedding).__name__} normalises what it looks up: behind it NEFTune's noise "
-            "would have another size relative to the embedding than the paper's."
-        )
-
-
-def _padding_token(model: nn.Module) -> int | None:
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    token = getattr(text, "pad_token_id", None)
-    return token if isinstance(token, int) else None
 
 
 def _data_parallel_rank() -> int:

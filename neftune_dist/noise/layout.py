@@ -7,7 +7,7 @@ refused (`ValueError`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -167,6 +167,34 @@ class TokenLayout:
             document=None if documents is None else documents.to(device)[segment],
             epoch=None if epochs is None else epochs.to(device)[segment],
         )
+
+    @staticmethod
+    def from_call(given: Mapping[str, Any], padding_token: int | None) -> TokenLayout:
+        """The layout of a call of a causal LM, by the names of transformers' arguments.
+
+        Args:
+            padding_token: fills rows of packed documents without a mask; None: nothing does.
+
+        Raises:
+            ValueError: the call has no `input_ids`, or as `from_arguments`.
+        """
+        input_ids = given.get("input_ids")
+        if input_ids is None:
+            raise ValueError(
+                "NEFTune adds its noise behind the embedding lookup: call the model with "
+                "input_ids, or describe the batch to the handle."
+            )
+        cu_seq_lens = given.get("cu_seq_lens_q")
+        layout = TokenLayout.from_arguments(
+            input_ids,
+            attention_mask=given.get("attention_mask"),
+            position_ids=given.get("position_ids"),
+            cu_seq_lens=given.get("cu_seqlens") if cu_seq_lens is None else cu_seq_lens,
+            seq_idx=given.get("seq_idx"),
+        )
+        if given.get("attention_mask") is None and padding_token is not None:
+            layout = layout.without_padding(input_ids == padding_token)
+        return layout
 
 
 def _document_starts(

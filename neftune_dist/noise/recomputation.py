@@ -1,0 +1,76 @@
+"""Activation checkpointing around the input embedding: its recomputation gets the same noise again.
+
+A recomputation is a forward inside a backward. The noised forward that it repeats is the last one,
+or it is refused: nothing says which other one it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from neftune_dist.compat.torch import backward_id, current_node_number, next_node_number
+from neftune_dist.noise.layout import TokenLayout
+
+
+@dataclass(frozen=True)
+class NoisedForward:
+    """The layout, strength and counters that a forward pass was noised with.
+
+    Attributes:
+        first_node: autograd's number of the first node that the model made.
+        layout: of its tokens.
+        alpha: float64 (), with the sign.
+        step, micro_step: int64 ().
+    """
+
+    first_node: int
+    layout: TokenLayout
+    alpha: Tensor
+    step: Tensor
+    micro_step: Tensor
+
+
+class LastForward:
+    """The last noised forward pass of a model."""
+
+    def __init__(self) -> None:
+        self._first_node = 0
+        self._forward: NoisedForward | None = None
+        self._recomputed_in = -1  # autograd's number of a backward
+
+    def begin(self) -> None:
+        """Note where in autograd's order a forward pass begins."""
+        self._first_node = next_node_number()
+
+    def keep(self, layout: TokenLayout, alpha: Tensor, step: Tensor, micro_step: Tensor) -> None:
+        """Remember the forward pass that has begun as the last one."""
+        self._forward = NoisedForward(self._first_node, layout, alpha, step, micro_step)
+
+    def recall(self) -> NoisedForward:
+        """The forward pass that the backward under way recomputes.
+
+        Raises:
+            RuntimeError: it is not the last one, or two lie in one checkpoint.
+        """
+        last, backward = self._forward, backward_id()
+        if (
+            last is None
+            or current_node_number() < last.first_node
+            or backward == self._recomputed_in  # two forwards in one checkpoint
+        ):
+            raise RuntimeError(
+                "Activation checkpointing recomputes the input embedding of a forward pass "
+                "that was not the last noised one: checkpoint the layers alone, or use "
+                "use_reentrant=False and one forward a backward."
+            )
+        self._recomputed_in = backward
+        return last
+
+
+def is_recomputing() -> bool:
+    """Whether this forward runs inside a backward. (Within a compiled graph never: there the part
+    that is recomputed is given the same counters.)"""
+    return not torch.compiler.is_compiling() and backward_id() != -1
