@@ -33,9 +33,9 @@ from neftune_dist.evaluation.target import attention_of
 from neftune_dist.model.attention import implementation
 from neftune_dist.model.families import check_lengths, check_model
 from neftune_dist.model.loss import resolve_loss
-from neftune_dist.noise.hook import NEFTuneHandle
+from neftune_dist.noise.handle import NEFTuneHandle
 from neftune_dist.noise.layout import TokenLayout
-from neftune_dist.training.noise import configured_noise, num_passes
+from neftune_dist.training.noise import configured_noise, noise_signs
 
 _NEVER = (1 << 32) - 1  # no training reaches this epoch, or has so many ranks
 _QUADRATIC_TOKENS = 1e9  # of `assign_documents`: work is balanced by tokens
@@ -141,10 +141,9 @@ def _forward(model: Any, config: Config, noisy: bool) -> Iterator[_Forward]:
 def _noised(
     model: Any, handle: NEFTuneHandle, noise: NoiseConfig, i: int, batch: MicroBatch, kind: str
 ) -> Tensor:
-    passes = num_passes(noise)
     handle.step = i
     losses = []
-    for _ in range(passes):
+    for handle.sign in noise_signs(noise):
         handle.describe(
             TokenLayout.from_arguments(
                 batch.input_ids,
@@ -155,6 +154,6 @@ def _noised(
             )
         )
         losses.append(batch_losses(model, batch, kind, "none").detach())
-    if handle.num_fired != passes:
+    if handle.num_fired != len(losses):
         raise RuntimeError("The noise was not added: the model bypasses its input embedding.")
     return torch.stack(losses).mean(0)

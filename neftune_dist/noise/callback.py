@@ -12,7 +12,8 @@ from typing import Any
 from accelerate.state import AcceleratorState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from neftune_dist.noise.hook import NEFTune, NEFTuneHandle
+from neftune_dist.noise.handle import NEFTuneHandle
+from neftune_dist.noise.hook import NEFTune
 from neftune_dist.optim.schedule import Schedule
 
 

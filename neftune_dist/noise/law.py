@@ -31,6 +31,8 @@ from neftune_dist.noise.philox import philox4x32, to_draws
 
 # By distribution: the L2 norm of a document's noise over alpha, root mean square: sqrt(E[u^2]).
 NORMS = {"uniform": 1 / math.sqrt(3), "gaussian": 1 / math.sqrt(3), "symmetric": 1.0}
+# By distribution: the signs under which every batch is passed forward.
+SIGNS = {"uniform": (1,), "gaussian": (1,), "symmetric": (1, -1)}
 MAX_MICRO_STEPS = 1 << 15
 MAX_HIDDEN_SIZE = 1 << 17
 _BLOCK_BITS = 15

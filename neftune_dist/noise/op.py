@@ -93,9 +93,15 @@ def _(x: Tensor, scale: Tensor, *_: Any) -> Tensor:
 
 @torch.library.custom_op("neftune_dist::count_forward_", mutates_args=("clock",))
 def count_forward_(clock: Tensor) -> Tensor:
-    """The step and the number of noised forwards in it, int64 (2,), as they were; one more now.
+    """Count one noised forward.
 
-    An operator, because what a compiled graph does must be checked when it runs.
+    An operator, so that a compiled graph checks its conditions when it runs.
+
+    Args:
+        clock: int64 (3,): the step; micro-steps and noised forwards since it was set.
+
+    Returns:
+        The clock before.
     """
     if backward_id() != -1:  # within a backward
         raise RuntimeError(
@@ -103,7 +109,7 @@ def count_forward_(clock: Tensor) -> Tensor:
             "embedding, whose noise would be another: checkpoint the layers alone."
         )
     before = clock.clone()
-    clock[1] += 1
+    clock[1:] += 1
     return before
 
 

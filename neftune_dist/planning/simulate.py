@@ -97,6 +97,7 @@ def simulate(config: Config, folder: Path, world_size: int, batches: Sequence[Mi
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with fake, Memory(fake, vocabulary) as memory:
             noise = attach_noise(config, model, 0, group)
+            noise.sign = 1  # the other one takes the same memory
             optimizer = _IdleOptimizer(config.optim, config.train.seed)
             engine.setup(model, optimizer)
             engine.after_load(0)

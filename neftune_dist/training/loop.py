@@ -30,12 +30,12 @@ from neftune_dist.distributed.watchdog import Watchdog
 from neftune_dist.distributed.world import Stopped, World
 from neftune_dist.engine.base import Engine
 from neftune_dist.model.flops import ModelSize
-from neftune_dist.noise.hook import NEFTuneHandle
+from neftune_dist.noise.handle import NEFTuneHandle
 from neftune_dist.noise.layout import TokenLayout
 from neftune_dist.optim import learning_rate
 from neftune_dist.training.held_out import HeldOut
 from neftune_dist.training.metrics import RankResult, Recorder, memory_gib, step_record
-from neftune_dist.training.noise import noise_alpha, num_passes
+from neftune_dist.training.noise import noise_alpha, noise_signs, num_passes
 
 
 class Diverged(Final):
@@ -200,14 +200,14 @@ class Trainer:
 
     def accumulate_gradients(self, batch: StepBatch) -> Tensor:
         """Run this rank's forwards and backwards; return its sum of token losses (float64)."""
-        passes = num_passes(self.config.noise)
+        signs = noise_signs(self.config.noise)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        forwards = [micro_batch for micro_batch in batch.micro_batches for _ in range(passes)]
-        for i, micro_batch in enumerate(forwards):
+        forwards = [(micro_batch, sign) for micro_batch in batch.micro_batches for sign in signs]
+        for i, (micro_batch, self.noise.sign) in enumerate(forwards):
             self.watchdog.at(batch.step + 1, f"forward and backward {i + 1} of {len(forwards)}")
             micro_batch = micro_batch.to(self.world.device)
             self.noise.describe(token_layout(micro_batch))
-            loss = self.engine.forward(micro_batch) / passes
+            loss = self.engine.forward(micro_batch) / len(signs)
             # Exactly 1, but NaN where the loss is not finite: an infinite loss may have a finite
             # gradient, and the gradient's norm alone decides whether the step counts.
             one = 1 + 0 * loss.detach()

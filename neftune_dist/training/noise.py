@@ -7,7 +7,9 @@ from typing import Any
 from torch.distributed import ProcessGroup
 
 from neftune_dist.config import Config, NoiseConfig, UserError
-from neftune_dist.noise.hook import NEFTune, NEFTuneHandle
+from neftune_dist.noise.handle import NEFTuneHandle
+from neftune_dist.noise.hook import NEFTune
+from neftune_dist.noise.law import SIGNS
 from neftune_dist.optim.schedule import Schedule
 
 
@@ -50,6 +52,12 @@ def noise_alpha(noise: NoiseConfig, step: int, num_steps: int) -> float:
     return schedule.value(step, num_steps)
 
 
+def noise_signs(noise: NoiseConfig) -> tuple[int, ...]:
+    """Return the signs of the noise in the forward passes of each micro-batch: 1, and under
+    SymNoise also -1."""
+    return SIGNS[noise.distribution] if noise.alpha else (1,)
+
+
 def num_passes(noise: NoiseConfig) -> int:
-    """Return the forward passes of each micro-batch: two under SymNoise, of opposite noise."""
-    return 2 if noise.alpha and noise.distribution == "symmetric" else 1
+    """Return the number of forward passes of each micro-batch."""
+    return len(noise_signs(noise))

@@ -25,7 +25,7 @@ from neftune_dist.distributed.world import Sharing, Stopped, StopSignal, World
 from neftune_dist.engine import make_engine
 from neftune_dist.engine.base import MASTER, Engine
 from neftune_dist.model.ulysses import share_sequences
-from neftune_dist.noise.hook import NEFTuneHandle
+from neftune_dist.noise.handle import NEFTuneHandle
 from neftune_dist.optim import MakeOptimizer
 from neftune_dist.training.held_out import HeldOut
 from neftune_dist.training.inputs import Inputs, read_inputs

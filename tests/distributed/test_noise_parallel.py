@@ -37,7 +37,7 @@ from neftune_dist import NEFTune
 from neftune_dist.config import load_config
 from neftune_dist.data.dataset import prepare
 from neftune_dist.data.sampler import make_sampler
-from neftune_dist.noise.hook import NEFTuneHandle
+from neftune_dist.noise.handle import NEFTuneHandle
 from neftune_dist.noise.law import SampleStream, draw
 from neftune_dist.noise.layout import TokenLayout
 from tests.support import tiny_model

@@ -43,6 +43,7 @@ class Parts:
     backwards: list[tuple[float, bool]] = field(default_factory=list)
     draws: list[int] = field(default_factory=list)
     alphas: list[float] = field(default_factory=list)
+    signs: list[int] = field(default_factory=list)
     num_forwards: int = 0
 
     def note(self, event: str) -> None:
@@ -79,7 +80,7 @@ class FakeNoise:
     """Counts forwards as the handle does, from 0 at each step."""
 
     def __init__(self, parts: Parts) -> None:
-        self.parts, self.num_fired, self.alpha = parts, 0, 0.0
+        self.parts, self.num_fired, self.alpha, self.sign = parts, 0, 0.0, 0
         self._step = -1
 
     @property
@@ -93,6 +94,7 @@ class FakeNoise:
     def describe(self, layout: Any) -> None:
         self.num_fired += self.parts.fired
         self.parts.alphas.append(self.alpha)
+        self.parts.signs.append(self.sign)
 
     def take_noise_norms(self) -> tuple[Tensor, Tensor]:
         return torch.tensor(6.0), torch.tensor(2.0)
@@ -264,6 +266,7 @@ def test_symmetric_noise_halves_the_share_of_each_pass() -> None:
     words = ["noise.distribution=symmetric", "checkpoint.every_steps=0"]
     assert make_trainer(parts, *words, step=5).run()
     assert parts.backwards == [(0.75, False), (0.25, False), (0.25, False), (0.25, True)]
+    assert parts.signs == [1, -1, 1, -1]
     assert parts.records[0]["loss"] == (3 + 1 + 1 + 1) / 4
 
 

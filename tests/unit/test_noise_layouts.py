@@ -349,9 +349,19 @@ def noises(model: Lookup, number: int, **settings: Any) -> list[Tensor]:
     return found
 
 
-def test_symmetric_forwards_come_in_opposite_pairs(model: Lookup) -> None:
+@pytest.mark.parametrize("stream", ["rank", "sample"])
+def test_symmetric_forwards_come_in_opposite_pairs(stream: str, model: Lookup) -> None:
     """Every entry is alpha / sqrt(L d) or minus that: each document's norm is alpha."""
-    first, second, third, fourth = noises(model, 4, distribution="symmetric")
+    found = []
+    with NEFTune(ALPHA, distribution="symmetric", stream=stream).attach(model) as noise:
+        for batch in (0, 1):
+            for noise.sign in (1, -1):
+                if stream == "sample":
+                    noise.describe(documents([12, 12], documents=[batch, 7], epochs=[0, batch]))
+                found.append(model(input_ids=IDS).detach())
+                assert noise.alpha == ALPHA
+        assert noise.num_fired == 4
+    first, second, third, fourth = found
     assert torch.equal(first, -second) and torch.equal(third, -fourth)
     assert not torch.equal(first, third) and not torch.equal(first, fourth)
     size = torch.tensor(ALPHA / math.sqrt(12 * 64), dtype=torch.float32)
@@ -359,6 +369,23 @@ def test_symmetric_forwards_come_in_opposite_pairs(model: Lookup) -> None:
     assert float(first[0].norm()) == pytest.approx(ALPHA, rel=1e-6)
     assert abs(float(first.sign().mean())) < 5 / math.sqrt(first.numel())
     assert expected_norm(ALPHA, "symmetric") == ALPHA
+
+
+def test_the_sign_goes_with_the_draws_of_its_micro_step(model: Lookup) -> None:
+    """Batch i of a step has the draws of micro-step i in both of its passes, as in every run of
+    the past; the sign starts again with a step, and a change of strength keeps it."""
+    with NEFTune(ALPHA, distribution="symmetric").attach(model) as noise:
+        for step in (0, 1):
+            noise.step = step
+            for micro_step in (0, 1, 2):
+                for sign in (1, -1):
+                    noise.sign, noise.alpha = sign, ALPHA / (1 + step)
+                    layout = TokenLayout.from_arguments(IDS)
+                    u = draw(RankStream(0, 0, step, micro_step), layout, 64, "symmetric")
+                    expected = sign * noise.alpha / math.sqrt(12 * 64) * u
+                    found = model(input_ids=IDS).detach()
+                    assert torch.allclose(found.flatten(0, 1), expected, rtol=1e-6, atol=0)
+            assert noise.num_fired == 6
 
 
 def test_gaussian_noise_has_the_variance_of_the_uniform() -> None:
@@ -406,7 +433,7 @@ def test_alpha_0_by_schedule_is_no_noise() -> None:
     clean = model(input_ids=ids).detach()
     for settings in ({}, {"distribution": "symmetric"}, {"length": "padded"}):
         with NEFTune(ALPHA, **settings).attach(model) as noise:
-            noise.alpha = 0.0
+            noise.alpha, noise.sign = 0.0, 1
             same = model(input_ids=ids).detach()
             assert torch.equal(same.view(torch.int32), clean.view(torch.int32))
             assert noise.num_fired == 1
@@ -427,6 +454,10 @@ def documents(lengths: list[int], **identities: list[int]) -> TokenLayout:
 
 def set_step(step: int) -> None:
     NEFTune(ALPHA).attach(Lookup()).step = step
+
+
+def set_sign(sign: int) -> None:
+    NEFTune(ALPHA).attach(Lookup()).sign = sign
 
 
 def set_alpha(alpha: float, initial: float = ALPHA) -> None:
@@ -459,6 +490,11 @@ BAD: dict[str, tuple[str, Callable[[], Any]]] = {
     "alpha set negative": ("alpha=-0.5 is out of range", lambda: set_alpha(-0.5)),
     "alpha set NaN": ("alpha=nan is out of range", lambda: set_alpha(math.nan)),
     "alpha set without hooks": ("attached with alpha=0", lambda: set_alpha(5.0, initial=0.0)),
+    "sign": ("sign=0 is not known: 1 or -1", lambda: set_sign(0)),
+    "no sign of SymNoise": (
+        "pass every batch forward twice",
+        lambda: attached(distribution="symmetric")(input_ids=IDS),
+    ),
     "seed": ("seed=9223372036854775808 is out of range", lambda: NEFTune(5.0, seed=1 << 63)),
     "rank": ("rank=-1 is out of range", lambda: NEFTune(5.0, rank=-1)),
     "stream": ("stream='token' is not known: rank or sample", lambda: NEFTune(5.0, stream="token")),

@@ -326,6 +326,7 @@ def test_a_checkpointed_model_is_recomputed_under_its_own_noise(
             for step in range(2):
                 noise.step, noise.alpha = step, ALPHA - step
                 for micro_step in range(2):
+                    noise.sign = -1 if distribution == "symmetric" and micro_step else 1
                     # A tensor of its own each time: nothing may be known by its address.
                     ids = IDS.clone()
                     if checkpointing:
@@ -417,9 +418,11 @@ def test_recomputing_any_forward_but_the_last_is_told(backward_of: str, same_ids
         return loss_of(model, input_ids=IDS)
 
     def second() -> Tensor:
+        noise.sign = -1
         return loss_of(model, input_ids=others)
 
     with NEFTune(ALPHA, distribution="symmetric").attach(model) as noise:
+        noise.sign = 1
         if backward_of == "one checkpoint":
             loss = checkpointed(lambda: first() + second())
         else:

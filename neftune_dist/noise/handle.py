@@ -1,0 +1,302 @@
+"""The hooks that add the noise to a model, and the handle that a training loop steers them by.
+
+The hooks stand around the model's forward, where they read the batch's layout off the arguments,
+and behind the input embedding, where they add the noise in place to its fresh output. They are put
+on before a model is sharded or wrapped, and need nothing of the engine. Only training forwards get
+noise: in `eval()` mode and where gradients are off (`generate`, reference passes) they do nothing.
+
+What changes from forward to forward is held in tensors, so that `torch.compile` sees the hooks as
+part of the model: no graph break, and no recompilation as steps go by.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from neftune_dist.compat.torch import is_view, move_forward_hook_last
+from neftune_dist.distributed import environment
+from neftune_dist.noise.embedding import (
+    check_embedding,
+    embedding_scale,
+    innermost,
+    input_embedding,
+    local_activation,
+    padding_token,
+)
+from neftune_dist.noise.law import MAX_MICRO_STEPS, RankStream, SampleStream
+from neftune_dist.noise.layout import TokenLayout
+from neftune_dist.noise.op import add_noise, count_forward_
+from neftune_dist.noise.recomputation import LastForward, is_recomputing
+
+if TYPE_CHECKING:
+    from neftune_dist.noise.hook import NEFTune
+
+_MARK = "_neftune_handle"
+# Handle's number: layout of the forward pass under way. Here and not in the handle, because
+# torch.compile takes what it reaches through the embedding's hooks for parameters, whose shapes
+# never change.
+_UNDER_WAY: dict[int, TokenLayout] = {}
+_numbers = itertools.count()
+
+
+class NEFTuneHandle:
+    """The noise on one model. Leaving the `with` block, or `remove()`, takes it off."""
+
+    def __init__(self, neftune: NEFTune, model: nn.Module) -> None:
+        self.neftune = neftune
+        model = innermost(model)
+        embedding = input_embedding(model)
+        if neftune.alpha:
+            check_embedding(embedding)
+        # (Not on the embedding alone: it may have been wrapped since, by PEFT for instance.)
+        if any(getattr(module, _MARK, None) is not None for module in model.modules()):
+            raise ValueError("NEFTune is attached to this model already: remove() it first.")
+        self._model_name, self._embedding = type(model).__name__, embedding
+        self._embed_scale = embedding_scale(embedding)
+        parameters = inspect.signature(model.forward).parameters
+        self._names = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        self._tensor_parallel = getattr(model, "tp_size", None) not in (None, 1)
+        # Where documents are packed without a mask, it fills the row behind the last one.
+        self.padding_token: int | None = padding_token(model)
+        self._rank = _data_parallel_rank() if neftune.rank is None else neftune.rank
+
+        self._weight_is_shared = False
+        self._number = next(_numbers)
+        self._described: TokenLayout | None = None  # for the next forward
+        self._last = LastForward()
+        self._step = 0
+        # The optimizer step; since it was set: micro-steps, and noised forwards.
+        self._clock = torch.zeros(3, dtype=torch.int64)
+        self._strength, self._sign = neftune.alpha, 1
+        self._needs_sign = neftune.distribution == "symmetric"
+        self._alpha = torch.tensor(neftune.alpha, dtype=torch.float64)  # strength times sign
+        # Of the documents noised since they were last taken: the sum of norms, and the number.
+        self._norms = torch.zeros(2, dtype=torch.float64)
+
+        setattr(embedding, _MARK, self)
+        self._removers = []
+        if neftune.alpha:
+            behind_embedding = embedding.register_forward_hook(self._after_embedding)
+            self._hook_id = behind_embedding.id
+            self._removers = [
+                behind_embedding,
+                model.register_forward_pre_hook(self._before_model, with_kwargs=True),
+                model.register_forward_hook(self._after_model),
+            ]
+            if neftune.rank is None:
+                self._removers.append(embedding.register_forward_pre_hook(self._before_embedding))
+
+    @property
+    def step(self) -> int:
+        """The optimizer step of your loop, for the `rank` stream. Setting it starts micro-steps at
+        0; every training forward counts one up."""
+        return self._step
+
+    @step.setter
+    def step(self, value: int) -> None:
+        if not 0 <= value < 1 << 32:
+            raise ValueError(f"step={value} is out of range: from 0 to 2^32 - 1.")
+        self._step = value
+        self._clock[0].fill_(value)
+        self._clock[1:].fill_(0)
+
+    @property
+    def alpha(self) -> float:
+        """The strength from the next forward on; set it to warm the noise up or let it decay."""
+        return self._strength
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        check_alpha(value)
+        if value and not self._removers:
+            raise ValueError("NEFTune was attached with alpha=0, which puts on no hooks.")
+        self._strength = value
+        self._alpha.fill_(value * self._sign)
+
+    @property
+    def sign(self) -> int:
+        """The sign of the noise from the next forward on, 1 or -1. Changing it from 1 to -1 goes
+        back one micro-step: the next forward gets the opposite of the last one's noise."""
+        return self._sign
+
+    @sign.setter
+    def sign(self, value: int) -> None:
+        if value not in (1, -1):
+            raise ValueError(f"sign={value} is not known: 1 or -1.")
+        self._needs_sign = False
+        if value != self._sign:
+            self._sign = value
+            self._alpha.neg_()
+            if value == -1:
+                self._clock[1].sub_(1).clamp_min_(0)
+
+    @property
+    def num_fired(self) -> int:
+        """Training forwards that got noise since `step` was last set. Waits for the device."""
+        return int(self._clock[2])
+
+    def describe(self, layout: TokenLayout) -> None:
+        """Set the layout of the next training forward, instead of reading it off its arguments."""
+        self._described = layout
+
+    def take_noise_norms(self) -> tuple[Tensor, Tensor]:
+        """Sum over documents of the L2 norm of their noise, and their number, since the last call.
+
+        Returns:
+            Two float64 scalars on the model's device (on CPU where nothing fired). A document in
+            slices counts, with the norm of all of it, on the rank that has its first token.
+        """
+        norm_sum, num_documents = self._norms.clone().unbind()
+        self._norms.zero_()
+        return norm_sum, num_documents
+
+    def remove(self) -> None:
+        """Take the noise off; the model is as it was before."""
+        for remover in self._removers:
+            remover.remove()
+        _UNDER_WAY.pop(self._number, None)
+        if getattr(self._embedding, _MARK, None) is self:
+            setattr(self._embedding, _MARK, None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NEFTuneHandle:
+        """The handle of a copied model, under another number. Where the embedding alone was copied
+        (PEFT's modules_to_save), the copy's hook finds no forward pass under way, which is an
+        error."""
+        other = object.__new__(NEFTuneHandle)
+        memo[id(self)] = other
+        vars(other).update(copy.deepcopy(vars(self), memo), _number=next(_numbers))
+        return other
+
+    def __enter__(self) -> NEFTuneHandle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def _before_model(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if is_recomputing():
+            return
+        described, self._described = self._described, None
+        _UNDER_WAY.pop(self._number, None)
+        if not (model.training and torch.is_grad_enabled()):
+            return
+        if self._needs_sign:
+            raise ValueError(
+                "distribution='symmetric' adds noise and its opposite: pass every batch forward "
+                "twice, after `sign = 1` and after `sign = -1` on the handle."
+            )
+        if not torch.compiler.is_compiling():
+            # Last of the embedding's hooks: one that sums up a vocabulary-parallel embedding's
+            # parts, or gathers its rows, must have run.
+            move_forward_hook_last(self._embedding, self._hook_id)
+            self._last.begin()
+        if described is not None:
+            _UNDER_WAY[self._number] = described
+            return
+        # (Lengths differ where the model has *args of its own; names beyond them are not read.)
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        _UNDER_WAY[self._number] = TokenLayout.from_call(given, self.padding_token)
+
+    def _before_embedding(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Note whether the lookup uses a sharded weight: FSDP2, of which the embedding may be a
+        unit, has gathered its shards by now; tensor parallelism keeps them."""
+        weight = getattr(module, "weight", None)
+        self._weight_is_shared = isinstance(weight, DTensor) and weight.device_mesh.size() > 1
+
+    def _after_embedding(
+        self, module: nn.Module, args: tuple[Any, ...], output: Tensor
+    ) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        layout = _UNDER_WAY.pop(self._number, None)
+        if layout is None and not (module.training and is_recomputing()):
+            return None  # not training, or a second lookup
+        if not torch.compiler.is_compiling() and is_view(output):
+            # Memory that is not the lookup's own; what tensor parallelism hands out is a view that
+            # autograd lets nobody change in place.
+            output = output.clone()
+        if self.neftune.rank is None and (self._tensor_parallel or self._weight_is_shared):
+            raise ValueError(
+                "The model is tensor parallel: say NEFTune(rank=...), the data-parallel rank, "
+                "which ranks that hold copies of one batch share."
+            )
+        # In place on the lookup's fresh output: the gradient passes through unchanged, because the
+        # backward of a lookup reads its indices, never its output.
+        x = local_activation(output.detach())
+        if layout is None:
+            last = self._last.recall()
+            self._add(x, last.layout, last.alpha, last.step, last.micro_step)
+            return output
+        if layout.num_tokens != x.numel() // x.shape[-1]:
+            raise ValueError(
+                f"The batch was described with {layout.num_tokens} tokens, the embedding's output "
+                f"has {x.numel() // x.shape[-1]}: for a slice of a sequence, describe the slice "
+                "(TokenLayout.take)."
+            )
+        if self._clock.device != x.device:
+            self._clock, self._alpha = self._clock.to(x.device), self._alpha.to(x.device)
+            self._norms = self._norms.to(x.device)
+        alpha = self._alpha.clone()
+        step, micro_step, _ = count_forward_(self._clock).unbind()
+        squares = self._add(x, layout, alpha, step, micro_step)
+        documents = (layout.length > 0) & (layout.position == 0)
+        if self.neftune.slices is not None:
+            torch.distributed.all_reduce(squares, group=self.neftune.slices)
+            squares = torch.where(documents, squares[layout.segment], 0.0)
+        self._norms.add_(torch.stack((squares.sqrt().sum(), documents.sum().to(torch.float64))))
+        if not torch.compiler.is_compiling():
+            self._last.keep(layout, alpha, step, micro_step)
+        return output
+
+    def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if _UNDER_WAY.pop(self._number, None) is not None:
+            raise RuntimeError(
+                f"The noise was not added: {self._model_name} did not call the embedding that its "
+                "get_input_embeddings() named when NEFTune was attached, or called it with "
+                "gradients off. Attach it after resizing the embedding and before compiling, and "
+                "checkpoint activations with use_reentrant=False."
+            )
+
+    def _add(
+        self, x: Tensor, layout: TokenLayout, alpha: Tensor, step: Tensor, micro_step: Tensor
+    ) -> Tensor:
+        n = self.neftune
+        stream: RankStream | SampleStream
+        if n.stream == "rank":
+            # A loop that never sets the step runs on regardless.
+            overflow, within = micro_step // MAX_MICRO_STEPS, micro_step % MAX_MICRO_STEPS
+            stream = RankStream(n.seed, self._rank, step + overflow, within)
+        else:
+            stream = SampleStream(n.seed)
+        return add_noise(
+            x,
+            layout,
+            stream,
+            alpha,
+            distribution=n.distribution,
+            embed_scale=self._embed_scale,
+            row_length=x.shape[-2] if n.length == "padded" else None,
+            num_segments=layout.num_tokens * (n.slices.size() if n.slices else 1),
+        )
+
+
+def check_alpha(alpha: float) -> None:
+    """Raise `ValueError` where the strength is out of range."""
+    if not (0 <= alpha <= 1000 and math.isfinite(alpha)):
+        raise ValueError(f"alpha={alpha} is out of range: from 0 to 1000.")
+
+
+def _data_parallel_rank() -> int:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return environment.number("RANK", 0)
