@@ -25,6 +25,7 @@ from neftune_dist.config import UserError
 from neftune_dist.data.errors import BadRow
 from neftune_dist.data.formats import Turn
 from neftune_dist.evaluation.target import Subject, open_subject
+from neftune_dist.model.families import context_length
 
 with suppress(ImportError):  # of systems without it; it gives `input` a history and its keys
     import readline  # noqa: F401
@@ -118,7 +119,7 @@ class Speaker:
         template, model = self.subject.template, self.subject.model
         ids = template.reply_ids([*self.system, *turns])
         most, limit = self.subject.config.evaluate.max_new_tokens, "evaluate.max_new_tokens"
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        longest = context_length(model.config)
         if longest is not None:
             if len(ids) >= longest:
                 raise BadRow(

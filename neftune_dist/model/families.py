@@ -1,56 +1,112 @@
-"""Which models are trained as they should be, whatever the layout; the others are refused at once.
+"""Families of models: a table of their quirks, and the checks that refuse what would train wrongly.
 
 That a family uses transformers' attention interface does not say that it keeps packed documents
-apart (recurrent layers, attention sinks, chunks): the families that pack are a list, and a test
-proves each entry.
+apart (recurrent layers, attention sinks, chunks): so the table lists the families that pack, and a
+test proves every row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from neftune_dist.compat.transformers import attention_name
 from neftune_dist.config import UserError
 
-# transformers' model_type of the families whose packed documents compute what they compute alone.
-PACKING_FAMILIES = frozenset(
-    {
-        "arcee",
-        "cohere",
-        "cohere2",
-        "ernie4_5",
-        "exaone4",
-        "gemma",
-        "gemma3_text",
-        "glm",
-        "glm4",
-        "gpt2",
-        "gpt_bigcode",
-        "gpt_neox",
-        "granite",
-        "helium",
-        "hunyuan_v1_dense",
-        "llama",
-        "ministral",
-        "mistral",
-        "olmo",
-        "olmo2",
-        "olmo3",
-        "opt",
-        "persimmon",
-        "phi",
-        "phi3",
-        "qwen2",
-        "qwen3",
-        "seed_oss",
-        "smollm3",
-        "starcoder2",
-    }
+
+@dataclass(frozen=True)
+class Family:
+    """The quirks of a family of models. A row without any is a plain Llama.
+
+    Attributes:
+        packs: packed documents compute what they compute alone. A test proves it for every row.
+        learned_positions: a table of `max_position_embeddings` rows ends the longest document.
+            Rotary positions have no end, but for those of `longest_document`.
+        embedding_scale: attribute of the embedding module that holds the factor which it multiplies
+            its lookup by; the first that it has.
+        logits: setting of config.json that changes the logits after their projection.
+        attention_cap: setting of config.json that caps the logits of attention.
+        earlier_names: tensors' names, and those in the files of earlier transformers.
+    """
+
+    packs: bool = True
+    learned_positions: bool = False
+    embedding_scale: tuple[str, ...] = ()
+    logits: str | None = None
+    attention_cap: str | None = None
+    earlier_names: Mapping[str, str] = field(default_factory=dict)
+
+
+# By transformers' model_type. To add a family, add a row: the tests take it up by its name. A quirk
+# that one row names is looked for in every model, of a family without a row as well.
+FAMILIES: dict[str, Family] = {
+    "arcee": Family(),
+    "cohere": Family(logits="logit_scale"),
+    "cohere2": Family(logits="logit_scale"),
+    "ernie4_5": Family(),
+    "exaone4": Family(),
+    "gemma": Family(embedding_scale=("scalar_embed_scale", "embed_scale")),
+    "gemma2": Family(
+        packs=False,
+        embedding_scale=("scalar_embed_scale", "embed_scale"),
+        logits="final_logit_softcapping",
+        attention_cap="attn_logit_softcapping",
+    ),
+    "gemma3_text": Family(
+        embedding_scale=("scalar_embed_scale", "embed_scale"),
+        logits="final_logit_softcapping",  # null in the published ones, as is the cap
+        attention_cap="attn_logit_softcapping",
+    ),
+    "glm": Family(),
+    "glm4": Family(),
+    "gpt2": Family(learned_positions=True),
+    "gpt_bigcode": Family(learned_positions=True),
+    "gpt_neox": Family(earlier_names={"lm_head.weight": "embed_out.weight"}),
+    "granite": Family(logits="logits_scaling"),
+    "helium": Family(),
+    "hunyuan_v1_dense": Family(),
+    "llama": Family(),
+    "ministral": Family(),
+    "mistral": Family(),
+    "olmo": Family(),
+    "olmo2": Family(),
+    "olmo3": Family(),
+    "opt": Family(learned_positions=True),
+    "persimmon": Family(),
+    "phi": Family(),
+    "phi3": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "seed_oss": Family(),
+    "smollm3": Family(),
+    "starcoder2": Family(),
+}
+PACKING_FAMILIES = frozenset(name for name, family in FAMILIES.items() if family.packs)
+EMBEDDING_SCALES = tuple(
+    dict.fromkeys(name for family in FAMILIES.values() for name in family.embedding_scale)
 )
+EARLIER_NAMES = {
+    name: earlier for family in FAMILIES.values() for name, earlier in family.earlier_names.items()
+}
+_LOGITS = sorted({family.logits for family in FAMILIES.values() if family.logits})
+_CAPS = sorted({family.attention_cap for family in FAMILIES.values() if family.attention_cap})
+
+
+def changed_logits(hf_config: Any) -> str | None:
+    """The setting by which the model changes its logits after their projection, or None."""
+    config = hf_config.get_text_config()
+    return next((name for name in _LOGITS if getattr(config, name, None) is not None), None)
+
+
+def context_length(hf_config: Any) -> int | None:
+    """Tokens that the model's positions were made for, or None where config.json says nothing."""
+    length: int | None = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
+    return length
 
 
 def check_packable(hf_config: Any) -> None:
-    """Raise `UserError` unless packed documents compute in the family what they compute alone."""
+    """Raise `UserError` unless the model's packed documents compute what they compute alone."""
     if _caps_attention(hf_config):
         raise UserError(
             f"The model ({hf_config.model_type}) caps its attention logits, which packed attention "
@@ -64,7 +120,7 @@ def check_packable(hf_config: Any) -> None:
 
 
 def check_model(model: Any, packing: bool) -> None:
-    """Raise `UserError` if training this model would silently be something else."""
+    """Raise `UserError` where training would silently be that of another kind of model."""
     name = type(model).__name__
     if packing:
         check_packable(model.config)
@@ -92,15 +148,15 @@ def check_model(model: Any, packing: bool) -> None:
 
 
 def longest_document(hf_config: Any) -> int | None:
-    """Most tokens of a document that the model computes as it should; None: any number.
+    """The greatest number of tokens in a document that every layout computes alike; None: any.
 
     Past it there are no position embeddings, or the rotary frequencies change with the longest
-    document of the batch, so that the layout would decide what a shorter one computes.
+    document of the batch, so that the layout would decide the result of a shorter one.
     """
-    config = hf_config.get_text_config()
-    last: int | None = getattr(config, "max_position_embeddings", None)
+    config, last = hf_config.get_text_config(), context_length(hf_config)
     rope = getattr(config, "rope_parameters", None)
-    if not rope:
+    family = FAMILIES.get(config.model_type)
+    if not rope or (family and family.learned_positions):
         return last
     kinds = [kind for kind in rope.values() if isinstance(kind, dict)] or [rope]
     limits = [
@@ -122,4 +178,4 @@ def check_lengths(hf_config: Any, longest: int) -> None:
 
 
 def _caps_attention(hf_config: Any) -> bool:
-    return getattr(hf_config, "attn_logit_softcapping", None) is not None
+    return any(getattr(hf_config, name, None) is not None for name in _CAPS)

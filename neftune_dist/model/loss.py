@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from neftune_dist.compat.torch import storage_id
 from neftune_dist.config import UserError
 from neftune_dist.model.attention import packed_arguments
+from neftune_dist.model.families import changed_logits
 from neftune_dist.model.liger import LossSum, liger_cross_entropy
 from neftune_dist.system.memory_tag import memory_tag
 
@@ -52,14 +53,9 @@ def resolve_loss(kind: str, model: Any) -> str:
 
 def _why_plain(model: Any) -> str | None:
     """Why the model's logits are needed, or None."""
-    config = model.config.get_text_config()
-    after = [
-        name
-        for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")
-        if getattr(config, name, None) is not None
-    ]
-    if after:
-        return f"changes its logits after their projection ({after[0]})"
+    setting = changed_logits(model.config)
+    if setting:
+        return f"changes its logits after their projection ({setting})"
     if type(model.get_output_embeddings()) is not nn.Linear:
         return "has no plain matrix as its output embedding"
     return None

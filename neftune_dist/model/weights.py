@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from neftune_dist.config import ModelConfig, UserError, user_path
+from neftune_dist.model.families import EARLIER_NAMES
 from neftune_dist.model.foreign import open_weights
 from neftune_dist.model.pickles import load_tensors
 from neftune_dist.system.model_files import weight_files
@@ -26,7 +27,6 @@ from neftune_dist.system.text import first_line
 
 _COMPARED_ELEMENTS = 2**24
 _DIGESTED_ELEMENTS = 2**22
-_EARLIER_NAMES = {"lm_head.weight": "embed_out.weight"}  # GPT-NeoX before transformers 5
 
 
 def weights_folder(config: ModelConfig, folder: Path) -> Path:
@@ -190,7 +190,7 @@ def _candidates(names: list[str], prefix: str) -> list[str]:
         *names,
         *[n.removeprefix(dotted) for n in names if n.startswith(dotted)],
         *[dotted + n for n in names if not n.startswith(dotted)],
-        *[_EARLIER_NAMES[n] for n in names if n in _EARLIER_NAMES],
+        *[EARLIER_NAMES[n] for n in names if n in EARLIER_NAMES],
     ]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from neftune_dist.compat.torch import compiled_module
+from neftune_dist.model.families import EMBEDDING_SCALES
 
 
 def innermost(model: nn.Module) -> nn.Module:
@@ -54,8 +55,8 @@ def check_embedding(embedding: nn.Module) -> None:
 
 def embedding_scale(embedding: nn.Module) -> float:
     """The factor that the embedding multiplies its lookup by; 1 for most families."""
-    # transformers' scaled embeddings (Gemma 3) keep the factor under one of these names.
-    return float(getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", 1.0)))
+    held = (getattr(embedding, name) for name in EMBEDDING_SCALES if hasattr(embedding, name))
+    return float(next(held, 1.0))
 
 
 def padding_token(model: nn.Module) -> int | None:

@@ -33,7 +33,7 @@ _ONE = 127 << 23  # the bits of 1.0
 class QuantizedMoment:
     """A range of one of Adam's moments, a flat float32 tensor, in 8 bits an element.
 
-    QuantizedMoment begin at multiples of 256 of the whole tensor, whichever range of it lies here. To read
+    Blocks begin at multiples of 256 of the whole tensor, whichever range of it lies here. To read
     values and write them back changes neither code nor scale: a block's largest element has the
     code of 1 and the others err by far less than half a code's width.
 

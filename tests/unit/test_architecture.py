@@ -13,7 +13,8 @@ ORDER: list[set[str]] = [
     {"compat"},
     {"distributed"},
     {"optim"},
-    {"data", "model", "noise"},
+    {"data", "model"},
+    {"noise"},  # reads a family's embedding scale in the table of `model/families`
     {"engine"},
     {"checkpoint"},
     {"training"},

@@ -246,6 +246,18 @@ def test_packed_attention_drops_and_keeps_the_mean(window: int | None) -> None:
     assert float(sums.mean()) == pytest.approx(1, abs=5 / math.sqrt(sums.numel()))
 
 
+def test_the_longest_document_is_rounded_up_to_a_power_of_two() -> None:
+    model = make(family("llama"), VARLEN)
+    for longest, expected in ((1, 1), (2, 2), (3, 4), (8, 8), (9, 16)):
+        assert packed_arguments(model, ends((longest,)), longest)["max_seqlen"] == expected
+
+
+def test_a_window_counts_the_token_itself() -> None:
+    """FlashAttention counts the tokens before it, and those after."""
+    assert varlen._window_sizes(5) == {"window_size_left": 4, "window_size_right": 0}
+    assert set(varlen._window_sizes(0).values()) == {None}
+
+
 def test_auto_attention() -> None:
     assert implementation("auto", packing=True) == VARLEN
     assert implementation("auto", packing=False) == "sdpa"
@@ -263,6 +275,17 @@ LONGROPE = {
 }
 
 
+TWO_ROPES = {
+    "rope_parameters": {
+        kind: {
+            **rope("longrope", short_factor=[1.0] * 4, long_factor=[3.0] * 4)["rope_parameters"],
+            "original_max_position_embeddings": length,
+        }
+        for kind, length in (("full_attention", 48), ("sliding_attention", 24))
+    }
+}
+
+
 @pytest.mark.parametrize(
     ("config", "limit"),
     [
@@ -273,6 +296,7 @@ LONGROPE = {
         (family("llama", **rope("dynamic", factor=2.0)), 64),
         (family("phi3", **LONGROPE), 12),
         (family("gemma3_text"), None),
+        (family("gemma3_text", **TWO_ROPES), 24),
     ],
 )
 def test_longest_document(config: Any, limit: int | None) -> None:

@@ -264,6 +264,21 @@ def assert_readable(folder: Path, expected: dict[str, Tensor]) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_the_digest_is_of_names_and_dtypes_as_well(tmp_path: Path) -> None:
+    """Zeros have the same bytes in bfloat16 and in float16."""
+
+    def digest(names: str, dtype: torch.dtype = torch.bfloat16) -> int:
+        folder = tmp_path / f"{names} {dtype}"
+        folder.mkdir()
+        save_file(
+            {name: torch.zeros(3, dtype=dtype) for name in names}, folder / "model.safetensors"
+        )
+        aliases = {name: [name] for name in names}
+        return WeightFiles(folder, aliases, dict.fromkeys(names, (3,)), "").digest()
+
+    assert len({digest("ab"), digest("ac"), digest("ab", torch.float16)}) == 3
+
+
 def test_several_files(llama: Path) -> None:
     assert_readable(llama, tensors_of(llama))
 
@@ -481,6 +496,31 @@ def test_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             load.find(ModelConfig(str(name)))
 
 
+def test_a_revision_of_a_directory_is_refused(tmp_path: Path) -> None:
+    family("llama").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"model\.revision=main has no effect"):
+        load.find(ModelConfig(str(tmp_path), revision="main"))
+
+
+@pytest.mark.parametrize("stored", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_pickles_are_downloaded_where_there_are_no_safetensors(
+    stored: str, wanted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patterns: list[str] = []
+
+    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        patterns.extend(allow_patterns)
+        if any(Path(stored).match(pattern) for pattern in allow_patterns):
+            (tmp_path / stored).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert load.find(ModelConfig("someone/some-model"), weights=wanted) == tmp_path
+    assert (tmp_path / stored).is_file() == wanted
+    assert ("pytorch_model*.bin" in patterns) == (wanted and stored == "pytorch_model.bin")
+
+
 def test_a_hub_id_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
@@ -581,7 +621,7 @@ def test_the_architecture_is_told_apart_from_the_rest(tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(tmp_path, moved)
     other = load.load_model_config(moved, ModelConfig())
-    other.dtype = "bfloat16"
+    other.dtype, other.use_cache = "bfloat16", not other.use_cache
     seen = load.architecture(one)
     assert load.architecture(other) == seen
     assert load.architecture(build(tmp_path).config) == seen

@@ -31,6 +31,7 @@ from neftune_dist.optim import (
 )
 from neftune_dist.optim.quantized_state import BLOCK
 from neftune_dist.optim.rounding import draw_words, round_into
+from tests.support import moment_updates
 
 CPU = torch.device("cpu")
 NUMEL = 5000  # no multiple of a block; quantised
@@ -140,6 +141,16 @@ def test_shards_and_chunks_change_no_bit(
     parts = Training(states, cuts, together).run().values()
     assert torch.equal(parts["w"], whole["w"])
     assert equal(parts, whole)
+
+
+@pytest.mark.parametrize("case", ["an odd start", "a start within a block"])
+@pytest.mark.parametrize("states", ["bf16", "8bit"])
+def test_chunks_of_a_slice_that_starts_within_a_block_change_no_bit(
+    states: str, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = moment_updates.run(states, moment_updates.CASES[case])
+    monkeypatch.setattr(adamw_low_precision, "_CHUNK", 2 * BLOCK)
+    moment_updates.assert_same_bits(moment_updates.run(states, moment_updates.CASES[case]), whole)
 
 
 @pytest.mark.parametrize("states", ["bf16", "8bit"])
@@ -291,6 +302,11 @@ def streams() -> list[Tensor]:
         words(0, 1, "a", 2**31 - n // 2, n),
         words(2**63 - 1, 2**24, "model.layers.11.mlp.down_proj.weight", 10**9, n),
     ]
+
+
+def test_words_are_those_of_every_run_before() -> None:
+    """Other words would round a resumed run otherwise than before."""
+    assert words(3, 7, "w", 2**32 + 5, 3).tolist() == [1549615531, 3864210239, 4040709487]
 
 
 def test_words_are_even() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,9 @@ import transformers
 from torch import Tensor
 
 from neftune_dist import NEFTune
-from neftune_dist.noise.law import RankStream, SampleStream, draw, expected_norm, key_words
+from neftune_dist.noise.law import RankStream, SampleStream, draw, expected_norm, key_words, scales
 from neftune_dist.noise.layout import TokenLayout
-from neftune_dist.noise.op import add_noise
+from neftune_dist.noise.op import add_noise, add_noise_
 from neftune_dist.noise.philox import philox4x32, to_draws
 
 # Known answers of the generator's reference implementation (Random123, kat_vectors).
@@ -108,6 +109,45 @@ def test_all_bits_of_the_seed_are_the_key() -> None:
     layout = TokenLayout.from_lengths(torch.tensor([3]))
     one, other = (draw(RankStream(seed, 0, 0, 0), layout, 8) for seed in (5, 5 + (1 << 32)))
     assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("row_length", [None, 512])
+def test_noise_keeps_its_size_relative_to_a_scaled_embedding(row_length: int | None) -> None:
+    layout = TokenLayout.from_lengths(torch.tensor([3, 4]))
+    plain = scales(layout, 64, 5.0, row_length=row_length)
+    assert torch.equal(scales(layout, 64, 5.0, embed_scale=8.0, row_length=row_length), 8 * plain)
+    if row_length:
+        expected = torch.tensor(5.0 / math.sqrt(512 * 64), dtype=torch.float32)
+        assert torch.equal(plain, expected.expand(7))
+
+
+def test_rows_that_do_not_lie_behind_each_other_are_noised_in_place() -> None:
+    """A view of some columns of each row, next to what must stay as it is."""
+    x = torch.randn(3, 9, 8)
+    whole, layout = x.clone(), TokenLayout.from_lengths(torch.tensor([5, 5, 5]))
+    expected = x[:, 2:7].clone()
+    add_noise(expected, layout, RankStream(0, 0, 0, 0), 5.0)
+    add_noise(x[:, 2:7], layout, RankStream(0, 0, 0, 0), 5.0)
+    assert torch.equal(x[:, 2:7], expected)
+    assert torch.equal(x[:, :2], whole[:, :2]) and torch.equal(x[:, 7:], whole[:, 7:])
+
+
+def test_a_token_without_noise_has_changed_by_nothing() -> None:
+    """Also where it is infinite, of which the difference from itself is no number."""
+    x = torch.full((1, 2, 8), math.inf)
+    words = RankStream(0, 0, 0, 0).words(TokenLayout.from_lengths(torch.tensor([2])))
+    x[0, 1] = 0.0
+    squares = add_noise_(x, torch.tensor([0.0, 1.0]), *words, 0, "uniform")
+    assert squares[0] == 0 and float(squares[1]) == pytest.approx(float(x[0, 1].square().sum()))
+    assert bool((x[0, 0] == math.inf).all())
+
+
+def test_a_sum_that_overflows_is_counted_as_large() -> None:
+    """Half precision ends at 65504; what exceeds it becomes infinite."""
+    x = torch.full((2, 4), 65504.0, dtype=torch.float16)
+    layout = TokenLayout.from_lengths(torch.tensor([2]))
+    squares = add_noise(x, layout, RankStream(0, 0, 0, 0), 1000.0)
+    assert x.isinf().any() and float(squares[0]) > 1000.0**2
 
 
 @pytest.mark.parametrize("hidden", [1 << 17, (1 << 17) + 1])
@@ -335,6 +375,37 @@ def test_an_embedding_scaled_inside_its_module_gets_noise_in_proportion() -> Non
     scale = float(model.model.embed_tokens.scalar_embed_scale)
     assert scale == pytest.approx(8.0)
     assert float(added.norm()) == pytest.approx(scale * expected_norm(5.0), rel=0.01)
+
+
+def test_norms_are_taken_once(model: Any) -> None:
+    ids = torch.randint(0, 100, (2, 12))
+    with NEFTune(5.0).attach(model) as noise:
+        model(input_ids=ids)
+        assert int(noise.take_noise_norms()[1]) == 2
+        assert [float(each) for each in noise.take_noise_norms()] == [0.0, 0.0]
+
+
+def test_a_description_holds_for_one_forward(model: Any) -> None:
+    with NEFTune(5.0).attach(model) as noise:
+        noise.describe(TokenLayout.from_lengths(torch.tensor([3, 4])))
+        for num_tokens, num_documents in ((7, 2), (5, 1)):
+            model(input_ids=torch.zeros(1, num_tokens, dtype=torch.int64))
+            assert int(noise.take_noise_norms()[1]) == num_documents
+
+
+def test_a_slice_counts_documents_by_their_number_in_the_whole_sequence(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second half of eight documents of one token has the numbers 4 to 7, above its tokens'."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
+    group: Any = SimpleNamespace(size=lambda: 2)
+    layout = TokenLayout.from_lengths(torch.ones(8, dtype=torch.int64))
+    with NEFTune(5.0, slices=group, rank=0).attach(model) as noise:
+        noise.describe(layout.take(torch.arange(4, 8)))
+        model(input_ids=torch.zeros(1, 4, dtype=torch.int64))
+        norm_sum, number = noise.take_noise_norms()
+    assert int(number) == 4
+    assert float(norm_sum) == pytest.approx(4 * expected_norm(5.0), rel=0.2)
 
 
 def test_mistakes_are_told(model: Any) -> None:

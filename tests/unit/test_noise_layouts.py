@@ -202,6 +202,26 @@ def test_every_layout_is_the_documents_alone(name: str, dtype: torch.dtype) -> N
         assert torch.equal(x[~real].signbit(), untouched.signbit())
 
 
+def test_positions_of_images_say_nothing_of_documents() -> None:
+    """Three coordinates, which fall back within a document."""
+    ids = torch.zeros(2, 12, dtype=torch.int64)
+    positions = (torch.arange(12) % 5).expand(3, 2, 12)
+    layout = TokenLayout.from_arguments(ids, position_ids=positions)
+    assert layout.length.unique().tolist() == [12]
+
+
+def test_a_mask_says_what_is_padding_whatever_the_token() -> None:
+    """A last document of the padding token alone, which the mask numbers, is none of TRL's."""
+    ids, numbers = torch.tensor([[5, 6, 7, 2]]), torch.tensor([[1, 1, 1, 2]])
+    for name, token, last in (
+        ("attention_mask", 2, 1),
+        ("seq_idx", 2, 0),
+        ("seq_idx", None, 1),
+    ):
+        layout = TokenLayout.from_call({"input_ids": ids, name: numbers}, padding_token=token)
+        assert layout.length.tolist() == [3, 3, 3, last]
+
+
 def contiguous(columns: int) -> list[Tensor]:
     """Three slices of a sequence, the last one shorter."""
     return list(torch.arange(columns).split(columns * 2 // 5))

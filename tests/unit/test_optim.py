@@ -222,6 +222,14 @@ def test_gradients_are_clipped_as_they_are_read(states: str, max_norm: float) ->
         assert torch.equal(one, other)
 
 
+def test_the_norm_is_of_all_elements_however_they_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neftune_dist.optim.adamw._NORM_ELEMENTS", 7)
+    tensors = [torch.arange(float(n)).view(-1, 1) for n in (0, 1, 7, 20)]
+    expected = sum(float(tensor.square().sum()) for tensor in tensors)
+    assert float(squared_norm(tensors)) == pytest.approx(expected, rel=1e-12)
+    assert float(squared_norm([])) == 0
+
+
 def test_no_update_where_the_norm_is_not_finite() -> None:
     for norm in (math.nan, math.inf):
         parameter = torch.nn.Parameter(torch.ones(3))

@@ -1,0 +1,60 @@
+"""Every row of the table of families says what transformers' model of that family does.
+
+That rows which pack do so is proven in `test_attention.py`, row by row.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+
+from neftune_dist.model.families import (
+    EARLIER_NAMES,
+    EMBEDDING_SCALES,
+    FAMILIES,
+    changed_logits,
+    context_length,
+    longest_document,
+)
+from neftune_dist.noise.embedding import embedding_scale
+from tests.support.families import family
+
+LOGITS = {row.logits for row in FAMILIES.values() if row.logits}
+CAPS = {row.attention_cap for row in FAMILIES.values() if row.attention_cap}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_row_says_what_the_family_does(model_type: str) -> None:
+    row, config = FAMILIES[model_type], family(model_type)
+    assert {name for name in LOGITS if hasattr(config, name)} == {row.logits} - {None}
+    assert {name for name in CAPS if hasattr(config, name)} == {row.attention_cap} - {None}
+    assert context_length(config) == 64
+    assert longest_document(config) == (64 if row.learned_positions else None)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    embedding = model.get_input_embeddings()
+    assert [name for name in EMBEDDING_SCALES if hasattr(embedding, name)] == list(
+        row.embedding_scale
+    )
+    expected = config.hidden_size**0.5 if row.embedding_scale else 1.0
+    assert embedding_scale(embedding) == pytest.approx(expected)
+    names = dict(model.named_parameters(remove_duplicate=False))
+    assert row.earlier_names.keys() <= names.keys()
+
+
+def test_a_quirk_that_one_row_names_is_looked_for_in_every_model() -> None:
+    for name in LOGITS:
+        config = SimpleNamespace(model_type="new", **{name: 2.0})
+        config.get_text_config = lambda config=config: config
+        assert changed_logits(config) == name
+    assert changed_logits(family("llama")) is None
+    assert EARLIER_NAMES == {"lm_head.weight": "embed_out.weight"}
+    scaled = torch.nn.Embedding(3, 4)
+    assert embedding_scale(scaled) == 1.0
+    scaled.embed_scale = 3.0
+    assert embedding_scale(scaled) == 3.0
+    scaled.scalar_embed_scale = 2.0  # the number; the other one is rounded to the weight's dtype
+    assert embedding_scale(scaled) == 2.0
