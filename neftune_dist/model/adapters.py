@@ -1,8 +1,8 @@
 """Small matrices that are trained beside frozen weights: LoRA, rsLoRA and DoRA of PEFT, QLoRA.
 
-Owns where they are put in, what they begin with, the frozen weights' content, and their merging
-into the weights. What is frozen lies in the dtype of the computation, or in 4 bits (`nf4`); what is
-trained is float32 with Adam's moments, as any parameter.
+Here are their places in the model, their first values, the frozen weights' content, and their
+merging into the weights. Frozen weights lie in the dtype of the computation, or in 4 bits (`nf4`);
+trained matrices are float32 with Adam's moments, as any parameter.
 
 LoRA (arXiv 2106.09685): W x + s B A x, s = alpha / rank (rsLoRA, arXiv 2312.03732: alpha / sqrt of
 rank). DoRA (arXiv 2402.09353): the rows of W + s B A are scaled to lengths that are trained.
@@ -33,7 +33,7 @@ def attach(model: Any, config: AdapterConfig, dtype: torch.dtype) -> None:
     """Put adapters into the blocks of a model on the meta device, and freeze all else.
 
     Args:
-        dtype: of the computation, in which frozen weights lie.
+        dtype: of the computation, and so of the frozen weights.
 
     Raises:
         UserError: targets that the model does not have, a matrix that cannot be quantised, or a
@@ -61,7 +61,7 @@ def attach(model: Any, config: AdapterConfig, dtype: torch.dtype) -> None:
 
 
 def targets(model: Any, config: AdapterConfig) -> list[str]:
-    """Last names of the layers to adapt. Raises `UserError` for such as the model has not."""
+    """Last names of the layers to adapt. Raises `UserError` for a name that the model lacks."""
     known = sorted({name.rpartition(".")[2] for name in _matrices(model)})
     if not known:
         raise UserError(f"{type(model).__name__} names no blocks with matrices to adapt.")
@@ -78,7 +78,7 @@ def targets(model: Any, config: AdapterConfig) -> list[str]:
 
 
 def peft_settings(config: AdapterConfig, names: list[str]) -> dict[str, Any]:
-    """What PEFT's `LoraConfig` takes."""
+    """Arguments of PEFT's `LoraConfig`."""
     return {
         "r": config.rank,
         "lora_alpha": config.alpha,
@@ -94,8 +94,9 @@ class AdaptedWeights:
     """The content of an adapted model's parameters by ranges, as `WeightFiles` gives a plain one's.
 
     Args:
-        model: adapted, its parameters not yet sharded. files: of the plain model.
-        seed: of what is drawn.
+        model: adapted, its parameters not yet sharded.
+        files: of the plain model.
+        seed: of the adapters' first values.
     """
 
     def __init__(self, model: Any, files: WeightFiles, seed: int) -> None:
@@ -135,7 +136,7 @@ class AdaptedWeights:
         return self._files.read(plain_name(name), start, stop)
 
     def digest(self, part: tuple[int, int] = (0, 1)) -> int:
-        """Of the plain model alone, see `WeightFiles.digest`."""
+        """The digest of the plain model's weights, see `WeightFiles.digest`."""
         return self._files.digest(part)
 
     def _by_row(
@@ -143,18 +144,18 @@ class AdaptedWeights:
         name: str,
         start: int,
         stop: int,
-        made: Callable[[Tensor], Tensor],
+        fn: Callable[[Tensor], Tensor],
         *,
         width: int,
     ) -> Tensor:
-        """Of what `made` makes of each row of a matrix of the files."""
-        each = 1 if name not in self._packed else self._shapes[name][1]
-        first, last = start // each, -(-stop // each)
+        """Apply `fn` to rows of a stored matrix; return elements [start, stop) of its results."""
+        size = 1 if name not in self._packed else self._shapes[name][1]  # of a row's result
+        first, last = start // size, -(-stop // size)
         rows = self._files.read(plain_name(name), first * width, last * width).view(-1, width)
-        return made(rows).flatten()[start - first * each : stop - first * each]
+        return fn(rows).flatten()[start - first * size : stop - first * size]
 
     def _drawn(self, name: str) -> Tensor:
-        """Kaiming's uniform with a = sqrt(5), as PEFT begins, the same on any number of ranks."""
+        """A matrix A as PEFT begins it: Kaiming's uniform with a = sqrt(5), by seed and name."""
         key = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
         bound = 1 / math.sqrt(self._shapes[name][1])
@@ -163,7 +164,7 @@ class AdaptedWeights:
 
 
 def plain_shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters as the plain model has them, by its names; no adapter's."""
+    """Shapes of the plain model's parameters, by its names; packed ones as they are unpacked."""
     shapes = {
         plain_name(name): tuple(parameter.shape)
         for name, parameter in model.named_parameters()
@@ -186,14 +187,14 @@ def is_adapter(name: str) -> bool:
 
 
 def peft_name(name: str) -> tuple[str, str]:
-    """Of an adapter's parameter: the last name of its layer, and its name in PEFT's files."""
+    """The last name of an adapter's layer, and its parameter's name in PEFT's files."""
     layer = name.partition(".lora_")[0].rpartition(".")[2]
     saved = name.replace(_MAGNITUDE, "lora_magnitude_vector").replace(".default.", ".")
     return layer, f"base_model.model.{saved}"
 
 
 def quantized_names(model: Any) -> set[str]:
-    """Of the plain model's parameters, those that lie in 4 bits in this adapted one."""
+    """Names of the plain model's parameters that lie in 4 bits in this adapted one."""
     return {
         plain_name(f"{name}.weight")
         for name, module in model.named_modules()
@@ -204,12 +205,14 @@ def quantized_names(model: Any) -> set[str]:
 def merged(
     name: str, weight: Tensor, trained: Mapping[str, Tensor], config: AdapterConfig, in_4_bits: bool
 ) -> Tensor:
-    """What computes by itself what a frozen parameter and its adapter compute together.
+    """The weight that alone computes the same as a frozen one and its adapter together.
 
     Args:
-        name: of the plain model's parameter. weight: as the files have it.
-        trained: the adapters' parameters by name; those of other layers are passed over.
-        in_4_bits: whether it was trained beside its quantised self.
+        name: of the plain model's parameter.
+        weight: as the files have it.
+        trained: the adapters' parameters by name; those of other layers are ignored.
+        config: the section `adapter`.
+        in_4_bits: whether the adapter was trained beside the quantised weight.
     """
     if in_4_bits:
         weight = nf4.unpack(nf4.pack(weight), weight.shape[1], torch.float32)
@@ -225,7 +228,7 @@ def merged(
 
 
 def _matrices(model: Any) -> dict[str, nn.Linear]:
-    """The blocks' linear layers by name."""
+    """Linear layers of the blocks, by name."""
     inside = {id(m) for block in blocks(model) for m in block.modules()}
     return {
         name: module
@@ -235,7 +238,7 @@ def _matrices(model: Any) -> dict[str, nn.Linear]:
 
 
 def _quantize(model: Any, dtype: torch.dtype) -> None:
-    """Every matrix of the blocks that is no adapter's."""
+    """Replace the blocks' matrices, but for the adapters' own, by packed ones."""
     for name, linear in _matrices(model).items():
         if is_adapter(f"{name}.weight"):
             continue

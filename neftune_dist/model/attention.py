@@ -32,15 +32,16 @@ def implementation(attention: str, packing: bool) -> str:
 
 
 def packed_arguments(model: Any, cu_seqlens: Tensor, longest: int) -> dict[str, Any]:
-    """What the forward of a packed model is given beside tokens and positions.
+    """The arguments of a packed model's forward, beside tokens and positions.
 
     Args:
+        model: the transformers model.
         cu_seqlens: int32 (num_documents + 1,), cumulative lengths; on the model's device.
         longest: tokens of the longest document.
     """
     if attention_name(model) == FLEX:
         return {"document_mask": _document_mask(cu_seqlens)}
-    # Rounded up: a number that changes from batch to batch would have blocks compiled anew.
+    # Rounded up: with a number that changes from batch to batch, blocks would recompile.
     return {"cu_seqlens": cu_seqlens, "max_seqlen": 1 << (longest - 1).bit_length()}
 
 
@@ -59,13 +60,14 @@ def varlen_attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of each document to itself alone.
+    """Causal attention within documents.
 
     Args:
-        query: (1, num_heads, num_tokens, head_dim). key, value: (1, num_key_value_heads, ...).
-            Where sequences are shared (`ulysses`), this rank's tokens.
-        cu_seqlens: int32 (num_documents + 1,), from 0 to num_tokens. max_seqlen: no document is
-            longer.
+        query: (1, num_heads, num_tokens, head_dim); this rank's tokens where sequences are shared
+            (`ulysses`).
+        key, value: (1, num_key_value_heads, num_tokens, head_dim).
+        cu_seqlens: int32 (num_documents + 1,), from 0 to num_tokens.
+        max_seqlen: no document is longer.
         sliding_window: tokens that a token sees, itself counted.
 
     Returns:
@@ -83,7 +85,7 @@ def varlen_attention(
         out = by_document(query, key, value, cu_seqlens, scale, window, dropout)
         return to_slices(out), None
     out, _lse = VARLEN_OPERATOR(
-        *(each[0].transpose(0, 1) for each in (query, key, value)),
+        *(tensor[0].transpose(0, 1) for tensor in (query, key, value)),
         cu_seqlens,
         max_seqlen,
         scale,
@@ -106,7 +108,7 @@ def flex_attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The same as `varlen_attention`, by FlexAttention; without dropout and sliding windows."""
+    """`varlen_attention` by FlexAttention, without dropout and sliding windows."""
     _refuse(module, document_mask, attention_mask, softcap, s_aux)
     if dropout or sliding_window:
         raise RuntimeError(

@@ -14,10 +14,17 @@ from neftune_dist.config import UserError
 
 
 def use_float8(model: Any, recipe: str, within: Sequence[nn.Module]) -> None:
-    """Matrix products of the modules `within` in float8, scaled by tensor (and gathered in float8
-    where several ranks shard the model) or by row; the backward's as well. On a CPU its rounding is
-    emulated. Raises `UserError` where the package is missing or the GPU has no such products."""
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # of kernels that it has for others
+    """Let the modules `within` multiply matrices in float8, in forward and backward.
+
+    Args:
+        recipe: tensorwise scales by tensor, and gathers in float8 where several ranks shard the
+            model; else torchao's name of a recipe that scales by row.
+        within: their linear layers are converted. On a CPU the rounding is emulated.
+
+    Raises:
+        UserError: the package is missing, or the GPU has no such products.
+    """
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of kernels for other GPUs
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
@@ -53,7 +60,7 @@ def use_float8(model: Any, recipe: str, within: Sequence[nn.Module]) -> None:
 
 
 def update_float8_scales(model: Any) -> None:
-    """Scales of all float8 weights in one reduction; due when weights have changed."""
+    """Compute the scales of all float8 weights in one reduction; due when weights have changed."""
     from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
     precompute_float8_dynamic_scale_for_fsdp(model)

@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, and what the hardware could do.
+"""Floating-point operations of a training step, and the peak rates of GPUs.
 
 Convention: 2 operations for a multiply-add; the backward counts twice the forward; recomputation
 under activation checkpointing is not counted. Weights: 6 per token and matrix parameter, 4 where it
@@ -62,11 +62,14 @@ _MEMORY_GIB = {
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What the cost of a model depends on.
+    """The sizes that the cost of a model depends on.
 
-    num_parameters: all, tied ones once. num_matrix_parameters: those that multiply activations.
-    num_trained, num_trained_matrix: of them, those that are not frozen.
-    attention_width: num_heads * head_dim.
+    Attributes:
+        num_parameters: all, tied ones once.
+        num_matrix_parameters: those that multiply activations.
+        num_trained, num_trained_matrix: the same, without frozen ones.
+        num_layers: transformer blocks.
+        attention_width: num_heads * head_dim.
     """
 
     num_parameters: int
@@ -77,14 +80,14 @@ class ModelSize:
     attention_width: int
 
     def in_words(self) -> str:
-        """Its parameters, for people."""
+        """The number of parameters, for people."""
         frozen = self.num_trained < self.num_parameters
         trained = f", {self.num_trained / 1e6:.1f} M of them trained" if frozen else ""
         return f"{self.num_parameters / 1e6:.1f} M parameters{trained}"
 
     @property
     def quadratic_tokens(self) -> float:
-        """Length at which a document's attention costs as much as all its matrices."""
+        """The length at which a document's attention costs as much as its matrix products."""
         return self._per_token / (6.0 * self.num_layers * self.attention_width)
 
     @property
@@ -98,7 +101,7 @@ class ModelSize:
         return weights + attention
 
     def six_n_flops(self, num_tokens: int) -> float:
-        """6 N D: operations by the count that knows no attention and no lookup."""
+        """6 N D: operations by the convention that ignores attention and counts the lookup."""
         return (4.0 * self.num_parameters + 2.0 * self.num_trained) * num_tokens
 
 
@@ -136,5 +139,5 @@ def peak_flops(device_name: str | None, dtype: str) -> float | None:
 
 
 def known_gpus() -> dict[str, int]:
-    """Names that `peak_flops` knows, too, and the memory of one device in GiB."""
+    """The GPUs that `peak_flops` knows, by name: the memory of one in GiB."""
     return dict(_MEMORY_GIB)

@@ -1,4 +1,4 @@
-"""Weights out of other trainers' sharded checkpoints, readable by ranges: no rank holds them whole.
+"""Weights of other trainers' sharded checkpoints, readable by ranges: no rank holds them whole.
 
 Two layouts: DeepSpeed's ZeRO checkpoints (any stage; the float32 masters are read) and PyTorch's
 distributed checkpoints (DCP) of a plain state dict. Both are read without running code that they
@@ -35,13 +35,13 @@ _ZERO_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_state
 
 @dataclass(frozen=True)
 class Slice:
-    """One tensor, of which indexing by rows reads those rows."""
+    """One stored tensor; indexing it by rows reads those rows."""
 
     shape: tuple[int, ...]
     read_rows: Callable[[int, int], Tensor]
 
     def get_shape(self) -> list[int]:
-        """Of the whole tensor."""
+        """The shape of the whole tensor."""
         return list(self.shape)
 
     def __getitem__(self, rows: slice) -> Tensor:
@@ -59,11 +59,11 @@ class ForeignWeights:
         return iter(self._slices)
 
     def get_slice(self, name: str) -> Slice:
-        """One of them."""
+        """One tensor, unread."""
         return self._slices[name]
 
     def get_tensor(self, name: str) -> Tensor:
-        """One of them, whole."""
+        """One tensor, whole."""
         whole = self._slices[name]
         return whole[0 : whole.shape[0] if whole.shape else 1]
 
@@ -92,8 +92,8 @@ def open_weights(folder: Path) -> ForeignWeights | None:
 
 @contextmanager
 def _explained(folder: Path, layout: str) -> Iterator[None]:
-    """Turns whatever a foreign file's garbage makes of torch's readers and of the code here into a
-    `UserError`: every field of it is another program's."""
+    """Turn any exception that a foreign file causes in torch's readers and in the code here into a
+    `UserError`: every field of it was written by another program."""
     try:
         yield
     except UserError:
@@ -109,21 +109,21 @@ def _explained(folder: Path, layout: str) -> Iterator[None]:
 
 
 def _by_every_suffix(slices: dict[str, Slice]) -> dict[str, Slice]:
-    """Names, and names less what trainers put before them (`model.`, `module.`, `state.app.`);
-    what would then be ambiguous is left out."""
+    """Slices by name, and by names without prefixes that trainers add (`model.`, `module.`,
+    `state.app.`), unless that would be ambiguous."""
     found: dict[str, Slice | None] = {}
-    for name, each in slices.items():
+    for name, tensor in slices.items():
         parts = name.split(".")
         for i in range(1, len(parts)):
             suffix = ".".join(parts[i:])
-            found[suffix] = None if suffix in found else each
+            found[suffix] = None if suffix in found else tensor
     return {**{k: v for k, v in found.items() if v is not None}, **slices}
 
 
 def _load(file: Path) -> dict[str, Any]:
     try:
         loaded: dict[str, Any] = load_tensors(file, ignored="deepspeed.")
-    except Exception as error:  # every damage has its own
+    except Exception as error:  # kinds of damage raise many types
         raise UserError(
             f"{file} cannot be read as a part of a ZeRO checkpoint: {first_line(error)}"
         ) from error
@@ -171,7 +171,7 @@ def _zero_slices(folder: Path, files: Sequence[Path]) -> dict[str, Slice]:
 
 
 def _joined(parts: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
-    """Views of what lies at [start, stop) of flat tensors that follow each other."""
+    """Views of elements [start, stop) of flat tensors that follow each other."""
     found, begin = [], 0
     for part in parts:
         first, last = max(start - begin, 0), min(stop - begin, part.numel())
@@ -182,7 +182,7 @@ def _joined(parts: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
 
 
 def _slice(shape: Sequence[int], pieces: Sequence[Tensor]) -> Slice:
-    """A tensor whose flattened self is in pieces, the last of them perhaps padded."""
+    """A tensor from pieces of its flattened elements, the last of them perhaps padded."""
     row, held = math.prod(shape[1:]), sum(piece.numel() for piece in pieces)
     if held < math.prod(shape):
         raise ValueError(f"{held} of {math.prod(shape)} elements of a tensor are there")
@@ -198,9 +198,9 @@ def _dcp_slices(folder: Path) -> dict[str, Slice]:
     reader = KnownReader(folder)
     metadata = reader.metadata
     return {
-        name: Slice(tuple(each.size), _dcp_rows(reader, name, each))
-        for name, each in metadata.state_dict_metadata.items()
-        if isinstance(each, TensorStorageMetadata)
+        name: Slice(tuple(stored.size), _dcp_rows(reader, name, stored))
+        for name, stored in metadata.state_dict_metadata.items()
+        if isinstance(stored, TensorStorageMetadata)
     }
 
 
@@ -223,7 +223,7 @@ def _dcp_rows(
 
 
 class _RowsPlanner(LoadPlanner):
-    """Some rows of one tensor."""
+    """Loads some rows of one tensor."""
 
     def __init__(
         self, name: str, stored: TensorStorageMetadata, chunk: ChunkStorageMetadata, target: Tensor

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from neftune_dist.config import UserError
 
-# Of supervised hidden states (n, d), the projection (vocabulary, d), its bias, and targets (n,).
+# (hidden states (n, d), projection (vocabulary, d), its bias, targets (n,)) -> sum of losses.
 LossSum = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
 
 
 def use_liger_kernels(model: Any) -> None:
-    """Fused norms, rotary embedding and SwiGLU of Liger (arXiv 2410.10989), in the model's place.
-    Raises `UserError` where it has none for the model, or cannot run."""
+    """Replace the model's norms, rotary embedding and SwiGLU by Liger's fused ones. Raises
+    `UserError` where it has none for the model, or cannot run."""
     if not torch.cuda.is_available():
         raise UserError("model.kernels=liger needs a GPU.")
     try:
@@ -44,7 +44,7 @@ def use_liger_kernels(model: Any) -> None:
 
 
 def liger_cross_entropy() -> LossSum:
-    """Liger's fused projection and loss, like `model.loss.chunked_cross_entropy`. Raises
+    """Liger's fused projection and loss, a function as `model.loss.chunked_cross_entropy`. Raises
     `UserError` where it cannot run."""
     if not torch.cuda.is_available():
         raise UserError("model.loss=liger needs a GPU.")

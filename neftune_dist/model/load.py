@@ -1,4 +1,4 @@
-"""A model from a directory or a hub id: its files, its tokenizer, and itself on the meta device.
+"""A model by its directory or hub id: its files, its tokenizer, and itself on the meta device.
 
 No weight is read here (see `weights`). Refused with `UserError`: files that cannot be found or
 read, a model that is not causal or whose state is not all parameters.
@@ -60,8 +60,8 @@ def find(config: ModelConfig, weights: bool = True) -> Path:
             )
     except Exception as error:  # the hub's client raises a dozen unrelated types
         raise UserError(
-            f"model.name_or_path={name} is no local directory, and the model of that name could "
-            f"not be had from the hub: {first_line(error)}"
+            f"model.name_or_path={name} is no local directory, and the model of that name cannot "
+            f"be downloaded from the hub: {first_line(error)}"
         ) from error
     return folder
 
@@ -77,7 +77,7 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> Any:
             f"The tokenizer in {folder} cannot be loaded: {_plain(error, config)}"
         ) from error
     tokenizer.add_tokens(
-        [AddedToken(each, special=True, normalized=False) for each in listed(config.add_tokens)],
+        [AddedToken(token, special=True, normalized=False) for token in listed(config.add_tokens)],
         special_tokens=True,
     )
     return tokenizer
@@ -140,7 +140,7 @@ def build(
 
 
 def _make_room(model: Any, num_tokens: int) -> None:
-    """Rows for new tokens, in the embedding and in the projection to the vocabulary."""
+    """Add rows for new tokens to the embedding and to the projection to the vocabulary."""
     if num_tokens > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(num_tokens, mean_resizing=False)
 
@@ -152,15 +152,17 @@ class Weights(Protocol):
         """Elements [start, stop) of the flattened parameter, 1-D."""
 
     def digest(self, part: tuple[int, int] = (0, 1)) -> int:
-        """See `WeightFiles.digest`."""
+        """A digest of all parameters, see `WeightFiles.digest`."""
 
 
 def open_weights(model: Any, folder: Path, config: ModelConfig, seed: int) -> Weights:
-    """What a new run's parameters begin with, and what its frozen ones are.
+    """The first content of a new run's parameters, frozen ones included.
 
     Args:
-        model: of `build`, on the meta device. folder: its directory.
-        seed: of what is drawn (adapters).
+        model: of `build`, on the meta device.
+        folder: its directory.
+        config: the section `model`.
+        seed: of adapters' first values.
 
     Raises:
         UserError: as `WeightFiles`.
@@ -203,7 +205,7 @@ def initialize_buffers(model: Any, device: torch.device) -> None:
             setattr(module, name, torch.empty_like(getattr(module, name), device=device))
     results: list[list[Tensor]] = []
     with _parameters_set_aside(model):
-        # Twice, over zeros and over ones: what then differs has not been written.
+        # Twice, over zeros and over ones: elements that then differ have not been written.
         for fill in (0, 1):
             for module, name in owners:
                 getattr(module, name).fill_(fill)
@@ -234,7 +236,7 @@ def _parameters_set_aside(model: nn.Module) -> Iterator[None]:
 
 
 def parameter_aliases(model: nn.Module) -> dict[str, list[str]]:
-    """First name of each parameter: all its names (several where weights are tied)."""
+    """All names of the parameters (several where weights are tied), by their first names."""
     by_identity: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         by_identity.setdefault(id(parameter), []).append(name)
@@ -242,7 +244,7 @@ def parameter_aliases(model: nn.Module) -> dict[str, list[str]]:
 
 
 def architecture(hf_config: Any) -> dict[str, Any]:
-    """The model's configuration as JSON has it, less what does not change its parameters."""
+    """The model's configuration as JSON, without settings that do not change its parameters."""
     plain = {
         key: value
         for key, value in hf_config.to_dict().items()
@@ -255,7 +257,7 @@ def architecture(hf_config: Any) -> dict[str, Any]:
 def _plain(error: Exception, config: ModelConfig) -> str:
     if "trust_remote_code" in str(error) and not config.trust_remote_code:
         return (
-            "it wants to run code of its own, which is refused; read that code, then set "
+            "it needs to run Python code from its own files, which is refused; read it, then set "
             "model.trust_remote_code=true."
         )
     if "attn_implementation=" in str(error):

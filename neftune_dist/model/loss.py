@@ -1,13 +1,13 @@
-"""The loss: a sum over supervised tokens, whose logits alone are computed, a chunk at a time.
+"""The loss: a sum over supervised tokens; only their logits are computed, a chunk at a time.
 
-The vocabulary projection becomes the loss: within one forward the output embedding hands back the
-sum of cross-entropies where the model expects logits. So the engine's own hooks on that module
-gather its weight, sharded or tied, as for any other.
+The vocabulary projection becomes the loss: within one forward the output embedding returns the sum
+of cross-entropies where the model expects logits. So the engine's hooks on that module gather its
+weight, sharded or tied, as for any other.
 
-What the loss is multiplied by afterwards (the world size, over the step's supervised tokens) must
-not reach the gradient of bf16 logits: that is -1 of nearly every target, and a factor rounded to
-bf16 would make all of them too large or too small alike, by up to 0.4 %. It is multiplied into the
-gradients behind the projection, in float32.
+The factor of the loss (the world size, over the step's supervised tokens) must not reach the
+gradient of bf16 logits: that is -1 at nearly every target, and a factor rounded to bf16 would make
+all of them too large or too small alike, by up to 0.4 %. It is multiplied into the gradients behind
+the projection, in float32.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from neftune_dist.model.families import changed_logits
 from neftune_dist.model.liger import LossSum, liger_cross_entropy
 from neftune_dist.system.memory_tag import memory_tag
 
-# Of the float32 logits that are there at a time. Large enough that the matrix products run at full
-# rate, small against what a block's activations take.
+# Float32 logits in memory at a time. Large enough that the matrix products run at full rate, small
+# against a block's activations.
 CHUNK_BYTES = 2**28
 _SCALED_ELEMENTS = 2**24  # of a gradient, multiplied at a time
 
 
 def resolve_loss(kind: str, model: Any) -> str:
-    """`model.loss` for this model: auto is chunked where the loss can stand in for the logits.
+    """The kind of loss for this model: auto is chunked where the loss can stand in for the logits.
 
     Raises:
-        UserError: it was asked for, and the model does more to its logits than project, or the
-            machine or a missing package does not allow it.
+        UserError: the model changes its logits after their projection, or the machine or a missing
+            package does not allow the kind.
     """
     reason = _why_plain(model)
     if kind == "auto":
@@ -52,7 +52,7 @@ def resolve_loss(kind: str, model: Any) -> str:
 
 
 def _why_plain(model: Any) -> str | None:
-    """Why the model's logits are needed, or None."""
+    """The reason why the model's logits are needed, or None."""
     setting = changed_logits(model.config)
     if setting:
         return f"changes its logits after their projection ({setting})"
@@ -74,23 +74,25 @@ def token_losses(
     targets: Tensor,
     reduction: str,
 ) -> Tensor:
-    """The cross-entropies of the targets: their sum, float32 scalar, 0 where there are none; with
-    reduction="none" each of them, float32 (num_supervised,), of which there is no gradient.
+    """The cross-entropies of the targets.
 
     Args:
         model: the causal LM as its engine wraps it. It is called like the plain one.
         kind: plain (all logits at once), chunked or liger, see `resolve_loss`.
+        input_ids, position_ids: (batch, sequence).
+        attention_mask: (batch, sequence); None where one row holds packed documents.
+        cu_seqlens: int32 (num_documents + 1,), the packed documents' cumulative lengths.
+        longest: their greatest length.
+        positions: (num_supervised,), indices into the flattened tokens.
+        targets: (num_supervised,), the tokens that follow.
         reduction: sum or none.
-        input_ids, position_ids: (B, S).
-        attention_mask: (B, S); None where one row holds packed documents.
-        cu_seqlens: int32 (num_documents + 1,), their cumulative lengths. longest: the greatest of
-            the lengths.
-        positions: (num_supervised,), indices into the B * S tokens. targets: the tokens that
-            follow them.
+
+    Returns:
+        float32: their sum (), 0 without targets; or by target (num_supervised,), without gradient.
 
     Raises:
-        RuntimeError: the model changes what its output embedding gives, so that the loss cannot
-            be computed there.
+        RuntimeError: the model changes its logits after their projection, so that the loss cannot
+            stand in for them.
     """
     head = model.get_output_embeddings()
     if attention_mask is None:
@@ -106,29 +108,12 @@ def token_losses(
         return logits
 
     if kind == "plain":
-        # `logits_to_keep` would do for one row; rows of a padded batch keep different positions.
-        def keep_supervised(_: Any, args: tuple[Tensor]) -> tuple[Tensor]:
-            return (args[0].flatten(0, 1)[positions][None],)
-
-        with head.register_forward_pre_hook(keep_supervised), _scaled_behind(head) as scale:
-            logits = forward()
-        loss = F.cross_entropy(logits[0].float(), targets, reduction=reduction)
-        return _KeepScale.apply(loss, scale) if reduction == "sum" else loss
-
-    given: list[Tensor] = []
-
-    def keep_result(_: Any, __: Any, output: Tensor) -> None:
-        given.append(output)
-
+        return _losses_of_logits(head, forward, positions, targets, reduction)
     loss_of: LossSum = token_cross_entropies
     if reduction == "sum":
         loss_of = liger_cross_entropy() if kind == "liger" else chunked_cross_entropy
-    as_logits = _loss_as_logits(head, loss_of, positions, targets)
-    with as_logits, head.register_forward_hook(keep_result):
-        loss = forward()
-    # Engines hand on views; a scaled or capped one would have memory of its own.
-    expected = 1 if reduction == "sum" else len(targets)
-    if not given or storage_id(loss) != storage_id(given[0]) or loss.numel() != expected:
+    loss = _loss_in_place_of_logits(head, forward, loss_of, positions, targets)
+    if loss is None or loss.numel() != (1 if reduction == "sum" else len(targets)):
         raise RuntimeError(
             f"{type(head_owner(model)).__name__} changes its logits after their projection: set "
             "model.loss=plain."
@@ -136,8 +121,47 @@ def token_losses(
     return loss.view(()) if reduction == "sum" else loss.view(-1)
 
 
+def _losses_of_logits(
+    head: nn.Module,
+    forward: Callable[[], Tensor],
+    positions: Tensor,
+    targets: Tensor,
+    reduction: str,
+) -> Tensor:
+    """The losses from the logits of all supervised tokens at once."""
+
+    # `logits_to_keep` would do for one row; rows of a padded batch keep different positions.
+    def keep_supervised(_: Any, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (args[0].flatten(0, 1)[positions][None],)
+
+    with head.register_forward_pre_hook(keep_supervised), _scaled_behind(head) as scale:
+        logits = forward()
+    loss = F.cross_entropy(logits[0].float(), targets, reduction=reduction)
+    return _KeepScale.apply(loss, scale) if reduction == "sum" else loss
+
+
+def _loss_in_place_of_logits(
+    head: nn.Linear,
+    forward: Callable[[], Tensor],
+    loss_of: LossSum,
+    positions: Tensor,
+    targets: Tensor,
+) -> Tensor | None:
+    """The loss that the head computes, as the model returns it; None where the model changed it.
+    (Engines return views of it; scaled or capped, it would have other memory.)"""
+    given: list[Tensor] = []
+
+    def keep_result(_: Any, __: Any, output: Tensor) -> None:
+        given.append(output)
+
+    as_logits = _loss_as_logits(head, loss_of, positions, targets)
+    with as_logits, head.register_forward_hook(keep_result):
+        loss = forward()
+    return loss if given and storage_id(loss) == storage_id(given[0]) else None
+
+
 def head_owner(model: Any) -> Any:
-    """The transformers model within what an engine wraps it in."""
+    """The transformers model within an engine's wrapper."""
     return getattr(model, "module", model)
 
 
@@ -145,7 +169,7 @@ def head_owner(model: Any) -> Any:
 def _loss_as_logits(
     head: nn.Linear, loss_of: LossSum, positions: Tensor, targets: Tensor
 ) -> Iterator[None]:
-    """Meanwhile the projection gives the loss, as (1, 1, 1) or (1, num_supervised, 1)."""
+    """Let the projection return the loss, as (1, 1, 1) or (1, num_supervised, 1)."""
 
     def forward(hidden: Tensor) -> Tensor:
         supervised = hidden.flatten(0, 1)[positions]
@@ -158,7 +182,7 @@ def _loss_as_logits(
 
 @contextmanager
 def _forward_of(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Meanwhile the module computes that."""
+    """Replace a module's forward."""
     usual = head.__dict__.get("forward")
     head.forward = forward  # type: ignore[method-assign]
     try:
@@ -172,8 +196,8 @@ def _forward_of(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterato
 
 @contextmanager
 def _scaled_behind(head: Any) -> Iterator[list[Tensor]]:
-    """Meanwhile the projection's gradients are multiplied by the factor that `_KeepScale` keeps in
-    the list that this gives. (Of what is no plain matrix the logits' gradient has that factor.)"""
+    """Multiply the projection's gradients by the factor that `_KeepScale` stores in the yielded
+    list. (Where the head is no plain matrix, the logits' gradient has that factor.)"""
     scale: list[Tensor] = []
     if type(head) is not nn.Linear:
         yield scale
@@ -181,14 +205,14 @@ def _scaled_behind(head: Any) -> Iterator[list[Tensor]]:
 
     def forward(hidden: Tensor) -> Tensor:
         given = (hidden, head.weight, head.bias)
-        return F.linear(*(each if each is None else _Scale.apply(each, scale) for each in given))
+        return F.linear(*(x if x is None else _Scale.apply(x, scale) for x in given))
 
     with _forward_of(head, forward):
         yield scale
 
 
 class _KeepScale(torch.autograd.Function):
-    """The identity. Its gradient is kept for `_Scale`, and 1 is passed on in its place."""
+    """The identity; its backward stores the gradient for `_Scale` and passes on 1."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, scale: list[Tensor]) -> Tensor:
@@ -202,7 +226,7 @@ class _KeepScale(torch.autograd.Function):
 
 
 class _Scale(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by what `_KeepScale` has kept."""
+    """The identity; its backward multiplies by the factor that `_KeepScale` has stored."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, scale: list[Tensor]) -> Tensor:
@@ -232,7 +256,10 @@ def chunked_cross_entropy(
     than `CHUNK_BYTES` of logits at a time.
 
     Args:
-        hidden: (n, d). weight: (vocabulary, d). bias: (vocabulary,). targets: int64 (n,).
+        hidden: (n, d).
+        weight: (vocabulary, d).
+        bias: (vocabulary,).
+        targets: int64 (n,).
 
     Returns:
         float32 scalar. Its gradients are computed together with it, so that no logit is computed
@@ -247,7 +274,8 @@ def chunked_cross_entropy(
 def token_cross_entropies(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
 ) -> Tensor:
-    """`cross_entropy(linear(hidden, weight, bias).float(), targets, reduction="none")`, likewise.
+    """`cross_entropy(linear(hidden, weight, bias).float(), targets, reduction="none")` with no more
+    than `CHUNK_BYTES` of logits at a time.
 
     Returns:
         float32 (n,), without gradients.
@@ -271,7 +299,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         differentiate: bool,
     ) -> Tensor:
         rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-        wanted = [differentiate and each for each in ctx.needs_input_grad[:3]]
+        wanted = [differentiate and needed for needed in ctx.needs_input_grad[:3]]
         grads: list[Tensor | None] = [
             torch.zeros_like(hidden, dtype=torch.float32) if wanted[0] else None,
             None,
@@ -303,14 +331,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if wanted[1] and grads[1] is None:  # nothing was supervised
             grads[1] = torch.zeros_like(weight)
         ctx.save_for_backward(*grads)
-        ctx.dtypes = [None if each is None else each.dtype for each in (hidden, weight, bias)]
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         return loss
 
     @staticmethod
     @memory_tag("logits")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grads = [
-            None if each is None else multiply_(each, grad).to(dtype)
-            for each, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            None if gradient is None else multiply_(gradient, grad).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return (*grads, None, None)

@@ -1,8 +1,8 @@
 """Frozen matrices in 4 bits: NF4 with doubly quantised scales (QLoRA, arXiv 2305.14314, section 3).
 
-A matrix is quantised row by row, and a packed row holds all that it takes to read it: so any rank
-makes its shard from the rows of the file that fall into it, and shards travel as plain tensors of
-the computation's dtype, which nobody computes with. That is 4.14 bits a weight at a width of 4096.
+A matrix is quantised row by row, and a packed row holds all that is needed to unpack it. So any
+rank makes its shard from the rows of the file that fall into it, and shards travel as plain tensors
+of the computation's dtype, whose values mean nothing. A weight of a row of 4096 takes 4.14 bits.
 
 A packed row: the codes of its weights, two a byte; the absolute maximum of every block of 64 of
 them, in 8 bits between the row's least and greatest; these two, float32; zeros up to a multiple of
@@ -40,7 +40,7 @@ def pack(rows: Tensor) -> Tensor:
     step = (greatest - least) / 255
     levels = torch.where(step > 0, (scales - least) / step, 0).round().to(torch.uint8)
     scales = least + levels * step
-    # By the scale that will be read, of which a block's largest weight may be a little more.
+    # Over the rounded scale, which is the one read: the largest weight may be a little above 1.
     units = torch.where(scales[..., None] > 0, blocks / scales[..., None], 0)
     values = _functional().get_4bit_type("nf4", device=str(rows.device))
     codes = torch.bucketize(units, (values[1:] + values[:-1]) / 2).to(torch.uint8)
@@ -54,7 +54,7 @@ def pack(rows: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """What packed rows stand for: uint8 (num_rows, row_bytes) to (num_rows, width) of `dtype`."""
+    """The weights of packed rows: uint8 (num_rows, row_bytes) to (num_rows, width) of `dtype`."""
     num_rows, num_codes, num_scales = len(packed), width // 2, width // BLOCK
     levels = packed[:, num_codes : num_codes + num_scales]
     bounds = packed[:, num_codes + num_scales : num_codes + num_scales + 8].contiguous()
@@ -78,8 +78,8 @@ def check_width(name: str, width: int) -> None:
 
 
 class NF4Linear(nn.Linear):
-    """A frozen linear layer whose matrix lies packed, as (out_features, row_bytes / itemsize) of
-    `dtype`, and is unpacked for each product, forward and backward."""
+    """A frozen linear layer with a packed matrix, (out_features, row_bytes / itemsize) of `dtype`,
+    which is unpacked for every product, forward and backward."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
@@ -90,13 +90,13 @@ class NF4Linear(nn.Linear):
         self.bias = linear.bias
 
     def forward(self, input: Tensor) -> Tensor:
-        """As `nn.Linear`'s."""
+        """The product with the unpacked matrix, as `nn.Linear` computes it."""
         product: Tensor = _Product.apply(input, self.weight, self.in_features)
         return product if self.bias is None else product + self.bias
 
 
 class _Product(torch.autograd.Function):
-    """Keeps the packed matrix for its backward, not the unpacked one."""
+    """The linear layer's product, which saves the packed matrix for its backward."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, width: int) -> Tensor:
@@ -112,7 +112,7 @@ class _Product(torch.autograd.Function):
 
 @contextmanager
 def quiet_import() -> Iterator[None]:
-    """Meanwhile bitsandbytes, whoever imports it, does not tell of kernels it could fetch."""
+    """Silence bitsandbytes, which logs at import which kernels it could download."""
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -123,7 +123,7 @@ def quiet_import() -> Iterator[None]:
 
 
 def _functional() -> Any:
-    """bitsandbytes, whose import registers its operators."""
+    """Import bitsandbytes, which registers its operators."""
     try:
         with quiet_import():
             import bitsandbytes.functional

@@ -1,7 +1,7 @@
-"""How the transformer blocks compute: which kernels, in which precision, what the backward keeps.
+"""How the transformer blocks compute: kernels, precision, activations kept for the backward.
 
-None of it changes what is computed beyond rounding. Applied once, to a model on the meta device,
-before it is sharded: the engines' hooks stay outside of what is compiled and recomputed.
+None of it changes results beyond rounding. It is applied once, to a model on the meta device,
+before sharding: so the engines' hooks stay outside of the compiled and recomputed functions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from neftune_dist.model.float8 import use_float8
 from neftune_dist.model.liger import use_liger_kernels
 from neftune_dist.model.varlen import VARLEN_OPERATOR
 
-# What takes long to compute again. All that lies between is read and written, little more.
+# Compute-bound operators: saved. The memory-bound ones between them are recomputed.
 _KEPT_BY_SELECTIVE = {*COMPUTE_BOUND_OPERATORS, VARLEN_OPERATOR}
 
 
@@ -56,17 +56,17 @@ def configure(model: Any, config: ModelConfig) -> None:
         if config.activation_checkpointing != "none":
             forward = _checkpointed(forward, config.activation_checkpointing, drops(model))
         if config.compile:
-            # Lengths change from batch to batch: one graph takes them all.
+            # Lengths change from batch to batch: one graph for all of them.
             forward = torch.compile(forward, dynamic=True)
         if forward is not block.forward:
             block.forward = forward  # type: ignore[method-assign]
     if config.compile:
-        # Beyond the limit torch would go on without compiling, and say so nowhere.
+        # Beyond the limit torch would go on without compiling, silently.
         fail_on_recompile_limit()
 
 
 def num_compiled_graphs() -> int:
-    """Graphs that torch.compile has made so far in this process."""
+    """The number of graphs that torch.compile has made in this process."""
     dynamo = sys.modules.get("torch._dynamo.utils")  # not worth a second's import where unused
     return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo else 0
 
@@ -92,16 +92,16 @@ def _checkpointed(
 
 
 def _kept(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    """Matrix products and attention are kept, all else (norms, activations, rotations) is computed
-    again: a few percent of the time for about half of the memory."""
+    """Save matrix products and attention, recompute all else (norms, activations, rotations): a few
+    percent of the time for about half of the memory."""
     if operator in _KEPT_BY_SELECTIVE:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def drops(model: nn.Module) -> bool:
-    """Whether the model draws from torch's generators (dropout), by modules of its own or by
-    functions, whose probabilities its modules keep under some name (OPT's `dropout`)."""
+    """Whether the model has dropout, by modules or by functions, whose probabilities its modules
+    hold under some name (OPT's `dropout`). Then it draws from torch's generators."""
     return any(
         isinstance(value, float) and value > 0
         for module in model.modules()

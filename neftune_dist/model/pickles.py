@@ -38,7 +38,7 @@ from neftune_dist.system.text import first_line
 _GIB, _GIB_A_BYTE = 1.0, 100 / 2**30
 _SECONDS, _BYTES_A_SECOND = 60.0, 2e6
 _SHARD_BYTES_A_SECOND = 2e7
-_DIRECTORY_BYTES = 2**16  # at the end of a tensor's file, where what it consists of is listed
+_DIRECTORY_BYTES = 2**16  # at the end of a tensor's file: the list of its parts
 
 _CLASSES = (
     BytesStorageMetadata,
@@ -60,10 +60,10 @@ def _layout(name: str) -> torch.layout:
 
 
 _ALLOWED: dict[tuple[str, str], Any] = {
-    **{(each.__module__, each.__name__): each for each in _CLASSES},
+    **{(known.__module__, known.__name__): known for known in _CLASSES},
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): _layout,
-    # Where the checkpoint was written, which nobody reads.
+    # The folder that the checkpoint was written to, which nobody reads.
     **{
         (module, name): PurePosixPath
         for module in ("pathlib", "pathlib._local")
@@ -73,7 +73,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 
 
 class KnownReader(dcp.FileSystemReader):
-    """Reads the description of a checkpoint's tensors once, however often they are loaded.
+    """A reader of DCP that reads a checkpoint's description once, however often it loads tensors.
 
     Raises:
         UserError: the description is damaged, or would run code.
@@ -89,7 +89,7 @@ class KnownReader(dcp.FileSystemReader):
         return self.metadata
 
     def read_data(self, plan: Any, planner: Any) -> Any:
-        """Fill what is planned, within bounds of time."""
+        """Load the planned tensors within a time limit."""
         num_bytes = sum(self.storage_data[item.storage_index].length for item in plan.items)
         with limited(_SECONDS + num_bytes / _SHARD_BYTES_A_SECOND, math.inf):
             return super().read_data(plan, planner)
@@ -103,10 +103,10 @@ class KnownReader(dcp.FileSystemReader):
 
 
 def read_metadata(path: Path) -> Metadata:
-    """DCP's description of a checkpoint.
+    """Read DCP's description of a checkpoint.
 
     Raises:
-        UserError: it is missing, damaged, or names what DCP does not write.
+        UserError: it is missing, damaged, or names an object that DCP does not write.
     """
     try:
         content = path.read_bytes()
@@ -116,7 +116,7 @@ def read_metadata(path: Path) -> Metadata:
         _check(found)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except Exception as error:  # damage raises whatever a class does with what it is given
+    except Exception as error:  # with damaged arguments, the classes raise many types
         raise UserError(
             f"{path} does not describe a distributed checkpoint and is not used: "
             f"{first_line(error)}."
@@ -126,13 +126,13 @@ def read_metadata(path: Path) -> Metadata:
 
 
 def load_tensors(file: Path, ignored: str = "") -> Any:
-    """What `torch.save` wrote, tensors memory-mapped: names that torch does not know are refused.
+    """Load a file of `torch.save`, tensors memory-mapped; refuse names that torch does not know.
 
     Args:
-        ignored: the beginning of names whose objects come out empty, unless it is empty itself.
+        ignored: objects whose class names begin so are loaded empty; "": none.
 
     Raises:
-        Exception: it is damaged, would run code or take too long; every reader has its own.
+        Exception: the file is damaged, would run code or take too long; of many types.
     """
     check_stored(file)
     size = file.stat().st_size
@@ -161,7 +161,7 @@ def check_stored(file: IO[bytes] | Path) -> None:
     """
     try:
         with zipfile.ZipFile(file) as parts:
-            compressed = [each for each in parts.infolist() if each.compress_type]
+            compressed = [part for part in parts.infolist() if part.compress_type]
     except zipfile.BadZipFile as error:
         raise pickle.UnpicklingError("it is no file of torch.save") from error
     if compressed:
@@ -170,7 +170,7 @@ def check_stored(file: IO[bytes] | Path) -> None:
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """What a pickle may name, by module and name."""
+        """Look up an object that a pickle names, if it may."""
         if (module, name) in _ALLOWED:
             return _ALLOWED[module, name]
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
@@ -180,23 +180,24 @@ class _Unpickler(pickle.Unpickler):
 
 @contextmanager
 def _unchanged_classes() -> Iterator[None]:
-    """Undo and refuse what a pickle sets on the classes themselves, which all later code shares."""
+    """Undo and refuse changes of the classes themselves, which all later code shares."""
     shared = [*_CLASSES, *MemoryFormat]
-    before = [dict(vars(each)) for each in shared]
+    before = [dict(vars(owner)) for owner in shared]
     try:
         yield
     finally:
         changed = [
-            (each, was) for each, was in zip(shared, before, strict=True) if {**vars(each)} != was
+            (owner, was)
+            for owner, was in zip(shared, before, strict=True)
+            if {**vars(owner)} != was
         ]
-        for each, was in changed:
-            for name in vars(each).keys() - was.keys():
-                delattr(each, name)
+        for owner, was in changed:
+            for name in vars(owner).keys() - was.keys():
+                delattr(owner, name)
             for name, value in was.items():
-                if vars(each)[name] is not value:
-                    object.__setattr__(each, name, value) if isinstance(
-                        each, Enum
-                    ) else type.__setattr__(each, name, value)
+                if vars(owner)[name] is not value:
+                    set_on = object if isinstance(owner, Enum) else type
+                    set_on.__setattr__(owner, name, value)
         if changed:
             raise pickle.UnpicklingError("it would change the classes that it names")
 

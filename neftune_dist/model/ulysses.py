@@ -1,8 +1,8 @@
 """Sequence parallelism by all-to-all (DeepSpeed-Ulysses, arXiv 2309.14509).
 
-Ranks that share a micro-batch hold a slice of its tokens each; all layers but attention need no
-more. Around attention two all-to-all exchanges turn slices of tokens with all heads into all tokens
-with a share of the heads, and back: each rank then attends as one that had the sequence alone.
+Ranks that share a micro-batch hold one slice of its tokens; all layers but attention need no more.
+Around attention two all-to-all exchanges turn slices of tokens with all heads into all tokens with
+a share of the heads, and back: within attention a rank has whole sequences.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor
 from neftune_dist.compat.torch import all_to_all
 from neftune_dist.config import UserError
 
-# Of the ranks that share this one's sequences; None: it has them alone. There is one for a process:
-# attention is called deep within a model, which knows of no groups.
+# Ranks that share this one's sequences; None: it has them alone. A global of the process, because
+# attention is called deep within a model, which has no argument for a group.
 _group: dist.ProcessGroup | None = None
 
 
 def share_sequences(group: dist.ProcessGroup | None, hf_config: Any) -> None:
-    """From here on every packed attention of this process is over slices, one a rank of `group`.
+    """Let every later packed attention of this process exchange slices within `group`.
 
     Raises:
-        UserError: the model's heads cannot be dealt to so many ranks.
+        UserError: the number of ranks does not divide the model's heads.
     """
     global _group
     _group = group
@@ -41,19 +41,21 @@ def share_sequences(group: dist.ProcessGroup | None, hf_config: Any) -> None:
 
 
 def to_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """From slices of tokens with all heads to all tokens with this rank's heads.
+    """Exchange slices of tokens with all heads for all tokens with this rank's heads.
 
     Args:
-        tensors: (1, heads, own_tokens, head_dim); of fewer heads than ranks each goes to several.
+        tensors: (1, heads, own_tokens, head_dim); where heads are fewer than ranks, several ranks
+            get the same head.
 
     Returns:
-        (1, heads / ranks, num_tokens, head_dim) each; what was given where nothing is shared.
+        Tensors (1, heads / ranks, num_tokens, head_dim); the given ones where nothing is shared.
     """
     return tensors if _group is None else tuple(map(_to_heads, tensors))
 
 
 def to_slices(attended: Tensor) -> Tensor:
-    """Back: (1, num_tokens, heads / ranks, head_dim) to (1, own_tokens, heads, head_dim)."""
+    """Exchange back: (1, num_tokens, heads / ranks, head_dim) to (1, own_tokens, heads,
+    head_dim)."""
     if _group is None:
         return attended
     size = _group.size()
@@ -77,7 +79,7 @@ def _to_heads(tensor: Tensor) -> Tensor:
 
 
 def _exchange(sent: Tensor) -> Tensor:
-    """Part i of dimension 0 goes to rank i; of what comes, part i is from rank i."""
+    """Send part i of dimension 0 to rank i; part i of the result is from rank i."""
     flat = sent.contiguous().flatten(0, 1)
     assert _group is not None
     return all_to_all(flat, _group).view(sent.shape)

@@ -25,9 +25,9 @@ _NEWER = {9: ("FA3", "FA4"), 10: ("FA4",)}
 
 
 def varlen_kernel(device: torch.device, dtype: str, windowed: bool = False) -> str:
-    """Switch on, for this process, the fastest kernel for `VARLEN` that is installed; its name.
+    """Activate the fastest installed kernel for `VARLEN` in this process; return its name.
 
-    PyTorch's own is FlashAttention 2. Newer versions are packages by themselves.
+    PyTorch's own is FlashAttention 2. Newer versions are separate packages.
 
     Args:
         windowed: whether a layer of the model has a sliding window, for which FlashAttention 4
@@ -38,7 +38,7 @@ def varlen_kernel(device: torch.device, dtype: str, windowed: bool = False) -> s
     if dtype == "fp32":
         return "varlen (document by document: FlashAttention has no float32)"
     for name in _NEWER.get(torch.cuda.get_device_capability(device)[0], ()):
-        # Without the package or with one without kernels, or in a torch that does not know it.
+        # The package is missing or has no kernels for this GPU, or torch does not know it.
         unusable = (ImportError, ValueError, AttributeError, RuntimeError)
         if not (windowed and name == "FA4"):
             with suppress(*unusable):
@@ -56,8 +56,7 @@ def by_document(
     window: int,
     dropout: float,
 ) -> Tensor:
-    """What the operator does, with dropout and in any dtype: (1, num_tokens, num_heads,
-    head_dim)."""
+    """The operator's result with dropout and in any dtype, (1, num_tokens, num_heads, head_dim)."""
     outs = []
     for q, k, v in _documents(cu_seqlens, query, key, value):
         mask = _window_mask(q, window)
@@ -76,7 +75,8 @@ def by_document(
 
 
 def _window_mask(query: Tensor, window: int) -> Tensor | None:
-    """Added to the logits of a document (1, num_heads, length, head_dim) longer than the window."""
+    """The mask to add to a document's logits, (length, length); None where it fits the window.
+    query: (1, num_heads, length, head_dim)."""
     length = query.shape[2]
     if not window or length <= window:
         return None
@@ -96,9 +96,17 @@ def _varlen(
     scale: float,
     window: int,
 ) -> tuple[Tensor, Tensor]:
-    """query: (num_tokens, num_heads, head_dim); key, value: (num_tokens, num_key_value_heads,
-    head_dim); window: tokens that a token sees, 0: all before it. The attended values like query,
-    and the log-sum-exps (num_heads, num_tokens), float32 or float64."""
+    """Causal attention within documents.
+
+    Args:
+        query: (num_tokens, num_heads, head_dim).
+        key, value: (num_tokens, num_key_value_heads, head_dim).
+        window: tokens that a token sees, 0: all before it.
+
+    Returns:
+        The attended values, shaped as query; log-sum-exps (num_heads, num_tokens), float32 or
+        float64.
+    """
     if query.is_cuda:
         return _flash_forward(query, key, value, cu_seqlens, max_seqlen, scale, window)
     outs, lses = [], []
@@ -159,9 +167,9 @@ def _flash_forward(
     scale: float,
     window: int,
 ) -> tuple[Tensor, Tensor]:
-    """The operator on a GPU. FlashAttention gives its results the query's strides; the graph of a
-    compiled block is promised contiguous ones (`register_fake`). So they are copied, only where the
-    query was put together from parts, as in Phi and GPT-NeoX."""
+    """The operator on a GPU. FlashAttention's results have the query's strides, but `register_fake`
+    promises contiguous ones to compiled graphs. So they are copied where the query was put together
+    from parts, as in Phi and GPT-NeoX."""
     out, lse, *_ = flash_attention(
         query,
         key,
@@ -191,7 +199,7 @@ def _flash_backward(
     scale: float,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient on a GPU, contiguous too."""
+    """The gradients on a GPU, contiguous."""
     dq, dk, dv = flash_attention_backward(
         grad,
         query,
@@ -214,16 +222,17 @@ def _flash_backward(
 
 
 def _window_sizes(window: int) -> dict[str, int | None]:
-    """Without a window none are named: FlashAttention 4 takes no others in its backward."""
+    """FlashAttention's arguments for a window. None means no window: FlashAttention 4 refuses sizes
+    in its backward."""
     if not window:
         return {"window_size_left": None, "window_size_right": None}
     return {"window_size_left": window - 1, "window_size_right": 0}
 
 
 def _documents(cu_seqlens: Tensor, *tensors: Tensor) -> Any:
-    """Each document's part of tensors (1, heads, num_tokens, head_dim)."""
+    """Tuples of the documents' parts of tensors (1, heads, num_tokens, head_dim)."""
     lengths = cu_seqlens.diff().tolist()
-    return zip(*(each.split(lengths, dim=2) for each in tensors), strict=True)
+    return zip(*(tensor.split(lengths, dim=2) for tensor in tensors), strict=True)
 
 
 def _by_heads(tensor: Tensor) -> Tensor:
@@ -240,7 +249,7 @@ def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 @_varlen_backward.register_fake
 def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return tuple(each.new_empty(each.shape) for each in (query, key, value))
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -1,8 +1,8 @@
-"""A model's weights, read slice by slice: no rank ever holds a whole model in host memory.
+"""A model's weights, read by ranges: no rank ever holds a whole model in host memory.
 
-Each rank reads the ranges it keeps straight from the files. Weights are safetensors, or what
-`foreign` reads; pickles are read with `weights_only` alone. Refused with `UserError`: a missing
-tensor, a wrong shape, quantized weights.
+A rank reads the ranges that it keeps straight from the files: safetensors, pickles (with
+`weights_only` alone), or the checkpoints of `foreign`. Refused with `UserError`: a missing tensor,
+a wrong shape, quantized weights.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _DIGESTED_ELEMENTS = 2**22
 
 
 def weights_folder(config: ModelConfig, folder: Path) -> Path:
-    """Where a new run's weights are: `model.weights`, or the model's own directory."""
+    """The folder of a new run's weights: `model.weights`, or the model's own directory."""
     if config.weights is None:
         return folder
     elsewhere = user_path(config.weights, "model.weights")
@@ -43,6 +43,7 @@ class WeightFiles:
     """The weights of a model directory, readable by ranges of flattened tensors.
 
     Args:
+        folder: of the files.
         aliases: of the model's parameters, from `parameter_aliases`.
         shapes: of the model's parameters, by first name.
         prefix: the model's `base_model_prefix`, which older files leave out or put on.
@@ -79,11 +80,11 @@ class WeightFiles:
         return self._read(self._source[name], start, stop)
 
     def digest(self, part: tuple[int, int] = (0, 1)) -> int:
-        """128 bits of every parameter's name, shape, dtype and content. Those of all parts, (0, n)
-        to (n - 1, n), give by exclusive or that of the whole.
+        """A 128-bit digest of every parameter's name, shape, dtype and content. The digests of the
+        parts (0, n) to (n - 1, n) combine by exclusive or to that of the whole.
 
-        It reads everything once: 3 GB/s measured on one core where the files are in memory, so 5 s
-        for 13 GB, and as many times less as there are parts."""
+        It reads everything once: 3 GB/s measured on one core with the files in memory, so 5 s for
+        13 GB; n parts on n ranks take an n-th of that."""
         total, (index, count) = 0, part
         largest_first = sorted(
             self._source, key=lambda name: -math.prod(self._shape(self._source[name]))
@@ -133,7 +134,7 @@ class WeightFiles:
             )
 
     def _check_same(self, one: str, other: str, numel: int) -> None:
-        """Tied weights that the files hold under both names must be equal."""
+        """Refuse tied weights that the files hold under both names with different content."""
         for start in range(0, numel, _COMPARED_ELEMENTS):
             stop = min(numel, start + _COMPARED_ELEMENTS)
             if not torch.equal(self._read(one, start, stop), self._read(other, start, stop)):
@@ -144,10 +145,11 @@ class WeightFiles:
 
 
 class GrownWeights:
-    """Weights some of whose parameters have more rows than in the files: every further one is the
-    mean of theirs, as of all tokens a new one knows as much.
+    """Weights of a model with added tokens: some parameters have more rows than in the files. Rows
+    added for new tokens start at the mean of the existing rows.
 
     Args:
+        files: without the added rows.
         shapes: in the files, by name.
     """
 
@@ -169,7 +171,7 @@ class GrownWeights:
         return further if known is None else torch.cat([known.float(), further])
 
     def digest(self, part: tuple[int, int] = (0, 1)) -> int:
-        """See `WeightFiles.digest`."""
+        """The digest of the files, see `WeightFiles.digest`."""
         return self._files.digest(part)
 
     def _mean(self, name: str) -> Tensor:
@@ -195,7 +197,8 @@ def _candidates(names: list[str], prefix: str) -> list[str]:
 
 
 def _index(folder: Path) -> dict[str, Any]:
-    """Tensor name: the opened file that holds it. The files are those transformers would read."""
+    """The opened file that holds a tensor, by the tensor's name. The files are those that
+    transformers would read."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         files = weight_files(folder, name)
         if not files:
@@ -212,7 +215,7 @@ def _index(folder: Path) -> dict[str, Any]:
 
 
 def _open(file: Path) -> Any:
-    """A safetensors file, or a dict of memory-mapped tensors."""
+    """Open a safetensors file, or load a pickle as a dict of memory-mapped tensors."""
     if not file.is_file():
         raise UserError(f"The weights are incomplete: {file} is missing.")
     try:
@@ -224,7 +227,7 @@ def _open(file: Path) -> Any:
             f"The weights in {file} cannot be read without running the code they carry, which is "
             "refused; convert them to safetensors."
         ) from error
-    except Exception as error:  # every reader has its own
+    except Exception as error:  # the readers raise many types
         raise UserError(f"The weights in {file} cannot be read: {first_line(error)}") from error
     if not isinstance(tensors, dict):
         raise UserError(f"{file} holds no weights by name.")

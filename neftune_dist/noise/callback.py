@@ -1,8 +1,8 @@
 """`NEFTuneCallback`: the exact noise in transformers' `Trainer`, and so in TRL's `SFTTrainer`.
 
-It takes the place of the trainer's own `neftune_noise_alpha`: lengths are the documents' own,
-padded or packed; every data-parallel rank draws its own noise; a resumed run goes on with the noise
-of the uninterrupted one. Refuses what would make the noise another (`ValueError`).
+It replaces the trainer's own `neftune_noise_alpha`: lengths are the documents' own, padded or
+packed; every data-parallel rank draws its own noise; a resumed run continues the noise of the
+uninterrupted one. Settings under which the noise would be wrong are refused (`ValueError`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from neftune_dist.optim.schedule import Schedule
 
 
 class NEFTuneCallback(TrainerCallback):
-    """Puts the noise on when training begins, and takes it off when it ends.
+    """A callback that puts the noise on when training begins, and takes it off when it ends.
 
     Args:
-        alpha, distribution, length: as `NEFTune` takes them; `symmetric` needs every batch twice,
-            which the trainer does not do.
+        alpha, distribution, length: as for `NEFTune`; `symmetric` needs every batch twice, which
+            the trainer does not do.
         seed: None: the trainer's `seed`.
-        schedule, warmup_steps, final_fraction: of alpha over the run, as in `noise.schedule` ...
+        schedule, warmup_steps, final_fraction: of alpha over the run, as `noise.schedule`,
+            `noise.warmup_steps` and `noise.final_fraction`.
 
     Example::
 
@@ -85,14 +86,14 @@ class NEFTuneCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attach."""
+        """Attach the noise to the model."""
         self.on_init_end(args, state, control)  # a callback may be added late
         self._remove()  # where an exception ended the training before
         model = kwargs["model"]
         if any(hasattr(part, "neftune_noise_alpha") for part in model.modules()):
             raise ValueError(
                 "transformers' own NEFTune noise is still on this model, from a training with "
-                "neftune_noise_alpha that an exception ended: load the model anew."
+                "neftune_noise_alpha that an exception ended: load the model again."
             )
         self.handle = NEFTune(
             self.alpha,
@@ -108,7 +109,7 @@ class NEFTuneCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Tell the noise which step it is."""
+        """Set the noise's step and strength."""
         assert self.handle is not None
         self.handle.step = state.global_step
         self.handle.alpha = self.schedule.value(state.global_step, max(state.max_steps, 1))
@@ -116,7 +117,7 @@ class NEFTuneCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Detach."""
+        """Take the noise off."""
         self._remove()
 
     def __enter__(self) -> NEFTuneCallback:
@@ -134,7 +135,7 @@ class NEFTuneCallback(TrainerCallback):
 
 
 def _padding_token(dataloader: Any) -> int | None:
-    """That of TRL's collator, within the one that drops unused columns."""
+    """The padding token of TRL's collator, which may be within one that drops unused columns."""
     collator = getattr(dataloader, "collate_fn", None)
     collator = getattr(collator, "data_collator", collator)
     token = getattr(collator, "pad_token_id", None)

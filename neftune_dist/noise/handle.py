@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from neftune_dist.noise.hook import NEFTune
 
 _MARK = "_neftune_handle"
-# Handle's number: layout of the forward pass under way. Here and not in the handle, because
-# torch.compile takes what it reaches through the embedding's hooks for parameters, whose shapes
-# never change.
+# Layout of the forward pass under way, by the handle's number. Here and not in the handle, because
+# torch.compile takes tensors that it reaches through the embedding's hooks for parameters, whose
+# shapes never change.
 _UNDER_WAY: dict[int, TokenLayout] = {}
 _numbers = itertools.count()
 
@@ -222,12 +222,12 @@ class NEFTuneHandle:
         if layout is None and not (module.training and is_recomputing()):
             return None  # not training, or a second lookup
         if not torch.compiler.is_compiling() and is_view(output):
-            # Memory that is not the lookup's own; what tensor parallelism hands out is a view that
-            # autograd lets nobody change in place.
+            # Memory that is not the lookup's own: tensor parallelism returns a view that autograd
+            # does not let anybody change in place.
             output = output.clone()
         if self.neftune.rank is None and (self._tensor_parallel or self._weight_is_shared):
             raise ValueError(
-                "The model is tensor parallel: say NEFTune(rank=...), the data-parallel rank, "
+                "The model is tensor parallel: set NEFTune(rank=...) to the data-parallel rank, "
                 "which ranks that hold copies of one batch share."
             )
         # In place on the lookup's fresh output: the gradient passes through unchanged, because the

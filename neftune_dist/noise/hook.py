@@ -18,7 +18,7 @@ class NEFTune:
     Args:
         alpha: strength; the paper's best are 5, 10 and 15. 0: no noise, no hooks.
         seed: key of the generator, below 2^63. torch's own generators are neither read nor moved.
-        stream: `rank`: each data-parallel rank draws its own noise, by step and micro-step.
+        stream: `rank`: every data-parallel rank draws its own noise, by step and micro-step.
             `sample`: the noise belongs to the document, on any rank and in any layout; say which
             documents a batch holds by `NEFTuneHandle.describe`.
         rank: data-parallel rank, the same on ranks that hold slices or copies of one batch (tensor
@@ -30,7 +30,7 @@ class NEFTune:
             long: a document's norm is then that of all of it, counted by the rank that has its
             first token. A collective of the group in every noised forward.
         length: `document`: the law. `padded`: L is the length of the padded or packed row, and
-            padding is noised as well; what the widely copied hook does, for comparison.
+            padding is noised as well, as by the widely copied hook, for comparison.
 
     Example::
 
@@ -71,7 +71,7 @@ class NEFTune:
         self.distribution, self.length, self.slices = distribution, length, slices
 
     def attach(self, model: nn.Module) -> NEFTuneHandle:
-        """Put the noise on `model`, a transformers causal LM (or what wraps one).
+        """Put the noise on `model`, a transformers causal LM or a wrapper of one.
 
         Raises:
             ValueError: the model has no input embedding, or noise already, or the law does not

@@ -1,4 +1,4 @@
-"""The operator's GPU half: one Triton kernel that reads and writes the activation once.
+"""The noise operator on a GPU: one Triton kernel that reads and writes the activation once.
 
 One program a token: it generates the noise in registers, adds it, and leaves the squared norm of
 what it added. The bits are those of `law.draw` and of the CPU: Philox4x32-10 on 32-bit words, and
@@ -17,8 +17,8 @@ from torch import Tensor
 from neftune_dist.noise.philox import KEY_STEPS, MULTIPLIERS
 
 _DISTRIBUTIONS = {"uniform": 0, "gaussian": 1, "symmetric": 2}
-# Bytes that a program works on at a time, and its warps. A thread has 64, so that what is the same
-# for all its channels costs little; logarithm and sine in float64 leave registers for 16.
+# Bytes that a program works on at a time, and its warps. A thread has 64, over which the work that
+# all its channels share is spread; logarithm and sine in float64 leave registers for 16.
 _TILES = {"uniform": (4096, 2), "gaussian": (2048, 4), "symmetric": (4096, 2)}
 _LEAST_CHANNELS = 512
 _A, _B = tl.constexpr(MULTIPLIERS[0]), tl.constexpr(MULTIPLIERS[1])
@@ -152,7 +152,7 @@ def launch(
     seed: int,
     distribution: str,
 ) -> Tensor:
-    """The operator `op.add_noise_`, on a GPU."""
+    """Run the kernel: `op.add_noise_` on a GPU, with the same arguments and result."""
     rows, columns, hidden_size = x.shape
     row_stride, column_stride, channel_stride = x.stride()
     squares = torch.empty(rows * columns, dtype=torch.float32, device=x.device)
@@ -187,8 +187,8 @@ def launch(
 
 
 def _tile(hidden_size: int, itemsize: int, distribution: str) -> tuple[int, int]:
-    """Channels that a program works on at a time, a power of 2, and its warps. They divide the
-    hidden size, unless few would: then lanes beyond it work for nothing."""
+    """Channels that a program works on at a time, a power of 2, and its warps. The channels divide
+    the hidden size, unless its divisors are small: then lanes beyond it idle."""
     most_bytes, warps = _TILES[distribution]
     most = most_bytes // itemsize
     channels = hidden_size & -hidden_size

@@ -1,9 +1,9 @@
 """The operator `neftune_dist::add_noise_`: draw, scale, mask and add, in place, in one pass.
 
 Registered with torch, so that `torch.compile` keeps it as one node. Its result is a pure function
-of its arguments: the counters come in as tensors, so nothing is compiled anew when they move on,
-and a pass that is computed twice adds the same noise twice. On a GPU it is one Triton kernel; on
-the CPU it works through pieces that stay in the cache.
+of its arguments: counters are tensors, so nothing recompiles when they move on, and a pass that is
+computed twice adds the same noise twice. On a GPU it is one Triton kernel; on the CPU it works
+through pieces that stay in the cache.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def add_noise_(
         distribution: uniform, gaussian or symmetric.
 
     Returns:
-        float32 (num_tokens,): the squared L2 norm of what each token's embedding changed by.
+        float32 (num_tokens,): the squared L2 norm of the change of a token's embedding.
     """
     if x.shape[-1] > MAX_HIDDEN_SIZE:
         raise ValueError(f"A hidden size of {x.shape[-1]} is beyond the noise stream's 2^17.")
@@ -67,7 +67,7 @@ def add_noise_(
         columns = x.shape[1]
     blocks = -(-x.shape[2] // 4)
     step = max(1, min(columns, _PIECE_COUNTERS // blocks))
-    # Made once: memory that is asked for and given back for every piece costs more than the noise.
+    # Allocated once: to allocate and free it for every piece costs more than the noise.
     memory = torch.empty(6, step, blocks, dtype=torch.int64, device=x.device)
     draws = torch.empty(step, blocks, 4, device=x.device)
     for row in range(x.shape[0]):
@@ -127,8 +127,14 @@ def _add_piece_(
     memory: Tensor,
     draws: Tensor,
 ) -> Tensor:
-    """The operator on x (num_tokens, hidden_size), all at once; scale and words (num_tokens, 1),
-    memory (6, num_tokens, num_blocks) and draws (num_tokens, num_blocks, 4) to work in."""
+    """The operator on a piece, all at once.
+
+    Args:
+        x: (num_tokens, hidden_size).
+        scale, words: (num_tokens, 1).
+        memory: int64 (6, num_tokens, num_blocks), to work in.
+        draws: float32 (num_tokens, num_blocks, 4), to work in.
+    """
     noised = scale != 0
     if not bool(noised.any()):
         return torch.zeros(len(x), dtype=torch.float32, device=x.device)
@@ -158,17 +164,17 @@ def add_noise(
     row_length: int | None = None,
     num_segments: int | None = None,
 ) -> Tensor:
-    """Add the law's noise to embeddings in place; say how much was added.
+    """Add the law's noise to embeddings in place, and return its documents' norms.
 
     Args:
         x: (rows, columns, hidden_size), or (num_tokens, hidden_size); any floating dtype.
-        alpha, embed_scale, row_length: as `law.scales` takes them.
+        alpha, embed_scale, row_length: as for `law.scales`.
         num_segments: above every segment of the layout; None: x's number of tokens.
 
     Returns:
-        float64 (num_segments,): at index i the squared L2 norm of what document i of the batch
-        received, over embed_scale; 0 beyond the number of documents. The same bits in whatever
-        order a device adds them up.
+        float64 (num_segments,): at index i the squared L2 norm of the noise of document i of the
+        batch, over embed_scale; 0 beyond the number of documents. The bits do not depend on the
+        order in which a device adds them up.
     """
     scale = scales(layout, x.shape[-1], alpha, embed_scale=embed_scale, row_length=row_length)
     rows = x if x.dim() == 3 else x[None]

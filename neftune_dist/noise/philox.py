@@ -20,7 +20,7 @@ _ROUNDS = 10
 def philox4x32(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four 32-bit words for each counter.
+    """Four 32-bit words for every counter.
 
     Args:
         counter: four int64 tensors of words, of shapes that broadcast together.
@@ -49,8 +49,8 @@ def philox4x32_(memory: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
     """`philox4x32` in place, several times as fast.
 
     Args:
-        memory: six tensors of one shape: the counter's four words, and two to work in. All are
-            used up, and the words returned are four of them.
+        memory: six tensors of one shape: the counter's four words, and two to work in. Their
+            content is lost, and the words returned are four of them.
     """
     c0, c1, c2, c3, product0, product1 = memory
     k0, k1 = key
@@ -61,22 +61,28 @@ def philox4x32_(memory: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
         c0.bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_WORD)
         torch.bitwise_right_shift(product0, 32, out=c2)
         c2.bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_WORD)
-        # The low words keep what stands above them: it goes when the next round masks its words.
+        # The low words keep the bits above them: the next round masks its words.
         c1, product1, c3, product0 = product1, c1, product0, c3
         k0, k1 = (k0 + KEY_STEPS[0]) & _WORD, (k1 + KEY_STEPS[1]) & _WORD
     return [c0, c1.bitwise_and_(_WORD), c2, c3.bitwise_and_(_WORD)]
 
 
 def to_draws(words: Sequence[Tensor], distribution: str, out: Tensor | None = None) -> Tensor:
-    """Four words of each counter, of one shape (...), to float32 draws (..., 4) of mean 0. The
-    words are used up.
+    """Turn the counters' words into draws of mean 0.
 
     uniform: in (-1, 1), `(2 (word >> 8) + 1) / 2^24 - 1`: an odd multiple of 2^-24, so it is exact
     in float32 and no rounding mode of any device can change it.
     symmetric: 1 or -1, by the word's highest bit.
-    gaussian: of variance 1/3, from each pair of words by Box and Muller's transform in float64,
-    rounded once: devices' logarithms differ in their last bit, which changes about one draw in
-    2^28.
+    gaussian: of variance 1/3, from pairs of words by Box and Muller's transform in float64, rounded
+    once: devices' logarithms differ in their last bit, which changes about one draw in 2^28.
+
+    Args:
+        words: four tensors of one shape (...); their content is lost.
+        distribution: uniform, symmetric or gaussian.
+        out: float32 (..., 4), for the result.
+
+    Returns:
+        float32 (..., 4).
     """
     draws = out
     if draws is None:

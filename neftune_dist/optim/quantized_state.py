@@ -49,7 +49,7 @@ class QuantizedMoment:
         lead: elements of the first block that lie before the range.
     """
 
-    dtype = torch.float32  # of what is read and written
+    dtype = torch.float32  # of the values read and written
 
     def __init__(self, start: int, numel: int, root: bool, device: torch.device) -> None:
         self.start, self.root, self._numel = start, root, numel
@@ -126,7 +126,7 @@ class QuantizedMoment:
         extra = spare[: (end - one) * BLOCK].view(-1, BLOCK)
         bits = values.view(torch.int32)
         if self.root:
-            torch.gt(values, 0, out=extra)  # the least code of what is not zero: 1
+            torch.gt(values, 0, out=extra)  # the least code of values that are not zero: 1
         else:
             torch.bitwise_right_shift(bits, 24, out=extra).bitwise_and_(128)
             values.abs_()

@@ -195,7 +195,7 @@ def test_tensor_parallelism_needs_the_data_parallel_rank(
 ) -> None:
     """Peers told apart by their global rank would noise one batch twice."""
     for results in tensor_parallel:
-        assert "say NEFTune(rank=...)" in results[f"{way}, {order}, no rank"]
+        assert "set NEFTune(rank=...)" in results[f"{way}, {order}, no rank"]
 
 
 def test_slices_of_the_sequence(
@@ -249,7 +249,7 @@ def test_an_embedding_that_is_an_fsdp2_unit(tmp_path: Path) -> None:
         for order in ORDERS:
             found, fired = results[order]
             assert fired == 1 and torch.equal(found, expected)
-        assert "say NEFTune(rank=...)" in results["tensor parallel"]
+        assert "set NEFTune(rank=...)" in results["tensor parallel"]
 
 
 def on_a_mesh(_: Path) -> Tensor:
@@ -322,7 +322,7 @@ def test_transformers_own_tensor_parallelism(tmp_path: Path) -> None:
     assert abs(float(loss - clean)) > 1e-3
     for results in on_ranks(by_transformers, 2, tmp_path):
         assert results["rows"] == 48
-        assert "say NEFTune(rank=...)" in results["no rank"]
+        assert "set NEFTune(rank=...)" in results["no rank"]
         assert results["fired"] == 1
         assert torch.equal(results["embedded"], seen[0])
         assert torch.allclose(results["clean"], clean, rtol=1e-5)

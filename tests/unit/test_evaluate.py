@@ -163,7 +163,7 @@ def refused(*words: object) -> str:
 def test_what_is_no_subject(folder: Path, tmp_path: Path) -> None:
     assert "nothing to evaluate: neither a run directory" in refused(tmp_path)
     assert "is no model directory" in refused(tmp_path / "nowhere")
-    assert "could not be had from the hub" in refused("nobody/nothing-of-that-name")
+    assert "cannot be downloaded from the hub" in refused("nobody/nothing-of-that-name")
     (tmp_path / "checkpoints").mkdir()
     told = refused(tmp_path / "checkpoints" / "step_00000007")
     assert told.endswith("has no config.yaml.")

@@ -592,7 +592,7 @@ def test_code_of_the_models_own_runs_only_when_asked(
     config["auto_map"] = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own.py").write_text(CODE.format(mark=str(mark)))
-    with pytest.raises(UserError, match=r"code of its own.*model\.trust_remote_code=true"):
+    with pytest.raises(UserError, match=r"code from its own files.*model\.trust_remote_code=true"):
         build(folder)
     assert not mark.exists()
     trusted = build(folder, trust_remote_code=True)
