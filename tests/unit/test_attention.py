@@ -154,7 +154,7 @@ def test_other_families_are_refused(model_type: str, tmp_path: Path) -> None:
         build(folder_of(config, tmp_path), ModelConfig(), packing=True)
 
 
-def test_code_of_ones_own_is_not_taken_for_its_family() -> None:
+def test_a_subclass_of_a_family_is_refused_packing() -> None:
     class Own(transformers.LlamaForCausalLM):
         pass
 

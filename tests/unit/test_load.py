@@ -558,7 +558,7 @@ def test_a_broken_configuration(text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["t5", "clip", "vit"])
-def test_what_is_no_language_model(model_type: str, tmp_path: Path) -> None:
+def test_encoders_are_no_language_models(model_type: str, tmp_path: Path) -> None:
     transformers.AutoConfig.for_model(model_type).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no causal language model"):
         build(tmp_path)
@@ -581,7 +581,7 @@ class Model(LlamaForCausalLM):
 """
 
 
-def test_code_of_the_models_own_runs_only_when_asked(
+def test_remote_code_runs_only_with_trust_remote_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "m"))
@@ -615,7 +615,7 @@ def test_tokenizers(tmp_path: Path) -> None:
         load.load_tokenizer(tmp_path, ModelConfig())
 
 
-def test_the_architecture_is_told_apart_from_the_rest(tmp_path: Path) -> None:
+def test_architecture_ignores_settings_that_change_no_parameter(tmp_path: Path) -> None:
     save(family("llama"), tmp_path)
     one = load.load_model_config(tmp_path, ModelConfig())
     moved = tmp_path / "moved"

@@ -177,7 +177,7 @@ def test_through_a_checkpoint_training_goes_on_to_the_bit(
 
 
 @pytest.mark.parametrize("states", ["bf16", "8bit"])
-def test_an_unwanted_update_changes_nothing(states: str) -> None:
+def test_a_skipped_update_changes_nothing(states: str) -> None:
     training = Training(states, []).run(range(2))
     before = training.values()
     skip_update_where(training.optimizer, torch.tensor(True))
@@ -263,7 +263,7 @@ def test_the_two_moments_are_rounded_by_two_halves_of_a_word() -> None:
     assert abs(differing - expected) < 5 * math.sqrt(expected / NUMEL)
 
 
-def test_what_bfloat16_holds_stays_what_it_is() -> None:
+def test_rounding_keeps_values_that_bfloat16_holds() -> None:
     exact = torch.tensor([0.0, -0.0, 1.0, -1.5, 2.0**-120, math.inf, -math.inf, 3e38])
     exact = exact.bfloat16().float()
     for update in range(50):
@@ -384,7 +384,9 @@ def squares(values: Tensor) -> Tensor:
 @pytest.mark.parametrize("root", [False, True])
 @pytest.mark.parametrize("start", [0, 100, 3 * BLOCK])
 @pytest.mark.parametrize("kind", hard(1).keys())
-def test_what_is_read_is_written_as_the_same_codes(kind: str, start: int, root: bool) -> None:
+def test_writing_values_that_were_read_gives_the_same_codes(
+    kind: str, start: int, root: bool
+) -> None:
     values = squares(hard(1000)[kind]) if root else hard(1000)[kind]
     first = QuantizedMoment(start, 1000, root, CPU)
     first.copy_(values)
@@ -431,7 +433,7 @@ def test_only_zero_is_a_second_moment_of_zero() -> None:
     assert [int(i) for i in (blocks[:] == 0).nonzero()] == [7]
 
 
-def test_what_is_not_finite_spoils_its_block_only() -> None:
+def test_a_value_that_is_not_finite_spoils_its_block_only() -> None:
     values = torch.ones(2 * BLOCK)
     for bad in (math.inf, math.nan):
         values[1] = bad

@@ -343,7 +343,9 @@ def test_a_loop_that_never_sets_the_step_runs_on(model: Any) -> None:
         assert torch.equal(embedded(model, input_ids=ids), later)
 
 
-def test_the_rank_of_a_launcher_is_the_noise_s(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_defaults_to_the_launchers_variable(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where there is no process group."""
     ids = torch.arange(12)[None]
     found = []
@@ -408,7 +410,7 @@ def test_a_slice_counts_documents_by_their_number_in_the_whole_sequence(
     assert float(norm_sum) == pytest.approx(4 * expected_norm(5.0), rel=0.2)
 
 
-def test_mistakes_are_told(model: Any) -> None:
+def test_wrong_settings_and_inputs_raise(model: Any) -> None:
     for alpha in (-1.0, math.nan, math.inf, 1e6):
         with pytest.raises(ValueError, match="alpha"):
             NEFTune(alpha)

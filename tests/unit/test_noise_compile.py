@@ -193,7 +193,7 @@ def test_passes_that_do_not_train_are_clean() -> None:
     assert not counters["graph_break"]
 
 
-def test_lengths_alone_compile_nothing_anew() -> None:
+def test_lengths_alone_recompile_nothing() -> None:
     """Packed rows of one shape, as most trainers make them: other documents, other numbers of
     them, the same static graph."""
     model = Small()
@@ -228,7 +228,7 @@ def test_inductor() -> None:
     assert not counters["graph_break"]
 
 
-def test_hooks_put_on_a_compiled_model_too_late_are_told() -> None:
+def test_hooks_put_on_a_compiled_model_too_late_raise() -> None:
     """Its graph knows nothing of them."""
     model, ids = Small(), torch.arange(24).view(2, 12)
     model.compile(fullgraph=True, backend="eager")
@@ -267,7 +267,7 @@ def test_a_compiled_part_of_a_model() -> None:
             assert noise.num_fired == i + 1
 
 
-def test_a_checkpoint_around_a_compiled_model_is_told() -> None:
+def test_a_checkpoint_around_a_compiled_model_raises() -> None:
     """Its graph cannot know that it is computed again, and would count that as another forward."""
     model, ids = Small(), torch.arange(24).view(2, 12)
     compiled = torch.compile(model, backend="aot_eager")
@@ -305,7 +305,7 @@ def test_malformed_lengths_stop_a_compiled_model() -> None:
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "gaussian", "symmetric"])
-def test_the_operators_keep_torchs_contract(distribution: str) -> None:
+def test_the_operators_pass_torchs_opcheck(distribution: str) -> None:
     """What they change, their shapes under tracing and their schema are what is declared."""
     layout = TokenLayout.from_lengths(torch.tensor([3, 5]))
     words = RankStream(0, 0, 0, 0).words(layout)

@@ -306,7 +306,7 @@ def test_the_hook_reads_every_layout_off_the_arguments(names: str, model: Lookup
 
 @pytest.mark.parametrize("multiple", [None, 8, 64])
 @pytest.mark.parametrize("lengths", [(5, 9, 3), (7, 1), (16,), (1, 1, 6)])
-def test_what_trl_appends_to_packed_documents_is_padding(
+def test_tokens_that_trl_appends_to_packed_documents_are_padding(
     multiple: int | None, lengths: tuple[int, ...], model: Lookup
 ) -> None:
     """Its collator gives padding tokens positions of 0, and boundaries: each looks like a document.
@@ -612,7 +612,7 @@ BAD: dict[str, tuple[str, Callable[[], Any]]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_told_in_one_sentence(name: str) -> None:
+def test_bad_input_raises_one_sentence(name: str) -> None:
     message, act = BAD[name]
     with pytest.raises(ValueError, match=message) as raised:
         act()

@@ -162,7 +162,7 @@ def test_an_embedding_resized_before_and_after() -> None:
         assert_equal(model, loss, by_hand(model, law(32)))
 
 
-def test_an_embedding_replaced_afterwards_is_told() -> None:
+def test_an_embedding_replaced_afterwards_raises() -> None:
     model = make()
     with NEFTune(ALPHA).attach(model):
         model.set_input_embeddings(nn.Embedding(120, 32))
@@ -388,7 +388,7 @@ def test_a_checkpoint_around_the_embedding_and_the_next_layer() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-def test_a_reentrant_checkpoint_around_the_embedding_is_told() -> None:
+def test_a_reentrant_checkpoint_around_the_embedding_raises() -> None:
     """Its forward has gradients off: nothing would be noised."""
     model = CheckpointedStem(use_reentrant=True)
     with (
@@ -409,7 +409,7 @@ def test_a_reentrant_checkpoint_around_the_embedding_is_told() -> None:
 
 @pytest.mark.parametrize("same_ids", [True, False])
 @pytest.mark.parametrize("backward_of", ["the sum", "the first", "one checkpoint"])
-def test_recomputing_any_forward_but_the_last_is_told(backward_of: str, same_ids: bool) -> None:
+def test_recomputing_any_forward_but_the_last_raises(backward_of: str, same_ids: bool) -> None:
     """Its noise is not known any more; another's would give a wrong gradient."""
     model = make()
     others = IDS if same_ids else IDS.clone()

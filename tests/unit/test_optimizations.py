@@ -86,7 +86,7 @@ DROPOUT = {
 
 @pytest.mark.parametrize("model_type", DROPOUT)
 @pytest.mark.parametrize("mode", ["selective", "full"])
-def test_what_is_recomputed_drops_what_was_dropped(model_type: str, mode: str) -> None:
+def test_recomputation_drops_the_same_activations(model_type: str, mode: str) -> None:
     assert drops(model := make(model_type, dropout=DROPOUT[model_type]))
     assert "another layout" in dropout_lines(model)[0]
     assert not drops(make(model_type)) and dropout_lines(make(model_type)) == []
@@ -136,7 +136,7 @@ def test_compiled_blocks_take_every_length_with_one_graph() -> None:
 
 
 @pytest.mark.parametrize("window", [0, 5])
-def test_the_operator_is_what_torch_demands(window: int) -> None:
+def test_the_operator_passes_opcheck_and_gradcheck(window: int) -> None:
     """Schema, fake implementation, autograd: `opcheck`; and its gradient, in float64."""
     torch.manual_seed(0)
     query = torch.randn(12, 2, 4, dtype=torch.float64, requires_grad=True)
@@ -150,7 +150,7 @@ def test_the_operator_is_what_torch_demands(window: int) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 5])
-def test_dropout_of_nothing_is_none(window: int | None) -> None:
+def test_attention_with_negligible_dropout_is_the_operators(window: int | None) -> None:
     """The way with dropout, which drops almost never here, agrees with the operator."""
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, heads, 12, 8) for heads in (4, 2, 2))
