@@ -36,11 +36,11 @@ from functools import cache
 from typing import NoReturn
 
 from neftune_dist import __version__
-from neftune_dist.arguments import check_ranges
 from neftune_dist.cluster.submit import slurm, snapshot
 from neftune_dist.cluster.submit.inventory import Hub
 from neftune_dist.cluster.submit.preflight import Outlook, anchor, check_space, preflight
 from neftune_dist.config import Config, UserError, load_config
+from neftune_dist.verbs import MAX_RESTARTS, RENDEZVOUS_MINUTES, bounded
 
 PASSED_ON = ("cpus-per-task", "mem", "partition", "account", "qos", "constraint", "exclude")
 INDEX = "{}"  # in a word: an array task's index
@@ -102,7 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--nodes", type=int, required=True, metavar="N")
     ranks = parser.add_mutually_exclusive_group(required=True)
     ranks.add_argument("--gpus-per-node", metavar="[TYPE:]G", help="one rank a GPU")
-    ranks.add_argument("--processes", type=int, metavar="P", help="CPU ranks on each node")
+    processes = bounded(int, 1, 2**12)
+    ranks.add_argument("--processes", type=processes, metavar="P", help="CPU ranks on each node")
     add("--time", required=True, metavar="HH:MM:SS", help="the limit, at which the run saves")
     for name in PASSED_ON:
         add(f"--{name}", help="as sbatch has it")
@@ -112,8 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--dependency", metavar="LIST", help="afterok:123 and so on")
     add("--chain", type=int, default=1, metavar="N", help="N jobs, each behind the one before")
     add("--signal-seconds", type=int, default=300, help="to save in; default: %(default)s")
-    add("--max-restarts", type=int, help="see `neftune-dist launch --help`")
-    add("--rendezvous-minutes", type=float, help="see `neftune-dist launch --help`")
+    add("--max-restarts", type=MAX_RESTARTS, help="see `neftune-dist launch --help`")
+    add("--rendezvous-minutes", type=RENDEZVOUS_MINUTES, help="see `neftune-dist launch --help`")
     add("--sbatch", action="append", default=[], metavar="OPTION", help="any other: exclusive, a=b")
     add("--dry-run", action="store_true", help="check and print; write and queue nothing")
     return parser
@@ -121,11 +122,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check_options(given: argparse.Namespace) -> None:
     """Refuse values that make no sense; adds `per_node`, the ranks on each node."""
-    for name in ("nodes", "processes", "chain"):
+    for name in ("nodes", "chain"):
         value = getattr(given, name)
         if value is not None and value < 1:
             raise UserError(f"--{name}={value} must be 1 or more.")
-    check_ranges(given)
     gpus = given.gpus_per_node
     if gpus is not None and not re.fullmatch(r"([\w.-]+:)?[1-9]\d{0,3}", gpus, re.ASCII):
         raise UserError(f"--gpus-per-node={gpus} is not of the form 8 or h100:8.")

@@ -17,9 +17,9 @@ from subprocess import PIPE, Popen
 from types import FrameType
 
 from neftune_dist.config import Config
+from neftune_dist.distributed.outcome import EXIT_STOPPED
 from neftune_dist.system import children
 
-EXIT_STOPPED = 75
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 

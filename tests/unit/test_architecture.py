@@ -20,7 +20,7 @@ ORDER: list[set[str]] = [
     {"training"},
     {"evaluation"},
     {"planning", "study", "cluster"},
-    {"arguments"},
+    {"verbs"},
     {"cli"},
 ]
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 70
@@ -227,7 +227,7 @@ def test_imports_stand_at_the_top() -> None:
     doctor, who comes where packages are missing, and what only some have: Triton, extras."""
     allowed = {
         "training/train",
-        "cli",
+        "verbs",
         "data/sources",
         "noise/op",
         "optim/adamw_low_precision",

@@ -23,6 +23,7 @@ from neftune_dist.config import (
     reference,
 )
 from neftune_dist.config.knobs import descriptions
+from neftune_dist.verbs import VERBS
 
 ROOT = Path(__file__).parents[2]
 MODEL = "model.name_or_path=m"
@@ -564,6 +565,23 @@ def test_no_torch_is_imported() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
+def test_help_of_every_verb_imports_no_torch() -> None:
+    program = (
+        "import sys; from neftune_dist.cli import main; from neftune_dist.verbs import VERBS\n"
+        "for words in [['--help'], *([verb, '--help'] for verb in VERBS)]:\n"
+        "    try: main(words)\n"
+        "    except SystemExit as left: assert left.code == 0, words\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy'} & {*sys.modules}\n"
+        "assert not heavy, heavy\n"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    listing = done.stdout.split("Exit codes:")[0]
+    for name, verb in VERBS.items():
+        assert f"usage: neftune-dist {name} " in done.stdout
+        assert (f"    {name} " in listing or f"    {name}\n" in listing) == bool(verb.summary)
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     "content",
@@ -627,11 +645,11 @@ def test_a_variable_for_the_key_is_taken(name: str) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["study", "--seeds", "100000000"], "--seeds=100000000 is out of range"),
-        (["study", "--ranks", "0"], "--ranks=0 is out of range"),
-        (["plan", "--world-size", "1000000000"], "--world-size=1000000000 is out of range"),
-        (["launch", "--processes", "-1"], "--processes=-1 is out of range"),
-        (["launch", "--rendezvous-minutes", "nan"], "--rendezvous-minutes=nan is out of range"),
+        (["study", "--seeds", "100000000"], "--seeds: 100000000 is out of range"),
+        (["study", "--ranks", "0"], "--ranks: 0 is out of range"),
+        (["plan", "--world-size", "1000000000"], "--world-size: 1000000000 is out of range"),
+        (["launch", "--processes", "-1"], "--processes: -1 is out of range"),
+        (["launch", "--rendezvous-minutes", "nan"], "--rendezvous-minutes: nan is out of range"),
     ],
 )
 def test_numbers_of_the_command_line_are_bounded(
