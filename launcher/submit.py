@@ -36,11 +36,12 @@ from functools import cache
 from typing import NoReturn
 
 from neftune_dist import __version__
+from neftune_dist.arguments import bounded
 from neftune_dist.cluster.submit import slurm, snapshot
 from neftune_dist.cluster.submit.inventory import Hub
 from neftune_dist.cluster.submit.preflight import Outlook, anchor, check_space, preflight
 from neftune_dist.config import Config, UserError, load_config
-from neftune_dist.verbs import MAX_RESTARTS, RENDEZVOUS_MINUTES, bounded
+from neftune_dist.verbs import MAX_RESTARTS, RENDEZVOUS_MINUTES
 
 PASSED_ON = ("cpus-per-task", "mem", "partition", "account", "qos", "constraint", "exclude")
 INDEX = "{}"  # in a word: an array task's index

@@ -10,10 +10,11 @@ import sys
 import time
 from collections.abc import Sequence
 
+from neftune_dist import verbs  # noqa: F401 (fills VERBS)
+from neftune_dist.arguments import VERBS, parse
 from neftune_dist.config import UserError
 from neftune_dist.distributed import outcome
 from neftune_dist.system import children, console
-from neftune_dist.verbs import VERBS, parse
 
 _RANK_0_FIRST_SECONDS = 5.0
 # Verbs whose purpose is their output: they have failed if it cannot be written.
@@ -52,8 +53,9 @@ def main(words: Sequence[str] | None = None) -> None:
     verb = ""
     try:
         arguments = parse(words)
-        verb = arguments.verb
-        code = VERBS[verb].run(arguments)
+        verb = arguments.pop("verb")
+        run, _ = VERBS[verb]
+        code = run(**arguments)
     except (UserError, outcome.Final, RecursionError) as error:
         if isinstance(error, RecursionError):
             if "a JSON" not in str(error):

@@ -24,9 +24,9 @@ from neftune_dist.config import (
     Config,
     ModelConfig,
     UserError,
-    checksummed,
     load_config,
     read_json,
+    with_checksum,
 )
 from neftune_dist.distributed.world import World
 from neftune_dist.model import load
@@ -165,7 +165,7 @@ def seal(run_dir: Path) -> None:
     """Write the checksums of the files that are there. Rank 0 alone. Raises `OSError`."""
     paths = [run_dir / _CONFIG, *sorted((run_dir / MODEL_FOLDER).iterdir())]
     files = {str(p.relative_to(run_dir)): vars(WrittenFile.of(p)) for p in paths if p.is_file()}
-    storage.write(run_dir / _SEAL, json.dumps(checksummed({"files": files}), indent=1) + "\n")
+    storage.write(run_dir / _SEAL, json.dumps(with_checksum({"files": files}), indent=1) + "\n")
 
 
 def check_sealed(run_dir: Path) -> None:

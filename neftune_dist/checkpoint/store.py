@@ -29,7 +29,7 @@ from typing import Any
 import xxhash
 
 from neftune_dist.checkpoint.flat import WrittenFile
-from neftune_dist.config import CheckpointConfig, UserError, checksummed, read_json
+from neftune_dist.config import CheckpointConfig, UserError, read_json, with_checksum
 from neftune_dist.distributed.outcome import removed
 from neftune_dist.system import storage
 from neftune_dist.system.checkpoint_names import MANIFEST, step_of
@@ -134,7 +134,9 @@ def publish(
         checksum = xxhash.xxh3_128(content).hexdigest()
         all_files = {**files, STATE: WrittenFile(len(content), checksum)}
         manifest = {"step": step, "files": {name: vars(f) for name, f in all_files.items()}}
-        storage.write(partial / MANIFEST, json.dumps(checksummed(manifest), indent=1), durable=True)
+        storage.write(
+            partial / MANIFEST, json.dumps(with_checksum(manifest), indent=1), durable=True
+        )
         _clear(final, final.name + _DAMAGED)
         partial.rename(final)
         storage.sync(root)

@@ -8,7 +8,13 @@ are refused with `UserError`.
 from neftune_dist.config.checks import check
 from neftune_dist.config.config import ACCEPTABLE_CHANGES, KNOBS, Config, differences
 from neftune_dist.config.errors import UserError
-from neftune_dist.config.forms import Optional, checksummed, formed, parse_json, read_json
+from neftune_dist.config.json_files import (
+    Nullable,
+    match_schema,
+    parse_json,
+    read_json,
+    with_checksum,
+)
 from neftune_dist.config.knobs import Knob, reference
 from neftune_dist.config.loading import load_config
 from neftune_dist.config.paths import user_path
@@ -26,5 +32,5 @@ from neftune_dist.config.sections import (
     OptimConfig,
     SourceConfig,
     TrainConfig,
-    listed,
+    split_list,
 )

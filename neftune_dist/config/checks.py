@@ -19,7 +19,7 @@ from neftune_dist.config.sections import (
     CheckpointConfig,
     DataConfig,
     JudgeConfig,
-    listed,
+    split_list,
 )
 
 _URL = re.compile(r"https?://([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?(/[\w./~%+-]*)?", re.ASCII)
@@ -50,7 +50,7 @@ def check(config: Config) -> None:
         )
     for key, value in _values(config):
         KNOBS[re.sub(r"\[\d+\]", "[]", key)].check(key, value)
-    for word in listed(config.evaluate.tasks):
+    for word in split_list(config.evaluate.tasks):
         user_path(word.rpartition("=")[2] or word, "evaluate.tasks")
     _check_unused(config)
     _check_layout(config)

@@ -1,4 +1,4 @@
-"""A user's mistake, and how a value is shown in it."""
+"""The error of a user's mistake, and how values are shown in its message."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: one sentence saying what, where, and what would be right.
+    """A mistake that the user can fix: one sentence on what is wrong, where, and what is right.
 
     The command line prints the sentence, without a traceback, and exits with code 2.
 
     Attributes:
-        shared: all ranks raised it together, so that rank 0 alone need say it.
+        shared: all ranks raised it together, so only rank 0 needs to print it.
     """
 
     def __init__(self, message: str, *, shared: bool = False) -> None:
@@ -20,5 +20,6 @@ class UserError(Exception):
 
 
 def brief(value: Any) -> str:
+    """A value as text of at most 60 characters."""
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."

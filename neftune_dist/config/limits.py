@@ -1,8 +1,7 @@
-"""Bounds on the time and the memory that reading untrusted input may take.
+"""Limits on the time and the memory that reading untrusted input may take.
 
-Chat templates, pickles and nested text are small programs: a few bytes of them can ask for any time
-and any memory. A block under `limited` gets so much processor time and so much memory beyond what
-the process has, and then an exception, not the whole machine.
+Chat templates, pickles and nested text are small programs: a few bytes of them can use up any time
+and any memory. A block under `limited` that does so ends with an exception.
 """
 
 from __future__ import annotations
@@ -16,26 +15,30 @@ from contextlib import contextmanager
 from types import FrameType
 
 _GIB = 2**30
-# The exception is raised again until the block ends: libraries catch what they should not.
-_AGAIN_SECONDS = 0.1
-# What a call into C that returns late has more, before its process is ended.
+# The exception is raised again until the block ends, because libraries catch it.
+_REPEAT_SECONDS = 0.1
+# Further time for a call into C to return, after which its process is killed.
 _GRACE_SECONDS = 5.0
 
-_running = False  # whether a block of this process is under limits
+_running = False  # whether a block of this process is limited
 
 
 @contextmanager
 def limited(seconds: float, gib: float) -> Iterator[None]:
-    """Let the block take so much processor time and so much more memory (infinity: any).
+    """Limit the block's processor time, and its memory beyond what the process has now.
 
-    Processor time, because on a busy machine honest work takes longer by the clock. It is bounded
-    in the main thread alone, where Python runs signal handlers. A call into C that never returns to
-    Python is ended with its process, after twice the time. A block within a limited block has that
-    one's limits.
+    The limit is on processor time, because on a busy machine honest work takes longer by the clock.
+    It holds in the main thread alone, where Python runs signal handlers. A call into C that never
+    returns to Python ends with its process, after twice the time. Limits do not nest: the outer
+    block's hold.
+
+    Args:
+        seconds: processor time.
+        gib: memory; infinity for no limit.
 
     Raises:
         TimeoutError: the time is over.
-        MemoryError: the memory is used up; libraries may raise errors of their own for it.
+        MemoryError: the memory is used up; libraries may raise other errors for it.
     """
     global _running
     if _running:
@@ -43,7 +46,7 @@ def limited(seconds: float, gib: float) -> Iterator[None]:
         return
     timed = threading.current_thread() is threading.main_thread()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    ceilings = [each for each in (soft, hard) if each != resource.RLIM_INFINITY]
+    ceilings = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
     if math.isfinite(gib):
         ceilings.append(_address_space() + int(gib * _GIB))
     try:
@@ -63,7 +66,7 @@ def limited(seconds: float, gib: float) -> Iterator[None]:
 def _start_clocks(seconds: float) -> None:
     if signal.getsignal(signal.SIGVTALRM) is not _out_of_time:
         signal.signal(signal.SIGVTALRM, _out_of_time)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, _AGAIN_SECONDS)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, _REPEAT_SECONDS)
     if signal.getsignal(signal.SIGPROF) is signal.SIG_DFL:  # no profiler uses it
         signal.setitimer(signal.ITIMER_PROF, 2 * seconds + _GRACE_SECONDS)
 

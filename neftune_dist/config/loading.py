@@ -21,13 +21,13 @@ from neftune_dist.config.errors import UserError, brief
 from neftune_dist.config.limits import limited
 from neftune_dist.config.paths import user_path
 
-_MAX_DEPTH = 100  # of lists and mappings within each other
+_MAX_DEPTH = 100  # of nested lists and mappings
 # Aliases (`*name`) and interpolations let a short file stand for any amount of content.
 _READING_SECONDS, _READING_GIB = 20.0, 1.0
 
 
 def load_config(path: str | os.PathLike[str] | None, words: Sequence[str] = ()) -> Config:
-    """Defaults, then the YAML file at `path`, then `key=value` words; checked.
+    """Load and check a configuration: defaults, then a YAML file, then `key=value` words.
 
     A file may begin with `extends: OTHER.yaml`, a file beside it whose settings come first.
 
@@ -40,7 +40,7 @@ def load_config(path: str | os.PathLike[str] | None, words: Sequence[str] = ()) 
         where = path if path is not None else " ".join(words)
         raise UserError(
             f"The configuration {brief(where)} cannot be read within {_READING_SECONDS:g} s and "
-            f"{_READING_GIB:g} GiB: what it repeats by aliases, or nests, is too much."
+            f"{_READING_GIB:g} GiB: it nests too deeply, or its aliases repeat too much."
         ) from error
 
 
@@ -71,7 +71,7 @@ def _read_yaml(path: Path) -> Any:
         where = getattr(error, "problem_mark", None)
         line = f" (line {where.line + 1})" if where else ""
         raise UserError(f"{path} is not valid YAML{line}: {_reason(error)}.") from error
-    except (OSError, ValueError) as error:  # no file, no UTF-8, no more than a bare word
+    except (OSError, ValueError) as error:  # not a file, not UTF-8, only a bare word
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"The configuration file {path} cannot be read: {reason}.") from error
     if not OmegaConf.is_dict(loaded):
@@ -80,27 +80,27 @@ def _read_yaml(path: Path) -> Any:
 
 
 def _check_depth(text: str) -> None:
-    """Refuse what nests too deep, before the parser recurses: written in C, it crashes."""
+    """Refuse deep nesting before the parser, which is written in C, overflows the stack."""
     depth = 0
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > _MAX_DEPTH:
-            raise YAMLError(f"more than {_MAX_DEPTH} lists and mappings lie within each other")
+            raise YAMLError(f"lists and mappings nest more than {_MAX_DEPTH} levels deep")
 
 
 def _read_files(path: Path, extended_by: tuple[Path, ...] = ()) -> list[tuple[str, Any]]:
-    """A file's settings behind those of the file it extends; where each was found."""
+    """The settings of the files that this one extends, then its own, each with its file's name."""
     loaded = _read_yaml(path)
     extends = loaded.pop("extends", None)
     if extends is None:
         return [(str(path), loaded)]
     if not isinstance(extends, str) or not extends:
-        raise UserError(f"{path}: extends={brief(extends)} is no file's name.")
+        raise UserError(f"{path}: extends={brief(extends)} is not a file name.")
     parent = user_path(str(path.parent / extends), f"{path}: extends")
     chain = (*extended_by, path)
     if os.path.realpath(parent) in map(os.path.realpath, chain):
-        raise UserError(f"{path}: extends={extends} comes back to a file that it extends.")
+        raise UserError(f"{path}: extends={extends} leads back to the file itself.")
     return [*_read_files(parent, chain), (str(path), loaded)]
 
 
@@ -124,7 +124,7 @@ def _read_word(word: str) -> Any:
 
 
 def _spaced(item: Any) -> Any:
-    """An entry written without spaces, {source:a.json,weight:2}, in which YAML sees no values."""
+    """Split an entry without spaces, {source:a.json,weight:2}, which YAML reads as keys alone."""
     if not isinstance(item, dict):
         return item
     spaced: dict[Any, Any] = {}
@@ -180,7 +180,7 @@ def _hint(key: str, prefix: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """One line, without the full stop."""
+    """One line of an error's message, without the full stop."""
     text = str(getattr(error, "problem", None) or error).strip() or type(error).__name__
     line = text.splitlines()[0].rstrip(".")
     return line if len(line) <= 200 else f"{line[:197]}..."

@@ -7,20 +7,17 @@ from pathlib import Path
 
 from neftune_dist.config.errors import UserError, brief
 
-# Of Linux: a name between two slashes (every file system in use), and a path with its last byte 0.
+# Limits of Linux on a name between two slashes, and on a path without its final zero byte.
 _NAME_BYTES, _PATH_BYTES = 255, 4095
 
 
 def user_path(text: str, key: str) -> Path:
-    """The path that a setting or an argument names, a leading `~` expanded.
+    """The path that a setting or an argument names, with a leading `~` expanded.
 
-    It need not exist.
-
-    Args:
-        key: the setting's or argument's name, for the message.
+    The path need not exist. `key` names the setting or argument in messages.
 
     Raises:
-        UserError: no file can have that name: an unknown user, a name that is too long.
+        UserError: no file can have that path: an unknown user, a name that is too long.
     """
     shown = f"{key}={brief(text)}"
     if not text:
@@ -36,9 +33,9 @@ def user_path(text: str, key: str) -> Path:
         raise UserError(f"{key}={brief(ascii(text))} is no path: it is not plain text.") from None
     longest = max(len(name) for name in encoded.split(b"/"))
     if longest > _NAME_BYTES or len(encoded) > _PATH_BYTES:
-        what = f"a name of {longest}" if longest > _NAME_BYTES else f"{len(encoded)}"
+        found = f"a name of {longest}" if longest > _NAME_BYTES else f"{len(encoded)}"
         raise UserError(
-            f"{shown} is too long: it has {what} bytes, and a file system takes {_NAME_BYTES} for "
-            f"a name and {_PATH_BYTES} for a path."
+            f"{shown} is too long: it has {found} bytes, and the limits are {_NAME_BYTES} for a "
+            f"name and {_PATH_BYTES} for a path."
         )
     return path

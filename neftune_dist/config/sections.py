@@ -263,7 +263,7 @@ class CheckpointConfig:
     @property
     def accepted(self) -> tuple[str, ...]:
         """The keys that `accept_changes` lists."""
-        return listed(self.accept_changes)
+        return split_list(self.accept_changes)
 
 
 @dataclass
@@ -342,6 +342,6 @@ class JudgeConfig:
     """Timeout of a request."""
 
 
-def listed(words: str | None) -> tuple[str, ...]:
+def split_list(words: str | None) -> tuple[str, ...]:
     """The words of a setting that separates them by commas."""
     return tuple(word for part in (words or "").split(",") if (word := part.strip()))

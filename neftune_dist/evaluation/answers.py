@@ -21,7 +21,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from neftune_dist.config import EvaluateConfig, UserError, checksummed, formed, parse_json
+from neftune_dist.config import EvaluateConfig, UserError, match_schema, parse_json, with_checksum
 from neftune_dist.data import builtin
 from neftune_dist.distributed.world import World
 from neftune_dist.evaluation.instructions import Instruction
@@ -190,7 +190,7 @@ def _read_partial(folder: Path) -> dict[int, dict[str, Any]]:
                 try:
                     row = parse_json(line, {"index": int})
                     index = row.pop("index")
-                    done[index] = vars(formed(row, Generated))
+                    done[index] = vars(match_schema(row, Generated))
                 except ValueError:
                     continue  # damaged: it is answered again
     return done
@@ -212,7 +212,9 @@ class _Appended:
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Put rows on the disk."""
         try:
-            self._file.write("".join(json.dumps(checksummed(row)) + "\n" for row in rows).encode())
+            self._file.write(
+                "".join(json.dumps(with_checksum(row)) + "\n" for row in rows).encode()
+            )
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:

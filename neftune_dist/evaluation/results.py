@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from neftune_dist.config import Optional, UserError, checksummed, read_json
+from neftune_dist.config import Nullable, UserError, read_json, with_checksum
 from neftune_dist.distributed.world import World
 from neftune_dist.evaluation.target import Subject
 from neftune_dist.system import storage
@@ -55,10 +55,10 @@ _JUDGED = {
 }
 _SUMMARY = {
     "subject": {"name": str, "step": int | None, "alpha": float | None},
-    "losses?": Optional(_LOSSES),
-    "answers?": Optional({str: float | None}),
-    "tasks?": Optional({str: _TASK}),
-    "judge?": Optional(_JUDGED),
+    "losses?": Nullable(_LOSSES),
+    "answers?": Nullable({str: float | None}),
+    "tasks?": Nullable({str: _TASK}),
+    "judge?": Nullable(_JUDGED),
 }
 _ITEMS = {
     "held_out?": [[float]],
@@ -183,7 +183,7 @@ class Results:
         return read_json(self.folder / name, FORMS[name], fix=_FIX)
 
     def _write(self, name: str, content: Any) -> None:
-        content = checksummed(content) if isinstance(content, dict) else content
+        content = with_checksum(content) if isinstance(content, dict) else content
         with storage.writing(str(self.folder)):
             storage.write(self.folder / name, json.dumps(content, indent=1) + "\n")
 

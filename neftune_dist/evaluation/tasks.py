@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
-from neftune_dist.config import EvaluateConfig, SourceConfig, UserError, listed
+from neftune_dist.config import EvaluateConfig, SourceConfig, UserError, split_list
 from neftune_dist.data.errors import BadRow, type_name
 from neftune_dist.data.sources import open_source
 from neftune_dist.distributed.world import World
@@ -154,7 +154,7 @@ def read_words(text: str | None, max_items: int = 0) -> list[TaskWord]:
     `UserError` where a file or a row of it cannot be used; whether lm-eval knows a name is seen
     later."""
     words: dict[str, TaskWord] = {}
-    for text_of_word in listed(text):
+    for text_of_word in split_list(text):
         name, is_file, path = (part.strip() for part in text_of_word.partition("="))
         if not name or (is_file and not path) or (not is_file and "/" in name):
             raise UserError(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neftune_dist.config import AdapterConfig, UserError, listed
+from neftune_dist.config import AdapterConfig, UserError, split_list
 from neftune_dist.model import nf4
 from neftune_dist.model.modules import replace_parameters
 from neftune_dist.model.optimizations import blocks
@@ -67,7 +67,7 @@ def targets(model: Any, config: AdapterConfig) -> list[str]:
         raise UserError(f"{type(model).__name__} names no blocks with matrices to adapt.")
     if config.targets == "all":
         return known
-    wanted = sorted(set(listed(config.targets)))
+    wanted = sorted(set(split_list(config.targets)))
     missing = [name for name in wanted if name not in known]
     if missing or not wanted:
         raise UserError(

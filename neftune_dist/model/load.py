@@ -19,7 +19,7 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 
 from neftune_dist.compat.transformers import mark_initialized
-from neftune_dist.config import AdapterConfig, ModelConfig, UserError, listed, user_path
+from neftune_dist.config import AdapterConfig, ModelConfig, UserError, split_list, user_path
 from neftune_dist.model import adapters
 from neftune_dist.model.attention import implementation
 from neftune_dist.model.families import check_model, check_packable
@@ -77,7 +77,10 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> Any:
             f"The tokenizer in {folder} cannot be loaded: {_plain(error, config)}"
         ) from error
     tokenizer.add_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in listed(config.add_tokens)],
+        [
+            AddedToken(token, special=True, normalized=False)
+            for token in split_list(config.add_tokens)
+        ],
         special_tokens=True,
     )
     return tokenizer

@@ -35,7 +35,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from neftune_dist.config import checksummed
+from neftune_dist.config import with_checksum
 from neftune_dist.distributed.outcome import Outcome
 from tests.support import tiny_model
 
@@ -117,7 +117,7 @@ def _set_odd(path: Path, place: list[Any]) -> None:
         owner = owner[key]
     owner[last] = _ODD[number]
     if isinstance(content, dict) and content.pop("checksum", None):
-        content = checksummed(content)
+        content = with_checksum(content)
     path.write_text(json.dumps(content))
     if path.parent.name == "model":  # as a run of an earlier version, without checksums of these
         (path.parent.parent / "files.json").unlink()

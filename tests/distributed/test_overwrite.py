@@ -29,7 +29,7 @@ from safetensors import safe_open
 from neftune_dist.checkpoint import marked_folder
 from neftune_dist.checkpoint.export import MARK, export
 from neftune_dist.checkpoint.run_files import keep_small_files, keep_template
-from neftune_dist.config import UserError, checksummed, read_json
+from neftune_dist.config import UserError, read_json, with_checksum
 from neftune_dist.evaluation.evaluate import evaluate
 from neftune_dist.system import storage
 from tests.support import tiny_model
@@ -235,7 +235,7 @@ def copy(run_dir: Path, tmp_path: Path) -> Path:
         content = read_json(manifest)
         content["files"][file.name] = vars(new)
         assert vars(old) != vars(new)
-        manifest.write_text(json.dumps(checksummed(content)))
+        manifest.write_text(json.dumps(with_checksum(content)))
     return at
 
 

@@ -20,6 +20,7 @@ ORDER: list[set[str]] = [
     {"training"},
     {"evaluation"},
     {"planning", "study", "cluster"},
+    {"arguments"},
     {"verbs"},
     {"cli"},
 ]

@@ -53,8 +53,8 @@ def test_a_file_extends_another(tmp_path: Path) -> None:
     ("text", "told"),
     [
         ("extends: none.yaml", "none.yaml cannot be read: No such file"),
-        ("extends: [a.yaml]", "extends=['a.yaml'] is no file's name"),
-        ("extends: other.yaml", "extends=self.yaml comes back to a file that it extends"),
+        ("extends: [a.yaml]", "extends=['a.yaml'] is not a file name"),
+        ("extends: other.yaml", "extends=self.yaml leads back to the file itself"),
         ("noise: {extends: other.yaml}", "unknown key noise.extends"),
     ],
 )

@@ -19,13 +19,13 @@ from neftune_dist import cli
 from neftune_dist.cluster.launch import supervisor
 from neftune_dist.config import (
     KNOBS,
-    Optional,
+    Nullable,
     UserError,
-    checksummed,
     load_config,
     parse_json,
     read_json,
     user_path,
+    with_checksum,
 )
 from neftune_dist.distributed import environment, outcome
 from neftune_dist.system.checkpoint_names import newest_step
@@ -188,8 +188,8 @@ GOOD: dict[str, Any] = {"step": 1, "points": [{"x": 1, "y": 2}], "by": {"a": [1,
 def test_json_of_the_right_form() -> None:
     read = parse_json(json.dumps({**GOOD, "other": 1}), FORM)
     assert read["points"] == [Point(1, "", 2)] and read["other"] == 1
-    assert parse_json(json.dumps(checksummed(GOOD)), FORM)["by"] == {"a": [1, 2.5]}
-    assert parse_json("null", Optional(FORM)) is None
+    assert parse_json(json.dumps(with_checksum(GOOD)), FORM)["by"] == {"a": [1, 2.5]}
+    assert parse_json("null", Nullable(FORM)) is None
     assert parse_json("[1e999, NaN]", [float])[0] == float("inf")
 
 
@@ -220,7 +220,7 @@ def test_json_of_the_right_form() -> None:
                 {"by": {"a": [None]}},
             )
         ),
-        json.dumps({**checksummed(GOOD), "step": 2}).encode(),
+        json.dumps({**with_checksum(GOOD), "step": 2}).encode(),
         json.dumps({**GOOD, "checksum": []}).encode(),
     ],
 )
@@ -232,7 +232,7 @@ def test_json_of_another_form(content: bytes, tmp_path: Path) -> None:
 
 
 def test_a_checksum_sees_every_byte_of_the_values() -> None:
-    content = json.dumps(checksummed({"a": [1.25, None, "x y"], "b": {"c": True}})).encode()
+    content = json.dumps(with_checksum({"a": [1.25, None, "x y"], "b": {"c": True}})).encode()
     seen = 0
     for i in range(len(content)):
         for other in (content[i] ^ 1, content[i] ^ 4, ord("7")):

@@ -24,7 +24,7 @@ from neftune_dist.config import (
     ModelConfig,
     SourceConfig,
     UserError,
-    formed,
+    match_schema,
     parse_json,
 )
 from neftune_dist.data import builtin, files
@@ -183,7 +183,7 @@ def _tensors(file: Path) -> dict[str, Any]:
             # A damaged length must not have the whole file read.
             header = parse_json(opened.read(length)) if length < size else {}
         header.pop("__metadata__", None)
-        header = formed(header, {str: {"data_offsets": [int], "shape": [int]}})
+        header = match_schema(header, {str: {"data_offsets": [int], "shape": [int]}})
         wanted = (
             8 + length + max((max(each["data_offsets"]) for each in header.values()), default=0)
         )

@@ -1,0 +1,82 @@
+"""The parser of the command line, made from its verbs. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from neftune_dist.config import UserError
+from neftune_dist.distributed import outcome
+
+Run = TypeVar("Run", bound=Callable[..., int])
+Argument = tuple[tuple[str, ...], dict[str, Any]]
+
+
+# By name: what runs a verb, which takes its arguments by name and returns the exit code; and them.
+VERBS: dict[str, tuple[Callable[..., int], tuple[Argument, ...]]] = {}
+
+
+def verb(*arguments: Argument) -> Callable[[Run], Run]:
+    """Make a function a verb: called without the underscore, its docstring the help."""
+
+    def register(run: Run) -> Run:
+        VERBS[run.__name__.removeprefix("_")] = run, arguments
+        return run
+
+    return register
+
+
+def argument(*names: str, **options: Any) -> Argument:
+    """An argument of a verb, as `add_argument` takes it."""
+    return names, options
+
+
+def bounded(kind: type[int] | type[float], least: float, greatest: float) -> Callable[[str], float]:
+    """An argument's type: a number from `least` to `greatest`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            wanted = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text[:60]!r} is not {wanted}") from None
+        if not least <= value <= greatest:  # written so that NaN is refused
+            raise argparse.ArgumentTypeError(
+                f"{value} is out of range: it must be at least {least} and at most {greatest}"
+            )
+        return value
+
+    return parse
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help).")
+
+
+def parse(words: Sequence[str] | None = None) -> dict[str, Any]:
+    """The arguments of a command line by their names, with `verb`. Raises `UserError`."""
+    codes = f"{outcome.EXIT_DONE} done, {outcome.EXIT_MISTAKE} a mistake in configuration or input"
+    parser = _Parser(
+        prog="neftune-dist",
+        description="Fine-tune causal language models with exact NEFTune noise over FSDP2 or "
+        "DeepSpeed ZeRO.",
+        epilog=f"Exit codes: {codes}, {outcome.EXIT_STOPPED} stopped at a checkpoint to be "
+        "continued, anything else a failure.",
+    )
+    parsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, (run, arguments) in VERBS.items():
+        summary, _, notes = (inspect.getdoc(run) or "").partition("\n\n")
+        added = parsers.add_parser(name, help=summary, description=summary, epilog=notes)
+        for names, options in arguments:
+            added.add_argument(*names, **options)
+    # argparse takes key=value words in one place only; here they may stand behind options, too.
+    given, rest = parser.parse_known_args(words)
+    late = [word for word in rest if "=" in word and not word.startswith("-")]
+    if late != rest or (late and not hasattr(given, "settings")):
+        parser.error(f"unknown words: {' '.join(rest)}")
+    if late:
+        given.settings = [*given.settings, *late]
+    return vars(given)
