@@ -68,12 +68,12 @@ def test_defaults_then_file_then_words(yaml: Callable[[str], Path]) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "\n", "# all defaults\n", "{}\n"])
-def test_a_file_of_nothing_is_the_defaults(content: str, yaml: Callable[[str], Path]) -> None:
+def test_empty_file_gives_the_defaults(content: str, yaml: Callable[[str], Path]) -> None:
     assert load_config(yaml(content), [MODEL]) == load_config(None, [MODEL])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
-def test_the_project_s_own_files_load(path: Path) -> None:
+def test_shipped_configurations_load(path: Path) -> None:
     assert load_config(path, [MODEL]).model.name_or_path == "m"
 
 
@@ -108,7 +108,7 @@ def test_the_project_s_own_files_load(path: Path) -> None:
         ("data.revision=null", None),
     ],
 )
-def test_a_word_means_what_it_says(word: str, expected: Any) -> None:
+def test_word_is_read_as_its_knobs_type(word: str, expected: Any) -> None:
     key = word.partition("=")[0]
     found = value(load_config(None, [MODEL, word]), key)
     assert found == expected and type(found) is type(expected)
@@ -122,7 +122,7 @@ def test_a_word_means_what_it_says(word: str, expected: Any) -> None:
         (None, "~/.cache/neftune_dist"),
     ],
 )
-def test_the_cache_is_where_caches_are(
+def test_cache_dir_follows_xdg_cache_home(
     variable: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -132,7 +132,7 @@ def test_the_cache_is_where_caches_are(
     assert load_config(None, [MODEL]).data.cache_dir == expected
 
 
-def test_the_noise_has_the_seed_of_the_run_unless_it_has_its_own() -> None:
+def test_noise_seed_defaults_to_train_seed() -> None:
     assert load_config(None, [MODEL, "train.seed=4"]).noise_seed == 4
     assert load_config(None, [MODEL, "train.seed=4", "noise.seed=0"]).noise_seed == 0
 
@@ -155,14 +155,14 @@ def test_the_noise_has_the_seed_of_the_run_unless_it_has_its_own() -> None:
         [r"data.mixture=[{source: 'a \${b}.json', weight: 0.5}, {source: builtin, format: auto}]"],
     ],
 )
-def test_what_is_written_loads_back_equal(words: list[str], yaml: Callable[[str], Path]) -> None:
+def test_to_yaml_loads_back_equal(words: list[str], yaml: Callable[[str], Path]) -> None:
     loaded = load_config(None, [MODEL, *words])
     again = load_config(yaml(loaded.to_yaml()))
     assert again == loaded
     assert differences(again.to_dict(), loaded.to_dict()) == []
 
 
-def test_an_escaped_interpolation_stays_text(yaml: Callable[[str], Path]) -> None:
+def test_escaped_interpolation_stays_text(yaml: Callable[[str], Path]) -> None:
     loaded = load_config(None, [MODEL, r"run_dir=a\${b}"])
     assert loaded.run_dir == "a${b}"
     assert load_config(yaml(loaded.to_yaml())).run_dir == "a${b}"
@@ -247,7 +247,7 @@ def test_differences_name_the_keys() -> None:
         ("model.=5", "unknown key"),
     ],
 )
-def test_a_word_is_refused(word: str, said: str) -> None:
+def test_wrong_word_is_refused(word: str, said: str) -> None:
     assert said in refused(None, word)
 
 
@@ -287,7 +287,7 @@ def test_a_word_is_refused(word: str, said: str) -> None:
     ],
     ids=lambda content: repr(content)[:40],
 )
-def test_a_file_is_refused(
+def test_wrong_file_is_refused(
     content: str | bytes, said: str, yaml: Callable[[str | bytes], Path]
 ) -> None:
     text = refused(yaml(content))
@@ -296,7 +296,7 @@ def test_a_file_is_refused(
 
 
 @pytest.mark.parametrize("path", ["/nowhere/run.yaml", "/", "a" * 200 + "\0"])
-def test_a_file_that_cannot_be_opened(path: str) -> None:
+def test_unreadable_file_is_refused(path: str) -> None:
     assert ("is no path" if "\0" in path else "cannot be read") in refused(path)
 
 
@@ -383,18 +383,18 @@ def test_a_file_that_cannot_be_opened(path: str) -> None:
         ([*_JUDGE, "judge.url=https://host/v1?key=k"], "is no address of an endpoint"),
     ],
 )
-def test_contradictions_and_settings_without_effect(words: list[str], said: str) -> None:
+def test_contradictions_and_settings_without_effect_are_refused(words: list[str], said: str) -> None:
     assert said in refused(None, *words)
 
 
 @pytest.mark.parametrize(
     "url", ["https://api.openai.com/v1", "http://[::1]:8000", "http://10.0.0.1:80/a-b/v1beta/"]
 )
-def test_a_judge_is_named_by_its_address(url: str) -> None:
+def test_judge_url_is_accepted(url: str) -> None:
     assert load_config(None, [MODEL, *_JUDGE, f"judge.url={url}"]).judge.url == url
 
 
-def test_a_model_is_needed() -> None:
+def test_missing_model_is_refused() -> None:
     with pytest.raises(UserError, match=r"model\.name_or_path is not set: give a Hugging Face"):
         load_config(None)
 
@@ -412,11 +412,11 @@ MIXTURE = [SourceConfig("a.json", weight=2.0), SourceConfig("org/b", split="x", 
         'data.mixture=[{"source":"a.json","weight":2},{"source":"org/b","split":"x","max_documents":9}]',
     ],
 )
-def test_a_mixture_is_a_word(word: str) -> None:
+def test_mixture_is_read_from_a_word(word: str) -> None:
     assert load_config(None, [MODEL, word]).data.mixture == MIXTURE
 
 
-def test_a_mixture_in_a_file_is_replaced_by_a_word(yaml: Callable[[str], Path]) -> None:
+def test_word_replaces_the_mixture_of_a_file(yaml: Callable[[str], Path]) -> None:
     path = yaml(
         "data:\n  mixture:\n  - source: a.json\n    weight: 2\n  - source: ${run_dir}/b.csv\n"
     )
@@ -452,11 +452,11 @@ def test_a_mixture_in_a_file_is_replaced_by_a_word(yaml: Callable[[str], Path]) 
         ("[{source: a.json", "cannot be read"),
     ],
 )
-def test_a_mixture_is_refused(text: str, said: str) -> None:
+def test_wrong_mixture_is_refused(text: str, said: str) -> None:
     assert said in refused(None, f"data.mixture={text}")
 
 
-def test_one_entry_of_a_mixture_is_no_key() -> None:
+def test_entry_of_a_mixture_is_not_a_key() -> None:
     assert "data.mixture is a list of entries" in refused(None, "data.mixture.0.weight=3")
 
 
@@ -553,7 +553,7 @@ def test_every_knob_has_a_description() -> None:
                 assert len(text) > 10 and text.endswith("."), (type(section), name, text)
 
 
-def test_no_torch_is_imported() -> None:
+def test_loading_imports_no_torch() -> None:
     """A login node validates a run, and a mistake is told at once."""
     program = (
         "import sys; from neftune_dist.config import load_config, UserError\n"
@@ -600,7 +600,7 @@ def test_help_of_every_verb_imports_no_torch() -> None:
         ),
     ],
 )
-def test_a_file_that_nests_or_repeats_without_end_is_refused(tmp_path: Path, content: str) -> None:
+def test_endless_nesting_or_aliases_in_a_file_are_refused(tmp_path: Path, content: str) -> None:
     """The YAML parser, written in C, crashes on depth."""
     (tmp_path / "c.yaml").write_text(content)
     with pytest.raises(UserError, match=r"c\.yaml") as told:
@@ -611,7 +611,7 @@ def test_a_file_that_nests_or_repeats_without_end_is_refused(tmp_path: Path, con
 @pytest.mark.parametrize(
     "word", ["data.mixture=" + "[" * 100_000, "train.seed=" + "- " * 50_000, "[[[[=1"]
 )
-def test_a_word_that_nests_without_end_is_refused(word: str) -> None:
+def test_endless_nesting_in_a_word_is_refused(word: str) -> None:
     with pytest.raises(UserError, match="cannot be read") as told:
         load_config(None, [word])
     assert len(str(told.value)) < 1000
@@ -629,7 +629,7 @@ def test_a_word_that_nests_without_end_is_refused(word: str) -> None:
         "with\x07control",
     ],
 )
-def test_a_key_in_place_of_its_variable_is_refused_and_not_shown(key: str) -> None:
+def test_api_key_in_place_of_its_variable_is_refused_and_not_shown(key: str) -> None:
     words = ["model.name_or_path=x", "judge.url=http://a/v1", "judge.model=m"]
     with pytest.raises(UserError, match=r"judge\.key_variable is no name of an env") as told:
         load_config(None, [*words, f"judge.key_variable={key}"])
@@ -637,7 +637,7 @@ def test_a_key_in_place_of_its_variable_is_refused_and_not_shown(key: str) -> No
 
 
 @pytest.mark.parametrize("name", ["OPENAI_API_KEY", "KEY", "MY_2ND_KEY", "_K"])
-def test_a_variable_for_the_key_is_taken(name: str) -> None:
+def test_key_variable_is_accepted(name: str) -> None:
     words = ["model.name_or_path=x", "judge.url=http://a/v1", "judge.model=m"]
     config = load_config(None, [*words, f"judge.key_variable={name}"])
     assert config.judge.key_variable == name
@@ -653,7 +653,7 @@ def test_a_variable_for_the_key_is_taken(name: str) -> None:
         (["launch", "--rendezvous-minutes", "nan"], "--rendezvous-minutes: nan is out of range"),
     ],
 )
-def test_numbers_of_the_command_line_are_bounded(
+def test_number_out_of_range_on_the_command_line_exits_2(
     words: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as left:

@@ -14,7 +14,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_loads_and_says_nothing_twice(path: Path) -> None:
+def test_every_setting_differs_from_what_the_file_extends(path: Path) -> None:
     config = load_config(path, ["model.name_or_path=somewhere"])
     given = OmegaConf.to_container(OmegaConf.load(path))
     assert isinstance(given, dict)
@@ -33,14 +33,14 @@ def test_loads_and_says_nothing_twice(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "rows"), [("alpaca-7b", 52_002), ("evol-7b", 70_000), ("platypus-7b", 24_926)]
 )
-def test_the_warm_up_is_the_authors(name: str, rows: int) -> None:
+def test_warmup_is_3_percent_of_the_steps(name: str, rows: int) -> None:
     """3 % of the steps, as their code has it."""
     config = load_config(CONFIGS[0].parent / f"{name}.yaml")
     made = make_sampler(config.train, rows - config.data.num_held_out, "x")
     assert config.optim.warmup_steps == int(0.03 * made.num_steps)
 
 
-def test_a_file_extends_another(tmp_path: Path) -> None:
+def test_file_extends_another(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("model: {name_or_path: m}\nnoise: {alpha: 15, seed: 3}\n")
     (tmp_path / "more.yaml").write_text("extends: base.yaml\nnoise: {alpha: 10}\n")
     (tmp_path / "below").mkdir()
@@ -58,7 +58,7 @@ def test_a_file_extends_another(tmp_path: Path) -> None:
         ("noise: {extends: other.yaml}", "unknown key noise.extends"),
     ],
 )
-def test_what_cannot_be_extended_is_told(text: str, told: str, tmp_path: Path) -> None:
+def test_wrong_extends_is_refused(text: str, told: str, tmp_path: Path) -> None:
     (tmp_path / "self.yaml").write_text(text)
     (tmp_path / "other.yaml").write_text("extends: self.yaml")
     with pytest.raises(UserError) as raised:

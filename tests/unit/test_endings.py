@@ -1,4 +1,4 @@
-"""What cannot be ends in one sentence: paths, launcher variables, options, damaged JSON."""
+"""Mistakes of users end in one sentence: paths, launcher variables, options, damaged JSON."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ IMPOSSIBLE = {
 
 @pytest.mark.parametrize("text", IMPOSSIBLE)
 @pytest.mark.parametrize("key", [*(key for key in KNOBS if KNOBS[key].is_path), "evaluate.tasks"])
-def test_impossible_paths_in_every_setting(key: str, text: str) -> None:
+def test_impossible_path_in_a_setting_is_refused(key: str, text: str) -> None:
     words = ["model.name_or_path=m", "judge.url=http://x/v1", "judge.model=m"]
     name = key.replace("[]", "[0]")
     text = text if key != "evaluate.tasks" else f"mmlu,arc={text}"
@@ -76,7 +76,7 @@ def main(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
         ("doctor", "--run-dir", "{}"),
     ],
 )
-def test_impossible_paths_in_every_argument(
+def test_impossible_path_in_an_argument_exits_2(
     words: tuple[str, ...], text: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     code, err = main(capfd, *(word.format(text) for word in words))
@@ -98,7 +98,7 @@ def test_impossible_paths_in_every_argument(
         ("prepare", "c", "--show", "-3"),
     ],
 )
-def test_impossible_numbers(words: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
+def test_impossible_number_exits_2(words: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
     code, err = main(capfd, *words)
     assert code == 2 and "Traceback" not in err
     assert "is out of range" in err or "is not a whole number" in err
@@ -130,7 +130,7 @@ ALL = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT"
     ],
     ids=str,
 )
-def test_impossible_launcher_variables(
+def test_impossible_launcher_variables_are_refused(
     variables: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(environment, "_RESOLVE_SECONDS", 0.5)
@@ -142,7 +142,7 @@ def test_impossible_launcher_variables(
     assert any(name in str(error.value) for name in (*ALL, "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
 
 
-def test_launcher_variables_that_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launcher_variables_give_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment.find_place() == environment.Place()
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("MASTER_PORT", "29500")  # what `launch` is told
@@ -153,7 +153,7 @@ def test_launcher_variables_that_are_right(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EIO])
-def test_what_the_machine_refuses_is_one_sentence(
+def test_os_error_is_one_sentence_and_exits_2(
     number: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(*_: object, **__: object) -> None:
@@ -165,7 +165,7 @@ def test_what_the_machine_refuses_is_one_sentence(
     assert err.startswith(f"neftune-dist: /some/file: {os.strerror(number)}: ")
 
 
-def test_this_programs_own_errors_stay_tracebacks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise ConnectionResetError(errno.ECONNRESET, "reset")
 
@@ -185,7 +185,7 @@ FORM = {"step": int, "loss?": float | None, "points": [Point], "by": {str: [floa
 GOOD: dict[str, Any] = {"step": 1, "points": [{"x": 1, "y": 2}], "by": {"a": [1, 2.5]}}
 
 
-def test_json_of_the_right_form() -> None:
+def test_json_that_matches_its_schema_is_read() -> None:
     read = parse_json(json.dumps({**GOOD, "other": 1}), FORM)
     assert read["points"] == [Point(1, "", 2)] and read["other"] == 1
     assert parse_json(json.dumps(with_checksum(GOOD)), FORM)["by"] == {"a": [1, 2.5]}
@@ -224,14 +224,14 @@ def test_json_of_the_right_form() -> None:
         json.dumps({**GOOD, "checksum": []}).encode(),
     ],
 )
-def test_json_of_another_form(content: bytes, tmp_path: Path) -> None:
+def test_json_that_does_not_match_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"file\.json is damaged: .*; remove it\.$"):
         read_json(path, FORM, fix="remove it")
 
 
-def test_a_checksum_sees_every_byte_of_the_values() -> None:
+def test_checksum_covers_every_byte_of_the_values() -> None:
     content = json.dumps(with_checksum({"a": [1.25, None, "x y"], "b": {"c": True}})).encode()
     seen = 0
     for i in range(len(content)):
@@ -248,7 +248,7 @@ def test_a_checksum_sees_every_byte_of_the_values() -> None:
     assert seen > len(content)
 
 
-def test_odd_words_of_ranks_and_launchers_are_passed_over(tmp_path: Path) -> None:
+def test_malformed_reports_of_ranks_are_ignored(tmp_path: Path) -> None:
     folder = tmp_path / "logs" / "attempt_0001"
     folder.mkdir(parents=True)
     good = {"kind": "failed", "step": 3, "error": "boom", "checkpoint": 2, "when": 1.0}
@@ -265,13 +265,13 @@ def test_odd_words_of_ranks_and_launchers_are_passed_over(tmp_path: Path) -> Non
     assert outcome.outcomes(tmp_path) == [outcome.Outcome(**good)]
 
 
-def test_a_run_directory_that_is_removed_is_said(tmp_path: Path) -> None:
+def test_removed_run_directory_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"run_dir=.* was removed"):
         outcome.conclude(tmp_path / "run" / "logs" / "attempt_0001", 1, 0, "")
     assert not outcome.failed(tmp_path / "run" / "logs" / "attempt_0001")
 
 
-def test_the_newest_step_is_that_of_a_published_checkpoint(tmp_path: Path) -> None:
+def test_newest_step_needs_a_manifest(tmp_path: Path) -> None:
     assert newest_step(tmp_path) == 0
     for name, marked in (("step_00000004", True), ("step_00000008", False), ("step_x", True)):
         folder = tmp_path / "checkpoints" / name
@@ -282,7 +282,7 @@ def test_the_newest_step_is_that_of_a_published_checkpoint(tmp_path: Path) -> No
     assert newest_step(tmp_path) == 4
 
 
-def test_output_is_drained_and_logged_whatever_becomes_of_disk_and_reader(
+def test_output_is_drained_when_disk_or_reader_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """20 s of a full disk, in milliseconds: what was lost is counted in the log."""
@@ -318,7 +318,7 @@ def test_output_is_drained_and_logged_whatever_becomes_of_disk_and_reader(
 
 
 @pytest.mark.parametrize("place", ["/dev/full", "pipe", "closed"])
-def test_verbs_outlive_their_console(place: str, tmp_path: Path) -> None:
+def test_broken_console_does_not_end_a_verb(place: str, tmp_path: Path) -> None:
     """`checkpoints` to a full disk, to a reader that has gone, and without any."""
     (tmp_path / "checkpoints").mkdir()
     command = [sys.executable, "-m", "neftune_dist", "checkpoints", str(tmp_path)]
@@ -343,6 +343,6 @@ def test_verbs_outlive_their_console(place: str, tmp_path: Path) -> None:
     assert ("No space left" in done.stderr) == (place == "/dev/full")
 
 
-def test_a_path_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_path_expands_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     assert user_path("~/runs", "run_dir") == Path("/home/somebody/runs")
