@@ -383,7 +383,9 @@ def test_unreadable_file_is_refused(path: str) -> None:
         ([*_JUDGE, "judge.url=https://host/v1?key=k"], "is no address of an endpoint"),
     ],
 )
-def test_contradictions_and_settings_without_effect_are_refused(words: list[str], said: str) -> None:
+def test_contradictions_and_settings_without_effect_are_refused(
+    words: list[str], said: str
+) -> None:
     assert said in refused(None, *words)
 
 

@@ -98,7 +98,9 @@ def test_impossible_path_in_an_argument_exits_2(
         ("prepare", "c", "--show", "-3"),
     ],
 )
-def test_impossible_number_exits_2(words: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
+def test_impossible_number_exits_2(
+    words: tuple[str, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
     code, err = main(capfd, *words)
     assert code == 2 and "Traceback" not in err
     assert "is out of range" in err or "is not a whole number" in err
