@@ -255,7 +255,7 @@ def _options(given: argparse.Namespace, tasks: "list[Task]") -> "list[str]":
     found += ["--" + option.lstrip("-") for option in given.sbatch]
     for option in found:
         if not option.isprintable():
-            raise UserError(f"{option!a} holds characters that are no plain text.")
+            raise UserError(f"{option!a} contains control characters.")
     return found
 
 

@@ -41,8 +41,8 @@ def check(config: Config) -> None:
     variable = config.judge.key_variable
     if variable and not _VARIABLE.fullmatch(variable):
         raise UserError(  # without the value, which may be the key itself
-            "judge.key_variable is no name of an environment variable, such as OPENAI_API_KEY: "
-            "give the name, in upper case, and put the key into that variable."
+            "judge.key_variable is not the name of an environment variable in upper case, such as "
+            "OPENAI_API_KEY: give such a name, and put the key into that variable."
         )
     if not config.model.name_or_path:
         raise UserError(
@@ -204,7 +204,9 @@ def _check_data(data: DataConfig) -> None:
     ways = ("num_held_out", "held_out_fraction", "held_out_source")
     given = [f"data.{way}={getattr(data, way)}" for way in ways if getattr(data, way)]
     if len(given) > 1:
-        raise UserError(f"{' and '.join(given)} each say what is held out: give one of them.")
+        raise UserError(
+            f"{' and '.join(given)} all choose the held-out documents: give one of them."
+        )
     if data.template not in TEMPLATES and not data.template.endswith(".jinja"):
         raise UserError(
             f"data.template={brief(data.template)} is not known; allowed: {', '.join(TEMPLATES)}, "
@@ -217,7 +219,7 @@ def _check_checkpoint(checkpoint: CheckpointConfig) -> None:
     if for_good and (not every or for_good % every):
         raise UserError(
             f"checkpoint.keep_every_steps={for_good} must be a multiple of checkpoint.every_steps="
-            f"{every}: no checkpoint is made at its steps."
+            f"{every}: those steps have no checkpoint."
         )
     for key in checkpoint.accepted:
         if key not in KNOBS:
@@ -239,7 +241,7 @@ def _check_judge(judge: JudgeConfig) -> None:
         raise UserError("judge.url and judge.model go together: give both or none.")
     if judge.url and not _URL.fullmatch(judge.url):
         raise UserError(
-            f"judge.url={brief(judge.url)} is no address of an endpoint, such as "
+            f"judge.url={brief(judge.url)} is not the address of an endpoint, such as "
             "https://api.openai.com/v1 (without a name, a password or a query)."
         )
     if judge.max_dollars and not (

@@ -116,7 +116,7 @@ class Knob:
         if not all(getattr(operator, test)(value, bound) for test, bound in self.bounds.items()):
             raise UserError(f"{name}={value} is out of range: it must be {self.allowed}.")
         if isinstance(value, str) and _UNPRINTABLE.search(value):
-            raise UserError(f"{name}={value!a} holds characters that are no plain text.")
+            raise UserError(f"{name}={value!a} contains control characters.")
         if self.is_path:
             user_path(value, name)
 

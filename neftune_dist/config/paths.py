@@ -23,14 +23,16 @@ def user_path(text: str, key: str) -> Path:
     if not text:
         raise UserError(f"{key} is empty: give a path.")
     if "\0" in text:
-        raise UserError(f"{key}={brief(ascii(text))} is no path: it holds a character of code 0.")
+        raise UserError(f"{key}={brief(ascii(text))} is not a path: it contains a null character.")
     try:
         path = Path(text).expanduser()
         encoded = os.fsencode(path)
     except RuntimeError:
         raise UserError(f"{shown} names no known user: write the whole path.") from None
     except UnicodeEncodeError:
-        raise UserError(f"{key}={brief(ascii(text))} is no path: it is not plain text.") from None
+        raise UserError(
+            f"{key}={brief(ascii(text))} is not a path: it contains bytes that are not text."
+        ) from None
     longest = max(len(name) for name in encoded.split(b"/"))
     if longest > _NAME_BYTES or len(encoded) > _PATH_BYTES:
         found = f"a name of {longest}" if longest > _NAME_BYTES else f"{len(encoded)}"

@@ -50,7 +50,7 @@ def test_file_extends_another(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("extends: none.yaml", "none.yaml cannot be read: No such file"),
         ("extends: [a.yaml]", "extends=['a.yaml'] is not a file name"),
@@ -58,9 +58,9 @@ def test_file_extends_another(tmp_path: Path) -> None:
         ("noise: {extends: other.yaml}", "unknown key noise.extends"),
     ],
 )
-def test_wrong_extends_is_refused(text: str, told: str, tmp_path: Path) -> None:
+def test_wrong_extends_is_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "self.yaml").write_text(text)
     (tmp_path / "other.yaml").write_text("extends: self.yaml")
     with pytest.raises(UserError) as raised:
         load_config(tmp_path / "self.yaml")
-    assert told in str(raised.value)
+    assert message in str(raised.value)

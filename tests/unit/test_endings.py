@@ -147,7 +147,7 @@ def test_impossible_launcher_variables_are_refused(
 def test_launcher_variables_give_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment.find_place() == environment.Place()
     monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setenv("MASTER_PORT", "29500")  # what `launch` is told
+    monkeypatch.setenv("MASTER_PORT", "29500")  # as `launch` sets it
     assert environment.find_place() == environment.Place()
     for name, value in {**ALL, "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)

@@ -206,7 +206,7 @@ REFUSALS: list[tuple[str | tuple[str, str], str]] = [
     ("--array 0-1 run_dir={} optim.warmup_steps=-{}", "optim.warmup_steps=-1 is out of range"),
     ("--sbatch=output=x", "--output is an option of submit.py itself"),
     ("--sbatch=-N", "--sbatch=-N is no long option"),
-    (("--job-name", "a\nb"), "holds characters that are no plain text"),
+    (("--job-name", "a\nb"), "contains control characters"),
     ("--gpus 8", "--gpus"),
 ]
 
