@@ -265,7 +265,7 @@ class _Builder:
         lengths = stats.lengths[split.train]
         report.num_tokens, report.longest_tokens = int(lengths.sum()), int(lengths.max())
         report.num_supervised_tokens = int(stats.num_supervised[split.train].sum())
-        report.audit = MaskAudit.of(stats.spoken[split.train], stats.end_learned[split.train])
+        report.audit = MaskAudit.of(stats.by_speaker[split.train], stats.end_learned[split.train])
         times = np.bincount(stats.source[split.train], minlength=len(report.sources))
         for own, number in zip(report.sources, times, strict=True):
             own.num_occurrences = int(number)

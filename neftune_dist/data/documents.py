@@ -105,7 +105,7 @@ class DocumentStats:
             one with a probability of 3e-6.
         prompt: uint64 digest of the text before the first answer, in lower case and with single
             spaces.
-        spoken: int32 (num_documents, len(SPEAKERS), 2), tokens and supervised tokens by speaker.
+        by_speaker: int32 (num_documents, len(SPEAKERS), 2), all and supervised tokens by speaker.
     """
 
     lengths: np.ndarray
@@ -114,7 +114,7 @@ class DocumentStats:
     source: np.ndarray
     content: np.ndarray
     prompt: np.ndarray
-    spoken: np.ndarray
+    by_speaker: np.ndarray
 
 
 class DocumentWriter:
@@ -128,7 +128,7 @@ class DocumentWriter:
         self._columns = {name: array("q") for name in ("lengths", "num_supervised", "source")}
         self._columns |= {name: array("Q") for name in ("content", "prompt")}
         self._end_learned = bytearray()
-        self._spoken = array("i")
+        self._by_speaker = array("i")
         self._lines = array("q")  # where a conversation begins; -1: not kept
 
     def add(
@@ -155,7 +155,7 @@ class DocumentWriter:
         for name, value in row.items():
             self._columns[name].append(value)
         self._end_learned.append(document.end_learned)
-        self._spoken.extend(_tokens_by_speaker(document))
+        self._by_speaker.extend(_tokens_by_speaker(document))
         self._files[_ORIGINS].write(json.dumps([source, place]).encode() + b"\n")
         self._lines.append(self._files[_CONVERSATIONS].tell() if keep else -1)
         if keep:
@@ -169,9 +169,9 @@ class DocumentWriter:
             name: np.frombuffer(column, np.uint64 if column.typecode == "Q" else np.int64)
             for name, column in self._columns.items()
         }
-        spoken = np.frombuffer(self._spoken, np.int32).reshape(-1, len(SPEAKERS), 2)
+        by_speaker = np.frombuffer(self._by_speaker, np.int32).reshape(-1, len(SPEAKERS), 2)
         end_learned = np.frombuffer(self._end_learned, np.bool_)
-        return DocumentStats(**columns, end_learned=end_learned, spoken=spoken)
+        return DocumentStats(**columns, end_learned=end_learned, by_speaker=by_speaker)
 
     def write_parts(self, stats: DocumentStats, train: np.ndarray, held_out: np.ndarray) -> None:
         """Write the index of either part: int64 indices of documents, with repetitions."""

@@ -30,7 +30,9 @@ def calls(listed: Any) -> str:
         if isinstance(arguments, str):
             arguments = parsed(function, "arguments")
         if not isinstance(arguments, dict):
-            raise BadRow(f"the arguments of {name[:40]!a} are no object but {type_name(arguments)}")
+            raise BadRow(
+                f"the arguments of {name[:40]!a} are not an object but {type_name(arguments)}"
+            )
         identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         functions.append(
             {**identity, "type": "function", "function": {"name": name, "arguments": arguments}}
@@ -86,7 +88,7 @@ def _checked(value: str, field: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise BadRow(f"field '{field}' holds a lone surrogate, which is no text") from None
+        raise BadRow(f"field '{field}' holds a lone surrogate, which is not text") from None
     if found := _CONTROL.search(value):
         raise BadRow(
             f"field '{field}' holds a control character, U+{ord(found[0]):04X}, at "

@@ -91,7 +91,7 @@ def _of_glob(path: Path, setting: str) -> SourceFiles:
     for name in found:
         if not file_kind(Path(name)):
             raise UserError(
-                f"{setting} matches {name}, which cannot be read: it is no {_READABLE}."
+                f"{setting} matches {name}, which cannot be read: it is not a {_READABLE} file."
             )
     return SourceFiles(tuple(map(Path, found)))
 

@@ -34,9 +34,9 @@ class MaskAudit:
     end_of_turn_learned: float = 0.0
 
     @staticmethod
-    def of(spoken: np.ndarray, end_learned: np.ndarray) -> MaskAudit:
-        """Sums over documents of the arrays `spoken` and `end_learned` of `DocumentStats`."""
-        tokens, supervised = spoken.sum(axis=0, dtype=np.int64).T.tolist()
+    def of(by_speaker: np.ndarray, end_learned: np.ndarray) -> MaskAudit:
+        """Sums over documents of the arrays `by_speaker` and `end_learned` of `DocumentStats`."""
+        tokens, supervised = by_speaker.sum(axis=0, dtype=np.int64).T.tolist()
         return MaskAudit(
             dict(zip(SPEAKERS, tokens, strict=True)),
             dict(zip(SPEAKERS, supervised, strict=True)),

@@ -77,7 +77,7 @@ def _refuse_revision(config: SourceConfig, key: str) -> None:
         prefix = key.removesuffix("source")
         raise UserError(
             f"{prefix}split and {prefix}revision have no effect with {key}={config.source}, "
-            "which is no hub id: leave them out."
+            "which is not a hub id: leave them out."
         )
 
 
@@ -105,7 +105,7 @@ def _open_hub(config: SourceConfig, key: str) -> Source:
         loaded = datasets.load_dataset(name, split=config.split, revision=config.revision)
     except Exception as error:  # the hub's clients raise a dozen unrelated types
         raise UserError(
-            f"{key}={name} is no local file, and the dataset of that name could not be "
+            f"{key}={name} is not a local file, and the dataset of that name could not be "
             f"loaded from the hub: {first_line(error)}."
         ) from error
     rows = _with_places(enumerate(loaded, 1))

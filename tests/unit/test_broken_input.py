@@ -157,7 +157,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "Permission denied" in sentence(path)
 
 
-# Lines that are no rows.
+# Lines that are not rows.
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     (calling(function("f", "{")), "turn 2: field 'arguments' is not valid JSON"),
     (
         calling(function("f", {}), function("g", [1])),
-        "turn 2: the arguments of 'g' are no object b",
+        "turn 2: the arguments of 'g' are not an object b",
     ),
     (calling(function("f", {"x": "\ud800"})), "turn 2: field 'tool_calls' holds a lone surrogate"),
     (calling(function("f", {"x": b"x"})), "turn 2: field 'tool_calls' cannot be written as JSON"),
@@ -311,7 +311,10 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     (said(ASKED, ("system", "s"), ("gpt", "b")), "turn 2 is the system's and cannot follow"),
     (said(("tool", "7"), ASKED, ("gpt", "b")), "turn 1 is the tool's, before the user has spoken"),
     (said(ASKED, ("function_call", "f()")), "turn 2: field 'value' is not valid JSON"),
-    (said(ASKED, ("function_call", '{"name": "f"}')), "turn 2: the arguments of 'f' are no object"),
+    (
+        said(ASKED, ("function_call", '{"name": "f"}')),
+        "turn 2: the arguments of 'f' are not an object",
+    ),
     (
         said(ASKED, ("function_call", '{"name": "f", "arguments": {}}'), ("gpt", "b")),
         "turn 3 is the assistant's and cannot follow one of the assistant",

@@ -29,7 +29,7 @@ def stats_of(
         source=np.broadcast_to(np.array(source, np.int64), number),
         content=digests[0] if content is None else np.array(content, np.uint64),
         prompt=digests[1] if prompt is None else np.array(prompt, np.uint64),
-        spoken=np.zeros((number, 6, 2), np.int32),
+        by_speaker=np.zeros((number, 6, 2), np.int32),
     )
 
 
