@@ -44,7 +44,7 @@ def sentence(path: Path | str) -> str:
         ("~nosuchuser/rows.json", "names no known user"),
         ("/" + "a" * 5000, "is too long"),
         ("/nowhere/*.jsonl", "matches no file"),
-        ("no-one/no-data", "no local file, and the dataset of that name could not be loaded"),
+        ("no-one/no-data", "not a local file, and the dataset of that name could not be loaded"),
         ("nodata", "could not be loaded from the hub"),
         ("a b", "neither a file nor a hub id"),
         ("a/b/c", "neither a file nor a hub id"),
