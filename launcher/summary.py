@@ -1,4 +1,4 @@
-"""What a quickstart run learned, and where all lies. usage: summary.py RUN_DIR AFTER COMMAND"""
+"""Prints what a quickstart run learned and its files. usage: summary.py RUN_DIR AFTER COMMAND"""
 
 from __future__ import annotations
 

@@ -51,6 +51,9 @@ def bounded(kind: type[int] | type[float], least: float, greatest: float) -> Cal
     return parse
 
 
+MAX_RESTARTS, RENDEZVOUS_MINUTES = bounded(int, 0, 2**20), bounded(float, 0.01, 2**20)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help).")

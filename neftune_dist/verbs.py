@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from neftune_dist.arguments import argument, bounded, verb
+from neftune_dist.arguments import MAX_RESTARTS, RENDEZVOUS_MINUTES, argument, bounded, verb
 from neftune_dist.config import UserError, load_config, user_path
 from neftune_dist.distributed import environment, outcome
 
 Words = Sequence[str]
 _WHOLE = bounded(int, 0, 2**20)
-MAX_RESTARTS, RENDEZVOUS_MINUTES = _WHOLE, bounded(float, 0.01, 2**20)
 
 _SETTINGS = argument("settings", nargs="*", metavar="key=value", help="such as noise.alpha=5")
 _CONFIG = (argument("config", help="YAML file; see configs/"), _SETTINGS)
@@ -147,7 +146,8 @@ def _prepare(config: str, settings: Words, show: int) -> int:
     loaded = load_config(config, settings)
     from neftune_dist.data.dataset import prepare
     from neftune_dist.data.mask_preview import preview
-    from neftune_dist.model.load import find, load_tokenizer
+    from neftune_dist.model.load import load_tokenizer
+    from neftune_dist.model.locate import find
 
     tokenizer = load_tokenizer(find(loaded.model), loaded.model)
     dataset = prepare(loaded.data, tokenizer, _flushed)

@@ -19,7 +19,7 @@ from torch import Tensor
 from neftune_dist.checkpoint import flat, store
 from neftune_dist.config import AdapterConfig, ModelConfig, UserError
 from neftune_dist.engine.base import MASTER, FlatShard
-from neftune_dist.model import load
+from neftune_dist.model import load, locate
 from neftune_dist.model.adapters import merged, quantized_names
 from neftune_dist.model.weights import weights_folder
 
@@ -67,7 +67,7 @@ class Content:
             return trained
         kept = ("name_or_path", "weights", "revision", "trust_remote_code")
         config = ModelConfig(**{key: state["config"]["model"][key] for key in kept})
-        base, packing = load.find(config), state["config"]["data"]["packing"]
+        base, packing = locate.find(config), state["config"]["data"]["packing"]
         plain = load.build(base, config, packing)
         files = load.open_weights(plain, base, config, seed=0)
         known = state["identity"].get("base")

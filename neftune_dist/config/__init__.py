@@ -5,7 +5,7 @@ Imports no torch, so a login node can validate a run. Unknown keys, wrong types 
 are refused with `UserError`.
 """
 
-from neftune_dist.config.checks import check
+from neftune_dist.config.checks import check, check_divides, check_world_size
 from neftune_dist.config.config import ACCEPTABLE_CHANGES, KNOBS, Config, differences
 from neftune_dist.config.errors import UserError
 from neftune_dist.config.json_files import (

@@ -251,3 +251,15 @@ def _check_judge(judge: JudgeConfig) -> None:
             f"judge.max_dollars={judge.max_dollars} needs prices: set "
             "judge.dollars_per_million_input and judge.dollars_per_million_output."
         )
+
+
+def check_divides(key: str, count: int, world_size: int) -> None:
+    """Raise `UserError` where groups of `count` ranks, the value of `key`, leave ranks over."""
+    if world_size % count:
+        raise UserError(f"{key}={count} does not divide the {world_size} processes of this run.")
+
+
+def check_world_size(config: Config, world_size: int) -> None:
+    """Raise `UserError` where the engine's groups do not divide the ranks."""
+    for name in ("num_replicas", "sequence_parallel"):
+        check_divides(f"engine.{name}", getattr(config.engine, name) or 1, world_size)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -52,7 +52,7 @@ class Sampler:
 
 
 def make_sampler(config: TrainConfig, num_documents: int, fingerprint: str) -> Sampler:
-    """The sampler of a run; a fraction of an epoch is rounded up to whole steps.
+    """The sampler of a run.
 
     Raises:
         UserError: there are too few documents for a batch.
@@ -63,13 +63,18 @@ def make_sampler(config: TrainConfig, num_documents: int, fingerprint: str) -> S
             f"The data holds {num_documents} documents, fewer than "
             f"train.global_batch_size={batch}: lower it."
         )
-    sampler = Sampler(fingerprint, config.seed, num_documents, batch, config.max_steps or 0)
+    return Sampler(fingerprint, config.seed, num_documents, batch, num_steps(config, num_documents))
+
+
+def num_steps(config: TrainConfig, num_documents: int) -> int:
+    """Steps of a run over so many documents; a fraction of an epoch becomes whole steps."""
     if config.max_steps is not None:
-        return sampler
+        return config.max_steps
     epochs = DEFAULT_EPOCHS if config.num_epochs is None else config.num_epochs
     # Rounded to documents first: 0.29 epochs of 100 documents are 28.999999999999996.
     whole, rest = divmod(max(1, round(epochs * num_documents)), num_documents)
-    return replace(sampler, num_steps=whole * sampler.steps_per_epoch + math.ceil(rest / batch))
+    batch = config.global_batch_size
+    return whole * math.ceil(num_documents / batch) + math.ceil(rest / batch)
 
 
 @lru_cache(maxsize=2)

@@ -1,1 +1,1 @@
-"""What the processes of a run say to each other: ranks, agreement, hangs and how they ended."""
+"""Communication between the processes of a run: ranks, agreement, hangs, outcomes."""

@@ -1,4 +1,4 @@
-"""What launchers say of a process in its environment: its rank, of how many, where they meet.
+"""The place of a process among the others, as its launcher wrote it into the environment.
 
 Owns the reading of torchrun's variables and of numbers in Slurm's. What they say in part, or what
 cannot be, is refused before anything waits for ranks that will not come. Imports no torch.

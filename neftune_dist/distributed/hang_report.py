@@ -1,4 +1,4 @@
-"""What the ranks of a run that stands still are at, and which of them holds up the others.
+"""The report of a hang: where each rank stands, and which of them holds up the others.
 
 The words of a cause are the same whenever the cause is: no times, no counts of collectives, so that
 whoever starts the run again can tell that it met the same.
@@ -6,12 +6,11 @@ whoever starts the run again can tell that it met the same.
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -40,7 +39,7 @@ class Collective:
 
 @dataclass(frozen=True)
 class Report:
-    """What a rank is at.
+    """The state of a rank.
 
     phase: in its own words. seconds: that it has lasted. place: where its main thread stands.
     waits_in: its oldest collective that has not ended, if any. reached: by group, the number of
@@ -53,18 +52,12 @@ class Report:
     waits_in: Collective | None
     reached: Mapping[str, int]
 
-    def to_json(self) -> str:
-        """For another rank."""
-        return json.dumps(asdict(self))
-
     @staticmethod
-    def from_json(text: bytes) -> Report:
-        """As another rank sent it."""
-        told = json.loads(text)
-        if told["waits_in"]:
-            ranks = tuple(told["waits_in"]["ranks"])
-            told["waits_in"] = Collective(**{**told["waits_in"], "ranks": ranks})
-        return Report(**told)
+    def from_dict(fields: dict[str, Any]) -> Report:
+        """The report of another rank, as `asdict` and JSON made it."""
+        if waits_in := fields["waits_in"]:
+            waits_in = Collective(**{**waits_in, "ranks": tuple(waits_in["ranks"])})
+        return Report(**{**fields, "waits_in": waits_in})
 
     def __str__(self) -> str:
         text = f"{self.phase} for {self.seconds:.0f} s, at {self.place}"
@@ -85,7 +78,7 @@ def observe(phase: str, seconds: float, main_thread: int) -> Report:
     aside = {str(each.ident) for each in threading.enumerate() if type(each) is threading.Thread}
     waits_in: Collective | None = None
     reached: dict[str, int] = {}
-    # A record that another torch writes otherwise must not keep the rest from being told.
+    # A record that another torch writes otherwise must not keep the rest from the report.
     with suppress(KeyError, TypeError, ValueError, RuntimeError):
         waits_in, reached = collectives(flight_record(), ranks_of, aside)
     return Report(phase, seconds, _place(main_thread), waits_in, reached)
@@ -121,7 +114,7 @@ def explain(reports: Mapping[int, Report], num_ranks: int) -> str:
 def collectives(
     record: Mapping[str, Any], ranks_of: Mapping[str, tuple[int, ...]], aside: set[str]
 ) -> tuple[Collective | None, dict[str, int]]:
-    """What a rank waits in, and what it has reached: see `Report`.
+    """Return the collective that a rank waits in, and those that it has reached: see `Report`.
 
     Args:
         record: as of `flight_record`.
@@ -142,7 +135,7 @@ def collectives(
 
 
 def _place(thread: int) -> str:
-    """Where a thread stands: file, line and function of its innermost telling frame."""
+    """File, line and function of the innermost frame of a thread that says what it waits for."""
     innermost = sys._current_frames()[thread]
     frame: FrameType | None = innermost
     while frame and frame.f_globals.get("__name__", "").partition(".")[0] in _WAITING_MODULES:

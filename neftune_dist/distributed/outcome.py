@@ -33,7 +33,7 @@ VARIABLE = "NEFTUNE_DIST_ATTEMPT"
 _NAME = re.compile(r"attempt_(\d{4,})")
 _RANK = re.compile(r"rank_(\d+)\.json")
 _OUTCOME = "outcome.json"
-# How long a disk that is full may stay so before a word is given up that should be left on it.
+# Time for a full disk to get room again, before the record of an outcome is given up.
 _FULL_SECONDS = 30.0
 _PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
 
@@ -44,7 +44,7 @@ class Final(RuntimeError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a rank, or an attempt as a whole, ended.
+    """The end of a rank, or of an attempt as a whole.
 
     Attributes:
         kind: running | done | stopped | mistake | failed | final | orphaned | lost.
@@ -63,7 +63,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What to do after an attempt: start again, or end with `code`; and why, in one sentence."""
+    """The decision after an attempt: start again, or end with `code`; the reason in a sentence."""
 
     again: bool
     code: int
@@ -95,8 +95,13 @@ def begin(run_dir: Path) -> Path:
 
 
 def tell(rank: int, kind: str, step: int = 0, error: str = "") -> bool:
-    """Leave word of where this rank is or how it ended, where a launcher asks for it; whether one
-    does. What was said of a failure is not taken back."""
+    """Record where this rank is or how it ended, where a launcher asks for it.
+
+    The record of a failure is not replaced.
+
+    Returns:
+        Whether a launcher asks for it.
+    """
     given = os.environ.get(VARIABLE)
     if not given:
         return False
@@ -110,8 +115,8 @@ def tell(rank: int, kind: str, step: int = 0, error: str = "") -> bool:
 
 @contextmanager
 def reported() -> Iterator[Callable[[str], object]]:
-    """Under a launcher, keep this rank's output in the attempt's folder and leave word of how the
-    block ended."""
+    """Under a launcher, keep this rank's output in the attempt's folder, and record there how the
+    block ends."""
     rank = environment.number("RANK", 0)
     folder = os.environ.get(VARIABLE)
     if folder and rank:  # the launcher keeps what reaches the console, which is rank 0's
@@ -152,43 +157,43 @@ def conclude(folder: Path, step: int, checkpoint: int, error: str) -> Outcome:
     Raises:
         UserError: somebody has removed the folder.
     """
-    told = _told(folder)
+    by_rank = _by_rank(folder)
     if not folder.is_dir():
         raise removed(folder.parents[1])
-    kind, cause = _cause(told, error)
+    kind, cause = _cause(by_rank, error)
     outcome = Outcome(kind, step, cause, checkpoint, time.time())
     _write(folder / _OUTCOME, outcome)
     return outcome
 
 
-def _cause(told: dict[int, Outcome], error: str) -> tuple[str, str]:
-    """What kind of end it was, and its cause."""
+def _cause(by_rank: dict[int, Outcome], error: str) -> tuple[str, str]:
+    """The kind of the end, and its cause."""
     for kind in (FINAL, MISTAKE, LOST, FAILED):
         # The first is the cause, the others follow from it.
-        of_kind = [each for each in told.values() if each.kind == kind]
+        of_kind = [each for each in by_rank.values() if each.kind == kind]
         if of_kind:
             return kind, min(of_kind, key=lambda each: each.when).error
-    silent = [str(rank) for rank, each in told.items() if each.kind == RUNNING]
+    silent = [str(rank) for rank, each in by_rank.items() if each.kind == RUNNING]
     if silent:
         who = f"rank{'s' if len(silent) > 1 else ''} {', '.join(silent)}"
         return FAILED, f"{who} died without a word: killed from outside, or crashed"
-    orphans = [each for each in told.values() if each.kind == ORPHANED]
+    orphans = [each for each in by_rank.values() if each.kind == ORPHANED]
     if orphans:
         return FAILED, orphans[0].error
-    if not told:
+    if not by_rank:
         return LOST, error or "no rank was started"
     # All is saved. What the processes did as they left does not matter.
-    stopped = any(each.kind == STOPPED for each in told.values())
+    stopped = any(each.kind == STOPPED for each in by_rank.values())
     return (STOPPED if stopped else DONE), ""
 
 
 def failed(folder: Path) -> bool:
-    """Whether a rank has left word of a failure, which the others may not survive."""
-    return any(each.kind not in (RUNNING, DONE, STOPPED) for each in _told(folder).values())
+    """Whether a rank has recorded a failure, which the others may not survive."""
+    return any(each.kind not in (RUNNING, DONE, STOPPED) for each in _by_rank(folder).values())
 
 
 def outcomes(run_dir: Path, last: Path | None = None) -> list[Outcome]:
-    """Of the run's attempts, the oldest first.
+    """Return the outcomes of the run's attempts, the oldest first.
 
     Args:
         last: the folder of the caller's own, with which they end; None: all. A later one is
@@ -207,10 +212,10 @@ def outcomes(run_dir: Path, last: Path | None = None) -> list[Outcome]:
 
 
 def verdict(past: Sequence[Outcome], max_restarts: int) -> Verdict:
-    """What to do after the last of `past`.
+    """Decide what follows the last of `past`.
 
     An attempt that published a newer checkpoint than all before it got somewhere; of those that
-    did not, `max_restarts` in a row are borne. A failure at the same step with the same error as
+    did not, `max_restarts` in a row are allowed. A failure at the same step with the same error as
     the one before it is not tried a third time. Mistakes before the last, as of another launcher
     that was refused, say nothing of the run.
     """
@@ -255,7 +260,7 @@ def removed(run_dir: Path) -> UserError:
     )
 
 
-def _told(folder: Path) -> dict[int, Outcome]:
+def _by_rank(folder: Path) -> dict[int, Outcome]:
     try:
         names = [each.name for each in folder.iterdir()]
     except OSError:  # it has been removed, or its disk is away

@@ -22,7 +22,7 @@ from neftune_dist.distributed.world import World
 _EVERY_STEPS = 10
 # Measurements in a row that must find a rank slow: one may meet a passing disturbance.
 _IN_A_ROW = 3
-# Of the median rank's speed, and of a rank's time: what is borne.
+# Thresholds: least speed relative to the median rank; most time spent waiting for data.
 _LEAST_SPEED = 1 / 1.5
 _MOST_WAITING = 0.1
 # Side of the square matrices, and products of them, that take a few milliseconds of a GPU or less
@@ -106,7 +106,7 @@ class Stragglers:
 
 
 class Streaks:
-    """Who has been slow in enough measurements in a row; each streak is told once."""
+    """Ranks that were slow in enough measurements in a row; a streak is reported once."""
 
     def __init__(self, num_ranks: int) -> None:
         self._lengths = [0] * num_ranks
@@ -118,7 +118,9 @@ class Streaks:
 
 
 def relative_speeds(seconds: Sequence[float]) -> list[float]:
-    """Of ranks that took so long for the same: as shares of the median rank's, which of two ranks
-    is the faster one's."""
+    """Return the speeds of ranks that took `seconds` for equal work, relative to the median rank.
+
+    Of two ranks the faster one is the median.
+    """
     typical = statistics.median_low(seconds)
     return [typical / each for each in seconds]

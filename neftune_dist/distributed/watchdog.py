@@ -17,13 +17,15 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 from neftune_dist.config import UserError
 from neftune_dist.distributed import outcome
 from neftune_dist.distributed.hang_report import Report, explain, flight_record, observe
+from neftune_dist.distributed.mailbox import Mailbox, wait_until
 from neftune_dist.distributed.world import World
 
 # How often a rank looks at its clock and asks the store; a tenth of the limit where that is less.
@@ -97,7 +99,7 @@ class Watchdog:
         """Put off the end of this process by faulthandler; nobody does where Python stands still.
 
         It comes later than the others find that this rank does not answer, since it makes the
-        launcher end them; and before the launcher, whom their own end has told, kills this rank.
+        launcher end them; and before the launcher, which sees the others end, kills this rank.
         """
         seconds = self._limit + 2 * _ANSWER_SECONDS
         faulthandler.dump_traceback_later(seconds, file=self._stacks, exit=True)
@@ -111,7 +113,7 @@ class Watchdog:
                 mine = {self._rank: self._report()}
                 cause = _NO_STORE if self._size > 1 else explain(mine, 1)
                 # In a thread, as the disk may be what hangs.
-                last = threading.Thread(target=self._leave_word, args=(cause, mine), daemon=True)
+                last = threading.Thread(target=self._report_alone, args=(cause, mine), daemon=True)
                 last.start()
                 last.join(_ANSWER_SECONDS)
                 os._exit(outcome.EXIT_FAILED)
@@ -129,31 +131,31 @@ class Watchdog:
     def _confer(self) -> None:
         """All ranks know of a hang: tell, dump, end."""
         store = self._store
-        store.set(f"report {self._rank}", self._report().to_json())
-        store.add("answers", 1)
-        _wait_for(lambda: store.add("answers", 0) >= self._size)
+        mailbox = Mailbox(store, self._rank, self._size)
+        mailbox.post("report", asdict(self._report()))
         if store.add("speakers", 1) == 1:
-            reports = {
-                rank: Report.from_json(store.get(f"report {rank}"))
-                for rank in range(self._size)
-                if store.check([f"report {rank}"])
-            }
+            posted = mailbox.collect("report", range(self._size), _ANSWER_SECONDS)
+            reports = {rank: Report.from_dict(fields) for rank, fields in posted.items()}
             self._tell(explain(reports, self._size), reports)
             store.set("said", str(len(reports)))
-        _wait_for(lambda: store.check(["said"]))
+        self._wait_for("said", 2 * _ANSWER_SECONDS)
         self._dump()
         # The launcher ends all when one has ended, so all dump first.
         with suppress(RuntimeError):  # the store has gone with its host, who had seen all of them
             dumped = store.add("dumps", 1)
-            number = int(store.get("said")) if store.check(["said"]) else dumped
-            _wait_for(lambda: store.add("dumps", 0) >= number)
+            if not store.check(["said"]) or dumped >= int(store.get("said")):
+                store.set("dumped", "")
+            self._wait_for("dumped", _ANSWER_SECONDS)
         os._exit(outcome.EXIT_FAILED)
+
+    def _wait_for(self, key: str, seconds: float) -> None:
+        wait_until(lambda: self._store.check([key]), self._size, seconds)
 
     def _report(self) -> Report:
         _, phase, since, _ = self._mark
         return observe(phase, time.monotonic() - since, self._main)
 
-    def _leave_word(self, cause: str, reports: Mapping[int, Report]) -> None:
+    def _report_alone(self, cause: str, reports: Mapping[int, Report]) -> None:
         self._tell(cause, reports)
         self._dump()
 
@@ -174,10 +176,3 @@ class Watchdog:
         faulthandler.dump_traceback(self._stacks)
         with suppress(OSError):
             self._path("collectives.json").write_text(json.dumps(flight_record()))
-
-
-def _wait_for(condition: Callable[[], bool]) -> None:
-    """Until it is true, or the time that ranks have to answer is over."""
-    deadline = time.monotonic() + _ANSWER_SECONDS
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)

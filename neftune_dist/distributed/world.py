@@ -1,8 +1,8 @@
 """The world a process lives in: rank, device, process group, agreement on errors, rank-0 output.
 
-Owns every wait of one rank for another outside the engines' collectives. Long work on the host
-(tokenising, downloading) never happens inside a collective: ranks wait for each other by polling
-the rendezvous store, which has no time limit and hears of an error on another rank at once.
+Long work on the host (tokenising, downloading) never happens inside a collective: ranks wait for
+each other by asking the rendezvous store, which has no time limit, and hear of an error on another
+rank at once.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ import torch
 import torch.distributed as dist
 
 from neftune_dist.compat.torch import default_store, process_groups, set_collective_timeout
-from neftune_dist.config import UserError
+from neftune_dist.config import UserError, check_divides
 from neftune_dist.distributed import environment, outcome
+from neftune_dist.distributed.mailbox import pauses, wait_until
 from neftune_dist.system.text import first_line
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R", bound="DataclassInstance")
-_POLL_SECONDS = 0.05
 # How long a rank that was asked to stop goes on waiting for the others, which may be gone.
 _STOP_PATIENCE_SECONDS = 5.0
 # How long rank 0 waits at the end for the others, who may still be asking the store.
@@ -112,24 +112,24 @@ class Sharing:
 def _keep_freed_memory() -> None:
     """Let malloc hand large tensors memory that it has, as the GPU's allocator does. glibc gives
     each back to the system when it is freed, and the next one's pages are faulted in and cleared
-    anew: that takes longer than to fill them. (Its own threshold for that ends at 32 MiB.)"""
+    again: that takes longer than to fill them. (Its own threshold for that ends at 32 MiB.)"""
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc's
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, _NEVER)
 
 
-def _meet(place: environment.Place, device: torch.device) -> None:
+def _meet(place: environment.Place, device: torch.device, store: dist.Store | None) -> None:
     """Make the process group of all ranks. Raises `UserError` where they do not find each other."""
     backend = "nccl" if device.type == "cuda" else "gloo"
+    device_id = device if backend == "nccl" else None
     if not place.address:
         # The engines want a process group even for one process; this one needs no network.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
     try:
+        known: dict[str, Any] = {"rank": place.rank, "world_size": place.size} if store else {}
         dist.init_process_group(
-            backend,
-            timeout=_COLLECTIVE_TIMEOUT,
-            device_id=device if backend == "nccl" else None,
+            backend, store=store, timeout=_COLLECTIVE_TIMEOUT, device_id=device_id, **known
         )
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         if outcome.VARIABLE in os.environ:  # the launcher knows why the others are gone
@@ -148,7 +148,12 @@ class World:
         device: where this rank computes.
     """
 
-    def __init__(self, stop: StopSignal | None = None) -> None:
+    def __init__(self, stop: StopSignal | None = None, store: dist.Store | None = None) -> None:
+        """
+        Args:
+            stop: whose signals end a wait.
+            store: by which the ranks already talk; None: they meet as torchrun's variables say.
+        """
         self._stop = stop
         place = environment.find_place()
         self.rank, self.size = place.rank, place.size
@@ -172,17 +177,13 @@ class World:
             _keep_freed_memory()
         # How many of the last collectives torch remembers, for when one hangs.
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-        _meet(place, self.device)
+        _meet(place, self.device, store)
         self._store = dist.PrefixStore("neftune_dist", default_store())
 
     def share(self, count: int) -> Sharing:
         """Slices of `count` ranks each. A collective. Raises `UserError` where they do not come
         out even."""
-        if self.size % count:
-            raise UserError(
-                f"engine.sequence_parallel={count} does not divide the {self.size} processes of "
-                "this run."
-            )
+        check_divides("engine.sequence_parallel", count, self.size)
         group = dist.new_subgroups(count)[0] if count > 1 else None
         return Sharing(self.rank // count, self.size // count, (self.rank % count, count), group)
 
@@ -238,19 +239,23 @@ class World:
             if error:
                 raise error
             return
-        failed, arrived = f"{self._phase}/failed", f"{self._phase}/arrived"
+        failed, arrived, over = (f"{self._phase}/{key}" for key in ("failed", "arrived", "over"))
         if error:
             self._store.set(failed, str(error))
-        self._store.add(arrived, 1)
+        # Of all ranks only the last one, or one that failed, has news for those that wait.
+        if self._store.add(arrived, 1) == self.size or error:
+            self._store.set(over, "")
+        self._wait_for(over)
+        if self._store.check([failed]):
+            message = self._store.get(failed).decode()
+            raise UserError(message, shared=True) from error
+
+    def _wait_for(self, key: str) -> None:
+        """Wait until a rank sets `key`; see `agree` for what else ends it."""
         began = time.monotonic()
-        while True:
-            if self._store.check([failed]):
-                message = self._store.get(failed).decode()
-                raise UserError(message, shared=True) from error
-            if self._store.add(arrived, 0) >= self.size:
-                if not self._store.check([failed]):
-                    return
-                continue
+        for pause in pauses(self.size):
+            if self._store.check([key]):
+                return
             if self._store.check([_STOPPED]):
                 raise Stopped
             since = self._stop.since if self._stop else None
@@ -259,7 +264,7 @@ class World:
                 raise Stopped
             if time.monotonic() - began > self._patience_seconds:
                 raise TimeoutError
-            time.sleep(_POLL_SECONDS)
+            time.sleep(pause)
 
     def tell_stopped(self) -> None:
         """Let the other ranks, who wait for this one, stop too."""
@@ -291,8 +296,8 @@ class World:
             return text
         with self.agree():
             if self.is_first:
-                self._store.set(f"{self._phase}/told", text)
-        return self._store.get(f"{self._phase}/told").decode()
+                self._store.set(f"{self._phase}/first", text)
+        return self._store.get(f"{self._phase}/first").decode()
 
     def from_any(self, text: str | None) -> str | None:
         """The text of a rank that has one, on every rank; None where none has."""
@@ -331,12 +336,8 @@ class World:
         if self.size > 1:
             with suppress(RuntimeError):  # the store may have gone with the rank that hosts it
                 self._store.add("left", 1)
-                deadline = time.monotonic() + _LEAVE_SECONDS
-                while (
-                    self.is_first
-                    and self._store.add("left", 0) < self.size
-                    and time.monotonic() < deadline
-                ):
-                    time.sleep(_POLL_SECONDS)
+                if self.is_first:
+                    # No other rank waits here.
+                    wait_until(lambda: self._store.add("left", 0) >= self.size, 1, _LEAVE_SECONDS)
         if dist.is_initialized():
             dist.destroy_process_group()

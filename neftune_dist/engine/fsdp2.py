@@ -25,7 +25,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from neftune_dist.compat.torch import local_shape_and_offset
-from neftune_dist.config import Config, UserError
+from neftune_dist.config import Config, check_divides
 from neftune_dist.data.loader import MicroBatch
 from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import (
@@ -63,11 +63,7 @@ class FSDP2Engine:
         self.max_grad_norm = config.optim.max_grad_norm
         self.compute_dtype = DTYPES[config.model.dtype]
         self.num_replicas = config.engine.num_replicas or 1
-        if world.size % self.num_replicas:
-            raise UserError(
-                f"engine.num_replicas={self.num_replicas} does not divide the {world.size} "
-                "processes of this run."
-            )
+        check_divides("engine.num_replicas", self.num_replicas, world.size)
         self.settings = config.model
         self.loss = config.model.loss
         self.reshard_after_forward = config.engine.reshard_after_forward is not False

@@ -34,7 +34,7 @@ from neftune_dist.config import Config, ModelConfig, UserError, load_config, rea
 from neftune_dist.data.errors import BadRow
 from neftune_dist.data.formats import Conversation, Turn
 from neftune_dist.data.tokenize import ConversationTokenizer
-from neftune_dist.model import load
+from neftune_dist.model import load, locate
 from neftune_dist.model.families import check_model
 from neftune_dist.model.modules import replace_parameters
 from neftune_dist.system.text import first_line
@@ -249,7 +249,7 @@ def _open_model(
         check_sealed(Path(config_file).parent)  # a run's own, perhaps
     words = [f"model.name_or_path={name}", *_OF_ITS_OWN_MODEL, *settings]
     config = load_config(config_file, words)
-    folder = load.find(config.model)
+    folder = locate.find(config.model)
     shown = path.resolve().name if path.exists() else name.replace("/", "-")
     return Subject(name=shown, config=config, folder=folder, device=device, part=part)
 

@@ -12,14 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-import huggingface_hub
 import torch
 import transformers
 from tokenizers import AddedToken
 from torch import Tensor, nn
 
 from neftune_dist.compat.transformers import mark_initialized
-from neftune_dist.config import AdapterConfig, ModelConfig, UserError, split_list, user_path
+from neftune_dist.config import AdapterConfig, ModelConfig, UserError, split_list
 from neftune_dist.model import adapters
 from neftune_dist.model.attention import implementation
 from neftune_dist.model.families import check_model, check_packable
@@ -30,40 +29,6 @@ from neftune_dist.model.weights import GrownWeights, WeightFiles, weights_folder
 from neftune_dist.system.text import first_line
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # model.dtype
-_SMALL_FILES = ["*.json", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.py"]
-
-
-def find(config: ModelConfig, weights: bool = True) -> Path:
-    """The model's directory; a hub id is downloaded into the hub's cache, with or without its
-    weights."""
-    name = config.name_or_path
-    path = user_path(name, "model.name_or_path")
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"model.name_or_path={name} is a directory without a config.json.")
-        if config.revision is not None:
-            raise UserError(
-                f"model.revision={config.revision} has no effect with the directory {name}: leave "
-                "it out."
-            )
-        return path
-    if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise UserError(f"model.name_or_path={name} is no model directory.")
-    try:
-        wanted = [*_SMALL_FILES, "model*.safetensors"] if weights else _SMALL_FILES
-        folder = Path(
-            huggingface_hub.snapshot_download(name, revision=config.revision, allow_patterns=wanted)
-        )
-        if weights and not list(folder.glob("model*.safetensors")):
-            huggingface_hub.snapshot_download(
-                name, revision=config.revision, allow_patterns=["pytorch_model*.bin"]
-            )
-    except Exception as error:  # the hub's client raises a dozen unrelated types
-        raise UserError(
-            f"model.name_or_path={name} is no local directory, and the model of that name cannot "
-            f"be downloaded from the hub: {first_line(error)}"
-        ) from error
-    return folder
 
 
 def load_tokenizer(folder: Path, config: ModelConfig) -> Any:

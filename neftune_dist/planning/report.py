@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from neftune_dist.config import Config, UserError
+from neftune_dist.config import Config, UserError, check_world_size
 from neftune_dist.data.dataset import Dataset, prepare
 from neftune_dist.data.sampler import Sampler, make_sampler
-from neftune_dist.model import load
+from neftune_dist.model import load, locate
 from neftune_dist.model.families import check_lengths
 from neftune_dist.model.flops import ModelSize, known_gpus, model_size, peak_flops
 from neftune_dist.planning.batches import fullest, heaviest, sampled_steps
@@ -64,7 +64,7 @@ def read(
     config: Config, with_data: bool = True, log: Callable[[str], None] = lambda _: None
 ) -> PlanInput:
     """Find and build the model, tokenise the data. Raises `UserError` where a run would."""
-    folder = load.find(config.model, weights=False)
+    folder = locate.find(config.model, weights=False)
     model = load.build(
         folder, simulated_settings(config).model, config.data.packing, config.adapter
     )
@@ -137,12 +137,7 @@ def needed(peak: Peak) -> float:
 def _check_world(config: Config, world_size: int) -> None:
     if world_size < 1:
         raise UserError(f"--world-size={world_size} is out of range: it must be at least 1.")
-    for key in ("num_replicas", "sequence_parallel"):
-        count = getattr(config.engine, key) or 1
-        if world_size % count:
-            raise UserError(
-                f"engine.{key}={count} does not divide the {world_size} processes of this run."
-            )
+    check_world_size(config, world_size)
 
 
 def _log_work(

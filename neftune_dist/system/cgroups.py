@@ -1,4 +1,4 @@
-"""What the machine lets this process have: memory and cores, within its control groups' limits."""
+"""Memory and cores that this process may use, within the limits of its control groups."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ _MEMORY_FILES = (
 
 
 def memory_bytes() -> tuple[int, int, int]:
-    """Bytes that can still be had, the limit of that (a job's or a container's, or the machine's),
-    and what the machine has."""
+    """Return the bytes available to this process, their limit, and the memory of the machine.
+
+    The limit is that of a job, a container or the machine.
+    """
     rows = (row.partition(":") for row in (_ROOT / "proc/meminfo").read_text().splitlines())
     machine = {name: int(rest.split()[0]) * 1024 for name, _, rest in rows}
     available, limit = machine["MemAvailable"], machine["MemTotal"]

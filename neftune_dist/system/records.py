@@ -20,7 +20,7 @@ STEPS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 
 @dataclass(frozen=True)
 class Records:
-    """What was read of a file.
+    """The records of a file.
 
     Attributes:
         rows: each with a `step`; one a step, the last that was written, in order.
@@ -32,8 +32,7 @@ class Records:
     num_lost: int
 
     def num_missing(self, last: int) -> int:
-        """Of a file with a record of every step: how many are missing from its first one to
-        `last`."""
+        """Count the missing records from the first one to `last`, in a file with one a step."""
         steps = {row["step"] for row in self.rows}
         return sum(step not in steps for step in range(min(steps, default=last + 1), last + 1))
 

@@ -15,7 +15,7 @@ from neftune_dist.config import Config, UserError
 from neftune_dist.data.dataset import Dataset, prepare
 from neftune_dist.data.sampler import Sampler, make_sampler
 from neftune_dist.distributed.world import World
-from neftune_dist.model import load
+from neftune_dist.model import load, locate
 from neftune_dist.model.families import check_lengths
 from neftune_dist.model.flops import ModelSize, model_size
 from neftune_dist.system.records import EVALUATIONS, STEPS
@@ -73,7 +73,7 @@ def read_inputs(config: Config, run_dir: Path, world: World) -> Inputs:
 
     Nothing in the run directory changes before every check has passed.
     """
-    folder = world.local_rank_zero_first(lambda: load.find(config.model))
+    folder = world.local_rank_zero_first(lambda: locate.find(config.model))
     tokenizer = world.local_rank_zero_first(lambda: load.load_tokenizer(folder, config.model))
     dataset = world.local_rank_zero_first(lambda: prepare(config.data, tokenizer, world.log))
     found = resume.find(run_dir, config, world)

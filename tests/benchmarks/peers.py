@@ -37,7 +37,7 @@ from neftune_dist.data.loader import Loader, StepBatch
 from neftune_dist.data.sampler import make_sampler
 from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import MASTER
-from neftune_dist.model import load
+from neftune_dist.model import load, locate
 from neftune_dist.model.flops import ModelSize, model_size
 from neftune_dist.noise.hook import NEFTune
 from neftune_dist.training.loop import token_layout
@@ -66,7 +66,7 @@ _PAIRS = 12  # steps without noise and with it, in the noise part
 
 def open_loader(config: Config) -> tuple[Any, ModelSize, Loader]:
     """The model on the meta device, its size, and the steps of the only rank."""
-    folder = load.find(config.model)
+    folder = locate.find(config.model)
     model = load.build(folder, config.model, config.data.packing)
     dataset = prepare(config.data, load.load_tokenizer(folder, config.model), lambda _: None)
     sampler = make_sampler(config.train, len(dataset.train), dataset.content)

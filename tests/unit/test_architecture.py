@@ -12,6 +12,7 @@ ORDER: list[set[str]] = [
     {"system"},
     {"compat"},
     {"distributed"},
+    {"arguments"},
     {"optim"},
     {"data", "model"},
     {"noise"},  # reads a family's embedding scale in the table of `model/families`
@@ -20,7 +21,6 @@ ORDER: list[set[str]] = [
     {"training"},
     {"evaluation"},
     {"planning", "study", "cluster"},
-    {"arguments"},
     {"verbs"},
     {"cli"},
 ]

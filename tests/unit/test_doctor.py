@@ -10,6 +10,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -31,6 +32,7 @@ from neftune_dist.cluster.doctor import (
     run,
     software,
 )
+from neftune_dist.cluster.doctor import ranks as module_of_ranks
 from neftune_dist.cluster.doctor.findings import (
     OK,
     WARNING,
@@ -40,7 +42,10 @@ from neftune_dist.cluster.doctor.findings import (
     table,
     together,
 )
-from neftune_dist.cluster.doctor.meeting import Meeting, Place, Roll, expand
+from neftune_dist.cluster.doctor.ranks import Ranks, expand, host_name, meet, slurm_step
+from neftune_dist.distributed import environment
+from neftune_dist.distributed.environment import Place, find_place
+from neftune_dist.distributed.mailbox import Mailbox
 from neftune_dist.system import cgroups
 
 GIB = 2**30
@@ -77,7 +82,7 @@ def test_the_table_is_aligned_and_says_how_to_mend_what_is_not_ok() -> None:
         Finding(WARNING, "b", "odd", "", ("n2",)),
     ]
     assert list(table(rows, ["n1", "n2"])) == [
-        "status   check        host         seen, and -> how to mend it",
+        "status   check        host         seen, and -> how to fix it",
         "ok       clock        all 2 hosts  right",
         "wrong    a long name  n1           broken",
         "                                   -> mend it",
@@ -148,8 +153,8 @@ def test_a_check_that_fails_or_hangs_is_a_row_and_the_others_go_on(
 
 def test_an_error_of_torch_is_told_without_its_stack() -> None:
     error = RuntimeError("Connection refused\nException raised from here at socket.cpp:1\n#0 x")
-    assert findings.told(error) == "RuntimeError: Connection refused"
-    assert findings.told(ValueError()) == "ValueError"
+    assert findings.error_text(error) == "RuntimeError: Connection refused"
+    assert findings.error_text(ValueError()) == "ValueError"
 
 
 # Software
@@ -160,22 +165,6 @@ def test_versions_are_named_in_one_row() -> None:
     assert {"neftune-dist", "python", "torch", "transformers", "deepspeed"} <= set(found)
     finding = only(software.check_versions(found))
     assert finding.status == OK and f"torch {torch.__version__}" in finding.seen
-
-
-@pytest.mark.parametrize("version", ["1.13.1", None])
-def test_an_old_or_missing_package_is_wrong(version: str | None) -> None:
-    found = {**software.versions(), "torch": version}
-    if version is None:
-        del found["torch"]
-    rows = by_check(software.check_versions(found))  # type: ignore[arg-type]
-    assert rows["torch"].status == WRONG
-    assert rows["torch"].seen.startswith(version or "not installed")
-    assert 'install "torch>=' in rows["torch"].mend
-
-
-def test_python_outside_its_range_is_wrong() -> None:
-    rows = by_check(software.check_versions({**software.versions(), "python": "3.9.1"}))
-    assert rows["python"].status == WRONG
 
 
 def test_the_digest_of_the_sources_tells_an_edit(
@@ -228,31 +217,43 @@ class FakePackages:
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for module in (software, conflicts):
             for name in ("distribution", "distributions"):
-                monkeypatch.setattr(module, name, getattr(self, name))
+                monkeypatch.setattr(module, name, getattr(self, name), raising=False)
 
 
-def test_requirements_of_requirements_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_that_do_not_fit_each_other_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     packages = {
-        "neftune-dist": ("1", ["torch>=2", "a[x]"]),
+        "neftune-dist": ("1", ["torch>=2", "a", 'z; extra == "x"', 'e; python_version < "3"']),
         "torch": ("2.13.0+cpu", ["b<2"]),
-        "a": ("1", ['c>=1; extra == "x"', 'd; extra == "y"', 'e; python_version < "3"']),
+        "a": ("1", ["c>=1"]),
         "b": ("1.5", []),
-        "c": ("1", ["not a requirement !"]),
-        "torchvision": ("0.28", ["torch==2.13.0"]),
+        "c": ("1", []),
+        "torchvision": ("0.28", ["torch==2.13.0", "absent"]),
+        "other": ("3", ["c>=9"]),  # which is nothing to us
     }
     FakePackages(packages).install(monkeypatch)
-    assert only(software.check_requirements()) == Finding(
-        OK, "requirements", "5 packages satisfy each other"
-    )
+    assert only(software.check_requirements()).status == OK
     packages |= {"b": ("2.1", []), "torchvision": ("0.20", ["torch==2.5.0"])}
     del packages["c"]
     found = list(software.check_requirements())
-    assert [(each.status, each.seen) for each in found] == [
+    assert sorted((each.status, each.seen) for each in found) == [
+        (WARNING, "torchvision 0.20 needs torch==2.5.0, found 2.13.0+cpu"),
         (WRONG, "a 1 needs c>=1, found none"),
         (WRONG, "torch 2.13.0+cpu needs b<2, found 2.1"),
-        (WARNING, "torchvision 0.20 needs torch==2.5.0, found 2.13.0+cpu"),
     ]
-    assert "uninstall torchvision" in found[2].mend
+    assert "uninstall torchvision" in next(f for f in found if f.status == WARNING).fix
+
+
+@pytest.mark.parametrize("version", ["1.13.1", None])
+def test_an_old_or_missing_torch_is_wrong(
+    version: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages: dict[str, tuple[str, list[str]]] = {"neftune-dist": ("1", ["torch>=2.11"])}
+    if version:
+        packages["torch"] = (version, [])
+    FakePackages(packages).install(monkeypatch)
+    finding = only(software.check_requirements())
+    assert finding.status == WRONG and 'install "torch>=' in finding.fix
+    assert finding.seen.endswith(f"needs torch>=2.11, found {version or 'none'}")
 
 
 def test_what_is_installed_here_satisfies_each_other() -> None:
@@ -276,7 +277,7 @@ def test_a_package_that_cannot_be_imported_is_wrong(
     monkeypatch.setattr(software, "_IMPORTED_IF_THERE", {"pytest": "flash", "missing": "no"})
     monkeypatch.setattr(software, "_IMPORTED", ("good",))
     finding = only(software.check_imports())
-    assert finding.status == WRONG and "uninstall pytest" in finding.mend
+    assert finding.status == WRONG and "uninstall pytest" in finding.fix
     assert finding.seen == "flash cannot be imported: ImportError: undefined symbol: _ZN3c10"
 
     monkeypatch.setattr(software, "_IMPORTED_IF_THERE", {})
@@ -313,30 +314,6 @@ def test_a_conflict_that_cannot_be_looked_for_is_told(monkeypatch: pytest.Monkey
     assert only(conflicts.check_conflicts()).seen == "OSError: no such library"
 
 
-@pytest.mark.parametrize(
-    ("torch_cuda", "driver", "is_one"),
-    [
-        ("13.0", (12, 8), True),
-        ("12.8", (12, 2), False),  # minor versions are compatible
-        ("12.8", (13, 0), False),
-        (None, (12, 2), False),
-        ("12.8", None, False),
-    ],
-)
-def test_a_driver_older_than_torchs_cuda(
-    torch_cuda: str | None,
-    driver: tuple[int, int] | None,
-    is_one: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
-    monkeypatch.setattr(conflicts, "_driver_cuda", lambda: driver)
-    seen = conflict(conflicts._old_driver)
-    assert bool(seen) == is_one
-    if is_one:
-        assert seen == "torch is built for CUDA 13.0, the driver's is 12.8"
-
-
 def test_nccl_twice_or_another_one_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     packages = {"nvidia-nccl-cu13": ("2.27.7", []), "nvidia-nccl-cu12-stubs": ("1", [])}
     FakePackages(packages).install(monkeypatch)
@@ -349,16 +326,6 @@ def test_nccl_twice_or_another_one_loaded(monkeypatch: pytest.MonkeyPatch) -> No
     )
     packages["nvidia-nccl-cu12"] = ("2.27.3", [])
     assert "overwrite each other" in conflict(conflicts._two_nccls)
-
-
-def test_a_glibc_older_than_the_wheels_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    wheel = "Tag: cp311-cp311-manylinux_2_28_x86_64\nTag: cp311-cp311-manylinux_2_17_x86_64\n"
-    packages = FakePackages({"neftune-dist": ("1", ["torch"]), "torch": ("2", [])}, wheel)
-    packages.install(monkeypatch)
-    monkeypatch.setattr(conflicts.platform, "libc_ver", lambda: ("glibc", "2.17"))
-    assert not conflict(conflicts._old_glibc)
-    monkeypatch.setattr(conflicts.platform, "libc_ver", lambda: ("glibc", "2.12"))
-    assert "is built for glibc 2.17, found 2.12" in conflict(conflicts._old_glibc)
 
 
 def test_missing_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -575,7 +542,7 @@ def test_little_shared_memory_is_a_warning_for_several_ranks(
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage)
     assert by_check(machine.check_memory(1))["shared memory"].status == OK
     finding = by_check(machine.check_memory(2))["shared memory"]
-    assert finding.status == WARNING and "0.06 GiB" in finding.seen and "--shm-size" in finding.mend
+    assert finding.status == WARNING and "0.06 GiB" in finding.seen and "--shm-size" in finding.fix
 
 
 @pytest.mark.parametrize(
@@ -650,7 +617,7 @@ def test_locked_memory_matters_where_infiniband_is(
 def test_a_run_directory_below_a_file_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     finding = only(machine.check_run_dir(tmp_path / "file" / "runs"))
-    assert finding.status == WRONG and "--run-dir" in finding.mend
+    assert finding.status == WRONG and "--run-dir" in finding.fix
 
 
 def test_the_probe_of_the_disk_is_synced_read_back_and_removed(
@@ -669,10 +636,10 @@ def test_a_disk_that_loses_data_is_slow_or_full(
 ) -> None:
     monkeypatch.setattr(machine, "_SLOW_DISK_MIB", 10**9)
     finding = only(machine.check_run_dir(tmp_path))
-    assert finding.status == WARNING and "minutes" in finding.mend
+    assert finding.status == WARNING and "minutes" in finding.fix
     monkeypatch.setattr(machine, "_LOW_DISK_GIB", 10**9)
     finding = only(machine.check_run_dir(tmp_path))
-    assert finding.status == WARNING and "plan" in finding.mend
+    assert finding.status == WARNING and "plan" in finding.fix
 
     def loses(number: int, *_: int) -> None:
         os.pwrite(number, b"\0" * 64, 0)
@@ -748,15 +715,10 @@ def test_a_name_server_that_is_silent_is_not_waited_for(
 
 
 def test_the_cache_of_the_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "0 models" in by_check(machine.check_hub(None))["hub cache"].seen
-    blob = cache / "models--a--b" / "blobs" / "x"
-    blob.parent.mkdir(parents=True)
-    blob.write_bytes(b"0" * 2**20)
-    (cache / "datasets--c").mkdir()
-    assert "1 models, 1 datasets, 0.0 GiB" in by_check(machine.check_hub(None))["hub cache"].seen
+    assert "GiB free" in by_check(machine.check_hub(None))["hub cache"].seen
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     finding = by_check(machine.check_hub(None))["hub cache"]
-    assert finding.status == WARNING and "HF_HOME" in finding.mend
+    assert finding.status == WARNING and "HF_HOME" in finding.fix
 
 
 def test_a_model_is_a_directory_or_cached_or_to_be_had(
@@ -800,20 +762,27 @@ def place(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Place:
     with monkeypatch.context() as patched:
         for name, value in variables.items():
             patched.setenv(name, value)
-        return Place.here()
+        for name, value in slurm_step()[0].items():
+            patched.setenv(name, value)
+        return find_place()
 
 
 def test_a_place_under_torchrun_in_a_step_and_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "_check_address", lambda address, port: None)
     monkeypatch.setattr(socket, "gethostname", lambda: "laptop.local")
-    assert place(monkeypatch) == Place(0, 1, 0, "laptop")
+    assert place(monkeypatch) == Place() and host_name() == "laptop"
     step = place(monkeypatch, **STEP)
-    assert (step.rank, step.size, step.local_rank, step.host) == (3, 4, 1, "n2")
-    assert (step.address, step.hosts, step.of_slurm) == ("n1", ("n1", "n2"), True)
+    assert (step.rank, step.size, step.local_rank, step.address) == (3, 4, 1, "n1")
     torchrun = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "m"}
-    assert place(monkeypatch, **STEP, **torchrun, MASTER_PORT="5") == Place(1, 2, 1, "n2", "m", 5)
+    here = place(monkeypatch, **STEP, **torchrun, MASTER_PORT="5")
+    assert here == Place(1, 2, 1, 1, "m", 5)
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    assert host_name() == "n2" and slurm_step()[1] == ["n1", "n2"]
 
 
 def test_steps_have_ports_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "_check_address", lambda address, port: None)
     ports = {
         place(monkeypatch, **{**STEP, "SLURM_JOB_ID": job, "SLURM_STEP_ID": step}).port
         for job in ("17", "18", "4012345678")
@@ -848,30 +817,36 @@ def free_port() -> int:
 
 
 def test_ranks_that_do_not_come_are_not_waited_for_and_late_ones_are_told() -> None:
-    here = Place(0, 3, 0, "n1", "127.0.0.1", free_port())
     notices: list[str] = []
-    first = Meeting(here, 5)
-    roll = first.roll(0.5, notices.append)
-    assert roll.host_of == {0: "n1"}
-    late = Meeting(Place(2, 3, 0, "n2", "127.0.0.1", here.port), 5)
-    with pytest.raises(TimeoutError, match="gone on without it"):
-        late.roll(0.5, notices.append)
-
-
-def test_rank_0_that_never_listens_is_named() -> None:
     port = free_port()
-    with pytest.raises(TimeoutError, match=f"127.0.0.1:{port}.*refused"):
-        Meeting(Place(1, 2, 1, "n1", "127.0.0.1", port), 0.5)
+    ranks = meet(Place(0, 3, 0, 1, "127.0.0.1", port), 0.5, notices.append)
+    assert list(ranks.host_of) == [0]
+    with pytest.raises(TimeoutError, match="gone on without it"):
+        meet(Place(2, 3, 0, 1, "127.0.0.1", port), 0.5, notices.append)
+
+
+def test_ranks_that_are_waited_for_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_of_ranks, "_NOTICE_SECONDS", 0.1)
+    notices: list[str] = []
+    meet(Place(0, 3, 0, 1, "127.0.0.1", free_port()), 0.5, notices.append)
+    assert set(notices) == {"waiting for ranks 1, 2"}
+
+
+def ranks_on(host_of: dict[int, str], rank: int = 0, size: int = 4) -> Ranks:
+    store = torch.distributed.HashStore()
+    here = Place(rank, size, 0, 1, "n1", 7)
+    return Ranks(here, Mailbox(store, rank, size), host_of, "token")
 
 
 def test_the_first_rank_of_each_host() -> None:
-    roll = Roll({2: "n2", 0: "n1", 1: "n1", 3: "n2"}, "x")
-    assert list(roll.firsts.items()) == [("n1", 0), ("n2", 2)]
+    ranks = ranks_on({0: "n1", 1: "n1", 2: "n2", 3: "n2"})
+    assert list(ranks.firsts.items()) == [("n1", 0), ("n2", 2)]
+    assert ranks.of_hosts(["n2"]).firsts == {"n2": 2}
 
 
 # What ranks find out together; the real runs are in tests/distributed/test_doctor.py
 
-ROLL = Roll({0: "n1", 1: "n1", 2: "n2", 3: "n3"}, "token")
+HOST_OF = {0: "n1", 1: "n1", 2: "n2", 3: "n3"}
 
 
 @pytest.mark.parametrize(
@@ -886,11 +861,11 @@ ROLL = Roll({0: "n1", 1: "n1", 2: "n2", 3: "n3"}, "token")
 def test_hosts_that_do_not_share_the_run_directory(
     seen: dict[int, list[int]], text: str, tmp_path: Path
 ) -> None:
-    finding = only(nodes._shared(tmp_path, ROLL, [0, 2, 3], seen))
+    finding = only(nodes._shared(tmp_path, ranks_on(HOST_OF), [0, 2, 3], seen))
     if text:
         assert finding.status == WRONG
         assert finding.seen == f"run_dir={tmp_path} is not shared: {text}"
-        assert "shared file system" in finding.mend
+        assert "shared file system" in finding.fix
     else:
         assert finding.status == OK
 
@@ -901,7 +876,11 @@ def test_a_file_with_other_content_is_not_seen(
     monkeypatch.setattr(nodes, "_SEEN_SECONDS", 0.3)
     (tmp_path / "a").write_text("right")
     (tmp_path / "b").write_text("wro")
-    sought = {0: (tmp_path / "a", "right"), 1: (tmp_path / "b", "wrong"), 2: (tmp_path / "c", "")}
+    sought = {
+        tmp_path / "a": (0, "right"),
+        tmp_path / "b": (1, "wrong"),
+        tmp_path / "c": (2, ""),
+    }
     assert nodes._seen(sought) == [0]
 
 
@@ -911,7 +890,9 @@ def result(**differences: Any) -> dict[str, Any]:
 
 
 def judged(**of_ranks: Any) -> list[Finding]:
-    return list(collectives._judge({int(name[1:]): each for name, each in of_ranks.items()}, ROLL))
+    return list(
+        collectives._judge({int(name[1:]): each for name, each in of_ranks.items()}, HOST_OF)
+    )
 
 
 def test_collectives_and_their_bandwidth() -> None:
@@ -950,13 +931,13 @@ def test_a_slow_link_is_named() -> None:
 
 def test_findings_can_be_sent() -> None:
     finding = Finding(WRONG, "a", "b", "c", ("n1",))
-    again = Finding(**json.loads(json.dumps(finding.to_dict())))
+    again = Finding(**json.loads(json.dumps(asdict(finding))))
     assert only(together([again], ["n1"])) == finding
 
 
 def test_hosts_that_did_not_come_or_not_report_are_named() -> None:
-    here = Place(0, 5, 0, "n1", "n1", 7, ("n1", "n2", "n3", "n4"))
-    missing, silent = run._absent(here, ROLL, {0: (), 2: ()})
+    hosts = ("n1", "n2", "n3", "n4")
+    missing, silent = run._absent(ranks_on(HOST_OF, size=5), hosts, {0: (), 2: ()})
     assert missing.hosts == ("n4",) and missing.seen.startswith("rank 4 (n4) did not come")
-    assert "n1:7" in missing.mend
+    assert "n1:7" in missing.fix
     assert silent.hosts == ("n3",)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from neftune_dist.config import ModelConfig, UserError
-from neftune_dist.model import load, weights
+from neftune_dist.model import load, locate, weights
 from neftune_dist.model.families import PACKING_FAMILIES
 from neftune_dist.model.optimizations import blocks
 from neftune_dist.model.weights import WeightFiles
@@ -485,21 +485,21 @@ def test_a_pickle_of_something_else(llama: Path, content: Any) -> None:
 def test_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "some" / "model"
     family("llama").save_pretrained(folder)
-    assert load.find(ModelConfig(str(folder))) == folder
+    assert locate.find(ModelConfig(str(folder))) == folder
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert load.find(ModelConfig("~/some/model")) == folder
+    assert locate.find(ModelConfig("~/some/model")) == folder
     with pytest.raises(UserError, match=r"without a config\.json"):
-        load.find(ModelConfig(str(tmp_path)))
+        locate.find(ModelConfig(str(tmp_path)))
     (tmp_path / "file").write_text("")
     for name in (tmp_path / "none", tmp_path / "file", "./none", "a/b/c"):
         with pytest.raises(UserError, match="no model directory"):
-            load.find(ModelConfig(str(name)))
+            locate.find(ModelConfig(str(name)))
 
 
 def test_a_revision_of_a_directory_is_refused(tmp_path: Path) -> None:
     family("llama").save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"model\.revision=main has no effect"):
-        load.find(ModelConfig(str(tmp_path), revision="main"))
+        locate.find(ModelConfig(str(tmp_path), revision="main"))
 
 
 @pytest.mark.parametrize("stored", ["model.safetensors", "pytorch_model.bin"])
@@ -516,7 +516,7 @@ def test_pickles_are_downloaded_where_there_are_no_safetensors(
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert load.find(ModelConfig("someone/some-model"), weights=wanted) == tmp_path
+    assert locate.find(ModelConfig("someone/some-model"), weights=wanted) == tmp_path
     assert (tmp_path / stored).is_file() == wanted
     assert ("pytorch_model*.bin" in patterns) == (wanted and stored == "pytorch_model.bin")
 
@@ -526,7 +526,7 @@ def test_a_hub_id_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     for name in ("someone/some-model", "some-model"):
         with pytest.raises(UserError, match=rf"{name} is no local directory.*hub: "):
-            load.find(ModelConfig(name))
+            locate.find(ModelConfig(name))
 
 
 def test_a_hub_id_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -537,7 +537,7 @@ def test_a_hub_id_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (refs / "main").write_text("0" * 40)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    assert load.find(ModelConfig("someone/some-model")) == snapshot
+    assert locate.find(ModelConfig("someone/some-model")) == snapshot
 
 
 @pytest.mark.parametrize(

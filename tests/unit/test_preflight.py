@@ -51,7 +51,6 @@ def test_how_many_checkpoints_need_room(
 
 
 def test_steps_are_those_of_the_schedule() -> None:
-    assert preflight.DEFAULT_EPOCHS == sampler.DEFAULT_EPOCHS
     for train in (TrainConfig(), TrainConfig(num_epochs=0.01), TrainConfig(num_epochs=2.5)):
         for number in (128, 129, 1000):
             config = Config(train=train)

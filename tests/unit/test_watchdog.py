@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -105,7 +107,7 @@ def test_the_cause_holds_neither_times_nor_counts() -> None:
 
 def test_reports_travel() -> None:
     for each in (WAITING, report(world=3)):
-        assert Report.from_json(each.to_json().encode()) == each
+        assert Report.from_dict(json.loads(json.dumps(asdict(each)))) == each
 
 
 def entry(

@@ -1,89 +1,63 @@
-"""What is known to go wrong between the programs of one machine, as a table: seen how, mended how.
+"""Known conflicts between the programs of one machine: how to see each, and how to fix it.
 
-Each entry was read in the code or the issue threads of the packages it speaks of.
+The source of each entry is the code or the issue threads of the packages that it names.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
-import platform
 import re
 import shutil
 import socket
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import distribution, distributions
+from importlib.metadata import distributions
 from pathlib import Path
 
-from neftune_dist.cluster.doctor.findings import OK, WARNING, WRONG, Finding, told
-from neftune_dist.cluster.doctor.software import closure, nccl_version
+from neftune_dist.cluster.doctor.findings import OK, WARNING, WRONG, Finding, error_text
+from neftune_dist.cluster.doctor.software import nccl_version
 
 
 @dataclass(frozen=True)
 class Conflict:
-    """Something known to go wrong.
+    """A known conflict.
 
     Attributes:
-        found: says what was seen, or nothing where the conflict is not there.
+        check, status, fix: of its finding.
+        found: returns the observation, or nothing where there is no such conflict.
     """
 
     check: str
     status: str
     found: Callable[[], str]
-    mend: str
+    fix: str
 
 
 def check_conflicts() -> Iterator[Finding]:
     """Every known conflict that this machine has."""
     num_found = 0
-    for each in CONFLICTS:
+    for conflict in CONFLICTS:
         try:
-            seen = each.found()
+            seen = conflict.found()
         except ImportError:  # `check_imports` says it
             continue
         except Exception as error:
-            seen = told(error)
+            seen = error_text(error)
         if seen:
             num_found += 1
-            yield Finding(each.status, each.check, seen, each.mend)
+            yield Finding(conflict.status, conflict.check, seen, conflict.fix)
     if not num_found:
         yield Finding(OK, "conflicts", f"none of the {len(CONFLICTS)} known")
 
 
-def _driver_cuda() -> tuple[int, int] | None:
-    """The newest CUDA that the driver, or a compatibility library in its place, can run."""
-    try:
-        library = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    number = ctypes.c_int()
-    if library.cuDriverGetVersion(ctypes.byref(number)):
-        return None
-    return number.value // 1000, number.value % 1000 // 10
-
-
-def _old_driver() -> str:
-    # Within a major version a newer toolkit runs on an older driver.
-    import torch
-
-    driver = _driver_cuda()
-    if not torch.version.cuda or not driver:
-        return ""
-    wanted = int(torch.version.cuda.split(".")[0])
-    if driver[0] >= wanted:
-        return ""
-    return f"torch is built for CUDA {torch.version.cuda}, the driver's is {driver[0]}.{driver[1]}"
-
-
 def _nccl_packages() -> dict[str, str]:
-    names = {str(each.metadata["Name"]): each.version for each in distributions()}
-    return {name: each for name, each in names.items() if re.match(r"nvidia-nccl-cu\d+$", name)}
+    installed = {str(package.metadata["Name"]): package.version for package in distributions()}
+    return {n: version for n, version in installed.items() if re.match(r"nvidia-nccl-cu\d+$", n)}
 
 
 def _two_nccls() -> str:
-    # They are one file, nvidia/nccl/lib/libnccl.so.2: the last to be installed wins.
+    # They are one file, nvidia/nccl/lib/libnccl.so.2: the one installed last wins.
     packages = _nccl_packages()
     return " and ".join(packages) + " overwrite each other" if len(packages) > 1 else ""
 
@@ -99,24 +73,6 @@ def _shadowed_nccl() -> str:
     if wanted.split(".")[:3] == found.split(".")[:3]:
         return ""
     return f"NCCL {found} is loaded instead of {package} {wanted}"
-
-
-def _old_glibc() -> str:
-    family, found = platform.libc_ver()
-    if family != "glibc":
-        return ""
-    wanted = (0, 0)
-    who = ""
-    for name in closure("neftune-dist")[0]:
-        wheel = distribution(name).read_text("WHEEL") or ""
-        tags = re.findall(r"-manylinux_(\d+)_(\d+)_", wheel)
-        # A wheel with several tags is satisfied by the oldest of them.
-        least = min(((int(a), int(b)) for a, b in tags), default=(0, 0))
-        if least > wanted:
-            wanted, who = least, name
-    if tuple(map(int, found.split(".")[:2])) >= wanted:
-        return ""
-    return f"{who} is built for glibc {wanted[0]}.{wanted[1]}, found {found}"
 
 
 def _no_cxx() -> str:
@@ -154,23 +110,14 @@ def _unknown_interface() -> str:
             continue
         nccl = variable.startswith("NCCL") and not value.startswith("=")  # names by their beginning
         for name in value.lstrip("=").split(","):
-            if not any(each.startswith(name) if nccl else each == name for each in there):
+            if not any(n.startswith(name) if nccl else n == name for n in there):
                 return f"{variable}={value}, but this machine has {', '.join(there)}"
     return ""
 
 
 CONFLICTS = (
-    Conflict(
-        "driver",
-        WRONG,
-        _old_driver,
-        "install the torch build for the driver's CUDA, or a newer driver",
-    ),
-    Conflict("NCCL", WRONG, _two_nccls, "uninstall all of them, then install torch anew"),
+    Conflict("NCCL", WRONG, _two_nccls, "uninstall all of them, then install torch again"),
     Conflict("NCCL", WARNING, _shadowed_nccl, "take the other one out of LD_LIBRARY_PATH"),
-    Conflict(
-        "glibc", WRONG, _old_glibc, "use an image, or install on this machine, not on a newer one"
-    ),
     Conflict(
         "compiler",
         WARNING,

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 
-from neftune_dist.cluster.doctor.findings import OK, WARNING, WRONG, Finding, told
+from neftune_dist.cluster.doctor.findings import OK, WARNING, WRONG, Finding, error_text
 from neftune_dist.cluster.doctor.software import nvidia_smi
 
 # An idle GPU holds some hundred MiB: the driver's own, and this process's context.
@@ -54,12 +54,14 @@ def check_gpus(num_ranks: int) -> Iterator[Finding]:
         yield Finding(OK if bf16 else WARNING, "GPUs", seen, "set model.dtype=fp32")
     if num_ranks > len(devices):
         seen = f"{num_ranks} ranks, but this one sees {len(devices)} GPUs"
-        mend = "start one process a GPU; under Slurm give the node's GPUs to all of its tasks"
-        yield Finding(WRONG, "GPUs", seen, f"{mend}: --gpus-per-node, no --gpus-per-task")
+        fix = "start one process a GPU; under Slurm give the node's GPUs to all of its tasks"
+        yield Finding(WRONG, "GPUs", seen, f"{fix}: --gpus-per-node, no --gpus-per-task")
     try:
         rows = [row.split(", ") for row in _rows(nvidia_smi(f"--query-gpu={_QUERY}", _CSV))]
     except Exception as error:
-        yield Finding(WRONG, "nvidia-smi", told(error), "update or reload the driver, or reboot")
+        yield Finding(
+            WRONG, "nvidia-smi", error_text(error), "update or reload the driver, or reboot"
+        )
         return
     index_by_uuid = {f"GPU-{each.uuid}": i for i, each in enumerate(devices)}
     for uuid, used, errors in rows:
@@ -68,8 +70,8 @@ def check_gpus(num_ranks: int) -> Iterator[Finding]:
             continue
         if used.isdigit() and int(used) > _IDLE_MIB:
             seen = f"{int(used) / 1024:.1f} GiB are in use by another process"
-            mend = "nvidia-smi names the process; end it, or ask for whole nodes (--exclusive)"
-            yield Finding(WARNING, f"GPU {index}", seen, mend)
+            fix = "nvidia-smi names the process; end it, or ask for whole nodes (--exclusive)"
+            yield Finding(WARNING, f"GPU {index}", seen, fix)
         if errors.isdigit() and int(errors):
             seen = f"{errors} uncorrected memory errors since the driver was loaded"
             yield Finding(WRONG, f"GPU {index}", seen, "drain this machine and reset the GPU")
@@ -83,7 +85,7 @@ def _rows(text: str) -> list[str]:
 
 
 def _none() -> Finding:
-    """No GPU: by nature, or for a reason that can be mended?"""
+    """No GPU: by nature, or for a reason that can be fixed?"""
     import os
 
     import torch
@@ -97,9 +99,9 @@ def _none() -> Finding:
         torch.cuda.init()
         reason = "none is visible to this process"
     except Exception as error:
-        reason = told(error)
-    mend = "see nvidia-smi and CUDA_VISIBLE_DEVICES; under Slurm ask for GPUs"
-    return Finding(WRONG, "GPUs", f"this machine has one, but torch cannot use it: {reason}", mend)
+        reason = error_text(error)
+    fix = "see nvidia-smi and CUDA_VISIBLE_DEVICES; under Slurm ask for GPUs"
+    return Finding(WRONG, "GPUs", f"this machine has one, but torch cannot use it: {reason}", fix)
 
 
 def check_links() -> Iterator[Finding]:
@@ -119,9 +121,9 @@ def check_links() -> Iterator[Finding]:
         return
     some = ", ".join(f"{i} and {j}" for i, j in apart[:4]) + (", ..." if len(apart) > 4 else "")
     seen = f"{text}; no peer access in {len(apart)}: {some}"
-    mend = "NCCL goes through host memory: in a machine's BIOS turn ACS and IOMMU off; in a "
-    mend += "container or virtual machine expose the GPUs of one node together"
-    yield Finding(WARNING, "GPU links", seen, mend)
+    fix = "NCCL goes through host memory: in a machine's BIOS turn ACS and IOMMU off; in a "
+    fix += "container or virtual machine expose the GPUs of one node together"
+    yield Finding(WARNING, "GPU links", seen, fix)
 
 
 def link_types(matrix: str) -> Sequence[str]:

@@ -11,9 +11,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from neftune_dist.cluster.doctor.findings import OK, WARNING, WRONG, Finding, told, within
+from neftune_dist.cluster.doctor.findings import OK, WARNING, WRONG, Finding, error_text, within
 from neftune_dist.config import user_path
 from neftune_dist.system import cgroups
+from neftune_dist.system.text import size_text
 
 _ROOT = Path("/")
 _PROBE_MIB = 64
@@ -36,24 +37,24 @@ def check_memory(num_ranks: int) -> Iterator[Finding]:
     needed = _LOW_MEMORY_GIB * num_ranks
     whose = "" if limit == total else f", the job's limit (of {total:.1f} GiB)"
     seen = f"{available:.1f} GiB of {limit:.1f} GiB available{whose}"
-    mend = f"{num_ranks} ranks take {needed} GiB before any model: ask for more, as with --mem"
-    yield Finding(OK if available >= needed else WARNING, "host memory", seen, mend)
+    fix = f"{num_ranks} ranks take {needed} GiB before any model: ask for more, as with --mem"
+    yield Finding(OK if available >= needed else WARNING, "host memory", seen, fix)
     try:
         usage = shutil.disk_usage(_ROOT / "dev/shm")
     except OSError as error:
-        yield Finding(WRONG, "shared memory", told(error), "mount /dev/shm")
+        yield Finding(WRONG, "shared memory", error_text(error), "mount /dev/shm")
         return
     low = num_ranks > 1 and usage.free < _LOW_SHARED_GIB * 2**30
     seen = f"{usage.free / 2**30:.2f} GiB of {usage.total / 2**30:.2f} GiB free in /dev/shm"
-    mend = "NCCL connects ranks through it: start the container with --shm-size=1g or --ipc=host"
-    yield Finding(WARNING if low else OK, "shared memory", seen, mend)
+    fix = "NCCL connects ranks through it: start the container with --shm-size=1g or --ipc=host"
+    yield Finding(WARNING if low else OK, "shared memory", seen, fix)
 
 
 def check_cores(num_ranks: int, num_gpus: int) -> Iterator[Finding]:
     """Cores that this process may use: its affinity and its control group's quota.
 
     Args:
-        num_ranks: on this machine. num_gpus: each of which a run will give a rank of its own.
+        num_ranks: on this machine. num_gpus: a run starts one rank on each.
     """
     cores = cgroups.num_cores()
     ranks = max(num_ranks, num_gpus)
@@ -61,8 +62,8 @@ def check_cores(num_ranks: int, num_gpus: int) -> Iterator[Finding]:
     low = cores < ranks * (2 if num_gpus else 1)
     all_cores = os.cpu_count() or 1
     seen = f"{cores:g} of {all_cores} for {ranks} rank{'s' if ranks > 1 else ''}"
-    mend = "ask for more: srun --cpus-per-task=N (or --cpu-bind=none), docker run --cpus=N"
-    yield Finding(WARNING if low else OK, "cores", seen, mend)
+    fix = "ask for more: srun --cpus-per-task=N (or --cpu-bind=none), docker run --cpus=N"
+    yield Finding(WARNING if low else OK, "cores", seen, fix)
 
 
 def check_limits(num_all_ranks: int, num_hosts: int) -> Iterator[Finding]:
@@ -71,8 +72,8 @@ def check_limits(num_all_ranks: int, num_hosts: int) -> Iterator[Finding]:
     files = 2**31 if files == resource.RLIM_INFINITY else files
     needed = max(_OPEN_FILES, _OPEN_FILES_PER_RANK * num_all_ranks)
     seen = f"{files if files < 2**31 else 'unlimited'} a process"
-    mend = f"a world of {num_all_ranks} may need {needed}: ulimit -n {needed}, before the launch"
-    yield Finding(OK if files >= needed else WARNING, "open files", seen, mend)
+    fix = f"a world of {num_all_ranks} may need {needed}: ulimit -n {needed}, before the launch"
+    yield Finding(OK if files >= needed else WARNING, "open files", seen, fix)
     if num_hosts == 1:
         return
     ports = sorted((_ROOT / "sys/class/infiniband").glob("*/ports/*"))
@@ -82,16 +83,16 @@ def check_limits(num_all_ranks: int, num_hosts: int) -> Iterator[Finding]:
         return
     active = {name: rate for name, (state, rate) in states.items() if state == "ACTIVE"}
     seen = ", ".join(f"{name} {rate}" for name, rate in active.items()) or "no port is active"
-    mend = "see ibstat; without a port NCCL falls back to sockets"
-    yield Finding(OK if active else WARNING, "InfiniBand", seen, mend)
+    fix = "see ibstat; without a port NCCL falls back to sockets"
+    yield Finding(OK if active else WARNING, "InfiniBand", seen, fix)
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     limited = locked != resource.RLIM_INFINITY
     seen = f"{locked / 2**20:.0f} MiB" if limited else "unlimited"
-    mend = (
+    fix = (
         "InfiniBand locks its buffers: ulimit -l unlimited; in a container --ulimit memlock=-1; "
         "for Slurm LimitMEMLOCK=infinity of slurmd's service"
     )
-    yield Finding(WARNING if limited and active else OK, "locked memory", seen, mend)
+    yield Finding(WARNING if limited and active else OK, "locked memory", seen, fix)
 
 
 def _state(port: Path) -> tuple[str, str]:
@@ -134,16 +135,19 @@ def check_run_dir(run_dir: Path) -> Iterator[Finding]:
     free = shutil.disk_usage(folder).free / 2**30
     seen = f"{folder}: {free:.1f} GiB free, {written:.0f} MiB/s written, {read:.0f} MiB/s read"
     low, slow = free < _LOW_DISK_GIB, written < _SLOW_DISK_MIB
-    mend = "`neftune-dist plan` says what checkpoints take"
+    fix = "`neftune-dist plan` says what checkpoints take"
     if slow and not low:
         minutes = math.ceil(_LOW_DISK_GIB * 1024 / written / 60)
-        mend = f"saving 1e9 parameters takes {minutes} minutes: choose a faster one with --run-dir"
-    yield Finding(WARNING if low or slow else OK, "run directory", seen, mend)
+        fix = f"saving 1e9 parameters takes {minutes} minutes: choose a faster one with --run-dir"
+    yield Finding(WARNING if low or slow else OK, "run directory", seen, fix)
 
 
 def check_hub(model: str | None) -> Iterator[Finding]:
-    """Whether the hub answers, unless HF_HUB_OFFLINE forbids asking; its cache; and whether
-    `model`, a directory or a hub id, can be had."""
+    """Check the hub (unless HF_HUB_OFFLINE is set), its cache, and `model`.
+
+    Args:
+        model: a directory or a hub id.
+    """
     from huggingface_hub import constants, get_session, try_to_load_from_cache
 
     problem = ""
@@ -158,15 +162,15 @@ def check_hub(model: str | None) -> Iterator[Finding]:
             )
             problem = f"HTTP status {answer}" if answer >= 500 else ""
         except Exception as error:  # the client raises a dozen unrelated types
-            problem = told(error)
+            problem = error_text(error)
         seen = f"{constants.ENDPOINT} {f'not reached: {problem}' if problem else 'reached'}"
-        mend = "use local files, HF_HUB_OFFLINE=1; fill the cache on a machine that reaches it"
-        yield Finding(WARNING if problem else OK, "hub", seen, mend)
+        fix = "use local files, HF_HUB_OFFLINE=1; fill the cache on a machine that reaches it"
+        yield Finding(WARNING if problem else OK, "hub", seen, fix)
     cache = Path(constants.HF_HUB_CACHE)
     yield _cache(cache)
     if model is None:
         return
-    mend = "download it into the cache on a machine that reaches the hub, or name a directory"
+    fix = "download it into the cache on a machine that reaches the hub, or name a directory"
     place = user_path(model, "--model")
     if place.is_dir():
         there = (place / "config.json").is_file()
@@ -175,23 +179,16 @@ def check_hub(model: str | None) -> Iterator[Finding]:
     elif isinstance(try_to_load_from_cache(model, "config.json"), str):
         yield Finding(OK, "model", f"{model} is in the hub's cache")
     elif problem:
-        yield Finding(WRONG, "model", f"{model} is neither a directory nor in the cache", mend)
+        yield Finding(WRONG, "model", f"{model} is neither a directory nor in the cache", fix)
     else:
         yield Finding(OK, "model", f"{model} is not in the cache; a run will ask the hub for it")
 
 
 def _cache(cache: Path) -> Finding:
-    """How much lies in the hub's cache, and whether more can be put there."""
-    gib = sum(blob.stat().st_size for blob in cache.glob("*/blobs/*")) / 2**30
+    """Whether downloads can be put into the hub's cache."""
     folder = existing(cache)
-    free = shutil.disk_usage(folder).free / 2**30
-    num_models, num_datasets = (
-        len(list(cache.glob(f"{kind}--*"))) for kind in ("models", "datasets")
-    )
-    seen = (
-        f"{cache}: {num_models} models, {num_datasets} datasets, {gib:.1f} GiB; {free:.1f} GiB free"
-    )
     if os.access(folder, os.W_OK):
-        return Finding(OK, "hub cache", seen)
-    mend = "set HF_HOME to a folder that can be written"
-    return Finding(WARNING, "hub cache", f"{folder} cannot be written", mend)
+        free = size_text(shutil.disk_usage(folder).free)
+        return Finding(OK, "hub cache", f"{cache}: {free} free")
+    fix = "set HF_HOME to a folder that can be written"
+    return Finding(WARNING, "hub cache", f"{folder} cannot be written", fix)

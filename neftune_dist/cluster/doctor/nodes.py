@@ -1,91 +1,72 @@
-"""What only hosts together can show: that they share the run directory, and the time.
+"""Checks that need several hosts: whether they share the run directory, and the time.
 
-Each check is called by the first rank of every host, in the same order; rank 0 gets the findings.
+The first rank of every host calls each check, in the same order; rank 0 gets the findings.
 """
 
 from __future__ import annotations
 
-import os
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from neftune_dist.cluster.doctor.findings import OK, WARNING, WRONG, Finding, named
 from neftune_dist.cluster.doctor.machine import existing
-from neftune_dist.cluster.doctor.meeting import Meeting, Roll
+from neftune_dist.cluster.doctor.ranks import Ranks
+from neftune_dist.system import storage
 
 _WRITE_SECONDS = 60.0
 _SEEN_SECONDS = 15.0  # network file systems may keep what they know of a folder for some seconds
-_PING_SECONDS = 20.0
 _MOST_SKEW_SECONDS = 1.0
-_NUM_PINGS = 4
+_NUM_ROUNDS = 4
 
 
-def check_shared(meeting: Meeting, roll: Roll, run_dir: Path) -> Iterator[Finding]:
-    """Whether each host's first rank sees what rank 0 writes, and rank 0 what each of them writes.
+def check_shared(ranks: Ranks, run_dir: Path) -> Iterator[Finding]:
+    """Whether each host sees what rank 0 writes, and rank 0 what each host writes.
 
-    The files are removed. To be called by the first rank of each host.
+    The files are removed.
     """
-    firsts, rank = roll.firsts, meeting.place.rank
-    folder = existing(run_dir)
-
-    def path(of: int) -> Path:
-        return folder / f".doctor-{roll.token}-{of}"
-
-    def content(of: int) -> str:
-        return f"{roll.token} {roll.host_of[of]}"
-
+    mailbox, rank, folder = ranks.mailbox, ranks.place.rank, existing(run_dir)
+    names = {r: f".doctor-{ranks.token}-{r}" for r in ranks.firsts.values()}
+    with suppress(OSError):  # the check of the run directory says that it cannot be written
+        storage.write(folder / names[rank], ranks.host, durable=True)
     try:
-        problem = ""
-        try:
-            with path(rank).open("w") as file:
-                file.write(content(rank))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            problem = error.strerror or str(error)
-        meeting.say("written", problem)
-        if rank == 0:
-            problems = meeting.collect("written", firsts.values(), _WRITE_SECONDS)
-            meeting.say("look", [each for each, problem in problems.items() if not problem])
-        there = meeting.hear("look", 0, 2 * _WRITE_SECONDS)
-        sought = [each for each in (there if rank == 0 else [0]) if each in there]
-        meeting.say("seen", _seen({each: (path(each), content(each)) for each in sought}))
-        if rank == 0:
-            seen = meeting.collect("seen", there, 2 * _SEEN_SECONDS)
-            meeting.say("looked", True)
-            yield from _shared(run_dir, roll, there, seen)
-        else:
-            meeting.hear("looked", 0, 4 * _SEEN_SECONDS)
+        mailbox.post("written", (folder / names[rank]).exists())
+        written = mailbox.collect("written", names, _WRITE_SECONDS)
+        there = [r for r, is_written in written.items() if is_written]
+        sought = {r: ranks.host_of[r] for r in there if rank == 0 or r == 0}
+        mailbox.post("seen", _seen({folder / names[r]: (r, host) for r, host in sought.items()}))
+        seen = mailbox.collect("seen", there, 2 * _SEEN_SECONDS)
     finally:
         with suppress(OSError):
-            path(rank).unlink(missing_ok=True)
+            (folder / names[rank]).unlink(missing_ok=True)
+    if rank == 0:
+        yield from _shared(run_dir, ranks, there, seen)
 
 
-def _seen(sought: dict[int, tuple[Path, str]]) -> list[int]:
-    """Whose file can be read here, with the right content, before long."""
-    deadline, found = time.monotonic() + _SEEN_SECONDS, []
-    while sought:
-        for rank, (path, content) in list(sought.items()):
+def _seen(sought: Mapping[Path, tuple[int, str]]) -> list[int]:
+    """The ranks whose files can be read here, with the right content, before long."""
+    deadline, found = time.monotonic() + _SEEN_SECONDS, list[int]()
+    while len(found) < len(sought):
+        for path, (rank, content) in sought.items():
             with suppress(OSError):
-                if path.read_text() == content:
+                if rank not in found and path.read_text() == content:
                     found.append(rank)
-                    del sought[rank]
-        if not sought or time.monotonic() > deadline:
+        if time.monotonic() > deadline:
             break
-        time.sleep(0.1)
+        time.sleep(0.05)
     return found
 
 
 def _shared(
-    run_dir: Path, roll: Roll, there: list[int], seen: dict[int, list[int]]
+    run_dir: Path, ranks: Ranks, there: list[int], seen: Mapping[int, list[int]]
 ) -> Iterator[Finding]:
-    first, others = roll.host_of[0], [each for each in there if each != 0]
+    first, others = ranks.host_of[0], [rank for rank in there if rank != 0]
     if 0 not in there or not others:
         return  # nothing was written: the check of the run directory says so
-    blind = [roll.host_of[each] for each in others if 0 not in seen.get(each, [])]
-    unseen = [roll.host_of[each] for each in others if each not in seen.get(0, [])]
+    blind = [ranks.host_of[rank] for rank in others if 0 not in seen.get(rank, [])]
+    unseen = [ranks.host_of[rank] for rank in others if rank not in seen.get(0, [])]
     problems = []
     if blind:
         verb = "does" if len(blind) == 1 else "do"
@@ -93,46 +74,41 @@ def _shared(
     if unseen:
         problems.append(f"{first} does not see what {named(unseen)} writes")
     if problems:
+        text = f"run_dir={run_dir} is not shared: {'; '.join(problems)}"
+        fix = "choose a directory on the cluster's shared file system"
         hosts = tuple(dict.fromkeys([*blind, *unseen]))
-        seen_text = f"run_dir={run_dir} is not shared: {'; '.join(problems)}"
-        mend = "choose a directory on the cluster's shared file system"
-        yield Finding(WRONG, "shared run dir", seen_text, mend, hosts)
+        yield Finding(WRONG, "shared run dir", text, fix, hosts)
     else:
         yield Finding(OK, "shared run dir", f"{existing(run_dir)} is the same on all hosts")
 
 
-def check_clocks(meeting: Meeting, roll: Roll) -> Iterator[Finding]:
-    """How far each host's clock is from rank 0's, by the quickest of a few questions.
+def check_clocks(ranks: Ranks) -> Iterator[Finding]:
+    """How far each host's clock is from that of rank 0's host.
 
-    An answer lies between asking and hearing it: half the round trip is the error. To be called by
-    the first rank of each host.
+    In each of a few rounds the hosts read their clocks when they hear from rank 0, later by the
+    pause between two questions at most; the round with the least difference counts.
     """
-    others = {host: rank for host, rank in roll.firsts.items() if rank != 0}
-    if meeting.place.rank != 0:
-        for i in range(_NUM_PINGS):
-            meeting.hear(f"ping {i} {meeting.place.rank}", 0, _PING_SECONDS * len(others))
-            meeting.say(f"pong {i}", time.time())
-        return
-    skews: dict[str, tuple[float, float]] = {}  # host -> error, skew: least is quickest
-    for host, rank in others.items():
-        for i in range(_NUM_PINGS):
-            asked, began = time.time(), time.perf_counter()
-            meeting.say(f"ping {i} {rank}", True)
-            try:
-                answer = meeting.hear(f"pong {i}", rank, _PING_SECONDS)
-            except TimeoutError:
-                break
-            half = (time.perf_counter() - began) / 2
-            measured = (half, answer - asked - half)
-            skews[host] = min(skews.get(host, measured), measured)
-    mend = (
-        "set the clocks by NTP (chronyd): times of logs and checkpoints, and time-outs go by them"
-    )
-    for host, (error, skew) in skews.items():
-        if abs(skew) - error > _MOST_SKEW_SECONDS:
+    mailbox, is_first = ranks.mailbox, ranks.place.rank == 0
+    firsts = ranks.firsts.values()
+    skews: dict[int, float] = {}
+    for i in range(_NUM_ROUNDS):
+        mailbox.post(f"ready {i}", True)
+        if is_first:
+            mailbox.collect(f"ready {i}", firsts, _WRITE_SECONDS)
+            mailbox.post(f"now {i}", True)
+        else:
+            mailbox.read(f"now {i}", 0, 2 * _WRITE_SECONDS)
+        mailbox.post(f"clock {i}", time.time())
+        if is_first:
+            clocks = mailbox.collect(f"clock {i}", firsts, _WRITE_SECONDS)
+            for rank, clock in clocks.items():
+                skews[rank] = min(skews.get(rank, math.inf), clock - clocks[0], key=abs)
+    fix = "set the clocks by NTP (chronyd): logs, checkpoints and time-outs go by them"
+    for rank, skew in skews.items():
+        if abs(skew) > _MOST_SKEW_SECONDS:
             way = "ahead of" if skew > 0 else "behind"
-            seen = f"{abs(skew):.1f} seconds {way} {roll.host_of[0]}"
-            yield Finding(WARNING, "clock", seen, mend, (host,))
-    most = max((abs(skew) + error for error, skew in skews.values()), default=0.0)
-    if skews and most <= _MOST_SKEW_SECONDS:
+            seen = f"{abs(skew):.1f} seconds {way} {ranks.host_of[0]}"
+            yield Finding(WARNING, "clock", seen, fix, (ranks.host_of[rank],))
+    most = max(map(abs, skews.values()), default=math.inf)
+    if most <= _MOST_SKEW_SECONDS:
         yield Finding(OK, "clock", f"at most {most * 1000:.0f} ms apart")

@@ -6,8 +6,8 @@
     all ranks                           collectives
     rank 0                              the table and the exit code, with which all ranks leave
 
-Nothing is raised and nothing waits without end: what goes wrong is a row of the table. Torch is
-imported by the checks that need it, so that a broken one is such a row, too.
+Nothing is raised and nothing waits without end: problems are rows of the table. Torch is imported
+by the checks that need it, so that a broken one is such a row, too.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
@@ -25,111 +26,102 @@ from neftune_dist.cluster.doctor import collectives, conflicts, gpus, machine, n
 from neftune_dist.cluster.doctor.findings import (
     WRONG,
     Finding,
+    error_text,
     examine,
     named,
     table,
     together,
-    told,
 )
-from neftune_dist.cluster.doctor.meeting import Meeting, Place, Roll
+from neftune_dist.cluster.doctor.ranks import Ranks, host_name, meet, slurm_step
+from neftune_dist.distributed import environment
 
 _MEET_SECONDS = 120.0  # ranks may start this far apart
 _CHECKS_SECONDS = 240.0
-_LONGEST_SECONDS = 900.0  # more than all that is waited for
+_LONGEST_SECONDS = 900.0  # more than all waits together
 _LEAVE_SECONDS = 10.0  # for last words: a launcher ends all ranks with the first one
 
 
 def doctor(run_dir: Path, model: str | None = None) -> int:
-    """Check the machines of a run, and that `run_dir` can be written (it is not made); rank 0
-    prints the table.
+    """Check the machines of a run; rank 0 prints the table.
 
     Args:
-        model: a directory or a hub id, of which to check that it can be had.
+        run_dir: to be checked whether it can be written; it is not made.
+        model: a directory or a hub id, to be checked whether it can be loaded.
 
     Returns:
         0 where nothing is wrong, else 2: on all ranks alike.
     """
-    place = Place.here()
     # A machine that lost its power sends no word, and the store waits a quarter of an hour for one.
-    end = threading.Timer(_LONGEST_SECONDS, _give_up, [place])
+    end = threading.Timer(_LONGEST_SECONDS, _give_up)
     end.daemon = True
     end.start()
-    try:
-        return _doctor(place, run_dir, model)
-    finally:
-        end.cancel()
-
-
-def _doctor(place: Place, run_dir: Path, model: str | None) -> int:
     findings: list[Finding] = []
+    left_behind = False
     try:
-        meeting = Meeting(place, _MEET_SECONDS)
-        roll = meeting.roll(_MEET_SECONDS, _notice)
+        variables, hosts = slurm_step()
+        os.environ.update(variables)
+        ranks = meet(environment.find_place(), _MEET_SECONDS, _notice)
     except Exception as error:  # no torch, no rank 0, no such address
-        if place.local_rank == 0:
-            findings, _ = _of_this_machine(place, run_dir, model, 1, 1)
-        return _alone(place, findings, error)
-    stuck = False
+        if environment.number("LOCAL_RANK", 0) == 0:
+            findings, _ = _check_machine(run_dir, model, 1, 1, 1)
+        return _alone(findings, error)
     try:
-        stuck = _visit(meeting, roll, run_dir, model, findings)
-        if place.rank == 0:
-            code = _print(findings, list(roll.firsts), len(place.hosts))
-            with suppress(Exception):  # all has been said
-                meeting.say("verdict", code)
-                meeting.collect("left", [rank for rank in roll.host_of if rank], _LEAVE_SECONDS)
-        else:
-            code = int(meeting.hear("verdict", 0, 2 * _CHECKS_SECONDS))
-            meeting.say("left", True)
+        left_behind = _check(ranks, hosts, run_dir, model, findings)
+        code = _conclude(ranks, max(len(hosts), len(ranks.firsts)), findings)
     except Exception as error:  # rank 0 has gone, or torchrun's agent, and the store with it
-        code = _alone(place, findings, error)
-    if stuck:
+        code = _alone(findings, error)
+    end.cancel()
+    if left_behind:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     return code
 
 
-def _visit(
-    meeting: Meeting, roll: Roll, run_dir: Path, model: str | None, findings: list[Finding]
+def _check(
+    ranks: Ranks, hosts: Sequence[str], run_dir: Path, model: str | None, findings: list[Finding]
 ) -> bool:
-    """Put into rank 0's `findings` what is seen; whether native code was left behind."""
-    place, hosts = meeting.place, list(roll.firsts)
-    is_first = place.rank in roll.firsts.values()
+    """Add rank 0's findings to `findings`; whether native code was left behind."""
+    mailbox, place, firsts = ranks.mailbox, ranks.place, ranks.firsts
     if place.rank == 0:
-        _notice(f"{len(roll.host_of)} of {place.size} ranks are here, on {named(hosts)}")
-    if is_first:
-        num_ranks = sum(host == place.host for host in roll.host_of.values())
-        mine, versions = _of_this_machine(place, run_dir, model, num_ranks, len(hosts))
+        _notice(f"{len(ranks.host_of)} of {place.size} ranks are here, on {named([*firsts])}")
+    if place.rank in firsts.values():
+        num_ranks = sum(host == ranks.host for host in ranks.host_of.values())
+        mine, versions = _check_machine(run_dir, model, num_ranks, place.size, len(firsts))
         findings += mine
-        meeting.say("report", [[each.to_dict() for each in mine], versions])
+        mailbox.post("report", [[asdict(finding) for finding in mine], versions])
     if place.rank == 0:
-        reports = meeting.collect("report", roll.firsts.values(), 1.5 * _CHECKS_SECONDS)
-        local = [Finding(**each) for of_host, _ in reports.values() for each in of_host]
-        findings[:] = together(local, hosts)
-        findings += _absent(place, roll, reports)
+        reports = mailbox.collect("report", firsts.values(), 1.5 * _CHECKS_SECONDS)
+        local = [Finding(**fields) for rows, _ in reports.values() for fields in rows]
+        findings[:] = together(local, [*firsts])
+        findings += _absent(ranks, hosts, reports)
         findings += software.compare_versions(
-            {roll.host_of[rank]: versions for rank, (_, versions) in reports.items()}
+            {ranks.host_of[rank]: versions for rank, (_, versions) in reports.items()}
         )
-        meeting.say("go", [roll.host_of[rank] for rank in reports])
-    # Only now do the other ranks touch the GPUs, which were to be seen idle.
-    answering = meeting.hear("go", 0, 2 * _CHECKS_SECONDS)
-    present = Roll({r: h for r, h in roll.host_of.items() if h in answering}, roll.token)
-    if is_first and len(answering) > 1 and place.host in answering:
-        findings += _tried("shared run dir", lambda: nodes.check_shared(meeting, present, run_dir))
-        findings += _tried("clock", lambda: nodes.check_clocks(meeting, present))
+        mailbox.post("answering", [ranks.host_of[rank] for rank in reports])
+    # Only now do the other ranks touch the GPUs, which had to be idle for the checks.
+    present = ranks.of_hosts(mailbox.read("answering", 0, 2 * _CHECKS_SECONDS))
+    if place.rank in present.firsts.values() and len(present.firsts) > 1:
+        findings += _tried("shared run dir", lambda: nodes.check_shared(present, run_dir))
+        findings += _tried("clock", lambda: nodes.check_clocks(present))
     if len(present.host_of) < place.size:
         return False
     if place.rank == 0:
         _notice("each host has been checked; now the collectives of all ranks")
-    found, left_behind = collectives.check_collectives(meeting, present)
+    found, left_behind = collectives.check_collectives(present)
     findings += found
     return left_behind
 
 
-def _of_this_machine(
-    place: Place, run_dir: Path, model: str | None, num_ranks: int, num_hosts: int
+def _check_machine(
+    run_dir: Path, model: str | None, num_ranks: int, size: int, num_hosts: int
 ) -> tuple[list[Finding], dict[str, str]]:
-    """Findings, and the versions by which machines are compared."""
+    """Findings about this machine, and the versions by which machines are compared.
+
+    Args:
+        num_ranks: on this machine.
+        size: the number of all ranks.
+    """
     versions: dict[str, str] = {}
 
     def check_versions() -> Iterable[Finding]:
@@ -145,26 +137,25 @@ def _of_this_machine(
         "GPU links": gpus.check_links,
         "host memory": lambda: machine.check_memory(max(num_ranks, gpus.count())),
         "cores": lambda: machine.check_cores(num_ranks, gpus.count()),
-        "limits": lambda: machine.check_limits(place.size, num_hosts),
+        "limits": lambda: machine.check_limits(size, num_hosts),
         "run directory": lambda: machine.check_run_dir(run_dir),
         "hub": lambda: machine.check_hub(model),
     }
-    return examine(checks, place.host, _CHECKS_SECONDS), versions
+    return examine(checks, host_name(), _CHECKS_SECONDS), versions
 
 
-def _absent(place: Place, roll: Roll, reports: Mapping[int, object]) -> list[Finding]:
+def _absent(ranks: Ranks, expected: Sequence[str], reports: Mapping[int, object]) -> list[Finding]:
     """Ranks that did not come, and hosts that came but finished no check."""
-    found = []
-    missing = [str(rank) for rank in range(place.size) if rank not in roll.host_of]
+    found, place, firsts = list[Finding](), ranks.place, ranks.firsts
+    missing = [str(rank) for rank in range(place.size) if rank not in ranks.host_of]
     if missing:
-        hosts = tuple(host for host in place.hosts if host not in roll.firsts)
+        hosts = tuple(host for host in expected if host not in firsts)
         where = f" ({named(hosts)})" if hosts else ""
         seen = f"rank {named(missing)}{where} did not come within {_MEET_SECONDS:.0f} seconds"
-        mend = (
-            f"is the host up, does Python start there, does it reach {place.address}:{place.port}?"
-        )
-        found.append(Finding(WRONG, "ranks", seen, mend, hosts))
-    silent = tuple(host for host, rank in roll.firsts.items() if rank not in reports)
+        reach = f"does it reach {place.address}:{place.port}?"
+        fix = f"is the host up, does Python start there, {reach}"
+        found.append(Finding(WRONG, "ranks", seen, fix, hosts))
+    silent = tuple(host for host, rank in firsts.items() if rank not in reports)
     if silent:
         seen = f"{named(silent)} came, but did not finish the checks"
         found.append(Finding(WRONG, "ranks", seen, "see its own output", silent))
@@ -175,19 +166,37 @@ def _tried(check: str, run: Callable[[], Iterable[Finding]]) -> list[Finding]:
     try:
         return list(run())
     except Exception as error:
-        return [Finding(WRONG, check, told(error), "see the other findings")]
+        return [Finding(WRONG, check, error_text(error), "see the other findings")]
 
 
-def _alone(place: Place, findings: list[Finding], error: Exception) -> int:
-    """Say what this rank knows without the others: on standard error, but for rank 0."""
-    mend = "check MASTER_ADDR, MASTER_PORT, and the network between hosts"
+def _conclude(ranks: Ranks, num_hosts: int, findings: Sequence[Finding]) -> int:
+    """Print the table on rank 0; the exit code, on all ranks. Rank 0 leaves last."""
+    mailbox = ranks.mailbox
+    if ranks.place.rank:
+        code = int(mailbox.read("code", 0, 2 * _CHECKS_SECONDS))
+        mailbox.post("left", True)
+        return code
+    code = _print(findings, [*ranks.firsts], num_hosts)
+    with suppress(Exception):  # all has been said
+        mailbox.post("code", code)
+        mailbox.collect("left", [rank for rank in ranks.host_of if rank], _LEAVE_SECONDS)
+    return code
+
+
+def _alone(findings: Sequence[Finding], error: Exception | str) -> int:
+    """Print the findings of this rank without the others: on standard error, but for rank 0."""
+    rank = environment.number("RANK", 0)
+    fix = "check MASTER_ADDR, MASTER_PORT, and the network between hosts"
     if isinstance(error, ImportError):
-        mend = "install torch"
-    seen = told(error) if place.size == 1 else f"rank {place.rank}: {told(error)}"
-    findings = [*findings, Finding(WRONG, "ranks", seen, mend, (place.host,))]
-    if place.rank:
+        fix = "install torch"
+    seen = error if isinstance(error, str) else error_text(error)
+    if environment.number("WORLD_SIZE", 1) > 1:
+        seen = f"rank {rank}: {seen}"
+    if rank and not isinstance(error, str):
         time.sleep(_LEAVE_SECONDS)
-    return _print(findings, [place.host], file=sys.stdout if place.rank == 0 else sys.stderr)
+    host = host_name()
+    rows = [*findings, Finding(WRONG, "ranks", seen, fix, (host,))]
+    return _print(rows, [host], file=sys.stderr if rank else sys.stdout)
 
 
 def _print(
@@ -195,13 +204,11 @@ def _print(
 ) -> int:
     """Print the table; the exit code."""
     print("\n".join(table(findings, hosts, num_all)), file=file or sys.stdout, flush=True)
-    return 2 if any(each.status == WRONG for each in findings) else 0
+    return 2 if any(finding.status == WRONG for finding in findings) else 0
 
 
-def _give_up(place: Place) -> None:
-    seen = f"rank {place.rank} did not end within {_LONGEST_SECONDS:.0f} seconds"
-    finding = Finding(WRONG, "ranks", seen, "see what the other hosts say", (place.host,))
-    _print([finding], [place.host], file=sys.stdout if place.rank == 0 else sys.stderr)
+def _give_up() -> None:
+    _alone([], f"did not end within {_LONGEST_SECONDS:.0f} seconds: see the other hosts' output")
     os._exit(2)
 
 

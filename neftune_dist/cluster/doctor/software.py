@@ -1,6 +1,6 @@
-"""The programs of one machine: versions, what they need of each other, whether they load.
+"""The programs of one machine: their versions, whether they fit each other, whether they load.
 
-Torch and the like are imported where they are asked, so that a broken one is a finding, too.
+Torch and the like are imported inside the checks, so that a broken one is a finding, too.
 """
 
 from __future__ import annotations
@@ -11,20 +11,16 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from importlib.metadata import Distribution, PackageNotFoundError, distribution, distributions
+from importlib.metadata import PackageNotFoundError, distribution, distributions
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import neftune_dist
 from neftune_dist.cluster.doctor.findings import OK, WARNING, WRONG, Finding, named
 
-if TYPE_CHECKING:
-    from packaging.requirements import Requirement
-
 _NAMED = ("torch", "transformers", "deepspeed", "datasets")
-# Imported by a run, or by transformers where they are installed.
+# By a run, or by transformers where they are installed.
 _IMPORTED = ("torch", "transformers.models.llama.modeling_llama", "deepspeed", "datasets")
 _IMPORTED_IF_THERE = {"flash-attn": "flash_attn", "torchvision": "torchvision"}
 _IMPORT_SECONDS = 100.0
@@ -46,7 +42,7 @@ _MUST_AGREE = {"neftune-dist", "torch", "CUDA of torch", "NCCL", "transformers",
 
 
 def versions() -> dict[str, str]:
-    """What machines are compared by: name and version; those that are not there are left out."""
+    """Versions by which machines are compared, by name, without those that are not installed."""
     found = {"neftune-dist": f"{neftune_dist.__version__} ({_sources()})"}
     found["python"] = platform.python_version()
     for name in _NAMED:
@@ -54,7 +50,7 @@ def versions() -> dict[str, str]:
             found[name] = distribution(name).version
     try:
         import torch
-    except Exception:  # whatever is wrong with it, `check_imports` says it
+    except Exception:  # `check_imports` says why
         return found
     found["torch"] = torch.__version__
     if torch.version.cuda:
@@ -67,7 +63,7 @@ def versions() -> dict[str, str]:
 
 
 def nccl_version() -> str:
-    """Of the library that is loaded, which need not be the one that was installed."""
+    """The version of the loaded library, which need not be the one that was installed."""
     import torch
 
     return ".".join(map(str, torch.cuda.nccl.version()[:3]))
@@ -83,7 +79,7 @@ def _sources() -> str:
 
 
 def nvidia_smi(*words: str) -> str:
-    """Its output; empty where this machine has none.
+    """Return its output; empty where this machine has none.
 
     Raises:
         subprocess.SubprocessError: it failed, or did not answer in time.
@@ -100,18 +96,8 @@ def nvidia_smi(*words: str) -> str:
 
 
 def check_versions(found: Mapping[str, str]) -> Iterator[Finding]:
-    """All versions in one row; a row for each of the main ones that is too old or missing."""
-    from packaging.requirements import Requirement
-
-    yield Finding(OK, "versions", ", ".join(f"{name} {each}" for name, each in found.items()))
-    us = distribution("neftune-dist")
-    needed = {r.name: str(r.specifier) for r in map(Requirement, us.requires or ())}
-    needed["python"] = us.metadata["Requires-Python"] or ""
-    for name in ("python", *_NAMED):
-        requirement = Requirement(f"{name}{needed[name]}")
-        if name not in found or not _satisfies(requirement, found[name]):
-            seen = f"{found.get(name, 'not installed')} ({requirement.specifier} is needed)"
-            yield Finding(WRONG, name, seen, f'install "{requirement}"')
+    """All versions in one row."""
+    yield Finding(OK, "versions", ", ".join(f"{name} {text}" for name, text in found.items()))
 
 
 def compare_versions(of_hosts: Mapping[str, Mapping[str, str]]) -> Iterator[Finding]:
@@ -120,97 +106,53 @@ def compare_versions(of_hosts: Mapping[str, Mapping[str, str]]) -> Iterator[Find
         hosts_by_version: dict[str, list[str]] = {}
         for host, found in of_hosts.items():
             hosts_by_version.setdefault(found.get(name, "none"), []).append(host)
-        if len(hosts_by_version) > 1:
-            seen = "; ".join(
-                f"{each} on {named(hosts)}" for each, hosts in hosts_by_version.items()
-            )
-            status = WRONG if name in _MUST_AGREE else WARNING
-            what = "the same driver" if name == "driver" else "one environment"
-            mend = f"use {what} on all hosts, one from a shared file system or one image, say"
-            mend = mend if name != "driver" else "have the same driver installed on all hosts"
-            yield Finding(status, f"{name} differs", seen, mend)
+        if len(hosts_by_version) == 1:
+            continue
+        rows = [f"{version} on {named(hosts)}" for version, hosts in hosts_by_version.items()]
+        fix = "use one environment on all hosts, such as one on a shared file system or one image"
+        if name == "driver":
+            fix = "have the same driver installed on all hosts"
+        status = WRONG if name in _MUST_AGREE else WARNING
+        yield Finding(status, f"{name} differs", "; ".join(rows), fix)
 
 
 def check_requirements() -> Iterator[Finding]:
-    """Whether all that neftune-dist needs, and what that needs in turn, satisfies each other; and
-    whether other installed packages want another version of one of these."""
+    """Whether the packages that neftune-dist requires are there, and fit each other and the rest.
+
+    As `pip check` does, but without pip, which not every environment has, and without the packages
+    that have nothing to do with these.
+    """
+    from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    ours, unmet = closure("neftune-dist")
-    for who, requirement, version in unmet:
-        seen = f"{who} needs {requirement.name}{requirement.specifier}, found {version or 'none'}"
-        yield Finding(WRONG, "requirements", seen, f'install "{requirement}"')
-    for package in _others(ours):
-        name = package.metadata["Name"]
-        for requirement in _requirements(package, set()):
-            found = ours.get(canonicalize_name(requirement.name))
-            if found is not None and not _satisfies(requirement, found):
-                needs = f"{requirement.name}{requirement.specifier}"
-                seen = f"{name} {package.version} needs {needs}, found {found}"
-                mend = (
-                    f"uninstall {name}, or install the version that fits {requirement.name} {found}"
-                )
-                yield Finding(WARNING, "requirements", seen, mend)
-    if not unmet:
-        yield Finding(OK, "requirements", f"{len(ours)} packages satisfy each other")
-
-
-def closure(root: str) -> tuple[dict[str, str], list[tuple[str, Requirement, str]]]:
-    """Canonical name and version of all that `root` needs; and (who, needs what, found) unmet."""
-    from packaging.utils import canonicalize_name
-
-    versions_by_name: dict[str, str] = {}
-    unmet: list[tuple[str, Requirement, str]] = []
-    waiting: list[tuple[str, frozenset[str]]] = [(canonicalize_name(root), frozenset())]
-    seen = set(waiting)
-    while waiting:
-        name, extras = waiting.pop()
-        package = distribution(name)
-        versions_by_name[name] = package.version
-        for requirement in _requirements(package, set(extras)):
-            try:
-                found = distribution(requirement.name).version
-            except PackageNotFoundError:
-                found = ""
-            if not found or not _satisfies(requirement, found):
-                unmet.append((f"{package.metadata['Name']} {package.version}", requirement, found))
-            entry = (canonicalize_name(requirement.name), frozenset(requirement.extras))
-            if found and entry not in seen:
-                seen.add(entry)
-                waiting.append(entry)
-    return versions_by_name, unmet
-
-
-def _others(closure: Iterable[str]) -> Iterator[Distribution]:
-    from packaging.utils import canonicalize_name
-
-    seen = set(closure)
-    for each in distributions():
-        name = canonicalize_name(each.metadata["Name"] or "")
-        if name and name not in seen:  # of two copies the first on the path is the one in use
-            seen.add(name)
-            yield each
-
-
-def _requirements(package: Distribution, extras: set[str]) -> Iterator[Requirement]:
-    from packaging.requirements import InvalidRequirement, Requirement
-
-    for text in package.requires or ():
-        try:
-            requirement = Requirement(text)
-        except InvalidRequirement:  # of a package older than the syntax
-            continue
-        marker = requirement.marker
-        if marker is None or any(marker.evaluate({"extra": extra}) for extra in extras | {""}):
-            yield requirement
-
-
-def _satisfies(requirement: Requirement, found: str) -> bool:
-    return requirement.specifier.contains(found, prereleases=True)
+    # Of two copies the first on the path is the one in use.
+    installed = {canonicalize_name(d.metadata["Name"] or ""): d for d in [*distributions()][::-1]}
+    ours = installed.get(canonicalize_name("neftune-dist"))
+    core = {canonicalize_name(Requirement(text).name) for text in (ours and ours.requires) or ()}
+    num_wrong = 0
+    for name, package in installed.items():
+        for requirement in map(Requirement, package.requires or ()):
+            if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+                continue
+            wanted = canonicalize_name(requirement.name)
+            found = installed[wanted].version if wanted in installed else "none"
+            is_core = name in core or package is ours
+            if wanted in installed and requirement.specifier.contains(found, prereleases=True):
+                continue
+            who = f"{package.metadata['Name']} {package.version}"
+            seen = f"{who} needs {requirement.name}{requirement.specifier}, found {found}"
+            if is_core:
+                num_wrong += 1
+                yield Finding(WRONG, "requirements", seen, f'install "{requirement}"')
+            elif wanted in core and wanted in installed:
+                fix = f"uninstall {name}, or install the version that fits {wanted} {found}"
+                yield Finding(WARNING, "requirements", seen, fix)
+    if not num_wrong:
+        yield Finding(OK, "requirements", f"{len(core)} packages are there and fit each other")
 
 
 def check_imports() -> Iterator[Finding]:
-    """Whether what a run imports can be imported, in a process of its own, and in what time."""
+    """Whether another process can import the libraries of a run, and how long that takes."""
     names = dict.fromkeys(_IMPORTED, "")
     for package, name in _IMPORTED_IF_THERE.items():
         with suppress(PackageNotFoundError):
@@ -220,15 +162,15 @@ def check_imports() -> Iterator[Finding]:
     problems = _import_problems(list(names))
     seconds = time.monotonic() - began
     for name, problem in problems.items():
-        mend = f"install {name.split('.')[0]} anew"
+        fix = f"install {name.split('.')[0]} again"
         if names[name]:
-            mend = f"uninstall {names[name]}, or install a build of it for this torch"
-        yield Finding(WRONG, "imports", f"{name} cannot be imported: {problem}", mend)
+            fix = f"uninstall {names[name]}, or install a build of it for this torch"
+        yield Finding(WRONG, "imports", f"{name} cannot be imported: {problem}", fix)
     if not problems:
         slow = seconds > _SLOW_IMPORT_SECONDS
         seen = f"{', '.join(name.split('.')[0] for name in names)} in {seconds:.0f} seconds"
-        mend = "put the environment on a local disk, or into an image"
-        yield Finding(WARNING if slow else OK, "imports", seen, mend)
+        fix = "put the environment on a local disk, or into an image"
+        yield Finding(WARNING if slow else OK, "imports", seen, fix)
 
 
 def _import_problems(names: list[str]) -> dict[str, str]:
@@ -244,9 +186,9 @@ def _import_problems(names: list[str]) -> dict[str, str]:
     except subprocess.TimeoutExpired as error:
         output = (error.stdout or b"").decode()
         end = f"it took more than {_IMPORT_SECONDS:.0f} seconds"
-    told = dict(
+    results = dict(
         line.split(":", 2)[1:] for line in output.splitlines() if line.startswith("doctor:")
     )
-    problems = {name: problem for name, problem in told.items() if problem}
-    last = next((name for name in names if name not in told), None)
+    problems = {name: problem for name, problem in results.items() if problem}
+    last = next((name for name in names if name not in results), None)
     return problems | ({last: end} if last else {})

@@ -1,4 +1,4 @@
-"""What runs on every node: meets the other nodes, then starts this node's ranks under torchrun."""
+"""The process of a node: it meets the other nodes, then starts its ranks under torchrun."""
 
 from __future__ import annotations
 
@@ -20,9 +20,18 @@ from neftune_dist.system import cgroups, network
 
 
 def node(folder: Path, words: Sequence[str], *, num_processes: int, minutes: float) -> int:
-    """Meet the other nodes in `folder`, then run this node's ranks under torchrun; its exit code.
+    """Meet the other nodes in `folder`, then run this node's ranks under torchrun.
 
-    What goes wrong is left word of.
+    A failure is written to `folder`, too.
+
+    Args:
+        folder: of the attempt.
+        words: of `train`.
+        num_processes: on this node; 0: one a GPU, or one where there is none.
+        minutes: to wait for the other nodes.
+
+    Returns:
+        The exit code.
     """
     hosts = os.environ.get("NEFTUNE_DIST_HOSTS", socket.gethostname()).split(",")
     index = environment.number("SLURM_PROCID", 0) if len(hosts) > 1 else 0
@@ -60,7 +69,7 @@ def node(folder: Path, words: Sequence[str], *, num_processes: int, minutes: flo
 
 
 def _torchrun(words: Sequence[str], address: str, port: int, index: int) -> int:
-    """Run torchrun in this process: its exit code, each rank's death told in a line."""
+    """Run torchrun in this process and report the death of each rank; return its exit code."""
     try:
         torchrun(words, address, port, index)
     except SignalException:  # SIGTERM, which it has passed on
@@ -82,7 +91,7 @@ def _leave(rank: int) -> None:
 
 
 def _set_environment(folder: Path, num_processes: int) -> None:
-    """What torch and NCCL want, where the user has not said otherwise."""
+    """Set the variables that torch and NCCL need, unless the user has set them."""
     defaults = {
         "OMP_NUM_THREADS": str(max(1, int(cgroups.num_cores()) // num_processes)),
         # torchrun passes SIGTERM on to the ranks and must not kill them while they save.

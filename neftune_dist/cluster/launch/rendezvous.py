@@ -1,7 +1,8 @@
 """How the nodes of a job find each other: in the attempt's folder, which all of them see.
 
-No port needs to be agreed on beforehand, so none is shared by two jobs; and the address is that of
-the interface which leads to the other nodes, not what a host's own name happens to mean.
+Files serve here because there is no store yet: the nodes are about to learn where it listens. No
+port needs to be agreed on beforehand, so two jobs never share one; and the address is that of the
+interface that leads to the other nodes, which the name of a host need not be.
 """
 
 from __future__ import annotations
@@ -15,20 +16,27 @@ from neftune_dist.config import read_json
 from neftune_dist.system import storage
 from neftune_dist.system.network import address_towards, free_port
 
-_POLL_SECONDS = 0.2
+# Each look lists a folder of the shared file system. Node 0 is alone in looking for the others, who
+# may be hundreds.
+_FIRST_PAUSE_SECONDS = 0.1
+_LONGEST_PAUSE_SECONDS = {"node 0": 0.5, "other": 2.0}
 
 
 def meet(folder: Path, hosts: Sequence[str], index: int, seconds: float) -> tuple[str, int]:
-    """Wait until all nodes are there; the address and the port at which node 0 will listen.
+    """Wait until all nodes are there; return the address and port at which node 0 will listen.
 
-    They meet in the attempt's folder, which all nodes see: no port needs to be agreed on before.
+    Args:
+        folder: of the attempt, which all nodes see.
+        hosts: of all nodes, in order.
+        index: of this node.
+        seconds: to wait at most.
 
     Raises:
         TimeoutError: names the hosts that did not come.
         UserError: no port, or no way to the other nodes.
     """
     deadline = time.monotonic() + seconds
-    place = folder / "rendezvous.json"
+    place, pause = folder / "rendezvous.json", _FIRST_PAUSE_SECONDS
     while time.monotonic() < deadline:
         # Listing a folder makes a network file system look again.
         there = {each.name for each in folder.iterdir()}
@@ -38,7 +46,8 @@ def meet(folder: Path, hosts: Sequence[str], index: int, seconds: float) -> tupl
         if index == 0 and not missing_hosts(folder, hosts):
             found = {"address": address_towards(hosts[1]), "port": free_port()}
             storage.write(place, json.dumps(found))
-        time.sleep(_POLL_SECONDS)
+        time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
+        pause = min(1.2 * pause, _LONGEST_PAUSE_SECONDS["other" if index else "node 0"])
     missing = missing_hosts(folder, hosts)
     if index == 0:
         raise TimeoutError(
@@ -53,11 +62,11 @@ def meet(folder: Path, hosts: Sequence[str], index: int, seconds: float) -> tupl
 
 
 def arrive(folder: Path, index: int) -> None:
-    """Leave the mark of a node that has started."""
+    """Mark this node as started."""
     (folder / f"node_{index}").touch()
 
 
 def missing_hosts(folder: Path, hosts: Sequence[str]) -> list[str]:
-    """The hosts of the nodes that have left no mark."""
+    """Return the hosts whose node has not started."""
     there = {each.name for each in folder.iterdir()}
     return [host for i, host in enumerate(hosts) if f"node_{i}" not in there]

@@ -71,7 +71,7 @@ class Job:
             reason = getattr(error, "stderr", "") or getattr(error, "strerror", "") or error
             raise UserError(
                 f"The environment says SLURM_JOB_ID={number}, but the job's nodes "
-                f"(SLURM_JOB_NODELIST={nodes}) cannot be told by scontrol: {str(reason).strip()}; "
+                f"(SLURM_JOB_NODELIST={nodes}) were not listed by scontrol: {str(reason).strip()}; "
                 "outside of a job, unset SLURM_JOB_ID."
             ) from error
         return Job(number, tuple(listed.stdout.split()))
@@ -86,7 +86,7 @@ class Job:
             time.sleep(_POLL_SECONDS * 25)
         if away:
             # The nodes are still telling it that the step has ended; a node that is asked to end
-            # it anew meanwhile is drained, as one whose processes cannot be killed.
+            # it again meanwhile is drained, as one whose processes cannot be killed.
             time.sleep(_SETTLE_SECONDS)
         done = self._scontrol("requeue")
         if done.returncode:
@@ -141,7 +141,7 @@ def launch(
 def _launch(
     run_dir: Path, words: Sequence[str], num_processes: int, max_restarts: int, minutes: float
 ) -> int:
-    """The same, by the only launcher of the run."""
+    """Run attempts until there is nothing left to try; the caller holds the lock of the run."""
     requests, job = Requests(), Job.find()
     # Orphans of a process that was killed become children of this one, which ends them.
     children.adopt_orphans()
@@ -186,7 +186,7 @@ def _say(line: str) -> None:
 def _command(
     job: Job | None, folder: Path, words: Sequence[str], num_processes: int, minutes: float
 ) -> list[str]:
-    """What starts `node` on every node."""
+    """The command that starts `node` on every node."""
     python = os.environ.get("NEFTUNE_DIST_PYTHON", sys.executable)
     options = ["--processes", str(num_processes), "--rendezvous-minutes", str(minutes)]
     run = [python, "-m", "neftune_dist", "node", *options, str(folder), "--", *words]
@@ -235,7 +235,7 @@ def _attend(
     if job:
         variables["NEFTUNE_DIST_HOSTS"] = ",".join(job.hosts)
     try:
-        # A session of its own: Ctrl-C comes to this process alone, which asks the ranks to save.
+        # In another session: Ctrl-C comes to this process alone, which asks the ranks to save.
         process = subprocess.Popen(
             command,
             env=variables,

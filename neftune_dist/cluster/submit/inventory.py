@@ -1,7 +1,7 @@
-"""A run's model and data as they lie on this machine, looked at without torch.
+"""The model and the data of a run as they are on this machine, read without torch.
 
-Reads no more than takes an instant: headers of weights, numbers of rows, the hub's caches. What the
-job would refuse for want of a file is refused here, with `UserError`.
+Reads no more than takes an instant: headers of weights, numbers of rows, the hub's caches. A file
+that the job would miss is a `UserError` here.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import gzip
 import importlib
 import io
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import huggingface_hub
+from safetensors import safe_open
 
 from neftune_dist.config import (
     BUILTIN_SOURCE,
@@ -24,11 +26,12 @@ from neftune_dist.config import (
     ModelConfig,
     SourceConfig,
     UserError,
-    match_schema,
     parse_json,
 )
 from neftune_dist.data import builtin, files
+from neftune_dist.model import locate
 from neftune_dist.system.model_files import weight_files
+from neftune_dist.system.text import first_line
 
 _TRUE = ("1", "ON", "YES", "TRUE")
 _COUNTED_BYTES = (
@@ -58,22 +61,26 @@ class Hub:
         )
 
     def find(self, kind: str, name: str, revision: str | None) -> Path | None:
-        """The folder of a cached model (`kind` models) or dataset (datasets); None: not cached."""
-        root, wanted = self.cache / f"{kind}--{name.replace('/', '--')}", revision or "main"
-        reference = root / "refs" / wanted
+        """Return the folder of a cached `model` or `dataset` (`kind`), or None."""
+        cached = huggingface_hub.snapshot_download
         try:
-            commit = reference.read_text().strip() if reference.is_file() else wanted
-        except (OSError, ValueError) as error:
-            raise UserError(f"{reference} of the hub's cache cannot be read: {error}.") from error
-        folders = [root / "snapshots" / commit]
-        if kind == "datasets":
-            folders.append(self.datasets / name.replace("/", "___"))
-        return next((folder for folder in folders if folder.is_dir()), None)
+            return Path(
+                cached(
+                    name,
+                    repo_type=kind,
+                    revision=revision,
+                    cache_dir=self.cache,
+                    local_files_only=True,
+                )
+            )
+        except (OSError, ValueError):
+            folder = self.datasets / name.replace("/", "___")
+            return folder if kind == "dataset" and folder.is_dir() else None
 
 
 @dataclass(frozen=True)
 class Rows:
-    """How many rows a source has; `exact`: all were counted."""
+    """The number of rows of a source; `exact`: all were counted, none inferred."""
 
     number: int
     exact: bool = True
@@ -82,42 +89,42 @@ class Rows:
         return f"{'' if self.exact else 'about '}{self.number} rows"
 
 
-def is_model_path(name: str) -> bool:
-    """Whether `model.name_or_path` names a place on this machine, not on the hub."""
-    named = name.startswith(("/", ".", "~")) or name.count("/") > 1
-    return named or os.path.exists(name)
-
-
 def find_model(model: ModelConfig, hub: Callable[[], Hub]) -> Path | None:
-    """The model's directory; None where the job has to download it. Raises `UserError`."""
+    """Return the model's directory; None where the job has to download it. Raises `UserError`."""
     name = model.name_or_path
     if model.weights is not None and not Path(model.weights).is_dir():
         raise UserError(f"model.weights={model.weights} is no directory.")
-    if not is_model_path(name):
-        if not files.HUB_ID.fullmatch(name):
-            raise UserError(f"model.name_or_path={name} is neither a directory nor a hub id.")
-        return _cached("model.name_or_path", "models", name, model.revision, hub())
-    path = Path(name)
-    if not path.is_dir():
-        raise UserError(f"model.name_or_path={name} is no model directory.")
-    if not (path / "config.json").is_file():
-        raise UserError(f"model.name_or_path={name} is a directory without a config.json.")
-    if model.revision is not None:
-        raise UserError(
-            f"model.revision={model.revision} has no effect with the directory {name}: leave it "
-            "out."
-        )
-    return path
+    folder = locate.find_local(model)
+    if folder is None and not files.HUB_ID.fullmatch(name):
+        raise UserError(f"model.name_or_path={name} is neither a directory nor a hub id.")
+    return folder or _cached("model.name_or_path", "model", name, model.revision, hub())
 
 
 def count_parameters(folders: Iterable[Path]) -> int | None:
-    """From the headers of the safetensors files in the first folder that has some; None where none
-    has. Raises `UserError` where a file is missing or was cut off."""
+    """Count from the headers of the safetensors files in the first folder that has some.
+
+    Returns:
+        None where no folder has any.
+
+    Raises:
+        UserError: a file is missing or was cut off.
+    """
     for folder in folders:
-        if files := weight_files(folder):
-            tensors = [tensor for file in files for tensor in _tensors(file).values()]
-            return sum(int(math.prod(tensor["shape"])) for tensor in tensors)
+        if found := weight_files(folder):
+            return sum(map(_count_in_file, found))
     return None
+
+
+@cache  # the tasks of an array read the same files
+def _count_in_file(file: Path) -> int:
+    try:
+        with safe_open(file, framework="np") as opened:
+            shapes = [opened.get_slice(name).get_shape() for name in opened.keys()]  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise UserError(f"The weights are incomplete: {file} is missing.") from error
+    except Exception as error:  # the library has its own
+        raise UserError(f"The weights in {file} cannot be read: {first_line(error)}.") from error
+    return sum(math.prod(shape) for shape in shapes)
 
 
 def count_rows(data: DataConfig, hub: Callable[[], Hub]) -> Rows | None:
@@ -146,7 +153,7 @@ def _count_source(config: SourceConfig, key: str, hub: Callable[[], Hub]) -> Row
     if not files.is_local(source):
         if not files.HUB_ID.fullmatch(source):
             raise UserError(f"{key}={source} is neither a file nor a hub id such as org/name.")
-        _cached(key, "datasets", source, config.revision, hub())
+        _cached(key, "dataset", source, config.revision, hub())
         return None
     counted = []
     for path in files.find_files(source, key).paths:
@@ -172,28 +179,6 @@ def _cached(key: str, kind: str, name: str, revision: str | None, hub: Hub) -> P
             f"{hub.cache} does not hold it, and HF_HUB_OFFLINE keeps the job from asking the hub."
         )
     return found
-
-
-@cache
-def _tensors(file: Path) -> dict[str, Any]:
-    """What a safetensors file says it holds: 8 bytes of length, that much JSON, the tensors."""
-    try:
-        with file.open("rb") as opened:
-            length, size = int.from_bytes(opened.read(8), "little"), file.stat().st_size
-            # A damaged length must not have the whole file read.
-            header = parse_json(opened.read(length)) if length < size else {}
-        header.pop("__metadata__", None)
-        header = match_schema(header, {str: {"data_offsets": [int], "shape": [int]}})
-        wanted = (
-            8 + length + max((max(each["data_offsets"]) for each in header.values()), default=0)
-        )
-    except FileNotFoundError as error:
-        raise UserError(f"The weights are incomplete: {file} is missing.") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"The weights in {file} cannot be read: {error}.") from error
-    if size != wanted:
-        raise UserError(f"The weights are incomplete: {file} has {size} bytes, not {wanted}.")
-    return dict(header)
 
 
 @cache  # the tasks of an array read the same file

@@ -1,8 +1,7 @@
-"""What can be told of a run before it is queued: on a login node, at once, without torch.
+"""Checks and predictions of a run before it is queued: on a login node, at once, without torch.
 
-Owns the checks that need more than the configuration (files, run directory, space, world size) and
-the prediction of steps and of time. A mistake is a `UserError`; what cannot be known is said to be
-unknown, never guessed. Nothing is written.
+Checks files, run directory, space and world size; predicts steps and time. A mistake is a
+`UserError`; unknown quantities are called unknown, never guessed. Nothing is written.
 """
 
 from __future__ import annotations
@@ -17,20 +16,28 @@ from statistics import median
 
 from neftune_dist.cluster.submit import inventory
 from neftune_dist.cluster.submit.inventory import Hub, Rows
-from neftune_dist.config import Config, DataConfig, SourceConfig, UserError, user_path
+from neftune_dist.config import (
+    Config,
+    DataConfig,
+    SourceConfig,
+    UserError,
+    check_world_size,
+    user_path,
+)
 from neftune_dist.data import files
+from neftune_dist.data.sampler import num_steps
+from neftune_dist.model import locate
 from neftune_dist.system.checkpoint_names import newest_step
 from neftune_dist.system.records import STEPS, read_records
 from neftune_dist.system.text import duration_text, size_text
 
 CHECKPOINT_BYTES = 12  # a parameter: float32 master and two moments
-DEFAULT_EPOCHS = 3.0  # as in data/sampler.py, which needs numpy
 _RECENT_BYTES = 2**18  # of metrics.jsonl
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """What is known of a run.
+    """Predictions for a run.
 
     Attributes:
         notes: lines for a person.
@@ -48,7 +55,7 @@ def anchor(config: Config) -> None:
     model, data, checkpoint = config.model, config.data, config.checkpoint
     config.run_dir = _absolute("run_dir", config.run_dir)
     data.cache_dir = _absolute("data.cache_dir", data.cache_dir)
-    if inventory.is_model_path(model.name_or_path):
+    if locate.is_path(model.name_or_path) or os.path.exists(model.name_or_path):
         model.name_or_path = _absolute("model.name_or_path", model.name_or_path)
     if model.weights is not None:
         model.weights = _absolute("model.weights", model.weights)
@@ -74,12 +81,7 @@ def preflight(config: Config, world_size: int, hub: Callable[[], Hub]) -> Outloo
         UserError: the job would fail on what can be seen from here.
     """
     run_dir = Path(config.run_dir)
-    for key in ("num_replicas", "sequence_parallel"):
-        count = getattr(config.engine, key) or 1
-        if world_size % count:
-            raise UserError(
-                f"engine.{key}={count} does not divide the {world_size} processes of this run."
-            )
+    check_world_size(config, world_size)
     _check_run_dir(run_dir, config.checkpoint.resume)
     model, weights = inventory.find_model(config.model, hub), config.model.weights
     folders = [folder for folder in (model, weights and Path(weights)) if folder]
@@ -152,7 +154,7 @@ def _check_run_dir(run_dir: Path, resume: str) -> None:
 
 
 def _num_steps(config: Config, rows: Rows | None) -> int | None:
-    """Where every row becomes a document; None: not known. Refuses too few rows."""
+    """Steps of a run in which every row becomes a document; None: unknown. Refuses too few rows."""
     train, data = config.train, config.data
     held_out = data.num_held_out
     if rows and data.held_out_fraction:
@@ -163,12 +165,9 @@ def _num_steps(config: Config, rows: Rows | None) -> int | None:
             f"train.global_batch_size={train.global_batch_size} beside "
             f"data.num_held_out={held_out}."
         )
-    if train.max_steps is not None or rows is None:
+    if rows is None:
         return train.max_steps
-    epochs = DEFAULT_EPOCHS if train.num_epochs is None else train.num_epochs
-    number, batch = max(1, rows.number - held_out), train.global_batch_size
-    whole, rest = divmod(max(1, round(epochs * number)), number)
-    return whole * math.ceil(number / batch) + math.ceil(rest / batch)
+    return num_steps(train, max(1, rows.number - held_out))
 
 
 def _sources(config: Config) -> str:
@@ -194,14 +193,14 @@ def _predict(run_dir: Path, world_size: int, left: int | None) -> tuple[float | 
     if not measured:
         return None, f"not known before the run has recorded a step on {world_size} ranks"
     each = median(measured)
-    told = f"{each:.3g} s a step (median of {len(measured)} on {world_size} ranks)"
+    pace = f"{each:.3g} s a step (median of {len(measured)} on {world_size} ranks)"
     if left is None:
-        return None, told
-    return each * left, f"about {duration_text(each * left)} for the steps left, {told}"
+        return None, pace
+    return each * left, f"about {duration_text(each * left)} for the steps left, {pace}"
 
 
 def _step_seconds(path: Path, world_size: int) -> Sequence[float]:
-    """Of the newest steps, those that were made on so many ranks."""
+    """Seconds of the newest steps that were made on `world_size` ranks."""
     try:
         rows = read_records(path, ("world_size", "step_seconds"), _RECENT_BYTES).rows
     except OSError:

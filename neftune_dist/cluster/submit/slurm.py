@@ -33,7 +33,7 @@ def run(
         UserError: it is missing, or the controller does not answer.
     """
     # Submitted from within a step of another job, a job would inherit what says it is that step;
-    # and people set formats of their own.
+    # and people set other formats.
     kept = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
     environment = {
         name: value
@@ -56,7 +56,7 @@ def run(
 
 
 def reason(done: subprocess.CompletedProcess[str]) -> str:
-    """What a command had to say on its standard error, the site's own words included, in a line."""
+    """Join the lines of a command's standard error, which may hold the site's own, into one."""
     lines = [re.sub(r"^\w+: (error: )?", "", line.strip()) for line in done.stderr.splitlines()]
     return "; ".join(line.rstrip(".") for line in lines if line) or "no reason given"
 
@@ -139,7 +139,7 @@ def _flaw(
 
 
 def queued(ids: Sequence[str]) -> list[tuple[str, str]]:
-    """Those of the jobs, or tasks of arrays (12_3), that have not ended, and their states."""
+    """Return the jobs, or tasks of arrays (12_3), that have not ended, and their states."""
     if not ids:
         return []
     listed = run("squeue", "--noheader", "--array", f"--jobs={','.join(ids)}", "--format=%i %T")

@@ -1,4 +1,4 @@
-"""What a submission keeps in RUN_DIR/submit/0001, 0002 and so on.
+"""The snapshot of a submission: RUN_DIR/submit/0001, 0002 and so on.
 
     config.yaml  resolved: what the job trains      code.txt    version, commit, changed files
     words        the command                        code.patch  what the commit lacks
@@ -20,7 +20,7 @@ from neftune_dist import __version__
 
 
 def next_folder(run_dir: Path) -> Path:
-    """Where the next snapshot goes."""
+    """The folder of the next snapshot."""
     taken = [int(each.name) for each in run_dir.glob("submit/*") if each.name.isdigit()]
     return run_dir / "submit" / f"{max(taken, default=0) + 1:04d}"
 

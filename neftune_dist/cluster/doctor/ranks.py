@@ -1,0 +1,146 @@
+"""The ranks that take part in the doctor's checks: of torchrun, of a Slurm step, or one alone."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from neftune_dist.cluster.doctor.findings import named
+from neftune_dist.config import UserError
+from neftune_dist.distributed.environment import Place, number
+
+if TYPE_CHECKING:
+    from neftune_dist.distributed.mailbox import Mailbox
+
+_NOTICE_SECONDS = 10.0
+# Above the ports of runs (20000 to 32000), below those of most systems' outgoing connections.
+_PORTS = range(12000, 20000)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that are here.
+
+    Attributes:
+        place: of this rank.
+        mailbox: by which they talk.
+        host_of: the host of each rank.
+        token: a word that only these ranks know.
+    """
+
+    place: Place
+    mailbox: Mailbox
+    host_of: Mapping[int, str]
+    token: str
+
+    @property
+    def host(self) -> str:
+        """The host of this rank."""
+        return self.host_of[self.place.rank]
+
+    @property
+    def firsts(self) -> dict[str, int]:
+        """The lowest rank of each host, which checks it."""
+        lowest = {host: rank for rank, host in sorted(self.host_of.items(), reverse=True)}
+        return dict(sorted(lowest.items(), key=lambda pair: pair[1]))
+
+    def of_hosts(self, hosts: Sequence[str]) -> Ranks:
+        """Those on `hosts`."""
+        kept = {rank: host for rank, host in self.host_of.items() if host in hosts}
+        return replace(self, host_of=kept)
+
+
+def host_name() -> str:
+    """This machine's name; Slurm may have given it another one than its own."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname().partition(".")[0]
+
+
+def meet(place: Place, seconds: float, notice: Callable[[str], None]) -> Ranks:
+    """Wait until all ranks are here, or for so long.
+
+    Args:
+        notice: for lines about the ranks that rank 0 waits for.
+
+    Raises:
+        TimeoutError: rank 0 is not here, or went on without this rank.
+        ImportError: torch cannot be imported.
+    """
+    import torch.distributed as dist
+
+    from neftune_dist.distributed.mailbox import Mailbox, connect
+
+    store = dist.PrefixStore("doctor", connect(place, seconds))
+    mailbox = Mailbox(store, place.rank, place.size)
+    mailbox.post("here", host_name())
+    if place.rank == 0:
+        came = _call(mailbox, seconds, notice)
+        mailbox.post("came", [list(came.items()), os.urandom(4).hex()])
+    # Other ranks may have come earlier than rank 0, which counts from its own arrival.
+    rows, token = mailbox.read("came", 0, 2 * seconds)
+    ranks = Ranks(place, mailbox, dict(sorted(map(tuple, rows))), token)
+    if place.rank not in ranks.host_of:
+        raise TimeoutError("came after rank 0 had gone on without it")
+    return ranks
+
+
+def _call(mailbox: Mailbox, seconds: float, notice: Callable[[str], None]) -> dict[int, str]:
+    """The hosts of all ranks that come in time."""
+    deadline, came = time.monotonic() + seconds, dict[int, str]()
+    while True:
+        missing = [rank for rank in range(mailbox.size) if rank not in came]
+        left = deadline - time.monotonic()
+        if not missing or left <= 0:
+            return came
+        came |= mailbox.collect("here", missing, min(_NOTICE_SECONDS, left))
+        late = [str(rank) for rank in missing if rank not in came]
+        if late and left > _NOTICE_SECONDS:
+            notice(f"waiting for rank{'s' if len(late) > 1 else ''} {named(late)}")
+
+
+def slurm_step() -> tuple[dict[str, str], list[str]]:
+    """Torchrun's variables for a task of a Slurm step, and the step's hosts.
+
+    Both are empty under torchrun, and in a batch script, which has SLURM_PROCID but no step.
+    """
+    size = number("SLURM_STEP_NUM_TASKS", 1, least=1)
+    if "RANK" in os.environ or size == 1 or "SLURM_PROCID" not in os.environ:
+        return {}, []
+    hosts = expand(os.environ.get("SLURM_STEP_NODELIST", ""))
+    if not hosts:
+        raise UserError("SLURM_STEP_NODELIST does not name the hosts of this step.")
+    job, step = (number(name, 0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    variables = {
+        "RANK": number("SLURM_PROCID", 0),
+        "WORLD_SIZE": size,
+        "LOCAL_RANK": number("SLURM_LOCALID", 0),
+        "MASTER_ADDR": hosts[0],
+        "MASTER_PORT": _PORTS[(job * 31 + step) % len(_PORTS)],
+    }
+    return {name: str(value) for name, value in variables.items()}, hosts
+
+
+def expand(hosts: str) -> list[str]:
+    """The names that Slurm means by "gpu[01-03,7]-ib,login"."""
+    names = []
+    for name in re.findall(r"(?:[^,\[]|\[[\d,-]*\])+", hosts):
+        parts = [
+            _numbers(part) if part[0] == "[" else [part]
+            for part in re.findall(r"\[.*?\]|[^\[]+", name)
+        ]
+        names += ["".join(chosen) for chosen in itertools.product(*parts)]
+    return names
+
+
+def _numbers(ranges: str) -> list[str]:
+    """Of "[08-10,3]": 08, 09, 10, 3."""
+    return [
+        f"{i:0{len(first)}}"
+        for first, last in re.findall(r"(\d+)(?:-(\d+))?", ranges)
+        for i in range(int(first), int(last or first) + 1)
+    ]

@@ -1,0 +1,341 @@
+"""Submit a training run to Slurm, after every check that a login node can make.
+
+    ./launcher/submit.py CONFIG --nodes N --gpus-per-node G --time HH:MM:SS [...] [key=value ...]
+
+The job trains the snapshot in RUN_DIR/submit/0001/, whatever is edited later: the configuration,
+beside the command, the code's version and the script (slurm/train.sbatch under another header).
+Imports no torch. A mistake is one sentence and exit code 2, and nothing is queued or written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NoReturn
+
+from neftune_dist import __version__
+from neftune_dist.arguments import MAX_RESTARTS, RENDEZVOUS_MINUTES, bounded
+from neftune_dist.cluster.submit import slurm, snapshot
+from neftune_dist.cluster.submit.inventory import Hub
+from neftune_dist.cluster.submit.preflight import Outlook, anchor, check_space, preflight
+from neftune_dist.config import Config, UserError, load_config
+
+# The repository, which holds slurm/ and which the nodes see, too.
+ROOT = Path(__file__).resolve().parents[3]
+PASSED_ON = ("cpus-per-task", "mem", "partition", "account", "qos", "constraint", "exclude")
+INDEX = "{}"  # in a word: an array task's index
+MARK = "index-of-the-task"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run: the whole job's, or that of an array's task.
+
+    Attributes:
+        log: the file that Slurm writes, with Slurm's symbols for job and index.
+    """
+
+    index: int | None
+    config: Config
+    outlook: Outlook
+    log: str
+
+    @property
+    def run_dir(self) -> Path:
+        """Absolute."""
+        return Path(self.config.run_dir)
+
+
+def main(words: list[str]) -> int:
+    """Check, submit, say how to watch and to stop; the exit code."""
+    try:
+        given = _parser().parse_intermixed_args(words)
+        _check_options(given)
+        tasks = _tasks(given)
+        check_space((task.run_dir, task.outlook.num_bytes) for task in tasks)
+        behind = [] if given.dry_run and not shutil.which("sinfo") else _check_cluster(given, tasks)
+        lines = _outlook(given, tasks)
+        if given.dry_run:
+            lines += _dry_run(given, tasks)
+        else:
+            kept = snapshot.next_folder(tasks[0].run_dir)
+            ids = _submit(given, tasks, behind, shlex.join(["launcher/submit.py", *words]))
+            lines = [f"job: {' '.join(ids)}, as kept in {kept}", *lines, *_handles(tasks, ids)]
+    except (UserError, OSError) as error:
+        print(f"submit: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(lines))
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the options).")
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = "Submit a training run to Slurm, after every check that a login node can make."
+    parser = _Parser(prog="submit.py", description=about, allow_abbrev=False)
+    add = parser.add_argument
+    add("config", help="YAML file; see configs/")
+    add("settings", nargs="*", metavar="key=value", help="such as noise.alpha=5")
+    add("--nodes", type=int, required=True, metavar="N")
+    ranks = parser.add_mutually_exclusive_group(required=True)
+    ranks.add_argument("--gpus-per-node", metavar="[TYPE:]G", help="one rank a GPU")
+    processes = bounded(int, 1, 2**12)
+    ranks.add_argument("--processes", type=processes, metavar="P", help="CPU ranks on each node")
+    add("--time", required=True, metavar="HH:MM:SS", help="the limit, at which the run saves")
+    for name in PASSED_ON:
+        add(f"--{name}", help="as sbatch has it")
+    add("--job-name", help="default: the run directory's name")
+    add("--mail", metavar="ADDRESS", help="gets mail when the job begins, ends, fails, is requeued")
+    add("--array", metavar="SPEC", help="one run an index (0-3, 1,5, 0-9%%2), put in place of {}")
+    add("--dependency", metavar="LIST", help="afterok:123 and so on")
+    add("--chain", type=int, default=1, metavar="N", help="N jobs, each behind the one before")
+    add("--signal-seconds", type=int, default=300, help="to save in; default: %(default)s")
+    add("--max-restarts", type=MAX_RESTARTS, help="see `neftune-dist launch --help`")
+    add("--rendezvous-minutes", type=RENDEZVOUS_MINUTES, help="see `neftune-dist launch --help`")
+    add("--sbatch", action="append", default=[], metavar="OPTION", help="any other: exclusive, a=b")
+    add("--dry-run", action="store_true", help="check and print; write and queue nothing")
+    return parser
+
+
+def _check_options(given: argparse.Namespace) -> None:
+    """Refuse values that make no sense; adds `per_node`, the ranks on each node."""
+    for name in ("nodes", "chain"):
+        value = getattr(given, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name}={value} must be 1 or more.")
+    gpus = given.gpus_per_node
+    if gpus is not None and not re.fullmatch(r"([\w.-]+:)?[1-9]\d{0,3}", gpus, re.ASCII):
+        raise UserError(f"--gpus-per-node={gpus} is not of the form 8 or h100:8.")
+    for name in (*PASSED_ON, "job-name", "mail", "array", "dependency"):
+        if getattr(given, name.replace("-", "_")) == "":
+            raise UserError(f"--{name} is empty: give it a value, or leave it out.")
+    given.per_node = given.processes or int(given.gpus_per_node.rpartition(":")[2])
+    if not 1 <= given.signal_seconds < slurm.seconds("--time", given.time):
+        raise UserError(
+            f"--signal-seconds={given.signal_seconds}, in which the run saves before its limit, "
+            f"must be 1 or more and less than --time={given.time}."
+        )
+    own = {name.replace("_", "-") for name in vars(given)}
+    own |= {"ntasks-per-node", "signal", "open-mode", "output", "chdir", "mail-user"}
+    for option in given.sbatch:
+        match = re.fullmatch(r"(?:--)?([a-z][a-z-]*)(=.*)?", option)
+        if not match:
+            raise UserError(f"--sbatch={option} is no long option such as exclusive or mem=0.")
+        if match[1] in own:
+            raise UserError(f"--sbatch={option}: --{match[1]} is an option of submit.py itself.")
+
+
+def _tasks(given: argparse.Namespace) -> list[Task]:
+    """Every run of the job, checked."""
+    world_size = given.nodes * given.per_node
+    if not given.array:
+        config = _config(given, given.settings)
+        log = config.run_dir.replace("%", "%%") + "/logs/slurm-%j.out"
+        return [Task(None, config, preflight(config, world_size, _hub), log)]
+    tasks = {}
+    indices = slurm.indices(given.array)
+    # Slurm takes one pattern for the output of all.
+    place = _config(given, _indexed(given.settings, indices[0], MARK)).run_dir
+    log = place.replace("%", "%%").replace(MARK, "%a") + "/logs/slurm-%A_%a.out"
+    for index in indices:
+        config = _config(given, _indexed(given.settings, index, str(index)))
+        run_dir = config.run_dir
+        if run_dir in tasks:
+            raise UserError(
+                f"--array: tasks share run_dir={run_dir}; give run_dir=... with {INDEX} in it, "
+                "which becomes the task's index."
+            )
+        if run_dir != place.replace(MARK, str(index)):
+            raise UserError(f"--array: run_dir={run_dir} may differ in the task's index alone.")
+        tasks[run_dir] = Task(index, config, preflight(config, world_size, _hub), log)
+    return list(tasks.values())
+
+
+def _indexed(words: list[str], index: int, in_run_dir: str) -> list[str]:
+    return [
+        word.replace(INDEX, in_run_dir if word.startswith("run_dir=") else str(index))
+        for word in words
+    ]
+
+
+def _config(given: argparse.Namespace, words: list[str]) -> Config:
+    """Checked, with absolute paths."""
+    config = load_config(given.config, words)
+    anchor(config)
+    if "\\" in config.run_dir:
+        raise UserError(f"run_dir={config.run_dir}: Slurm cannot log to a backslash.")
+    return config
+
+
+@cache
+def _hub() -> Hub:
+    """The hub as the job sees it, which takes the site's settings from there."""
+    command = ["bash", "-c", ". slurm/site.sh >/dev/null 2>&1; env -0"]
+    sourced = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    return Hub.of(dict(line.split("=", 1) for line in sourced.stdout.split("\0") if "=" in line))
+
+
+def _check_cluster(given: argparse.Namespace, tasks: list[Task]) -> list[str]:
+    """Refuse what no partition has, and run directories in use; the jobs that a chain waits for."""
+    slurm.check_partition(given.partition, given.nodes, given.gpus_per_node, given.time)
+    jobs = slurm.queued([number for task in tasks for number in snapshot.jobs(task.run_dir)])
+    whole = sorted({number.partition("_")[0] for number, _ in jobs}, key=int)  # arrays
+    if jobs and not given.dependency and given.chain == 1:
+        shown = ", ".join(f"{number} ({state})" for number, state in jobs[:3])
+        where = tasks[0].run_dir if len(tasks) == 1 else "A run directory"
+        raise UserError(
+            f"{where} is in use by job {shown}{' and others' if len(jobs) > 3 else ''}: cancel it, "
+            f"or queue behind it with --dependency={slurm.after(whole)}."
+        )
+    return whole
+
+
+def _outlook(given: argparse.Namespace, tasks: list[Task]) -> list[str]:
+    ranks = given.nodes * given.per_node
+    lines = [f"ranks: {ranks}, {given.per_node} on each of {given.nodes} nodes"]
+    if given.chain > 1:
+        lines.append(f"chain: {given.chain} jobs, each of which goes on where the last one ended")
+    lines += tasks[0].outlook.notes
+    for task in tasks[1:]:
+        other = [note for note in task.outlook.notes if note not in tasks[0].outlook.notes]
+        lines += [f"task {task.index}: {note}" for note in other]
+    left = max(task.outlook.seconds or 0 for task in tasks)
+    slots = math.ceil(left / (slurm.seconds("--time", given.time) - given.signal_seconds))
+    if slots > max(1, given.chain):
+        how = f"--chain={given.chain} is too short" if given.chain > 1 else "it requeues itself"
+        lines.append(f"time: that is about {slots} times --time={given.time}: {how}")
+    return lines
+
+
+def _options(given: argparse.Namespace, tasks: list[Task]) -> list[str]:
+    """For sbatch."""
+    name = Path(slurm.filled(tasks[0].log, a=INDEX)).parents[1].name
+    options = {
+        "job-name": given.job_name or name,
+        "nodes": given.nodes,
+        "ntasks-per-node": 1,
+        "gpus-per-node": given.gpus_per_node,
+        **{name: getattr(given, name.replace("-", "_")) for name in PASSED_ON},
+        "time": given.time,
+        "array": given.array,
+        "signal": f"B:USR1@{given.signal_seconds}",
+        "open-mode": "append",
+        "output": tasks[0].log,
+        "chdir": ROOT,  # which the nodes have; where the user stands, they may not
+        "mail-user": given.mail,
+        "mail-type": "BEGIN,END,FAIL,REQUEUE" if given.mail else None,
+    }
+    found = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    # In a chain, the next job goes on.
+    found.append("--requeue" if given.chain == 1 else "--no-requeue")
+    found += ["--" + option.lstrip("-") for option in given.sbatch]
+    for option in found:
+        if not option.isprintable():
+            raise UserError(f"{option!a} contains control characters.")
+    return found
+
+
+def _script(given: argparse.Namespace, tasks: list[Task], folders: list[Path]) -> str:
+    """slurm/train.sbatch under another header, its words fixed: the snapshots' configurations."""
+    options = [option.partition("=") for option in _options(given, tasks)]
+    header = [f"#SBATCH {n}={shlex.quote(v)}" if e else f"#SBATCH {n}" for n, e, v in options]
+    words = f"--processes {given.per_node}"
+    for name in ("max_restarts", "rendezvous_minutes"):
+        if getattr(given, name) is not None:
+            words += f" --{name.replace('_', '-')} {getattr(given, name)}"
+    configs = [shlex.quote(str(folder / "config.yaml")) for folder in folders]
+    fixed = [f"set -- {configs[0]} {words}"]
+    if given.array:
+        cases = [f"  {t.index}) set -- {c} {words} ;;" for t, c in zip(tasks, configs, strict=True)]
+        fixed = ['case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac"]
+    body = (ROOT / "slurm" / "train.sbatch").read_text().splitlines()
+    while body[0].startswith("#"):
+        del body[0]
+    made = f"# Made by launcher/submit.py {__version__} from slurm/train.sbatch."
+    # The repository's root, wherever it is submitted from.
+    fixed.append(f"SLURM_SUBMIT_DIR={shlex.quote(str(ROOT))}")
+    return "\n".join(["#!/usr/bin/env bash", made, *header, *fixed, *body, ""])
+
+
+def _dry_run(given: argparse.Namespace, tasks: list[Task]) -> list[str]:
+    script = _script(given, tasks, [snapshot.next_folder(task.run_dir) for task in tasks])
+    lines = ["", script]
+    if shutil.which("sbatch"):
+        tried = slurm.run("sbatch", "--test-only", *_options(given, tasks), script=script)
+        # No refusal: it may also be that nodes are down at present.
+        answer = f"would not start it now: {slurm.reason(tried)}."
+        lines.append(f"Slurm: {answer if tried.returncode else slurm.reason(tried)}")
+    else:
+        lines.append("Slurm: not on this machine, so nodes, limits and queue were not looked at.")
+    return [*lines, "A dry run: nothing was written or queued."]
+
+
+def _submit(
+    given: argparse.Namespace, tasks: list[Task], behind: list[str], command: str
+) -> list[str]:
+    """Write the snapshots, queue the job or the chain of them; its ids. All of it, or nothing."""
+    folders = [snapshot.next_folder(task.run_dir) for task in tasks]
+    script, options = _script(given, tasks, folders), _options(given, tasks)
+    files = {"words": command + "\n", "job.sbatch": script, **snapshot.code(ROOT)}
+    writer = snapshot.Writer()
+    ids: list[str] = []
+    try:
+        for task, folder in zip(tasks, folders, strict=True):
+            writer.make(task.run_dir / "logs")
+            writer.write(folder, {**files, "config.yaml": task.config.to_yaml()})
+        waits = given.dependency or (slurm.after(behind) if behind else None)
+        for _ in range(given.chain):
+            own = [f"--dependency={waits}"] if waits else []
+            # The options also here, where they go before the user's SBATCH_ variables.
+            words = ["--parsable", *options, *own, str(folders[0] / "job.sbatch")]
+            # Never given up: nobody would know whether the job is in the queue.
+            done = slurm.run("sbatch", *words, timeout=None)
+            if done.returncode:
+                raise UserError(f"Slurm refused the job: {slurm.reason(done)}.")
+            print(done.stderr, end="", file=sys.stderr)  # what the site has to say
+            ids.append(done.stdout.split()[-1].partition(";")[0])
+            waits = slurm.after(ids[-1:])
+        for task, folder in zip(tasks, folders, strict=True):
+            suffix = "" if task.index is None else f"_{task.index}"
+            (folder / "job").write_text("".join(f"{number}{suffix}\n" for number in ids))
+    except BaseException:
+        if ids:
+            slurm.run("scancel", *ids)
+        writer.undo()
+        raise
+    return ids
+
+
+def _handles(tasks: list[Task], ids: list[str]) -> list[str]:
+    """Commands to watch the jobs and to stop them."""
+    first, later = tasks[0], ids[1:]
+    log = slurm.filled(first.log, j=ids[0], A=ids[0], a=str(first.index))
+    folder = first.run_dir / "tensorboard"
+    if len(tasks) > 1:
+        folder = Path(os.path.commonpath([task.run_dir for task in tasks]))
+    first_of_all = f"scancel {shlex.join(later)}; " if later else ""
+    lines = [
+        f"watch:    squeue --jobs={','.join(ids)}",
+        f"          tail -F {shlex.quote(log)}",
+        f"          tensorboard --logdir {shlex.quote(str(folder))}",
+        f"stop:     {first_of_all}scancel --batch --signal=TERM {ids[0]}",
+        "            saves, then ends; the same command goes on from there",
+    ]
+    if not later:
+        lines.append(f"pause:    scancel --batch --signal=USR1 {ids[0]}")
+        lines.append("            saves, then goes back into the queue")
+    lines.append(f"cancel:   scancel {shlex.join(ids)}")
+    lines.append("            ends; saves if the site's KillWait (often 30 s) is long enough")
+    return lines

@@ -1,0 +1,167 @@
+"""The launcher's care for the processes that it starts: output, requests, late nodes, leftovers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from neftune_dist.cluster.launch import supervisor
+from neftune_dist.distributed import outcome
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(supervisor, "_LOOK_EVERY_SECONDS", 0.1)
+    monkeypatch.setattr(supervisor, "_SIGNAL_EVERY_SECONDS", 0.1)
+
+
+def requests(**flags: bool) -> Any:
+    return SimpleNamespace(**{"stop": False, "requeue": False, "kill": False, **flags})
+
+
+def attend(
+    script: str,
+    folder: Path,
+    asked: Any = None,
+    job: supervisor.Job | None = None,
+    seconds: float = 60,
+) -> tuple[str, str]:
+    """What went wrong, and the console's log."""
+    command = [sys.executable, "-c", script]
+    log = folder / "console.log"
+    with log.open("wb", buffering=0) as console:
+        error = supervisor._attend(command, folder, console, asked or requests(), job, seconds)
+    return error, log.read_text()
+
+
+def test_output_and_exit_code_are_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    error, log = attend("import sys; print('out'); print('err', file=sys.stderr)", tmp_path)
+    assert (error, sorted(log.split())) == ("", ["err", "out"])
+    assert sorted(capfd.readouterr().out.split()) == ["err", "out"]
+    assert attend("raise SystemExit(3)", tmp_path)[0].endswith("ended with code 3")
+
+
+def test_ranks_hear_the_attempts_folder(tmp_path: Path) -> None:
+    script = f"import os; print(os.environ[{outcome.VARIABLE!r}])"
+    assert attend(script, tmp_path)[1].strip() == str(tmp_path)
+
+
+def test_a_request_to_stop_is_passed_on(tmp_path: Path) -> None:
+    script = (
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: (print('saved'), sys.exit(0)))\n"
+        "time.sleep(60)"
+    )
+    # Until Python has set its handler, the signal would end the process.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        error, log = attend(script, tmp_path, requests(stop=True))
+    finally:
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    assert (error, log) == ("", "saved\n")
+
+
+def test_a_request_to_end_kills_the_processes(tmp_path: Path) -> None:
+    began = time.monotonic()
+    error, _ = attend("import time; time.sleep(60)", tmp_path, requests(kill=True))
+    assert time.monotonic() - began < 20 and "code -9" in error
+
+
+def test_processes_that_survive_a_failed_rank_are_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "_END_SECONDS", 0.5)
+    (tmp_path / "rank_1.json").write_text('{"kind": "failed", "error": "boom"}')
+    began = time.monotonic()
+    error, _ = attend("import time; time.sleep(60)", tmp_path)
+    assert 0.4 < time.monotonic() - began < 20 and "code -9" in error
+
+
+def test_a_node_that_does_not_start_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "_END_SECONDS", 0.2)
+    (tmp_path / "node_0").touch()
+    job = supervisor.Job("17", ("n1", "n2"))
+    error, _ = attend("import time; time.sleep(60)", tmp_path, job=job, seconds=0.3)
+    assert error == "n2 did not start within 0.005 minutes"
+    (tmp_path / "node_1").touch()
+    assert attend("import time; time.sleep(1)", tmp_path, job=job, seconds=0.3)[0] == ""
+
+
+def test_what_a_command_leaves_behind_is_killed(tmp_path: Path) -> None:
+    supervisor.children.adopt_orphans()
+    script = (
+        "import subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'],\n"
+        "    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)\n"
+        "print(child.pid)"
+    )
+    _, log = attend(script, tmp_path)
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{log.strip()}").exists() and time.monotonic() < deadline:
+        supervisor._kill_all()
+        time.sleep(0.05)
+    assert not Path(f"/proc/{log.strip()}").exists()
+
+
+def test_descendants_are_found_over_generations() -> None:
+    script = "import subprocess, sys; subprocess.run(['sleep', '30'])"
+    child = subprocess.Popen([sys.executable, "-c", script])
+    try:
+        deadline = time.monotonic() + 10
+        while len(found := set(supervisor._descendants())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert child.pid in found and len(found) >= 2 and os.getpid() not in found
+    finally:
+        for process in supervisor._descendants():
+            os.kill(process, signal.SIGKILL)
+        child.wait()
+
+
+def test_lost_output_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk takes no block; what it missed is said once it takes one again."""
+    blocks, answers = [b"one", b"two", b"three"], [3, 3, 0, 0, 0]
+    written: list[bytes] = []
+
+    def write(descriptor: int, block: bytes) -> int:
+        if descriptor == 1:
+            return 0
+        left = answers.pop(0)
+        written.append(block if not left else b"")
+        return left
+
+    monkeypatch.setattr(supervisor, "_unwritten", write)
+    monkeypatch.setattr(supervisor.os, "read", lambda *_: blocks.pop(0) if blocks else b"")
+    console = SimpleNamespace(fileno=lambda: 9)
+    supervisor._copy(console, console)  # type: ignore[arg-type]
+    note = b"\n(neftune-dist: 3 bytes of output are missing here)\n"
+    assert b"".join(written) == b"two" + note + b"three"
+
+
+def test_words_of_the_command_for_every_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEFTUNE_DIST_PYTHON", "/container/python")
+    monkeypatch.setenv("NEFTUNE_DIST_CONTAINER", "apptainer exec 'my image.sif'")
+    monkeypatch.setenv("NEFTUNE_DIST_SRUN_OPTIONS", "--mpi=none")
+    alone = supervisor._command(None, tmp_path, ["c.yaml", "a=1"], 4, 15)
+    assert alone[:4] == list(supervisor._IGNORING_USR1)
+    assert alone[4:7] == ["apptainer", "exec", "my image.sif"]
+    assert alone[7:11] == ["/container/python", "-m", "neftune_dist", "node"]
+    assert alone[11:15] == ["--processes", "4", "--rendezvous-minutes", "15"]
+    assert alone[15:] == [str(tmp_path), "--", "c.yaml", "a=1"]
+    job = supervisor.Job("17", ("n1", "n2", "n3"))
+    step = supervisor._command(job, tmp_path, [], 4, 15)
+    assert step[0] == "srun" and "--nodes=3" in step and "--ntasks=3" in step
+    assert step.index("--mpi=none") < step.index("bash")
+    assert f"--wait={supervisor._END_SECONDS:.0f}" in step

@@ -1,0 +1,142 @@
+"""Ranks that agree and wait for each other, each a thread over one store in memory."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from neftune_dist.config import UserError
+from neftune_dist.distributed import world as module
+from neftune_dist.distributed.world import Stopped, World
+
+
+def worlds(size: int) -> list[World]:
+    store, made = dist.HashStore(), []
+    for rank in range(size):
+        world = object.__new__(World)  # without a process group
+        world.rank = world.local_rank = rank
+        world.size = world.local_size = size
+        world.device = torch.device("cpu")
+        world._store = dist.PrefixStore("run", store)
+        world._phase = world._num_threads = 0
+        world._stop, world._patience_seconds = None, math.inf
+        made.append(world)
+    return made
+
+
+def on_all(made: list[World], work: Callable[[World], Any]) -> list[Any]:
+    """What `work` returns or raises on each rank."""
+
+    def caught(world: World) -> Any:
+        try:
+            return work(world)
+        except (Exception, Stopped) as error:
+            return error
+
+    with ThreadPoolExecutor(len(made)) as pool:
+        return list(pool.map(caught, made))
+
+
+def test_ranks_leave_a_block_when_the_last_one_has_come() -> None:
+    left: list[float] = []
+
+    def work(world: World) -> None:
+        for phase in range(2):
+            with world.agree():
+                time.sleep(0.3 if world.rank == phase else 0.0)
+                if world.rank == phase:
+                    left.append(time.monotonic())
+            assert time.monotonic() >= left[phase]
+
+    assert on_all(worlds(3), work) == [None] * 3
+
+
+def test_an_error_reaches_ranks_that_wait_without_those_that_still_work() -> None:
+    made, release = worlds(3), threading.Event()
+
+    def work(world: World) -> None:
+        with world.agree():
+            if world.rank == 2:
+                assert release.wait(10)
+            if world.rank == 1:
+                raise UserError("no such file")
+
+    pool = ThreadPoolExecutor(3)
+    runs = [pool.submit(work, world) for world in made]
+    for run in runs[:2]:
+        with pytest.raises(UserError, match="no such file"):
+            run.result(5)
+    assert not runs[2].done()
+    release.set()
+    with pytest.raises(UserError, match="no such file"):
+        runs[2].result(5)
+
+
+def test_values_of_ranks_reach_all() -> None:
+    made = worlds(3)
+    assert on_all(made, lambda world: world.from_first(f"by {world.rank}")) == ["by 0"] * 3
+    one = on_all(made, lambda world: world.from_any("x" if world.rank == 2 else None))
+    assert one == ["x"] * 3
+    assert on_all(made, lambda world: world.from_any(None)) == [None] * 3
+
+
+def test_the_first_rank_of_a_machine_works_before_the_others() -> None:
+    order: list[int] = []
+
+    def work(world: World) -> int:
+        time.sleep(0.0 if world.rank else 0.2)
+        order.append(world.rank)
+        return world.rank
+
+    made = worlds(3)
+    assert on_all(made, lambda world: world.local_rank_zero_first(lambda: work(world))) == [0, 1, 2]
+    assert order[0] == 0 and sorted(order) == [0, 1, 2]
+
+
+def test_a_rank_that_stops_ends_the_wait_of_the_others() -> None:
+    first, second = worlds(2)
+
+    def wait() -> None:
+        with first.agree():
+            pass
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(wait)
+        time.sleep(0.1)
+        assert not waiting.done()
+        second.tell_stopped()
+        with pytest.raises(Stopped):
+            waiting.result(5)
+
+
+def test_a_rank_that_is_asked_to_stop_does_not_wait_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_STOP_PATIENCE_SECONDS", 0.3)
+    first, second = worlds(2)
+    began = time.monotonic()
+    first._stop = SimpleNamespace(since=began - 60)  # type: ignore[assignment]
+    with pytest.raises(Stopped), first.agree():
+        pass
+    assert 0.3 <= time.monotonic() - began < 5  # from when the wait began
+    with pytest.raises(Stopped), second.agree():  # the first one has said so
+        raise Stopped
+
+
+def test_a_thread_agrees_by_itself_and_gives_up_on_missing_ranks() -> None:
+    made = worlds(2)
+    threads = [world.for_thread(0.2) for world in made]
+    assert on_all(threads, lambda world: world.from_first(str(world.rank))) == ["0", "0"]
+    with pytest.raises(TimeoutError), threads[0].agree():
+        pass
+    with pytest.raises(UserError), made[0].agree():  # at its own first block
+        raise UserError("x")
