@@ -2,11 +2,16 @@
 
     python tests/benchmarks/waiting_ranks.py [NUM_RANKS ...]
 
-A store in one process; in others NUM_RANKS clients (default: 512 and 2048), each a thread with its
-own connection. All wait SECONDS for one that comes last. `before`: 20 questions a second of 3
-requests each, as `World.agree` once asked; `now`: `mailbox.pauses`. Latency is that of the last
-rank's own request while the others wait; release is the time from its arrival until the last of
-the others goes on.
+A store in one process; in others NUM_RANKS clients (default: 512 and 2048), each a thread; more
+than 512 share as many connections, since one takes 0.16 s to make here. All wait SECONDS for one
+rank that comes last. `before`: 20 questions a second of 3 requests each, as `World.agree` once did;
+`now`: `mailbox.pauses`. Latency is that of the last rank's own request while the others wait;
+release is the time from its arrival until the last of the others goes on.
+
+Measured on 2 shared cores, 2026-11-26, 512 ranks:
+
+    before   23,946 requests/s  latency 2.0 ms, at most 92.3  release 0.09 s  store's CPU 64 %
+    now       4,933 requests/s  latency 0.1 ms, at most 16.0  release 0.22 s  store's CPU 28 %
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ import torch.distributed as dist
 from neftune_dist.distributed.mailbox import pauses
 
 SECONDS = 8.0
-NUM_PROCESSES = 4
+NUM_PROCESSES, NUM_CONNECTIONS = 4, 128  # connections of a process
 MODES = {"before": 3, "now": 2}  # requests of a question
 
 
@@ -54,12 +59,12 @@ def _serve(port: mp.Queue, done: mp.Event) -> None:  # type: ignore[type-arg, va
 
 def _wait(port: int, mode: str, number: int, num_ranks: int, ready: Barrier, out: mp.Queue) -> None:  # type: ignore[type-arg]
     with ThreadPoolExecutor(16) as pool:
-        stores = list(pool.map(lambda _: _connect(port), range(number)))
+        stores = list(pool.map(lambda _: _connect(port), range(min(number, NUM_CONNECTIONS))))
     ready.wait()
     asked, freed = [0] * number, [0.0] * number
 
     def rank(i: int) -> None:
-        store = stores[i]
+        store = stores[i % len(stores)]
         for pause in (pauses if mode == "now" else _every_50_ms)(num_ranks):
             over = store.check([f"{mode}/over"])
             for _ in range(MODES[mode] - 1):
