@@ -116,7 +116,7 @@ class Saver:
         try:
             self._write(step, shards, state)
         except BaseException as error:
-            # gloo's time-out has no class of its own, only this text.
+            # gloo's time-out is known by this text alone, as it has no class.
             if isinstance(error, TimeoutError) or "Timed out waiting" in str(error):
                 error = UserError(
                     f"The checkpoint of step {step} was not written on all ranks within "

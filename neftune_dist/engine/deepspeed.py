@@ -239,8 +239,8 @@ def _sizes(model: nn.Module, stage: int) -> dict[str, int]:
     quarter of a block.
     """
     largest = max(parameter.numel() for parameter in model.parameters())
-    block = max(sum(p.numel() for p in each.parameters()) for each in [*blocks(model), nn.Module()])
-    unit = max(largest, block, 50_000_000)  # smaller messages are slower
+    of_blocks = [sum(p.numel() for p in block.parameters()) for block in blocks(model)]
+    unit = max(largest, *of_blocks, 50_000_000)  # smaller messages are slower
     return {
         "reduce_bucket_size": unit,
         **({"stage3_prefetch_bucket_size": unit} if stage == 3 else {}),
