@@ -80,7 +80,7 @@ def split_documents(
         chosen = np.flatnonzero(training & (stats.source == i))
         if 0 < source.max_documents < len(chosen):
             order = np.argsort(_keyed(stats.content[chosen], _CAP), kind="stable")
-            chosen = np.sort(chosen[order[: source.max_documents]])
+            chosen = chosen[order[: source.max_documents]]
         whole, fraction = divmod(source.weight, 1)
         more = _keyed(stats.content[chosen], _FRACTION) < np.uint64(fraction * 2**64)
         times[chosen] = int(whole) + more
