@@ -226,12 +226,13 @@ def test_packages_that_do_not_fit_each_other_are_named(monkeypatch: pytest.Monke
         "torch": ("2.13.0+cpu", ["b<2"]),
         "a": ("1", ["c>=1"]),
         "b": ("1.5", []),
-        "c": ("1", []),
+        "c": ("1", ["not a requirement !"]),
         "torchvision": ("0.28", ["torch==2.13.0", "absent"]),
         "other": ("3", ["c>=9"]),  # which is nothing to us
     }
     FakePackages(packages).install(monkeypatch)
-    assert only(software.check_requirements()).status == OK
+    finding = only(software.check_requirements())
+    assert finding == Finding(OK, "requirements", "2 packages are there and fit each other")
     packages |= {"b": ("2.1", []), "torchvision": ("0.20", ["torch==2.5.0"])}
     del packages["c"]
     found = list(software.check_requirements())

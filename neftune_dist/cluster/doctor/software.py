@@ -13,11 +13,15 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, distribution, distributions
+from importlib.metadata import Distribution, PackageNotFoundError, distribution, distributions
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import neftune_dist
 from neftune_dist.cluster.doctor.findings import OK, WARNING, WRONG, Finding, named
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 _NAMED = ("torch", "transformers", "deepspeed", "datasets")
 # By a run, or by transformers where they are installed.
@@ -122,18 +126,15 @@ def check_requirements() -> Iterator[Finding]:
     As `pip check` does, but without pip, which not every environment has, and without the packages
     that have nothing to do with these.
     """
-    from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
     # Of two copies the first on the path is the one in use.
     installed = {canonicalize_name(d.metadata["Name"] or ""): d for d in [*distributions()][::-1]}
     ours = installed.get(canonicalize_name("neftune-dist"))
-    core = {canonicalize_name(Requirement(text).name) for text in (ours and ours.requires) or ()}
+    core = {canonicalize_name(needed.name) for needed in _requirements(ours)} if ours else set()
     num_wrong = 0
     for name, package in installed.items():
-        for requirement in map(Requirement, package.requires or ()):
-            if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
-                continue
+        for requirement in _requirements(package):
             wanted = canonicalize_name(requirement.name)
             found = installed[wanted].version if wanted in installed else "none"
             is_core = name in core or package is ours
@@ -149,6 +150,17 @@ def check_requirements() -> Iterator[Finding]:
                 yield Finding(WARNING, "requirements", seen, fix)
     if not num_wrong:
         yield Finding(OK, "requirements", f"{len(core)} packages are there and fit each other")
+
+
+def _requirements(package: Distribution) -> Iterator[Requirement]:
+    """The requirements of an installed package without extras."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    for text in package.requires or ():
+        with suppress(InvalidRequirement):  # of a package older than the syntax
+            requirement = Requirement(text)
+            if not requirement.marker or requirement.marker.evaluate({"extra": ""}):
+                yield requirement
 
 
 def check_imports() -> Iterator[Finding]:
