@@ -202,18 +202,18 @@ def _export(run_dir: Path, step: int | None, output: Path | None, adapter: bool,
 
 @verb(
     argument(
-        "subject",
+        "target",
         help="a run directory, a checkpoint (RUN_DIR/checkpoints/step_00000020), a model directory "
         "or a hub id",
     ),
     _SETTINGS,
     _STEP,
     argument("--config", help="YAML file, for a model that no run here has trained"),
-    argument("--model", help="another model, under the configuration of the run SUBJECT"),
+    argument("--model", help="another model, under the configuration of the run TARGET"),
     _OUTPUT(help="default: RUN_DIR/evaluations/step_00000020 or similar"),
 )
 def _evaluate(
-    subject: str,
+    target: str,
     settings: Words,
     step: int | None,
     config: str | Path | None,
@@ -226,11 +226,11 @@ def _evaluate(
     Sections evaluate and judge of the configuration say what is measured. The same command
     continues an evaluation that was stopped. Every rank holds the whole model.
     """
-    name = model or subject
+    name = model or target
     if model:
         if config:
             raise UserError(f"--config={config} has no effect with --model, which takes the run's.")
-        run_dir = user_path(subject, "RUN_DIR")
+        run_dir = user_path(target, "RUN_DIR")
         config = run_dir / "config.yaml"
         output = output or run_dir / "evaluations" / Path(model).name
     environment.find_place()
@@ -243,7 +243,7 @@ def _evaluate(
     argument(
         "settings",
         nargs="+",
-        metavar="SUBJECT | key=value",
+        metavar="TARGET | key=value",
         help="one or two run directories, checkpoints, model directories or hub ids, and settings "
         "for them, such as evaluate.max_new_tokens=200",
     ),
@@ -255,7 +255,7 @@ def _chat(settings: Words, temperature: float) -> int:
     """Talk to a model in the terminal, or to two side by side."""
     names = [word for word in settings if "=" not in word or os.path.exists(word)]
     if not names:
-        raise UserError("chat needs a subject: a run, a checkpoint, a model directory or a hub id.")
+        raise UserError("chat needs a model: a run, a checkpoint, a model directory or a hub id.")
     from neftune_dist.evaluation.chat import chat
 
     words = [word for word in settings if word not in names]

@@ -1,8 +1,8 @@
 """The alpaca_eval package as judge (`judge.annotator`): its annotators, prompts, parsers, metrics.
 
-`alpaca_eval_gpt4` is AlpacaEval 1's, `weighted_alpaca_eval_gpt4_turbo` AlpacaEval 2's. Owns what
-goes in and what comes out. The requests, with their retries and the key, are the package's own: it
-shows every two answers in one order, drawn by a hash of the instruction.
+`alpaca_eval_gpt4` is AlpacaEval 1's, `weighted_alpaca_eval_gpt4_turbo` AlpacaEval 2's. The package
+sends the requests, retries them and reads the key. It shows a pair in one order, drawn by a hash of
+the instruction.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from neftune_dist.config import JudgeConfig, UserError
-from neftune_dist.evaluation.judge_client import check_bounds
+from neftune_dist.evaluation.judge_client import check_limits
 from neftune_dist.evaluation.win_rate import Judgement
 from neftune_dist.system import storage
 
-_PROMPT_CHARACTERS = 1500  # of its own, around an instruction and two answers
+_PROMPT_CHARACTERS = 1500  # of its prompt around an instruction and two answers
 _SET_SIZE = 805  # AlpacaEval's: its length-controlled rate knows their difficulties by number
 _KEYS = ("OPENAI_API_KEY", "OPENAI_API_KEYS")
 
@@ -31,8 +31,8 @@ def annotate(
     folder: Path,
     log: Callable[[str], None],
 ) -> list[Judgement]:
-    """A judgement of each pair (ours, theirs). Writes into `folder` the package's own cache, from
-    which another call goes on, and `alpaca_eval.json`: its win rates by its own functions.
+    """Judge each pair (ours, theirs). Write into `folder` the package's cache, from which another
+    call continues, and `alpaca_eval.json`: win rates by the package's own functions.
 
     Raises:
         UserError: the package, its annotator or the key is missing, or annotating failed.
@@ -43,7 +43,7 @@ def annotate(
         " " * _PROMPT_CHARACTERS + mine["instruction"] + mine["output"] + other["output"]
         for mine, other in pairs
     ]
-    check_bounds(config, prompts, 0, log)
+    check_limits(config, prompts, 0, log)
     try:
         annotator = package.annotators.PairwiseAnnotator(
             annotators_config=config.annotator, caching_path=folder / "annotations_cache.json"
@@ -54,7 +54,7 @@ def annotate(
             is_ordered=True,
             num_procs=config.num_parallel,
         )
-    except Exception as error:  # of whatever service the annotator asks
+    except Exception as error:  # of the annotator's service: any
         message = _clean(" ".join(str(error).split())[:300])
         raise UserError(
             f"The annotator {config.annotator} of alpaca_eval failed ({type(error).__name__}: "
@@ -86,7 +86,7 @@ def _package() -> Any:
             "pip install 'neftune-dist[alpaca-eval]'."
         ) from error
     finally:
-        logging.getLogger().setLevel(level)  # which it sets on import
+        logging.getLogger().setLevel(level)  # the package sets it on import
     return alpaca_eval
 
 
@@ -95,7 +95,7 @@ def _check_annotator(package: Any, name: str) -> None:
     file = folder / name / "configs.yaml"
     if not file.is_file():
         raise UserError(
-            f"judge.annotator={name} is none of alpaca_eval's; AlpacaEval 1 is alpaca_eval_gpt4, "
+            f"judge.annotator={name} is none of alpaca_eval's: AlpacaEval 1 is alpaca_eval_gpt4, "
             f"AlpacaEval 2 weighted_alpaca_eval_gpt4_turbo, the others are in {folder}."
         )
     if "openai_completions" in file.read_text() and not any(map(os.environ.get, _KEYS)):
@@ -129,14 +129,14 @@ def _metrics(package: Any, rows: list[dict[str, Any]], log: Callable[[str], None
 
 
 def _preference(value: Any) -> float | None:
-    """1 theirs .. 2 ours; None for what its parser gave up on."""
+    """1 theirs .. 2 ours; None where the package could not parse the reply."""
     if value is None or math.isnan(value) or not 1 <= value <= 2:
         return None
     return float(value)
 
 
 def _clean(text: str) -> str:
-    """Without any key that the package reads: the annotator's service may have quoted it."""
+    """The text without keys that the package reads: the service may have quoted them."""
     for name in os.environ:
         if name.endswith(("_KEY", "_KEYS", "_TOKEN")) and (value := os.environ[name]):
             for part in value.split(","):

@@ -1,15 +1,13 @@
-"""Answers to instructions: greedy, batched, padded on the left, continued where they were stopped.
+"""Greedy answers to instructions, in batches padded on the left; a stopped call is continued.
 
-A batch is a pure function of the prompts and `evaluate.batch_size`, and whole batches are dealt to
-ranks: their number does not change what is answered. Each rank appends the answers of a batch to a
-file of its own as soon as they are there; what was half written when a process died is dropped, and
-its batch answered again. The answer of a row is what its prompt would get alone, up to rounding.
+Batches depend on the prompts and `evaluate.batch_size` alone, and ranks share whole batches: the
+number of ranks changes no answer. Each rank appends a finished batch to its own file; a batch that
+was incomplete when a process died is answered again. An answer equals that to its prompt alone, up
+to rounding.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
-from neftune_dist.config import EvaluateConfig, UserError, match_schema, parse_json, with_checksum
+from neftune_dist.config import EvaluateConfig, UserError
 from neftune_dist.data import builtin
 from neftune_dist.distributed.world import World
 from neftune_dist.evaluation.instructions import Instruction
-from neftune_dist.evaluation.target import Subject
+from neftune_dist.evaluation.journal import Journal, read_rows
+from neftune_dist.evaluation.target import EvaluationTarget
 from neftune_dist.model.families import longest_document
 
 _PARTIAL = re.compile(r"answers\d*\.jsonl")  # of all ranks that ever worked on it
@@ -33,8 +31,13 @@ _PARTIAL = re.compile(r"answers\d*\.jsonl")  # of all ranks that ever worked on 
 
 @dataclass(frozen=True)
 class Generated:
-    """output: text without special tokens and white space around. num_tokens: generated, without
-    the one that ends. finished: False where the limit cut it."""
+    """One answer.
+
+    Attributes:
+        output: text, stripped, without special tokens.
+        num_tokens: generated, without the end token.
+        finished: False where the limit cut it.
+    """
 
     output: str
     num_tokens: int
@@ -42,7 +45,7 @@ class Generated:
 
 
 def answer_all(
-    subject: Subject,
+    target: EvaluationTarget,
     instructions: Sequence[Instruction],
     prompts: Sequence[list[int]],
     folder: Path,
@@ -50,56 +53,64 @@ def answer_all(
     *,
     checked: bool = False,
 ) -> list[dict[str, Any]]:
-    """The rows of answers.json, in the order of the instructions; on rank 0, none on others. A
-    collective of all ranks, who see the same folder.
+    """Answer all instructions: a collective of all ranks, which see the same folder.
 
     Args:
-        prompts: of the instructions, tokens.
-        checked: whether an answer is right or wrong by its reference.
+        target: the model.
+        instructions: what `answers.json` will hold, in order.
+        prompts: tokens of the instructions.
+        folder: for the answers so far, from which a second call continues.
+        world: the ranks.
+        checked: whether to mark answers right or wrong by their references.
+
+    Returns:
+        The rows of answers.json on rank 0, none on other ranks.
 
     Raises:
         UserError: a prompt longer than what the model takes, or a folder that cannot be written.
     """
-    config = subject.config.evaluate
+    config = target.config.evaluate
     with world.agree():
-        limit = longest_document(subject.model.config)
+        limit = longest_document(target.model.config)
         batches = _batches(prompts, config, limit)
         done = _read_partial(folder)
-    # Before any rank writes anew, all must have read what was there.
+    # All ranks must have read what is there before any of them appends.
     with world.agree():
         left = [batch for batch in batches if not all(i in done for i in batch)]
         mine = left[world.rank :: world.size]
-        file = _Appended(folder / f"answers{world.rank or ''}.jsonl")
+        journal = Journal(folder / f"answers{world.rank or ''}.jsonl")
     if done and left:
-        world.log(f"answers: {len(done)} of {len(prompts)} are there from before")
+        world.log(f"answers: {len(done)} of {len(prompts)} kept from an earlier call")
     with world.agree():
         answered, share = 0, sum(map(len, mine))
         of_all = f", this rank's share of {len(prompts)}" if share < len(prompts) else ""
         for batch in mine:
             rows = [prompts[i] for i in batch]
-            generated = generate(subject, rows, config, limit)
-            file.append([{"index": i, **vars(g)} for i, g in zip(batch, generated, strict=True)])
+            generated = generate(target, rows, config, limit)
+            journal.append([{"index": i, **vars(g)} for i, g in zip(batch, generated, strict=True)])
             answered += len(batch)
             world.log(f"answers: {answered} of {share}{of_all}")
-        file.close()
     if not world.is_first:
         return []
     done = _read_partial(folder)
     return [
-        _row(subject, instruction, done[i], checked) for i, instruction in enumerate(instructions)
+        _row(target, instruction, done[i], checked) for i, instruction in enumerate(instructions)
     ]
 
 
 def remove_partial(folder: Path) -> None:
-    """Take away what `answer_all` kept for a second call. Rank 0, when all is written elsewhere."""
+    """Remove the files from which `answer_all` continues. Rank 0, after answers.json is written."""
     for path in _partial(folder):
-        with suppress(OSError):  # it holds nothing that is not elsewhere
+        with suppress(OSError):  # answers.json has it all
             path.unlink()
 
 
 @torch.no_grad()
 def generate(
-    subject: Subject, prompts: Sequence[list[int]], config: EvaluateConfig, limit: int | None
+    target: EvaluationTarget,
+    prompts: Sequence[list[int]],
+    config: EvaluateConfig,
+    limit: int | None,
 ) -> list[Generated]:
     """Answers to prompts as one batch.
 
@@ -107,31 +118,22 @@ def generate(
         limit: most tokens of a prompt and its answer that the model takes; None: any.
     """
     width = max(map(len, prompts))
-    # Masked, padding decides nothing; but a transformers that does not exempt it punishes it as a
-    # repetition. So a row is padded with a token of its own, which is one anyway.
+    # The repetition penalty sees masked padding, too (transformers 5). So a row is padded with its
+    # first token, which counts as seen anyway.
     ids = torch.tensor([[row[0]] * (width - len(row)) + row for row in prompts])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
-    ends = subject.end_tokens
-    settings = transformers.GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=_room(width, config, limit),
-        repetition_penalty=float(config.repetition_penalty),
-        eos_token_id=ends or None,
-        pad_token_id=ends[0] if ends else 0,
+    out: Tensor = target.model.generate(
+        ids.to(target.device),
+        attention_mask=mask.to(target.device),
+        generation_config=target.generation_config(_room(width, config, limit)),
     )
-    out: Tensor = subject.model.generate(
-        ids.to(subject.device),
-        attention_mask=mask.to(subject.device),
-        generation_config=settings,
-    )
-    return [_generated(row, subject) for row in out[:, width:].tolist()]
+    return [_generated(row, target) for row in out[:, width:].tolist()]
 
 
-def _generated(tokens: list[int], subject: Subject) -> Generated:
-    ends = set(subject.end_tokens)
+def _generated(tokens: list[int], target: EvaluationTarget) -> Generated:
+    ends = set(target.end_tokens)
     length = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-    said = subject.tokenizer.decode(tokens[:length], skip_special_tokens=True).strip()
+    said = target.tokenizer.decode(tokens[:length], skip_special_tokens=True).strip()
     return Generated(said, length, finished=length < len(tokens))
 
 
@@ -144,14 +146,14 @@ def _room(length: int, config: EvaluateConfig, limit: int | None) -> int:
 def _batches(
     prompts: Sequence[list[int]], config: EvaluateConfig, limit: int | None
 ) -> list[list[int]]:
-    """Indices of prompts of like length, the longest first: what does not fit into memory shows at
-    once. A prompt that leaves the model no room for a full answer is answered by itself, so that
-    it shortens no other's."""
+    """Indices of prompts of similar length, longest first, so that too large a batch fails at once.
+
+    A prompt without room for a full answer forms its own batch: it shortens no other answer."""
     for i, prompt in enumerate(prompts):
         if limit is not None and len(prompt) >= limit:
             raise UserError(
-                f"Instruction {i + 1} has {len(prompt)} tokens, and the model takes {limit} with "
-                "its answer: leave it out."
+                f"Instruction {i + 1} has {len(prompt)} tokens, and the model takes {limit} "
+                "with the answer: remove it."
             )
     lengths = [len(prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: (-lengths[i], i))
@@ -161,65 +163,30 @@ def _batches(
 
 
 def _row(
-    subject: Subject, instruction: Instruction, done: dict[str, Any], checked: bool
+    target: EvaluationTarget, instruction: Instruction, done: Generated, checked: bool
 ) -> dict[str, Any]:
-    expected, said = instruction.reference, done["output"]
+    expected, said = instruction.reference, done.output
     correct = builtin.exact_match(said, expected) if checked and expected is not None else None
     return {
         "instruction": instruction.text,
         "output": said,
-        "generator": subject.name,
+        "generator": target.name,
         "dataset": instruction.dataset,
         "reference": expected,
-        "num_tokens": done["num_tokens"],
-        "finished": done["finished"],
+        "num_tokens": done.num_tokens,
+        "finished": done.finished,
         "correct": correct,
     }
 
 
 def _partial(folder: Path) -> list[Path]:
-    return sorted(each for each in folder.iterdir() if _PARTIAL.fullmatch(each.name))
+    return sorted(path for path in folder.iterdir() if _PARTIAL.fullmatch(path.name))
 
 
-def _read_partial(folder: Path) -> dict[int, dict[str, Any]]:
-    """What was answered before, by the instruction's index; less a line that was cut short."""
-    done: dict[int, dict[str, Any]] = {}
-    for path in _partial(folder):
-        for line in path.read_bytes().splitlines(keepends=True):
-            if line.endswith(b"\n"):
-                try:
-                    row = parse_json(line, {"index": int})
-                    index = row.pop("index")
-                    done[index] = vars(match_schema(row, Generated))
-                except ValueError:
-                    continue  # damaged: it is answered again
-    return done
-
-
-class _Appended:
-    """A file of lines, to which whole batches are added."""
-
-    def __init__(self, path: Path) -> None:
-        self._what = f"{path} cannot be written"
-        try:
-            self._file = path.open("ab+")
-            self._file.seek(0)
-            content = self._file.read()
-            self._file.truncate(content.rfind(b"\n") + 1)  # a line that was cut short
-        except OSError as error:
-            raise UserError(f"{self._what}: {error.strerror or error}.") from error
-
-    def append(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Put rows on the disk."""
-        try:
-            self._file.write(
-                "".join(json.dumps(with_checksum(row)) + "\n" for row in rows).encode()
-            )
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise UserError(f"{self._what}: {error.strerror or error}.") from error
-
-    def close(self) -> None:
-        """Nothing is added any more."""
-        self._file.close()
+def _read_partial(folder: Path) -> dict[int, Generated]:
+    """Answers by the instruction's index; damaged lines are left out and answered again."""
+    form = {"index": int, "output": str, "num_tokens": int, "finished": bool}
+    rows = [row for path in _partial(folder) for row in read_rows(path, form)]
+    return {
+        row["index"]: Generated(row["output"], row["num_tokens"], row["finished"]) for row in rows
+    }

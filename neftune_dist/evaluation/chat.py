@@ -1,9 +1,8 @@
 """`neftune-dist chat`: talk to one model in the terminal, or to two side by side.
 
-Owns the lines that a person types and how answers are shown. Each model keeps a conversation of its
-own, in its run's template, and answers as `neftune-dist evaluate` has it answer: greedily, with the
-same penalty on repetitions. From a pipe, each line is a question. What a model says is not trusted:
-control characters, which a terminal would obey, are not printed.
+Each model has its own conversation, in its run's template, and answers as `neftune-dist evaluate`
+has it answer: greedily, with the same repetition penalty. From a pipe, every line is a question.
+Answers are not trusted: control characters, which a terminal would obey, are not printed.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import transformers
 from neftune_dist.config import UserError
 from neftune_dist.data.errors import BadRow
 from neftune_dist.data.formats import Turn
-from neftune_dist.evaluation.target import Subject, open_subject
+from neftune_dist.evaluation.target import EvaluationTarget, open_target
 from neftune_dist.model.families import context_length
 
 with suppress(ImportError):  # of systems without it; it gives `input` a history and its keys
@@ -35,90 +34,97 @@ _HELP = (
     "Ctrl-C stops an answer, Ctrl-D ends."
 )
 STOPPED = "[stopped]"
-_LEAST_COLUMN = 32  # characters, below which answers stand one behind the other
+_LEAST_COLUMN = 32  # characters; in narrower terminals one answer follows the other
 _GAP = " | "
 _INTERRUPTED = 130  # as shells have it
 
 
 def chat(names: Sequence[str], settings: Sequence[str], *, temperature: float = 0.0) -> int:
-    """Talk until the input ends; the exit code.
+    """Chat until the input ends; return the exit code.
 
     Args:
-        names: one or two of what `open_subject` opens. settings: `key=value` words, for each.
+        names: one or two that `open_target` opens.
+        settings: `key=value` words, for both.
         temperature: of sampling; 0: greedy.
 
     Raises:
-        UserError: there is no such subject, or it has no template to talk in.
+        UserError: there is no such model, or it has no chat template.
     """
     if len(names) > 2:
-        raise UserError(f"chat takes one subject or two, not {len(names)}: {', '.join(names)}.")
+        raise UserError(f"chat takes one model or two, not {len(names)}: {', '.join(names)}.")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise UserError(f"--temperature={temperature} is not 0 or more.")
     speakers = []
     try:
-        for subject in [open_subject(name, settings=settings) for name in names]:
+        for target in [open_target(name, settings=settings) for name in names]:
             if sys.stdin.isatty():
-                print(f"loading {subject.name}", flush=True)
-            speakers.append(Speaker.of(subject, temperature))
+                print(f"loading {target.name}", flush=True)
+            speakers.append(Speaker.of(target, temperature))
     except KeyboardInterrupt:
         return _INTERRUPTED
     if sys.stdin.isatty():
         print(_HELP, flush=True)
     for speaker in speakers:
         if not speaker.remembers:
-            _mistake(f"{speaker.name} has a template of one question: it forgets the ones before.")
+            _mistake(f"The template of {speaker.name} takes one question: it forgets earlier ones.")
     return _talk(speakers)
 
 
 @dataclass
 class Speaker:
-    """A model and its side of the talk.
+    """A model and its conversation.
 
-    remembers: whether its template has a place for earlier questions and answers.
+    Attributes:
+        name: printed above its answers.
+        target: the model.
+        temperature: of sampling; 0: greedy.
+        remembers: whether its template takes earlier questions and answers.
+        system: the system prompt, if any.
+        turns: earlier questions and answers.
     """
 
     name: str
-    subject: Subject
+    target: EvaluationTarget
     temperature: float
     remembers: bool
     system: list[Turn] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
 
     @classmethod
-    def of(cls, subject: Subject, temperature: float) -> Speaker:
+    def of(cls, target: EvaluationTarget, temperature: float) -> Speaker:
         """Loads the model. Raises `UserError` where its template cannot express a question."""
         question = Turn("user", "And?")
         try:
-            subject.template.reply_ids([question])
+            target.template.reply_ids([question])
         except BadRow as error:
-            raise UserError(f"{subject.name} cannot be asked: {error}.") from error
+            raise UserError(f"{target.name} cannot be asked: {error}.") from error
         remembers = True
         try:
-            subject.template.reply_ids([question, Turn("assistant", "Yes."), question])
+            target.template.reply_ids([question, Turn("assistant", "Yes."), question])
         except BadRow:
             remembers = False
-        subject.model  # noqa: B018 (loaded before the first question)
-        alpha = "" if subject.alpha is None else f" (alpha {subject.alpha:g})"
-        return cls(subject.name + alpha, subject, temperature, remembers)
+        target.model  # noqa: B018 (loaded before the first question)
+        alpha = "" if target.alpha is None else f" (alpha {target.alpha:g})"
+        return cls(target.name + alpha, target, temperature, remembers)
 
     def system_of(self, text: str) -> list[Turn]:
-        """A system prompt, none of an empty text. Raises `BadRow` where the template has no place
-        for it."""
+        """The text as a system prompt; none if empty. Raises `BadRow` where the template takes
+        none."""
         system = [Turn("system", text)] if text else []
-        self.subject.template.reply_ids([*system, Turn("user", "And?")])
+        self.target.template.reply_ids([*system, Turn("user", "And?")])
         return system
 
     def answer(self, question: str, show: Callable[[str], None]) -> Answer:
-        """What the model says, shown piece by piece, and kept with the question.
+        """Answer a question, showing the text as it comes, and keep both as turns.
 
         Raises:
             BadRow: the template cannot express the conversation, or the model has no room for it.
         """
         earlier = self.turns if self.remembers else []
         turns = [*earlier, Turn("user", question)]
-        template, model = self.subject.template, self.subject.model
+        template, model = self.target.template, self.target.model
         ids = template.reply_ids([*self.system, *turns])
-        most, limit = self.subject.config.evaluate.max_new_tokens, "evaluate.max_new_tokens"
+        most, limit = self.target.config.evaluate.max_new_tokens, "evaluate.max_new_tokens"
         longest = context_length(model.config)
         if longest is not None:
             if len(ids) >= longest:
@@ -128,7 +134,7 @@ class Speaker:
                 )
             if longest - len(ids) < most:
                 most, limit = longest - len(ids), "the model takes no more"
-        pieces = _Pieces(self.subject.tokenizer, set(self.subject.end_tokens), show)
+        pieces = _Pieces(self.target.tokenizer, set(self.target.end_tokens), show)
         remark = ""
         try:
             self._generate(ids, most, pieces)
@@ -143,17 +149,10 @@ class Speaker:
 
     @torch.no_grad()
     def _generate(self, ids: list[int], most: int, pieces: _Pieces) -> None:
-        ends = self.subject.end_tokens
         sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0}
-        settings = transformers.GenerationConfig(
-            **(sampling if self.temperature else {"do_sample": False}),
-            max_new_tokens=most,
-            repetition_penalty=float(self.subject.config.evaluate.repetition_penalty),
-            eos_token_id=ends or None,
-            pad_token_id=ends[0] if ends else 0,
-        )
-        given = torch.tensor([ids], device=self.subject.device)
-        self.subject.model.generate(
+        settings = self.target.generation_config(most, **(sampling if self.temperature else {}))
+        given = torch.tensor([ids], device=self.target.device)
+        self.target.model.generate(
             given,
             attention_mask=torch.ones_like(given),
             generation_config=settings,
@@ -162,23 +161,26 @@ class Speaker:
 
 
 class Answer(NamedTuple):
-    """text: without white space around. remark: why it is not whole, if it is not."""
+    """text: stripped. remark: why the answer is incomplete; else empty."""
 
     text: str
     remark: str
 
 
 class _Pieces(transformers.TextStreamer):
-    """The text of the tokens, shown as soon as whole words are there.
+    """Shows whole words as soon as their tokens are there.
 
-    texts: shown so far. ended: whether the model ended the answer itself.
+    Attributes:
+        texts: shown so far.
+        num_tokens: of the answer.
+        ended: whether the model ended the answer itself.
     """
 
     def __init__(self, tokenizer: Any, ends: set[int], show: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._ends, self._show = ends, show
         self.texts: list[str] = []
-        self.num_tokens, self.ended = -1, False  # what comes first is the prompt
+        self.num_tokens, self.ended = -1, False  # the prompt comes first
 
     def put(self, value: Any) -> None:
         self.num_tokens += 1
@@ -186,7 +188,7 @@ class _Pieces(transformers.TextStreamer):
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        said = "".join(each if each.isprintable() or each in "\n\t" else "\ufffd" for each in text)
+        said = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
         if not self.texts:
             said = said.lstrip()
         if said:
@@ -248,8 +250,8 @@ def _ask(speakers: list[Speaker], question: str) -> None:
 
 
 def side_by_side(names: Sequence[str], texts: Sequence[str], width: int) -> list[str]:
-    """The lines of texts under their names, in columns where `width` characters have room for
-    them, else one text behind the other."""
+    """Texts under their names, in columns if `width` characters have room, else one after the
+    other."""
     column = (width - len(_GAP) * (len(names) - 1)) // len(names)
     if column < _LEAST_COLUMN:
         return [

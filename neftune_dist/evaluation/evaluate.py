@@ -1,16 +1,15 @@
 """`neftune-dist evaluate`: losses, answers and their statistics, abilities, judged quality.
 
-Puts the parts together: what can be refused is refused before the model is read, what may fail late
-comes last, and each part is written and told as soon as it is there. Every rank holds the whole
-model, which must fit one device; documents and prompts are shared out, and the figures are those of
-one process.
+Mistakes are refused before the model is loaded; each part is written and logged as soon as it is
+complete. Every rank holds the whole model, which must fit on one device. Ranks share the documents
+and prompts; the figures do not depend on their number.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -33,10 +32,11 @@ from neftune_dist.evaluation.instructions import (
 )
 from neftune_dist.evaluation.judge import compare
 from neftune_dist.evaluation.losses import Losses, document_losses
-from neftune_dist.evaluation.results import Results, told
-from neftune_dist.evaluation.target import Subject, open_subject
+from neftune_dist.evaluation.results import Results, lines
+from neftune_dist.evaluation.target import EvaluationTarget, open_target
 from neftune_dist.evaluation.tasks import TaskWord, read_words, run_tasks
 from neftune_dist.evaluation.win_rate import pair, read_answers, win_rate
+from neftune_dist.training.held_out import held_out_figures
 
 
 def evaluate(
@@ -47,20 +47,24 @@ def evaluate(
     settings: Sequence[str] = (),
     output: Path | None = None,
 ) -> int:
-    """Evaluate a subject (see `open_subject`) into a folder; the exit code. Call it on every rank.
+    """Evaluate a model and return the exit code. Call it on every rank.
 
     Args:
-        output: default: `evaluations/step_00000020` in the run's directory.
+        name: what `open_target` opens.
+        step: of the run's checkpoint; None: the newest.
+        config_file: of a model that belongs to no run.
+        settings: `key=value` words.
+        output: results folder; None: `evaluations/step_00000020` in the run's directory.
 
     Raises:
-        UserError: nothing to evaluate, or a part that cannot be had; those before it are written.
+        UserError: there is nothing to evaluate, or a part failed; the parts before it are written.
     """
     stop = StopSignal()
     world = World(stop)
     try:
         with stop.at_once():
-            subject = world.local_rank_zero_first(
-                lambda: open_subject(
+            target = world.local_rank_zero_first(
+                lambda: open_target(
                     name,
                     step=step,
                     config_file=config_file,
@@ -69,7 +73,7 @@ def evaluate(
                     part=(world.rank, world.size),
                 )
             )
-            evaluation = _Evaluation(subject, output, world)
+            evaluation = _Evaluation(target, output, world)
             try:
                 evaluation.run()
             finally:
@@ -87,31 +91,31 @@ def evaluate(
 class _Evaluation:
     """One call. Its methods are collectives of all ranks."""
 
-    def __init__(self, subject: Subject, output: Path | None, world: World) -> None:
-        self.subject, self.config, self.world = subject, subject.config, world
+    def __init__(self, target: EvaluationTarget, output: Path | None, world: World) -> None:
+        self.target, self.config, self.world = target, target.config, world
         evaluate, data = self.config.evaluate, self.config.data
         self.dataset: Dataset | None = None
         with world.agree():
-            self.folder = output or _default_folder(subject)
+            self.folder = output or _default_folder(target)
             asked = evaluate.instructions not in (None, HELD_OUT)
             if not (data.holds_out or evaluate.train_documents or asked or evaluate.tasks):
                 raise UserError(
-                    f"There is nothing to evaluate {subject.name} on: set data.num_held_out, "
+                    f"There is nothing to evaluate {target.name} on: set data.num_held_out, "
                     "evaluate.train_documents, evaluate.instructions=FILE or evaluate.tasks."
                 )
             self.tasks = read_words(evaluate.tasks, evaluate.max_task_items)
         if data.holds_out or evaluate.train_documents:
-            tokenizer = subject.tokenizer
+            tokenizer = target.tokenizer
             self.dataset = world.local_rank_zero_first(lambda: prepare(data, tokenizer, world.log))
         with world.agree():
             self.instructions = self._instructions()
             self.prompts = self._prompts()
             self.theirs = self._answers_to_beat()
-        self.results = Results(self.folder, subject, world)
+        self.results = Results(self.folder, target, world)
 
     def run(self) -> None:
         """All parts that are asked for."""
-        self.world.log(f"evaluate: {self.subject.name}, into {self.folder}")
+        self.world.log(f"evaluate: {self.target.name}, into {self.folder}")
         if self.dataset is not None:
             self._losses(self.dataset)
         if self.prompts:
@@ -130,11 +134,11 @@ class _Evaluation:
         found, of_all = read_instructions(name, number)
         if len(found) < of_all:
             self.world.log(
-                f"answers: to the first {len(found)} of {of_all} instructions "
+                f"answers: the first {len(found)} of {of_all} instructions "
                 "(evaluate.max_instructions)"
             )
-        if any(each.conversation.num_left_out for each in found):
-            self.world.log("answers: of several turns, to the first")
+        if any(i.conversation.num_left_out for i in found):
+            self.world.log("answers: only the first turn of a conversation is asked")
         return found
 
     def _prompts(self) -> list[list[int]]:
@@ -144,7 +148,7 @@ class _Evaluation:
             text_statistics.check_installed()
         for i, instruction in enumerate(self.instructions):
             try:
-                prompts.append(self.subject.template.prompt_ids(instruction.conversation))
+                prompts.append(self.target.template.prompt_ids(instruction.conversation))
             except BadRow as error:
                 raise UserError(f"Instruction {i + 1} cannot be asked: {error}.") from error
         return prompts
@@ -158,31 +162,30 @@ class _Evaluation:
                 f"judge.reference={reference} has no effect without instructions to answer."
             )
         theirs = read_answers(user_path(reference, "judge.reference"))
-        # Whether they go together shows before hours of answering.
-        pair([{"instruction": each.text} for each in self.instructions], theirs)
+        # A mismatch is refused before hours of answering.
+        pair([{"instruction": i.text} for i in self.instructions], theirs)
         return theirs
 
     def _load(self) -> Any:
         with self.world.agree():
-            return self.subject.model
+            return self.target.model
 
-    def _has(self, part: str, settings: dict[str, Any]) -> bool:
-        if not self.results.has(part, settings):
-            return False
-        self.world.log(f"{part}: there from before")
-        self._tell(part)
-        return True
-
-    def _put(
-        self, part: str, settings: dict[str, Any], figures: dict[str, Any], items: dict[str, Any]
+    def _part(
+        self,
+        part: str,
+        settings: dict[str, Any],
+        compute: Callable[[], tuple[dict[str, Any], dict[str, Any]]],
+        *,
+        keep: bool = True,
     ) -> None:
-        with self.world.agree():
-            if self.world.is_first:
+        """Compute a part's figures and items and write them, unless they are there."""
+        if keep and self.results.has(part, settings):
+            self.world.log(f"{part}: kept from an earlier evaluation")
+        else:
+            figures, items = compute()
+            with self.world.agree():
                 self.results.put(part, settings, figures, items)
-        self._tell(part)
-
-    def _tell(self, part: str) -> None:
-        for line in told(part, self.results.summary[part]) if self.world.is_first else ():
+        for line in lines(part, self.results.summary[part]) if self.world.is_first else ():
             self.world.log(line)
 
     def _losses(self, dataset: Dataset) -> None:
@@ -200,66 +203,62 @@ class _Evaluation:
             "model.dtype": self.config.model.dtype,
             "noise": noise if numbers["train"] else None,
         }
-        if self._has("losses", settings):
-            return
-        model = self._load()
 
-        def taken(what: str, part: str, noisy: bool = False) -> Losses | None:
-            if not numbers[part]:
-                return None
-            return document_losses(
-                model,
-                dataset.held_out if part == "held_out" else dataset.train,
-                chosen[part],
-                self.config,
-                self.world,
-                noisy=noisy,
-                progress=partial(self._progress, what),
-            )
+        def compute() -> tuple[dict[str, Any], dict[str, Any]]:
+            model, found = self._load(), {}
+            for name, part in (
+                ("held_out", "held_out"),
+                ("train", "train"),
+                ("train_noisy", "train"),
+            ):
+                if numbers[part]:
+                    found[name] = document_losses(
+                        model,
+                        dataset.held_out if part == "held_out" else dataset.train,
+                        chosen[part],
+                        self.config,
+                        self.world,
+                        noisy=name == "train_noisy",
+                        progress=partial(self._log_progress, f"losses, {name.replace('_', ' ')}"),
+                    )
+            return _loss_figures(found), {name: losses.items() for name, losses in found.items()}
 
-        held_out = taken("held-out loss", "held_out")
-        train = taken("training loss", "train")
-        noisy = taken("training loss with noise", "train", noisy=True)
-        named = {"held_out": held_out, "train": train, "train_noisy": noisy}
-        items = {name: losses.items() for name, losses in named.items() if losses}
-        self._put("losses", settings, _loss_figures(held_out, train, noisy), items)
+        self._part("losses", settings, compute)
 
-    def _progress(self, what: str, line: str) -> None:
-        self.world.log(f"{what}: {line}")
+    def _log_progress(self, name: str, line: str) -> None:
+        self.world.log(f"{name}: {line}")
 
     def _answers(self) -> None:
-        evaluate, folder = self.config.evaluate, self.folder
+        evaluate = self.config.evaluate
         settings = {
-            "prompts": _digest([self.prompts, [each.reference for each in self.instructions]]),
+            "prompts": _digest([self.prompts, [i.reference for i in self.instructions]]),
             "evaluate.max_new_tokens": evaluate.max_new_tokens,
             "evaluate.repetition_penalty": evaluate.repetition_penalty,
             "model.dtype": self.config.model.dtype,
         }
         self.results.begin_answers(settings)
-        if self._has("answers", settings):
-            if self.world.is_first:
-                remove_partial(folder)
-            return
-        self._load()
-        checked = evaluate.instructions == HELD_OUT and checkable(self.config)
-        rows = answer_all(
-            self.subject, self.instructions, self.prompts, folder, self.world, checked=checked
-        )
-        figures: dict[str, Any] = {}
-        values: dict[str, Any] = {}
-        with self.world.agree():
-            if self.world.is_first:
-                self.results.put_answers(rows)
-                values = text_statistics.per_answer(rows)
-                right = [row["correct"] for row in rows if row["correct"] is not None]
-                figures = {
-                    "num": len(rows),
-                    "exact_match": sum(right) / len(right) if right else None,
-                    **text_statistics.statistics(rows, values),
-                }
-        self._put("answers", settings, figures, {"answers": values})
+        self._part("answers", settings, self._compute_answers)
         if self.world.is_first:
-            remove_partial(folder)
+            remove_partial(self.folder)
+
+    def _compute_answers(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        self._load()
+        checked = self.config.evaluate.instructions == HELD_OUT and checkable(self.config)
+        rows = answer_all(
+            self.target, self.instructions, self.prompts, self.folder, self.world, checked=checked
+        )
+        with self.world.agree():
+            if not self.world.is_first:
+                return {}, {}
+            self.results.put_answers(rows)
+            values = text_statistics.per_answer(rows)
+            right = [row["correct"] for row in rows if row["correct"] is not None]
+            figures = {
+                "num": len(rows),
+                "exact_match": sum(right) / len(right) if right else None,
+                **text_statistics.statistics(rows, values),
+            }
+        return figures, {"answers": values}
 
     def _tasks(self, words: list[TaskWord]) -> None:
         evaluate = self.config.evaluate
@@ -268,44 +267,42 @@ class _Evaluation:
             "evaluate.max_task_items": evaluate.max_task_items,
             "model.dtype": self.config.model.dtype,
         }
-        if self._has("tasks", settings):
-            return
-        model, tokenizer = self._load(), self.subject.tokenizer
-        with self.world.agree():
-            found = run_tasks(model, tokenizer, evaluate, self.world.log, self.world)
-        items = {name: result.correct for name, result in found.items()}
-        figures = {name: asdict(result) for name, result in found.items()}
-        for result in figures.values():
-            del result["correct"]
-        self._put("tasks", settings, figures, {"tasks": items})
+
+        def compute() -> tuple[dict[str, Any], dict[str, Any]]:
+            model, tokenizer = self._load(), self.target.tokenizer
+            with self.world.agree():
+                found = run_tasks(model, tokenizer, evaluate, self.world.log, self.world)
+            figures = {name: asdict(result) for name, result in found.items()}
+            return figures, {"tasks": {name: f.pop("correct") for name, f in figures.items()}}
+
+        self._part("tasks", settings, compute)
 
     def _judge(self, theirs: list[dict[str, Any]]) -> None:
-        """Always anew: what was asked of the judge before is in the folder, and costs nothing."""
-        figures: dict[str, Any] = {}
-        items: dict[str, Any] = {}
-        with self.world.agree():
-            if self.world.is_first:
+        """Always run again: the judge's replies are cached in the folder and cost nothing."""
+
+        def compute() -> tuple[dict[str, Any], dict[str, Any]]:
+            with self.world.agree():
+                if not self.world.is_first:
+                    return {}, {}
                 ours = self.results.read("answers.json")
                 judgements = compare(ours, theirs, self.config.judge, self.folder, self.world.log)
-                figures = win_rate(judgements).to_dict()
-                items = {"judge": [each.preference for each in judgements]}
-        self._put("judge", {"judge.reference": self.config.judge.reference}, figures, items)
+            return win_rate(judgements).to_dict(), {"judge": [j.preference for j in judgements]}
+
+        settings = {"judge.reference": self.config.judge.reference}
+        self._part("judge", settings, compute, keep=False)
 
 
-def _default_folder(subject: Subject) -> Path:
-    if subject.run_dir is None or subject.checkpoint is None:
-        raise UserError(f"{subject.name} is no run: say with --output DIR where its results go.")
-    return subject.run_dir / "evaluations" / subject.checkpoint.folder.name
+def _default_folder(target: EvaluationTarget) -> Path:
+    if target.run_dir is None or target.checkpoint is None:
+        raise UserError(f"{target.name} is no run, so its results need a folder: --output DIR.")
+    return target.run_dir / "evaluations" / target.checkpoint.folder.name
 
 
-def _loss_figures(
-    held_out: Losses | None, train: Losses | None, noisy: Losses | None
-) -> dict[str, Any]:
+def _loss_figures(found: dict[str, Losses]) -> dict[str, Any]:
+    held_out, train, noisy = (found.get(name) for name in ("held_out", "train", "train_noisy"))
+    sizes = (len(held_out.sums), sum(held_out.num_tokens)) if held_out else (0, 0)
     return {
-        "held_out_loss": held_out and held_out.mean,
-        "perplexity": held_out and held_out.perplexity,
-        "num_documents": len(held_out.sums) if held_out else 0,
-        "num_supervised_tokens": sum(held_out.num_tokens) if held_out else 0,
+        **held_out_figures(held_out.mean if held_out else None, *sizes),
         "train_loss": train and train.mean,
         "train_loss_noisy": noisy and noisy.mean,
         "num_train_documents": len(train.sums) if train else 0,

@@ -1,6 +1,6 @@
-"""What a model is asked to answer: held-out conversations, or the rows of a file.
+"""Instructions for the model to answer: held-out conversations, or the rows of a file.
 
-Owns the recognition of instruction sets, row by row:
+The kind of a file's row is recognised by its fields:
 
     instruction (or Instruction), input?, output?, dataset?   AlpacaEval and its outputs, WizardLM's
                                                               and Evol's test sets, Alpaca's rows
@@ -8,8 +8,8 @@ Owns the recognition of instruction sets, row by row:
                                                               asked; Vicuna's later form
     text, question_id                                         Vicuna's first form
 
-A row's `output` is the expected answer, unless the row names a `generator`: then it is what some
-other model said. A row that cannot be asked is a `UserError`: a set with holes compares with none.
+A row's `output` is the expected answer, unless the row names a `generator`: then it is another
+model's. A row that cannot be asked is a `UserError`: an incomplete set could not be compared.
 """
 
 from __future__ import annotations
@@ -31,14 +31,20 @@ from neftune_dist.data.split import sample
 
 HELD_OUT = "held_out"
 KEY = "evaluate.instructions"
-# Templates are asked for the prompt in front of an answer, so there must be one.
+# `prompt_ids` renders the prompt in front of an answer, so there must be one.
 _SOME_ANSWER = Turn("assistant", ".")
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One question. text: what the user says, as result files have it. dataset: what it is of.
-    reference: the expected answer, where there is one."""
+    """One question.
+
+    Attributes:
+        conversation: rendered by the template.
+        text: the question as result files have it.
+        dataset: the set or group it belongs to.
+        reference: the expected answer; None without one.
+    """
 
     conversation: Conversation
     text: str
@@ -47,8 +53,8 @@ class Instruction:
 
 
 def held_out_instructions(dataset: Dataset, number: int) -> list[Instruction]:
-    """Up to `number` held-out conversations (0: all) that begin with different words, of all
-    sources, with their first answers; plain texts, which ask nothing, are passed over."""
+    """Up to `number` held-out conversations (0: all) with different openings, of all sources, and
+    their first answers; plain texts are left out."""
     conversations = dataset.held_out_conversations
 
     def opening(i: int) -> str | None:
@@ -89,8 +95,8 @@ def read_instructions(name: str, number: int) -> tuple[list[Instruction], int]:
 
 
 def checkable(config: Config) -> bool:
-    """Whether an answer to a held-out instruction is right or wrong: the built-in set's are."""
-    sources = {each.source for each in config.data.sources.values()}
+    """Whether held-out answers can be marked right or wrong: those of the built-in set."""
+    sources = {entry.source for entry in config.data.sources.values()}
     return sources == {BUILTIN_SOURCE} and not config.data.held_out_source
 
 

@@ -1,8 +1,7 @@
-"""Two sets of answers compared by a judge: a model at an endpoint, or one of alpaca_eval's.
+"""A judge compares two sets of answers: a model at an endpoint, or an alpaca_eval annotator.
 
-Owns the question, how its answer is read, and `judgements.jsonl`. Both orders of every two answers
-are asked, since judges prefer positions; what cannot be read as a verdict is no preference, never a
-win. Equal answers are a tie and are not asked about.
+The endpoint's judge is asked about every pair in both orders, since judges prefer positions. A
+reply without a verdict is no preference, never a win. Equal answers are a tie and are not sent.
 """
 
 from __future__ import annotations
@@ -53,17 +52,20 @@ def compare(
     folder: Path,
     log: Callable[[str], None],
 ) -> list[Judgement]:
-    """A judgement of each of our answers, in order, against theirs to the same instruction.
+    """Judge each of our answers, in order, against theirs to the same instruction.
 
     Args:
-        ours, theirs: rows of `answers.json`: `instruction` and `output`.
-        folder: takes `requests.jsonl`, every answer of the judge as it comes, from which another
-            call goes on, and at the end `judgements.jsonl`.
+        ours: rows of `answers.json`: `instruction` and `output`.
+        theirs: the same, of the other model.
+        config: which judge, its limits.
+        folder: for `requests.jsonl`, the judge's replies as they come, from which another call
+            continues, and `judgements.jsonl`.
+        log: called with lines of progress.
 
     Raises:
         UserError: the sets are over different instructions, no judge is configured, its key is
-            missing, it is down or refuses, it would cost more than was allowed, or the folder
-            cannot be written.
+            missing, it is down or refuses, the cost is above a limit, or the folder cannot be
+            written.
     """
     if not (config.url or config.annotator):
         raise UserError(
@@ -78,7 +80,7 @@ def compare(
         judgements = alpaca_annotators.annotate(pairs, config, folder, log)
     else:
         judgements = _judged(pairs, config, folder, log)
-    lines = [json.dumps(asdict(each)) + "\n" for each in judgements]
+    lines = [json.dumps(asdict(judgement)) + "\n" for judgement in judgements]
     with storage.writing(str(folder)):
         storage.write(folder / "judgements.jsonl", "".join(lines))
     return judgements
@@ -94,7 +96,7 @@ def _judged(
     for mine, other in pairs:
         if mine["output"] != other["output"]:
             shown = (other["output"], mine["output"])
-            prompts += [_prompt(mine["instruction"], *each) for each in (shown, shown[::-1])]
+            prompts += [_prompt(mine["instruction"], *both) for both in (shown, shown[::-1])]
     replies = ask(config, prompts, folder, log)
     verdicts = iter([_verdict(replies[prompt]) for prompt in prompts])
     failed = iter([replies[prompt] is None for prompt in prompts])
@@ -132,8 +134,9 @@ def _prompt(instruction: str, first: str, second: str) -> str:
 
 
 def _verdict(reply: Reply | None) -> float | None:
-    """How much better the first answer shown is, 0 .. 1: the last line must be a verdict and
-    nothing else, and no other line one that contradicts it."""
+    """How much better the first answer shown is, 0 .. 1; None without a clear verdict.
+
+    The last line must be a verdict and nothing else, and no other line may contradict it."""
     if reply is None:
         return None
     lines = [line for line in reply.text.splitlines() if line.strip()]
@@ -152,5 +155,5 @@ def _warn(replies: Mapping[str, Reply | None], log: Callable[[str], None]) -> No
         cut = sum(reply.cut for reply in unparsed)
         log(
             f"judge: {len(unparsed):,} of {len(answered):,} answers hold no verdict and count as "
-            f"none" + (f"; {cut:,} were cut at judge.max_answer_tokens" if cut else "")
+            f"undecided" + (f"; {cut:,} were cut at judge.max_answer_tokens" if cut else "")
         )

@@ -1,8 +1,8 @@
-"""lm-eval, around a model that is in memory: its only home here, imported when tasks are asked for.
+"""lm-eval for a model in memory: the only module that imports it, loaded when tasks are asked for.
 
-Everything that decides a score is lm-eval's: prompts, examples, the tokens on both sides of the
-border between context and answer, BOS, and cutting on the left what is too long. Owned here:
-sharing requests over ranks, one line of progress at a time, and what lm-eval passes over silently.
+lm-eval decides every score: prompts, examples, tokenization at the border between context and
+answer, BOS, truncation on the left. Added here: ranks share the requests, progress is logged, and
+mistakes that lm-eval ignores are refused.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _SPLIT = "test"
 _NO_SPLITS = dict.fromkeys(("training_split", "validation_split", "fewshot_split"))
 
 
-class Harness:
-    """One model, and the tasks that it is given one after another."""
+class TaskRunner:
+    """Runs one task after another on one model."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class Harness:
                 f"evaluate.tasks: {word.file} does not hold what lm-eval's {word.task} reads: "
                 f"{reason}."
                 if word.file
-                else f"evaluate.tasks: the items of {word.task} could not be had from the hub: "
+                else f"evaluate.tasks: the items of {word.task} could not be loaded from the hub: "
                 f"{reason}; a local file may take their place: {word.name}=FILE."
             ) from error
         return dict(sorted(tasks.items()))
@@ -110,14 +110,14 @@ class Harness:
             [(name, values)] = by_task.items()
             others = {
                 key: score
-                for key, each in values.items()
+                for key, of_items in values.items()
                 if key != metric
-                and isinstance(score := tasks[name].aggregation()[key](each), float | int)
+                and isinstance(score := tasks[name].aggregation()[key](of_items), float | int)
             }
         else:
-            others = {name: sum(each) / len(each) for name, each in correct.items()}
+            others = {name: sum(of_items) / len(of_items) for name, of_items in correct.items()}
         return TaskResult.of(
-            [value for each in correct.values() for value in each],
+            [value for of_items in correct.values() for value in of_items],
             metric=metric,
             num_shots=max(task.get_config("num_fewshot") for task in tasks.values()),
             num_truncated=self._lm.num_truncated,
@@ -127,7 +127,7 @@ class Harness:
 
 @cache
 def _manager() -> TaskManager:
-    """It reads the settings of all tasks that lm-eval has: seconds."""
+    """lm-eval's index of all its tasks; reading it takes seconds."""
     return TaskManager()
 
 
@@ -136,7 +136,7 @@ def _local(word: TaskWord, settings: Any) -> dict[str, Any]:
     rows = word.rows
     own = {"task": word.name, "custom_dataset": lambda **_: {_SPLIT: _dataset(rows)}}
     nowhere = dict.fromkeys(("dataset_path", "dataset_name", "dataset_kwargs", "metadata"))
-    kept = {key: each for key, each in settings.items() if key not in ("tag", "group")}
+    kept = {key: value for key, value in settings.items() if key not in ("tag", "group")}
     return {**kept, **_NO_SPLITS, **nowhere, **own, "test_split": _SPLIT, "num_fewshot": 0}
 
 
@@ -172,7 +172,7 @@ def _averaged(name: str, tasks: dict[str, Task], by_task: dict[str, dict[str, li
     """The first metric that is one number of each item, in all of the tasks."""
     first, *rest = by_task.values()
     for metric, values in first.items():
-        if all(metric in each for each in rest) and all(
+        if all(metric in of_task for of_task in rest) and all(
             isinstance(value, float | int) for value in values
         ):
             return metric
@@ -183,8 +183,8 @@ def _averaged(name: str, tasks: dict[str, Task], by_task: dict[str, dict[str, li
 
 
 class _Model(HFLM):
-    """lm-eval's own model, whose requests the ranks share: each answers every so many of them and
-    all learn all answers, so that lm-eval itself runs the same on each."""
+    """lm-eval's model with its requests shared: rank r answers requests r, r + world size, ..., and
+    all ranks gather all answers, so that lm-eval runs alike on each."""
 
     def __init__(
         self,
@@ -200,9 +200,9 @@ class _Model(HFLM):
         self.begin("")
 
     def begin(self, name: str) -> None:
-        """The requests that follow are of another task."""
+        """Begin the requests of another task."""
         self._name, self.num_truncated = name, 0
-        self._num_done, self._told = 0, time.monotonic()
+        self._num_done, self._logged = 0, time.monotonic()
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Any]:
         return self._shared(super().loglikelihood, requests)
@@ -218,7 +218,7 @@ class _Model(HFLM):
             return self._answers(run, requests)
         rank, size = self._world.rank, self._world.size
         answers: list[Any] = []
-        with self._world.agree():  # a mistake is told on all ranks, and none waits for another
+        with self._world.agree():  # an error on one rank ends all
             if own := requests[rank::size]:
                 answers = self._answers(run, own)
         parts: list[Any] = [None] * size
@@ -257,15 +257,15 @@ class _Model(HFLM):
         return super()._model_generate(context, *args, **kwargs)
 
     def _progress(self, num_texts: int) -> None:
-        if time.monotonic() - self._told > _LOG_EVERY_SECONDS:
+        if time.monotonic() - self._logged > _LOG_EVERY_SECONDS:
             with contextlib.redirect_stderr(self._stderr):  # where a log may be, too
                 self._log(f"evaluate: {self._name}, {self._num_done} texts read on this rank")
-            self._told = time.monotonic()
+            self._logged = time.monotonic()
         self._num_done += num_texts
 
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without lm-eval's progress bars, which cannot be turned off."""
+    """Discard lm-eval's progress bars, which cannot be turned off."""
     with contextlib.redirect_stderr(io.StringIO()):
         yield

@@ -1,12 +1,12 @@
-"""Losses of single documents: held out, or trained on, with the noise off or on.
+"""Losses of single documents, held-out or training, with the noise off or on.
 
-Every document's sum of token losses is taken by itself, in packed batches too, so that two models
-can be compared document by document; a set's loss is the mean over its supervised tokens. The batch
-that a document is in does not depend on the number of ranks, and so neither do the figures.
+Token losses are summed for each document, in packed batches too, so that two models can be compared
+document by document; a set's loss is the mean over its supervised tokens. Batches do not depend on
+the number of ranks, so neither do the figures.
 
-With noise, what is added is the run's own (`noise`), drawn from a stream that training never uses:
-documents of epoch 2^32 - 1, data-parallel rank 2^32 - 1, the step being the number of the batch.
-Dropout stays off, so that noise alone makes the difference.
+Noise is drawn as the run's configuration says, from a stream that training never uses: epoch
+2^32 - 1, data-parallel rank 2^32 - 1, and the batch's number as the step. Dropout stays off, so
+that noise is the only difference.
 """
 
 from __future__ import annotations
@@ -44,8 +44,12 @@ _PROGRESS_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Losses:
-    """Of documents in order. sums: of their token losses, natural logarithm. num_tokens: supervised
-    ones."""
+    """Losses of documents, in order.
+
+    Attributes:
+        sums: of each document's token losses, in nats.
+        num_tokens: supervised tokens of each document.
+    """
 
     sums: list[float]
     num_tokens: list[int]
@@ -54,11 +58,6 @@ class Losses:
     def mean(self) -> float:
         """Over all supervised tokens."""
         return math.fsum(self.sums) / sum(self.num_tokens)
-
-    @property
-    def perplexity(self) -> float:
-        """exp of the mean, within what a float holds."""
-        return math.exp(min(self.mean, 700.0))
 
     def items(self) -> list[list[float]]:
         """[loss sum, supervised tokens] of each document."""
@@ -78,10 +77,10 @@ def document_losses(
     """Losses of some documents: a collective of all ranks.
 
     Args:
-        model: of a `Subject`.
+        model: of a `EvaluationTarget`.
         indices: int64 (num_chosen,), of the documents.
         noisy: with `config.noise` at its full `alpha`, whatever its schedule.
-        progress: told a line every few seconds.
+        progress: called with a line every few seconds.
 
     Raises:
         UserError: the model does not keep packed documents apart, or takes none so long.
@@ -94,7 +93,7 @@ def document_losses(
         rounds = assign_documents(
             lengths, 1, config.train.micro_batch_tokens, packing, _QUADRATIC_TOKENS
         )
-    sums, told = np.zeros(len(indices)), time.monotonic()
+    sums, logged = np.zeros(len(indices)), time.monotonic()
     padded = attention_name(model)
     attention = implementation(config.model.attention, True) if packing else padded
     with attention_of(model, attention), _forward(model, config, noisy) as forward:
@@ -106,8 +105,8 @@ def document_losses(
             losses = forward(i, batch).double().cpu()
             parts = losses.split(documents.num_supervised[chosen].tolist())
             sums[places] = [float(part.sum()) for part in parts]
-            if time.monotonic() - told > _PROGRESS_SECONDS:
-                told = time.monotonic()
+            if time.monotonic() - logged > _PROGRESS_SECONDS:
+                logged = time.monotonic()
                 progress(f"{i + 1} of {len(rounds)} batches")
     with world.agree():  # ranks differ in time by what a collective would not wait for
         pass

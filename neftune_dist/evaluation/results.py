@@ -1,14 +1,14 @@
-"""The folder that an evaluation fills, part by part, and what a second call finds in it.
+"""The folder of an evaluation's results, written part by part and kept by a second call.
 
-    summary.json    all figures; a part that nobody asked for is null
+    summary.json    all figures; null for a part that was not evaluated
     items.json      values by document, item or answer, to be compared between models
     answers.json    the answers, in AlpacaEval's form
-    settings.json   whose results these are, and the settings that each part was made with
+    settings.json   which weights were evaluated, and the settings of each part
 
-Files are replaced whole, after each part, so that one which fails takes none of the others with it.
-A part that is there already, made with the same settings, is kept. Refused: a folder of another
-subject, a folder with files of these names that no evaluation wrote, one that another process is
-filling, and other settings for answers that are there, which may have taken hours.
+Files are replaced whole after each part, so that a part which fails leaves the others intact. A
+part that was made with the same settings is kept. Refused: a folder of another model, a folder with
+files of these names that no evaluation wrote, a folder that another process is writing, and other
+settings for existing answers, which may have taken hours.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from typing import Any
 
 from neftune_dist.config import Nullable, UserError, read_json, with_checksum
 from neftune_dist.distributed.world import World
-from neftune_dist.evaluation.target import Subject
+from neftune_dist.evaluation.target import EvaluationTarget
+from neftune_dist.evaluation.text_statistics import LABELS
 from neftune_dist.system import storage
 
 # What an evaluation writes, by pattern.
@@ -32,8 +33,7 @@ _OURS = (
     *("judgements.jsonl", "requests.jsonl", "alpaca_eval.json", "annotations_cache.json"),
 )
 PARTS = ("losses", "answers", "tasks", "judge")
-_MEND = "choose another --output, or remove that directory to begin anew."
-_FIX = _MEND.rstrip(".")
+_FIX = "choose another --output, or remove that directory to start again"
 _LOSSES = {
     "held_out_loss": float | None,
     "perplexity": float | None,
@@ -81,26 +81,26 @@ FORMS = {
 
 
 class Results:
-    """The results of one subject. All ranks make it and ask it together; rank 0 reads and writes.
+    """The results of one model. A collective of all ranks, of which rank 0 reads and writes.
 
     Raises:
-        UserError: the folder cannot be written, is damaged, in use, or not this subject's.
+        UserError: the folder cannot be written, is damaged, in use, or another model's.
     """
 
-    def __init__(self, folder: Path, subject: Subject, world: World) -> None:
+    def __init__(self, folder: Path, target: EvaluationTarget, world: World) -> None:
         self.folder, self._world = folder, world
-        about = {"name": subject.name, "step": subject.step, "alpha": subject.alpha}
+        about = {"name": target.name, "step": target.step, "alpha": target.alpha}
         self.summary: dict[str, Any] = {"subject": about, **dict.fromkeys(PARTS)}
         self.items: dict[str, Any] = {}
-        self._settings: dict[str, Any] = {"subject": subject.identity}
-        with world.agree(), ExitStack() as held:  # let go where this fails
+        self._settings: dict[str, Any] = {"subject": target.identity}
+        with world.agree(), ExitStack() as held:  # released where this fails
             if world.is_first:
-                self._open(subject, held)
+                self._open(target, held)
             self._held = held.pop_all()
 
-    def _open(self, subject: Subject, held: ExitStack) -> None:
+    def _open(self, target: EvaluationTarget, held: ExitStack) -> None:
         storage.refuse_foreign(self.folder, _OURS, "settings.json", f"--output={self.folder}")
-        busy = f"{self.folder} is being filled by another evaluation: wait for it."
+        busy = f"Another evaluation is writing into {self.folder}: wait for it."
         with storage.writing(str(self.folder)):
             self.folder.mkdir(parents=True, exist_ok=True)
         held.enter_context(storage.hold(self.folder / ".lock", busy))
@@ -108,10 +108,10 @@ class Results:
             self._write("settings.json", self._settings)
             return
         stored = self.read("settings.json")
-        if stored.get("subject") != subject.identity:
+        if stored.get("subject") != target.identity:
             raise UserError(
-                f"{self.folder} holds the evaluation of another subject than {subject.name}, or "
-                f"its weights have changed since: {_MEND}"
+                f"{self.folder} holds the evaluation of another model than {target.name}, or "
+                f"its weights have changed since: {_FIX}."
             )
         self._settings = stored
         if (self.folder / "summary.json").exists():
@@ -120,16 +120,16 @@ class Results:
             written = stored.get("answers_sha256")
             if written and self.summary["answers"] and self._answers_digest() != written:
                 raise UserError(
-                    f"{self.folder / 'answers.json'} has changed since it was written: {_MEND}"
+                    f"{self.folder / 'answers.json'} has changed since it was written: {_FIX}."
                 )
 
     def close(self) -> None:
-        """Let another process fill the folder."""
+        """Release the folder for another process."""
         self._held.close()
 
     def begin_answers(self, settings: Mapping[str, Any]) -> None:
-        """Say what the answers are made with, before the first of them. Raises `UserError` where
-        there are some that were made otherwise."""
+        """Write the settings of the answers before the first of them. Raises `UserError` where
+        there are answers with other settings."""
         with self._world.agree():
             if self._world.is_first:
                 stored = self._settings.setdefault("answers", dict(settings))
@@ -141,14 +141,13 @@ class Results:
                         else f"{key} (then {stored.get(key)}, now {settings[key]})"
                         for key in other
                     )
-                    raise UserError(f"{self.folder} holds answers made with other {shown}: {_MEND}")
+                    raise UserError(f"{self.folder} holds answers made with other {shown}: {_FIX}.")
                 self._write("settings.json", self._settings)
 
     def has(self, part: str, settings: Mapping[str, Any]) -> bool:
-        """Whether that part is there, made with these settings."""
+        """Whether the part was made before, with these settings."""
         same = self.summary[part] is not None and self._settings.get(part) == settings
-        told = self._world.from_first("kept" if self._world.is_first and same else "")
-        return bool(told)
+        return bool(self._world.from_first("kept" if self._world.is_first and same else ""))
 
     def put(
         self,
@@ -188,8 +187,8 @@ class Results:
             storage.write(self.folder / name, json.dumps(content, indent=1) + "\n")
 
 
-def told(part: str, figures: Mapping[str, Any]) -> list[str]:
-    """A part's figures, to be read by people."""
+def lines(part: str, figures: Mapping[str, Any]) -> list[str]:
+    """A part's figures as lines for the log."""
     return {"losses": _losses, "answers": _answers, "tasks": _tasks, "judge": _judge}[part](figures)
 
 
@@ -210,19 +209,15 @@ def _losses(figures: Mapping[str, Any]) -> list[str]:
 
 
 def _answers(figures: Mapping[str, Any]) -> list[str]:
-    right = figures["exact_match"]
-    lines = [
-        f"{figures['num']} answers" + (f", exact match {right:.1%}" if right is not None else "")
-    ]
-    others = {k: v for k, v in figures.items() if k not in ("num", "exact_match")}
-    shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in others.items())
-    return lines + textwrap.wrap(shown, 98, initial_indent="  ", subsequent_indent="  ")
+    shown = {LABELS.get(k, k): value for k, value in figures.items() if value is not None}
+    text = "; ".join(f"{label}: {value:.4g}" for label, value in shown.items())
+    return textwrap.wrap(text, 98, subsequent_indent="  ")
 
 
 def _tasks(figures: Mapping[str, Any]) -> list[str]:
     return [
-        f"{name} {each['accuracy']:.1%} +- {each['standard_error']:.1%} ({each['num_items']} items)"
-        for name, each in figures.items()
+        f"{name}: {of['accuracy']:.1%} +- {of['standard_error']:.1%}, {of['num_items']} items"
+        for name, of in figures.items()
     ]
 
 

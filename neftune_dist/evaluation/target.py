@@ -1,9 +1,9 @@
-"""What is evaluated: a run, one of its checkpoints, or any Hugging Face model, whole on one device.
+"""The model to evaluate: of a run, of one of its checkpoints, or of Hugging Face, on one device.
 
 A checkpoint is read tensor by tensor into the model, adapters merged: no export is needed, and the
-host holds one tensor at a time. The model computes what the export of that checkpoint computes in
-the same dtype. Refused with `UserError`: a name that is none of these, a damaged checkpoint,
-weights that do not fill the model.
+host holds one tensor at a time. The model computes what the checkpoint's export computes in the
+same dtype. Refused with `UserError`: a name that is none of these, a damaged checkpoint, weights
+that do not fill the model.
 """
 
 from __future__ import annotations
@@ -39,18 +39,24 @@ from neftune_dist.model.families import check_model
 from neftune_dist.model.modules import replace_parameters
 from neftune_dist.system.text import first_line
 
-# Of another model than the configuration's own, these say nothing.
-_OF_ITS_OWN_MODEL = ("model.revision=null", "model.weights=null", "model.add_tokens=null")
+# Keys that describe the configuration's own model, not the one to evaluate.
+_KEYS_OF_THE_RUNS_MODEL = ("model.revision=null", "model.weights=null", "model.add_tokens=null")
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model to look at. What it is made of is loaded when it is first asked for.
+class EvaluationTarget:
+    """A model to evaluate; tokenizer, template and weights are loaded on first use.
 
-    name: for people and result files. config: of its run, or as given. step, alpha: of the
-    checkpoint, and the noise it was trained with; None of a model that is no run's.
-    folder: the model's files, with or without weights. run_dir: of a run, else None.
-    device: where it computes. part: (rank, number of ranks) that share the reading of checksums.
+    Attributes:
+        name: for logs and result files.
+        config: of its run, or as given.
+        folder: the model's files, with or without weights.
+        device: where it computes.
+        part: (rank, number of ranks) that share the verification of checksums.
+        run_dir: None for a model that belongs to no run, as are the three that follow.
+        checkpoint: of the run.
+        step: of the checkpoint.
+        alpha: that the checkpoint was trained with.
     """
 
     name: str
@@ -75,8 +81,8 @@ class Subject:
 
     @cached_property
     def end_tokens(self) -> list[int]:
-        """Tokens at which an answer ends: by the model's files, and that which ends the answers it
-        is taught (a base model with a chat template of its own knows no other)."""
+        """Tokens that end an answer: those of the model's files, and the one that ends an answer in
+        the template (a base model's files do not name it)."""
         own = self.folder / "generation_config.json"
         if own.exists():
             found = read_json(own, {"eos_token_id?": int | list | None}).get("eos_token_id")
@@ -104,20 +110,31 @@ class Subject:
         model.generation_config = transformers.GenerationConfig()
         return model.requires_grad_(False).eval()
 
+    def generation_config(self, max_new_tokens: int, **sampling: Any) -> Any:
+        """transformers' settings of `generate`: greedy without `sampling`, the evaluation's
+        repetition penalty, and the target's end tokens."""
+        return transformers.GenerationConfig(
+            **(sampling or {"do_sample": False, "num_beams": 1}),
+            max_new_tokens=max_new_tokens,
+            repetition_penalty=float(self.config.evaluate.repetition_penalty),
+            eos_token_id=self.end_tokens or None,
+            pad_token_id=self.end_tokens[0] if self.end_tokens else 0,
+        )
+
     @cached_property
     def identity(self) -> str:
-        """Another one for other weights, as far as the manifest of a checkpoint tells, or names,
-        sizes and times of files."""
+        """A digest that differs for other weights: of the checkpoint's manifest, or of the files'
+        names, sizes and times."""
         if self.checkpoint is not None:
             files: Any = sorted(self.checkpoint.files().items())
         else:
-            stats = [(each.name, each.stat()) for each in sorted(self.folder.iterdir())]
+            stats = [(path.name, path.stat()) for path in sorted(self.folder.iterdir())]
             files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
         return hashlib.sha256(repr(files).encode()).hexdigest()[:24]
 
     @property
     def _plain(self) -> ModelConfig:
-        """How the model is built where nothing but its computation counts."""
+        """Model settings for evaluation: dtype, attention and tokens, no training options."""
         eager = self.config.model.attention == "eager"
         return ModelConfig(
             dtype=self.config.model.dtype,
@@ -147,7 +164,7 @@ class Subject:
 
     def _of_files(self) -> Any:
         try:
-            model, told = transformers.AutoModelForCausalLM.from_pretrained(
+            model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
                 self.folder,
                 attn_implementation=self._plain.attention,
                 dtype=load.DTYPES[self._plain.dtype],
@@ -158,15 +175,15 @@ class Subject:
             raise UserError(
                 f"The model in {self.folder} cannot be loaded: {first_line(error)}"
             ) from error
-        if told["missing_keys"]:  # which transformers fills with random numbers
+        if loaded["missing_keys"]:  # which transformers fills with random numbers
             raise UserError(
-                f"The weights in {self.folder} lack {sorted(told['missing_keys'])[0]}: they are "
+                f"The weights in {self.folder} lack {sorted(loaded['missing_keys'])[0]}: they are "
                 "incomplete, or of another model."
             )
         return model.to(self.device)
 
 
-def open_subject(
+def open_target(
     name: str | Path,
     *,
     step: int | None = None,
@@ -174,21 +191,24 @@ def open_subject(
     settings: Sequence[str] = (),
     device: torch.device | None = None,
     part: tuple[int, int] = (0, 1),
-) -> Subject:
-    """The subject of that name: a run directory (its newest complete checkpoint, or that of
-    `step`), a checkpoint (RUN_DIR/checkpoints/step_00000020), a model directory or a hub id.
+) -> EvaluationTarget:
+    """Open the model of that name.
 
     Args:
-        config_file: of a model that is no run's, whose configuration is the run's own.
-        settings: `key=value` words, which come last.
-        device: default: the GPU where there is one. part: see `Subject`.
+        name: a run directory, a checkpoint (RUN_DIR/checkpoints/step_00000020), a model directory
+            or a hub id.
+        step: of the run's checkpoint; None: the newest complete one.
+        config_file: for a model that belongs to no run; a run has its own.
+        settings: `key=value` words, applied last.
+        device: None: the GPU where there is one.
+        part: see `EvaluationTarget`.
 
     Raises:
         UserError: there is none, or an argument has no effect on it.
     """
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    path = user_path(str(name), "SUBJECT")
+    path = user_path(str(name), "TARGET")
     is_run, is_checkpoint = (path / "config.yaml").is_file(), path.parent.name == "checkpoints"
     if not is_run and not is_checkpoint:
         if step is not None:
@@ -208,7 +228,7 @@ def open_subject(
     chosen = store.choose(run_dir, step) if is_run else store.open_checkpoint(path)
     state = chosen.trainer_state()
     check_architecture(run_dir, state)
-    return Subject(
+    return EvaluationTarget(
         name=f"{run_dir.resolve().name}-step-{chosen.step}",
         config=config,
         folder=run_dir / MODEL_FOLDER,
@@ -223,7 +243,7 @@ def open_subject(
 
 @contextmanager
 def attention_of(model: Any, implementation: str) -> Iterator[None]:
-    """Meanwhile the model has that attention, by transformers' name."""
+    """Give the model this attention (transformers' name) within the block."""
     usual = attention_name(model)
     model.set_attn_implementation(implementation)
     try:
@@ -238,20 +258,20 @@ def _open_model(
     settings: Sequence[str],
     device: torch.device,
     part: tuple[int, int],
-) -> Subject:
-    path = user_path(name, "SUBJECT")
+) -> EvaluationTarget:
+    path = user_path(name, "TARGET")
     if path.exists() and not (path / "config.json").is_file():
         raise UserError(
-            f"{name} is nothing to evaluate: neither a run directory (config.yaml), nor a "
+            f"{name} cannot be evaluated: it is neither a run directory (config.yaml), nor a "
             "checkpoint (RUN_DIR/checkpoints/step_00000020), nor a model directory (config.json)."
         )
     if config_file is not None:
         check_sealed(Path(config_file).parent)  # a run's own, perhaps
-    words = [f"model.name_or_path={name}", *_OF_ITS_OWN_MODEL, *settings]
+    words = [f"model.name_or_path={name}", *_KEYS_OF_THE_RUNS_MODEL, *settings]
     config = load_config(config_file, words)
     folder = locate.find(config.model)
     shown = path.resolve().name if path.exists() else name.replace("/", "-")
-    return Subject(name=shown, config=config, folder=folder, device=device, part=part)
+    return EvaluationTarget(name=shown, config=config, folder=folder, device=device, part=part)
 
 
 def _allocate(model: nn.Module, device: torch.device) -> None:
@@ -260,7 +280,7 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
 
 
 def _taught_end(template: ConversationTokenizer) -> int | None:
-    """The special token that ends an answer in this template, if one does."""
+    """The special token that ends an answer in this template; None without one."""
     probe = Conversation((Turn("user", "Say yes."), Turn("assistant", "Yes.")))
     try:
         [document] = template.encode([template.render(probe)])

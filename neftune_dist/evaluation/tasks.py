@@ -1,13 +1,12 @@
-"""Abilities kept: lm-eval's tasks, from the hub or from files, for a model that is in memory.
+"""lm-eval's tasks, from the hub or from local files, for a model in memory.
 
-Owns what `evaluate.tasks` may say, which rows of a local file are which kind of task, and what
-becomes of the scores. lm-eval itself makes the prompts, cuts and tokenises them and scores, local
-files too (`evaluate.harness`). No row is left out: items must stay aligned over the runs of a
-study.
+Parses `evaluate.tasks`, recognises the kind of a local file's rows, and holds the results. lm-eval
+makes, truncates and tokenises the prompts and scores the answers, of local files too
+(`lm_eval_adapter`). No row is left out: items must stay aligned over the runs of a study.
 
 A word is the name of a task, group or tag of lm-eval, with the shots and the metric of the Open LLM
 Leaderboard where `PUBLISHED` has it, else with lm-eval's own; or NAME=FILE, without shots, since a
-file holds no examples beside its items. Of a file's rows, the fields tell the kind:
+file holds no examples beside its items. The fields of a file's rows decide its kind:
 
     query, choices, gold        the choice that is likeliest behind the query; a query that begins
                                 with "Question:" is asked as lm-eval asks: "\\nAnswer:" behind it
@@ -56,14 +55,18 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class TaskResult:
-    """How a model did in one task.
+    """The result of one task.
 
-    accuracy: mean of `correct`. standard_error: of that mean over items; 0 for a single one.
-    correct: by item, in the task's order, which is the same in every run: 1 or 0; for TruthfulQA's
-        mc2 the share of probability that true answers get.
-    metric: lm-eval's name of it. others: lm-eval's other metrics and, of a group such as MMLU, the
-        accuracy of each task in it (`accuracy` is the mean over all items).
-    num_truncated: prompts longer than the model can read, cut on the left, as lm-eval does.
+    Attributes:
+        accuracy: mean of `correct` over all items.
+        standard_error: of `accuracy` over items; 0 for a single one.
+        num_items: length of `correct`.
+        correct: by item, in the task's order, which is the same in every run: 1 or 0; for
+            TruthfulQA's mc2 the share of probability of the true answers.
+        metric: lm-eval's name of it.
+        num_shots: examples in front of each item.
+        num_truncated: prompts longer than the model's context, truncated on the left.
+        others: lm-eval's other metrics; for a group such as MMLU the accuracy of each task in it.
     """
 
     accuracy: float
@@ -83,7 +86,7 @@ class TaskResult:
             accuracy=statistics.fmean(correct),
             standard_error=spread / len(correct) ** 0.5,
             num_items=len(correct),
-            correct=[int(each) if each in (0, 1) else float(each) for each in correct],
+            correct=[int(value) if value in (0, 1) else float(value) for value in correct],
             **about,
         )
 
@@ -92,10 +95,14 @@ class TaskResult:
 class TaskWord:
     """One word of `evaluate.tasks`.
 
-    name: under which its result is told. task: lm-eval's name, which rows of a known kind need not
-        have. num_shots, metric: None: lm-eval's own.
-    rows: of a local file, as `settings` or lm-eval's task read them. settings: of a task that
-        lm-eval does not have, in its own terms; None: lm-eval has it.
+    Attributes:
+        name: under which its result is reported.
+        task: lm-eval's name; not needed for rows of a known kind.
+        num_shots: None: lm-eval's own.
+        metric: None: lm-eval's own.
+        rows: of a local file, as `settings` or lm-eval's task read them.
+        settings: an lm-eval configuration for a task that it does not have.
+        file: the name of the local file.
     """
 
     name: str
@@ -122,23 +129,23 @@ def run_tasks(
             all get the results. None: this process alone.
 
     Raises:
-        UserError: lm-eval is missing or knows no such task, a task's data cannot be had, a row of a
-            file cannot be used, or an answer is longer than the model can read.
+        UserError: lm-eval is missing, knows no such task or cannot load its data, a row of a file
+            cannot be used, or an answer is longer than the model can read.
     """
     words = read_words(config.tasks, config.max_task_items)
     if not words:
         return {}
     try:
-        from neftune_dist.evaluation.lm_eval_adapter import Harness
+        from neftune_dist.evaluation.lm_eval_adapter import TaskRunner
     except ImportError as error:
         raise UserError(
             f"{_KEY} needs the package {error.name or 'lm_eval'}: install neftune-dist[tasks]."
         ) from error
-    harness = Harness(model, tokenizer, config.batch_size, log, world)
-    loaded = [(word, harness.load(word)) for word in words]  # all, before the first takes its hours
+    runner = TaskRunner(model, tokenizer, config.batch_size, log, world)
+    loaded = [(word, runner.load(word)) for word in words]  # all, before the first takes its hours
     results = {}
     for word, tasks in loaded:
-        result = harness.run(word, tasks, config.max_task_items)
+        result = runner.run(word, tasks, config.max_task_items)
         cut = f", {result.num_truncated} prompts cut on the left" if result.num_truncated else ""
         log(
             f"evaluate: {word.name} {result.metric} {result.accuracy:.4f} "
@@ -180,9 +187,9 @@ def _of_file(name: str, path: str, max_items: int) -> TaskWord:
             if isinstance(row, BadRow):
                 raise row
             if not rows:
-                kind = next((each for each in _KINDS if all(f in row for f in each.fields)), kind)
+                kind = next((k for k in _KINDS if all(f in row for f in k.fields)), kind)
             needed = kind.fields or tuple(rows[0] if rows else row)
-            missing = next((each for each in needed if each not in row), None)
+            missing = next((field for field in needed if field not in row), None)
             if missing is not None:
                 raise BadRow(f"field '{missing}' is missing")
             rows.append(kind.read(row))
@@ -198,9 +205,15 @@ def _of_file(name: str, path: str, max_items: int) -> TaskWord:
 
 @dataclass(frozen=True)
 class _Kind:
-    """Rows of a file. fields: by which they are told. read: checks a row and gives what the task
-    reads, raises `BadRow`. metrics: the first is told where the leaderboard has no other. settings,
-    task: as in `TaskWord`."""
+    """A kind of local file.
+
+    Attributes:
+        fields: every row has them.
+        read: checks a row and returns what the task reads; raises `BadRow`.
+        metrics: the first is reported unless the leaderboard reports another of them.
+        settings: see `TaskWord`.
+        task: see `TaskWord`.
+    """
 
     fields: tuple[str, ...]
     read: Callable[[Mapping[str, Any]], Row]
@@ -213,7 +226,7 @@ def _choice_row(row: Mapping[str, Any]) -> Row:
     query, choices, gold = _text(row, "query").rstrip(), row["choices"], row["gold"]
     if not isinstance(choices, list) or len(choices) < 2:
         raise BadRow("field 'choices' is no list of two or more")
-    if not all(isinstance(each, str) and each.strip() for each in choices):
+    if not all(isinstance(choice, str) and choice.strip() for choice in choices):
         raise BadRow("field 'choices' holds something that is no text, or an empty one")
     if type(gold) is not int or not 0 <= gold < len(choices):
         raise BadRow(f"field 'gold' is {gold!r}, not one of 0 to {len(choices) - 1}")
@@ -231,10 +244,10 @@ def _continuation_row(row: Mapping[str, Any]) -> Row:
 
 def _truthful_row(row: Mapping[str, Any]) -> Row:
     answers = {
-        key: [each.strip() for each in _text(row, key).split(";") if each.strip()]
+        key: [answer.strip() for answer in _text(row, key).split(";") if answer.strip()]
         for key in ("Correct Answers", "Incorrect Answers")
     }
-    empty = next((key for key, each in answers.items() if not each), None)
+    empty = next((key for key, texts in answers.items() if not texts), None)
     if empty:
         raise BadRow(f"field '{empty}' is empty")
     right, wrong = answers.values()
@@ -253,8 +266,8 @@ def _text(row: Mapping[str, Any], name: str) -> str:
 
 def _metrics(**aggregations: str) -> list[dict[str, Any]]:
     return [
-        {"metric": name, "aggregation": each, "higher_is_better": each == "mean"}
-        for name, each in aggregations.items()
+        {"metric": name, "aggregation": aggregation, "higher_is_better": aggregation == "mean"}
+        for name, aggregation in aggregations.items()
     ]
 
 

@@ -1,4 +1,4 @@
-"""Statistics of answers' texts, as the paper has them, and against expected answers. No model.
+"""Statistics of answers' texts: the paper's, and similarity to expected answers.
 
 Repetition and log-diversity follow the paper (arXiv 2310.05914, section 5.2), which takes both from
 Kirchenbauer et al. (arXiv 2306.04634) and computes them on the first words of each answer, since
@@ -35,15 +35,31 @@ SELF_BLEU_ANSWERS = 50
 _SELF_BLEU_WORDS = 200  # of each, the first: bounds the cost at about a second
 _GREATEST_LOG_DIVERSITY = 20.0
 
+# Keys of `statistics` and how people read them.
+LABELS = {
+    "num": "answers",
+    "characters": "length (characters)",
+    "words": "length (words)",
+    "tokens": "length (tokens)",
+    "repetition_2_percent": "repetition of 2-grams (%)",
+    "repetition_3_percent": "repetition of 3-grams (%)",
+    "repetition_4_percent": "repetition of 4-grams (%)",
+    "log_diversity": "log-diversity",
+    "self_bleu": "self-BLEU",
+    "rouge_l": "ROUGE-L",
+    "bleu": "BLEU",
+    "exact_match": "exact match",
+    "empty": "share empty",
+    "cut": "share cut at the token limit",
+    "num_chunks": f"answers of at least {CHUNK_WORDS} words",
+    "num_references": "answers with an expected one",
+}
+
 Values = dict[str, list[float | None]]
 
 
 def check_installed() -> None:
-    """Refuse where the packages of the extra `evaluation` are missing: before hours of answering.
-
-    Raises:
-        UserError: naming what to install.
-    """
+    """Raise `UserError` where the packages of the extra `evaluation` are missing."""
     if sacrebleu is None:
         raise UserError(
             "The statistics of answers need sacrebleu and rouge-score: "
@@ -54,21 +70,21 @@ def check_installed() -> None:
 def statistics(
     answers: Sequence[Mapping[str, Any]], values: Values | None = None
 ) -> dict[str, float]:
-    """Means over the answers of what `per_answer` gives, and three of the whole set:
+    """Means of `per_answer` over the answers, and three statistics of the whole set:
 
-    - `num_chunks`: answers of at least 50 words, which repetition and log-diversity speak of;
-    - `num_references`: answers with an expected one, which ROUGE-L and BLEU speak of;
+    - `num_chunks`: answers of at least 50 words, over which repetition and log-diversity are taken;
+    - `num_references`: answers with an expected one, over which ROUGE-L and BLEU are taken;
     - `self_bleu`: mean BLEU of an answer with the others as its references (Zhu et al., arXiv
       1802.01886), on 50 answers evenly spaced over the set, the first 200 words of each; higher
       is less diverse.
 
-    What nothing can be said of is left out: `rouge_l` without expected answers, `tokens` where no
-    one counted them.
+    A statistic without data is left out: `rouge_l` without expected answers, `tokens` where they
+    were not counted.
 
     Args:
         answers: rows of `answers.json`; `output` is needed, `reference`, `num_tokens` and
             `finished` are used where present.
-        values: of `per_answer`, where they are at hand.
+        values: of `per_answer`; None: computed here.
 
     Raises:
         UserError: a package is missing, or an answer has no `output`.
@@ -87,8 +103,8 @@ def statistics(
 
 
 def per_answer(answers: Sequence[Mapping[str, Any]]) -> Values:
-    """Values of each answer in order, None where it has none; a name that no answer has a value
-    of is left out.
+    """Values of each answer in order, None where an answer has none; names without any value are
+    left out.
 
     - `characters`, `words` (separated by white space), `tokens` (generated);
     - `repetition_2_percent` .. `repetition_4_percent`, `log_diversity`: of the first 50 words (see
@@ -96,7 +112,7 @@ def per_answer(answers: Sequence[Mapping[str, Any]]) -> Values:
     - `rouge_l`: F1 of the longest common subsequence of words with the expected answer, lower case,
       letters and digits, not stemmed (rouge-score); `bleu`: of up to 4-grams, smoothed by
       sacrebleu's `exp`, its 13a words, no order above the answer's length. Both 0 .. 1;
-    - `empty`: 1 where nothing but white space was said; `cut`: 1 where the answer reached the limit
+    - `empty`: 1 where the answer is white space alone; `cut`: 1 where the answer reached the limit
       of new tokens.
     """
     check_installed()
@@ -122,7 +138,11 @@ def per_answer(answers: Sequence[Mapping[str, Any]]) -> Values:
             row["bleu"] = _bleu(text, [reference])
         rows.append(row)
     values = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
-    return {name: each for name, each in values.items() if any(v is not None for v in each)}
+    return {
+        name: of_answers
+        for name, of_answers in values.items()
+        if any(v is not None for v in of_answers)
+    }
 
 
 def _check_outputs(answers: Sequence[Mapping[str, Any]]) -> None:

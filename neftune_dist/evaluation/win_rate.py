@@ -1,8 +1,7 @@
-"""Win rates from pairwise judgements: raw as AlpacaEval 1 has them, and at equal lengths.
+"""Win rates from pairwise judgements: raw, as in AlpacaEval 1, and at equal lengths.
 
-Owns what a judgement is, how files of AlpacaEval are read, which answers belong together, and the
-two rates with their intervals. Refuses answers to different instructions. A judgement that could
-not be understood has no preference: it is counted and takes part in no rate.
+Also the judgements themselves, AlpacaEval's files, and the pairing of answers by instruction. A
+judgement without a preference is counted, and enters no rate.
 """
 
 from __future__ import annotations
@@ -24,18 +23,21 @@ from neftune_dist.config.limits import limited
 from neftune_dist.evaluation.intervals import student
 
 _LONGEST_QUOTE = 80
-_READING_SECONDS, _READING_GIB = 60.0, 4.0  # what a file of others' answers may take
+_READING_SECONDS, _READING_GIB = 60.0, 4.0  # limits for a downloaded file
 
 
 @dataclass(frozen=True)
 class Judgement:
     """Which of two answers to an instruction is better.
 
-    preference: 1 theirs, 2 ours, 1.5 as good, or between; None where the judge could not be
-        understood or did not answer.
-    our_length, their_length: characters.
-    orders: the preference where theirs was shown first, then where ours was; empty where unknown.
-    failed: a request came to nothing after all retries.
+    Attributes:
+        instruction: the text.
+        preference: 1 theirs, 2 ours, 1.5 a tie, or between; None where the judge's reply could not
+            be parsed, or it did not reply.
+        our_length: in characters.
+        their_length: in characters.
+        orders: the preference with theirs shown first, then with ours first; empty where unknown.
+        failed: a request failed after all retries.
     """
 
     instruction: str
@@ -48,14 +50,16 @@ class Judgement:
 
 @dataclass(frozen=True)
 class WinRate:
-    """Rates, standard errors and intervals in percent; intervals hold 95 % (`win_rate`).
+    """Rates, standard errors and 95 % intervals in percent; see `win_rate`.
 
-    num: judgements, of which `num_wins + num_losses + num_ties` have a preference; of the others,
-        `num_failed` were never answered and `num_unparsed` not understood.
-    order_agreement: percent of pairs shown in both orders of which the same answer was preferred
-        (or none); first_shown: percent of those showings that the first answer won, 50 without a
-        bias for positions. None where no pair was shown in both.
-    lengths: mean characters, of the judgements with a preference.
+    Attributes:
+        num: judgements; `num_wins + num_losses + num_ties` of them have a preference, `num_failed`
+            have no reply and `num_unparsed` a reply without a verdict.
+        order_agreement: percent of pairs shown in both orders where the preference was the same;
+            None without such pairs.
+        first_shown: percent of those showings that the first answer won; 50 without position bias.
+        mean_length: characters, over the judgements with a preference.
+        mean_reference_length: the same of the other side's answers.
     """
 
     win_rate: float | None
@@ -189,8 +193,8 @@ def _sigmoid(a: float) -> float:
 def pair(
     ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]
 ) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """Our answers, each with theirs to the same instruction, in our order. They may have answered
-    more; of equal instructions, the first goes with the first.
+    """Pair our answers, in order, with theirs to the same instruction. Theirs may have more; equal
+    instructions are paired in their order.
 
     Raises:
         UserError: naming the first of our instructions that they have no answer to.

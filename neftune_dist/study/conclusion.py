@@ -1,4 +1,4 @@
-"""What the differences allow to say, in plain words; no effect is claimed that chance explains."""
+"""The conclusion in words; no effect is claimed that chance explains."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ _GROUPS = {"losses": "Losses", "answers": "Answers", "judged": "Judged", "abilit
 def conclusion(differences: Sequence[Difference], num_seeds: int) -> str:
     """Markdown: for each alpha a verdict, what it rests on, and warnings."""
     if not differences:
-        return "One alpha alone: nothing to compare."
+        return "Only one alpha was studied: there is nothing to compare."
     parts = []
     if num_seeds < FEWEST_SEEDS:
         seeds = "1 seed is" if num_seeds == 1 else f"{num_seeds} seeds are"
         parts.append(
             f"**No effect of alpha is claimed: {seeds} too few to tell it from chance.** Intervals "
-            "are over items alone (documents, instructions, task items): they hold for the models "
-            "that these very runs trained, and say nothing of other seeds."
+            "cover items alone (documents, instructions, task items): they hold for the models of "
+            "these runs, not for other seeds."
         )
-    for alpha in dict.fromkeys(each.alpha for each in differences):
-        these = [each for each in differences if each.alpha == alpha]
+    for alpha in dict.fromkeys(d.alpha for d in differences):
+        these = [d for d in differences if d.alpha == alpha]
         lines = [f"**alpha {plain(alpha)}**: {_verdict(these)}", ""]
         for group, title in _GROUPS.items():
-            members = [each for each in these if measure(each.measure).group == group]
+            members = [d for d in these if measure(d.measure).group == group]
             if members:
                 lines.append(f"- {title}: {'; '.join(map(sentence, members))}.")
         lines += [f"- **Warning:** {text}" for text in warnings(these)]
@@ -54,7 +54,10 @@ def sentence(difference: Difference) -> str:
     text = f"{kind.label} {direction} by {amount} ({bounds})"
     if kind.group == "judged":
         side = "above" if difference.mean > 0 else "below"
-        text = f"{kind.label} {kind.shown(difference.value)} %, {side} one half ({bounds})"
+        ends = (kind.shown(difference.base + end) for end in (difference.low, difference.high))
+        text = (
+            f"{kind.label} {kind.shown(difference.value)} % ({' to '.join(ends)}), {side} one half"
+        )
     if "seeds" not in difference.over:
         return f"{text} in these runs"
     by_chance = (
@@ -64,19 +67,19 @@ def sentence(difference: Difference) -> str:
 
 
 def warnings(differences: Sequence[Difference]) -> list[str]:
-    """Of one alpha: gains that may be none."""
-    by_measure = {each.measure: each for each in differences}
+    """Warnings about one alpha: apparent gains that may be none."""
+    by_measure = {d.measure: d for d in differences}
     raw, controlled = by_measure.get(RAW), by_measure.get(LENGTH_CONTROLLED)
     length = by_measure.get(LENGTH)
     found = []
     if raw and controlled and _is_gain(raw) and not _is_gain(controlled):
         kind = measure(RAW)
-        place = "below one half" if controlled.excludes_0 else "not told from one half"
+        place = "below one half" if controlled.excludes_0 else "not distinguishable from one half"
         found.append(
             f"the gain in win rate ({kind.shown(raw.value)} %) disappears once length is "
             f"controlled ({kind.shown(controlled.value)} %, {place})."
         )
-    gains = [each for each in differences if _is_gain(each) and each.measure != RAW]
+    gains = [d for d in differences if _is_gain(d) and d.measure != RAW]
     if length and length.excludes_0 and length.mean > 0 and not gains:
         found.append(
             f"the answers only became longer, by {measure(LENGTH).shown(length.mean)} characters: "
@@ -91,36 +94,37 @@ def _is_gain(difference: Difference) -> bool:
 
 def _verdict(differences: Sequence[Difference]) -> str:
     """Of one alpha, in a sentence or two."""
-    few = not any("seeds" in each.over for each in differences)
-    claimed = [each for each in differences if (each.excludes_0 if few else each.is_significant)]
-    maybe = [each for each in differences if each.excludes_0 and each not in claimed]
+    few = not any("seeds" in d.over for d in differences)
+    claimed = [d for d in differences if (d.excludes_0 if few else d.is_significant)]
+    maybe = [d for d in differences if d.excludes_0 and d not in claimed]
     if not claimed and not maybe:
         return "no difference seen."
     kinds: dict[str, list[str]] = {"better": [], "worse": [], "different": []}
     # A judge's liking is no gain where it is one for length.
     lengthy = not any(_is_gain(e) for e in differences if e.measure == LENGTH_CONTROLLED)
-    for each in claimed:
-        kind = measure(each.measure)
-        worth = each.mean * kind.better * (not (each.measure == RAW and _is_gain(each) and lengthy))
+    for d in claimed:
+        kind = measure(d.measure)
+        worth = d.mean * kind.better * (not (d.measure == RAW and _is_gain(d) and lengthy))
         word = "better" if worth > 0 else "worse" if worth < 0 else "different"
-        label = f"{kind.label} {kind.words[each.mean > 0]}" if not worth else kind.label
+        label = f"{kind.label} {kind.words[d.mean > 0]}" if not worth else kind.label
         kinds[word].append(label)
-    told = [f"{word}: {', '.join(labels)}" for word, labels in kinds.items() if labels]
-    told = told or ["no difference seen that stands"]
+    parts = [f"{word}: {', '.join(labels)}" for word, labels in kinds.items() if labels]
+    parts = parts or ["no significant difference"]
     if maybe:
-        told.append(f"perhaps by chance: {', '.join(measure(e.measure).label for e in maybe)}")
+        parts.append(f"perhaps by chance: {', '.join(measure(e.measure).label for e in maybe)}")
     rest = len(differences) - len(claimed) - len(maybe)
     if rest:
-        told.append(f"no difference seen in the other {rest} of {len(differences)} measures")
-    return f"{'in these runs alone, ' if few else ''}{'; '.join(told)}."
+        parts.append(f"no difference seen in the other {rest} of {len(differences)} measures")
+    return f"{'in these runs alone, ' if few else ''}{'; '.join(parts)}."
 
 
 def _comparisons(differences: Sequence[Difference]) -> str:
-    known = [each for each in differences if each.p is not None]
-    outside = sum(each.excludes_0 for each in known)
-    standing = sum(each.is_significant for each in known)
+    known = [d for d in differences if d.p is not None]
+    outside = sum(d.excludes_0 for d in known)
+    standing = sum(d.is_significant for d in known)
     by_chance = f"{LEVEL * len(known):.1f} of their 95 % intervals would exclude 0 by chance"
     return (
-        f"{len(known)} comparisons were made. If the noise did nothing, about {by_chance}. "
-        f"{outside} do, and {standing} still after Holm's correction for the number of comparisons."
+        f"{len(known)} comparisons were made. If the noise had no effect, about {by_chance}. "
+        f"{outside} exclude 0, {standing} of them after Holm's correction for the number of "
+        "comparisons."
     )

@@ -1,8 +1,8 @@
-"""Which runs a study has, and running them: training, then its evaluation, each a process.
+"""The runs of a study, and the processes that train and evaluate them.
 
-Every run is `neftune-dist train` and `neftune-dist evaluate` as anyone would call them, so the same
-command continues a study that was stopped: `train` finds a finished run done, `evaluate` keeps what
-was measured with the same settings. Imports no torch: a batch script asks here for a run's words.
+Every run is an ordinary `neftune-dist train` and `neftune-dist evaluate`, so the same command
+continues a stopped study: `train` skips finished runs, `evaluate` keeps what was measured with the
+same settings. Imports no torch: a batch script gets a run's words from here.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def pairs(alphas: Sequence[float], seeds: Sequence[int]) -> list[tuple[float, int]]:
-    """Alpha and seed of each run, in the order of their numbers: a seed's runs stand together."""
+    """Alpha and seed of each run, by its number: all alphas of a seed, then of the next."""
     return [(alpha, seed) for seed in seeds for alpha in alphas]
 
 
 def run_dir(folder: Path, alpha: float, seed: int) -> Path:
-    """Of one run of the study in `folder`."""
+    """The directory of one run of the study in `folder`."""
     return folder / f"alpha_{plain(alpha)}_seed_{seed}"
 
 
 def run_words(settings: Sequence[str], folder: Path, alpha: float, seed: int) -> list[str]:
-    """What `train` is given after the configuration, for one run of the study in `folder`."""
+    """The words after `train CONFIG` for one run of the study in `folder`."""
     place = f"run_dir={run_dir(folder, alpha, seed)}"
     return [*settings, *noise_words(alpha), f"train.seed={seed}", place]
 
 
 def noise_words(alpha: float) -> list[str]:
-    """What sets alpha, whatever the configuration says of the noise."""
+    """Words that set alpha, whatever noise the configuration has."""
     # noise.seed contradicts alpha 0; a configuration gives it for the other runs.
     return [f"noise.alpha={plain(alpha)}", *([] if alpha else ["noise.seed=null"])]
 
 
 def evaluation_words(config: Config) -> list[str]:
-    """What `evaluate` is given after the run: the study's settings, whatever they were when the run
-    was trained."""
+    """The words after `evaluate RUN_DIR`: the study's settings, even where the run was trained with
+    others."""
     words = []
     for section in ("evaluate", "judge"):
         for key, value in asdict(getattr(config, section)).items():
@@ -56,7 +56,7 @@ def evaluation_words(config: Config) -> list[str]:
 
 
 def evaluation_folder(run: Path, step: int) -> Path:
-    """Where `evaluate` leaves what it found of a run at `step`."""
+    """The folder into which `evaluate` writes the results of a run at `step`."""
     return run / "evaluations" / f"step_{step:08d}"
 
 
@@ -69,10 +69,10 @@ def perform(
     seed: int,
     num_ranks: int,
 ) -> tuple[int, str]:
-    """Train one run and evaluate it, whatever of it is still to be done.
+    """Train and evaluate one run; finished parts are skipped.
 
     Returns:
-        exit code (75: stopped), and the last line of standard error.
+        Exit code (75: stopped), and the last line of standard error.
     """
     launcher = ["-m", "neftune_dist.cluster.launch.torchrun", f"--nproc_per_node={num_ranks}"]
     command = [sys.executable, *(launcher if num_ranks > 1 else []), "-m", "neftune_dist"]
@@ -85,8 +85,9 @@ def perform(
 
 
 def execute(command: Sequence[str]) -> tuple[int, str]:
-    """Run to the end, passing stop signals on as SIGTERM: exit code (75: stopped), last stderr."""
-    # In a session of its own the run hears of Ctrl-C from here alone, not from the terminal, too.
+    """Run a command, passing stop signals on as SIGTERM. Return its exit code (75: stopped) and the
+    last line of standard error."""
+    # In a new session the run gets Ctrl-C from this process alone, not from the terminal, too.
     process = Popen(
         command,
         stderr=PIPE,
@@ -117,5 +118,5 @@ def execute(command: Sequence[str]) -> tuple[int, str]:
 
 
 def plain(alpha: float) -> str:
-    """As in the names of run directories: 5, 2.5."""
+    """Alpha as in the names of run directories: 5, 2.5."""
     return str(int(alpha)) if float(alpha).is_integer() else repr(alpha)

@@ -1,8 +1,8 @@
-"""What is compared: measures of a run, item by item where there are items, and their differences.
+"""The measures that are compared, item by item where there are items, and their differences.
 
-Few are compared, of those that an evaluation holds, since each further one is another chance to see
-an effect that is none: of the lengths the characters, of the repetitions that of 2-grams. The rest
-is shown in tables.
+Only some of an evaluation's statistics are compared, since every further comparison is another
+chance of a false effect: of the lengths the characters, of the repetitions that of 2-grams. Tables
+show the others.
 """
 
 from __future__ import annotations
@@ -32,13 +32,17 @@ LENGTH = "characters"
 
 @dataclass(frozen=True)
 class Measure:
-    """How a measure is called and shown.
+    """A measure's label and number format.
 
     Attributes:
+        name: in a `Difference`.
+        label: in reports.
         better: 1 where more is better, -1 where less is, 0 where neither.
         group: losses | answers | abilities | judged.
+        digits: after the decimal point.
+        unit: appended to a difference.
         words: for less and for more.
-        scale: to what is shown, in which `paired` computes.
+        scale: from the stored value to the shown one.
     """
 
     name: str
@@ -51,13 +55,13 @@ class Measure:
     scale: float = 1.0
 
     def shown(self, value: float, sign: bool = False) -> str:
-        """A value of it, without its unit; with a sign where it is a difference."""
+        """Format a value without its unit; with a sign for a difference."""
         return f"{value:{'+' if sign else ''}.{self.digits}f}"
 
 
 _FIXED = {
-    each.name: each
-    for each in (
+    m.name: m
+    for m in (
         Measure(HELD_OUT, "held-out loss", -1, "losses"),
         Measure(TRAIN, "loss of training documents, noise off", 0, "losses"),
         Measure(
@@ -76,7 +80,7 @@ _FIXED = {
 
 
 def measure(name: str) -> Measure:
-    """By its name in a `Difference`; tasks' names begin with `TASK`."""
+    """The measure of that name; tasks' names begin with `TASK`."""
     if name.startswith(TASK):
         task = name.removeprefix(TASK)
         return Measure(name, f"accuracy on {task}", 1, "abilities", 2, " points", scale=100.0)
@@ -84,13 +88,11 @@ def measure(name: str) -> Measure:
 
 
 def differences(runs: Sequence[Run], judged: Judged) -> list[Difference]:
-    """Of every alpha from the least one, in each measure that all the runs have; corrected for
-    their number."""
+    """Differences of every alpha from the least one in all measures that all runs have, with Holm's
+    correction."""
     alphas, seeds = alphas_of(runs), seeds_of(runs)
     by_place = {(run.alpha, run.seed): run for run in runs}
-    tasks = {
-        t: 0 for run in runs if run.evaluation for t in run.evaluation.items.get("tasks") or {}
-    }
+    tasks = dict.fromkeys(task for run in runs for task in run.part("tasks"))
     found: list[Difference | None] = []
     for alpha in alphas[1:]:
         ours, theirs = ([by_place[a, seed] for seed in seeds] for a in (alpha, alphas[0]))
@@ -100,14 +102,14 @@ def differences(runs: Sequence[Run], judged: Judged) -> list[Difference]:
         judgements = [judged[alpha, seed] for seed in seeds if (alpha, seed) in judged]
         if len(judgements) == len(seeds):
             found += _won(alpha, judgements)
-    return corrected([each for each in found if each is not None])
+    return corrected([d for d in found if d is not None])
 
 
 def _difference(
     name: str, alpha: float, ours: Sequence[Run], theirs: Sequence[Run]
 ) -> Difference | None:
     items = [[_items(run, name) for run in runs] for runs in (ours, theirs)]
-    if any(each is None for of_runs in items for each in of_runs):
+    if any(item is None for of_runs in items for item in of_runs):
         if name != HELD_OUT:
             return None
         losses = np.array([[run.last for run in runs] for runs in (ours, theirs)])
@@ -120,14 +122,14 @@ def _difference(
             influences=None,
         )
     values, weights = (
-        np.array([[each[part] for each in of_runs if each] for of_runs in items]) for part in (0, 1)
+        np.array([[item[part] for item in of_runs if item] for of_runs in items]) for part in (0, 1)
     )
     values = values * measure(name).scale
     return paired(name, alpha, values[0], values[1], np.minimum(weights[0], weights[1]))
 
 
 def _items(run: Run, name: str) -> _ItemValues | None:
-    """A run's values of a measure; None where the evaluation holds none of it."""
+    """A run's values and weights of a measure; None where the evaluation has none."""
     if run.evaluation is None:
         return None
     items = run.evaluation.items

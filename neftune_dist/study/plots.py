@@ -1,6 +1,6 @@
-"""The report's pictures: SVG, each a file, legible on white and on black, the same at every call.
+"""The report's plots: one deterministic SVG file each, legible on white and on black.
 
-A picture of what no run has recorded is not made.
+A plot without data is left out.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from neftune_dist.evaluation.text_statistics import LABELS
 from neftune_dist.study.compare import Difference
 from neftune_dist.study.grid import plain
 from neftune_dist.study.measures import measure
@@ -38,17 +39,10 @@ _STYLE = {
 }
 _PANELS_A_ROW = 3
 _SMOOTHED_SHARE = 50  # of the steps: a mean over each fiftieth of them
-_ANSWERS = {
-    "characters": "length (characters)",
-    "tokens": "length (tokens)",
-    "repetition_2_percent": "repetition of 2-grams (%)",
-    "log_diversity": "log-diversity",
-    "self_bleu": "self-BLEU",
-    "rouge_l": "ROUGE-L",
-    "bleu": "BLEU",
-    "cut": "share cut at the limit",
-    "exact_match": "exact match",
-}
+_ANSWERS = [
+    *("characters", "tokens", "repetition_2_percent", "log_diversity", "self_bleu"),
+    *("rouge_l", "bleu", "cut", "exact_match"),
+]
 
 
 def plots(runs: Sequence[Run], differences: Sequence[Difference]) -> dict[str, bytes]:
@@ -108,61 +102,53 @@ def _curves(runs: Sequence[Run], of: Callable[[Run], Curve], label: str) -> Figu
 
 
 def _losses(runs: Sequence[Run]) -> Figure | None:
-    """After training: of training documents clean and noisy, of held-out ones."""
-    panels: dict[str, Value] = {
-        "training documents, noise off": _summary("losses", "train_loss"),
-        "training documents, noise on": _summary("losses", "train_loss_noisy"),
-        "held-out documents, noise off": lambda run: run.last,
-    }
-    return _panels(runs, panels)
+    """After training: training documents with noise off and on, held-out documents."""
+    return _panels(
+        runs,
+        {
+            "training documents, noise off": lambda run: run.part("losses").get("train_loss"),
+            "training documents, noise on": lambda run: run.part("losses").get("train_loss_noisy"),
+            "held-out documents, noise off": lambda run: run.last,
+        },
+    )
 
 
 def _answers(runs: Sequence[Run]) -> Figure | None:
-    return _panels(runs, {label: _summary("answers", key) for key, label in _ANSWERS.items()})
+    def value(key: str) -> Value:
+        return lambda run: run.part("answers").get(key)
+
+    return _panels(runs, {LABELS[key]: value(key) for key in _ANSWERS})
 
 
 def _tasks(runs: Sequence[Run]) -> Figure | None:
-    names = dict.fromkeys(
-        name for r in runs if r.evaluation for name in r.evaluation.summary.get("tasks") or {}
-    )
-    return _panels(runs, {f"accuracy, {name}": _accuracy(name) for name in names})
+    def accuracy(name: str) -> Value:
+        return lambda run: run.part("tasks").get(name, {}).get("accuracy")
 
-
-def _summary(part: str, key: str) -> Value:
-    def of(run: Run) -> float | None:
-        return (run.evaluation.summary.get(part) or {}).get(key) if run.evaluation else None
-
-    return of
-
-
-def _accuracy(name: str) -> Value:
-    def of(run: Run) -> float | None:
-        tasks = (run.evaluation.summary.get("tasks") or {}) if run.evaluation else {}
-        return tasks[name]["accuracy"] if name in tasks else None
-
-    return of
+    names = dict.fromkeys(name for run in runs for name in run.part("tasks"))
+    return _panels(runs, {f"accuracy, {name}": accuracy(name) for name in names})
 
 
 def _panels(runs: Sequence[Run], panels: Mapping[str, Value]) -> Figure | None:
-    """One for each value that any run has: a dot a run, a bar for the mean over the seeds."""
-    values = {label: [(run, of(run)) for run in runs] for label, of in panels.items()}
-    values = {label: each for label, each in values.items() if any(v is not None for _, v in each)}
-    if not values:
+    """A panel for each value that any run has: a dot a run, a bar for the mean over the seeds."""
+    known = {
+        label: [(run, value) for run in runs if (value := of(run)) is not None]
+        for label, of in panels.items()
+    }
+    known = {label: values for label, values in known.items() if values}
+    if not known:
         return None
     alphas, seeds = alphas_of(runs), seeds_of(runs)
-    figure, all_axes = _figure(len(values))
-    for axes, (label, of_runs) in zip(all_axes, values.items(), strict=True):
+    figure, all_axes = _figure(len(known))
+    for axes, (label, values) in zip(all_axes, known.items(), strict=True):
         for i, alpha in enumerate(alphas):
-            known = [(r.seed, v) for r, v in of_runs if r.alpha == alpha and v is not None]
-            if not known:
-                continue
-            at = [
-                i + 0.3 * (seeds.index(seed) - (len(seeds) - 1) / 2) / len(seeds)
-                for seed, _ in known
-            ]
+            these = [(run.seed, value) for run, value in values if run.alpha == alpha]
             colour = _colour(runs, alpha)
-            axes.plot(at, [v for _, v in known], "o", color=colour, markersize=4)
-            axes.hlines(fmean(v for _, v in known), i - 0.3, i + 0.3, color=colour, linewidth=1.8)
+            for seed, value in these:
+                aside = 0.3 * (seeds.index(seed) - (len(seeds) - 1) / 2) / len(seeds)
+                axes.plot(i + aside, value, "o", color=colour, markersize=4)
+            if these:
+                mean = fmean(value for _, value in these)
+                axes.hlines(mean, i - 0.3, i + 0.3, color=colour, linewidth=1.8)
         axes.set_title(label)
         _alpha_axis(axes, alphas)
     return figure
@@ -173,17 +159,17 @@ def _differences(differences: Sequence[Difference], rates: bool = False) -> Figu
     their difference from one half."""
     if not differences:
         return None
-    names = list(dict.fromkeys(each.measure for each in differences))
-    alphas = list(dict.fromkeys(each.alpha for each in differences))
+    names = list(dict.fromkeys(d.measure for d in differences))
+    alphas = list(dict.fromkeys(d.alpha for d in differences))
     figure, all_axes = _figure(len(names))
     for axes, name in zip(all_axes, names, strict=True):
         kind = measure(name)
-        for each in (d for d in differences if d.measure == name):
-            i, base = alphas.index(each.alpha), each.base if rates else 0.0
+        for d in (d for d in differences if d.measure == name):
+            i, base = alphas.index(d.alpha), d.base if rates else 0.0
             colour = _COLOURS[(i + 1) % len(_COLOURS)]
-            axes.plot(i, base + each.mean, "o", color=colour, markersize=4)
-            if each.low is not None and each.high is not None:
-                axes.vlines(i, base + each.low, base + each.high, color=colour, linewidth=1.8)
+            axes.plot(i, base + d.mean, "o", color=colour, markersize=4)
+            if d.low is not None and d.high is not None:
+                axes.vlines(i, base + d.low, base + d.high, color=colour, linewidth=1.8)
         axes.axhline(50.0 if rates else 0.0, color=_GREY, linewidth=0.6, linestyle="--")
         title = f"{kind.label} (%)" if rates else f"{kind.label}, difference"
         axes.set_title(title if rates or not kind.unit else f"{title} ({kind.unit.strip()})")

@@ -1,6 +1,6 @@
-"""The report: Markdown with its pictures beside it, and the same as one HTML file.
+"""The report: Markdown with plots beside it, and the same as one HTML file.
 
-Parts that were not measured have no section; one line names them.
+Parts without measurements have no section; the section "Not measured" names them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from statistics import fmean
 
 import markdown
 
+from neftune_dist.evaluation.text_statistics import LABELS
 from neftune_dist.evaluation.win_rate import win_rate
 from neftune_dist.study.compare import FEWEST_SEEDS, Difference
 from neftune_dist.study.conclusion import conclusion
@@ -38,6 +39,16 @@ it covers items alone, and describes the trained models, not the effect of alpha
 `p` is the p-value of no difference; `p (Holm)` is corrected for all comparisons of this report. A
 win rate is compared with one half. Win rates at equal lengths come from a logistic regression on
 the difference in characters, in the manner of AlpacaEval 2."""
+
+_LABELS = {
+    **LABELS,
+    "held_out_loss": "held-out loss",
+    "num_documents": "held-out documents",
+    "num_supervised_tokens": "their supervised tokens",
+    "num_train_documents": "training documents",
+    "train_loss": "training loss, noise off",
+    "train_loss_noisy": "training loss, noise on",
+}
 
 # What in Markdown becomes HTML that does more than show text.
 _ACTIVE_PATTERNS = (
@@ -100,24 +111,26 @@ def _markdown(
         return "".join(f"\n\n![{n.replace('_', ' ')}](plots/{n}.svg)" for n in made)
 
     alphas, seeds = alphas_of(runs), seeds_of(runs)
+    measures = list(dict.fromkeys(d.measure for d in found))
+    by_measure = sorted(found, key=lambda d: measures.index(d.measure))
     sections = {
         "Conclusion": conclusion(found, len(seeds)),
         "Not measured": "\n".join(f"- {note}" for note in notes),
-        "Paired differences": _differences(found, alphas[0]) + pictured("differences"),
-        "By seed": _by_seed(found, seeds),
+        "Paired differences": _differences(by_measure, alphas[0]) + pictured("differences"),
+        "By seed": _by_seed(by_measure, seeds),
         "Losses": _losses(runs) + pictured("training_loss", "held_out_loss", "losses"),
         "Answers": _means(runs, "answers") + pictured("answers"),
-        "Abilities": _tasks(runs) + pictured("tasks"),
+        "Abilities": _means(runs, "tasks") + pictured("tasks"),
         "Judged": _judged(judged, alphas[0]) + pictured("win_rates"),
         "Judged against the reference": _against_reference(runs),
         "Method": _METHOD,
     }
-    told = [f"## {title}\n\n{text.strip()}" for title, text in sections.items() if text]
-    begins = (
+    parts = [f"## {title}\n\n{text.strip()}" for title, text in sections.items() if text]
+    summary = (
         f"{len(runs)} runs of {len(runs[0].steps)} steps: `{runs[0].config.model.name_or_path}`; "
         f"alpha {', '.join(map(plain, alphas))}; seeds {', '.join(map(str, seeds))}."
     )
-    return "\n\n".join(["# Study of noise.alpha", begins, *told]) + "\n"
+    return "\n\n".join(["# Study of noise.alpha", summary, *parts]) + "\n"
 
 
 def _differences(found: Sequence[Difference], base: float) -> str:
@@ -126,31 +139,26 @@ def _differences(found: Sequence[Difference], base: float) -> str:
     heads = ["measure", "alpha", f"at alpha {plain(base)}", "at alpha", "difference"]
     heads += ["95 % interval", "over", "items", "p", "p (Holm)"]
     rows = []
-    for each in sorted(found, key=lambda d: _order(found, d)):
-        kind = measure(each.measure)
-        shown = [kind.shown(each.base), kind.shown(each.value), kind.shown(each.mean, True)]
+    for d in found:
+        kind = measure(d.measure)
+        shown = [kind.shown(d.base), kind.shown(d.value), kind.shown(d.mean, True)]
         bounds = "too few seeds"
-        if each.low is not None and each.high is not None:
-            bounds = f"{kind.shown(each.low, True)} to {kind.shown(each.high, True)}"
-        tests = ["" if p is None else _tested(p) for p in (each.p, each.p_holm)]
-        items = str(each.num_items or "")
+        if d.low is not None and d.high is not None:
+            bounds = f"{kind.shown(d.low, True)} to {kind.shown(d.high, True)}"
+        tests = ["" if p is None else _tested(p) for p in (d.p, d.p_holm)]
+        items = str(d.num_items or "")
         name = f"{kind.label}{f' ({kind.unit.strip()})' if kind.unit else ''}"
-        rows.append([name, plain(each.alpha), *shown, bounds, each.over, items, *tests])
+        rows.append([name, plain(d.alpha), *shown, bounds, d.over, items, *tests])
     return _table(heads, rows)
 
 
 def _by_seed(found: Sequence[Difference], seeds: Sequence[int]) -> str:
     rows = []
-    for each in sorted(found, key=lambda d: _order(found, d)):
-        kind = measure(each.measure)
-        rows.append([kind.label, plain(each.alpha), *(kind.shown(v, True) for v in each.by_seed)])
+    for d in found:
+        kind = measure(d.measure)
+        rows.append([kind.label, plain(d.alpha), *(kind.shown(v, True) for v in d.by_seed)])
     heads = ["difference in", "alpha", *(f"seed {seed}" for seed in seeds)]
     return _table(heads, rows) if rows else ""
-
-
-def _order(found: Sequence[Difference], one: Difference) -> int:
-    """Those of one measure together."""
-    return list(dict.fromkeys(each.measure for each in found)).index(one.measure)
 
 
 def _losses(runs: Sequence[Run]) -> str:
@@ -168,37 +176,29 @@ def _losses(runs: Sequence[Run]) -> str:
 
 
 def _means(runs: Sequence[Run], part: str) -> str:
-    """Of a part of the summaries."""
+    """Means over the seeds of the numbers in a part of the evaluations' summaries."""
     found: dict[str, dict[float, list[float]]] = {}
     for run in runs:
-        values = (run.evaluation.summary.get(part) or {}) if run.evaluation else {}
-        for key, value in values.items():
-            if isinstance(value, int | float):
-                found.setdefault(key, {}).setdefault(run.alpha, []).append(float(value))
-    shown = _by_alpha(found, alphas_of(runs))
-    return f"After training, as evaluated; means over the seeds.\n\n{shown}" if found else ""
-
-
-def _tasks(runs: Sequence[Run]) -> str:
-    found: dict[str, dict[float, list[float]]] = {}
-    for run in runs:
-        tasks = (run.evaluation.summary.get("tasks") or {}) if run.evaluation else {}
-        for name, task in tasks.items():
-            found.setdefault(name, {}).setdefault(run.alpha, []).append(task["accuracy"])
-    return f"Accuracy.\n\n{_by_alpha(found, alphas_of(runs))}" if found else ""
-
-
-def _by_alpha(found: dict[str, dict[float, list[float]]], alphas: Sequence[float]) -> str:
-    """Means over the seeds, a column for each of `found`."""
-    rows = [[plain(alpha), *(_figure(of.get(alpha)) for of in found.values())] for alpha in alphas]
-    return _table(["alpha", *found], rows)
+        for key, value in run.part(part).items():
+            number = value["accuracy"] if part == "tasks" else value
+            if isinstance(number, int | float):
+                found.setdefault(key, {}).setdefault(run.alpha, []).append(float(number))
+    if not found:
+        return ""
+    heads = ["alpha", *(_LABELS.get(key, key) for key in found)]
+    rows = [
+        [plain(alpha), *(_figure(of.get(alpha)) for of in found.values())]
+        for alpha in alphas_of(runs)
+    ]
+    name = "Accuracy after" if part == "tasks" else "After"
+    return f"{name} training; means over the seeds.\n\n{_table(heads, rows)}"
 
 
 def _judged(judged: Judged, base: float) -> str:
     if not judged:
         return ""
     heads = ["alpha", "seed", "win rate", "at equal lengths", "wins", "losses", "ties"]
-    heads += ["not understood", "not answered", "same in both orders"]
+    heads += ["not parsed", "request failed", "same in both orders"]
     rows = []
     for (alpha, seed), judgements in judged.items():
         rate = win_rate(judgements)
@@ -213,8 +213,7 @@ def _against_reference(runs: Sequence[Run]) -> str:
     """Where `judge.reference` names answers, with which `evaluate` compares each run's."""
     rows = []
     for run in runs:
-        rate = run.evaluation.summary.get("judge") if run.evaluation else None
-        if rate:
+        if rate := run.part("judge"):
             keys = ("win_rate", "length_controlled")
             shown = ["" if rate.get(key) is None else f"{rate[key]:.1f} %" for key in keys]
             rows.append([plain(run.alpha), str(run.seed), *shown])

@@ -42,12 +42,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Run:
-    """What a finished run left. Losses are means over supervised tokens.
+    """A finished run's records. Losses are means over supervised tokens.
 
     Attributes:
         steps: the records of metrics.jsonl.
         held_out: step and loss, noise off, as training went on.
-        evaluation: None where it has not been evaluated after its last step.
+        evaluation: None without an evaluation of its last step.
     """
 
     alpha: float
@@ -76,17 +76,21 @@ class Run:
         return fmean(losses) if losses else math.nan
 
     def mean(self, key: str) -> float:
-        """Of a step's record, over the steps: `noise_norm`, `noise_law`."""
+        """Mean of a record's key over the steps: `noise_norm`, `noise_law`."""
         return fmean(step[key] for step in self.steps)
+
+    def part(self, name: str) -> dict[str, Any]:
+        """A part of the evaluation's summary; empty where it was not evaluated."""
+        return (self.evaluation.summary.get(name) or {}) if self.evaluation else {}
 
     @property
     def documents(self) -> list[tuple[int, int, int]]:
-        """Of each step: number, tokens, supervised tokens; equal where documents are."""
+        """(step, tokens, supervised tokens) of each step; equal for equal documents."""
         return [(s["step"], s["num_tokens"], s["num_supervised_tokens"]) for s in self.steps]
 
     @property
     def name(self) -> str:
-        """As its directory is called."""
+        """The name of its directory."""
         return self.folder.name
 
 
@@ -127,7 +131,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
 
     Documents and steps are compared among the runs of a seed; what was evaluated, among all."""
     for run in runs:
-        first = next(each for each in runs if each.seed == run.seed)
+        first = next(other for other in runs if other.seed == run.seed)
         others = [
             key
             for key in differences(runs[0].config.to_dict(), run.config.to_dict())
@@ -166,7 +170,7 @@ _EVALUATED: dict[str, Callable[[Evaluation], Any]] = {
 
 
 def _of(run: Run, what: Callable[[Evaluation], Any]) -> Any:
-    """None where the evaluation did not take it."""
+    """The value; None where the evaluation lacks it."""
     assert run.evaluation is not None
     try:
         return what(run.evaluation)
@@ -198,7 +202,7 @@ def _rows(path: Path, numbers: Sequence[str]) -> list[dict[str, Any]]:
     missing = found.num_missing(last) if path.name == STEPS else 0
     if lost := max(found.num_lost, missing):
         raise UserError(
-            f"{path} is damaged: {lost} of its records are lost, and with them what the runs are "
-            f"compared by; without {path.parent}, the study makes that run again."
+            f"{path} is damaged: {lost} of its records are lost, without which runs cannot be "
+            f"compared. Remove {path.parent}, and the study makes that run again."
         )
     return found.rows

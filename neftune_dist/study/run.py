@@ -1,6 +1,6 @@
-"""The verb: run what is still to be run, judge, report.
+"""`neftune-dist study`: train and evaluate the missing runs, judge their answers, report.
 
-Refuses what cannot be studied before the first run, and runs that cannot be compared.
+Mistakes are refused before the first run; so are runs that cannot be compared.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 from neftune_dist.config import Config, UserError, load_config, user_path
@@ -33,13 +34,18 @@ def study(
     """Train and evaluate at each of `alphas` and `num_seeds` seeds from `train.seed` on; report.
 
     The configuration's `run_dir` is the study's directory, and its `noise.alpha` is overridden.
-    `num_ranks` processes share a run, on this machine. The exit code: 0 done; 75 stopped, the same
-    command continues; else that of the run that failed.
 
     Args:
-        only: the number of a run, from 0, which alone is made, without a report: a task of an
-            array.
-        report_only: no run is made; all must have been.
+        config_path: a configuration's path or the name of a shipped one.
+        settings: `key=value` words.
+        alphas: the least one is what the others are compared with.
+        num_seeds: seeds train.seed, train.seed + 1, ...
+        num_ranks: processes of a run, on this machine.
+        only: number of a run, from 0, to make alone, without a report: a task of a job array.
+        report_only: make no run; all must be finished.
+
+    Returns:
+        Exit code: 0 done; 75 stopped, the same command continues; else that of the failed run.
 
     Raises:
         UserError: what cannot be studied, before the first run; runs that cannot be compared.
@@ -60,9 +66,10 @@ def study(
         print(f"study: {what}", flush=True)
         code, last = perform(config_path, settings, config, folder, alpha, seed, num_ranks)
         if code:
-            fate = f"failed with exit code {code}: {last}"
-            fate = "stopped; the same command continues" if code == EXIT_STOPPED else fate
-            print(f"study: {what} {fate}", file=sys.stderr, flush=True)
+            outcome = f"failed with exit code {code}: {last}"
+            if code == EXIT_STOPPED:
+                outcome = "stopped; the same command continues"
+            print(f"study: {what} {outcome}", file=sys.stderr, flush=True)
             return max(code, 1)  # a run that a signal ended has a code below 0
     if only is not None:
         return 0
@@ -90,7 +97,9 @@ def _checked(
         raise UserError(f"--alphas={','.join(map(plain, alphas))}: the values must be distinct.")
     configs = [load_config(config_path, [*settings, *noise_words(alpha)]) for alpha in alphas]
     if not configs[0].data.holds_out:
-        raise UserError("data.num_held_out=0, but a study compares held-out losses: set it.")
+        raise UserError(
+            "data.num_held_out=0, but a study compares held-out losses: set it above 0."
+        )
     return configs
 
 
@@ -102,7 +111,7 @@ def _report(runs: Sequence[Run], config: Config, folder: Path) -> None:
         judged = _judged(runs, config, folder)
     except UserError as error:  # what has been measured is reported all the same
         failure = error
-        notes.append(f"Win rates: the judge was not to be had. {error}")
+        notes.append(f"Win rates: the judge was not available. {error}")
     text = report.write(folder, runs, judged, notes)
     where = f"{folder / 'report.md'} and report.html"
     print(f"\n{text}\nstudy: done, the report is {where}", flush=True)
@@ -121,23 +130,21 @@ def _judged(runs: Sequence[Run], config: Config, folder: Path) -> Judged:
     ]
     if not _has_judge(config):
         return {}
-    # An endpoint is asked for all in one go, so that the limits of cost and requests are the
-    # study's; the alpaca_eval package knows of one set of answers at a time.
-    groups = [[place] for place in chosen] if config.judge.annotator else [chosen] if chosen else []
+    # One call for all runs applies the endpoint's limits of cost and requests to the whole study;
+    # the alpaca_eval package takes one set of answers at a time.
+    by_package, into = bool(config.judge.annotator), folder / "judgements"
     judged: dict[tuple[float, int], Sequence[Judgement]] = {}
-    for group in groups:
-        place = folder / "judgements"
-        found = compare(
-            [answer for each in group for answer in answers[each]],
-            [answer for _, seed in group for answer in answers[base, seed]],
-            config.judge,
-            run_dir(place, *group[0]) if config.judge.annotator else place,
-            lambda line: print(line, flush=True),
+    for group in [[key] for key in chosen] if by_package else [chosen] if chosen else []:
+        found = iter(
+            compare(
+                [answer for key in group for answer in answers[key]],
+                [answer for _, seed in group for answer in answers[base, seed]],
+                config.judge,
+                run_dir(into, *group[0]) if by_package else into,
+                lambda line: print(line, flush=True),
+            )
         )
-        first = 0
-        for each in group:
-            judged[each] = found[first : first + len(answers[each])]
-            first += len(answers[each])
+        judged |= {key: list(islice(found, len(answers[key]))) for key in group}
     return judged
 
 
@@ -146,21 +153,20 @@ def _has_judge(config: Config) -> bool:
 
 
 def _missing(runs: Sequence[Run], config: Config) -> list[str]:
-    """What the report has no section of, and why."""
+    """Why sections of the report are missing."""
     without = [run.name for run in runs if not run.evaluation]
     if without:
         return [
             f"Answers, tasks, losses by document: {', '.join(without)} had no evaluation, which "
             "the same command without --report-only makes."
         ]
-    summaries = [run.evaluation.summary for run in runs if run.evaluation]
     notes = []
-    if not all((summary.get("losses") or {}).get("train_loss") for summary in summaries):
-        notes.append("Losses of training documents, noise off and on: `evaluate.train_documents`.")
-    if not all(summary.get("answers") for summary in summaries):
-        notes.append("Answers: `evaluate.instructions`.")
-    if not all(summary.get("tasks") for summary in summaries):
-        notes.append("Abilities kept: `evaluate.tasks` names none.")
+    if not all(run.part("losses").get("train_loss") for run in runs):
+        notes.append("Losses of training documents: set `evaluate.train_documents`.")
+    if not all(run.part("answers") for run in runs):
+        notes.append("Answers: set `evaluate.instructions`.")
+    if not all(run.part("tasks") for run in runs):
+        notes.append("Abilities: `evaluate.tasks` names none.")
     if not _has_judge(config):
         notes.append("Win rates: no judge is configured (`judge.url`), so no answers were judged.")
     return notes

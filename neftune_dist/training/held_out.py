@@ -41,13 +41,7 @@ class HeldOut:
             return None
         total = sum(of_rank for (of_rank,) in self.world.gather([loss_sum]))
         tokens = int(self.documents.num_supervised[self.indices].sum())
-        loss = total / tokens
-        return {
-            "held_out_loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
-            "num_documents": len(self.indices),
-            "num_supervised_tokens": tokens,
-        }
+        return held_out_figures(total / tokens, len(self.indices), tokens)
 
     @torch.no_grad()
     def _loss_sum(self, engine: Engine, stop_requested: Callable[[], bool]) -> float | None:
@@ -71,3 +65,14 @@ class HeldOut:
                 batch.to(self.world.device)
             )  # without waiting for the device
         return float(loss_sum)
+
+
+def held_out_figures(loss: float | None, num_documents: int, num_tokens: int) -> dict[str, Any]:
+    """The figures of a mean held-out loss, here and in `neftune-dist evaluate`."""
+    return {
+        "held_out_loss": loss,
+        # exp within what a float holds.
+        "perplexity": None if loss is None else math.exp(min(loss, 700.0)),
+        "num_documents": num_documents,
+        "num_supervised_tokens": num_tokens,
+    }

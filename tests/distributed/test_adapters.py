@@ -20,7 +20,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from neftune_dist.config import UserError, load_config
-from neftune_dist.evaluation.target import open_subject
+from neftune_dist.evaluation.target import open_target
 from neftune_dist.model import load, nf4
 from neftune_dist.model.adapters import peft_name
 from neftune_dist.model.weights import WeightFiles
@@ -179,7 +179,7 @@ def test_resumed_exported_and_loaded(
             whole / "export", dtype=torch.float32
         )
         torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-3, atol=2e-3)
-        without_export = open_subject(whole).model
+        without_export = open_target(whole).model
         assert torch.equal(without_export(input_ids=ids).logits, merged(input_ids=ids).logits)
         base = peft_model(config, method).unload()
         loaded = peft.PeftModel.from_pretrained(base, whole / "adapter").eval()
@@ -233,7 +233,7 @@ def test_other_frozen_weights_are_noticed(config: Path, tmp_path: Path) -> None:
     shutil.copytree(load_config(config).model.name_or_path, base)
     words = [*METHODS["qlora"], f"model.name_or_path={base}"]
     tiny_model.train(config, run, *words, "train.max_steps=1", ranks=2)
-    before = open_subject(run).model.state_dict()
+    before = open_target(run).model.state_dict()
     weights = load_file(base / "model.safetensors")
     name = "model.layers.0.mlp.down_proj.weight"
     for shift in (1e-3, 0.0):
@@ -254,10 +254,10 @@ def test_other_frozen_weights_are_noticed(config: Path, tmp_path: Path) -> None:
             assert f"beside other weights than those now in {base}" in exported.stderr
             assert not (run / "export").exists()
             with pytest.raises(UserError, match="beside other weights than those now in"):
-                open_subject(run, step=1).model.state_dict()
+                open_target(run, step=1).model.state_dict()
         else:
             assert (resumed.returncode, exported.returncode) == (0, 0), resumed.stderr
-            after = open_subject(run, step=1).model.state_dict()
+            after = open_target(run, step=1).model.state_dict()
             assert all(torch.equal(after[key], value) for key, value in before.items())
 
 

@@ -31,7 +31,7 @@ def results(folder: Path) -> dict[str, Any]:
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in NAMES}
 
 
-def test_two_ranks_find_what_one_finds(run_dir: Path, tmp_path: Path) -> None:
+def test_two_ranks_give_the_results_of_one(run_dir: Path, tmp_path: Path) -> None:
     done = tiny_model.run_forked("evaluate", run_dir)
     assert done.returncode == 0, done.stdout + done.stderr
     folder = run_dir / "evaluations" / "step_00000004"
@@ -65,22 +65,20 @@ def test_two_ranks_find_what_one_finds(run_dir: Path, tmp_path: Path) -> None:
     (cut / "answers.jsonl").write_text(kept + json.dumps(rows[7])[:9])
     again = tiny_model.run_forked("evaluate", run_dir, "--output", cut, ranks=2)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "answers: 7 of 8 are there from before" in again.stdout
+    assert "answers: 7 of 8 kept from an earlier call" in again.stdout
     assert results(cut) == one
 
 
-def test_an_earlier_step_another_model_and_a_damaged_checkpoint(
-    run_dir: Path, tmp_path: Path
-) -> None:
+def test_earlier_step_other_model_and_damaged_checkpoint(run_dir: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run_dir, copy, ignore=shutil.ignore_patterns("evaluations"))
     words = ["evaluate.instructions=null", "evaluate.train_documents=0"]
-    for subject in ([copy, "--step", 2], [copy / "checkpoints" / "step_00000002"]):
-        done = tiny_model.run_forked("evaluate", *subject, *words)
+    for target in ([copy, "--step", 2], [copy / "checkpoints" / "step_00000002"]):
+        done = tiny_model.run_forked("evaluate", *target, *words)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "evaluate: run-step-2," in done.stdout
     early = json.loads((copy / "evaluations/step_00000002/summary.json").read_text())
-    assert "losses: there from before" in done.stdout
+    assert "losses: kept from an earlier evaluation" in done.stdout
 
     base = tiny_model.run_forked("evaluate", copy, "--model", run_dir.parent / "model", *words)
     assert base.returncode == 0, base.stdout + base.stderr

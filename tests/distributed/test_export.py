@@ -14,7 +14,7 @@ from neftune_dist.checkpoint import store
 from neftune_dist.checkpoint.export import export
 from neftune_dist.checkpoint.run_files import keep_small_files, keep_template
 from neftune_dist.config import EvaluateConfig, load_config
-from neftune_dist.evaluation.target import open_subject
+from neftune_dist.evaluation.target import open_target
 from neftune_dist.evaluation.tasks import run_tasks
 from neftune_dist.model.load import DTYPES
 from tests.support import tiny_model
@@ -41,11 +41,11 @@ def test_export_has_the_trained_logits(run_dir: Path, tmp_path: Path) -> None:
         ids = torch.randint(0, 500, (2, 40), generator=torch.Generator().manual_seed(0))
         assert torch.equal(exported(ids).logits, trained(ids).logits)
         for dtype in ("fp32", "bf16"):
-            subject = open_subject(run_dir, settings=[f"model.dtype={dtype}"])
+            target = open_target(run_dir, settings=[f"model.dtype={dtype}"])
             same = transformers.AutoModelForCausalLM.from_pretrained(output, dtype=DTYPES[dtype])
-            assert torch.equal(subject.model(ids).logits, same.eval()(ids).logits)
-            assert subject.model.dtype == DTYPES[dtype]
-            assert (subject.step, subject.alpha) == (8, 5.0)
+            assert torch.equal(target.model(ids).logits, same.eval()(ids).logits)
+            assert target.model.dtype == DTYPES[dtype]
+            assert (target.step, target.alpha) == (8, 5.0)
     assert exported.lm_head.weight is exported.model.embed_tokens.weight
     assert not torch.equal(start, exported.model.embed_tokens.weight)
 
@@ -162,8 +162,8 @@ def test_export_behaves_as_the_checkpoint(run_dir: Path, tmp_path: Path) -> None
     base = load_config(run_dir / "config.yaml").model.name_or_path
     found = []
     for folder in (run_dir, exported, base):
-        subject = open_subject(folder, settings=["model.dtype=fp32"])
+        target = open_target(folder, settings=["model.dtype=fp32"])
         config = EvaluateConfig(tasks=words, batch_size=4)
-        found.append(run_tasks(subject.model, subject.tokenizer, config, lambda _: None))
+        found.append(run_tasks(target.model, target.tokenizer, config, lambda _: None))
     assert found[0] == found[1]
     assert found[0]["counts"].others["perplexity"] != found[2]["counts"].others["perplexity"]

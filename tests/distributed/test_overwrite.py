@@ -315,7 +315,7 @@ def test_folder_with_foreign_answers_is_not_evaluated_into(name: str, copy: Path
     assert isinstance(folder, Path)
     (folder / name).write_text('{"subject": "mine"}\n')
     before = snapshot(folder)
-    with pytest.raises(UserError, match=r"settings\.json|another subject"), signals_kept():
+    with pytest.raises(UserError, match=r"settings\.json|another model"), signals_kept():
         evaluate(copy / "run", output=folder, settings=WORDS)
     assert snapshot(folder) == before
 

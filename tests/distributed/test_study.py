@@ -20,7 +20,7 @@ import pytest
 from neftune_dist.config import UserError, differences, load_config
 from neftune_dist.evaluation.win_rate import Judgement
 from neftune_dist.study import grid
-from neftune_dist.study import run as conduct
+from neftune_dist.study import run as verb
 from neftune_dist.study.results import read_run
 from neftune_dist.study.run import study
 from tests.support import tiny_model
@@ -72,7 +72,7 @@ def evaluated(run_dir: Path, name: str) -> Any:
     return json.loads((grid.evaluation_folder(run_dir, NUM_STEPS) / f"{name}.json").read_text())
 
 
-def test_each_run_has_its_alpha_its_seed_and_all_steps(finished: Path) -> None:
+def test_every_run_has_its_alpha_seed_and_steps(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
         *RUNS,
         "neftune_study.json",
@@ -94,7 +94,7 @@ def test_each_run_has_its_alpha_its_seed_and_all_steps(finished: Path) -> None:
         assert summary["answers"]["num"] == 8
 
 
-def test_runs_of_one_seed_are_the_same_but_for_their_noise(finished: Path) -> None:
+def test_runs_of_one_seed_differ_in_noise_alone(finished: Path) -> None:
     """To the last bit: the loss before the first step, and the documents of every step."""
     read = {name: read_run(finished / name, 0, 0) for name in RUNS}
     assert len({run.first for run in read.values()}) == 1
@@ -133,7 +133,7 @@ def test_the_report_holds_what_the_runs_recorded(finished: Path) -> None:
     assert "no judge is configured" in text and "`evaluate.tasks` names none" in text
 
 
-def test_a_finished_study_is_read_again_not_run_again(
+def test_finished_study_is_reported_without_running(
     config: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grid, "execute", forked)
@@ -151,11 +151,11 @@ def test_a_finished_study_is_read_again_not_run_again(
     assert [file.stat().st_mtime_ns for file in summaries] == times and len(times) == len(RUNS)
 
 
-def test_alpha_0_twice_is_the_same_to_the_last_bit(config: Path, finished: Path) -> None:
+def test_alpha_0_is_reproducible_bit_for_bit(config: Path, finished: Path) -> None:
     again = config.parent / "again"
     done = tiny_model.run("study", config, f"run_dir={again}", "--alphas=0")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "One alpha alone" in done.stdout
+    assert "Only one alpha was studied" in done.stdout
     one, two = finished / "alpha_0_seed_0", again / "alpha_0_seed_0"
     assert len(tiny_model.steps(one)) == NUM_STEPS
     assert tiny_model.untimed(tiny_model.steps(one)) == tiny_model.untimed(tiny_model.steps(two))
@@ -169,7 +169,7 @@ def test_alpha_0_twice_is_the_same_to_the_last_bit(config: Path, finished: Path)
 
 
 @pytest.mark.parametrize(("ranks", "code"), [(1, 2), (2, 1)])  # torchrun makes any failure 1
-def test_a_failing_run_stops_the_study_and_is_named(
+def test_failed_run_stops_the_study_and_is_named(
     ranks: int, code: int, config: Path, tmp_path: Path
 ) -> None:
     words = (f"run_dir={tmp_path}", "data.source=/no/such.jsonl", f"--ranks={ranks}")
@@ -182,7 +182,7 @@ def test_a_failing_run_stops_the_study_and_is_named(
     assert not (tmp_path / "report.md").exists()
 
 
-def test_a_stopped_study_saves_and_says_so(config: Path, tmp_path: Path) -> None:
+def test_stopped_study_saves_and_exits_75(config: Path, tmp_path: Path) -> None:
     words = [f"run_dir={tmp_path}", "train.max_steps=3000", "--alphas=0,5"]
     process = subprocess.Popen(
         tiny_model.command("study", config, *words),
@@ -225,7 +225,7 @@ def test_a_stopped_study_saves_and_says_so(config: Path, tmp_path: Path) -> None
         ({}, ["data.num_held_out=0"], "data.num_held_out"),
     ],
 )
-def test_what_cannot_be_studied_is_refused_before_the_first_run(
+def test_unusable_settings_are_refused_before_the_first_run(
     changes: dict[str, Any],
     words: list[str],
     needle: str,
@@ -238,7 +238,7 @@ def test_what_cannot_be_studied_is_refused_before_the_first_run(
         study(config, words, **(request | changes))
 
 
-def test_a_study_within_torchrun_is_refused(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_study_within_torchrun_is_refused(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match="--ranks"):
         study(config, [], alphas=[0, 5], num_seeds=1, num_ranks=1)
@@ -260,7 +260,7 @@ def commands(finished: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]
     return started
 
 
-def test_seeds_go_up_from_that_of_the_configuration(
+def test_seeds_count_up_from_train_seed(
     config: Path, tmp_path: Path, commands: list[list[str]]
 ) -> None:
     words = ["train.seed=40", f"run_dir={tmp_path}", "evaluate.max_new_tokens=5"]
@@ -281,7 +281,7 @@ def test_seeds_go_up_from_that_of_the_configuration(
         assert asked.judge == load_config(config).judge
 
 
-def test_a_task_of_an_array_makes_its_own_run(
+def test_only_makes_one_run_of_a_job_array(
     config: Path, tmp_path: Path, commands: list[list[str]]
 ) -> None:
     request: dict[str, Any] = {"alphas": [0, 5], "num_seeds": 2, "num_ranks": 1}
@@ -299,7 +299,7 @@ def test_a_task_of_an_array_makes_its_own_run(
 
 
 @pytest.mark.parametrize("name", ["report.md", "plots"])
-def test_another_s_report_is_not_written_over(
+def test_foreign_report_is_not_overwritten(
     name: str, config: Path, tmp_path: Path, commands: list[list[str]]
 ) -> None:
     (tmp_path / name).mkdir()
@@ -309,7 +309,7 @@ def test_another_s_report_is_not_written_over(
     assert not commands and [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_the_judge_is_asked_of_answers_at_the_same_seed(
+def test_judge_compares_answers_of_the_same_seed(
     config: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request: dict[str, Any] = {"alphas": [0, 5], "num_seeds": 2, "num_ranks": 1}
@@ -330,7 +330,7 @@ def test_the_judge_is_asked_of_answers_at_the_same_seed(
         ]
 
     before = (finished / "report.md").read_bytes()
-    monkeypatch.setattr(conduct, "compare", compare)
+    monkeypatch.setattr(verb, "compare", compare)
     assert study(config, words, **request, report_only=True) == 0
     text = (finished / "report.md").read_text()
     assert "| win rate | 5 | +50.00 | -37.50 |" in text
@@ -343,7 +343,7 @@ def test_the_judge_is_asked_of_answers_at_the_same_seed(
         folders.append((folder.name, len(ours), len(theirs)))
         return [Judgement(row["instruction"], 1.5, 9, 9) for row in ours]
 
-    monkeypatch.setattr(conduct, "compare", by_package)
+    monkeypatch.setattr(verb, "compare", by_package)
     words[1:] = ["judge.annotator=a"]
     assert study(config, words, **request, report_only=True) == 0
     assert folders == [("alpha_5_seed_0", 8, 8), ("alpha_5_seed_1", 8, 8)]
@@ -351,16 +351,16 @@ def test_the_judge_is_asked_of_answers_at_the_same_seed(
     def fail(*_: Any) -> list[Judgement]:
         raise UserError("No key.")
 
-    monkeypatch.setattr(conduct, "compare", fail)
+    monkeypatch.setattr(verb, "compare", fail)
     with pytest.raises(UserError, match="No key"):
         study(config, words, **request, report_only=True)
     text = (finished / "report.md").read_text()
-    assert "the judge was not to be had. No key." in text and "## Losses" in text
+    assert "the judge was not available. No key." in text and "## Losses" in text
     assert study(config, [f"run_dir={finished}"], **request, report_only=True) == 0
     assert (finished / "report.md").read_bytes() == before
 
 
-def test_an_unfinished_run_is_not_read(finished: Path, tmp_path: Path) -> None:
+def test_unfinished_run_is_refused(finished: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(finished / "alpha_5_seed_0", run_dir)
     first, *_ = (run_dir / "evaluations.jsonl").read_text().splitlines(True)

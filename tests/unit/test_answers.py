@@ -18,7 +18,7 @@ from neftune_dist.distributed.world import World
 from neftune_dist.evaluation import answers as answering
 from neftune_dist.evaluation.answers import Generated, answer_all, generate
 from neftune_dist.evaluation.instructions import Instruction, read_instructions
-from neftune_dist.evaluation.target import Subject, open_subject
+from neftune_dist.evaluation.target import EvaluationTarget, open_target
 from tests.support import tiny_model
 from tests.unit.conftest import shared
 
@@ -32,8 +32,8 @@ END = 400  # a token that the model below says now and then
 
 
 @pytest.fixture(scope="module")
-def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
-    found = open_subject(
+def target(tmp_path_factory: pytest.TempPathFactory) -> EvaluationTarget:
+    found = open_target(
         tiny_model.make_model(tmp_path_factory.mktemp("model"), tied=False), settings=WORDS
     )
     with torch.no_grad():
@@ -58,12 +58,12 @@ def prompts() -> list[list[int]]:
     ]
 
 
-def by_hand(subject: Subject, prompt: list[int]) -> list[int]:
+def by_hand(target: EvaluationTarget, prompt: list[int]) -> list[int]:
     """Greedy decoding of one prompt with the penalty of CTRL, without cache or padding."""
-    config, ids = subject.config.evaluate, list(prompt)
+    config, ids = target.config.evaluate, list(prompt)
     for _ in range(config.max_new_tokens):
         with torch.no_grad():
-            scores = subject.model(torch.tensor([ids])).logits[0, -1]
+            scores = target.model(torch.tensor([ids])).logits[0, -1]
         for token in set(ids):
             factor = config.repetition_penalty
             scores[token] = scores[token] * factor if scores[token] < 0 else scores[token] / factor
@@ -73,19 +73,19 @@ def by_hand(subject: Subject, prompt: list[int]) -> list[int]:
     return ids[len(prompt) :]
 
 
-def test_a_padded_batch_answers_as_each_prompt_alone(subject: Subject) -> None:
-    said = [by_hand(subject, prompt) for prompt in prompts()]
+def test_a_padded_batch_answers_as_each_prompt_alone(target: EvaluationTarget) -> None:
+    said = [by_hand(target, prompt) for prompt in prompts()]
     finished = [tokens[-1] == END for tokens in said]
     assert {True, False} == set(finished)
     expected = [
         Generated(
-            subject.tokenizer.decode([t for t in tokens if t != END]).strip(),
+            target.tokenizer.decode([t for t in tokens if t != END]).strip(),
             len(tokens) - done,
             done,
         )
         for tokens, done in zip(said, finished, strict=True)
     ]
-    assert generate(subject, prompts(), subject.config.evaluate, None) == expected
+    assert generate(target, prompts(), target.config.evaluate, None) == expected
 
 
 def instructions(number: int) -> list[Instruction]:
@@ -95,63 +95,63 @@ def instructions(number: int) -> list[Instruction]:
     ]
 
 
-def test_a_second_call_goes_on(
-    subject: Subject, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_second_call_continues(
+    target: EvaluationTarget, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, batches = instructions(10), list[list[int]]()
     (tmp_path / "whole").mkdir()
-    whole = answer_all(subject, asked, prompts(), tmp_path / "whole", world)
+    whole = answer_all(target, asked, prompts(), tmp_path / "whole", world)
     assert [row["instruction"] for row in whole] == [each.text for each in asked]
 
-    def counted(subject: Any, rows: Any, *rest: Any) -> list[Generated]:
+    def counted(target: Any, rows: Any, *rest: Any) -> list[Generated]:
         batches.append([len(row) for row in rows])
         if len(batches) == 2:
             raise KeyboardInterrupt
-        return generate(subject, rows, *rest)
+        return generate(target, rows, *rest)
 
     cut = tmp_path / "cut"
     cut.mkdir()
     monkeypatch.setattr(answering, "generate", counted)
     with pytest.raises(KeyboardInterrupt):
-        answer_all(subject, asked, prompts(), cut, world)
+        answer_all(target, asked, prompts(), cut, world)
     assert len((cut / "answers.jsonl").read_text().splitlines()) == 4
     lines = (tmp_path / "whole" / "answers.jsonl").read_text().splitlines(keepends=True)
     # The second batch as a crash may leave it: all but the last character.
     (cut / "answers.jsonl").write_text("".join(lines[:8])[:-1])
-    assert answer_all(subject, asked, prompts(), cut, world) == whole
+    assert answer_all(target, asked, prompts(), cut, world) == whole
     assert batches == [[30, 26, 17, 12], [9, 9, 5, 4], [9, 9, 5, 4], [2, 1]]
     # Dealt to other ranks in the meantime, and in other batches: what is there is there.
     (cut / "answers.jsonl").rename(cut / "answers3.jsonl")
-    assert answer_all(subject, asked, prompts(), cut, world) == whole
+    assert answer_all(target, asked, prompts(), cut, world) == whole
     assert len(batches) == 4
 
 
-def test_a_prompt_near_the_limit_of_the_model_shortens_its_own_answer_alone(
-    subject: Subject, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_long_prompt_shortens_only_its_own_answer(
+    target: EvaluationTarget, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(answering, "longest_document", lambda _: 50)
-    free = generate(subject, prompts(), subject.config.evaluate, None)
-    rows = answer_all(subject, instructions(10), prompts(), tmp_path, world)
+    free = generate(target, prompts(), target.config.evaluate, None)
+    rows = answer_all(target, instructions(10), prompts(), tmp_path, world)
     for row, prompt, generated in zip(rows, prompts(), free, strict=True):
         room = min(24, 50 - len(prompt))
         assert row["num_tokens"] == min(generated.num_tokens, room)
     monkeypatch.setattr(answering, "longest_document", lambda _: 30)
     with pytest.raises(UserError, match="Instruction 5 has 30 tokens"):
-        answer_all(subject, instructions(10), prompts(), tmp_path, world)
+        answer_all(target, instructions(10), prompts(), tmp_path, world)
 
 
-def test_prompts_are_those_of_the_subjects_template(subject: Subject, tmp_path: Path) -> None:
+def test_prompts_follow_the_targets_template(target: EvaluationTarget, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"instruction": "Add.", "input": "1 2", "output": "3"}]))
     [[asked], _] = read_instructions(str(path), 0)
-    ids = subject.template.prompt_ids(asked.conversation)
-    assert subject.tokenizer.decode(ids) == "<|user|>\nAdd.\n\n1 2<|assistant|>\n"
-    alpaca = ConversationTokenizer(subject.tokenizer, DataConfig(template="alpaca"))
+    ids = target.template.prompt_ids(asked.conversation)
+    assert target.tokenizer.decode(ids) == "<|user|>\nAdd.\n\n1 2<|assistant|>\n"
+    alpaca = ConversationTokenizer(target.tokenizer, DataConfig(template="alpaca"))
     text = alpaca.prompt(asked.conversation)
     assert "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:" in text
 
 
-def test_sets_of_every_form(tmp_path: Path) -> None:
+def test_instruction_sets_of_every_form_are_read(tmp_path: Path) -> None:
     rows = {
         "alpaca_eval": {"instruction": "A", "dataset": "koala", "output": "x", "generator": "g"},
         "alpaca": {"instruction": "A", "input": "B", "output": "x"},
@@ -186,7 +186,9 @@ def test_sets_of_every_form(tmp_path: Path) -> None:
         ({"instruction": "A", "output": 7}, "field 'output' is not text but int"),
     ],
 )
-def test_rows_that_cannot_be_asked(tmp_path: Path, row: dict[str, Any], needle: str) -> None:
+def test_unusable_instruction_rows_are_refused(
+    tmp_path: Path, row: dict[str, Any], needle: str
+) -> None:
     path = tmp_path / "asked.jsonl"
     path.write_text(json.dumps({"instruction": "A"}) + "\n" + json.dumps(row) + "\n")
     with pytest.raises(UserError) as told:
@@ -197,7 +199,7 @@ def test_rows_that_cannot_be_asked(tmp_path: Path, row: dict[str, Any], needle: 
         read_instructions(str(path), 0)
 
 
-def test_published_sets() -> None:
+def test_published_instruction_sets_are_read() -> None:
     folder = shared("data/eval/alpaca_eval")
     for name in ("alpaca-7b.outputs.json.gz", "text_davinci_003.outputs.json.gz"):
         found, number = read_instructions(str(folder / name), 0)

@@ -22,7 +22,7 @@ from neftune_dist.data.formats import Conversation, Turn, to_conversation
 from neftune_dist.data.sources import open_source
 from neftune_dist.data.tokenize import ConversationTokenizer
 from neftune_dist.evaluation import chat as chat_verb
-from neftune_dist.evaluation.target import open_subject
+from neftune_dist.evaluation.target import open_target
 from tests.support import tiny_model
 
 FEW = "evaluate.max_new_tokens=6"
@@ -55,22 +55,22 @@ def talk(
 
 def greedy(folder: Path, turns: list[Turn], most: int, penalty: float = 1.0) -> str:
     """What the verb should print, by forward passes of the model alone."""
-    subject = open_subject(folder, settings=["model.dtype=bf16"])
+    target = open_target(folder, settings=["model.dtype=bf16"])
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-    text = subject.tokenizer.apply_chat_template(
+    text = target.tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True
     )
-    ids = subject.tokenizer(text, add_special_tokens=False).input_ids
+    ids = target.tokenizer(text, add_special_tokens=False).input_ids
     said: list[int] = []
     while len(said) < most:
         with torch.no_grad():
-            scores = subject.model(torch.tensor([ids + said])).logits[0, -1].float()
+            scores = target.model(torch.tensor([ids + said])).logits[0, -1].float()
         seen = torch.tensor(sorted({*ids, *said}))
         scores[seen] = torch.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
         said.append(int(scores.argmax()))
-        if said[-1] == subject.tokenizer.eos_token_id:
-            return shown(subject.tokenizer.decode(said, skip_special_tokens=True)) + "\n"
-    text = shown(subject.tokenizer.decode(said, skip_special_tokens=True))
+        if said[-1] == target.tokenizer.eos_token_id:
+            return shown(target.tokenizer.decode(said, skip_special_tokens=True)) + "\n"
+    text = shown(target.tokenizer.decode(said, skip_special_tokens=True))
     return f"{text}\n[cut after {most} tokens: evaluate.max_new_tokens]\n"
 
 
@@ -82,7 +82,7 @@ def shown(text: str) -> str:
     "how", ["smollm2 chat", "smollm2 vicuna", "llama2 vicuna", "llama2 llama2"]
 )
 @pytest.mark.parametrize("supervise", ["assistant", "last", "all"])
-def test_an_answer_is_asked_for_behind_the_tokens_that_it_is_learned_behind(
+def test_chat_prompt_equals_the_tokens_before_the_trained_answer(
     how: str, supervise: str, fastchat: Path, request: pytest.FixtureRequest
 ) -> None:
     name, template_name = how.split()
@@ -121,7 +121,7 @@ def test_tokens_do_not_cross_into_earlier_answers(smollm2: Any, tmp_path: Path) 
     assert smollm2.decode(ids) == text[: text.rindex('"So')]
 
 
-def test_a_template_of_one_question_takes_no_second(smollm2: Any) -> None:
+def test_single_question_template_refuses_a_second(smollm2: Any) -> None:
     template = ConversationTokenizer(smollm2, DataConfig(template="alpaca"))
     asked = Turn("user", "Why?")
     spoken = Conversation((asked, Turn("assistant", "So.")))
@@ -130,7 +130,7 @@ def test_a_template_of_one_question_takes_no_second(smollm2: Any) -> None:
         template.reply_ids([asked, Turn("assistant", "So."), asked])
 
 
-def test_a_talk_goes_on_until_it_is_reset(
+def test_conversation_continues_until_reset(
     models: list[Path], talk: Callable[..., tuple[str, str]]
 ) -> None:
     lines = "What is 1 + 1?\nAnd 2 + 2?\n/reset\nAnd 2 + 2?\n/system Count.\nAnd 2 + 2?\n"
@@ -146,7 +146,7 @@ def test_a_talk_goes_on_until_it_is_reset(
     assert len({second, fresh, counted}) == 3
 
 
-def test_the_penalty_on_repetitions_and_the_limit_are_those_of_evaluate(
+def test_penalty_and_limit_are_those_of_evaluate(
     models: list[Path], talk: Callable[..., tuple[str, str]]
 ) -> None:
     out, _ = talk("Why?\n", models[0], "evaluate.max_new_tokens=9", "evaluate.repetition_penalty=3")
@@ -169,7 +169,7 @@ def test_two_models_answer_the_same_question(
     assert one != two
 
 
-def test_columns() -> None:
+def test_side_by_side_wraps_into_columns() -> None:
     texts = ["A short one.\n\nWith two parts.", "word " * 12]
     lines = chat_verb.side_by_side(["left", "right"], texts, 71)
     assert lines == [
@@ -183,7 +183,7 @@ def test_columns() -> None:
     assert narrow == ["--- left", "a", "b", "--- right", "c"]
 
 
-def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(
+def test_ctrl_c_stops_the_answer_and_keeps_its_text(
     models: list[Path],
     talk: Callable[..., tuple[str, str]],
     monkeypatch: pytest.MonkeyPatch,
@@ -212,7 +212,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(
     assert rest == greedy(models[0], [Turn("user", "Why?"), said, Turn("user", "Why?")], 6)
 
 
-def test_an_answer_cannot_move_the_cursor(models: list[Path]) -> None:
+def test_control_characters_are_not_printed(models: list[Path]) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(models[0])
     texts: list[str] = []
     pieces = chat_verb._Pieces(tokenizer, set(), texts.append)
@@ -223,7 +223,7 @@ def test_an_answer_cannot_move_the_cursor(models: list[Path]) -> None:
     assert "".join(texts) == "a\ufffd[2Jb\nc"
 
 
-def test_what_cannot_be_said_is_told_and_the_talk_goes_on(
+def test_mistakes_do_not_end_the_conversation(
     models: list[Path], talk: Callable[..., tuple[str, str]]
 ) -> None:
     lines = f"/nonsense\n{'why ' * 3000}\nWhy?\n/quit\nWhy?\n"
@@ -233,13 +233,13 @@ def test_what_cannot_be_said_is_told_and_the_talk_goes_on(
     assert "the model takes 2048 with the answer: /reset forgets it" in err
 
 
-def test_a_template_of_one_question_forgets(
+def test_single_question_template_forgets_earlier_turns(
     models: list[Path], talk: Callable[..., tuple[str, str]]
 ) -> None:
     out, err = talk("Why?\nWhy?\n/system Be brief.\n", models[0], FEW, "data.template=alpaca")
     first, second = out[: len(out) // 2], out[len(out) // 2 :]
     assert first == second
-    assert "one has a template of one question: it forgets the ones before." in err
+    assert "The template of one takes one question" in err
     assert "That cannot be said: the Alpaca prompt takes one instruction" in err
 
 
@@ -247,13 +247,13 @@ def test_a_template_of_one_question_forgets(
     ("words", "told"),
     [
         (["{bare}"], "has no chat template: set data.template=alpaca, vicuna, llama2"),
-        (["{one}", "{two}", "{one}"], "chat takes one subject or two, not 3"),
-        (["evaluate.batch_size=1"], "chat needs a subject"),
+        (["{one}", "{two}", "{one}"], "chat takes one model or two, not 3"),
+        (["evaluate.batch_size=1"], "chat needs a model"),
         (["{one}", "evaluate.max_new_token=1"], "evaluate.max_new_token"),
         (["{one}", "--temperature=-1"], "--temperature=-1.0 is not 0 or more"),
     ],
 )
-def test_what_cannot_be_talked_to(
+def test_unusable_arguments_exit_2(
     words: list[str],
     told: str,
     models: list[Path],

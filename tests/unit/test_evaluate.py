@@ -21,10 +21,11 @@ from neftune_dist.config import Config, UserError, load_config
 from neftune_dist.distributed.world import World
 from neftune_dist.evaluation import evaluate
 from neftune_dist.evaluation.losses import document_losses
-from neftune_dist.evaluation.target import open_subject
+from neftune_dist.evaluation.target import open_target
 from neftune_dist.evaluation.win_rate import Judgement
 from neftune_dist.noise.law import SampleStream, draw, scales
 from neftune_dist.noise.layout import TokenLayout
+from neftune_dist.training.held_out import held_out_figures
 from tests.support import tiny_model
 from tests.support.corpora import documents_of
 
@@ -72,20 +73,20 @@ def settings(folder: Path, *words: str) -> Config:
 @pytest.mark.parametrize("packing", ["true", "false"])
 def test_losses_are_those_of_each_document_alone(folder: Path, world: World, packing: str) -> None:
     config = settings(folder, f"data.packing={packing}")
-    subject = open_subject(folder, settings=["model.dtype=fp32"])
-    found = document_losses(subject.model, documents_of(documents()), np.arange(6), config, world)
-    expected = [alone(subject.model, *each) for each in documents()]
+    target = open_target(folder, settings=["model.dtype=fp32"])
+    found = document_losses(target.model, documents_of(documents()), np.arange(6), config, world)
+    expected = [alone(target.model, *each) for each in documents()]
     assert found.sums == pytest.approx(expected, rel=1e-6)
     assert found.num_tokens == [int(mask.sum()) for _, mask in documents()]
     assert found.mean == pytest.approx(sum(expected) / sum(found.num_tokens), rel=1e-6)
-    assert found.perplexity == pytest.approx(np.exp(found.mean))
-    assert subject.model.config._attn_implementation == "sdpa"  # as generation needs it
+    assert held_out_figures(found.mean, 6, 3)["perplexity"] == pytest.approx(np.exp(found.mean))
+    assert target.model.config._attn_implementation == "sdpa"  # as generation needs it
 
 
 @pytest.mark.parametrize("packing", ["true", "false"])
 def test_losses_with_noise_are_those_of_the_law(folder: Path, world: World, packing: str) -> None:
     config = settings(folder, f"data.packing={packing}", "noise.alpha=15", "train.seed=3")
-    model = open_subject(folder, settings=["model.dtype=fp32"]).model
+    model = open_target(folder, settings=["model.dtype=fp32"]).model
     model.config.attention_dropout = 0.5
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5  # as of a model that is trained with dropout
@@ -105,11 +106,9 @@ def test_losses_with_noise_are_those_of_the_law(folder: Path, world: World, pack
 
 
 @pytest.mark.parametrize("words", [["noise.length=padded"], ["noise.distribution=symmetric"]])
-def test_every_kind_of_noise_is_added_again_alike(
-    folder: Path, world: World, words: list[str]
-) -> None:
+def test_noisy_losses_are_reproducible(folder: Path, world: World, words: list[str]) -> None:
     config = settings(folder, *words)
-    model = open_subject(folder, settings=["model.dtype=fp32"]).model
+    model = open_target(folder, settings=["model.dtype=fp32"]).model
     rows = documents_of(documents())
     once, again = (
         document_losses(model, rows, np.arange(6), config, world, noisy=True).sums for _ in range(2)
@@ -118,22 +117,22 @@ def test_every_kind_of_noise_is_added_again_alike(
     assert once != document_losses(model, rows, np.arange(6), config, world).sums
 
 
-def test_every_batch_has_noise_of_its_own(folder: Path, world: World) -> None:
+def test_batches_draw_different_noise(folder: Path, world: World) -> None:
     """Copies of one document in several batches get different noise, in the rank stream too."""
     config = settings(folder, "noise.length=padded", "train.micro_batch_tokens=32")
-    model = open_subject(folder, settings=["model.dtype=fp32"]).model
+    model = open_target(folder, settings=["model.dtype=fp32"]).model
     rows = documents_of([documents()[5]] * 3)
     found = document_losses(model, rows, np.arange(3), config, world, noisy=True).sums
     assert len({*found}) == 3
 
 
-def test_a_model_directory_is_what_transformers_loads(folder: Path) -> None:
-    subject = open_subject(folder)
+def test_model_directory_loads_as_in_transformers(folder: Path) -> None:
+    target = open_target(folder)
     expected = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     ids = torch.arange(3, 40)[None]
-    assert torch.equal(subject.model(ids).logits, expected.eval()(ids).logits)
-    assert (subject.step, subject.alpha, subject.run_dir) == (None, None, None)
-    assert not any(p.requires_grad for p in subject.model.parameters())
+    assert torch.equal(target.model(ids).logits, expected.eval()(ids).logits)
+    assert (target.step, target.alpha, target.run_dir) == (None, None, None)
+    assert not any(p.requires_grad for p in target.model.parameters())
 
 
 def test_answers_end_where_the_template_ends_a_turn(folder: Path, tmp_path: Path) -> None:
@@ -144,24 +143,24 @@ def test_answers_end_where_the_template_ends_a_turn(folder: Path, tmp_path: Path
     tokenizer.chat_template = tiny_model.TEMPLATE.replace("{{ eos_token }}", "<|over|>")
     tokenizer.save_pretrained(copy)
     over = tokenizer.convert_tokens_to_ids("<|over|>")
-    assert open_subject(copy).end_tokens == [1, over]
-    assert open_subject(folder).end_tokens == [1]
+    assert open_target(copy).end_tokens == [1, over]
+    assert open_target(folder).end_tokens == [1]
     own = transformers.GenerationConfig(eos_token_id=[1, 7], temperature=0.3, do_sample=True)
     own.save_pretrained(copy)
-    subject = open_subject(copy)
-    assert subject.end_tokens == [1, 7, over]
-    assert subject.model.generation_config.temperature is None
+    target = open_target(copy)
+    assert target.end_tokens == [1, 7, over]
+    assert target.model.generation_config.temperature is None
 
 
 def refused(*words: object) -> str:
     with pytest.raises(UserError) as told:
-        subject = open_subject(words[0], settings=[str(word) for word in words[1:]])  # type: ignore[arg-type]
-        assert subject.model and subject.end_tokens
+        target = open_target(words[0], settings=[str(word) for word in words[1:]])  # type: ignore[arg-type]
+        assert target.model and target.end_tokens
     return str(told.value)
 
 
-def test_what_is_no_subject(folder: Path, tmp_path: Path) -> None:
-    assert "nothing to evaluate: neither a run directory" in refused(tmp_path)
+def test_path_without_a_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    assert "cannot be evaluated: it is neither a run directory" in refused(tmp_path)
     assert "is no model directory" in refused(tmp_path / "nowhere")
     assert "cannot be downloaded from the hub" in refused("nobody/nothing-of-that-name")
     (tmp_path / "checkpoints").mkdir()
@@ -172,12 +171,12 @@ def test_what_is_no_subject(folder: Path, tmp_path: Path) -> None:
     assert "holds no complete checkpoint" in refused(tmp_path)
     assert "did you mean evaluate.max_new_tokens" in refused(folder, "evaluate.max_new_token=3")
     with pytest.raises(UserError, match="--step=4 has no effect"):
-        open_subject(folder, step=4)
+        open_target(folder, step=4)
     with pytest.raises(UserError, match="--config=x has no effect"):
-        open_subject(tmp_path, config_file="x")
+        open_target(tmp_path, config_file="x")
 
 
-def test_weights_that_do_not_fill_the_model(folder: Path, tmp_path: Path) -> None:
+def test_incomplete_weights_are_refused(folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(folder, tmp_path / "model")
     weights = load_file(copy / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
@@ -196,7 +195,7 @@ def told(words: list[object], capsys: pytest.CaptureFixture[str]) -> str:
     return said
 
 
-def test_mistakes_are_told_before_the_weights_are_read(
+def test_mistakes_are_refused_before_the_weights_are_read(
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -210,7 +209,7 @@ def test_mistakes_are_told_before_the_weights_are_read(
     asked = tmp_path / "asked.jsonl"
     asked.write_text('{"instruction": "Say no."}\n{"question": "Why?"}\n')
     words = [copy, f"evaluate.instructions={asked}"]
-    assert "say with --output DIR" in told(words, capsys)
+    assert "--output DIR" in told(words, capsys)
     said = told([*words, *out], capsys)
     assert f"{asked}, row 2: field 'instruction' is missing; there are question." in said
     assert "neither held_out nor a file" in told([copy, "evaluate.instructions=x", *out], capsys)
@@ -237,7 +236,9 @@ def run_evaluate(
     return of
 
 
-def test_the_folder(folder: Path, tmp_path: Path, run_evaluate: Callable[..., Any]) -> None:
+def test_results_folder_is_written_kept_and_protected(
+    folder: Path, tmp_path: Path, run_evaluate: Callable[..., Any]
+) -> None:
     """Every part beside the others; what is there is kept, and never that of another setting."""
     rows = tiny_model.make_rows(tmp_path / "rows.jsonl", 30)
     config = tmp_path / "c.yaml"
@@ -285,7 +286,7 @@ def test_the_folder(folder: Path, tmp_path: Path, run_evaluate: Callable[..., An
     assert set(before) == {"summary.json", "items.json", "answers.json", "settings.json"}
 
     code, said = run_evaluate(*words, "evaluate.train_documents=4", "evaluate.batch_size=1")
-    assert (code, said.count("there from before")) == (0, 2)
+    assert (code, said.count("kept from an earlier evaluation")) == (0, 2)
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
     code, said = run_evaluate(*words, "evaluate.max_new_tokens=7")
     assert code == 2
@@ -293,13 +294,13 @@ def test_the_folder(folder: Path, tmp_path: Path, run_evaluate: Callable[..., An
     other = shutil.copytree(folder, tmp_path / "other", copy_function=shutil.copyfile)
     code, said = run_evaluate(other, *words[1:])
     assert code == 2
-    assert "of another subject than other" in said
-    code, said = run_evaluate(*words, "evaluate.train_documents=3")  # losses are taken anew
+    assert "of another model than other" in said
+    code, said = run_evaluate(*words, "evaluate.train_documents=3")  # losses are computed again
     assert code == 0, said
     assert len(json.loads((out / "items.json").read_text())["train"]) == 3
 
 
-def test_a_judge_that_is_down_takes_nothing_with_it(
+def test_unavailable_judge_leaves_other_parts_intact(
     folder: Path,
     tmp_path: Path,
     run_evaluate: Callable[..., Any],
@@ -333,7 +334,7 @@ def test_a_judge_that_is_down_takes_nothing_with_it(
     monkeypatch.setattr(evaluate, "compare", judged)
     code, said = run_evaluate(*words)
     assert code == 0, said
-    assert "answers: there from before" in said
+    assert "answers: kept from an earlier evaluation" in said
     assert "win rate 100.0 %" in said
     assert json.loads((out / "summary.json").read_text())["judge"]["num_wins"] == 3
     assert json.loads((out / "items.json").read_text())["judge"] == [2.0] * 3

@@ -147,7 +147,7 @@ def by_quality(prompt: str, *_: Any) -> str:
 # Verdicts.
 
 
-def test_a_judge_that_sees_quality(server: Server, compare: Compared) -> None:
+def test_better_answer_wins_in_both_orders(server: Server, compare: Compared) -> None:
     server.behave = by_quality
     found = compare(settings(server))
     assert [each.preference for each in found] == [2.0] * 6
@@ -163,14 +163,14 @@ def test_a_judge_that_sees_quality(server: Server, compare: Compared) -> None:
     assert [json.loads(line)["preference"] for line in stored] == [2.0] * 6
 
 
-def test_the_other_side_wins_too(server: Server, compare: Compared) -> None:
+def test_worse_answer_loses(server: Server, compare: Compared) -> None:
     server.behave = by_quality
     swapped = compare(settings(server), ours=rows(["bad"] * 3), theirs=rows(["good"] * 3))
     assert win_rate(swapped).win_rate == 0
 
 
 @pytest.mark.parametrize(("letter", "first_shown"), [("A", 100), ("B", 0)])
-def test_a_position_is_no_preference(
+def test_position_bias_is_a_tie(
     letter: str, first_shown: float, server: Server, compare: Compared
 ) -> None:
     server.behave = lambda *_: f"Better: {letter}"
@@ -179,7 +179,7 @@ def test_a_position_is_no_preference(
     assert rates.first_shown == first_shown
 
 
-def test_answers_that_cannot_be_read_are_counted_and_never_wins(
+def test_reply_without_verdict_is_counted_and_never_a_win(
     server: Server, compare: Compared
 ) -> None:
     """One in one order, one in both."""
@@ -198,7 +198,7 @@ def test_answers_that_cannot_be_read_are_counted_and_never_wins(
     assert any("3 of 6 answers hold no verdict" in line for line in compare.lines)
 
 
-def test_answers_that_were_cut_are_told_of(server: Server, compare: Compared) -> None:
+def test_replies_cut_at_the_limit_are_logged(server: Server, compare: Compared) -> None:
     server.behave = lambda _, __, handler: handler.answer("Let me see.", finish_reason="length")
     compare(settings(server, max_answer_tokens=3))
     assert compare.lines[-1].endswith("12 were cut at judge.max_answer_tokens")
@@ -231,7 +231,7 @@ def test_verdicts_are_read_strictly(text: str, first_better: float | None) -> No
     assert judge._verdict(endpoint.Reply(text)) == first_better
 
 
-def test_equal_answers_are_a_tie_and_not_asked_about(server: Server, compare: Compared) -> None:
+def test_equal_answers_are_a_tie_without_a_request(server: Server, compare: Compared) -> None:
     server.behave = by_quality
     found = compare(settings(server), ours=rows(["same", "good"]), theirs=rows(["same", "bad"]))
     assert [each.preference for each in found] == [1.5, 2.0] and len(server.requests) == 2
@@ -243,7 +243,7 @@ def test_other_instructions_are_refused_before_a_request(server: Server, compare
     assert not server.requests
 
 
-def test_no_judge_is_a_sentence(compare: Compared) -> None:
+def test_missing_judge_is_refused(compare: Compared) -> None:
     assert "judge.url" in compare.refused(JudgeConfig())
 
 
@@ -281,7 +281,7 @@ def test_passing_faults_are_retried(server: Server, compare: Compared) -> None:
     assert any("answered 500 (oops); again in" in line for line in compare.lines)
 
 
-def test_a_fault_that_stays_is_one_failed_comparison(server: Server, compare: Compared) -> None:
+def test_lasting_fault_fails_one_comparison(server: Server, compare: Compared) -> None:
     def behave(prompt: str, attempt: int, handler: Any) -> str | None:
         if "question 3" in prompt:
             return handler.send(503, "busy")
@@ -302,7 +302,7 @@ def test_a_fault_that_stays_is_one_failed_comparison(server: Server, compare: Co
     assert sum(server.attempts.values()) == 8 + 8 + 4
 
 
-def test_a_slow_answer_is_a_fault(server: Server, compare: Compared) -> None:
+def test_slow_reply_is_retried(server: Server, compare: Compared) -> None:
     def behave(prompt: str, attempt: int, handler: Any) -> str | None:
         if attempt == 1 and "question 1" in prompt:
             time.sleep(0.6)
@@ -321,7 +321,7 @@ def test_a_slow_answer_is_a_fault(server: Server, compare: Compared) -> None:
 
 
 @pytest.mark.parametrize("as_date", [False, True])
-def test_the_wait_that_a_rate_limit_asks_for_holds_for_all(
+def test_retry_after_pauses_all_threads(
     as_date: bool, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """30 seconds are asked for, of which the test waits for 0.2."""
@@ -358,7 +358,7 @@ def test_the_wait_that_a_rate_limit_asks_for_holds_for_all(
         (404, "judge.url must be the part before /chat/completions"),
     ],
 )
-def test_a_refusal_is_one_sentence_after_one_request(
+def test_refused_key_or_url_ends_after_one_request(
     status: int, says: str, server: Server, compare: Compared
 ) -> None:
     """And the key, which some endpoints quote, is not in it."""
@@ -368,20 +368,20 @@ def test_a_refusal_is_one_sentence_after_one_request(
     assert says in text and "no: *** is wrong" in text and len(server.requests) == 1
 
 
-def test_an_endpoint_that_is_down_is_one_sentence(server: Server, compare: Compared) -> None:
+def test_endpoint_that_is_down_ends_it(server: Server, compare: Compared) -> None:
     config = settings(server, max_retries=1)
     server.close()
     assert "Connection refused" in compare.refused(config)
     assert sum("again in" in line for line in compare.lines) == 1
 
 
-def test_requests_that_are_all_refused_stop_after_three(server: Server, compare: Compared) -> None:
+def test_three_refused_requests_end_it(server: Server, compare: Compared) -> None:
     server.behave = lambda _, __, handler: handler.send(400, "bad request")
     assert "answered 400 (bad request)" in compare.refused(settings(server))
     assert len(server.requests) == 3
 
 
-def test_an_endpoint_that_goes_down_keeps_what_it_answered(
+def test_replies_before_an_outage_are_kept(
     server: Server, compare: Compared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(judge_client, "_LIMIT_LATER", 4)
@@ -397,7 +397,7 @@ def test_an_endpoint_that_goes_down_keeps_what_it_answered(
     assert sum(n > 1 for n in server.attempts.values()) <= 5
 
 
-def test_a_redirect_is_not_followed_with_the_key(server: Server, compare: Compared) -> None:
+def test_redirect_is_not_followed(server: Server, compare: Compared) -> None:
     other = Server()
     try:
         server.behave = lambda _, __, handler: handler.send(302, "", Location=other.url)
@@ -407,9 +407,7 @@ def test_a_redirect_is_not_followed_with_the_key(server: Server, compare: Compar
         other.close()
 
 
-def test_models_that_refuse_an_option_are_asked_without_it(
-    server: Server, compare: Compared
-) -> None:
+def test_refused_options_are_left_out(server: Server, compare: Compared) -> None:
     def behave(prompt: str, attempt: int, handler: Any) -> str | None:
         body = server.requests[-1]
         if "max_tokens" in body:
@@ -427,7 +425,7 @@ def test_models_that_refuse_an_option_are_asked_without_it(
 # Bounds, cache and threads.
 
 
-def test_what_was_answered_is_not_asked_again(server: Server, compare: Compared) -> None:
+def test_cached_replies_are_not_requested_again(server: Server, compare: Compared) -> None:
     """Wherever the model is served; another model is another judge."""
     server.behave = by_quality
     first = compare(settings(server))
@@ -444,16 +442,16 @@ def test_what_was_answered_is_not_asked_again(server: Server, compare: Compared)
 
 
 @pytest.mark.parametrize("num_written", [0, 3])
-def test_a_folder_that_cannot_be_written_ends_it(
+def test_full_disk_ends_it(
     num_written: int, server: Server, compare: Compared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Noticed where the first answer comes, or later in a thread."""
     real, left = Path.open, [None] * num_written
 
     def full(self: Path, mode: str = "r", **others: Any) -> Any:
-        if mode == "a" and not left:
+        if mode == "ab" and not left:
             raise OSError(28, "No space left on device")
-        if mode == "a":
+        if mode == "ab":
             left.pop()
         return real(self, mode, **others)
 
@@ -461,7 +459,7 @@ def test_a_folder_that_cannot_be_written_ends_it(
     assert "requests.jsonl cannot be written: No space" in compare.refused(settings(server))
 
 
-def test_ctrl_c_keeps_what_was_answered(
+def test_ctrl_c_keeps_replies(
     server: Server, compare: Compared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.behave = by_quality
@@ -487,9 +485,7 @@ def test_ctrl_c_keeps_what_was_answered(
     assert max(server.attempts.values()) <= 2 and sum(server.attempts.values()) <= 20 + 2
 
 
-def test_requests_go_out_in_parallel_and_no_more_than_asked(
-    server: Server, compare: Compared
-) -> None:
+def test_num_parallel_requests_are_under_way(server: Server, compare: Compared) -> None:
     together = threading.Barrier(3, timeout=20)
 
     def behave(prompt: str, attempt: int, handler: Any) -> str:
@@ -502,7 +498,7 @@ def test_requests_go_out_in_parallel_and_no_more_than_asked(
     assert server.most_at_once == 3
 
 
-def test_cost_is_estimated_and_refused_beforehand(server: Server, compare: Compared) -> None:
+def test_cost_above_a_limit_is_refused_before_a_request(server: Server, compare: Compared) -> None:
     """2 x 3 requests of a little over 1,000 tokens in and at most 64 out."""
     long = {"ours": rows(["good " * 400] * 3), "theirs": rows(["bad " * 300] * 3)}
     prices = {"dollars_per_million_input": 100.0, "dollars_per_million_output": 1000.0}
@@ -519,7 +515,7 @@ def test_cost_is_estimated_and_refused_beforehand(server: Server, compare: Compa
     assert "600 tokens in and 60 out, $0.12" in compare.lines[-1]
 
 
-def test_no_more_is_spent_than_allowed(
+def test_limits_hold_while_requests_are_sent(
     server: Server, compare: Compared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The endpoint counts more tokens than estimated (100 a request), retries more requests."""
@@ -565,7 +561,7 @@ def test_the_key_is_sent_and_never_written(
     assert KEY not in everything and KEY[:8] not in everything
 
 
-def test_a_missing_key_is_one_sentence(
+def test_missing_or_malformed_key_is_refused(
     server: Server, compare: Compared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JUDGE_KEY", " \n")
@@ -581,7 +577,7 @@ def test_a_missing_key_is_one_sentence(
 # The alpaca_eval package.
 
 
-def test_an_annotator_without_its_package_is_named(
+def test_missing_alpaca_eval_package_is_named(
     compare: Compared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "alpaca_eval", None)
@@ -590,7 +586,7 @@ def test_an_annotator_without_its_package_is_named(
     assert "pip install 'neftune-dist[alpaca-eval]'" in text
 
 
-def test_the_annotators_of_both_alpaca_evals(tmp_path: Path) -> None:
+def test_annotators_of_alpaca_eval_1_and_2(tmp_path: Path) -> None:
     """Through the package itself and its OpenAI client, against the local server, in a process of
     its own: the package reads the environment once. It asks in one order, drawn by a hash: 1 ranks
     the answers, 2 reads the probability of a token."""

@@ -152,7 +152,7 @@ def test_planted_effects_are_found_with_direction_and_size(tmp_path: Path) -> No
     assert by_measure["repetition_2_percent"].num_items == NUM_ITEMS * 2 // 3
 
 
-def test_without_an_effect_no_difference_is_seen(tmp_path: Path) -> None:
+def test_no_effect_gives_no_difference(tmp_path: Path) -> None:
     text = told(make_runs(tmp_path, {}))
     assert "**alpha 5**: no difference seen.\n" in text
     assert "no difference seen in accuracy on arc_easy (" in text
@@ -161,11 +161,13 @@ def test_without_an_effect_no_difference_is_seen(tmp_path: Path) -> None:
     assert "5 comparisons were made" in text
 
 
-def test_a_gain_that_length_explains_is_warned_of(tmp_path: Path) -> None:
+def test_gain_explained_by_length_has_a_warning(tmp_path: Path) -> None:
     runs = make_runs(tmp_path, {"characters": 60})
     text = told(runs, judgements(runs, 0.0, 1.5))
     assert "**Warning:** the gain in win rate (" in text
-    assert re.search(r"disappears once length is controlled \([4-6]\d\.\d+ %, not told", text)
+    assert re.search(
+        r"disappears once length is controlled \([4-6]\d\.\d+ %, not distinguishable", text
+    )
     assert "better:" not in text and "win rate higher" in text
     assert "**Warning:** the answers only became longer, by " in text
     text = told(runs, judgements(runs, 1.5, 0.0))
@@ -174,7 +176,7 @@ def test_a_gain_that_length_explains_is_warned_of(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_seeds", [1, 2])
-def test_few_seeds_speak_of_these_runs_alone(tmp_path: Path, num_seeds: int) -> None:
+def test_few_seeds_claim_no_effect(tmp_path: Path, num_seeds: int) -> None:
     runs = make_runs(tmp_path, {"held_out_loss": -0.1}, num_seeds)
     text = told(runs)
     seeds = "1 seed is" if num_seeds == 1 else "2 seeds are"
@@ -191,9 +193,7 @@ def test_few_seeds_speak_of_these_runs_alone(tmp_path: Path, num_seeds: int) -> 
         ("tasks,answers", ["## Abilities", "## Answers"]),
     ],
 )
-def test_what_was_not_measured_has_no_section(
-    tmp_path: Path, without: str, absent: list[str]
-) -> None:
+def test_unmeasured_parts_have_no_section(tmp_path: Path, without: str, absent: list[str]) -> None:
     text = written(tmp_path, make_runs(tmp_path, {}, 3, f"judge,{without}"))
     for part in [*absent, "## Judged", "plots/win_rates.svg"]:
         assert part not in text
@@ -216,7 +216,7 @@ def test_runs_without_an_evaluation_are_compared_by_their_own_held_out_loss(
     assert "2 seeds are too few to tell noise from effect" in told(few)
 
 
-def test_the_page_is_one_file_with_the_pictures_of_the_markdown(tmp_path: Path) -> None:
+def test_html_embeds_the_plots_of_the_markdown(tmp_path: Path) -> None:
     runs = make_runs(tmp_path, {}, 3)
     text = written(tmp_path, runs, judgements(runs, 0.3, 0.3))
     page = (tmp_path / "report.html").read_text()
@@ -342,7 +342,7 @@ def test_copies_of_a_document_narrow_no_interval_of_a_loss(copies: int) -> None:
     assert alike and alike.num_items == 40
 
 
-def test_a_weighted_mean_and_its_items_without_a_value() -> None:
+def test_items_without_a_value_do_not_count() -> None:
     values = np.array([[1.0, 2.0, np.nan] * 5])
     base = np.array([[0.5, 1.0, 3.0] * 5])
     each = paired("x", 5, values, base, np.array([[1.0, 3.0, 0.0] * 5]))
@@ -353,7 +353,7 @@ def test_a_weighted_mean_and_its_items_without_a_value() -> None:
     assert paired("x", 5, values, base, np.zeros((1, 15))) is None
 
 
-def test_holm_counts_every_comparison() -> None:
+def test_holm_corrects_for_every_comparison() -> None:
     p = [0.01, 0.04, 0.03, None]
     plain = [Difference("x", 5, 0, 0, (1.0,), 0.1, 2, each, "items", 9) for each in p]
     found = corrected(plain)
@@ -361,16 +361,16 @@ def test_holm_counts_every_comparison() -> None:
     assert [each.is_significant for each in found] == [True, False, False, False]
 
 
-def test_an_effect_that_many_comparisons_explain_is_called_so(tmp_path: Path) -> None:
+def test_effect_explained_by_many_comparisons_is_not_claimed(tmp_path: Path) -> None:
     runs = make_runs(tmp_path, {})
     difference = Difference("rouge_l", 5.0, 0.3, 0.31, (0.01,) * 3, 0.001, 0.02, 0.04, "seeds", 0)
     others = [Difference("bleu", 5.0, 0.3, 0.3, (0.0,) * 3, -1, 1, 0.9, "seeds", 0)] * 3
     text = conclusion(corrected([difference, *others]), len(runs) // 2)
-    assert "no difference seen that stands; perhaps by chance: ROUGE-L" in text
+    assert "no significant difference; perhaps by chance: ROUGE-L" in text
     assert "may be chance among so many comparisons" in text
 
 
-def test_html_in_what_is_reported_is_shown_as_it_is_written() -> None:
+def test_html_in_names_is_shown_as_text() -> None:
     text = (
         "# <script>a</script>\n\n<img src=x onerror=a>\n\n[b](javascript:c) ![d](http://e/f.png) "
         "<http://g>\n\n![losses](plots/losses.svg)\n\n![h](plots/h.svg)\n\n"

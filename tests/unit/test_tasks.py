@@ -153,7 +153,7 @@ def compare(asked: Asked, most: int, recorded: Samples) -> dict[str, TaskResult]
     return results
 
 
-def test_a_local_file_is_asked_as_lm_eval_asks_the_hubs(
+def test_local_file_gives_lm_evals_own_requests(
     small: Asked, rows: Callable[..., str], recorded: Samples
 ) -> None:
     ours = [choice(number) for number in range(5)]
@@ -169,7 +169,7 @@ def test_a_local_file_is_asked_as_lm_eval_asks_the_hubs(
 
 
 @pytest.mark.parametrize(("word", "num_tasks", "num_shots"), [("arc", 1, 25), ("mmlu", 57, 5)])
-def test_words_mean_what_the_leaderboard_asks(
+def test_task_names_have_the_leaderboards_shots_and_metrics(
     word: str,
     num_tasks: int,
     num_shots: int,
@@ -216,7 +216,7 @@ def test_truthfulqa_is_the_probability_of_true_answers(small: Asked, recorded: S
     assert result.accuracy == pytest.approx(sum(result.correct) / 2)
 
 
-def test_a_prompt_longer_than_the_model_is_cut_on_the_left_and_counted(
+def test_long_prompt_is_truncated_on_the_left_and_counted(
     small: Asked, rows: Callable[..., str], recorded: Samples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(small.model.config, "max_position_embeddings", 24)
@@ -233,7 +233,7 @@ def test_a_prompt_longer_than_the_model_is_cut_on_the_left_and_counted(
         small.run(f"counting={rows(over)}")
 
 
-def test_a_model_with_no_room_for_an_answer_is_told(
+def test_answer_longer_than_the_context_is_refused(
     small: Asked, rows: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(small.model.config, "max_position_embeddings", 24)
@@ -284,7 +284,7 @@ def test_items_and_scores_do_not_depend_on_the_ranks(
     assert max(num_first, num_second) <= 11  # of 21 choices
 
 
-def test_the_first_items_are_taken_and_the_tokenizer_is_left_alone(
+def test_max_task_items_takes_the_first_and_leaves_the_tokenizer(
     small: Asked, rows: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = f"a={rows(*(choice(number) for number in range(9)))}"
@@ -300,7 +300,7 @@ def test_the_first_items_are_taken_and_the_tokenizer_is_left_alone(
     ("word", "told"),
     [
         ("mmluu", r"lm-eval has no task mmluu; did you mean mmlu\?"),
-        ("mmlu", r"the items of mmlu could not be had from the hub: .*; .*: mmlu=FILE\."),
+        ("mmlu", r"the items of mmlu could not be loaded from the hub: .*; .*: mmlu=FILE\."),
         ("a/b", r"a/b is neither a task of lm-eval nor of the form NAME=FILE"),
         ("=x.jsonl", r"=x.jsonl is neither a task"),
         ("a=missing.jsonl", r"evaluate.tasks=missing.jsonl does not exist"),
@@ -316,7 +316,7 @@ def test_the_first_items_are_taken_and_the_tokenizer_is_left_alone(
         ("arc_easy={null}", r"null.jsonl does not hold what lm-eval's arc_easy reads: item 2: "),
     ],
 )
-def test_what_cannot_be_asked_is_told(
+def test_unusable_tasks_are_refused(
     small: Asked, rows: Callable[..., str], word: str, told: str
 ) -> None:
     lacking = {key: value for key, value in choice(1).items() if key != "gold"}
@@ -337,7 +337,7 @@ def test_what_cannot_be_asked_is_told(
     assert "\n" not in str(raised.value)
 
 
-def test_without_lm_eval_the_extra_is_named(small: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_lm_eval_names_the_extra(small: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     assert small.run("") == {}  # which needs nothing
     for name in [*sys.modules]:
         if name.partition(".")[0] == "lm_eval":

@@ -22,7 +22,7 @@ def distinct(num: int) -> list[str]:
     return [f"w{i}" for i in range(num)]
 
 
-def test_lengths_ends_and_emptiness() -> None:
+def test_lengths_cut_and_empty_shares() -> None:
     answers = [
         row("two words", num_tokens=3, finished=True),
         row(" \n", num_tokens=1, finished=False),
@@ -34,7 +34,7 @@ def test_lengths_ends_and_emptiness() -> None:
     assert text_statistics.per_answer(answers)["characters"] == [9, 2, 3]
 
 
-def test_repetition_counts_a_chunk_of_the_first_words_alone() -> None:
+def test_repetition_uses_the_first_50_words() -> None:
     """48 2-grams of 50 words are counted, as in the released code: here three of them recur."""
     words = distinct(46) + distinct(4)
     values = text_statistics.per_answer(
@@ -52,12 +52,12 @@ def test_repetition_counts_a_chunk_of_the_first_words_alone() -> None:
     )
 
 
-def test_no_repetition_is_worth_twenty() -> None:
+def test_log_diversity_without_repetition_is_20() -> None:
     values = text_statistics.per_answer([row(" ".join(distinct(50)))])
     assert values["repetition_2_percent"] == [0] and values["log_diversity"] == [20]
 
 
-def test_overlap_with_the_expected_answer() -> None:
+def test_rouge_and_bleu_against_the_expected_answer() -> None:
     answers = [
         row("The cat sat on the mat.", reference="the cat sat on the mat"),
         row("The cat sat there today", reference="A cat was there"),  # cat, there
@@ -74,7 +74,7 @@ def test_overlap_with_the_expected_answer() -> None:
     assert text_statistics.statistics(answers)["num_references"] == 3
 
 
-def test_self_bleu_tells_one_answer_from_many() -> None:
+def test_self_bleu_is_lower_for_diverse_answers() -> None:
     same = text_statistics.statistics([row("all of these words are said again")] * 4)
     other = text_statistics.statistics(
         [row(" ".join(f"{i}{word}" for word in distinct(9))) for i in range(4)]
@@ -82,13 +82,13 @@ def test_self_bleu_tells_one_answer_from_many() -> None:
     assert same["self_bleu"] == pytest.approx(1) and other["self_bleu"] < 0.1
 
 
-def test_what_nothing_can_be_said_of_is_left_out() -> None:
+def test_statistics_without_data_are_left_out() -> None:
     found = text_statistics.statistics([row("words")])
     assert not {"tokens", "cut", "rouge_l", "bleu", "log_diversity", "self_bleu"} & set(found)
     assert (found["num_chunks"], found["num_references"]) == (0, 0)
 
 
-def test_an_answer_without_text_is_named() -> None:
+def test_answer_without_text_is_refused() -> None:
     with pytest.raises(UserError, match="Answer 1 has no text"):
         text_statistics.statistics([row("x"), {"instruction": "i", "output": None}])
 
@@ -99,7 +99,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         text_statistics.check_installed()
 
 
-def test_real_answers(alpaca_eval: Path) -> None:
+def test_statistics_of_alpaca_7bs_answers(alpaca_eval: Path) -> None:
     """Alpaca-7B's 805: its leaderboard length is 396 characters."""
     packed = (alpaca_eval / "alpaca-7b.outputs.json.gz").read_bytes()
     found = text_statistics.statistics(json.loads(gzip.decompress(packed)))

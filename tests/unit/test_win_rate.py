@@ -29,7 +29,7 @@ def answers(*instructions: str) -> list[dict[str, Any]]:
     return [{"instruction": each, "output": f"{i}"} for i, each in enumerate(instructions)]
 
 
-def test_the_published_rate_of_alpaca_7b(alpaca_eval: Path) -> None:
+def test_published_win_rate_of_alpaca_7b(alpaca_eval: Path) -> None:
     """AlpacaEval's leaderboard of GPT-4: 26.459627329192543, standard error 1.535711469748; 205
     wins, 584 losses, 16 draws. Its length-controlled rate, with instructions' difficulties from
     all models there, is 26.29."""
@@ -47,7 +47,7 @@ def test_the_published_rate_of_alpaca_7b(alpaca_eval: Path) -> None:
     assert (low, high) == (pytest.approx(22.8, abs=0.3), pytest.approx(29.1, abs=0.3))
 
 
-def test_its_own_package_computes_the_same(alpaca_eval: Path) -> None:
+def test_alpaca_evals_package_gives_the_same_rate(alpaca_eval: Path) -> None:
     metrics = pytest.importorskip("alpaca_eval.metrics", reason="alpaca_eval is not installed")
     path = alpaca_eval / "alpaca-7b.gpt4_annotations.json.gz"
     theirs = metrics.get_winrate(json.loads(gzip.decompress(path.read_bytes())))
@@ -57,7 +57,7 @@ def test_its_own_package_computes_the_same(alpaca_eval: Path) -> None:
     assert (ours.num_wins, ours.num_ties) == (theirs["n_wins"], theirs["n_draws"])
 
 
-def test_what_was_not_understood_is_no_win_and_no_loss() -> None:
+def test_judgements_without_preference_are_counted_apart() -> None:
     rows = [judged(2), judged(1), judged(1.5), judged(None), judged(None, failed=True)]
     found = win_rate(rows)
     assert (found.win_rate, found.num) == (50, 5)
@@ -65,13 +65,13 @@ def test_what_was_not_understood_is_no_win_and_no_loss() -> None:
     assert (found.num_unparsed, found.num_failed) == (1, 1)
 
 
-def test_probabilities_count_as_they_are() -> None:
+def test_fractional_preferences_are_averaged() -> None:
     found = win_rate([judged(1.25), judged(1.75), judged(1.9)])
     assert found.win_rate == pytest.approx(100 * (0.25 + 0.75 + 0.9) / 3)
     assert (found.num_wins, found.num_losses) == (2, 1)
 
 
-def test_nothing_understood_is_no_rate() -> None:
+def test_no_preference_at_all_is_no_rate() -> None:
     found = win_rate([judged(None), judged(None, failed=True)])
     assert (found.win_rate, found.interval, found.length_controlled) == (None, None, None)
     assert (found.num, found.num_unparsed, found.num_failed) == (2, 1, 1)
@@ -79,13 +79,13 @@ def test_nothing_understood_is_no_rate() -> None:
 
 
 @pytest.mark.parametrize(("preference", "rate"), [(2.0, 100.0), (1.0, 0.0)])
-def test_a_clean_sweep_stays_finite(preference: float, rate: float) -> None:
+def test_all_won_or_all_lost_stays_finite(preference: float, rate: float) -> None:
     found = win_rate([judged(preference, ours=10 + i) for i in range(40)])
     assert found.win_rate == rate and found.interval == (rate, rate)
     assert found.length_controlled == pytest.approx(rate, abs=1)
 
 
-def test_a_judge_of_length_alone_is_seen_through() -> None:
+def test_length_control_removes_a_preference_for_length() -> None:
     """The longer answer wins at odds of e^2 : 1, whoever gave it, and ours is mostly the longer."""
     rng = np.random.default_rng(1)
     rows = []
@@ -100,7 +100,7 @@ def test_a_judge_of_length_alone_is_seen_through() -> None:
     assert low < 50 < high and found.interval[0] > 60
 
 
-def test_a_better_model_stays_better_at_equal_lengths() -> None:
+def test_length_control_keeps_a_real_advantage() -> None:
     rng = np.random.default_rng(2)
     rows = [
         judged(2.0 if rng.random() < 0.7 else 1.0, int(rng.integers(50, 150)), 100)
@@ -147,7 +147,7 @@ def test_one_judgement_has_no_interval() -> None:
     assert (found.win_rate, found.interval, found.length_controlled_interval) == (100, None, None)
 
 
-def test_orders_agree_or_show_a_bias_for_positions() -> None:
+def test_orders_agree_or_show_position_bias() -> None:
     """Orders: theirs shown first, then ours."""
     always_first = judged(1.5, orders=(1.0, 2.0))
     found = win_rate([always_first] * 3)

@@ -1,0 +1,44 @@
+"""JSON objects, one a line, appended as they come: a killed process loses at most the last one."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from neftune_dist.config import parse_json, with_checksum
+from neftune_dist.system import storage
+
+
+def read_rows(path: Path, form: Any) -> list[Any]:
+    """Rows of `form` (see `config.forms`); damaged lines and a line without an end are left out."""
+    rows = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        if line.endswith(b"\n"):
+            try:
+                rows.append(parse_json(line, form))
+            except ValueError:
+                continue
+    return rows
+
+
+class Journal:
+    """A file to which rows are added, by several threads. Raises `UserError` where it cannot be
+    written."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._lock = path, threading.Lock()
+        with storage.writing(str(path)), path.open("ab+") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)  # without a line that was cut short
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Put rows on the disk."""
+        text = "".join(json.dumps(with_checksum(row)) + "\n" for row in rows)
+        with self._lock, storage.writing(str(self._path)), self._path.open("ab") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
