@@ -60,7 +60,7 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(
 def test_the_second_process_waits_then_is_refused_and_a_dead_one_lets_go(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     code = (
-        "import sys, time; from pathlib import Path; from neftune_dist import storage\n"
+        "import sys, time; from pathlib import Path; from neftune_dist.system import storage\n"
         "with storage.hold(Path(sys.argv[1]), 'busy'): print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen(
@@ -79,7 +79,7 @@ def test_the_second_process_waits_then_is_refused_and_a_dead_one_lets_go(tmp_pat
 def test_no_two_processes_hold_a_lock_at_once(tmp_path: Path) -> None:
     """Though each removes the lock's file when it lets go."""
     code = (
-        "import sys; from pathlib import Path; from neftune_dist import storage\n"
+        "import sys; from pathlib import Path; from neftune_dist.system import storage\n"
         "folder = Path(sys.argv[1])\n"
         "for _ in range(200):\n"
         "    with storage.hold(folder / 'lock', 'busy', seconds=50):\n"
