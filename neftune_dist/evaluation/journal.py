@@ -14,7 +14,7 @@ from neftune_dist.system import storage
 
 
 def read_rows(path: Path, form: Any) -> list[Any]:
-    """Rows of `form` (see `config.forms`); damaged lines and a line without an end are left out."""
+    """Rows that match the schema `form`; damaged lines and a line without an end are left out."""
     rows = []
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         if line.endswith(b"\n"):
