@@ -222,7 +222,7 @@ class LittleMemory:
 
         saver.Thread = None  # type: ignore[assignment,misc]
         little = int(os.environ.get("RANK", "0")) == self.rank
-        saver.host.memory_bytes = lambda: (1000 if little else 1 << 40, 1 << 40, 1 << 40)
+        saver.cgroups.memory_bytes = lambda: (1000 if little else 1 << 40, 1 << 40, 1 << 40)
 
 
 @dataclass(frozen=True)
