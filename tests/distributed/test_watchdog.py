@@ -156,7 +156,7 @@ def test_a_loader_that_stalls(config: Path, tmp_path: Path) -> None:
     ended = run(config, tmp_path / "run", ranks=2, before=fault)
     assert re.fullmatch(
         r"rank 1 did not come to \w+; rank 1 stands in step 4: waiting for data, at "
-        r"loader.py:\d+ in _ahead; rank 0 waits in \w+",
+        r"loader.py:\d+ in _prefetch; rank 0 waits in \w+",
         ended.cause,
     ), ended.cause
     assert "sleep_forever" in ended.stacks(1)
