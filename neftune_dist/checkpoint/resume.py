@@ -151,7 +151,8 @@ def check_same_run(
         ways = {"template": f"made with another text in data.template={template}", **ways}
     for key, way in ways.items():
         # Earlier versions recorded no template, and base is recorded with adapters only.
-        if state["identity"].get(key, identity.get(key)) != identity.get(key):
+        default = identity.get(key) if key in ("template", "base") else None
+        if state["identity"].get(key, default) != identity.get(key):
             raise UserError(f"The checkpoint {found.folder} was {way}: {_FIX}")
     return [
         f"{key} was {_value(before, key)}, is now {_value(now, key)}"

@@ -130,6 +130,15 @@ def test_another_identity_is_refused(key: str) -> None:
     )
 
 
+@pytest.mark.parametrize("key", ["tokenizer", "dataset", "data"])
+def test_checkpoint_that_records_no_identity_is_refused(key: str) -> None:
+    identity = {name: value for name, value in IDENTITY.items() if name != key}
+    state = {"identity": identity, "config": Config().to_dict()}
+    found = store.Checkpoint(Path("checkpoints/step_00000001"), 1)
+    with pytest.raises(UserError, match="restore the configuration that made it"):
+        resume.check_same_run(found, state, IDENTITY, Config())
+
+
 def test_field_unknown_to_one_version_of_transformers_is_no_difference() -> None:
     def change(identity: dict[str, Any], config: Config) -> None:
         identity["architecture"]["new_field"] = 1
