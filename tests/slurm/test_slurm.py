@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -120,9 +121,15 @@ def test_usr1_in_every_phase(slurm: Cluster, config: Path, limited: Job, two_ran
         jobs[phase] = slurm.sbatch(
             *ONE_BY_TWO, TRAIN, config, f"run_dir={run_dir}", *WORDS, faults=faults
         )
-    for phase, job in jobs.items():
-        job.until((slurm.folder / f"mark_{phase}").exists, f"the phase {phase}")
-        slurm.call("scancel", "--batch", "--signal=USR1", job.number)
+    # In whatever order the jobs come to their phases, which last a few seconds.
+    waiting, deadline = dict(jobs), time.monotonic() + cluster.DEADLINE_SECONDS
+    while waiting:
+        assert time.monotonic() < deadline, f"{list(waiting)} did not come"
+        for phase, job in list(waiting.items()):
+            if (slurm.folder / f"mark_{phase}").exists():
+                slurm.call("scancel", "--batch", "--signal=USR1", job.number)
+                del waiting[phase]
+        time.sleep(0.05)
     for phase, job in jobs.items():
         text = f"{phase}\n{job.output.read_text()}"
         assert job.wait() == "COMPLETED", text

@@ -45,6 +45,19 @@ def signals_as_before() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@pytest.fixture(autouse=True)
+def no_launcher_variables_left() -> Iterator[None]:
+    """An engine sets LOCAL_RANK; other libraries would then look for the ranks of a launcher."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    before = {name: os.environ.get(name) for name in names}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
 @pytest.fixture(scope="session")
 def alpaca() -> Path:
     """15,130 rows of Alpaca, of which 9 have an empty output."""
