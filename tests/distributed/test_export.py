@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from neftune_dist.checkpoint import store
 from neftune_dist.checkpoint.export import export
@@ -57,6 +58,8 @@ def test_export_is_complete_with_model_card(run_dir: Path, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "e")
     assert model.dtype == torch.bfloat16
+    stored = load_file(tmp_path / "e" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "e")
     assert tokenizer.chat_template == tiny_model.TEMPLATE
     card = (tmp_path / "e" / "README.md").read_text()
