@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,3 +70,12 @@ def test_ranges_longer_than_a_piece_are_whole(
     read = FlatShard(MASTER, "a", 3, torch.empty(40), 50)
     flat.Reader(tmp_path, alone=True).read([read])
     assert torch.equal(read.tensor, whole[3:43])
+
+
+def test_written_file_is_counted_and_hashed_in_bytes(tmp_path: Path) -> None:
+    files = flat._HashingFileSystem()
+    with files.create_stream(tmp_path / "a", "wb") as stream:
+        stream.write(b"head")
+        stream.write(memoryview(np.arange(5, dtype=np.float32)))  # 20 bytes in 5 elements
+    assert files.written["a"] == flat.WrittenFile.of(tmp_path / "a")
+    assert files.written["a"].size == 24
