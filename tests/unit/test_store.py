@@ -12,7 +12,7 @@ import xxhash
 from neftune_dist.checkpoint import flat, marked_folder, store
 from neftune_dist.checkpoint.flat import WrittenFile
 from neftune_dist.checkpoint.listing import listing
-from neftune_dist.config import CheckpointConfig
+from neftune_dist.config import CheckpointConfig, UserError
 from neftune_dist.engine.base import MASTER, FlatShard
 from tests.support.disk_log import disk_log
 
@@ -75,6 +75,34 @@ def test_prune_keeps_newest_sound_checkpoint(tmp_path: Path) -> None:
     assert publish(tmp_path, 8, settings).with_name("step_00000008.damaged").is_dir()
     assert steps(tmp_path) == [8]
     assert store.find_all(tmp_path)[0].first_flaw() is None
+
+
+def test_shortened_file_makes_a_checkpoint_damaged(tmp_path: Path) -> None:
+    settings = CheckpointConfig(keep=0)
+    publish(tmp_path, 1, settings)
+    shard = publish(tmp_path, 2, settings) / "__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert steps(tmp_path) == [1]
+    assert [folder.name for folder, _ in store.damaged_folders(tmp_path)] == ["step_00000002"]
+    # An older model must not pass for the newest.
+    with pytest.raises(UserError, match="--step 1"):
+        store.choose(tmp_path, None)
+    assert store.choose(tmp_path, 1).step == 1
+
+
+def test_manifest_of_another_step_is_refused(tmp_path: Path) -> None:
+    settings = CheckpointConfig(keep=0)
+    one, two = (publish(tmp_path, step, settings) for step in (1, 2))
+    shutil.copy(one / "manifest.json", two / "manifest.json")
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        store.Checkpoint(two, 2).files()
+
+
+def test_changed_trainer_state_is_refused(tmp_path: Path) -> None:
+    folder = publish(tmp_path, 1, CheckpointConfig())
+    (folder / store.STATE).write_text('{"step": 3}')  # of the same length
+    with pytest.raises(UserError, match=store.STATE):
+        store.Checkpoint(folder, 1).trainer_state()
 
 
 def test_unfinished_checkpoint_is_never_read_and_removed_by_next_save(tmp_path: Path) -> None:
