@@ -45,6 +45,8 @@ class Turn(NamedTuple):
         tool_calls: an assistant's calls beside its content, or in its place: "" or a JSON list in
             OpenAI's form, `{"type": "function", "function": {"name": ..., "arguments": {...}}}`.
         tool_call_id, name: of a tool's turn: the call that it answers, and the function.
+        reasoning: an assistant's thoughts before the content, stored apart from it.
+        learned: whether an assistant's turn is supervised; False where the row says so.
     """
 
     role: str
@@ -52,6 +54,8 @@ class Turn(NamedTuple):
     tool_calls: str = ""
     tool_call_id: str = ""
     name: str = ""
+    reasoning: str = ""
+    learned: bool = True
 
 
 @dataclass(frozen=True)
