@@ -13,8 +13,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from neftune_dist.config import UserError
 from neftune_dist.config.limits import limited
 from neftune_dist.data import prompt_templates
+from neftune_dist.data.conversation import Conversation
 from neftune_dist.data.errors import BadRow
-from neftune_dist.data.formats import Conversation
 
 # Some templates write today's date, and the tokens would depend on the day (law 4). They get the
 # date that Llama 3's own template falls back on. The "+" keeps the template's first white space.

@@ -18,9 +18,10 @@ import numpy as np
 
 from neftune_dist.config import DataConfig, SourceConfig, UserError, user_path
 from neftune_dist.data import cache
+from neftune_dist.data.conversation import Conversation
 from neftune_dist.data.documents import Conversations, Documents, DocumentStats, DocumentWriter
 from neftune_dist.data.errors import BadRow
-from neftune_dist.data.formats import Conversation, detect_format, to_conversation
+from neftune_dist.data.formats import detect_format, to_conversation
 from neftune_dist.data.hashing import digest_of
 from neftune_dist.data.mask_preview import MaskAudit
 from neftune_dist.data.report import NAMED_ROWS, Report, SourceReport

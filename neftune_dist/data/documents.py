@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from neftune_dist.data.formats import Conversation, Turn
+from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.spans import SPEAKERS
 from neftune_dist.data.tokenize import Document
 

@@ -12,16 +12,15 @@ A field that would be learned wrongly, or silently ignored, makes the row a `Bad
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from textwrap import shorten
-from typing import Any, NamedTuple
+from typing import Any
 
 from neftune_dist.data import fields
+from neftune_dist.data.conversation import ROLES, Conversation, Turn
 from neftune_dist.data.errors import BadRow, type_name
 
-ROLES = ("system", "user", "assistant", "tool")
 # Names of roles in ShareGPT files. A function call is the assistant's.
 _ALIASES = {
     **{role: role for role in ROLES},
@@ -34,73 +33,6 @@ _OPENAI_ROLES = {**{role: role for role in ROLES}, "developer": "system"}
 _REFUSED_FIELDS = ("function_call", "reasoning_content", "thinking", "audio", "refusal")
 # About the characters of a document of 2^20 tokens, the largest `data.max_length`.
 _MOST_CHARACTERS = 4 * 2**20
-
-
-class Turn(NamedTuple):
-    """One turn of a conversation.
-
-    Attributes:
-        role: one of `ROLES`.
-        content: the text.
-        tool_calls: an assistant's calls beside its content, or in its place: "" or a JSON list in
-            OpenAI's form, `{"type": "function", "function": {"name": ..., "arguments": {...}}}`.
-        tool_call_id, name: of a tool's turn: the call that it answers, and the function.
-        reasoning: an assistant's thoughts before the content, stored apart from it.
-        learned: whether an assistant's turn is supervised; False where the row says so.
-    """
-
-    role: str
-    content: str
-    tool_calls: str = ""
-    tool_call_id: str = ""
-    name: str = ""
-    reasoning: str = ""
-    learned: bool = True
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Turns with at least one answer; or a plain text without turns.
-
-    Attributes:
-        turns: in their order.
-        context: the `input` of an Alpaca row, separate from the instruction in the Alpaca prompt.
-        extra: other text fields of the row, kept for evaluation (the built-in set's `task`).
-        tools: the functions that the assistant may call: "" or a JSON list in OpenAI's form,
-            `{"type": "function", "function": {"name": ..., "parameters": ...}}`.
-        text: a document without turns, learned whole, without a template.
-        num_left_out: turns of the row that are dropped: answers that nothing asks for, questions
-            that nothing answers.
-    """
-
-    turns: tuple[Turn, ...]
-    context: str = ""
-    extra: tuple[tuple[str, str], ...] = ()
-    tools: str = ""
-    text: str = ""
-    num_left_out: int = 0
-
-    def messages(self) -> list[dict[str, Any]]:
-        """The messages for a chat template; an Alpaca row's context follows its instruction. Keys
-        beside `role` and `content` are present where they are not empty."""
-        messages = []
-        for turn in self.turns:
-            message: dict[str, Any] = {"role": turn.role, "content": turn.content}
-            if turn.tool_calls:
-                message["tool_calls"] = json.loads(turn.tool_calls)
-            message |= {
-                key: value for key in ("tool_call_id", "name") if (value := getattr(turn, key))
-            }
-            messages.append(message)
-        if self.context:
-            asked = next(message for message in messages if message["role"] == "user")
-            asked["content"] += "\n\n" + self.context
-        return messages
-
-    def opening(self) -> list[dict[str, Any]]:
-        """The messages before the first answer; none for a plain text."""
-        roles = [turn.role for turn in self.turns]
-        return self.messages()[: roles.index("assistant")] if roles else []
 
 
 def detect_format(row: Mapping[str, Any]) -> str:
@@ -278,12 +210,11 @@ def _turn(message: Any, aliases: Mapping[str, str]) -> Turn:
     content = _content(message, "value" if by == "from" else "content", bool(calls))
     if not content.strip() and not calls and role in ("user", "assistant"):
         raise BadRow(f"the {'answer' if role == 'assistant' else 'content'} is empty")
-    identity = {
-        key: fields.text(message, key)
+    call_id, name = (
+        fields.text(message, key) if role == "tool" and message.get(key) is not None else ""
         for key in ("tool_call_id", "name")
-        if role == "tool" and message.get(key) is not None
-    }
-    return Turn(role, content, fields.calls(calls) if calls else "", **identity)
+    )
+    return Turn(role, content, fields.calls(calls) if calls else "", call_id, name)
 
 
 def _content(message: Mapping[str, Any], field: str, may_be_null: bool) -> str:

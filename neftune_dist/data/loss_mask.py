@@ -15,8 +15,8 @@ import re
 from dataclasses import dataclass
 
 from neftune_dist.data.chat_template import ChatTemplate, tools_of
+from neftune_dist.data.conversation import Conversation
 from neftune_dist.data.errors import BadRow
-from neftune_dist.data.formats import Conversation
 from neftune_dist.data.spans import Chunk, Rendered, Span
 
 _THOUGHT = re.compile(r"</?think>")

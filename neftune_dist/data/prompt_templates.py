@@ -15,8 +15,8 @@ from __future__ import annotations
 import json
 
 from neftune_dist.config import UserError
+from neftune_dist.data.conversation import Conversation
 from neftune_dist.data.errors import BadRow
-from neftune_dist.data.formats import Conversation
 from neftune_dist.data.spans import FRAME, Chunk, Rendered, Span
 
 _ALPACA_WITH_INPUT = (

@@ -18,8 +18,8 @@ import numpy as np
 from neftune_dist.config import DataConfig, UserError, user_path
 from neftune_dist.data import loss_mask, prompt_templates
 from neftune_dist.data.chat_template import ChatTemplate, bounded, with_system
+from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.errors import BadRow
-from neftune_dist.data.formats import Conversation, Turn
 from neftune_dist.data.spans import SPEAKERS, TEXT, Chunk, Rendered, Span
 
 # Conversations on which a fixed prompt in Jinja is compared with the tokens made here.

@@ -21,8 +21,8 @@ import torch
 import transformers
 
 from neftune_dist.config import UserError
+from neftune_dist.data.conversation import Turn
 from neftune_dist.data.errors import BadRow
-from neftune_dist.data.formats import Turn
 from neftune_dist.evaluation.target import EvaluationTarget, open_target
 from neftune_dist.model.families import context_length
 

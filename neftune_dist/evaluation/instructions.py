@@ -23,9 +23,9 @@ from typing import Any
 
 from neftune_dist.config import BUILTIN_SOURCE, Config, SourceConfig, UserError
 from neftune_dist.data import fields, files
+from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.dataset import Dataset
 from neftune_dist.data.errors import BadRow, type_name
-from neftune_dist.data.formats import Conversation, Turn
 from neftune_dist.data.sources import open_source
 from neftune_dist.data.split import sample
 

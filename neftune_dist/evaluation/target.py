@@ -31,8 +31,8 @@ from neftune_dist.checkpoint.run_files import (
 )
 from neftune_dist.compat.transformers import attention_name
 from neftune_dist.config import Config, ModelConfig, UserError, load_config, read_json, user_path
+from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.errors import BadRow
-from neftune_dist.data.formats import Conversation, Turn
 from neftune_dist.data.tokenize import ConversationTokenizer
 from neftune_dist.model import load, locate
 from neftune_dist.model.families import check_model

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from neftune_dist.config import DataConfig, UserError
-from neftune_dist.data.formats import Conversation, Turn
+from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.tokenize import ConversationTokenizer
 from neftune_dist.distributed.world import World
 from neftune_dist.evaluation import answers as answering

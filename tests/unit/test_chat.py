@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from neftune_dist.config import UserError
+from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.errors import BadRow
-from neftune_dist.data.formats import Conversation, Turn, to_conversation
+from neftune_dist.data.formats import to_conversation
 from neftune_dist.data.spans import SPEAKERS
 from tests.support.chat_families import ANSWERS, FAMILIES, QUESTIONS, SYSTEM, ChatFamily
 from tests.unit.test_tokenize import conversation, decode, document, learned, make, with_template

@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from neftune_dist.data.formats import Conversation, Turn
+from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.tokenize import ConversationTokenizer
 from tests.unit.test_tokenize import conversation, document, make
 

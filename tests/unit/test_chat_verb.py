@@ -17,8 +17,9 @@ import transformers
 
 from neftune_dist.cli import main
 from neftune_dist.config import DataConfig, SourceConfig, UserError
+from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.errors import BadRow
-from neftune_dist.data.formats import Conversation, Turn, to_conversation
+from neftune_dist.data.formats import to_conversation
 from neftune_dist.data.sources import open_source
 from neftune_dist.data.tokenize import ConversationTokenizer
 from neftune_dist.evaluation import chat as chat_verb

@@ -20,9 +20,9 @@ import pytest
 from neftune_dist import cli
 from neftune_dist.config import DataConfig, SourceConfig, TrainConfig, UserError
 from neftune_dist.data import builtin, dataset
+from neftune_dist.data.conversation import Turn
 from neftune_dist.data.dataset import prepare
 from neftune_dist.data.documents import Documents
-from neftune_dist.data.formats import Turn
 from neftune_dist.data.sampler import make_sampler
 from neftune_dist.data.split import sample_documents
 from tests.support.corpora import entries, numbered, texts

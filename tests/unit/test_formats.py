@@ -12,8 +12,9 @@ import pyarrow.parquet
 import pytest
 
 from neftune_dist.config import SourceConfig
+from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.errors import BadRow
-from neftune_dist.data.formats import Conversation, Turn, detect_format, to_conversation
+from neftune_dist.data.formats import detect_format, to_conversation
 from neftune_dist.data.sources import open_source
 from tests.unit.conftest import shared
 

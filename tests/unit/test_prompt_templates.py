@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from neftune_dist.config import UserError, load_config
+from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.errors import BadRow
-from neftune_dist.data.formats import Conversation, Turn
 from neftune_dist.data.spans import SPEAKERS
 from tests.unit.test_tokenize import conversation, decode, document, learned, make
 

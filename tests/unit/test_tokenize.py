@@ -15,8 +15,9 @@ from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from neftune_dist.config import DataConfig, UserError
+from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.errors import BadRow
-from neftune_dist.data.formats import Conversation, Turn, detect_format, to_conversation
+from neftune_dist.data.formats import detect_format, to_conversation
 from neftune_dist.data.spans import Chunk, Rendered, Span
 from neftune_dist.data.tokenize import ConversationTokenizer, Document, _masks
 
