@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -23,6 +24,8 @@ _FIXED_DATE = (
     "|replace('%b', 'Jul')|replace('%B', 'July')|replace('%y', '24')|replace('%Y', '2024') }}"
     "{% endmacro +%}"
 )
+# Names of the field for reasoning, in the order in which they are tried.
+_REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking", "thought")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 # Limits for one conversation: a template is a program that came with a model.
@@ -49,6 +52,45 @@ class ChatTemplate:
             str(token) for token in tokenizer.added_tokens_decoder.values() if token.special
         )
         self._tokenizer = tokenizer
+
+    @cached_property
+    def reasoning_field(self) -> str | None:
+        """The field of a message from which the template writes reasoning; None without one."""
+        asked, said = {"role": "user", "content": "A question."}, "Reasoning that reaches the text."
+        for field in _REASONING_FIELDS:
+            answer = {"role": "assistant", "content": "An answer.", field: said}
+            try:
+                if said in self.apply([asked, answer]):
+                    return field
+            except BadRow:
+                continue
+        return None
+
+    def messages(self, conversation: Conversation) -> list[Message]:
+        """The messages of a conversation, with reasoning under the template's own field: also
+        reasoning that the row has in the content, which such a template would write elsewhere.
+
+        Raises:
+            BadRow: the template has no field for reasoning that the row stores apart.
+        """
+        messages = conversation.messages()
+        for number, (turn, message) in enumerate(zip(conversation.turns, messages, strict=True), 1):
+            reasoning = turn.reasoning
+            if turn.role != "assistant" or not (reasoning or "</think>" in turn.content):
+                continue
+            if (field := self.reasoning_field) is None:
+                if not reasoning:
+                    continue
+                raise BadRow(
+                    f"turn {number} has reasoning, and the chat template writes none from a field: "
+                    "put it into the content, as <think>...</think>, or take a template that "
+                    f"writes one of {', '.join(_REASONING_FIELDS)}"
+                )
+            if not reasoning:
+                reasoning, message["content"] = split_reasoning(turn.content)
+            if reasoning:
+                message[field] = reasoning
+        return messages
 
     def apply(self, messages: list[Message], tools: Tools = None, **switches: bool) -> str:
         """Render messages as text.
@@ -86,7 +128,7 @@ class ChatTemplate:
 
     def prompt(self, conversation: Conversation) -> str:
         """The prompt for the first answer, with an empty reasoning if the answer has none."""
-        messages, tools = conversation.messages(), tools_of(conversation)
+        messages, tools = self.messages(conversation), tools_of(conversation)
         first = len(conversation.opening())
         prompts = self.prompts(messages[:first], tools)
         through = self.apply(messages[: first + 1], tools)
@@ -147,6 +189,16 @@ def with_system(source: str, said: str) -> str:
         "{%- if messages[0]['role'] != 'system' %}"
         f"{{%- set messages = [{turn}] + messages %}}{{%- endif +%}}{source}"
     )
+
+
+def split_reasoning(content: str) -> tuple[str, str]:
+    """The reasoning at the head of a content, and the rest; "" where there is none. R1's answers
+    begin inside it: the prompt opens it."""
+    head, _, rest = content.partition("</think>")
+    head = head.strip().removeprefix("<think>")
+    if "</think>" not in content or "<think>" in head + rest or "</think>" in rest:
+        return "", content
+    return head.strip("\n"), rest.lstrip("\n")
 
 
 def tools_of(conversation: Conversation) -> Tools:

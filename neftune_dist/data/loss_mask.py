@@ -30,22 +30,29 @@ def render(template: ChatTemplate, conversation: Conversation, supervise: str) -
     Args:
         template: renders the text.
         conversation: with at least one answer.
-        supervise: as `data.supervise`. With "all" no span is marked learned: the caller learns
-            every token.
+        supervise: as `data.supervise`. With "all" the caller learns every token, except those of
+            answers that are not to be learned.
 
     Raises:
         BadRow: the template refuses or leaves out a turn, or an answer to learn is changed or
             cannot be told apart.
     """
     text = _RenderedText(template, conversation)
-    answers = {"assistant": text.answers, "last": text.answers[-1:], "all": []}[supervise]
+    learned = {i for i in text.answers if conversation.turns[i].learned}
+    whole = supervise == "all"
+    answers = set(text.answers) - learned if whole else learned
+    if supervise == "last":
+        answers = {max(learned)} if learned else set()
     found: dict[int, Span] = {}
-    marks_end = text.text.rstrip().endswith(template.special)
-    for i in answers:
+    marks_end = whole and text.answers[-1] in learned
+    marks_end = marks_end and text.text.rstrip().endswith(template.special)
+    for i in sorted(answers):
         after = max((span.end for span in found.values()), default=0)
-        found[i], marks_end = text.answer(i, after)
-    spans = (*text.others(found), *found.values())
-    return Rendered((Chunk(text.text, spans),), marks_end)
+        span, is_marked = text.answer(i, after)
+        found[i] = Span(*span[:3], not whole)
+        marks_end = marks_end if whole else is_marked
+    spans = [Span(*span[:3], whole) for span in text.others(found)]
+    return Rendered((Chunk(text.text, (*spans, *found.values())),), marks_end)
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ class _RenderedText:
 
     def __init__(self, template: ChatTemplate, conversation: Conversation) -> None:
         self.template = template
-        self.messages, self.tools = conversation.messages(), tools_of(conversation)
+        self.messages, self.tools = template.messages(conversation), tools_of(conversation)
         self.text = template.apply(self.messages, self.tools)
         self.answers = [i for i, m in enumerate(self.messages) if m["role"] == "assistant"]
         calls = [call for message in self.messages for call in message.get("tool_calls", [])]
@@ -131,6 +138,9 @@ class _RenderedText:
         place = _content(through, len(prompts[0]), message["content"])
         if place is None:
             raise BadRow(f"the chat template changes the assistant's text in turn {i + 1}")
+        reasoning = message.get(self.template.reasoning_field or "", "").strip()
+        if reasoning not in through[len(prompts[0]) :]:
+            raise BadRow(f"the chat template leaves out the reasoning of turn {i + 1}")
         # The answer ends after the end-of-turn token and before the template's white space that
         # leads to the next turn: no model generates that.
         tail = self._end_of_turn(through[place[1] :].rstrip(), i, through)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 
 from neftune_dist.config import UserError
-from neftune_dist.data.conversation import Conversation
+from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.errors import BadRow
 from neftune_dist.data.spans import FRAME, Chunk, Rendered, Span
 
@@ -102,28 +102,35 @@ def render(template: str, conversation: Conversation, last_only: bool) -> Render
     Args:
         template: the prompt's name.
         conversation: with at least one answer.
-        last_only: only the last answer is learned, else every one.
+        last_only: of the answers to learn, only the last is learned.
 
     Raises:
         BadRow: the prompt cannot express the turns.
     """
     if conversation.tools or any(turn.tool_calls for turn in conversation.turns):
         raise BadRow(f"the {_NAMES[template]} prompt has no place for tools and their calls")
+    if any(turn.reasoning for turn in conversation.turns):
+        raise BadRow(
+            f"the {_NAMES[template]} prompt has no place for reasoning: put it into the content, "
+            "or take a chat template that writes it"
+        )
     make = {"alpaca": _alpaca, "vicuna": _vicuna, "llama2": _llama2}[template]
     exchanges = make(conversation)
     answered = [any(speaker == "assistant" for speaker, _ in parts) for parts in exchanges]
-    last = max(i for i, has_answer in enumerate(answered) if has_answer)
+    learned = [i for i, turn in enumerate(_answers(conversation)) if turn.learned]
+    if last_only:
+        learned = learned[-1:]
     chunks = tuple(
         _chunk(
             parts,
-            learned=not last_only or i == last,
+            learned=i in learned,
             starts=i == 0 or template == "llama2",
             ends=answered[i],
             literal=template == "llama2",
         )
         for i, parts in enumerate(exchanges)
     )
-    return Rendered(chunks, marks_end=True)
+    return Rendered(chunks, marks_end=bool(learned))
 
 
 def check_tokenizer(template: str, name: str, end: str | None) -> None:
@@ -168,6 +175,10 @@ def as_jinja(template: str, *, prefix: str, end: str, gap: str, system: str | No
 def quoted(text: str | None) -> str:
     """A text, or none, as a Jinja literal."""
     return "none" if text is None else json.dumps(text, ensure_ascii=False)
+
+
+def _answers(conversation: Conversation) -> list[Turn]:
+    return [turn for turn in conversation.turns if turn.role == "assistant"]
 
 
 def _chunk(parts: list[_Part], *, learned: bool, starts: bool, ends: bool, literal: bool) -> Chunk:

@@ -172,7 +172,7 @@ class ConversationTokenizer:
                 np.concatenate(part) for part in zip(*encoded, strict=True)
             )
             if self.config.supervise == "all":
-                supervised = np.ones_like(supervised)
+                supervised |= speakers != SPEAKERS.index("assistant")
             supervised[:1] = 0  # no token precedes it that could predict it
             documents.append(Document(ids, supervised, speakers, item.marks_end))
         return documents
@@ -218,7 +218,8 @@ class ConversationTokenizer:
         }
         for chunk in chunks:
             ids, offsets = next(encoded[chunk.literal])
-            begins = sorted(span.begin for span in chunk.spans if span.learned)
+            learned = () if self.config.supervise == "all" else chunk.spans
+            begins = sorted(span.begin for span in learned if span.learned)
             cuts = [begin for begin in begins if _is_joined(chunk.text, offsets, begin)]
             if cuts:
                 ids, offsets = self._tokenize_in_pieces(chunk.text, cuts, chunk.literal)

@@ -17,7 +17,15 @@ from neftune_dist.data.errors import BadRow
 from neftune_dist.data.formats import to_conversation
 from neftune_dist.data.spans import SPEAKERS
 from tests.support.chat_families import ANSWERS, FAMILIES, QUESTIONS, SYSTEM, ChatFamily
-from tests.unit.test_tokenize import conversation, decode, document, learned, make, with_template
+from tests.unit.test_tokenize import (
+    ASK,
+    conversation,
+    decode,
+    document,
+    learned,
+    make,
+    with_template,
+)
 
 ROWS = 12
 # Tokenizers, and the families whose own are of that kind.
@@ -257,3 +265,67 @@ def test_a_template_from_a_file(tmp_path: Path, llama2: Any) -> None:
     assert learned(llama2, made) == [answer + "</s>" for answer in ANSWERS]
     with pytest.raises(UserError, match=r"other\.jinja cannot be read: No such file"):
         make(llama2, template=str(tmp_path / "other.jinja"))
+
+
+# Answers that are not to be learned, and reasoning that is stored apart.
+
+
+def with_turns(spoken: Conversation, **fields: list[Any]) -> Conversation:
+    """The conversation, with a field of its answers in order."""
+    turns, answers = list(spoken.turns), 0
+    for i, turn in enumerate(turns):
+        if turn.role == "assistant":
+            turns[i] = turn._replace(**{name: values[answers] for name, values in fields.items()})
+            answers += 1
+    return replace(spoken, turns=tuple(turns))
+
+
+@pytest.mark.parametrize("name", ["chat", "vicuna"])
+def test_answer_not_to_be_learned_is_context(name: str, smollm2: Any) -> None:
+    spoken = conversation("a", "WRONG one", "b", "right", "c", "WRONG two")
+    marked = with_turns(spoken, learned=[False, True, False])
+    end = smollm2.eos_token
+    right = (" right" if name == "vicuna" else "right") + end
+    for supervise in ("assistant", "last"):
+        made = document(make(smollm2, template=name, supervise=supervise), marked)
+        assert (
+            made.input_ids.tolist()
+            == document(make(smollm2, template=name), spoken).input_ids.tolist()
+        )
+        assert learned(smollm2, made) == [right] and made.end_learned
+    made = document(make(smollm2, template=name, supervise="all"), marked)
+    left_out = decode(smollm2, made.input_ids[1:][made.supervised[1:] == 0])
+    wrong = ("WRONG one", "WRONG two")
+    assert left_out == "".join((" " if name == "vicuna" else "") + text + end for text in wrong)
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking", "thought"])
+def test_reasoning_is_rendered_under_the_name_that_the_template_takes(
+    field: str, tiny_tokenizer: Any
+) -> None:
+    source = (
+        "{% for m in messages %}<|{{ m.role }}|>\n{% if m."
+        + field
+        + " %}{{ '<think>' + m."
+        + field
+        + " + '</think>' }}{% endif %}{{ m.content }}{{ eos_token }}\n{% endfor %}"
+        + ASK
+    )
+    tokenizer = with_template(tiny_tokenizer, source)
+    expected = ["<think>Hm.</think>5</s>"]
+    for said in (
+        with_turns(conversation("2 + 3?", "5"), reasoning=["Hm."]),
+        conversation("2 + 3?", "<think>Hm.</think>5"),
+    ):
+        assert learned(tokenizer, document(make(tokenizer), said)) == expected
+
+
+def test_reasoning_without_a_place_is_refused(smollm2: Any) -> None:
+    said = with_turns(conversation("2 + 3?", "5"), reasoning=["Hm."])
+    with pytest.raises(BadRow, match=r"turn 2 has reasoning.*<think>.*reasoning_content"):
+        make(smollm2).render(said)
+    with pytest.raises(BadRow, match="Vicuna prompt has no place for reasoning"):
+        make(smollm2, template="vicuna").render(said)
+    inside = conversation("2 + 3?", "<think>Hm.</think>5")
+    made = document(make(smollm2), inside)
+    assert learned(smollm2, made) == [inside.turns[1].content + smollm2.eos_token]
