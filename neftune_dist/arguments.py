@@ -7,7 +7,8 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from neftune_dist.config import UserError
+from neftune_dist import __version__
+from neftune_dist.config import KNOBS, UserError
 from neftune_dist.distributed import outcome
 
 Run = TypeVar("Run", bound=Callable[..., int])
@@ -69,6 +70,7 @@ def parse(words: Sequence[str] | None = None) -> dict[str, Any]:
         epilog=f"Exit codes: {codes}, {outcome.EXIT_STOPPED} stopped at a checkpoint to be "
         "continued, anything else a failure.",
     )
+    parser.add_argument("--version", action="version", version=f"neftune-dist {__version__}")
     parsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, (run, arguments) in VERBS.items():
         summary, _, notes = (inspect.getdoc(run) or "").partition("\n\n")
@@ -79,7 +81,41 @@ def parse(words: Sequence[str] | None = None) -> dict[str, Any]:
     given, rest = parser.parse_known_args(words)
     late = [word for word in rest if "=" in word and not word.startswith("-")]
     if late != rest or (late and not hasattr(given, "settings")):
-        parser.error(f"unknown words: {' '.join(rest)}")
+        unknown = rest[0].removeprefix("--").partition("=")[0]
+        hint = f"; a setting is written {unknown}=VALUE" if unknown in KNOBS else ""
+        parser.error(f"unknown words: {' '.join(rest)}{hint}")
     if late:
         given.settings = [*given.settings, *late]
     return vars(given)
+
+
+def completion(shell: str) -> str:
+    """A script for bash or zsh that completes verbs, then options, settings and files."""
+    settings = " ".join(f"{key}=" for key in KNOBS if "[]" not in key)
+    options = {
+        name: [word for names, _ in arguments for word in names if word.startswith("-")]
+        for name, (_, arguments) in VERBS.items()
+    }
+    takes_settings = {
+        name for name, (_, arguments) in VERBS.items() if any("settings" in a for a, _ in arguments)
+    }
+    cases = "\n".join(
+        f"    {name}) words='{' '.join(options[name])} --help"
+        f"{' ' + settings if name in takes_settings else ''}' ;;"
+        for name in VERBS
+    )
+    setup = "autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else ""
+    return f"""{setup}_neftune_dist() {{
+  local words current=${{COMP_WORDS[COMP_CWORD]}}
+  COMPREPLY=()
+  if [ "$COMP_CWORD" = 1 ]; then
+    COMPREPLY=($(compgen -W '{" ".join(VERBS)} --help --version' -- "$current"))
+    return
+  fi
+  case ${{COMP_WORDS[1]}} in
+{cases}
+  esac
+  COMPREPLY=($(compgen -W "$words" -- "$current") $(compgen -f -- "$current"))
+  [[ ${{COMPREPLY[*]}} != *= ]] || compopt -o nospace
+}}
+complete -o filenames -F _neftune_dist neftune-dist"""

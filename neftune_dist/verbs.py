@@ -6,6 +6,7 @@ are answered before torch is loaded.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from argparse import ArgumentTypeError
@@ -13,15 +14,32 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from neftune_dist.arguments import MAX_RESTARTS, RENDEZVOUS_MINUTES, argument, bounded, verb
-from neftune_dist.config import UserError, load_config, user_path
+from neftune_dist.arguments import (
+    MAX_RESTARTS,
+    RENDEZVOUS_MINUTES,
+    argument,
+    bounded,
+    completion,
+    verb,
+)
+from neftune_dist.config import (
+    UserError,
+    copy_batch_scripts,
+    json_schema,
+    load_config,
+    reference,
+    user_path,
+)
 from neftune_dist.distributed import environment, outcome
 
 Words = Sequence[str]
 _WHOLE = bounded(int, 0, 2**20)
 
 _SETTINGS = argument("settings", nargs="*", metavar="key=value", help="such as noise.alpha=5")
-_CONFIG = (argument("config", help="YAML file; see configs/"), _SETTINGS)
+_CONFIG = (
+    argument("config", help="YAML file, or the name of a shipped one, such as alpaca-7b"),
+    _SETTINGS,
+)
 _RUN_DIR = argument("run_dir", type=partial(user_path, key="RUN_DIR"), help="directory of a run")
 _OUTPUT = partial(argument, "--output", type=partial(user_path, key="--output"))
 _STEP = argument(
@@ -112,9 +130,16 @@ def _node(folder: Path, words: list[str], processes: int, rendezvous_minutes: fl
         action="store_true",
         help="read no data and assume full micro-batches; steps and time stay unknown",
     ),
+    argument("--verbose", action="store_true", help="print the whole resolved configuration, too"),
 )
 def _plan(
-    config: str, settings: Words, world_size: int, gpu: str | None, mfu: float, without_data: bool
+    config: str,
+    settings: Words,
+    world_size: int,
+    gpu: str | None,
+    mfu: float,
+    without_data: bool,
+    verbose: bool,
 ) -> int:
     """Check a run and estimate memory per rank, steps, disk, FLOPs and hours. Needs no GPU and
     no weights.
@@ -127,7 +152,15 @@ def _plan(
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from neftune_dist.planning.report import plan
 
-    plan(loaded, world_size, gpu=gpu, mfu=mfu, with_data=not without_data, log=_flushed)
+    plan(
+        loaded,
+        world_size,
+        gpu=gpu,
+        mfu=mfu,
+        with_data=not without_data,
+        verbose=verbose,
+        log=_flushed,
+    )
     return outcome.EXIT_DONE
 
 
@@ -319,6 +352,57 @@ def _study(
         only=only,
         report_only=report_only,
     )
+
+
+@verb(
+    argument("key", nargs="?", default="", metavar="KEY", help="such as noise or noise.alpha"),
+    argument("--schema", action="store_true", help="print a JSON schema, for editors, of them all"),
+)
+def _config(key: str, schema: bool) -> int:
+    """Print every setting, or those of a section, with default, type, range and meaning."""
+    if schema and key:
+        raise UserError("--schema is of all settings: leave KEY out.")
+    print(json.dumps(json_schema(), indent=2) if schema else reference(key))
+    return outcome.EXIT_DONE
+
+
+@verb(
+    argument(
+        "name",
+        nargs="?",
+        metavar="NAME",
+        help="of the run, or a shipped configuration to begin from; see configs/README.md",
+    ),
+    _SETTINGS,
+    _OUTPUT(help="default: NAME.yaml, or the folder slurm with --slurm"),
+    argument(
+        "--slurm", action="store_true", help="write the batch scripts for Slurm and site.sh instead"
+    ),
+)
+def _init(name: str | None, settings: Words, output: Path | None, slurm: bool) -> int:
+    """Write a configuration to begin with: the settings that a run decides, each with its meaning,
+    and the memory that they need."""
+    if (name is None) != slurm:
+        raise UserError("init needs the NAME of a run, or --slurm alone for the batch scripts.")
+    if name is None:
+        made = copy_batch_scripts(output)
+    else:
+        from neftune_dist.planning.starter import write_configuration
+
+        made = [write_configuration(name, settings, output)]
+    for path in made:
+        print(f"made {path}")
+    if name is not None:
+        print(f"next: neftune-dist plan {made[0]}; neftune-dist launch {made[0]}")
+    return outcome.EXIT_DONE
+
+
+@verb(argument("shell", choices=("bash", "zsh"), help="zsh: by its bashcompinit"))
+def _completion(shell: str) -> int:
+    """Print a script that completes verbs, options and settings in a shell: in ~/.bashrc,
+    eval "$(neftune-dist completion bash)"."""
+    print(completion(shell))
+    return outcome.EXIT_DONE
 
 
 @verb(

@@ -15,9 +15,11 @@ from neftune_dist.config.json_files import (
     read_json,
     with_checksum,
 )
-from neftune_dist.config.knobs import Knob, reference
+from neftune_dist.config.knobs import Knob
 from neftune_dist.config.loading import load_config
+from neftune_dist.config.packages import check_packages, require
 from neftune_dist.config.paths import user_path
+from neftune_dist.config.reference import describe, json_schema, reference
 from neftune_dist.config.sections import (
     BUILTIN_SOURCE,
     AdapterConfig,
@@ -34,3 +36,4 @@ from neftune_dist.config.sections import (
     TrainConfig,
     split_list,
 )
+from neftune_dist.config.shipped import copy_batch_scripts, shipped_configs

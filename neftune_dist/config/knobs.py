@@ -1,7 +1,8 @@
 """Knobs: the fields of a configuration, each declared once with its type, default and limits.
 
 `choice`, `number` and `path` make dataclass fields that carry what is allowed; the docstring below
-a field describes it. Validation and the reference of all settings are derived from them.
+a field describes it. Validation, the reference of all settings (`reference`) and its JSON schema
+are derived from them.
 """
 
 from __future__ import annotations
@@ -12,14 +13,12 @@ import math
 import operator
 import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
 from itertools import pairwise
 from types import NoneType
 from typing import Any, get_args, get_type_hints
-
-import yaml
 
 from neftune_dist.config.errors import UserError, brief
 from neftune_dist.config.paths import user_path
@@ -130,7 +129,7 @@ def find_knobs(section: Any, prefix: str = "") -> dict[str, Knob]:
         if is_dataclass(hint):
             found |= find_knobs(hint, f"{key}.")
             continue
-        entry = _entry(hint)
+        entry = entry_type(hint)
         types = (list,) if entry else get_args(hint) or (hint,)
         factory = declared.default_factory
         default = declared.default if factory is MISSING else factory()
@@ -140,37 +139,9 @@ def find_knobs(section: Any, prefix: str = "") -> dict[str, Knob]:
     return found
 
 
-def _entry(hint: Any) -> Any:
-    """The dataclass of a list's entries."""
+def entry_type(hint: Any) -> Any:
+    """The dataclass of a list's entries; None where the type is no such list."""
     return next((item for item in get_args(hint) if is_dataclass(item)), None)
-
-
-def reference(section: Any) -> str:
-    """The reference of every knob, as YAML that loads as the defaults.
-
-    Above each knob stands its description, behind it its type and choices or range.
-    """
-    return "\n".join(_reference_lines(section, "")) + "\n"
-
-
-def _reference_lines(section: Any, prefix: str) -> Iterator[str]:
-    knobs, hints = find_knobs(section, prefix), get_type_hints(section)
-    for declared in fields(section):
-        hint, key = hints[declared.name], prefix + declared.name
-        if is_dataclass(hint):
-            yield from ("", *_comment(inspect.getdoc(hint) or ""), f"{declared.name}:")
-            yield from (f"  {line}" for line in _reference_lines(hint, f"{key}."))
-            continue
-        knob = knobs[key]
-        yield from _comment(descriptions(section)[declared.name])
-        value = yaml.safe_dump({declared.name: knob.default}, allow_unicode=True).strip()
-        yield f"{value}  # {knob.values}"
-        if entry := _entry(hint):
-            yield from (f"#   {line}" for line in _reference_lines(entry, f"{key}[]."))
-
-
-def _comment(text: str) -> list[str]:
-    return [f"# {line}" for line in textwrap.wrap(text, 94)]
 
 
 @cache

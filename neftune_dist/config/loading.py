@@ -20,6 +20,7 @@ from neftune_dist.config.config import KNOBS, Config
 from neftune_dist.config.errors import UserError, brief
 from neftune_dist.config.limits import limited
 from neftune_dist.config.paths import user_path
+from neftune_dist.config.shipped import find_config
 
 _MAX_DEPTH = 100  # of nested lists and mappings
 # Aliases (`*name`) and interpolations let a short file stand for any amount of content.
@@ -29,7 +30,8 @@ _READING_SECONDS, _READING_GIB = 20.0, 1.0
 def load_config(path: str | os.PathLike[str] | None, words: Sequence[str] = ()) -> Config:
     """Load and check a configuration: defaults, then a YAML file, then `key=value` words.
 
-    A file may begin with `extends: OTHER.yaml`, a file beside it whose settings come first.
+    `path` may be the name of a shipped configuration, too. A file may begin with `extends:
+    OTHER.yaml`, a file beside it whose settings come first.
 
     Raises `UserError` naming the key, the value and what is allowed.
     """
@@ -45,7 +47,7 @@ def load_config(path: str | os.PathLike[str] | None, words: Sequence[str] = ()) 
 
 
 def _load(path: str | os.PathLike[str] | None, words: Sequence[str]) -> Config:
-    updates = [] if path is None else _read_files(user_path(os.fspath(path), "CONFIG"))
+    updates = [] if path is None else _read_files(find_config(path))
     updates += [(f"'{brief(word)}'", _read_word(word)) for word in words]
     config = OmegaConf.structured(Config)
     for where, update in updates:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neftune_dist.config import AdapterConfig, UserError, split_list
+from neftune_dist.config import AdapterConfig, UserError, require, split_list
 from neftune_dist.model import nf4
 from neftune_dist.model.modules import replace_parameters
 from neftune_dist.model.optimizations import blocks
@@ -39,13 +39,9 @@ def attach(model: Any, config: AdapterConfig, dtype: torch.dtype) -> None:
         UserError: targets that the model does not have, a matrix that cannot be quantised, or a
             missing package.
     """
-    try:
-        with nf4.quiet_import():
-            import peft
-    except ImportError as error:
-        raise UserError(
-            f"adapter.method={config.method} needs the package peft: install it."
-        ) from error
+    require("peft", f"adapter.method={config.method}", "neftune-dist[adapters]")
+    with nf4.quiet_import():
+        import peft
     settings = peft.LoraConfig(**peft_settings(config, targets(model, config)))
     with torch.device("meta"):
         peft.inject_adapter_in_model(settings, model)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from neftune_dist.config import UserError
+from neftune_dist.config import UserError, require
 
 
 def use_float8(model: Any, recipe: str, within: Sequence[nn.Module]) -> None:
@@ -25,10 +25,9 @@ def use_float8(model: Any, recipe: str, within: Sequence[nn.Module]) -> None:
         UserError: the package is missing, or the GPU has no such products.
     """
     logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of kernels for other GPUs
-    try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    except ImportError as error:
-        raise UserError(f"model.float8={recipe} needs the package torchao: install it.") from error
+    require("torchao", f"model.float8={recipe}", "neftune-dist[float8]")
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
     settings: dict[str, Any] = {}
     if torch.cuda.is_available():
         if torch.cuda.get_device_capability() < (8, 9):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neftune_dist.config import UserError
+from neftune_dist.config import UserError, require
 
 # (hidden states (n, d), projection (vocabulary, d), its bias, targets (n,)) -> sum of losses.
 LossSum = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
@@ -20,12 +20,9 @@ def use_liger_kernels(model: Any) -> None:
     `UserError` where it has none for the model, or cannot run."""
     if not torch.cuda.is_available():
         raise UserError("model.kernels=liger needs a GPU.")
-    try:
-        from liger_kernel.transformers import monkey_patch
-    except ImportError as error:
-        raise UserError(
-            "model.kernels=liger needs the package liger-kernel: install it."
-        ) from error
+    require("liger_kernel", "model.kernels=liger", "neftune-dist[kernels]")
+    from liger_kernel.transformers import monkey_patch
+
     known = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
     if model.config.model_type not in known:
         raise UserError(
@@ -48,11 +45,9 @@ def liger_cross_entropy() -> LossSum:
     `UserError` where it cannot run."""
     if not torch.cuda.is_available():
         raise UserError("model.loss=liger needs a GPU.")
+    require("liger_kernel", "model.loss=liger", "neftune-dist[kernels]")
     # Optional, and slow to import.
-    try:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-    except ImportError as error:
-        raise UserError("model.loss=liger needs the package liger-kernel: install it.") from error
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     def loss_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         found: tuple[Tensor, ...] = LigerFusedLinearCrossEntropyFunction.apply(

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neftune_dist.config import UserError
+from neftune_dist.config import UserError, require
 
 BLOCK = 64  # weights that share a scale
 
@@ -124,9 +124,7 @@ def quiet_import() -> Iterator[None]:
 
 def _functional() -> Any:
     """Import bitsandbytes, which registers its operators."""
-    try:
-        with quiet_import():
-            import bitsandbytes.functional
-    except ImportError as error:
-        raise UserError("adapter.base=nf4 needs the package bitsandbytes: install it.") from error
+    require("bitsandbytes", "adapter.base=nf4", "neftune-dist[adapters]")
+    with quiet_import():
+        import bitsandbytes.functional
     return bitsandbytes.functional

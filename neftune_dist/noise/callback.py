@@ -7,9 +7,9 @@ uninterrupted one. Settings under which the noise would be wrong are refused (`V
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
-from accelerate.state import AcceleratorState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from neftune_dist.noise.handle import NEFTuneHandle
@@ -44,6 +44,11 @@ class NEFTuneCallback(TrainerCallback):
         warmup_steps: int = 0,
         final_fraction: float = 0.0,
     ) -> None:
+        if find_spec("accelerate") is None:
+            raise ImportError(
+                "NEFTuneCallback needs accelerate, as transformers' Trainer does: "
+                "pip install 'neftune-dist[trl]'."
+            )
         if distribution == "symmetric":
             raise ValueError(
                 "distribution='symmetric' needs every batch passed forward twice, which "
@@ -143,6 +148,8 @@ def _padding_token(dataloader: Any) -> int | None:
 
 
 def _data_parallel_rank(args: TrainingArguments) -> int:
+    from accelerate.state import AcceleratorState  # optional: the Trainer's own dependency
+
     deepspeed = getattr(args.deepspeed_plugin, "deepspeed_config", {})
     if deepspeed.get("tensor_parallel", {}).get("autotp_size", 1) > 1:
         raise ValueError(

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from neftune_dist.config import Config, UserError, check_world_size
+from neftune_dist.config import Config, UserError, check_packages, check_world_size
 from neftune_dist.data.dataset import Dataset, prepare
 from neftune_dist.data.sampler import Sampler, make_sampler
 from neftune_dist.model import load, locate
@@ -86,6 +86,7 @@ def plan(
     gpu: str | None = None,
     mfu: float = 0.4,
     with_data: bool = True,
+    verbose: bool = False,
     log: Callable[[str], None] = print,
 ) -> None:
     """Validate and resolve `config` and log its needs on `world_size` ranks.
@@ -94,6 +95,7 @@ def plan(
         gpu: name of each rank's GPU, one of `known_gpus`.
         mfu: share of the GPU's rate at which the time is estimated.
         with_data: False: the data is not read, and micro-batches are assumed to be full.
+        verbose: log the whole resolved configuration first.
 
     Raises:
         UserError: a mistake in `config`, an unknown GPU, or a run that does not fit on it.
@@ -104,7 +106,8 @@ def plan(
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu={mfu} is out of range: a share, above 0 and at most 1.")
     _check_world(config, world_size)
-    for line in config.to_yaml().splitlines():
+    check_packages(config)
+    for line in config.to_yaml().splitlines() if verbose else []:
         log(f"  {line}")
     given = read(config, with_data, log)
     log(f"model: {given.size.in_words()}, {given.size.num_layers} layers")

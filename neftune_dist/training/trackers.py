@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
-from neftune_dist.config import LoggingConfig, UserError
+from neftune_dist.config import LoggingConfig, UserError, require
 from neftune_dist.system.text import first_line
 
 
@@ -48,11 +48,10 @@ class Trackers:
         for name, kind in (("wandb", _WandB), ("mlflow", _MLflow)):
             if not getattr(config, name):
                 continue
+            require(name, f"logging.{name}=true", "neftune-dist[trackers]")
             try:
                 self._running[name] = kind(run_dir, config, facts)
             except Exception as error:  # of whatever its client and its server raise
-                if isinstance(error, ImportError) and error.name == name:
-                    raise UserError(f"logging.{name}=true needs the package {name}.") from error
                 first = first_line(error)
                 if name == "mlflow" and not os.environ.get("MLFLOW_TRACKING_URI"):
                     first = f"MLFLOW_TRACKING_URI is not set ({first})"

@@ -15,7 +15,7 @@ from torch import Tensor
 from neftune_dist.checkpoint import flat
 from neftune_dist.checkpoint.run_files import claim
 from neftune_dist.checkpoint.saver import Saver
-from neftune_dist.config import Config, UserError, user_path
+from neftune_dist.config import Config, UserError, check_packages, user_path
 from neftune_dist.data.loader import Loader
 from neftune_dist.distributed import outcome
 from neftune_dist.distributed.outcome import EXIT_DONE, EXIT_STOPPED
@@ -51,6 +51,8 @@ def train(config: Config) -> int:
 
 
 def _train(config: Config, world: World, stop: StopSignal) -> int:
+    with world.agree():
+        check_packages(config)
     run_dir = user_path(config.run_dir, "run_dir")
     lock = claim(run_dir, world)
     with stop.at_once():

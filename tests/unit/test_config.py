@@ -535,7 +535,7 @@ def test_sections_are_flat() -> None:
 def test_the_reference_describes_every_knob_and_loads_as_the_defaults(
     yaml: Callable[[str], Path],
 ) -> None:
-    text = reference(Config)
+    text = reference()
     assert load_config(yaml(text), [MODEL]) == load_config(None, [MODEL])
     lines = [line.strip("# ") for line in text.splitlines()]
     for key, knob in KNOBS.items():

@@ -1,0 +1,42 @@
+"""Optional packages: which settings need them, and what to install."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from neftune_dist.config.config import Config
+from neftune_dist.config.errors import UserError
+
+
+def require(package: str, setting: str, install: str) -> None:
+    """Refuse a setting whose package is missing.
+
+    Args:
+        package: as it is imported.
+        setting: what needs it, as messages show it.
+        install: what pip installs: `deepspeed`, or an extra such as `neftune-dist[adapters]`.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    if find_spec(package) is None:
+        raise UserError(f"{setting} needs the package {package}: pip install '{install}'.")
+
+
+def check_packages(config: Config) -> None:
+    """Refuse settings whose packages are missing, before a run begins. Raises `UserError`."""
+    model, adapter, logging = config.model, config.adapter, config.logging
+    if config.engine.name == "deepspeed":
+        require("deepspeed", "engine.name=deepspeed", "deepspeed")
+    if adapter.method != "none":
+        require("peft", f"adapter.method={adapter.method}", "neftune-dist[adapters]")
+    if adapter.base == "nf4":
+        require("bitsandbytes", "adapter.base=nf4", "neftune-dist[adapters]")
+    if model.float8 != "none":
+        require("torchao", f"model.float8={model.float8}", "neftune-dist[float8]")
+    for name in ("kernels", "loss"):
+        if getattr(model, name) == "liger":
+            require("liger_kernel", f"model.{name}=liger", "neftune-dist[kernels]")
+    for name in ("wandb", "mlflow"):
+        if getattr(logging, name):
+            require(name, f"logging.{name}=true", "neftune-dist[trackers]")

@@ -1,0 +1,103 @@
+"""A commented configuration to begin with."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from neftune_dist.config import (
+    KNOBS,
+    Config,
+    UserError,
+    describe,
+    load_config,
+    shipped_configs,
+)
+from neftune_dist.planning.report import GIB, needed, read
+
+_BASE = "alpaca-7b"
+# What a run decides; the starter also has whatever else its base sets.
+_DECISIVE = (
+    "run_dir",
+    "model.name_or_path",
+    "model.activation_checkpointing",
+    "data.source",
+    "data.template",
+    "data.max_length",
+    "data.num_held_out",
+    "noise.alpha",
+    "engine.name",
+    "optim.learning_rate",
+    "optim.warmup_steps",
+    "train.num_epochs",
+    "train.global_batch_size",
+    "train.micro_batch_tokens",
+    "checkpoint.every_steps",
+    "evaluate.every_steps",
+)
+_WORLD_SIZES = (1, 8)
+
+
+def write_configuration(name: str, words: Sequence[str], output: Path | None) -> Path:
+    """Write a commented configuration.
+
+    Args:
+        name: a shipped configuration to begin from, or the name of a new run, which begins from
+            `alpaca-7b`.
+        words: settings, `key=value`.
+        output: the file; None: NAME.yaml.
+
+    Raises:
+        UserError: a wrong setting, or a file that exists.
+    """
+    path = output or Path(f"{name}.yaml")
+    if path.exists():
+        raise UserError(f"{path} exists and is not overwritten: choose another with --output.")
+    base = shipped_configs().get(name, shipped_configs()[_BASE])
+    config = load_config(base, [f"run_dir=runs/{name}", *words])
+    lines = [
+        f"# {name}: settings, each below its meaning and what it may be. All others have their",
+        "# defaults: neftune-dist config",
+        *(f"# {line}" for line in _memory_lines(config, path)),
+        *_setting_lines(config),
+    ]
+    with path.open("x", encoding="utf-8") as file:  # another process may have made it meanwhile
+        file.write("\n".join(lines) + "\n")
+    return path
+
+
+def _setting_lines(config: Config) -> Iterator[str]:
+    """The decisive settings and those that differ from their defaults, section by section."""
+    section = ""
+    for key, knob in KNOBS.items():
+        if "[]" in key:
+            continue
+        above, _, name = key.rpartition(".")
+        value: Any = getattr(getattr(config, above) if above else config, name)
+        if key not in _DECISIVE and value == knob.default:
+            continue
+        if above != section:
+            section = above
+            yield from ("", f"{above}:")
+        indent = "  " if above else ""
+        yield from (f"{indent}# {line}" for line in textwrap.wrap(describe(key), 94))
+        shown = yaml.safe_dump(value, allow_unicode=True, default_flow_style=True, width=10_000)
+        shown = shown.removesuffix("...\n").strip()
+        yield f"{indent}{name}: {shown}  # {knob.values}"
+
+
+def _memory_lines(config: Config, path: Path) -> list[str]:
+    """What `plan` finds for full micro-batches; how to ask it, where the model cannot be read."""
+    try:
+        given = read(config, with_data=False)
+        found = [
+            f"{needed(given.peak(config, size)) / GIB:.1f} GiB a rank on {size}"
+            for size in _WORLD_SIZES
+        ]
+    except UserError:
+        return [f"Memory: neftune-dist plan {path} --world-size 8, where the model can be read."]
+    return [f"Memory by `neftune-dist plan`, full micro-batches: {', '.join(found)}."]
