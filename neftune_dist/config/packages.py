@@ -19,7 +19,11 @@ def require(package: str, setting: str, install: str) -> None:
     Raises:
         UserError: it is not installed.
     """
-    if find_spec(package) is None:
+    try:
+        is_missing = find_spec(package) is None
+    except ValueError:  # it is imported already, and was not found by a finder
+        is_missing = False
+    if is_missing:
         raise UserError(f"{setting} needs the package {package}: pip install '{install}'.")
 
 

@@ -7,13 +7,16 @@ uninterrupted one. Settings under which the noise would be wrong are refused (`V
 
 from __future__ import annotations
 
+import warnings
 from importlib.util import find_spec
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from neftune_dist.compat.transformers import call_first
 from neftune_dist.noise.handle import NEFTuneHandle
 from neftune_dist.noise.hook import NEFTune
+from neftune_dist.noise.law import expected_norm
 from neftune_dist.optim.schedule import Schedule
 
 
@@ -26,6 +29,9 @@ class NEFTuneCallback(TrainerCallback):
         seed: None: the trainer's `seed`.
         schedule, warmup_steps, final_fraction: of alpha over the run, as `noise.schedule`,
             `noise.warmup_steps` and `noise.final_fraction`.
+
+    The trainer's logs get `alpha`, `noise_norm` (mean over this rank's documents since the last log
+    of the L2 norm of their noise) and `noise_law` (what it should be: alpha / sqrt(3) over them).
 
     Example::
 
@@ -67,6 +73,7 @@ class NEFTuneCallback(TrainerCallback):
         self.distribution, self.length = distribution, length
         self.schedule = Schedule(alpha, schedule, warmup_steps, final_fraction)
         self.handle: NEFTuneHandle | None = None
+        self._alphas: list[float] = []  # of the steps since the last log
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -94,6 +101,7 @@ class NEFTuneCallback(TrainerCallback):
         """Attach the noise to the model."""
         self.on_init_end(args, state, control)  # a callback may be added late
         self._remove()  # where an exception ended the training before
+        call_first(self)
         model = kwargs["model"]
         if any(hasattr(part, "neftune_noise_alpha") for part in model.modules()):
             raise ValueError(
@@ -110,6 +118,14 @@ class NEFTuneCallback(TrainerCallback):
         padding_token = _padding_token(kwargs.get("train_dataloader"))
         if padding_token is not None:
             self.handle.padding_token = padding_token
+        if state.is_world_process_zero:
+            print(
+                f"NEFTuneCallback: in training, every document gets {self.distribution} noise of "
+                f"norm {expected_norm(self.alpha, self.distribution):.4f} (alpha {self.alpha:g}, "
+                f"schedule {self.schedule.shape}, L of the {self.length}, seed "
+                f"{self.handle.neftune.seed}); evaluation and generation get none.",
+                flush=True,
+            )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -118,6 +134,31 @@ class NEFTuneCallback(TrainerCallback):
         assert self.handle is not None
         self.handle.step = state.global_step
         self.handle.alpha = self.schedule.value(state.global_step, max(state.max_steps, 1))
+        self._alphas.append(self.handle.alpha)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add the noise since the last log to the training loss's entry; warn where none was."""
+        logs = kwargs.get("logs") or {}
+        if self.handle is None or "loss" not in logs:
+            return
+        norm_sum, num_documents = (float(value) for value in self.handle.take_noise_norms())
+        expected = [expected_norm(alpha, self.distribution) for alpha in self._alphas]
+        added = {
+            "alpha": self.handle.alpha,
+            "noise_norm": norm_sum / num_documents if num_documents else 0.0,
+            "noise_law": sum(expected) / max(1, len(expected)),
+        }
+        logs.update(added)
+        state.log_history[-1].update(added)
+        if any(self._alphas) and not num_documents:
+            warnings.warn(
+                f"NEFTuneCallback: no forward pass before step {state.global_step} was given noise: "
+                "the model's input embedding was not used in training mode.",
+                stacklevel=2,
+            )
+        self._alphas.clear()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -174,6 +174,56 @@ def test_a_resumed_run_goes_on_with_the_same_noise(trained: Results, folder: Pat
         assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("kind", ["padded", "packed"])
+def test_logs_hold_the_noise_beside_what_the_law_says(trained: Results, kind: str) -> None:
+    for result in trained[:1]:  # rank 0 logs
+        steps = [entry for entry in result[kind]["log"] if "loss" in entry]
+        seen = forwards(result[kind])
+        for number, entry in enumerate(steps):
+            alpha = SCHEDULE[number] if kind in PACKED else 5.0
+            assert entry["alpha"] == alpha
+            assert entry["noise_law"] == pytest.approx(alpha / math.sqrt(3), rel=1e-12)
+            norms = torch.cat([one.norms() for one in seen if one.step == number])
+            assert entry["noise_norm"] == pytest.approx(float(norms.mean()), rel=1e-4)
+
+
+class Reporter(TrainerCallback):
+    """Stands where W&B's and TensorBoard's callbacks do: before those of the user."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, float]] = []
+
+    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+        self.logs.append(dict(logs))
+
+
+def test_reporters_receive_the_noise(folder: Path) -> None:
+    reporter = Reporter()
+    trainer(folder, reporter, NEFTuneCallback(5.0), logging_steps=2).train()
+    [entry] = [logs for logs in reporter.logs if "loss" in logs]
+    assert entry["alpha"] == 5.0
+    assert entry["noise_norm"] == pytest.approx(entry["noise_law"], rel=0.1)
+
+
+def test_start_says_what_the_noise_is(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    trainer(folder, NEFTuneCallback(5.0, schedule="cosine")).train()
+    said = capsys.readouterr().out
+    assert "NEFTuneCallback: " in said
+    assert all(word in said for word in ("2.8868", "alpha 5", "schedule cosine", "seed 42"))
+
+
+def test_noise_that_never_fires_is_warned_of(folder: Path) -> None:
+    class Bypass(TrainerCallback):
+        """Takes the hooks' effect away, as a wrapper that calls the lookup itself would."""
+
+        def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
+            embedding = kwargs["model"].get_input_embeddings()
+            embedding._forward_hooks.clear()
+
+    with pytest.warns(UserWarning, match="step 1 was given noise"):
+        trainer(folder, NEFTuneCallback(5.0), Bypass()).train()
+
+
 class Stop(TrainerCallback):
     """Raises after the first step."""
 

@@ -54,10 +54,7 @@ def test_wheel_holds_what_it_prints_and_starts_from(site: Path, tmp_path: Path) 
     run(site, tmp_path, *verb, "init", "--slurm")
     assert (tmp_path / "slurm" / "train.sbatch").exists()
     run(site, tmp_path, *verb, "init", "sharegpt-7b")
-    assert (
-        "lmsys/vicuna" in (tmp_path / "sharegpt-7b.yaml").read_text()
-        or "source:" in (tmp_path / "sharegpt-7b.yaml").read_text()
-    )
+    assert "run_dir: runs/sharegpt-7b" in (tmp_path / "sharegpt-7b.yaml").read_text()
 
 
 def test_fsdp2_trains_without_deepspeed(site: Path, tmp_path: Path) -> None:
