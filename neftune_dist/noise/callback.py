@@ -154,7 +154,7 @@ class NEFTuneCallback(TrainerCallback):
         state.log_history[-1].update(added)
         if any(self._alphas) and not num_documents:
             warnings.warn(
-                f"NEFTuneCallback: no forward pass before step {state.global_step} was given noise: "
+                f"NEFTuneCallback: no forward pass up to step {state.global_step} got noise: "
                 "the model's input embedding was not used in training mode.",
                 stacklevel=2,
             )

@@ -220,7 +220,7 @@ def test_noise_that_never_fires_is_warned_of(folder: Path) -> None:
             embedding = kwargs["model"].get_input_embeddings()
             embedding._forward_hooks.clear()
 
-    with pytest.warns(UserWarning, match="step 1 was given noise"):
+    with pytest.warns(UserWarning, match="step 1 got noise"):
         trainer(folder, NEFTuneCallback(5.0), Bypass()).train()
 
 
