@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 from neftune_dist import __version__
-from neftune_dist.config import KNOBS, UserError
+from neftune_dist.config import KNOBS, UserError, user_path
 from neftune_dist.distributed import outcome
 
 Run = TypeVar("Run", bound=Callable[..., int])
@@ -53,6 +54,22 @@ def bounded(kind: type[int] | type[float], least: float, greatest: float) -> Cal
 
 
 MAX_RESTARTS, RENDEZVOUS_MINUTES = bounded(int, 0, 2**20), bounded(float, 0.01, 2**20)
+
+
+# Arguments of several verbs.
+Words = Sequence[str]
+WHOLE = bounded(int, 0, 2**20)
+
+SETTINGS = argument("settings", nargs="*", metavar="key=value", help="such as noise.alpha=5")
+CONFIG = (
+    argument("config", help="YAML file, or the name of a shipped one, such as alpaca-7b"),
+    SETTINGS,
+)
+RUN_DIR = argument("run_dir", type=partial(user_path, key="RUN_DIR"), help="directory of a run")
+OUTPUT = partial(argument, "--output", type=partial(user_path, key="--output"))
+STEP = argument(
+    "--step", type=bounded(int, 0, 2**32), help="step of the run's checkpoint; default: the newest"
+)
 
 
 class _Parser(argparse.ArgumentParser):

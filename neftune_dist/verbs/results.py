@@ -1,0 +1,176 @@
+"""Verbs on what a run has made."""
+
+from __future__ import annotations
+
+import os
+from argparse import ArgumentTypeError
+from pathlib import Path
+
+from neftune_dist.arguments import (
+    CONFIG,
+    OUTPUT,
+    RUN_DIR,
+    SETTINGS,
+    STEP,
+    Words,
+    argument,
+    bounded,
+    verb,
+)
+from neftune_dist.config import UserError, user_path
+from neftune_dist.distributed import environment, outcome
+
+
+@verb(
+    RUN_DIR, argument("--verify", action="store_true", help="read all files and compare checksums")
+)
+def _checkpoints(run_dir: Path, verify: bool) -> int:
+    """List a run's checkpoints and what they can resume."""
+    from neftune_dist.checkpoint.listing import listing
+
+    for line in listing(run_dir, verify=verify):
+        print(line)
+    return outcome.EXIT_DONE
+
+
+@verb(
+    RUN_DIR,
+    STEP,
+    OUTPUT(help="default: RUN_DIR/export, or RUN_DIR/adapter with --adapter"),
+    argument(
+        "--adapter", action="store_true", help="the adapter alone in PEFT's format, not merged"
+    ),
+    argument(
+        "--dtype",
+        choices=("original", "fp32", "bf16", "fp16"),
+        default="original",
+        help="of the weights; original: as in the model that was fine-tuned",
+    ),
+)
+def _export(run_dir: Path, step: int | None, output: Path | None, adapter: bool, dtype: str) -> int:
+    """Write a checkpoint as a Hugging Face model directory."""
+    from neftune_dist.checkpoint.export import export
+
+    export(run_dir, output, step=step, dtype=dtype, adapter=adapter)
+    return outcome.EXIT_DONE
+
+
+@verb(
+    argument(
+        "target",
+        help="a run directory, a checkpoint (RUN_DIR/checkpoints/step_00000020), a model directory "
+        "or a hub id",
+    ),
+    SETTINGS,
+    STEP,
+    argument("--config", help="YAML file, for a model that no run here has trained"),
+    argument("--model", help="another model, under the configuration of the run TARGET"),
+    OUTPUT(help="default: RUN_DIR/evaluations/step_00000020 or similar"),
+)
+def _evaluate(
+    target: str,
+    settings: Words,
+    step: int | None,
+    config: str | Path | None,
+    model: str | None,
+    output: Path | None,
+) -> int:
+    """Measure losses without noise, answers and their statistics, tasks and judged quality;
+    alone or under torchrun.
+
+    Sections evaluate and judge of the configuration say what is measured. The same command
+    continues an evaluation that was stopped. Every rank holds the whole model.
+    """
+    name = model or target
+    if model:
+        if config:
+            raise UserError(f"--config={config} has no effect with --model, which takes the run's.")
+        run_dir = user_path(target, "RUN_DIR")
+        config = run_dir / "config.yaml"
+        output = output or run_dir / "evaluations" / Path(model).name
+    environment.find_place()
+    from neftune_dist.evaluation.evaluate import evaluate
+
+    return evaluate(name, step=step, config_file=config, settings=settings, output=output)
+
+
+@verb(
+    argument(
+        "settings",
+        nargs="+",
+        metavar="TARGET | key=value",
+        help="one or two run directories, checkpoints, model directories or hub ids, and settings "
+        "for them, such as evaluate.max_new_tokens=200",
+    ),
+    argument(
+        "--temperature", type=float, default=0.0, help="of sampling; default: 0, greedy decoding"
+    ),
+)
+def _chat(settings: Words, temperature: float) -> int:
+    """Talk to a model in the terminal, or to two side by side."""
+    names = [word for word in settings if "=" not in word or os.path.exists(word)]
+    if not names:
+        raise UserError("chat needs a model: a run, a checkpoint, a model directory or a hub id.")
+    from neftune_dist.evaluation.chat import chat
+
+    words = [word for word in settings if word not in names]
+    return chat(names, words, temperature=temperature)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ArgumentTypeError(f"{text} is not of the form 0,5,10,15") from None
+
+
+@verb(
+    *CONFIG,
+    argument(
+        "--alphas",
+        type=_numbers,
+        default="0,5,10,15",
+        help="distinct values, in place of noise.alpha; default: %(default)s",
+    ),
+    argument(
+        "--seeds", type=bounded(int, 1, 1000), default=1, help="number of seeds from train.seed on"
+    ),
+    argument(
+        "--ranks", type=bounded(int, 1, 2**12), default=1, help="processes per run, by torchrun"
+    ),
+    argument(
+        "--only",
+        type=int,
+        metavar="K",
+        help="make run K alone, counted from 0, without a report: a task of a Slurm array",
+    ),
+    argument("--report-only", action="store_true", help="report on runs that have been made"),
+)
+def _study(
+    config: str,
+    settings: Words,
+    alphas: list[float],
+    seeds: int,
+    ranks: int,
+    only: int | None,
+    report_only: bool,
+) -> int:
+    """Train and evaluate pairs of runs that differ in alpha alone, and report on them.
+
+    Runs go to run_dir/alpha_A_seed_S; each is trained, then evaluated as sections evaluate and
+    judge say. The report goes to run_dir/report.md and report.html. data.num_held_out must be set.
+    The same command continues a study that was stopped.
+    """
+    if only is not None and report_only:
+        raise UserError("--only makes a run and --report-only none: give one of them.")
+    from neftune_dist.study.run import study
+
+    return study(
+        config,
+        settings,
+        alphas=alphas,
+        num_seeds=seeds,
+        num_ranks=ranks,
+        only=only,
+        report_only=report_only,
+    )

@@ -1,0 +1,88 @@
+"""Verbs that train."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+
+from neftune_dist.arguments import (
+    CONFIG,
+    MAX_RESTARTS,
+    RENDEZVOUS_MINUTES,
+    Words,
+    argument,
+    bounded,
+    verb,
+)
+from neftune_dist.config import load_config, user_path
+from neftune_dist.distributed import environment, outcome
+
+_LAUNCH = (
+    argument(
+        "--processes", type=bounded(int, 0, 2**12), default=0, help="per node; default: one per GPU"
+    ),
+    argument(
+        "--rendezvous-minutes",
+        type=RENDEZVOUS_MINUTES,
+        default=15.0,
+        help="how long nodes wait for each other; default: %(default)s",
+    ),
+)
+
+
+@verb(*CONFIG)
+def _train(config: str, settings: Words) -> int:
+    """Fine-tune, alone or under torchrun; continues from the newest checkpoint."""
+    loaded = load_config(config, settings)
+    with outcome.reported() as report:
+        environment.find_place()  # a mistake in it is reported before torch is loaded
+        from neftune_dist.training.train import train
+
+        code = train(loaded)
+        report(outcome.DONE if code == outcome.EXIT_DONE else outcome.STOPPED)
+    # A launcher reads the report; torchrun would make any code but 0 a failure.
+    return code if outcome.VARIABLE not in os.environ else outcome.EXIT_DONE
+
+
+@verb(
+    *CONFIG,
+    *_LAUNCH,
+    argument(
+        "--max-restarts",
+        type=MAX_RESTARTS,
+        default=3,
+        help="attempts in a row without a new checkpoint before giving up; default: %(default)s",
+    ),
+)
+def _launch(
+    config: str, settings: Words, processes: int, rendezvous_minutes: float, max_restarts: int
+) -> int:
+    """Train with all GPUs of this node, or of all nodes of the Slurm job whose batch script this
+    is; start again after failures.
+
+    Ctrl-C, SIGTERM or SIGUSR1 save and stop; a second Ctrl-C ends at once.
+    RUN_DIR/logs/attempt_NNNN has the output of all ranks and how they ended. See slurm/README.md.
+    """
+    loaded = load_config(config, settings)
+    from neftune_dist.cluster.launch.supervisor import launch
+
+    return launch(
+        loaded,
+        [config, *settings],
+        num_processes=processes,
+        max_restarts=max_restarts,
+        minutes=rendezvous_minutes,
+    )
+
+
+@verb(
+    *_LAUNCH,
+    argument("folder", type=partial(user_path, key="FOLDER")),
+    argument("words", nargs="*"),
+)
+def _node(folder: Path, words: list[str], processes: int, rendezvous_minutes: float) -> int:
+    """Internal: started by `launch` on every node."""
+    from neftune_dist.cluster.launch.node import node
+
+    return node(folder, words, num_processes=processes, minutes=rendezvous_minutes)
