@@ -126,9 +126,9 @@ class Drill:
         # Two ranks a node each, on one make-believe GPU.
         jobs = [
             self.slurm.sbatch(
-                *options, self.config, f"run_dir={each}", *WORDS, "--processes=2", faults=SLOW
+                *options, self.config, f"run_dir={folder}", *WORDS, "--processes=2", faults=SLOW
             )
-            for each in (run_dir, other)
+            for folder in (run_dir, other)
         ]
         assert jobs[1].wait() == "COMPLETED", jobs[1].output.read_text()
         same(other, self.untouched)
@@ -196,7 +196,7 @@ class Drill:
         state = job.wait(400)
         assert state == "COMPLETED", f"{state}\n{job.output.read_text()}"
         same(run_dir, self.untouched)
-        kinds = [each.kind for each in outcome.outcomes(run_dir)]
+        kinds = [attempt.kind for attempt in outcome.outcomes(run_dir)]
         seconds = time.monotonic() - began
         what = fault.__doc__ or name
         return f"| {what} | {', '.join(kinds)} | {job.restarts} | {seconds:.0f} s | {state} |"

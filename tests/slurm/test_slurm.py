@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,9 +20,7 @@ from tests.support import tiny_model
 pytestmark = pytest.mark.skipif(cluster.missing() is not None, reason=str(cluster.missing()))
 
 WORDS = ("train.max_steps=12", "checkpoint.every_steps=5", "evaluate.every_steps=6")
-# Longer than three times what is left of a minute; Slurm's signal comes up to half a minute early.
-LONG = ("train.max_steps=100", "checkpoint.every_steps=5", "evaluate.every_steps=50")
-LONG_STEP_SECONDS = 1.25
+PHASES = ("load", "tokenise", "evaluate", "save")
 ZERO_3 = ("engine.name=deepspeed", "engine.zero_stage=3")
 TWO_BY_TWO = ("--nodes=2", "--gpus-per-node=2")
 ONE_BY_TWO = ("--nodes=1", "--gpus-per-node=2")
@@ -42,9 +39,13 @@ def config(slurm: Cluster) -> Path:
     return tiny_model.make_config(slurm.folder)
 
 
-@pytest.fixture(scope="module")
+# These two wait for most of their time: they start first, and the other jobs run beside them.
+@pytest.fixture(scope="module", autouse=True)
 def limited(slurm: Cluster, config: Path) -> Job:
-    """A job of two nodes whose time limit is shorter than its run; others run beside it."""
+    """A job of two nodes that meets its time limit three times.
+
+    An attempt makes three steps of twelve, and then waits for the signal before the limit.
+    """
     return slurm.sbatch(
         *TWO_BY_TWO,
         "--time=1",
@@ -52,9 +53,22 @@ def limited(slurm: Cluster, config: Path) -> Job:
         TRAIN,
         config,
         f"run_dir={slurm.folder / 'limited'}",
-        *LONG,
+        *WORDS,
         "--max-restarts=20",  # on a busy machine, starting may take all the time there is
-        faults={"step_seconds": LONG_STEP_SECONDS},
+        faults={"wait_at": [3, 6, 9]},
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def signalled(slurm: Cluster, config: Path, limited: Job) -> Job:
+    """A job that is signalled in another phase of every attempt but the last, by its rank 0."""
+    return slurm.sbatch(
+        *ONE_BY_TWO,
+        TRAIN,
+        config,
+        f"run_dir={slurm.folder / 'signalled'}",
+        *WORDS,
+        faults={"signal_in": PHASES, "phase_seconds": 6},
     )
 
 
@@ -68,8 +82,7 @@ def same(run_dir: Path, untouched: Path) -> None:
     ).read_text()
     assert store.damaged_folders(run_dir) == []
     ours, theirs = (
-        tiny_model.checkpoint_tensors(store.find_all(each)[0].folder)
-        for each in (run_dir, untouched)
+        tiny_model.checkpoint_tensors(store.find_all(run)[0].folder) for run in (run_dir, untouched)
     )
     assert ours.keys() == theirs.keys()
     assert all((ours[key] == theirs[key]).all() for key in ours)
@@ -82,28 +95,17 @@ def one_node(slurm: Cluster, config: Path) -> Path:
     return slurm.folder / "one_node"
 
 
-@pytest.fixture(scope="module")
-def two_ranks(slurm: Cluster, config: Path) -> Path:
-    tiny_model.train(config, slurm.folder / "two_ranks", *WORDS, ranks=2)
-    return slurm.folder / "two_ranks"
+def test_two_nodes_with_zero_3_train_what_one_does(slurm: Cluster, config: Path) -> None:
+    """FSDP2 on two nodes: test_submitted_job_trains_what_one_node_does."""
+    run_dir, one_node = slurm.folder / "zero3", slurm.folder / "one_node_zero3"
+    words = (*WORDS, *ZERO_3)
+    job = slurm.sbatch(*TWO_BY_TWO, TRAIN, config, f"run_dir={run_dir}", *words)
+    tiny_model.train(config, one_node, *words, ranks=4)
+    assert job.wait() == "COMPLETED", job.output.read_text()
+    same(run_dir, one_node)
 
 
-def test_two_nodes_train_what_one_does(
-    slurm: Cluster, config: Path, limited: Job, one_node: Path
-) -> None:
-    jobs = {
-        name: slurm.sbatch(*TWO_BY_TWO, TRAIN, config, f"run_dir={slurm.folder / name}", *words)
-        for name, words in (("fsdp2", WORDS), ("zero3", (*WORDS, *ZERO_3)))
-    }
-    zero_3 = slurm.folder / "one_node_zero3"
-    tiny_model.train(config, zero_3, *WORDS, *ZERO_3, ranks=4)
-    for job in jobs.values():
-        assert job.wait() == "COMPLETED", job.output.read_text()
-    same(slurm.folder / "fsdp2", one_node)
-    same(slurm.folder / "zero3", zero_3)
-
-
-def test_three_nodes_train_what_one_does(slurm: Cluster, config: Path, limited: Job) -> None:
+def test_three_nodes_train_what_one_does(slurm: Cluster, config: Path) -> None:
     run_dir, one_node = slurm.folder / "three_nodes", slurm.folder / "three_ranks"
     job = slurm.sbatch("--nodes=3", TRAIN, config, f"run_dir={run_dir}", *WORDS, "--processes=1")
     tiny_model.train(config, one_node, *WORDS, ranks=3)
@@ -111,33 +113,7 @@ def test_three_nodes_train_what_one_does(slurm: Cluster, config: Path, limited: 
     same(run_dir, one_node)
 
 
-def test_usr1_in_every_phase(slurm: Cluster, config: Path, limited: Job, two_ranks: Path) -> None:
-    """Requeued once each, nothing lost; the signal is that which comes before the time limit."""
-    jobs = {}
-    for phase in ("load", "tokenise", "evaluate", "save"):
-        mark = slurm.folder / f"mark_{phase}"
-        faults = {"phase": phase, "mark": str(mark), "phase_seconds": 6}
-        run_dir = slurm.folder / f"run_{phase}"
-        jobs[phase] = slurm.sbatch(
-            *ONE_BY_TWO, TRAIN, config, f"run_dir={run_dir}", *WORDS, faults=faults
-        )
-    # In whatever order the jobs come to their phases, which last a few seconds.
-    waiting, deadline = dict(jobs), time.monotonic() + cluster.DEADLINE_SECONDS
-    while waiting:
-        assert time.monotonic() < deadline, f"{list(waiting)} did not come"
-        for phase, job in list(waiting.items()):
-            if (slurm.folder / f"mark_{phase}").exists():
-                slurm.call("scancel", "--batch", "--signal=USR1", job.number)
-                del waiting[phase]
-        time.sleep(0.05)
-    for phase, job in jobs.items():
-        text = f"{phase}\n{job.output.read_text()}"
-        assert job.wait() == "COMPLETED", text
-        assert job.restarts == 1, text
-        same(slurm.folder / f"run_{phase}", two_ranks)
-
-
-def test_a_node_that_does_not_come_is_named(slurm: Cluster, config: Path, limited: Job) -> None:
+def test_a_node_that_does_not_come_is_named(slurm: Cluster) -> None:
     """A node that does not see the run directory writes into its own: it is not there."""
     folder = slurm.folder / "rendezvous"
     folder.mkdir()
@@ -155,11 +131,13 @@ def test_a_node_that_does_not_come_is_named(slurm: Cluster, config: Path, limite
     )
     assert done.returncode != 0
     assert "n7 did not come within 0.05 minutes" in done.stderr
-    told = json.loads((folder / "rank_0.json").read_text())
-    assert told["kind"] == "lost" and "n7" in told["error"]
+    outcome = json.loads((folder / "rank_0.json").read_text())
+    assert outcome["kind"] == "lost" and "n7" in outcome["error"]
 
 
-def test_the_launcher_of_jobs(slurm: Cluster, config: Path, limited: Job, one_node: Path) -> None:
+def test_submitted_job_trains_what_one_node_does(
+    slurm: Cluster, config: Path, one_node: Path
+) -> None:
     """launcher/submit.py as it stands, on a cluster as it stands."""
     run_dir = slurm.folder / "submitted"
     done = slurm.call(
@@ -177,9 +155,19 @@ def test_the_launcher_of_jobs(slurm: Cluster, config: Path, limited: Job, one_no
     same(run_dir, one_node)
 
 
-def test_a_time_limit_shorter_than_the_run(slurm: Cluster, config: Path, limited: Job) -> None:
-    untouched = slurm.folder / "one_node_long"
-    tiny_model.train(config, untouched, *LONG, ranks=4)
+def test_time_limit_met_three_times_loses_nothing(
+    slurm: Cluster, limited: Job, one_node: Path
+) -> None:
     assert limited.wait(600) == "COMPLETED", limited.output.read_text()
     assert limited.restarts >= 3, limited.output.read_text()
-    same(slurm.folder / "limited", untouched)
+    same(slurm.folder / "limited", one_node)
+
+
+def test_usr1_in_every_phase_requeues_and_loses_nothing(
+    slurm: Cluster, config: Path, signalled: Job
+) -> None:
+    two_ranks = slurm.folder / "two_ranks"
+    tiny_model.train(config, two_ranks, *WORDS, ranks=2)
+    assert signalled.wait(600) == "COMPLETED", signalled.output.read_text()
+    assert signalled.restarts == len(PHASES), signalled.output.read_text()
+    same(slurm.folder / "signalled", two_ranks)

@@ -1,9 +1,15 @@
-"""Put on PYTHONPATH by tests: what a rank is to do otherwise, from the variable FAULTS.
+"""Put on PYTHONPATH by tests: how a rank is to misbehave, from the variable FAULTS.
 
-A JSON object. step_seconds: how much longer each step takes. fail_at: the step that fails. nan_at:
-the step whose loss is NaN.
-fail_with_time: every step fails, each time with another message. diverge: every step diverges.
-phase: where rank 0, once, leaves `mark` and then takes `phase_seconds`.
+A JSON object.
+
+    step_seconds    how much longer each step takes
+    wait_at         steps before which every rank waits until a stop is requested
+    fail_at         the step that fails
+    nan_at          the step whose loss is NaN
+    fail_with_time  every step fails, each time with another message
+    diverge         every step diverges
+    signal_in       phases, one for each attempt of the job: when it begins, rank 0 has its batch
+                    script signalled by USR1, and waits `phase_seconds`
 """
 
 import json
