@@ -1,10 +1,12 @@
-"""Each engine on one rank, in this process: updates that are left out, and the state it names. What
-they train, on more ranks too: tests/distributed/test_parity.py."""
+"""Each engine on one rank, in this process: its updates, those left out, and the state it names.
+
+What they train, on more ranks too: tests/distributed/test_parity.py.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,8 +64,12 @@ class Made:
 
     def accumulate(self, *batches: MicroBatch) -> None:
         for i, batch in enumerate(batches):
-            loss = self.engine.forward(batch) / sum(len(each.targets) for each in batches)
+            loss = self.engine.forward(batch) / num_targets(batches)
             self.engine.backward(loss, i == len(batches) - 1)
+
+
+def num_targets(batches: Sequence[MicroBatch]) -> int:
+    return sum(len(batch.targets) for batch in batches)
 
 
 def make(name: str, folder: Path, world: World, *words: str, num_updates: int = 0) -> Made:
@@ -99,6 +105,101 @@ def batch(seed: int, size: int = 24) -> MicroBatch:
         cu_seqlens=torch.tensor([0, size], dtype=torch.int32),
         document_lengths=(size,),
     )
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step's learning rate, what multiplies its loss, and its micro-batches."""
+
+    rate: float
+    scale: float
+    batches: tuple[MicroBatch, ...]
+
+
+NUM_UPDATES = 3  # made before, so Adam's bias correction begins with the fourth
+MAX_GRAD_NORM = 0.5  # the first step's gradient is above it, the second's below
+STEPS = (
+    Step(1e-2, 1.0, (batch(0), batch(1), batch(2))),
+    Step(3e-3, 0.01, (batch(3), batch(4, size=9))),
+)
+
+
+def plain_updates(folder: Path, dtype: torch.dtype) -> tuple[list[float], dict[str, Tensor]]:
+    """The gradients' norms and the masters of `STEPS`, by torch's AdamW on float32 copies of a
+    transformers model's weights."""
+    read = transformers.AutoModelForCausalLM.from_pretrained
+    model = read(folder, dtype=dtype)
+    weights = dict(model.named_parameters())
+    masters = {
+        name: torch.nn.Parameter(weight.detach().clone())
+        for name, weight in read(folder, dtype=torch.float32).named_parameters()
+    }
+    optim = load_config(None, ["model.name_or_path=m", "data.source=d", "run_dir=r"]).optim
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for p in masters.values() if p.dim() >= 2], "weight_decay": 0.1},
+            {"params": [p for p in masters.values() if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        betas=(optim.beta1, optim.beta2),
+        eps=1e-2,
+    )
+    for master in masters.values():
+        adamw.state[master] = {
+            "step": torch.tensor(float(NUM_UPDATES)),
+            "exp_avg": torch.zeros_like(master),
+            "exp_avg_sq": torch.zeros_like(master),
+        }
+    norms = []
+    for step in STEPS:
+        for one in step.batches:
+            logits = model(one.input_ids).logits[0, :-1].float()
+            loss = torch.nn.functional.cross_entropy(logits, one.targets, reduction="sum")
+            (loss * step.scale / num_targets(step.batches)).backward()
+            for name, weight in weights.items():
+                assert weight.grad is not None
+                gradient = weight.grad.float()
+                kept = masters[name].grad
+                masters[name].grad = gradient if kept is None else kept + gradient
+                weight.grad = None
+        norms.append(float(torch.nn.utils.clip_grad_norm_(list(masters.values()), MAX_GRAD_NORM)))
+        for group in adamw.param_groups:
+            group["lr"] = step.rate
+        adamw.step()
+        adamw.zero_grad()
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(masters[name])
+    return norms, {name: master.detach() for name, master in masters.items()}
+
+
+def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """The L2 norm of the difference of all tensors."""
+    assert one.keys() == other.keys()
+    return math.hypot(*(float((one[key].view(-1) - other[key].view(-1)).norm()) for key in one))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("fp32", 1e-4), ("bf16", 2e-2)], ids=["fp32", "bf16"]
+)
+@pytest.mark.parametrize("name", ENGINES)
+def test_updates_are_those_of_plain_adamw(
+    name: str, dtype: str, tolerance: float, folder: Path, world: World
+) -> None:
+    """Clipped and not, over several micro-batches, at a rate for each step, after a resume."""
+    words = [f"model.dtype={dtype}", f"optim.max_grad_norm={MAX_GRAD_NORM}", "model.loss=plain"]
+    made = make(name, folder, world, *words, num_updates=NUM_UPDATES)
+    before = made.masters()
+    norms = []
+    for step in STEPS:
+        for i, one in enumerate(step.batches):
+            loss = made.engine.forward(one) * step.scale / num_targets(step.batches)
+            made.engine.backward(loss, i == len(step.batches) - 1)
+        norms.append(made.engine.step(step.rate))
+    expected_norms, expected = plain_updates(folder, load.DTYPES[dtype])
+    assert expected_norms[0] > 2 * MAX_GRAD_NORM and expected_norms[1] < MAX_GRAD_NORM / 2
+    assert norms == pytest.approx(expected_norms, rel=tolerance)
+    made_masters = made.masters()
+    assert distance(made_masters, expected) < tolerance * distance(before, expected)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
