@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed.test_parity import TOLERANCE, reference
-from tests.distributed.test_skipped_steps import Fault
-from tests.support import tiny_model
+from tests.support import reference_loop, tiny_model
+from tests.support.non_finite import Fault
+from tests.support.reference_loop import TOLERANCE
 
 STEPS, HALF = 4, 2
 ENGINES = {
@@ -174,7 +174,7 @@ def test_resumed_to_the_bit(run: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     "other", ["zero-2 {}", "zero-3 {}", "alone {}", "{} from zero-3", "{} from fsdp2"]
 )
-def test_layouts_agree(other: str, states: str, folder: Path) -> None:
+def test_every_layout_trains_the_same(other: str, states: str, folder: Path) -> None:
     """Measured: losses at most 1e-7 apart (bf16) and 8e-7 (8bit, whose blocks end at shards)."""
     assert losses(folder, other.format(states)) == pytest.approx(
         losses(folder, f"fsdp2 {states}"), rel=3e-6
@@ -198,7 +198,9 @@ def test_an_element_is_rounded_alike_wherever_it_lies(other: str, folder: Path) 
 
 @pytest.mark.parametrize(("states", "bound"), [("bf16", 2e-5), ("8bit", 1e-4)])
 @pytest.mark.parametrize("name", ["fsdp2 {}", "fp32 from {}", "{} from fp32"])
-def test_float32_is_near(name: str, states: str, bound: float, folder: Path) -> None:
+def test_low_precision_moments_train_nearly_as_float32(
+    name: str, states: str, bound: float, folder: Path
+) -> None:
     """Measured: 3e-6 and 1.4e-5."""
     ours, theirs = losses(folder, name.format(states)), losses(folder, "fsdp2 fp32")
     assert ours == pytest.approx(theirs, rel=bound)
@@ -225,9 +227,11 @@ def test_what_is_not_finite_is_forgotten_when_offloaded(folder: Path) -> None:
 
 
 def test_offloaded_is_what_a_plain_loop_trains(folder: Path) -> None:
-    expected = [record["loss"] for record in reference(folder / "config.yaml")]
+    expected = [record["loss"] for record in reference_loop.records(folder / "config.yaml")]
     for engine in ("fsdp2", "zero-2", "zero-3"):
-        actual = [each["loss"] for each in tiny_model.steps(folder / f"{engine} fp32 offloaded")]
+        actual = [
+            record["loss"] for record in tiny_model.steps(folder / f"{engine} fp32 offloaded")
+        ]
         assert actual == pytest.approx(expected, rel=TOLERANCE), engine
 
 

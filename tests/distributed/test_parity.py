@@ -9,34 +9,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
 
-from neftune_dist.config import load_config
 from tests.support import reference_loop, tiny_model
+from tests.support.reference_loop import TOLERANCE
 
 STEPS = 10
-TOLERANCE = 1e-5  # relative, float32
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model.make_config(tmp_path_factory.mktemp("parity"), train={"max_steps": STEPS})
-
-
-def reference(config_path: Path, *words: str, skipped: Sequence[int] = ()) -> list[dict[str, Any]]:
-    """The records of the plain loop; at the `skipped` steps it makes no update."""
-    config = load_config(config_path, words)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        config.model.name_or_path, dtype=torch.float32
-    )
-    return reference_loop.train(model, config, skipped)
 
 
 def assert_same(actual: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
@@ -48,7 +35,7 @@ def assert_same(actual: list[dict[str, Any]], expected: list[dict[str, Any]]) ->
 
 @pytest.fixture(scope="module")
 def expected(config: Path) -> list[dict[str, Any]]:
-    records = reference(config)
+    records = reference_loop.records(config)
     # The run must move, or equality would say nothing.
     assert records[-1]["loss"] < 0.9 * records[0]["loss"]
     return records
@@ -111,21 +98,28 @@ LAYOUTS = {
     ),
     # Two heads of keys for four ranks.
     "sequence 4": (4, ["engine.sequence_parallel=4"]),
-    "sequence 2 x data 1, zero-3, compiled": (
-        2,
-        [
-            "engine.name=deepspeed",
-            "engine.sequence_parallel=2",
-            "model.compile=true",
-            "model.activation_checkpointing=selective",
-        ],
-    ),
 }
 
 
+def held_out_losses(run_dir: Path) -> list[float]:
+    return [json.loads(line)["held_out_loss"] for line in (run_dir / "evaluations.jsonl").open()]
+
+
+@pytest.fixture(scope="module")
+def expected_held_out(config: Path) -> list[float]:
+    """Before training and after it, of one process in float32."""
+    run_dir = config.parent / "held_out"
+    tiny_model.train(config, run_dir, "engine.name=single")
+    return held_out_losses(run_dir)
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layout_trains_the_same(
-    name: str, config: Path, expected: list[dict[str, Any]], tmp_path: Path
+def test_layout_trains_and_evaluates_the_same(
+    name: str,
+    config: Path,
+    expected: list[dict[str, Any]],
+    expected_held_out: list[float],
+    tmp_path: Path,
 ) -> None:
     ranks, words = LAYOUTS[name]
     records = tiny_model.train(config, tmp_path / "run", *words, ranks=ranks)
@@ -133,6 +127,24 @@ def test_layout_trains_the_same(
     for record in records:
         assert record["world_size"] == ranks
         assert record["noise_norm"] == pytest.approx(5 / 3**0.5, rel=0.01)
+    assert held_out_losses(tmp_path / "run") == pytest.approx(expected_held_out, rel=TOLERANCE)
+
+
+def test_compiled_slices_under_zero_3_train_the_same(config: Path, tmp_path: Path) -> None:
+    """Nothing is held out, so that one graph is compiled instead of two."""
+    words = ["data.num_held_out=0"]
+    records = tiny_model.train(
+        config,
+        tmp_path / "run",
+        *words,
+        "engine.name=deepspeed",
+        "engine.sequence_parallel=2",
+        "model.compile=true",
+        "model.activation_checkpointing=selective",
+        ranks=2,
+    )
+    assert_same(records, reference_loop.records(config, *words))
+    assert records[-1]["num_compiled_graphs"] == 1
 
 
 def test_slices_of_a_document_share_its_noise(config: Path, tmp_path: Path) -> None:
@@ -153,11 +165,8 @@ def test_slices_of_a_document_share_its_noise(config: Path, tmp_path: Path) -> N
     for one, other in zip(both, alone, strict=True):
         assert one["noise_norm"] == pytest.approx(other["noise_norm"], rel=1e-6)
         assert one["num_tokens"] == other["num_tokens"]
-    held_out = [
-        [json.loads(line)["held_out_loss"] for line in (run / "evaluations.jsonl").open()]
-        for run in (tmp_path / "both", tmp_path / "alone")
-    ]
-    assert held_out[0] == pytest.approx(held_out[1], rel=TOLERANCE)
+    both_held_out, alone_held_out = (held_out_losses(tmp_path / run) for run in ("both", "alone"))
+    assert both_held_out == pytest.approx(alone_held_out, rel=TOLERANCE)
 
 
 def test_sequence_parallel_needs_divisible_heads_and_ranks(config: Path, tmp_path: Path) -> None:
@@ -176,7 +185,7 @@ def test_sequence_parallel_needs_divisible_heads_and_ranks(config: Path, tmp_pat
 def test_gradient_below_max_norm_is_not_scaled(most: float, config: Path, tmp_path: Path) -> None:
     """No clipping, and no stretching, where the norm is below `max_grad_norm`, or it is 0."""
     words = ["train.max_steps=3", "optim.learning_rate=1e-2", "optim.epsilon=1e-2"]
-    expected = reference(config, *words, "optim.max_grad_norm=1e6")
+    expected = reference_loop.records(config, *words, "optim.max_grad_norm=1e6")
     found = tiny_model.train(
         config, tmp_path / "run", *words, f"optim.max_grad_norm={most}", ranks=2
     )
@@ -192,7 +201,7 @@ def test_gradient_below_max_norm_is_not_scaled(most: float, config: Path, tmp_pa
 def test_rank_without_documents_trains_the_same(engine: str, config: Path, tmp_path: Path) -> None:
     """Two documents a step on three ranks: one rank has nothing to learn from in every step."""
     words = ["train.global_batch_size=2", "train.max_steps=6"]
-    expected = reference(config, *words)
+    expected = reference_loop.records(config, *words)
     assert_same(
         tiny_model.train(config, tmp_path / "run", f"engine.name={engine}", *words, ranks=3),
         expected,
@@ -227,11 +236,11 @@ def test_deepspeed_compiles_nothing(config: Path, tmp_path: Path) -> None:
     assert [path for path in (tmp_path / "built").rglob("*") if path.is_file()] == [lock]
 
 
-def test_untied_head(tmp_path: Path) -> None:
+def test_untied_head_trains_the_same(tmp_path: Path) -> None:
     config = tiny_model.make_config(tmp_path, train={"max_steps": 4})
     shutil.rmtree(tmp_path / "model")
     tiny_model.make_model(tmp_path / "model", tied=False)
-    expected = reference(config)
+    expected = reference_loop.records(config)
     for engine, ranks in (("fsdp2", 2), ("deepspeed", 2), ("single", 1)):
         records = tiny_model.train(config, tmp_path / engine, f"engine.name={engine}", ranks=ranks)
         assert_same(records, expected)

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,9 @@ from torch import Tensor
 
 from neftune_dist.checkpoint import store
 from neftune_dist.training.loop import Progress
-from tests.distributed.test_parity import TOLERANCE, reference
-from tests.support import tiny_model
+from tests.support import reference_loop, tiny_model
+from tests.support.non_finite import Fault
+from tests.support.reference_loop import TOLERANCE
 
 STEPS = 8
 ENGINES = {
@@ -32,52 +31,6 @@ ENGINES = {
     "zero-2": ["engine.name=deepspeed", "engine.zero_stage=2"],
     "zero-3": ["engine.name=deepspeed", "engine.zero_stage=3"],
 }
-
-
-@dataclass(frozen=True)
-class Fault:
-    """In the first micro-batch of rank `rank`, what is not finite at these steps (the first is 1):
-    the loss, or the gradient alone."""
-
-    losses: tuple[int, ...] = ()
-    gradients: tuple[int, ...] = ()
-    rank: int = 0
-    folder: Path | None = None  # for a mark that the rank raised `Diverged` by itself
-
-    def __call__(self) -> None:
-        from neftune_dist.training import train
-        from neftune_dist.training.loop import Diverged, Trainer
-
-        rank = int(os.environ.get("RANK", "0"))
-        run, train_step = train.train, Trainer.train_step
-
-        def marked_run(config: Any) -> int:
-            try:
-                return run(config)
-            except Diverged as error:
-                if self.folder:
-                    (self.folder / f"diverged_{rank}").write_text(str(error))
-                raise
-
-        def faulty_step(trainer: Trainer, batch: Any, num_steps: int) -> bool:
-            forward, first = trainer.engine.forward, batch.micro_batches[0]
-
-            def faulty_forward(micro_batch: Any) -> Tensor:
-                loss = forward(micro_batch)
-                trainer.engine.forward = forward  # type: ignore[method-assign]
-                if batch.step + 1 in self.losses:
-                    return loss + math.inf
-                loss.register_hook(lambda gradient: gradient * math.nan)
-                return loss
-
-            if batch.step + 1 in self.losses + self.gradients and rank == self.rank:
-                assert len(batch.micro_batches) > 1
-                assert len(first.lengths), "an empty micro-batch would show nothing"
-                trainer.engine.forward = faulty_forward  # type: ignore[method-assign]
-            return train_step(trainer, batch, num_steps)
-
-        train.train = marked_run
-        Trainer.train_step = faulty_step  # type: ignore[method-assign]
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +75,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def assert_same_end(run_dir: Path, untouched: Path) -> None:
     assert tiny_model.untimed(records_of(run_dir)) == tiny_model.untimed(records_of(untouched))
-    one, other = (each / "evaluations.jsonl" for each in (run_dir, untouched))
+    one, other = (run / "evaluations.jsonl" for run in (run_dir, untouched))
     assert one.read_text() == other.read_text()
     assert same(tensors(run_dir, STEPS), tensors(untouched, STEPS))
 
@@ -132,8 +85,8 @@ def test_skipped_step_omits_only_the_update(engine: str, config: Path, tmp_path:
     """As in a plain loop that makes no update at these steps, whose Adam counts no step there."""
     fault = Fault(losses=(2, 6), gradients=(5,), rank=1)
     records = train(config, tmp_path / "run", fault, *ENGINES[engine])
-    expected = reference(config, skipped=(2, 5, 6))
-    assert [each["num_skipped_steps"] for each in records] == [0, 1, 1, 1, 2, 3, 3, 3]
+    expected = reference_loop.records(config, skipped=(2, 5, 6))
+    assert [record["num_skipped_steps"] for record in records] == [0, 1, 1, 1, 2, 3, 3, 3]
     for one, other in zip(records, expected, strict=True):
         assert (one["loss"] is None) == (one["step"] in (2, 6))
         assert (one["grad_norm"] is None) == (one["step"] in (2, 5, 6))
@@ -176,9 +129,9 @@ def test_resumes_after_and_among_skipped_steps(engine: str, config: Path, tmp_pa
 def cut(whole: Path, run_dir: Path, step: int) -> None:
     """The run as it was when the checkpoint of `step` was its newest."""
     shutil.copytree(whole, run_dir)
-    for each in store.find_all(run_dir):
-        if each.step > step:
-            shutil.rmtree(each.folder)
+    for checkpoint in store.find_all(run_dir):
+        if checkpoint.step > step:
+            shutil.rmtree(checkpoint.folder)
 
 
 def test_update_count_survives_change_of_engine(config: Path, tmp_path: Path) -> None:
@@ -220,7 +173,7 @@ def test_too_many_consecutive_skips_end_the_run(engine: str, config: Path, tmp_p
         assert "The checkpoint of step 3 holds all" in said[0]
         assert "warning: step 5 was skipped" in done.stdout
         assert len(records_of(run_dir)) == 6
-        assert [each.step for each in store.find_all(run_dir)] == [3]
+        assert [checkpoint.step for checkpoint in store.find_all(run_dir)] == [3]
         assert store.damaged_folders(run_dir) == []
         assert store.find_all(run_dir)[0].first_flaw() is None
     whole = tmp_path / "whole"
@@ -270,5 +223,5 @@ def test_skip_warning_names_step_values_and_documents(config: Path, tmp_path: Pa
     (line,) = [line for line in done.stdout.splitlines() if "was skipped" in line]
     assert line.startswith("warning: step 2 was skipped, no weight has changed: loss inf, gradient")
     documents = line.rpartition(": ")[2].split(", ")
-    assert len({int(each) for each in documents}) == 10
+    assert len({int(number) for number in documents}) == 10
     assert "step 2/2  loss inf" in done.stdout

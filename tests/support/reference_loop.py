@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,16 +11,27 @@ import torch.nn.functional as F
 import transformers
 
 from neftune_dist import NEFTune
-from neftune_dist.config import Config
+from neftune_dist.config import Config, load_config
 from neftune_dist.data.dataset import prepare
 from neftune_dist.data.sampler import make_sampler
 from neftune_dist.noise.layout import TokenLayout
 from neftune_dist.optim import learning_rate
 
+TOLERANCE = 1e-5  # relative, of what float32 runs of other layouts record
+
+
+def records(path: Path, *words: str, skipped: Sequence[int] = ()) -> list[dict[str, Any]]:
+    """The records of the plain loop for a configuration file and settings."""
+    config = load_config(path, words)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        config.model.name_or_path, dtype=torch.float32
+    )
+    return train(model, config, skipped)
+
 
 def train(model: Any, config: Config, skipped: Sequence[int] = ()) -> list[dict[str, Any]]:
-    """Train what of the model wants a gradient as `config` says, in float32, with the noise of the
-    sample stream; the steps' records. At the `skipped` steps it makes no update."""
+    """Train the parameters that require a gradient, in float32, with the noise of the sample
+    stream; return the steps' records. At the `skipped` steps it makes no update."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.name_or_path)
     dataset = prepare(config.data, tokenizer)
     sampler = make_sampler(config.train, len(dataset.train), dataset.content)
@@ -34,7 +46,7 @@ def train(model: Any, config: Config, skipped: Sequence[int] = ()) -> list[dict[
         ],
         eps=config.optim.epsilon,
     )
-    records = []
+    made = []
     law = NEFTune(config.noise.alpha, seed=config.noise_seed, stream="sample")
     with law.attach(model.train()) as noise:
         for step in range(sampler.num_steps):
@@ -61,5 +73,5 @@ def train(model: Any, config: Config, skipped: Sequence[int] = ()) -> list[dict[
             if step + 1 not in skipped:
                 optimizer.step()
             optimizer.zero_grad()
-            records.append({"step": step + 1, "loss": total / number, "grad_norm": float(norm)})
-    return records
+            made.append({"step": step + 1, "loss": total / number, "grad_norm": float(norm)})
+    return made
