@@ -266,7 +266,7 @@ def table(results: dict[str, dict[str, Any]]) -> list[str]:
     found = [results[part.name] for part in PARTS if part.name in results]
     head = f"{'step':40}{'tokens/s':>10}{'MFU':>7}{'6N':>7}{'GiB':>8}{'plan':>8}{'warm-up s':>11}"
     lines = [head]
-    for result in (each for each in found if each["what"] in ("step", "peer")):
+    for result in (entry for entry in found if entry["what"] in ("step", "peer")):
         if result["status"] != "done":
             lines.append(f"{result['part']:40}  {result['status']}: {result['error'][:90]}")
             continue
@@ -276,25 +276,25 @@ def table(results: dict[str, dict[str, Any]]) -> list[str]:
             f"{result['part']:40}{result['tokens_per_second']:10.0f}{shares}{memory}"
             f"{sum(result['warm_up_seconds']):11.1f}"
         )
-    for result in (each for each in found if each["what"] not in ("step", "peer")):
+    for result in (entry for entry in found if entry["what"] not in ("step", "peer")):
         if result["status"] != "done":
             lines.append(f"{result['part']}: {result['status']}: {result['error'][:90]}")
         if "standstill_seconds" in result:
-            waits = ", ".join(f"{each:.2f}" for each in result["standstill_seconds"])
+            waits = ", ".join(f"{seconds:.2f}" for seconds in result["standstill_seconds"])
             lines.append(
                 f"save: training stands still {waits} s for {result['copied_gib']:.1f} GiB, "
                 f"pinned within {result['pinning_seconds']:.1f} s"
             )
-        for name, each in result.items():
-            if isinstance(each, dict) and "milliseconds" in each:
-                share = each.get("share_of_copy_bandwidth")
+        for name, figures in result.items():
+            if isinstance(figures, dict) and "milliseconds" in figures:
+                share = figures.get("share_of_copy_bandwidth")
                 lines.append(
-                    f"{result['part'] + ', ' + name:60}{each['milliseconds']:10.3f} ms"
-                    f"{each['gib']:8.2f} GiB more"
+                    f"{result['part'] + ', ' + name:60}{figures['milliseconds']:10.3f} ms"
+                    f"{figures['gib']:8.2f} GiB more"
                     + (f", {share:.2f} of the bandwidth of a copy" if share else "")
                 )
-            elif isinstance(each, dict) and "error" in each:
-                lines.append(f"{result['part'] + ', ' + name:60}  {each['error'][:90]}")
+            elif isinstance(figures, dict) and "error" in figures:
+                lines.append(f"{result['part'] + ', ' + name:60}  {figures['error'][:90]}")
     return lines + _against_targets(results)
 
 
@@ -303,9 +303,9 @@ _MFU, _GIB = ("mfu", "mfu_6n"), ("gib", "planned_gib")
 
 def _against_targets(results: dict[str, dict[str, Any]]) -> list[str]:
     speeds = {
-        name: each["tokens_per_second"]
-        for name, each in results.items()
-        if each["status"] == "done" and "tokens_per_second" in each
+        name: result["tokens_per_second"]
+        for name, result in results.items()
+        if result["status"] == "done" and "tokens_per_second" in result
     }
     lines = []
     whole = {n: s for n, s in speeds.items() if n[0].isdigit() and "float8" not in n}

@@ -218,7 +218,7 @@ def _measure_step(world: World, part: Part, size: Size, profile: Path | None) ->
         "parameters": sizes.num_parameters,
         "built_seconds": built_seconds,
         "step_seconds": timed,
-        "warm_up_seconds": [each for each, _ in warm],
+        "warm_up_seconds": [seconds for seconds, _ in warm],
         "loss": warm[0][1],  # about ln(vocabulary): nothing is to be learned of random tokens
         "engine": engine.describe(),
     }
@@ -436,8 +436,8 @@ def measure_noise(part: Part, size: Size, _: Path | None) -> dict[str, Any]:
     ]
     found = variants(works, calls=_NUM_BUFFERS)
     copy = found["copy"]["milliseconds"]
-    for each in found.values():
-        each["share_of_copy_bandwidth"] = copy / each["milliseconds"]
+    for timing in found.values():
+        timing["share_of_copy_bandwidth"] = copy / timing["milliseconds"]
     return found
 
 
@@ -463,7 +463,7 @@ def measure_attention(part: Part, size: Size, _: Path | None) -> dict[str, Any]:
     layer = torch.nn.Module()
 
     def heads() -> list[Tensor]:
-        return [each.transpose(1, 2) for each in qkv]
+        return [tensor.transpose(1, 2) for tensor in qkv]
 
     def backward(out: Tensor) -> None:
         torch.autograd.grad(out, qkv, torch.ones_like(out))
@@ -478,8 +478,8 @@ def measure_attention(part: Part, size: Size, _: Path | None) -> dict[str, Any]:
         backward(attention.varlen_attention(layer, *heads(), None, **given)[0])
 
     def by_document() -> None:
-        pieces = zip(*(each.split(lengths.tolist(), dim=2) for each in heads()), strict=True)
-        outs = [F.scaled_dot_product_attention(*each, is_causal=True) for each in pieces]
+        pieces = zip(*(tensor.split(lengths.tolist(), dim=2) for tensor in heads()), strict=True)
+        outs = [F.scaled_dot_product_attention(*piece, is_causal=True) for piece in pieces]
         backward(torch.cat(outs, dim=2))
 
     def flexible() -> None:

@@ -116,7 +116,7 @@ def describe(forwards: list[Forward], keys: list[dict[int, Tensor]]) -> str:
     padding = torch.cat([padding_norms(forward) for forward in forwards]) / LAW
     first, second = keys
     same = torch.cat([torch.isin(second[step], first[step]) for step in second])
-    run = torch.isin(*(torch.cat([*each.values()]) for each in (second, first)))
+    run = torch.isin(*(torch.cat([*keys.values()]) for keys in (second, first)))
     figures = (norms.mean(), worst, padding.mean(), same.double().mean(), run.double().mean())
     cells = ["-" if figure.isnan() else f"{float(figure):.3f}" for figure in figures]
     return "".join(f"{cell:>14}" for cell in [*cells, len(norms)])
@@ -134,7 +134,7 @@ def main() -> None:
                 forwards = train(folder, layout, own=own)
                 seen: list[Any] = [None, None]
                 dist.all_gather_object(seen, forwards)
-                keys = [keys_by_step(each) for each in seen]
+                keys = [keys_by_step(batches) for batches in seen]
                 name = "neftune_noise_alpha" if own else "NEFTuneCallback"
                 lines.append(f"{layout}, {name:22}{describe([*seen[0], *seen[1]], keys)}")
     if dist.get_rank() == 0:

@@ -184,7 +184,7 @@ def compare_training(model_dir: str, data: str, words: list[str]) -> None:
                 flush=True,
             )
         print(f"held out before training: {runs['fp32'].held_out[0]:.5f}")
-        print("seconds: " + ", ".join(f"{name} {each.seconds:.0f}" for name, each in runs.items()))
+        print("seconds: " + ", ".join(f"{name} {run.seconds:.0f}" for name, run in runs.items()))
 
 
 def main() -> None:

@@ -279,7 +279,7 @@ def compare(args: argparse.Namespace) -> None:
         gibs = [r["gib"] for r in found[name]]
         ratios = ["", "", ""]
         if OURS in found and name != OURS:
-            ratios = [median_ratio(each[OURS], each[name]) for each in (speeds, frugal)]
+            ratios = [median_ratio(measured[OURS], measured[name]) for measured in (speeds, frugal)]
             ratios += [median_ratio([r["gib"] for r in found[OURS]], gibs)]
         rows[name] = (
             spread(speeds[name]),
@@ -335,9 +335,9 @@ def noise_cost(args: argparse.Namespace) -> None:
         seconds_of_noise.clear()
         noise.step, noise.alpha = number, alpha
         began = time.perf_counter()
-        for i, each in enumerate(batch.micro_batches):
-            noise.describe(token_layout(each))
-            loss = engine.forward(each) / batch.num_supervised_tokens
+        for i, micro_batch in enumerate(batch.micro_batches):
+            noise.describe(token_layout(micro_batch))
+            loss = engine.forward(micro_batch) / batch.num_supervised_tokens
             engine.backward(loss, i == len(batch.micro_batches) - 1)
         engine.step(0.0)
         return time.perf_counter() - began, sum(seconds_of_noise)

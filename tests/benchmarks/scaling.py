@@ -48,7 +48,7 @@ def main() -> None:
     print(f"command: {' '.join(sys.argv)}", flush=True)
     engines = ["fsdp2", *(f"zero{stage}" for stage in args.stages)]
     contenders = [(engine, ranks) for ranks in args.ranks for engine in engines]
-    found: dict[tuple[str, int], list[dict[str, Any]]] = {each: [] for each in contenders}
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {contender: [] for contender in contenders}
     for round_ in range(args.rounds):
         for engine, ranks in contenders:
             result = measure(args, engine, ranks, round_)
@@ -59,7 +59,7 @@ def main() -> None:
                 f"{result['load']:.2f}, other processes {result['others']:.0%} of the cores",
                 flush=True,
             )
-    speeds = {each: [r["speed"] for r in found[each]] for each in contenders}
+    speeds = {contender: [r["speed"] for r in found[contender]] for contender in contenders}
     rows = {}
     for engine, ranks in contenders:
         own = speeds[engine, ranks]

@@ -373,7 +373,7 @@ def odd_cases(ground: Ground) -> list[Case]:
 def _verbs(case: Case) -> Sequence[str]:
     if not case.way.startswith("["):
         return VERBS
-    return next(verbs for each, verbs in READERS.items() if fnmatch.fnmatch(case.file, each))
+    return next(verbs for pattern, verbs in READERS.items() if fnmatch.fnmatch(case.file, pattern))
 
 
 def try_case(

@@ -106,9 +106,9 @@ def compare(run_dir: Path, untouched: Path) -> None:
     assert tiny_model.untimed(tiny_model.steps(run_dir)) == tiny_model.untimed(
         tiny_model.steps(untouched)
     )
-    final = [store.find_all(each)[0] for each in (run_dir, untouched)]
+    final = [store.find_all(run)[0] for run in (run_dir, untouched)]
     assert final[0].step == final[1].step == STEPS
-    ours, theirs = (tiny_model.checkpoint_tensors(each.folder) for each in final)
+    ours, theirs = (tiny_model.checkpoint_tensors(checkpoint.folder) for checkpoint in final)
     assert ours.keys() == theirs.keys()
     for key, tensor in ours.items():
         assert torch.equal(tensor, theirs[key]), key
@@ -118,8 +118,8 @@ def check_published(run_dir: Path, newest: int) -> int:
     """Nothing published is damaged or lost; the newest step."""
     assert store.damaged_folders(run_dir) == []
     found = store.find_all(run_dir)
-    for each in found:
-        assert each.first_flaw() is None, each
+    for checkpoint in found:
+        assert checkpoint.first_flaw() is None, checkpoint
     step = found[0].step if found else 0
     assert step >= newest, f"step {newest} was published and is gone"
     return step
@@ -274,9 +274,9 @@ class Observe:
 
         def observed_step(trainer: Trainer, batch: Any, num_steps: int) -> bool:
             documents = [
-                each
+                pair
                 for b in batch.micro_batches
-                for each in zip(b.documents.tolist(), b.epochs.tolist(), strict=True)
+                for pair in zip(b.documents.tolist(), b.epochs.tolist(), strict=True)
             ]
             with (self.folder / f"documents_{rank}.jsonl").open("a") as file:
                 file.write(json.dumps([batch.step, documents]) + "\n")

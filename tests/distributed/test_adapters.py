@@ -138,7 +138,7 @@ def test_every_engine_trains_what_peft_trains(
 
 
 @pytest.mark.parametrize("method", ["qlora", "dora"])
-def test_resumed_exported_and_loaded(
+def test_adapter_is_resumed_exported_and_loaded(
     method: str, config: Path, references: Any, tmp_path: Path
 ) -> None:
     """The same bits after a resume, under the other engine the same loss; merged, and loaded by
@@ -201,13 +201,13 @@ def test_resumed_exported_and_loaded(
         (["adapter.method=lora", "model.float8=rowwise", "model.dtype=bf16"], "goes with adapter"),
     ],
 )
-def test_mistakes(words: list[str], told: str, config: Path, tmp_path: Path) -> None:
+def test_mistakes_exit_2(words: list[str], told: str, config: Path, tmp_path: Path) -> None:
     done = tiny_model.run_forked("train", config, f"run_dir={tmp_path / 'run'}", *words)
     assert done.returncode == 2
     assert told in done.stderr
 
 
-def test_a_width_that_has_no_blocks(tmp_path: Path) -> None:
+def test_width_that_has_no_blocks_exits_2(tmp_path: Path) -> None:
     config = tiny_model.make_config(tmp_path)
     done = tiny_model.run_forked(
         "train", config, f"run_dir={tmp_path / 'run'}", "adapter.method=lora", "adapter.base=nf4"
@@ -261,7 +261,7 @@ def test_other_frozen_weights_are_noticed(config: Path, tmp_path: Path) -> None:
             assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
-def test_the_digest_of_weights(config: Path) -> None:
+def test_digest_of_weights_depends_on_every_tensor(config: Path) -> None:
     """That of all parts together, whatever their number; another one for any other bit or name."""
     settings = load_config(config).model
     folder = Path(settings.name_or_path)
@@ -289,7 +289,7 @@ def test_the_digest_of_weights(config: Path) -> None:
     assert len(seen) == 1 + len(dict(model.named_parameters()))
 
 
-def test_names_in_files() -> None:
+def test_names_in_files_are_pefts() -> None:
     name = "model.layers.0.mlp.down_proj.lora_A.default.weight"
     assert peft_name(name) == (
         "down_proj",

@@ -51,7 +51,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_ranks_say_it_once(name: str, config: Path, tmp_path: Path) -> None:
+def test_two_ranks_report_it_once(name: str, config: Path, tmp_path: Path) -> None:
     words, needle = CASES[name]
     words = [word.format(config.parent) for word in words]
     began = time.monotonic()
@@ -64,7 +64,7 @@ def test_two_ranks_say_it_once(name: str, config: Path, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr + done.stdout
 
 
-def test_torchrun_says_it_once(config: Path, tmp_path: Path) -> None:
+def test_torchrun_reports_it_once(config: Path, tmp_path: Path) -> None:
     words, needle = CASES["missing file"]
     done = tiny_model.run("train", config, f"run_dir={tmp_path / 'run'}", *words, ranks=2)
     assert done.returncode != 0  # torchrun knows no exit code but 1
@@ -85,7 +85,9 @@ def test_alone_the_exit_code_is_2_and_there_is_no_traceback(config: Path, tmp_pa
         assert "Traceback" not in done.stderr
 
 
-def test_a_model_without_a_chat_template(config: Path, tmp_path: Path) -> None:
+def test_model_without_a_chat_template_needs_a_prompt_template(
+    config: Path, tmp_path: Path
+) -> None:
     folder = tiny_model.make_model(tmp_path / "model")
     for file in ("chat_template.jinja",):
         (folder / file).unlink()

@@ -48,7 +48,7 @@ NAMES = sorted(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_planned(name: str, tmp_path: Path) -> None:
+def test_shipped_configuration_is_planned(name: str, tmp_path: Path) -> None:
     path = CONFIGS / f"{name}.yaml"
     config = load_config(path)
     REAL[config.model.name_or_path].save_pretrained(tmp_path)
@@ -88,7 +88,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_trained(name: str, folder: Path, tmp_path: Path) -> None:
+def test_shipped_configuration_trains(name: str, folder: Path, tmp_path: Path) -> None:
     path = CONFIGS / f"{name}.yaml"
     config = load_config(path)
     model = "opt" if "opt" in config.model.name_or_path else "llama"

@@ -16,7 +16,7 @@ from neftune_dist.checkpoint.merged import Content
 from tests.support import tiny_model
 
 
-def test_a_sample_of_the_damage_drill() -> None:
+def test_damage_is_named_and_harms_no_more() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.distributed.damage", "--sample", "12"],
         env=tiny_model.environment(),
@@ -38,7 +38,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("verb", ["evaluate", "export"])
 @pytest.mark.parametrize("moment", ["trainer_state", "first_flaw", "identity", "content", "shards"])
-def test_a_checkpoint_that_is_pruned_while_it_is_read(
+def test_checkpoint_pruned_while_it_is_read_is_one_sentence(
     verb: str,
     moment: str,
     run_dir: Path,

@@ -26,7 +26,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero-3"])
-def test_kills_at_random_operations(engine: str, config: Path, tmp_path: Path) -> None:
+def test_kills_at_random_operations_lose_nothing_published(
+    engine: str, config: Path, tmp_path: Path
+) -> None:
     outcome = drill.drill(config, tmp_path, engine, 4, random.Random(3))
     assert outcome.total() == 4
 
@@ -117,8 +119,8 @@ def test_without_verifying_only_sizes_are_looked_at(config: Path, copy: Path) ->
 
 
 def test_with_all_damaged_nothing_is_overwritten(config: Path, copy: Path) -> None:
-    for each in store.find_all(copy):
-        flip_a_bit(each.folder / "__0_0.distcp")
+    for checkpoint in store.find_all(copy):
+        flip_a_bit(checkpoint.folder / "__0_0.distcp")
     before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
     done = tiny_model.run_forked("train", config, f"run_dir={copy}", ranks=2)
     assert done.returncode == 2
@@ -128,7 +130,9 @@ def test_with_all_damaged_nothing_is_overwritten(config: Path, copy: Path) -> No
 
 
 @pytest.mark.parametrize("mode", ["async", "sync"])
-def test_a_full_disk(mode: str, config: Path, tmp_path: Path) -> None:
+def test_full_disk_ends_the_run_and_keeps_what_was_published(
+    mode: str, config: Path, tmp_path: Path
+) -> None:
     """Both ranks end with one sentence; what was published before stays and is gone on from."""
     run_dir = tmp_path / "run"
     tiny_model.train(config, run_dir, "train.max_steps=3", "optim.schedule=constant", ranks=2)
@@ -168,7 +172,9 @@ def test_training_goes_on_while_a_save_is_written(
     pairs = list(zip(store.find_all(slow), store.find_all(sync), strict=True))
     assert [one.step for one, _ in pairs] == list(range(drill.STEPS, 0, -1))
     for one, other in pairs:
-        ours, theirs = (tiny_model.checkpoint_tensors(each.folder) for each in (one, other))
+        ours, theirs = (
+            tiny_model.checkpoint_tensors(checkpoint.folder) for checkpoint in (one, other)
+        )
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs), one.step
 
 
@@ -177,7 +183,9 @@ def test_training_goes_on_while_a_save_is_written(
     [drill.DeadDisk(1, "save"), drill.DeadDisk(0, "save"), drill.DeadDisk(0, "publish")],
     ids=str,
 )
-def test_a_disk_that_never_answers(dead: drill.DeadDisk, config: Path, tmp_path: Path) -> None:
+def test_disk_that_never_answers_ends_the_run(
+    dead: drill.DeadDisk, config: Path, tmp_path: Path
+) -> None:
     """The run ends by itself with one sentence, whichever rank waits in vain, and for whatever."""
     done = tiny_model.run_forked(
         "train",
@@ -199,7 +207,7 @@ def test_a_disk_that_never_answers(dead: drill.DeadDisk, config: Path, tmp_path:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_too_little_memory_for_a_copy_of_the_state(
+def test_too_little_memory_for_a_copy_saves_in_place(
     rank: int, config: Path, both: Path, tmp_path: Path
 ) -> None:
     """On any machine: then all ranks save synchronously, and nothing else changes."""
@@ -219,7 +227,7 @@ def open_folder() -> Iterator[Path]:
         yield folder
 
 
-def test_a_directory_made_read_only(open_folder: Path) -> None:
+def test_directory_made_read_only_ends_the_run_in_one_sentence(open_folder: Path) -> None:
     config = drill.make_config(open_folder)
     run_dir = open_folder / "run"
     tiny_model.train(config, run_dir, "train.max_steps=2", "optim.schedule=constant")
@@ -235,14 +243,14 @@ def test_a_directory_made_read_only(open_folder: Path) -> None:
     assert sorted(str(p) for p in (run_dir / "checkpoints").rglob("*")) == before
 
 
-def test_what_is_kept(config: Path, tmp_path: Path) -> None:
+def test_prune_keeps_what_the_settings_say(config: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     tiny_model.train(config, run_dir, "checkpoint.keep=1", "checkpoint.keep_every_steps=3")
     assert [c.step for c in store.find_all(run_dir)] == [8, 6, 3]
     assert (run_dir / "checkpoints" / "latest").read_text() == "step_00000008\n"
 
 
-def test_accepted_changes(config: Path, tmp_path: Path) -> None:
+def test_accepted_changes_are_named(config: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     tiny_model.train(config, run_dir, "train.max_steps=2")
     words = ["optim.learning_rate=2e-4", "noise.alpha=10", f"run_dir={run_dir}"]
@@ -258,7 +266,7 @@ def test_accepted_changes(config: Path, tmp_path: Path) -> None:
     assert norms[-1] == pytest.approx(2 * norms[0], rel=0.02)
 
 
-def test_the_list_of_checkpoints(copy: Path) -> None:
+def test_checkpoints_lists_sound_and_damaged_ones(copy: Path) -> None:
     newest, next_newest = (c.folder for c in store.find_all(copy)[:2])
     truncate(newest / "__0_0.distcp")
     flip_a_bit(next_newest / "__0_0.distcp")
@@ -273,7 +281,7 @@ def test_the_list_of_checkpoints(copy: Path) -> None:
     assert tiny_model.run_forked("checkpoints", copy.parent).returncode == 2
 
 
-def test_a_listed_checkpoint_whose_trainer_state_cannot_be_read(copy: Path) -> None:
+def test_checkpoint_without_readable_trainer_state_is_listed_as_damaged(copy: Path) -> None:
     """Half of it is another size; a flipped bit may leave it readable, with another key."""
     newest, next_newest = (c.folder / "trainer_state.json" for c in store.find_all(copy)[:2])
     content = newest.read_bytes()

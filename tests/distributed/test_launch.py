@@ -70,7 +70,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 def kinds(run_dir: Path) -> list[str]:
     folders = sorted((run_dir / "logs").glob("attempt_*"))
-    return [json.loads((each / "outcome.json").read_text())["kind"] for each in folders]
+    return [json.loads((folder / "outcome.json").read_text())["kind"] for folder in folders]
 
 
 def same(run_dir: Path, untouched: Path) -> None:
@@ -79,8 +79,7 @@ def same(run_dir: Path, untouched: Path) -> None:
         tiny_model.steps(untouched)
     )
     ours, theirs = (
-        tiny_model.checkpoint_tensors(store.find_all(each)[0].folder)
-        for each in (run_dir, untouched)
+        tiny_model.checkpoint_tensors(store.find_all(run)[0].folder) for run in (run_dir, untouched)
     )
     assert ours.keys() == theirs.keys()
     assert all((ours[key] == theirs[key]).all() for key in ours)

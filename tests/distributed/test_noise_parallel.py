@@ -198,7 +198,7 @@ def test_tensor_parallelism_needs_the_data_parallel_rank(
         assert "set NEFTune(rank=...)" in results[f"{way}, {order}, no rank"]
 
 
-def test_slices_of_the_sequence(
+def test_slices_of_the_sequence_are_noised_as_the_whole(
     tensor_parallel: list[dict[str, Any]], alone: list[dict[str, Tensor]]
 ) -> None:
     """Described as what they are, they are the slices of the whole; else refused."""
@@ -240,7 +240,7 @@ def under_fsdp2(_: Path) -> dict[str, Any]:
     return results
 
 
-def test_an_embedding_that_is_an_fsdp2_unit(tmp_path: Path) -> None:
+def test_embedding_that_is_an_fsdp2_unit_is_noised_once(tmp_path: Path) -> None:
     """Each rank has its own noise, by its own rank: FSDP2's shards are no tensor parallelism."""
     for rank, results in enumerate(on_ranks(under_fsdp2, 2, tmp_path)):
         model = Small()
@@ -265,8 +265,8 @@ def test_peers_share_their_noise_and_data_parallel_ranks_do_not(tmp_path: Path) 
     noise = on_ranks(on_a_mesh, 4, tmp_path)
     assert torch.equal(noise[0], noise[1]) and torch.equal(noise[2], noise[3])
     n = noise[0].numel()
-    for each in (noise[0], noise[2]):
-        assert float(each.norm()) == pytest.approx(
+    for drawn in (noise[0], noise[2]):
+        assert float(drawn.norm()) == pytest.approx(
             ALPHA / math.sqrt(3), rel=5 * math.sqrt(1 / 5 / n)
         )
     correlation = torch.corrcoef(torch.stack((noise[0].flatten(), noise[2].flatten())))[0, 1]
@@ -308,7 +308,7 @@ def by_transformers(folder: Path) -> dict[str, Any]:
     return results
 
 
-def test_transformers_own_tensor_parallelism(tmp_path: Path) -> None:
+def test_transformers_own_tensor_parallelism_is_noised_once(tmp_path: Path) -> None:
     """The embeddings are a single process's to the bit; the loss, whose sums are split, nearly."""
     model = llama()
     model.save_pretrained(tmp_path / "model")

@@ -196,8 +196,8 @@ def link_to_itself(at: Path) -> tuple[object, Path]:
 
 
 PLACES: dict[str, Callable[[Path], tuple[object, Path]]] = {
-    each.__name__: each
-    for each in (
+    case.__name__: case
+    for case in (
         *(project, project_from_below, working_directory, working_directory_by_another_name),
         *(export_as_working_directory, root, base_model, base_model_that_is_an_export),
         *(run_itself, above_the_run, checkpoint, new_among_checkpoints, model_files_of_the_run),

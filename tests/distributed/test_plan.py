@@ -157,8 +157,8 @@ def test_the_plan_is_what_a_run_takes(case: str, configs: dict[str, Path], tmp_p
             before=Measured(run_dir),
         )
         assert run.returncode == 0, run.stdout + run.stderr
-        each = max(json.loads((run_dir / f"{rank}.json").read_text()) for rank in range(ranks))
-        real = min(real, each)
+        measured = max(json.loads((run_dir / f"{rank}.json").read_text()) for rank in range(ranks))
+        real = min(real, measured)
         if real < most:
             break
     print(f"{case}: {real / 2**20:.2f} MiB, planned {planned / 2**20:.2f}, {dict(peak.parts)}")

@@ -74,12 +74,12 @@ def assert_as_untouched(run_dir: Path, untouched_dir: Path) -> None:
         tiny_model.steps(untouched_dir)
     )
     evaluations = [
-        (each / "evaluations.jsonl").read_text().splitlines() for each in (run_dir, untouched_dir)
+        (run / "evaluations.jsonl").read_text().splitlines() for run in (run_dir, untouched_dir)
     ]
     assert evaluations[0] == evaluations[1]
-    final = [store.find_all(each)[0] for each in (run_dir, untouched_dir)]
+    final = [store.find_all(run)[0] for run in (run_dir, untouched_dir)]
     assert final[0].step == final[1].step == STEPS
-    ours, theirs = (tiny_model.checkpoint_tensors(each.folder) for each in final)
+    ours, theirs = (tiny_model.checkpoint_tensors(checkpoint.folder) for checkpoint in final)
     assert ours.keys() == theirs.keys()
     for key, tensor in ours.items():
         assert torch.equal(tensor, theirs[key]), key
@@ -87,7 +87,7 @@ def assert_as_untouched(run_dir: Path, untouched_dir: Path) -> None:
 
 @pytest.mark.parametrize("kill", [kill_all, kill_one_rank])
 @pytest.mark.parametrize("engine", ["fsdp2", "zero-3"])
-def test_killed_between_saves(
+def test_run_killed_between_saves_resumes_bitwise(
     engine: str,
     kill: Callable[[Forked], None],
     config: Path,
@@ -102,7 +102,7 @@ def test_killed_between_saves(
     assert_as_untouched(run_dir, untouched(engine))
 
 
-def test_killed_at_random_moments_of_saving(
+def test_run_killed_while_saving_resumes_bitwise(
     config: Path, untouched: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Saves after every step, and three kills within moments of a save's beginning."""
@@ -121,7 +121,7 @@ def test_killed_at_random_moments_of_saving(
     assert not list(partial.glob("*.partial"))
 
 
-def test_killed_before_the_first_save(
+def test_run_killed_before_the_first_save_starts_over(
     config: Path, untouched: Callable[[str], Path], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
@@ -133,7 +133,9 @@ def test_killed_before_the_first_save(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_stopped_by_a_signal(number: signal.Signals, config: Path, tmp_path: Path) -> None:
+def test_run_stopped_by_a_signal_resumes_bitwise(
+    number: signal.Signals, config: Path, tmp_path: Path
+) -> None:
     whole = tmp_path / "whole"
     tiny_model.train(config, whole)
     run_dir = tmp_path / "run"
@@ -147,7 +149,9 @@ def test_stopped_by_a_signal(number: signal.Signals, config: Path, tmp_path: Pat
     assert_as_untouched(run_dir, whole)
 
 
-def test_zero_1_resumes(config: Path, untouched: Callable[[str], Path], tmp_path: Path) -> None:
+def test_zero_1_resumes_bitwise(
+    config: Path, untouched: Callable[[str], Path], tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     run = start(config, run_dir, *ENGINES["zero-1"])
     run.until(lambda: len(tiny_model.steps(run_dir)) >= 5)
@@ -200,7 +204,7 @@ def test_finished_run_can_be_extended(config: Path, tmp_path: Path) -> None:
     assert [record["step"] for record in records] == list(range(1, 11))
 
 
-def test_dropout_resumes(config: Path, tmp_path: Path) -> None:
+def test_dropout_resumes_bitwise(config: Path, tmp_path: Path) -> None:
     """What a model drops is drawn from torch's generator, which no checkpoint holds."""
     folder = tiny_model.make_model(tmp_path / "model")
     hf_config = json.loads((folder / "config.json").read_text())

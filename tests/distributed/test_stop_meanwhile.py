@@ -126,19 +126,19 @@ def published(run_dir: Path) -> list[int]:
     assert store.damaged_folders(run_dir) == []
     assert store.leftovers(run_dir) == []
     found = store.find_all(run_dir)
-    assert [each.first_flaw() for each in found] == [None] * len(found)
-    return [each.step for each in found]
+    assert [checkpoint.first_flaw() for checkpoint in found] == [None] * len(found)
+    return [checkpoint.step for checkpoint in found]
 
 
 def assert_as_untouched(run_dir: Path, untouched_dir: Path) -> None:
     assert tiny_model.untimed(tiny_model.steps(run_dir)) == tiny_model.untimed(
         tiny_model.steps(untouched_dir)
     )
-    one, other = (each / "evaluations.jsonl" for each in (run_dir, untouched_dir))
+    one, other = (run / "evaluations.jsonl" for run in (run_dir, untouched_dir))
     assert one.read_text() == other.read_text()
     ours, theirs = (
-        tiny_model.checkpoint_tensors(store.find_all(each)[0].folder)
-        for each in (run_dir, untouched_dir)
+        tiny_model.checkpoint_tensors(store.find_all(run)[0].folder)
+        for run in (run_dir, untouched_dir)
     )
     assert ours.keys() == theirs.keys()
     for key, tensor in ours.items():
@@ -149,7 +149,7 @@ def assert_as_untouched(run_dir: Path, untouched_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("engine", "ranks"), [("fsdp2", (1,)), ("fsdp2", (0, 1)), ("zero-3", (0,))]
 )
-def test_stop_during_evaluation(
+def test_stop_during_evaluation_saves_and_evaluates_again(
     engine: str,
     ranks: tuple[int, ...],
     step: int,
@@ -191,7 +191,7 @@ def test_evaluation_has_many_batches(config: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
 @pytest.mark.parametrize("ranks", [(1,), (0, 1)])
-def test_stop_during_save(
+def test_stop_during_save_is_obeyed(
     ranks: tuple[int, ...],
     mode: str,
     config: Path,

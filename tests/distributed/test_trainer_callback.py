@@ -374,6 +374,6 @@ def test_deepspeeds_tensor_parallelism_is_refused(folder: Path) -> None:
         ({"final_fraction": 0.1}, "final_fraction has no effect"),
     ],
 )
-def test_mistakes_are_told(options: dict[str, Any], message: str) -> None:
+def test_mistakes_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         NEFTuneCallback(**{"alpha": 5.0, **options})

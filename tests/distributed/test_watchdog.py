@@ -68,8 +68,8 @@ class Fault:
         module, _, path = self.function.partition(":")
         *outer, name = path.split(".")
         owner: Any = importlib.import_module(module)
-        for each in outer:
-            owner = getattr(owner, each)
+        for part in outer:
+            owner = getattr(owner, part)
         work, count = getattr(owner, name), itertools.count(1)
 
         def faulty(*arguments: Any, **named: Any) -> Any:
@@ -133,13 +133,13 @@ def test_a_rank_that_does_not_come(engine: str, config: Path, tmp_path: Path) ->
         assert ("sleep_forever" in ended.stacks(rank)) == (rank == 1)
         assert "in train_step" in ended.stacks(rank)
         pending = {
-            (each["profiling_name"].rpartition(":")[2].lstrip("_"), each["collective_seq_id"])
-            for each in ended.collectives(rank)
-            if not each["retired"]
+            (entry["profiling_name"].rpartition(":")[2].lstrip("_"), entry["collective_seq_id"])
+            for entry in ended.collectives(rank)
+            if not entry["retired"]
         }
         assert ((came[1], int(number[1])) in pending) == (rank != 1)
     records = tiny_model.train(config, tmp_path / "run", *drill.ENGINES[engine], ranks=3)
-    assert [each["step"] for each in records] == list(range(1, drill.STEPS + 1))
+    assert [record["step"] for record in records] == list(range(1, drill.STEPS + 1))
 
 
 def test_one_rank_alone(config: Path, tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ class Slow:
 
 
 def left_behind(run_dir: Path) -> list[str]:
-    return [each.name for each in (run_dir / "logs").glob("hang*")]
+    return [path.name for path in (run_dir / "logs").glob("hang*")]
 
 
 def test_long_evaluations_and_saves_are_no_hang(config: Path, tmp_path: Path) -> None:
@@ -323,7 +323,7 @@ def test_an_ordinary_run_is_what_it_was(engine: str, config: Path, tmp_path: Pat
     assert left_behind(tmp_path / "watched") == []
     entries = json.loads((tmp_path / "record_0.json").read_text())["gloo"]["entries"]
     of_saver, of_step = 120 * 60_000, 100 * 60_000
-    assert {each["timeout_ms"] for each in entries[-20:]} == {of_saver, of_step}
+    assert {entry["timeout_ms"] for entry in entries[-20:]} == {of_saver, of_step}
 
 
 def test_stragglers_are_named(config: Path, tmp_path: Path) -> None:

@@ -37,11 +37,11 @@ def test_varlen_attention_agrees_with_the_cpu(window: int, heads: tuple[int, int
     grad = torch.randn(1000, heads[0], 64).bfloat16()
     results = []
     for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
-        inputs = [each.to(device, dtype, copy=True).requires_grad_() for each in given]
+        inputs = [tensor.to(device, dtype, copy=True).requires_grad_() for tensor in given]
         ends = torch.tensor(ENDS, dtype=torch.int32, device=device)
         out, _ = VARLEN_OPERATOR(*inputs, ends, 512, 0.125, window)
         found = torch.autograd.grad(out, inputs, grad.to(device, dtype))
-        results.append([each.float().cpu() for each in (out.detach(), *found)])
+        results.append([tensor.float().cpu() for tensor in (out.detach(), *found)])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, atol=0.02 * float(other.abs().max()), rtol=0)
 
@@ -52,7 +52,7 @@ def test_float32_attention_agrees_with_the_cpu() -> None:
     outs = [
         varlen_attention(
             torch.nn.Module(),
-            *(each.to(device) for each in given),
+            *(tensor.to(device) for tensor in given),
             None,
             cu_seqlens=torch.tensor(ENDS, dtype=torch.int32, device=device),
             max_seqlen=512,
@@ -70,10 +70,10 @@ def test_the_loss_agrees_with_the_cpu(kind: str) -> None:
     hidden, weight = torch.randn(700, 256).bfloat16(), (torch.randn(32000, 256) / 16).bfloat16()
     targets = torch.randint(32000, (700,))
     compute = liger_cross_entropy() if kind == "liger" else chunked_cross_entropy
-    inputs = [each.cuda().requires_grad_() for each in (hidden, weight)]
+    inputs = [tensor.cuda().requires_grad_() for tensor in (hidden, weight)]
     loss = compute(*inputs, None, targets.cuda())
     found = torch.autograd.grad(loss * 0.37, inputs)
-    exact = [each.double().requires_grad_() for each in (hidden, weight)]
+    exact = [tensor.double().requires_grad_() for tensor in (hidden, weight)]
     true = torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, targets, reduction="sum")
     expected = torch.autograd.grad(true * 0.37, exact)
     assert loss.item() == pytest.approx(true.item(), rel=1e-3)

@@ -51,7 +51,7 @@ def test_noise_has_the_same_bits(dtype: torch.dtype, distribution: str, hidden: 
             assert torch.equal(one, other)
 
 
-def test_strides_and_padding() -> None:
+def test_strides_and_padding_give_the_same_bits() -> None:
     """Rows that lie apart, and channels that do: what is not the tensor's stays as it was."""
     layout = TokenLayout.from_arguments(
         torch.zeros(6, 50), torch.arange(50)[None] < torch.arange(0, 60, 10)[:, None]
@@ -72,7 +72,7 @@ def test_strides_and_padding() -> None:
         assert int((whole != 0).sum()) == int((plain != 0).sum())
 
 
-def test_offsets_past_2_to_the_31() -> None:
+def test_offsets_past_2_to_the_31_give_the_same_bits() -> None:
     whole = torch.zeros((1 << 31) + (1 << 20), dtype=torch.bfloat16, device="cuda")
     far = whole[-(1 << 20) :].view(256, 4096)
     near = torch.zeros_like(far)
@@ -104,9 +104,9 @@ def test_a_compiled_model_trains_as_an_eager_one() -> None:
                 columns, device="cuda"
             )
             losses = []
-            for each in (model, compiled):
+            for variant in (model, compiled):
                 noise.step = step
-                losses.append(each(input_ids=ids, attention_mask=mask.long(), labels=ids).loss)
+                losses.append(variant(input_ids=ids, attention_mask=mask.long(), labels=ids).loss)
             assert noise.num_fired == 1
             assert float(losses[0].detach()) == pytest.approx(float(losses[1].detach()), rel=1e-5)
 

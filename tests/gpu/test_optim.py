@@ -28,7 +28,7 @@ def test_bits_are_the_cpus(states: str, case: str) -> None:
 
 
 @pytest.mark.parametrize("states", ["bf16", "8bit"])
-def test_a_million_elements(states: str) -> None:
+def test_a_million_elements_have_the_cpus_bits(states: str) -> None:
     case = Case(1 << 21, 12345, 1_000_003, grad_scale=1.7)
     moment_updates.assert_same_bits(
         moment_updates.run(states, case, "cuda"), moment_updates.run(states, case)
@@ -36,7 +36,7 @@ def test_a_million_elements(states: str) -> None:
 
 
 @pytest.mark.parametrize("states", ["bf16", "8bit"])
-def test_elements_past_2_31(states: str) -> None:
+def test_elements_past_2_31_are_updated(states: str) -> None:
     """The last of them, which lie past 2^31 in every tensor, are updated as they are on the CPU."""
     numel = (1 << 31) + 5000
     free, _ = torch.cuda.mem_get_info()
@@ -64,7 +64,7 @@ def test_the_norm_is_float64s_and_takes_no_memory() -> None:
     tensors = [torch.randn(n, device="cuda", generator=draw) for n in (1, 1000, 0, 50_000_001)]
     tensors[1] *= 1e15
     tensors[3] *= 1e-3
-    exact = sum(float(each.double().square().sum()) for each in tensors)
+    exact = sum(float(tensor.double().square().sum()) for tensor in tensors)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     found = float(squared_norm(tensors))

@@ -13,6 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from neftune_dist.checkpoint import store
+from tests.support import tiny_model
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("cluster.sh")
 DEADLINE_SECONDS = 240
@@ -163,3 +166,19 @@ def process_of_rank(rank: int, run_dir: Path) -> int:
         if is_rank and f"run_dir={run_dir}\0".encode() in command:
             return int(folder.name)
     raise LookupError(f"no rank {rank} of {run_dir}")
+
+
+def assert_same_run(run_dir: Path, untouched: Path) -> None:
+    """Every step once, and all that was trained, bit for bit."""
+    assert tiny_model.untimed(tiny_model.steps(run_dir)) == tiny_model.untimed(
+        tiny_model.steps(untouched)
+    )
+    assert (run_dir / "evaluations.jsonl").read_text() == (
+        untouched / "evaluations.jsonl"
+    ).read_text()
+    assert store.damaged_folders(run_dir) == []
+    ours, theirs = (
+        tiny_model.checkpoint_tensors(store.find_all(run)[0].folder) for run in (run_dir, untouched)
+    )
+    assert ours.keys() == theirs.keys()
+    assert all((ours[key] == theirs[key]).all() for key in ours)

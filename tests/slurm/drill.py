@@ -20,8 +20,7 @@ from pathlib import Path
 
 from neftune_dist.checkpoint import store
 from neftune_dist.distributed import outcome
-from tests.slurm.cluster import Cluster, Job, process_of_rank
-from tests.slurm.test_slurm import same
+from tests.slurm.cluster import Cluster, Job, assert_same_run, process_of_rank
 from tests.support import tiny_model
 
 WORDS = ("train.max_steps=30", "checkpoint.every_steps=5")
@@ -131,7 +130,7 @@ class Drill:
             for folder in (run_dir, other)
         ]
         assert jobs[1].wait() == "COMPLETED", jobs[1].output.read_text()
-        same(other, self.untouched)
+        assert_same_run(other, self.untouched)
         return jobs[0]
 
     def port(self, run_dir: Path) -> Job:
@@ -195,7 +194,7 @@ class Drill:
         job = fault(run_dir)
         state = job.wait(400)
         assert state == "COMPLETED", f"{state}\n{job.output.read_text()}"
-        same(run_dir, self.untouched)
+        assert_same_run(run_dir, self.untouched)
         kinds = [attempt.kind for attempt in outcome.outcomes(run_dir)]
         seconds = time.monotonic() - began
         what = fault.__doc__ or name

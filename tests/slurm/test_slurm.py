@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from neftune_dist.checkpoint import store
 from tests.slurm import cluster
-from tests.slurm.cluster import Cluster, Job
+from tests.slurm.cluster import Cluster, Job, assert_same_run
 from tests.support import tiny_model
 
 pytestmark = pytest.mark.skipif(cluster.missing() is not None, reason=str(cluster.missing()))
@@ -72,22 +71,6 @@ def signalled(slurm: Cluster, config: Path, limited: Job) -> Job:
     )
 
 
-def same(run_dir: Path, untouched: Path) -> None:
-    """Every step once, and all that was trained, bit for bit."""
-    assert tiny_model.untimed(tiny_model.steps(run_dir)) == tiny_model.untimed(
-        tiny_model.steps(untouched)
-    )
-    assert (run_dir / "evaluations.jsonl").read_text() == (
-        untouched / "evaluations.jsonl"
-    ).read_text()
-    assert store.damaged_folders(run_dir) == []
-    ours, theirs = (
-        tiny_model.checkpoint_tensors(store.find_all(run)[0].folder) for run in (run_dir, untouched)
-    )
-    assert ours.keys() == theirs.keys()
-    assert all((ours[key] == theirs[key]).all() for key in ours)
-
-
 @pytest.fixture(scope="module")
 def one_node(slurm: Cluster, config: Path) -> Path:
     """The same run, four ranks on this machine."""
@@ -102,7 +85,7 @@ def test_two_nodes_with_zero_3_train_what_one_does(slurm: Cluster, config: Path)
     job = slurm.sbatch(*TWO_BY_TWO, TRAIN, config, f"run_dir={run_dir}", *words)
     tiny_model.train(config, one_node, *words, ranks=4)
     assert job.wait() == "COMPLETED", job.output.read_text()
-    same(run_dir, one_node)
+    assert_same_run(run_dir, one_node)
 
 
 def test_three_nodes_train_what_one_does(slurm: Cluster, config: Path) -> None:
@@ -110,7 +93,7 @@ def test_three_nodes_train_what_one_does(slurm: Cluster, config: Path) -> None:
     job = slurm.sbatch("--nodes=3", TRAIN, config, f"run_dir={run_dir}", *WORDS, "--processes=1")
     tiny_model.train(config, one_node, *WORDS, ranks=3)
     assert job.wait() == "COMPLETED", job.output.read_text()
-    same(run_dir, one_node)
+    assert_same_run(run_dir, one_node)
 
 
 def test_a_node_that_does_not_come_is_named(slurm: Cluster) -> None:
@@ -152,7 +135,7 @@ def test_submitted_job_trains_what_one_node_does(
     numbers = (run_dir / "submit" / "0001" / "job").read_text().split()
     job = Job(slurm, numbers[-1], run_dir / "logs" / f"slurm-{numbers[-1]}.out")
     assert job.wait() == "COMPLETED", done.stdout + job.output.read_text()
-    same(run_dir, one_node)
+    assert_same_run(run_dir, one_node)
 
 
 def test_time_limit_met_three_times_loses_nothing(
@@ -160,7 +143,7 @@ def test_time_limit_met_three_times_loses_nothing(
 ) -> None:
     assert limited.wait(600) == "COMPLETED", limited.output.read_text()
     assert limited.restarts >= 3, limited.output.read_text()
-    same(slurm.folder / "limited", one_node)
+    assert_same_run(slurm.folder / "limited", one_node)
 
 
 def test_usr1_in_every_phase_requeues_and_loses_nothing(
@@ -170,4 +153,4 @@ def test_usr1_in_every_phase_requeues_and_loses_nothing(
     tiny_model.train(config, two_ranks, *WORDS, ranks=2)
     assert signalled.wait(600) == "COMPLETED", signalled.output.read_text()
     assert signalled.restarts == len(PHASES), signalled.output.read_text()
-    same(slurm.folder / "signalled", two_ranks)
+    assert_same_run(slurm.folder / "signalled", two_ranks)

@@ -36,7 +36,7 @@ def documents_of(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> Documents:
     ids, masks = zip(*rows, strict=True)
     documents._ids = np.concatenate(ids).astype(np.int32)
     documents._supervised = np.concatenate(masks).astype(np.uint8)
-    documents.lengths = np.array([len(each) for each in ids], np.int64)
+    documents.lengths = np.array([len(tokens) for tokens in ids], np.int64)
     documents.starts = np.cumsum(documents.lengths) - documents.lengths
-    documents.num_supervised = np.array([each.sum() for each in masks], np.int64)
+    documents.num_supervised = np.array([mask.sum() for mask in masks], np.int64)
     return documents

@@ -73,8 +73,8 @@ def disk_log(root: Path) -> Iterator[DiskLog]:
     ) -> Callable[..., Any]:
         def recorded(*arguments: Any, **options: Any) -> Any:
             paths = [
-                Path(os.readlink(f"/proc/self/fd/{each}") if isinstance(each, int) else each)
-                for each in arguments[:num_paths]
+                Path(os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else path)
+                for path in arguments[:num_paths]
             ]
             if "dir_fd" not in options and all(path.is_relative_to(root) for path in paths):
                 log.add(operation, *paths)

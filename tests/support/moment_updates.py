@@ -113,5 +113,7 @@ def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
     for name in one:
-        a, b = (each[name].view(integers[each[name].element_size()]) for each in (one, other))
+        a, b = (
+            updated[name].view(integers[updated[name].element_size()]) for updated in (one, other)
+        )
         assert torch.equal(a, b), f"{name}: {int((a != b).sum())} of {a.numel()} differ"

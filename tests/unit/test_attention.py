@@ -69,7 +69,7 @@ def packed(model: Any, documents: tuple[Tensor, ...]) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", sorted(PACKING_FAMILIES))
-def test_packed_is_alone(model_type: str) -> None:
+def test_packed_document_is_as_alone(model_type: str) -> None:
     documents = tokens()
     model = make(family(model_type))
     expected = torch.cat([alone(model, d) for d in documents], 1)
@@ -82,7 +82,7 @@ def test_packed_is_alone(model_type: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", ["mistral", "gemma3_text", "qwen2", "olmo3", "phi3"])
-def test_the_sliding_window_counts(model_type: str) -> None:
+def test_the_sliding_window_limits_attention(model_type: str) -> None:
     document = tokens()[2]
     narrow, wide = (
         packed(make(family(model_type, sliding_window=window), VARLEN), (document,))
@@ -258,7 +258,7 @@ def test_a_window_counts_the_token_itself() -> None:
     assert set(varlen._window_sizes(0).values()) == {None}
 
 
-def test_auto_attention() -> None:
+def test_auto_attention_follows_the_packing() -> None:
     assert implementation("auto", packing=True) == VARLEN
     assert implementation("auto", packing=False) == "sdpa"
     assert implementation("varlen", packing=True) == VARLEN
@@ -299,7 +299,7 @@ TWO_ROPES = {
         (family("gemma3_text", **TWO_ROPES), 24),
     ],
 )
-def test_longest_document(config: Any, limit: int | None) -> None:
+def test_document_beyond_the_position_limit_is_refused(config: Any, limit: int | None) -> None:
     assert longest_document(config) == limit
     check_lengths(config, limit or 10**6)
     if limit:
@@ -370,7 +370,7 @@ def assert_laid_out_alike(found: Sequence[Tensor], promised: Sequence[Tensor]) -
     ],
 )
 @pytest.mark.parametrize("error", [ImportError, ValueError, RuntimeError])
-def test_the_fastest_kernel_that_is_installed(
+def test_the_fastest_installed_kernel_is_chosen(
     capability: tuple[int, int],
     windowed: bool,
     usable: set[str],

@@ -54,13 +54,19 @@ def compile_noise(
 @pytest.mark.parametrize(
     ("dtype", "distribution", "capability"),
     [
-        *(("bf16", name, each) for name in ("uniform", "gaussian") for each in CAPABILITIES),
+        *(
+            ("bf16", name, capability)
+            for name in ("uniform", "gaussian")
+            for capability in CAPABILITIES
+        ),
         ("bf16", "symmetric", 90),
         ("fp32", "uniform", 90),
         ("fp32", "gaussian", 90),
     ],
 )
-def test_noise(dtype: str, distribution: str, capability: int) -> None:
+def test_noise_kernel_spills_nothing_and_moves_each_byte_once(
+    dtype: str, distribution: str, capability: int
+) -> None:
     """An activation's bytes go once each way; besides, a token has a factor and four counter words,
     and its norm. The registers leave room for a quarter of a multiprocessor's threads at least."""
     code, thread_bytes = compile_noise(dtype, distribution, capability)
@@ -73,7 +79,7 @@ def test_noise(dtype: str, distribution: str, capability: int) -> None:
         assert code.loads == {16: thread_bytes // 16, 8: 4, 4: 1}
 
 
-def test_noise_that_is_not_contiguous() -> None:
+def test_noise_kernel_of_any_strides_spills_nothing() -> None:
     """Whatever the strides and the hidden size, it fits into registers."""
     strided, _ = compile_noise("bf16", "uniform", 90, channel_stride="i32", columns="i32")
     cut, _ = compile_noise("bf16", "uniform", 90, 250, hidden_size="i32", row_stride="i64")
@@ -122,9 +128,12 @@ def compile_update(states: str, capability: int, **changed: str) -> tuple[Machin
 
 @pytest.mark.parametrize(
     ("states", "capability"),
-    [*((states, each) for states in ("8bit", "bf16") for each in CAPABILITIES), ("fp32", 90)],
+    [
+        *((states, capability) for states in ("8bit", "bf16") for capability in CAPABILITIES),
+        ("fp32", 90),
+    ],
 )
-def test_update(states: str, capability: int) -> None:
+def test_update_kernel_spills_nothing_and_moves_wide_words(states: str, capability: int) -> None:
     """Parameter and gradient 16 bytes at a time, moments at least 4 elements at a time; division
     and square root rounded correctly, denormal numbers kept."""
     code, elements = compile_update(states, capability)
@@ -145,7 +154,7 @@ def test_update(states: str, capability: int) -> None:
 
 
 @pytest.mark.parametrize("states", MOMENTS)
-def test_update_that_begins_anywhere(states: str) -> None:
+def test_update_kernel_that_begins_anywhere_spills_nothing(states: str) -> None:
     """At odd addresses, beyond 2^31 elements, of gradients that nothing divides."""
     odd = {"values": "*fp32", "grads": "*fp32", "numel": "i64", "grad_scale": "constexpr"}
     code, _ = compile_update(states, 90, **odd, **({"lead": "i32"} if states == "8bit" else {}))

@@ -20,7 +20,7 @@ def folder(tmp_path: Path) -> Path:
     """A checkpoint of `TENSORS`."""
     flat.write(
         tmp_path,
-        [FlatShard(MASTER, name, 0, each, each.numel()) for name, each in TENSORS.items()],
+        [FlatShard(MASTER, name, 0, tensor, tensor.numel()) for name, tensor in TENSORS.items()],
     )
     return tmp_path
 

@@ -28,7 +28,7 @@ LLAMA_2_7B = transformers.LlamaConfig(
 )
 
 
-def test_tiny_llama_by_hand() -> None:
+def test_tiny_llamas_count_is_that_by_hand() -> None:
     size = model_size(on_meta(family("llama", tie_word_embeddings=False)))
     queries, keys_values, mlp = 32 * 32 + 32 * 32, 2 * 32 * 16, 3 * 32 * 48
     layer = queries + keys_values + mlp
@@ -41,7 +41,7 @@ def test_tiny_llama_by_hand() -> None:
     assert size.training_flops(8, 34) == weights + 3 * 2 * scores_and_values
 
 
-def test_llama_2_7b() -> None:
+def test_llama_2_7bs_count_is_the_published_one() -> None:
     size = model_size(on_meta(LLAMA_2_7B))
     assert size.num_parameters == 6_738_415_616
     assert size.num_matrix_parameters == 6_738_415_616 - 32000 * 4096 - 65 * 4096
@@ -104,5 +104,7 @@ def test_quadratic_tokens_is_where_attention_costs_as_much() -> None:
         (None, "bf16", None),
     ],
 )
-def test_peak_flops(device: str | None, dtype: str, rate: float | None) -> None:
+def test_peak_flops_are_those_of_the_device_and_dtype(
+    device: str | None, dtype: str, rate: float | None
+) -> None:
     assert peak_flops(device, dtype) == rate

@@ -91,7 +91,9 @@ def zero_checkpoints(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_checkpoints(stage: int, zero_checkpoints: Path, folder: Path) -> None:
+def test_zero_checkpoint_is_read_as_deepspeed_consolidates_it(
+    stage: int, zero_checkpoints: Path, folder: Path
+) -> None:
     """Against DeepSpeed's own consolidation."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -108,7 +110,9 @@ def test_zero_checkpoints(stage: int, zero_checkpoints: Path, folder: Path) -> N
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "state.app."])
-def test_distributed_checkpoints(prefix: str, folder: Path, tmp_path: Path) -> None:
+def test_distributed_checkpoint_is_read_by_ranges(
+    prefix: str, folder: Path, tmp_path: Path
+) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model").to(torch.bfloat16)
     state = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
     dcp.save({**state, "step": 3, "optim.norm": torch.ones(2)}, checkpoint_id=tmp_path / "dcp")

@@ -20,12 +20,12 @@ def test_micro_batches_are_full_and_supervised_as_said(kind: str, tmp_path: Path
     part = gpu.Part("some", "step", 4, kind)
     _, documents, loader = gpu_parts.prepare_step(part, gpu_parts.Size(), tmp_path)
     steps = [loader.step(step) for step in range(6)]
-    batches = [each for step in steps for each in step.micro_batches]
-    assert all(each.input_ids.numel() <= 4096 for each in batches)
+    batches = [batch for step in steps for batch in step.micro_batches]
+    assert all(batch.input_ids.numel() <= 4096 for batch in batches)
     tokens = sum(step.num_tokens for step in steps)
-    assert tokens == sum(each.input_ids.numel() for each in batches)
+    assert tokens == sum(batch.input_ids.numel() for batch in batches)
     assert tokens / (6 * 4 * 4096) == pytest.approx(1, abs=0.2)
-    found = sum(len(each.targets) for each in batches)
+    found = sum(len(batch.targets) for batch in batches)
     assert found / tokens == pytest.approx(gpu_parts.SUPERVISED[kind], abs=0.02)
     # The last tokens of each document are the supervised ones.
     ids, supervised = documents.gather(np.array([3, 1]))
@@ -86,8 +86,8 @@ def test_every_kind_of_part_runs(tmp_path: Path) -> None:
             assert result["loss"] == pytest.approx(np.log(gpu_parts.TINY.vocab_size), abs=0.5)
             assert result["tokens_per_second"] > 0
         else:
-            figures = [each for each in result.values() if isinstance(each, dict)]
-            assert sum("milliseconds" in each for each in figures) >= 2
+            figures = [figure for figure in result.values() if isinstance(figure, dict)]
+            assert sum("milliseconds" in figure for figure in figures) >= 2
     refused = gpu_parts.body(named["4096 selective liger"], gpu_parts.TINY, None)
     if not torch.cuda.is_available():
         assert refused["status"] == "refused" and "GPU" in refused["error"]

@@ -279,7 +279,7 @@ def test_the_digest_is_of_names_and_dtypes_as_well(tmp_path: Path) -> None:
     assert len({digest("ab"), digest("ac"), digest("ab", torch.float16)}) == 3
 
 
-def test_several_files(llama: Path) -> None:
+def test_weights_in_several_files_are_read(llama: Path) -> None:
     assert_readable(llama, tensors_of(llama))
 
 
@@ -295,7 +295,7 @@ def test_files_that_the_index_does_not_name_are_not_read(llama: Path) -> None:
     assert not torch.equal(tensors_of(llama)["lm_head.weight"], expected["lm_head.weight"])
 
 
-def test_pickled_weights(llama: Path) -> None:
+def test_pickled_weights_are_read(llama: Path) -> None:
     expected = tensors_of(llama)
     # Tied names share their memory, a transposed tensor does not lie in order.
     tied = {**expected, "lm_head.weight": expected["model.embed_tokens.weight"]}
@@ -305,7 +305,7 @@ def test_pickled_weights(llama: Path) -> None:
     assert_readable(llama, expected)
 
 
-def test_several_pickles(llama: Path) -> None:
+def test_weights_in_several_pickles_are_read(llama: Path) -> None:
     expected = tensors_of(llama)
     rewrite(llama, {}, pickled=True)
     (llama / "pytorch_model.bin").unlink()
@@ -320,7 +320,7 @@ def test_several_pickles(llama: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_precisions(llama: Path, dtype: torch.dtype) -> None:
+def test_other_precisions_are_read_in_theirs(llama: Path, dtype: torch.dtype) -> None:
     expected = {name: tensor.to(dtype) for name, tensor in tensors_of(llama).items()}
     del expected["lm_head.weight"]
     rewrite(llama, expected)
@@ -353,7 +353,9 @@ def test_tied_weights_under_both_names_must_agree(
 
 
 @pytest.mark.parametrize(("model_type", "prefix"), [("gpt2", "transformer."), ("opt", "model.")])
-def test_names_without_the_base_prefix(model_type: str, prefix: str, tmp_path: Path) -> None:
+def test_names_without_the_base_prefix_are_found(
+    model_type: str, prefix: str, tmp_path: Path
+) -> None:
     folder = save(family(model_type), tmp_path)
     expected = tensors_of(folder)
     assert all(name.startswith((prefix, "lm_head.")) for name in expected)
@@ -363,7 +365,7 @@ def test_names_without_the_base_prefix(model_type: str, prefix: str, tmp_path: P
     assert_readable(folder, expected)
 
 
-def test_names_with_a_base_prefix_that_the_model_lacks(llama: Path) -> None:
+def test_names_with_a_base_prefix_that_the_model_lacks_are_found(llama: Path) -> None:
     model = build(llama)
     shapes = {"weight": (97, 32)}
     expected = tensors_of(llama)
@@ -374,7 +376,7 @@ def test_names_with_a_base_prefix_that_the_model_lacks(llama: Path) -> None:
         files_of(model, llama)
 
 
-def test_scalars_vectors_and_empty_ranges(llama: Path) -> None:
+def test_scalars_vectors_and_empty_ranges_are_read(llama: Path) -> None:
     tensors = {"s": torch.tensor(3.0), "v": torch.arange(5.0), "t": torch.arange(24.0)}
     tensors["t"] = tensors["t"].view(2, 3, 4)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -388,7 +390,7 @@ def test_scalars_vectors_and_empty_ranges(llama: Path) -> None:
                     assert torch.equal(files.read(name, start, stop), flat[start:stop])
 
 
-def test_a_missing_tensor(llama: Path) -> None:
+def test_missing_tensor_is_named(llama: Path) -> None:
     expected = tensors_of(llama)
     del expected["lm_head.weight"], expected["model.norm.weight"]
     rewrite(llama, expected)
@@ -397,7 +399,7 @@ def test_a_missing_tensor(llama: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(48, 32, 1), (1536,), (32, 48), (47, 32)])
-def test_a_wrong_shape(llama: Path, shape: tuple[int, ...]) -> None:
+def test_wrong_shape_is_named(llama: Path, shape: tuple[int, ...]) -> None:
     expected = tensors_of(llama)
     name = "model.layers.0.mlp.up_proj.weight"
     rewrite(llama, {**expected, name: torch.zeros(shape)})
@@ -405,21 +407,21 @@ def test_a_wrong_shape(llama: Path, shape: tuple[int, ...]) -> None:
         files_of(build(llama), llama)
 
 
-def test_no_weights(llama: Path) -> None:
+def test_directory_without_weights_is_refused(llama: Path) -> None:
     rewrite(llama, {"a": torch.zeros(1)})
     (llama / "model.safetensors").rename(llama / "adapter_model.safetensors")
     with pytest.raises(UserError, match="no weights"):
         files_of(build(llama), llama)
 
 
-def test_a_missing_file(llama: Path) -> None:
+def test_missing_weight_file_is_named(llama: Path) -> None:
     sorted(llama.glob("*.safetensors"))[1].unlink()
     with pytest.raises(UserError, match=r"incomplete.*-00002-of-.*missing"):
         files_of(build(llama), llama)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}'])
-def test_a_broken_index(llama: Path, text: str) -> None:
+def test_broken_index_is_refused(llama: Path, text: str) -> None:
     (llama / "model.safetensors.index.json").write_text(text)
     with pytest.raises(UserError, match="no index"):
         files_of(build(llama), llama)
@@ -427,7 +429,7 @@ def test_a_broken_index(llama: Path, text: str) -> None:
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
 @pytest.mark.parametrize("pickled", [False, True])
-def test_a_truncated_file(llama: Path, keep: int, pickled: bool) -> None:
+def test_truncated_file_is_named(llama: Path, keep: int, pickled: bool) -> None:
     rewrite(llama, tensors_of(llama), pickled=pickled)
     file = next(file for file in llama.iterdir() if file.suffix in (".safetensors", ".bin"))
     file.write_bytes(file.read_bytes()[:keep])
@@ -435,7 +437,7 @@ def test_a_truncated_file(llama: Path, keep: int, pickled: bool) -> None:
         files_of(build(llama), llama)
 
 
-def test_a_pointer_instead_of_a_file(llama: Path) -> None:
+def test_pointer_instead_of_a_file_is_refused(llama: Path) -> None:
     rewrite(llama, {})
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     (llama / "model.safetensors").write_text(pointer)
@@ -472,7 +474,7 @@ def test_the_refusal_of_code_says_so(llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"a": 1, "model": {"b": torch.zeros(1)}}])
-def test_a_pickle_of_something_else(llama: Path, content: Any) -> None:
+def test_pickle_of_something_else_is_refused(llama: Path, content: Any) -> None:
     rewrite(llama, {}, pickled=True)
     torch.save(content, llama / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"no weights|lack"):
@@ -482,7 +484,9 @@ def test_a_pickle_of_something_else(llama: Path, content: Any) -> None:
 # Finding the model.
 
 
-def test_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_directory_is_found_and_one_without_config_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "some" / "model"
     family("llama").save_pretrained(folder)
     assert locate.find(ModelConfig(str(folder))) == folder
@@ -521,7 +525,7 @@ def test_pickles_are_downloaded_where_there_are_no_safetensors(
     assert ("pytorch_model*.bin" in patterns) == (wanted and stored == "pytorch_model.bin")
 
 
-def test_a_hub_id_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_id_offline_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     for name in ("someone/some-model", "some-model"):
@@ -529,7 +533,7 @@ def test_a_hub_id_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
             locate.find(ModelConfig(name))
 
 
-def test_a_hub_id_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_id_in_the_cache_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = tmp_path / "models--someone--some-model" / "snapshots" / ("0" * 40)
     save(family("llama"), snapshot)
     refs = tmp_path / "models--someone--some-model" / "refs"
@@ -551,7 +555,7 @@ def test_a_hub_id_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         '{"model_type": "llama", "vocab_size": "x"}',
     ],
 )
-def test_a_broken_configuration(text: str, tmp_path: Path) -> None:
+def test_broken_configuration_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"configuration in .* cannot be loaded"):
         build(tmp_path)
@@ -564,7 +568,7 @@ def test_encoders_are_no_language_models(model_type: str, tmp_path: Path) -> Non
         build(tmp_path)
 
 
-def test_impossible_sizes(tmp_path: Path) -> None:
+def test_impossible_sizes_are_refused(tmp_path: Path) -> None:
     family("gpt2", num_attention_heads=5).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no causal language model"):
         build(tmp_path)
@@ -605,7 +609,7 @@ def test_remote_code_runs_only_with_trust_remote_code(
         load.build(folder, ModelConfig(trust_remote_code=True), packing=True)
 
 
-def test_tokenizers(tmp_path: Path) -> None:
+def test_tokenizer_is_loaded_or_its_flaw_named(tmp_path: Path) -> None:
     tiny_model.make_tokenizer(tmp_path)
     family("llama").save_pretrained(tmp_path)
     assert load.load_tokenizer(tmp_path, ModelConfig())("Count")["input_ids"]

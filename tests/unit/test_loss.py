@@ -82,9 +82,9 @@ def test_packed_is_padded_is_naive(
         assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
         for name, gradient in gradients(model, loss).items():
             torch.testing.assert_close(gradient, expected_gradients[name], atol=atol, rtol=0)
-        each = batch_losses(model, batch(packing), resolve_loss(kind, model), "none")
-        assert each.shape == (12,)
-        parts = [float(part.sum()) for part in each.split([4, 0, 1, 6, 1])]
+        losses = batch_losses(model, batch(packing), resolve_loss(kind, model), "none")
+        assert losses.shape == (12,)
+        parts = [float(part.sum()) for part in losses.split([4, 0, 1, 6, 1])]
         alone = [
             batch_loss_sum(model, batch(packing, [i]), resolve_loss(kind, model)).item()
             for i in range(5)
@@ -161,11 +161,11 @@ def test_chunks_add_up(num_targets: int, biased: bool, monkeypatch: pytest.Monke
     weight = torch.randn(31, 8, dtype=torch.float64)
     bias = torch.randn(31, dtype=torch.float64) if biased else None
     targets = torch.randint(31, (num_targets,))
-    given = [each for each in (hidden, weight, bias) if each is not None]
-    for each in given:
-        each.requires_grad_()
+    given = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
+    for tensor in given:
+        tensor.requires_grad_()
     expected = F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="sum")
-    single = [each.detach().float().requires_grad_() for each in given]
+    single = [tensor.detach().float().requires_grad_() for tensor in given]
     loss = chunked_cross_entropy(single[0], single[1], single[2] if biased else None, targets)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     factor = 0.37  # as the step's number of supervised tokens gives one

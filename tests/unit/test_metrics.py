@@ -60,8 +60,8 @@ def test_non_finite_value_is_null_in_json_and_absent_from_tensorboard(
         assert not re.search("NaN|Infinity", text)
         assert [json.loads(line)[key] for line in text.splitlines()] == [None, None, 0.5]
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [each.step for each in events.Scalars("train/loss")] == [3]
-    assert [each.step for each in events.Scalars("train/tokens_per_second")] == [1, 2, 3]
+    assert [event.step for event in events.Scalars("train/loss")] == [3]
+    assert [event.step for event in events.Scalars("train/tokens_per_second")] == [1, 2, 3]
     out = capsys.readouterr().out
     assert "step 1/9  loss nan  grad_norm nan" in out
     assert "step 2: held-out loss inf" in out
@@ -112,7 +112,7 @@ DAMAGED = [
 ]
 
 
-@pytest.mark.parametrize("line", DAMAGED, ids=[str(each[:20]) for each in DAMAGED])
+@pytest.mark.parametrize("line", DAMAGED, ids=[str(line[:20]) for line in DAMAGED])
 def test_damaged_record_is_counted_and_others_kept(
     line: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,7 +124,7 @@ def test_damaged_record_is_counted_and_others_kept(
     for name in ("metrics", "evaluations"):
         path = tmp_path / f"{name}.jsonl"
         lines = path.read_bytes().splitlines()
-        path.write_bytes(b"".join(each + b"\n" for each in [*lines[:2], line, *lines[3:]]))
+        path.write_bytes(b"".join(row + b"\n" for row in [*lines[:2], line, *lines[3:]]))
     assert [is_evaluated(tmp_path, step) for step in (2, 3, 4)] == [True, False, True]
     assert supervisor._last_step(tmp_path) == 5
     assert len(preflight._step_seconds(tmp_path / "metrics.jsonl", 2)) == 4
@@ -178,10 +178,10 @@ def test_file_without_any_record_warns(
     name: str, content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of a run that goes on; a record of a step yet to come is none."""
-    for each in BOTH:
-        first = 1 if each == "metrics.jsonl" else 0
+    for name in BOTH:
+        first = 1 if name == "metrics.jsonl" else 0
         text = "".join(json.dumps({"step": step}) + "\n" for step in range(first, 3))
-        (tmp_path / each).write_text(text)
+        (tmp_path / name).write_text(text)
     if content is None:
         (tmp_path / name).unlink()
     else:

@@ -88,7 +88,7 @@ class Training:
         kept = [moments(self.optimizer, param_slice) for param_slice in self.param_slices]
         return {
             "w": torch.cat(found),
-            **{k: torch.cat([each[k][:].float() for each in kept]) for k in STATE_NAMES},
+            **{k: torch.cat([state[k][:].float() for state in kept]) for k in STATE_NAMES},
         }
 
 
@@ -102,11 +102,11 @@ def test_the_update_is_adamws(states: str, bound: float) -> None:
     Measured, of the way that six steps go: 0.2 % and 3 %."""
     ours, theirs = Training(states, []), Training("fp32", [])
     start = ours.values()["w"]
-    for each in (ours, theirs):
-        each.step(0)
+    for training in (ours, theirs):
+        training.step(0)
     torch.testing.assert_close(ours.values()["w"], theirs.values()["w"], rtol=1e-6, atol=1e-7)
-    for each in (ours, theirs):
-        each.run(range(1, 6))
+    for training in (ours, theirs):
+        training.run(range(1, 6))
     one, other = ours.values()["w"], theirs.values()["w"]
     assert float((one - other).norm() / (other - start).norm()) < bound
     assert not torch.equal(one, other)
@@ -163,9 +163,9 @@ def test_through_a_checkpoint_training_goes_on_to_the_bit(
 
     def shards(training: Training) -> list[FlatShard]:
         return [
-            FlatShard(kind, "w", param_slice.start, each, NUMEL)
+            FlatShard(kind, "w", param_slice.start, moment, NUMEL)
             for param_slice in training.param_slices
-            for kind, each in moments(training.optimizer, param_slice).items()
+            for kind, moment in moments(training.optimizer, param_slice).items()
         ]
 
     flat.write(tmp_path, shards(first))
@@ -202,7 +202,7 @@ def test_state_bytes_are_what_the_moments_take(states: str) -> None:
     training = Training(states, [])
     kept = moments(training.optimizer, training.param_slices[0]).values()
     padding = 2 * (-NUMEL % BLOCK) if states == "8bit" else 0  # the last block is kept whole
-    assert sum(each.nbytes for each in kept) == padding + state_bytes(
+    assert sum(moment.nbytes for moment in kept) == padding + state_bytes(
         OptimConfig(states=states), NUMEL
     )
     assert state_bytes(OptimConfig(states="8bit"), 100) == 800
@@ -224,9 +224,9 @@ def test_rounding_is_right_on_average_and_never_further_than_the_next() -> None:
     upper = (((values.view(torch.int32) >> 16) + 1) << 16).view(torch.float32)
     total, number = torch.zeros(1000, dtype=torch.float64), 2000
     for update in range(number):
-        each = rounded(values, update)
-        assert bool(((each == lower) | (each == upper)).all())
-        total += each
+        result = rounded(values, update)
+        assert bool(((result == lower) | (result == upper)).all())
+        total += result
     width = (upper - lower).double()
     # A mean of 2000 draws between neighbours: standard deviation at most 0.5 / sqrt(2000) widths.
     errors = (total / number - values) / width
@@ -267,8 +267,8 @@ def test_rounding_keeps_values_that_bfloat16_holds() -> None:
     exact = torch.tensor([0.0, -0.0, 1.0, -1.5, 2.0**-120, math.inf, -math.inf, 3e38])
     exact = exact.bfloat16().float()
     for update in range(50):
-        each = rounded(exact, update)
-        assert torch.equal(each.view(torch.int32), exact.view(torch.int32))
+        result = rounded(exact, update)
+        assert torch.equal(result.view(torch.int32), exact.view(torch.int32))
     assert bool(rounded(torch.tensor([math.nan]), 0).isnan())
 
 
@@ -325,7 +325,7 @@ def test_words_are_even() -> None:
 def test_words_are_unrelated_between_streams_halves_and_neighbours() -> None:
     """Correlations of 65536 draws: standard deviation 1 / 256."""
     found = streams()
-    halves = [half.double() for each in found for half in (each & 0xFFFF, each >> 16)]
+    halves = [half.double() for word in found for half in (word & 0xFFFF, word >> 16)]
     table = torch.corrcoef(torch.stack(halves)) - torch.eye(len(halves))
     assert float(table.abs().max()) < 5 / 256
     for half in halves:

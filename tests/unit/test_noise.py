@@ -17,17 +17,8 @@ from neftune_dist.noise.law import RankStream, SampleStream, draw, expected_norm
 from neftune_dist.noise.layout import TokenLayout
 from neftune_dist.noise.op import add_noise, add_noise_
 from neftune_dist.noise.philox import philox4x32, to_draws
+from tests.support.philox_vectors import VECTORS
 
-# Known answers of the generator's reference implementation (Random123, kat_vectors).
-VECTORS = [
-    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    (
-        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-        (0xA4093822, 0x299F31D0),
-        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-    ),
-]
 LENGTHS = [1, 7, 40, 333, 1000]
 
 
@@ -151,7 +142,7 @@ def test_a_sum_that_overflows_is_counted_as_large() -> None:
 
 
 @pytest.mark.parametrize("hidden", [1 << 17, (1 << 17) + 1])
-def test_the_greatest_hidden_size(hidden: int) -> None:
+def test_hidden_size_beyond_the_counter_is_refused(hidden: int) -> None:
     x, layout = torch.zeros(1, 1, hidden), TokenLayout.from_lengths(torch.tensor([1]))
     if hidden > 1 << 17:
         with pytest.raises(ValueError, match=f"hidden size of {hidden} is beyond"):
@@ -384,7 +375,7 @@ def test_norms_are_taken_once(model: Any) -> None:
     with NEFTune(5.0).attach(model) as noise:
         model(input_ids=ids)
         assert int(noise.take_noise_norms()[1]) == 2
-        assert [float(each) for each in noise.take_noise_norms()] == [0.0, 0.0]
+        assert [float(norm) for norm in noise.take_noise_norms()] == [0.0, 0.0]
 
 
 def test_a_description_holds_for_one_forward(model: Any) -> None:

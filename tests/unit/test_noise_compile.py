@@ -210,7 +210,7 @@ def test_lengths_alone_recompile_nothing() -> None:
     assert not counters["graph_break"]
 
 
-def test_inductor() -> None:
+def test_inductors_model_trains_as_eagers() -> None:
     """The default backend, whose own kernels may round otherwise than eager's."""
     plain, model = Small(), Small()
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
@@ -254,7 +254,7 @@ class Outer(nn.Module):
         return self.model(input_ids)
 
 
-def test_a_compiled_part_of_a_model() -> None:
+def test_compiled_part_of_a_model_gets_the_same_noise() -> None:
     """The hook outside hands the layout on to the one within the graph."""
     plain, model = Outer(), Outer()
     model.model.compile(fullgraph=True, dynamic=True, backend="aot_eager")
@@ -285,7 +285,7 @@ class CheckpointedLayer(Small):
         return self.head(hidden.tanh())
 
 
-def test_checkpointed_layers_of_a_compiled_model() -> None:
+def test_checkpointed_layers_of_a_compiled_model_get_the_same_noise() -> None:
     plain, model, ids = Small(), CheckpointedLayer(), torch.arange(24).view(2, 12)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with NEFTune(5.0).attach(plain), NEFTune(5.0).attach(model) as noise:

@@ -22,7 +22,7 @@ from neftune_dist.noise.layout import TokenLayout
 from neftune_dist.noise.op import add_noise_
 from neftune_dist.noise.philox import philox4x32, philox4x32_
 from tests.support.interpreter import DEADLINE_SECONDS
-from tests.unit.test_noise import VECTORS
+from tests.support.philox_vectors import VECTORS
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -86,16 +86,16 @@ def _truncated(wide: Tensor) -> Tensor:
 
 @triton.jit
 def _philox(counters, key0, key1, words, NUMBER: tl.constexpr):
-    each = tl.arange(0, NUMBER)
-    c0 = tl.load(counters + each).to(tl.uint32)
-    c1 = tl.load(counters + NUMBER + each).to(tl.uint32)
-    c2 = tl.load(counters + 2 * NUMBER + each).to(tl.uint32)
-    c3 = tl.load(counters + 3 * NUMBER + each).to(tl.uint32)
+    index = tl.arange(0, NUMBER)
+    c0 = tl.load(counters + index).to(tl.uint32)
+    c1 = tl.load(counters + NUMBER + index).to(tl.uint32)
+    c2 = tl.load(counters + 2 * NUMBER + index).to(tl.uint32)
+    c3 = tl.load(counters + 3 * NUMBER + index).to(tl.uint32)
     w0, w1, w2, w3 = kernel.philox(c0, c1, c2, c3, key0.to(tl.uint32), key1.to(tl.uint32))
-    tl.store(words + each, w0.to(tl.int64))
-    tl.store(words + NUMBER + each, w1.to(tl.int64))
-    tl.store(words + 2 * NUMBER + each, w2.to(tl.int64))
-    tl.store(words + 3 * NUMBER + each, w3.to(tl.int64))
+    tl.store(words + index, w0.to(tl.int64))
+    tl.store(words + NUMBER + index, w1.to(tl.int64))
+    tl.store(words + 2 * NUMBER + index, w2.to(tl.int64))
+    tl.store(words + 3 * NUMBER + index, w3.to(tl.int64))
 
 
 def philox_of_kernel(counters: Tensor, key: tuple[int, int]) -> Tensor:
@@ -224,7 +224,7 @@ def viewed(storage: Tensor, view: Callable[[Tensor], Tensor]) -> tuple[Tensor, T
 
 
 @pytest.mark.parametrize("name", VIEWS)
-def test_any_strides(name: str, operator: Operator) -> None:
+def test_any_strides_give_the_same_bits(name: str, operator: Operator) -> None:
     """The same bits wherever a channel lies, and what lies between is left alone."""
     torch.manual_seed(0)
     storage, x = VIEWS[name]()
@@ -237,7 +237,7 @@ def test_any_strides(name: str, operator: Operator) -> None:
     assert torch.equal(bits(storage), bits(expected))
 
 
-def test_counters_and_scales_of_any_stride(operator: Operator) -> None:
+def test_counters_and_scales_of_any_stride_give_the_same_bits(operator: Operator) -> None:
     """Counters two apart in memory, and one scale for all tokens: what an expanded tensor is."""
     stream, layout = STREAMS[2], pieces_layout()
     words = [torch.stack((word, word + 1), 1)[:, 0] for word in stream.words(layout)]
@@ -248,7 +248,7 @@ def test_counters_and_scales_of_any_stride(operator: Operator) -> None:
     assert torch.equal(x.flatten(0, 1), draw(stream, layout, 64) * torch.tensor(0.1))
 
 
-def test_no_tokens(operator: Operator) -> None:
+def test_no_tokens_give_no_noise(operator: Operator) -> None:
     layout = TokenLayout.padding(0)
     words, scale = RankStream(0, 0, 0, 0).words(layout), scales(layout, 64, 5.0)
     for x in (torch.zeros(2, 0, 64), torch.zeros(0, 3, 64)):
@@ -277,7 +277,7 @@ def far_apart(name: str, add: Callable[..., Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("name", FAR)
-def test_offsets_past_2_31(name: str, interpreter: ProcessPoolExecutor) -> None:
+def test_offsets_past_2_31_give_the_same_bits(name: str, interpreter: ProcessPoolExecutor) -> None:
     layout, stream = TokenLayout.from_lengths(torch.tensor([3, 1])), RankStream(5, 0, 0, 0)
     noise = draw(stream, layout, 64) * scales(layout, 64, 5.0)[:, None]
     expected = noise.to(torch.float16).view(2, 2, 64)

@@ -315,7 +315,7 @@ def test_tokens_that_trl_appends_to_packed_documents_are_padding(
         pad_token_id=2, padding_free=True, pad_to_multiple_of=multiple
     )
     ids = [[*range(3, 3 + n - 1), 2] for n in lengths]  # the end of a turn is the padding
-    batch = collate([{"input_ids": each} for each in ids])
+    batch = collate([{"input_ids": tokens} for tokens in ids])
     del batch["labels"]
     number, total = len(lengths), batch["input_ids"].numel()
     assert total == sum(lengths) or (multiple and total % multiple == 0)
@@ -327,7 +327,7 @@ def test_tokens_that_trl_appends_to_packed_documents_are_padding(
             _, counted = noise.take_noise_norms()
         changed = (found != clean).any(-1)[0].tolist()
         # A last document of the padding token alone cannot be told from padding.
-        alone = [i for i, each in enumerate(ids) if each == [2]]
+        alone = [i for i, tokens in enumerate(ids) if tokens == [2]]
         assert int(counted) == number - (number - 1 in alone)
         assert changed[: sum(lengths)] == [True] * (sum(lengths) - (number - 1 in alone)) + [
             False

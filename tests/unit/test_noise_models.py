@@ -147,7 +147,7 @@ def test_a_norm_behind_the_embedding_takes_the_noise_for_a_part_of_it() -> None:
         assert_equal(model, loss_of(model, input_ids=IDS), expected)
 
 
-def test_an_embedding_resized_before_and_after() -> None:
+def test_resized_embedding_keeps_its_noise() -> None:
     """transformers resizes the embedding in place: the noise stays on."""
     for before in (True, False):
         model = make()
@@ -185,7 +185,7 @@ def adapted(model: Any, name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_lora(name: str) -> None:
+def test_lora_trains_under_the_same_noise(name: str) -> None:
     """The noise goes on what the embedding gives with its adapter; the base stays frozen."""
     model = adapted(make(), name)
     expected = by_hand(model, law(32))
@@ -195,7 +195,7 @@ def test_lora(name: str) -> None:
         assert noise.num_fired == 1
 
 
-def test_adapters_put_on_afterwards() -> None:
+def test_adapters_put_on_afterwards_leave_the_noise_or_are_refused() -> None:
     """On the layers: the same noise. Around the embedding: the noise stays behind the base's
     lookup, which a second one may not join. On a copy of the embedding: it is told."""
     model = make()
@@ -220,7 +220,7 @@ def test_adapters_put_on_afterwards() -> None:
             loss_of(wrapped, input_ids=IDS)
 
 
-def test_a_vision_language_models_text_embedding() -> None:
+def test_image_features_stay_clean_and_count_as_tokens() -> None:
     """L counts the image's placeholders too, as tokens of the document; the image's own features
     take their places after the noise, and stay clean."""
     torch.manual_seed(0)
@@ -267,7 +267,7 @@ def alone() -> Iterator[None]:
 @pytest.mark.parametrize("first", ["attach", "wrap"])
 @pytest.mark.parametrize("wrapper", ["ddp", "compile"])
 @pytest.mark.usefixtures("alone")
-def test_wrapped(wrapper: str, first: str) -> None:
+def test_wrapped_model_gets_the_noise_once(wrapper: str, first: str) -> None:
     """Attached to the wrapper or to what it wraps, before or after; not to both."""
     model = make()
     expected = by_hand(model, law(32))
@@ -286,14 +286,14 @@ def test_wrapped(wrapper: str, first: str) -> None:
     with noise:
         assert_equal(model, loss_of(wrapped, input_ids=IDS), expected)
         assert noise.num_fired == 1
-        for each in (model, wrapped):
+        for target in (model, wrapped):
             with pytest.raises(ValueError, match="attached to this model already"):
-                NEFTune(ALPHA).attach(each)
+                NEFTune(ALPHA).attach(target)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointed_layers(use_reentrant: bool) -> None:
+def test_checkpointed_layers_leave_the_embedding_and_its_noise_alone(use_reentrant: bool) -> None:
     """The layers are computed again, the embedding is not."""
     model, calls = make(), []
     expected = by_hand(model, law(32))

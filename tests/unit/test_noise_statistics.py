@@ -32,7 +32,7 @@ def noise(rank: int, step: int, micro_step: int) -> Tensor:
     return x
 
 
-def test_millions_of_draws() -> None:
+def test_millions_of_draws_are_uniform_and_uncorrelated() -> None:
     counts = torch.zeros(BINS, dtype=torch.int64)
     total = squares = 0.0
     products = dict.fromkeys(["token", "channel", "rank", "step", "micro-step"], 0.0)

@@ -47,7 +47,7 @@ def test_the_rate_never_rises_after_the_warm_up(schedule: str, warmup: int, fina
     assert min(rates) > 0  # no step is taken for nothing
 
 
-def test_end_points() -> None:
+def test_schedules_end_at_their_final_fraction() -> None:
     for schedule in ("cosine", "linear"):
         settings = config(schedule=schedule, warmup_steps=5, final_fraction=0.1)
         assert learning_rate(settings, 5, 25) == 2.0
@@ -74,7 +74,7 @@ def test_cosine_and_linear_are_those_of_transformers() -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_odd_lengths(schedule: str) -> None:
+def test_runs_shorter_than_their_warm_up_have_a_rate(schedule: str) -> None:
     assert learning_rate(config(schedule=schedule), 0, 1) == 2.0
     # A warm-up as long as the run, and longer.
     for warmup in (3, 9):

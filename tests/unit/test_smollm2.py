@@ -22,7 +22,7 @@ def folder() -> Path:
     return target
 
 
-def test_the_tokenizer(folder: Path) -> None:
+def test_converted_tokenizer_splits_digits_and_pads_by_its_end(folder: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     # Only digits split off one by one leave two blanks together.
     assert tokenizer.tokenize("two  12") == ["two", "ĠĠ", "1", "2"]
@@ -35,7 +35,7 @@ def test_the_tokenizer(folder: Path) -> None:
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n")
 
 
-def test_the_model(folder: Path) -> None:
+def test_converted_model_answers(folder: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -88,7 +88,7 @@ def test_no_two_processes_hold_a_lock_at_once(tmp_path: Path) -> None:
     )
     (tmp_path / "number").write_text("0")
     processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(3)]
-    assert [each.wait(DEADLINE_SECONDS) for each in processes] == [0, 0, 0]
+    assert [process.wait(DEADLINE_SECONDS) for process in processes] == [0, 0, 0]
     assert (tmp_path / "number").read_text() == "600"
 
 

@@ -29,7 +29,7 @@ def publish(run_dir: Path, step: int, settings: CheckpointConfig) -> Path:
 
 
 def steps(run_dir: Path) -> list[int]:
-    return [each.step for each in store.find_all(run_dir)]
+    return [checkpoint.step for checkpoint in store.find_all(run_dir)]
 
 
 @pytest.mark.parametrize(
@@ -50,9 +50,9 @@ def test_prune_keeps_by_count_and_interval(
     for step in range(1, 6):
         publish(tmp_path, step, CheckpointConfig(keep=keep, keep_every_steps=keep_every_steps))
     assert steps(tmp_path) == kept
-    for each in store.find_all(tmp_path):
-        assert each.first_flaw() is None
-        assert each.trainer_state() == {"step": each.step}
+    for checkpoint in store.find_all(tmp_path):
+        assert checkpoint.first_flaw() is None
+        assert checkpoint.trainer_state() == {"step": checkpoint.step}
     left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert left == {"latest", *(f"step_{step:08d}" for step in kept)}
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000005\n"

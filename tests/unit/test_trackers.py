@@ -68,7 +68,7 @@ def settings(**words: Any) -> LoggingConfig:
     return LoggingConfig(tensorboard=False, **words)
 
 
-def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_run_goes_on_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A resumed run goes on under the same identity, and counts its own steps."""
     wandb = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -76,14 +76,14 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         trackers = Trackers(tmp_path, settings(wandb=True, name="mine"), FACTS, first_step)
         trackers.record("train", RECORD)
         trackers.close(failed=first_step == 0)
-    assert [each["id"] for each in wandb.begun] == [None, "abc"]
+    assert [run["id"] for run in wandb.begun] == [None, "abc"]
     assert wandb.begun[0]["config"] == FACTS
     assert (wandb.begun[0]["project"], wandb.begun[0]["name"]) == ("neftune_dist", "mine")
     assert wandb.logged == [{"train/loss": 1.5, "train/num_tokens": 7.0, "step": 4}] * 2
     assert wandb.ended == [1, 0]
 
 
-def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_run_goes_on_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = Mlflow()
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
     run = tmp_path / "run"
@@ -115,7 +115,7 @@ def test_failing_tracker_is_dropped_with_a_warning(
     for step in (3, 4, 5):
         trackers.record("train", {**RECORD, "step": step})
     trackers.close()
-    assert [each["step"] for each in wandb.logged] == [3]
+    assert [row["step"] for row in wandb.logged] == [3]
     assert capsys.readouterr().err == ("warning: wandb has failed and gets no more numbers: gone\n")
 
 
