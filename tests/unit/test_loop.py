@@ -41,6 +41,7 @@ class Parts:
     events: list[str] = field(default_factory=list)
     records: list[dict[str, Any]] = field(default_factory=list)
     backwards: list[tuple[float, bool]] = field(default_factory=list)
+    gradients: list[float] = field(default_factory=list)  # of the loss sums that `forward` gave
     draws: list[int] = field(default_factory=list)
     alphas: list[float] = field(default_factory=list)
     signs: list[int] = field(default_factory=list)
@@ -60,7 +61,13 @@ class Parts:
         self.draws.append(int(torch.randint(1 << 62, ())))
         loss = self.losses[min(self.num_forwards, len(self.losses) - 1)]
         self.num_forwards += 1
-        return torch.tensor(loss, requires_grad=True)
+        self.loss_sum = torch.tensor(loss, requires_grad=True)
+        return self.loss_sum
+
+    def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
+        self.backwards.append((float(loss.detach()), last_micro_batch))
+        (gradient,) = torch.autograd.grad(loss, self.loss_sum)
+        self.gradients.append(float(gradient))
 
     def step(self, rate: float) -> float:
         self.note("update")
@@ -134,7 +141,7 @@ def make_trainer(parts: Parts, *words: str, step: int = 0, due: bool = False) ->
     config = load_config(None, [*needed, *words])
     engine = SimpleNamespace(
         forward=parts.forward,
-        backward=lambda loss, last: parts.backwards.append((float(loss.detach()), last)),
+        backward=parts.backward,
         step=parts.step,
     )
     sampler = SimpleNamespace(
@@ -202,7 +209,7 @@ def test_evaluates_then_saves_when_due(words: list[str], expected: str) -> None:
 def numbered(events: list[str]) -> str:
     """The events in one line, updates as numbers."""
     count = iter(range(1, len(events) + 1))
-    words = (str(next(count)) if each == "update" else each.replace(" ", "-") for each in events)
+    words = (str(next(count)) if event == "update" else event.replace(" ", "-") for event in events)
     return " ".join(words)
 
 
@@ -304,7 +311,7 @@ def test_non_finite_loss_poisons_the_gradient(losses: list[float]) -> None:
     """An infinite loss may have a finite gradient, and the gradient alone decides."""
     parts = Parts(losses=losses)
     make_trainer(parts, "checkpoint.every_steps=0", step=5).run()
-    assert [math.isfinite(share) for share, _ in parts.backwards] == [
+    assert [math.isfinite(gradient) for gradient in parts.gradients] == [
         math.isfinite(loss) for loss in (losses * 2)[:2]
     ]
 
