@@ -1,4 +1,4 @@
-"""What the unit tests share: tokenizers, real data, and no way to the hub."""
+"""What the unit tests share: tokenizers, rows, a process for Triton, signals left as they were."""
 
 from __future__ import annotations
 
@@ -12,15 +12,12 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when a hub client is imported
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
 import pytest
 from transformers import AutoTokenizer
 
 from neftune_dist.config import DataConfig
 from neftune_dist.model import pickles
-from tests.support import tiny_model
+from tests.support import made_data, tiny_model
 from tests.support.interpreter import interpreting_process
 
 ROOT = Path(__file__).parents[2]
@@ -58,28 +55,57 @@ def no_launcher_variables_left() -> Iterator[None]:
             os.environ[name] = value
 
 
+@pytest.fixture(scope="session", params=["made", "real"])
+def origin(request: pytest.FixtureRequest) -> str:
+    """Where the rows and the Llama-2 tokenizer of a test come from: tests/support/made_data.py, or
+    the files of others that are not in this repository."""
+    if request.param == "real":
+        shared("data")
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
-def alpaca() -> Path:
+def made_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("made_data")
+
+
+@pytest.fixture(scope="session")
+def real_alpaca() -> Path:
     """15,130 rows of Alpaca, of which 9 have an empty output."""
     return shared("data/train/alpaca_union.json.gz")
 
 
 @pytest.fixture(scope="session")
-def dolly() -> Path:
-    """2,996 rows of Dolly."""
-    return shared("data/train/dolly_3k.json.gz")
+def alpaca(origin: str, made_folder: Path, request: pytest.FixtureRequest) -> Path:
+    """Rows in Alpaca's layout, a few with an empty output."""
+    if origin == "real":
+        path: Path = request.getfixturevalue("real_alpaca")
+        return path
+    return made_data.write_gzip(made_folder / "alpaca.json.gz", made_data.alpaca_rows())
 
 
 @pytest.fixture(scope="session")
-def fastchat() -> Path:
-    """500 conversations of several turns, in ShareGPT's layout."""
-    return shared("data/train/fastchat_dummy_conversation.json.gz")
+def dolly(origin: str, made_folder: Path) -> Path:
+    """Rows in Dolly's layout; of the real file 2,996."""
+    if origin == "real":
+        return shared("data/train/dolly_3k.json.gz")
+    return made_data.write_gzip(made_folder / "dolly.json.gz", made_data.dolly_rows())
 
 
 @pytest.fixture(scope="session")
-def toolcalls() -> Path:
-    """300 conversations with tools, in ShareGPT's layout."""
-    return shared("data/train/llamafactory_glaive_toolcall.json.gz")
+def fastchat(origin: str, made_folder: Path) -> Path:
+    """Conversations of several turns, in ShareGPT's layout; in the real file 500."""
+    if origin == "real":
+        return shared("data/train/fastchat_dummy_conversation.json.gz")
+    return made_data.write_gzip(made_folder / "talks.json.gz", made_data.conversations())
+
+
+@pytest.fixture(scope="session")
+def toolcalls(origin: str, made_folder: Path) -> Path:
+    """Conversations with tools, in ShareGPT's layout; in the real file 300."""
+    if origin == "real":
+        return shared("data/train/llamafactory_glaive_toolcall.json.gz")
+    return made_data.write_gzip(made_folder / "tools.json.gz", made_data.tool_conversations())
 
 
 @pytest.fixture(scope="session")
@@ -108,9 +134,13 @@ def smollm2(smollm2_folder: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def llama2() -> Any:
-    """The Llama-2 tokenizer: sentencepiece's spaces, a beginning token, no chat template."""
-    return AutoTokenizer.from_pretrained(shared("tokenizers/llama2-32k"))
+def llama2(origin: str, made_folder: Path) -> Any:
+    """The Llama-2 tokenizer, or a small one of its kind: sentencepiece's spaces, a beginning token,
+    no chat template."""
+    if origin == "real":
+        return AutoTokenizer.from_pretrained(shared("tokenizers/llama2-32k"))
+    made_data.sentencepiece_tokenizer(made_folder / "sentencepiece")
+    return AutoTokenizer.from_pretrained(made_folder / "sentencepiece")
 
 
 @pytest.fixture(scope="session")

@@ -623,9 +623,9 @@ def test_memory_does_not_grow_with_the_rows(
 # Real data, and the command line.
 
 
-def test_alpaca_in_seconds(alpaca: Path, smollm2: Any, tmp_path: Path) -> None:
+def test_alpaca_in_seconds(real_alpaca: Path, smollm2: Any, tmp_path: Path) -> None:
     started = time.process_time()
-    made = prepare(DataConfig(source=str(alpaca), cache_dir=str(tmp_path)), smollm2)
+    made = prepare(DataConfig(source=str(real_alpaca), cache_dir=str(tmp_path)), smollm2)
     seconds = time.process_time() - started
     report = made.report
     assert report.num_rows == 15_130 and report.num_bad_rows == 9

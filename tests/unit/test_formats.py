@@ -16,6 +16,7 @@ from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.errors import BadRow
 from neftune_dist.data.formats import detect_format, to_conversation
 from neftune_dist.data.sources import open_source
+from tests.support import made_data
 from tests.unit.conftest import shared
 
 ASKED = (Turn("user", "a"), Turn("assistant", "b"))
@@ -259,7 +260,7 @@ def test_the_same_out_of_a_table(name: str, tmp_path: Path) -> None:
     assert [turn.role for turn in made.turns] == [turn.role for turn in expected.turns]
 
 
-# Real files.
+# Files of every kind, read whole.
 
 FILES = {
     "alpaca_union.json.gz": ("alpaca", 15_130, 9),
@@ -272,8 +273,21 @@ FILES = {
 
 @pytest.mark.parametrize("name", FILES)
 def test_real_files_read_whole(name: str) -> None:
-    format_name, num_rows, num_bad = FILES[name]
-    path = shared(f"data/train/{name}")
+    check_read_whole(shared(f"data/train/{name}"), *FILES[name])
+
+
+def test_made_files_read_whole(tmp_path: Path) -> None:
+    for format_name, rows, num_bad in (
+        ("alpaca", made_data.alpaca_rows(), 4),
+        ("alpaca", made_data.dolly_rows(), 0),
+        ("sharegpt", made_data.conversations(), 0),
+        ("sharegpt", made_data.tool_conversations(), 0),
+    ):
+        path = made_data.write_gzip(tmp_path / "rows.json.gz", rows)
+        check_read_whole(path, format_name, len(rows), num_bad)
+
+
+def check_read_whole(path: Path, format_name: str, num_rows: int, num_bad: int) -> None:
     raw = json.loads(gzip.decompress(path.read_bytes()))
     bad = []
     for original, (place, row) in zip(raw, open_source(SourceConfig(str(path))).rows, strict=True):

@@ -279,9 +279,9 @@ def test_rounds_even_each_other_out(alpaca_lengths: np.ndarray) -> None:
 
 
 @pytest.fixture(scope="module")
-def alpaca_lengths(alpaca: Path, smollm2: object) -> np.ndarray:
+def alpaca_lengths(real_alpaca: Path, smollm2: object) -> np.ndarray:
     """Tokens of the documents of the real Alpaca subset, at most 512."""
-    rows = json.loads(gzip.decompress(alpaca.read_bytes()))[:4000]
+    rows = json.loads(gzip.decompress(real_alpaca.read_bytes()))[:4000]
     texts = [row["instruction"] + row["input"] + row["output"] for row in rows]
     # 30: the turns' marks and the system prompt of the chat template.
     lengths = [len(ids) + 30 for ids in smollm2(texts)["input_ids"]]  # type: ignore[operator]
