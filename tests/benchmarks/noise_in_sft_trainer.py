@@ -15,9 +15,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import os
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -29,9 +27,8 @@ from torch import Tensor
 
 from neftune_dist.noise.callback import NEFTuneCallback
 from tests.support.noise_probe import Forward, Recorder
+from tests.support.shared_data import SHARED
 
-ROOT = Path(__file__).parents[2]
-SHARED = Path(os.environ.get("NEFTUNE_DIST_TEST_DATA", ROOT.parent / "shared"))
 ROWS, TOKENIZER = SHARED / "data/train/alpaca_union.json.gz", SHARED / "tokenizers/llama2-32k"
 ALPHA, NUM_ROWS, MAX_LENGTH, HIDDEN, VOCAB = 5.0, 400, 1024, 128, 1024
 LAW = ALPHA / math.sqrt(3)

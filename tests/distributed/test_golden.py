@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.support import golden_model, tiny_model
+from tests.support.shared_data import shared
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -19,7 +20,6 @@ ENGINES = {
     "fsdp2": ("engine.name=fsdp2",),
     "zero3": ("engine.name=deepspeed", "engine.zero_stage=3"),
 }
-DATA = Path(os.environ.get("NEFTUNE_DIST_TEST_DATA", ROOT.parent / "shared")) / "data" / "train"
 SMOLLM2 = (
     Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     / "neftune_dist"
@@ -63,18 +63,15 @@ def test_tiny_run_is_the_recorded_one(engine: str, tmp_path: Path) -> None:
     assert_recorded(records, recorded("tiny_builtin", engine))
 
 
-@pytest.mark.skipif(
-    not (DATA / "alpaca_union.json.gz").exists(),
-    reason="needs alpaca_union.json.gz in NEFTUNE_DIST_TEST_DATA",
-)
 def test_run_of_a_real_model_on_real_rows_begins_as_recorded(tmp_path: Path) -> None:
+    rows = shared("data/train/alpaca_union.json.gz")
     subprocess.run([sys.executable, ROOT / "launcher" / "smollm2.py", SMOLLM2], check=True)
     num_steps = 3  # within the warm-up, whose learning rates do not depend on the run's length
     records = tiny_model.train(
         GOLDEN / "alpaca_smollm2" / "config.yaml",
         tmp_path / "run",
         f"model.name_or_path={SMOLLM2}",
-        f"data.source={DATA / 'alpaca_union.json.gz'}",
+        f"data.source={rows}",
         f"train.max_steps={num_steps}",
         "evaluate.max_documents=1",
         ranks=2,

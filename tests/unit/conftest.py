@@ -19,17 +19,10 @@ from neftune_dist.config import DataConfig
 from neftune_dist.model import pickles
 from tests.support import made_data, tiny_model
 from tests.support.interpreter import interpreting_process
+from tests.support.shared_data import shared
 
 ROOT = Path(__file__).parents[2]
-SHARED = Path(os.environ.get("NEFTUNE_DIST_TEST_DATA", ROOT.parent / "shared"))
 SMOLLM2 = Path.home() / ".cache" / "neftune_dist" / "smollm2-135m-instruct"
-
-
-def shared(name: str) -> Path:
-    path = SHARED / name
-    if not path.exists():
-        pytest.skip(f"{path} is missing (set NEFTUNE_DIST_TEST_DATA)")
-    return path
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from neftune_dist.evaluation.answers import Generated, answer_all, generate
 from neftune_dist.evaluation.instructions import Instruction, read_instructions
 from neftune_dist.evaluation.target import EvaluationTarget, open_target
 from tests.support import tiny_model
-from tests.unit.conftest import shared
+from tests.support.shared_data import shared
 
 WORDS = [
     "model.dtype=fp32",

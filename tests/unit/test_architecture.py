@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "neftune_dist"
@@ -287,3 +288,15 @@ def test_loop_fits_a_page() -> None:
     methods = {m.name: m for m in trainer.body if isinstance(m, ast.FunctionDef)}
     loop = ("run", "train_step", "accumulate_gradients")
     assert sum(num_lines(methods[name]) for name in loop) <= 100
+
+
+def test_no_test_imports_another() -> None:
+    """What several need lies in `tests/support/` or in a fixture."""
+    tests = PACKAGE.parent / "tests"
+    found = [
+        f"{path.relative_to(tests)}: {imported}"
+        for path in tests.rglob("*.py")
+        for imported, _ in imports(path)
+        if re.match(r"tests\.\w+\.(test_|conftest)", imported)
+    ]
+    assert not found

@@ -18,8 +18,7 @@ from neftune_dist.data.dataset import prepare
 from neftune_dist.data.errors import BadRow
 from neftune_dist.data.formats import detect_format, to_conversation
 from neftune_dist.data.sources import open_source
-from tests.unit.test_formats import said, turns
-from tests.unit.test_sources import ROWS, array, lines, parquet, read, table, zstd
+from tests.support.row_files import ROWS, array, lines, parquet, read, said, table, turns, zstd
 
 GOOD = {"instruction": "Say hello.", "output": "Hello."}
 

@@ -17,7 +17,7 @@ from neftune_dist.data.errors import BadRow
 from neftune_dist.data.formats import to_conversation
 from neftune_dist.data.spans import SPEAKERS
 from tests.support.chat_families import ANSWERS, FAMILIES, QUESTIONS, SYSTEM, ChatFamily
-from tests.unit.test_tokenize import (
+from tests.support.documents import (
     ASK,
     conversation,
     decode,

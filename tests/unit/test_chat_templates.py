@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.tokenize import ConversationTokenizer
-from tests.unit.test_tokenize import conversation, document, make
+from tests.support.documents import conversation, document, make
 
 SYSTEM = 'You answer in "one" sentence.\nNever {{ lie }} 🙂.'
 # One exchange, one of several, contents with white space around them.

@@ -17,7 +17,8 @@ from neftune_dist.data.errors import BadRow
 from neftune_dist.data.formats import detect_format, to_conversation
 from neftune_dist.data.sources import open_source
 from tests.support import made_data
-from tests.unit.conftest import shared
+from tests.support.row_files import said, turns
+from tests.support.shared_data import shared
 
 ASKED = (Turn("user", "a"), Turn("assistant", "b"))
 SYSTEM = Turn("system", "s")
@@ -27,14 +28,6 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
 
 def dumped(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-def said(*pairs: tuple[Any, Any], **more: Any) -> dict[str, Any]:
-    return {"conversations": [{"from": who, "value": what} for who, what in pairs], **more}
-
-
-def turns(*pairs: tuple[Any, Any], field: str = "messages", **more: Any) -> dict[str, Any]:
-    return {field: [{"role": role, "content": content} for role, content in pairs], **more}
 
 
 CASES: dict[str, tuple[str, dict[str, Any], Conversation]] = {

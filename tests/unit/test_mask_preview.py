@@ -15,7 +15,7 @@ from neftune_dist.data.dataset import prepare
 from neftune_dist.data.mask_preview import preview
 from tests.support.chat_families import FAMILIES, SYSTEM
 from tests.support.corpora import numbered, texts
-from tests.unit.test_tokenize import with_template
+from tests.support.documents import with_template
 
 ENDLESS = "{% for m in messages %}{{ m.content }} {% endfor %}"
 BROKEN = {"instruction": "Nothing is said.", "output": ""}

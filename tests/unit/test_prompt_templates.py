@@ -14,7 +14,7 @@ from neftune_dist.config import UserError, load_config
 from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.errors import BadRow
 from neftune_dist.data.spans import SPEAKERS
-from tests.unit.test_tokenize import conversation, decode, document, learned, make
+from tests.support.documents import conversation, decode, document, learned, make
 
 SYSTEM = "You answer in one sentence.\nNever lie."
 VICUNA = (

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
-import io
 import json
 import tracemalloc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,47 +17,14 @@ import pytest
 
 from neftune_dist.config import SourceConfig, UserError
 from neftune_dist.data import builtin
-from neftune_dist.data.errors import BadRow
 from neftune_dist.data.sources import open_source
-
-ROWS: list[dict[str, Any]] = [
-    {"instruction": "Say hello.", "input": "", "output": "Hello."},
-    {"instruction": "Übersetze 漢字 😀", "input": "a\u2028b\tc", "output": "two\nlines\n"},
-    {"instruction": 'q"uo,te', "input": " x ", "output": "y\r\nz"},
-]
-
-
-def lines(rows: list[Any]) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def array(rows: list[Any]) -> bytes:
-    return json.dumps(rows).encode()
-
-
-def zstd(content: bytes) -> bytes:
-    sink = pyarrow.BufferOutputStream()
-    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
-        stream.write(content)
-    return bytes(sink.getvalue().to_pybytes())
-
-
-def parquet(path: Path, rows: list[Any]) -> None:
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2)
+from tests.support.row_files import ROWS, array, lines, parquet, read, table, zstd
 
 
 def arrow(path: Path, rows: list[Any], new: Callable[..., Any]) -> None:
     table = pyarrow.Table.from_pylist(rows)
     with new(str(path), table.schema) as writer:
         writer.write_table(table, max_chunksize=2)
-
-
-def table(rows: list[Any], delimiter: str, end: str = "\r\n") -> bytes:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), delimiter=delimiter, lineterminator=end)
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
 
 
 WRITERS: dict[str, Callable[[Path], Any]] = {
@@ -100,10 +65,6 @@ TABLES = {
     "a.tsv.zst": zstd(table(ROWS, "\t")),
     "blank.csv": table(ROWS, ",") + b"\r\n\r\n",
 }
-
-
-def read(path: Path | str) -> list[tuple[str, Mapping[str, Any] | BadRow]]:
-    return list(open_source(SourceConfig(str(path))).rows)
 
 
 def numbered(rows: list[Any], file: str = "") -> list[tuple[str, Any]]:

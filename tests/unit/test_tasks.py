@@ -25,7 +25,7 @@ from neftune_dist.distributed.world import World
 from neftune_dist.evaluation import lm_eval_adapter
 from neftune_dist.evaluation.tasks import TaskResult, run_tasks
 from tests.support import tiny_model
-from tests.unit.conftest import shared
+from tests.support.shared_data import shared
 
 DEADLINE_SECONDS = 120
 Samples = dict[str, list[dict[str, Any]]]

@@ -14,12 +14,21 @@ import pytest
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
-from neftune_dist.config import DataConfig, UserError
+from neftune_dist.config import UserError
 from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.errors import BadRow
 from neftune_dist.data.formats import detect_format, to_conversation
 from neftune_dist.data.spans import Chunk, Rendered, Span
-from neftune_dist.data.tokenize import ConversationTokenizer, Document, _masks
+from neftune_dist.data.tokenize import ConversationTokenizer, _masks
+from tests.support.documents import (
+    ASK,
+    conversation,
+    decode,
+    document,
+    learned,
+    make,
+    with_template,
+)
 
 END = "<|im_end|>"  # of SmolLM2
 LLAMA2_CHAT = (
@@ -29,50 +38,12 @@ LLAMA2_CHAT = (
 TURNS = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
 )
-ASK = "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-
-
-def conversation(*turns: str, system: str = "") -> Conversation:
-    """Turns of user and assistant by turns."""
-    roles = ["user", "assistant"] * len(turns)
-    pairs = tuple(Turn(*pair) for pair in zip(roles, turns, strict=False))
-    return Conversation((Turn("system", system), *pairs) if system else pairs)
 
 
 def rows(path: Path, number: int) -> list[Conversation]:
     loaded = json.loads(gzip.decompress(path.read_bytes()))
     kept = [row for row in loaded if row["output"].strip()][:number]
     return [to_conversation(row, detect_format(row)) for row in kept]
-
-
-def with_template(tokenizer: Any, chat_template: str) -> Any:
-    other = copy.deepcopy(tokenizer)
-    other.chat_template = chat_template
-    return other
-
-
-def make(tokenizer: Any, **data: Any) -> ConversationTokenizer:
-    return ConversationTokenizer(tokenizer, DataConfig(**data))
-
-
-def document(template: ConversationTokenizer, spoken: Conversation) -> Document:
-    return template.encode([template.render(spoken)])[0]
-
-
-def decode(tokenizer: Any, ids: np.ndarray) -> str:
-    return str(tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))
-
-
-def learned(tokenizer: Any, made: Document) -> list[str]:
-    """The text of each run of learned tokens: what it adds to the decoded text in front of it, so
-    that a decoder which drops the first space of a text drops none of it."""
-    edges = np.flatnonzero(np.diff(made.supervised.astype(np.int8), prepend=0, append=0))
-    texts = []
-    for start, stop in edges.reshape(-1, 2):
-        before, through = (decode(tokenizer, made.input_ids[:n]) for n in (start, stop))
-        assert through.startswith(before)
-        texts.append(through[len(before) :])
-    return texts
 
 
 # The mask says what the assistant said, and that it stopped.
