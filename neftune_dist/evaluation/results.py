@@ -23,8 +23,8 @@ from typing import Any
 
 from neftune_dist.config import Nullable, UserError, read_json, with_checksum
 from neftune_dist.distributed.world import World
+from neftune_dist.evaluation import text_statistics
 from neftune_dist.evaluation.target import EvaluationTarget
-from neftune_dist.evaluation.text_statistics import LABELS
 from neftune_dist.system import storage
 
 # What an evaluation writes, by pattern.
@@ -32,6 +32,15 @@ _OURS = (
     *("summary.json", "items.json", "answers.json", "answers.jsonl", "answers[0-9]*.jsonl"),
     *("judgements.jsonl", "requests.jsonl", "alpaca_eval.json", "annotations_cache.json"),
 )
+LABELS = {  # of figures in summary.json, in tables and logs
+    **text_statistics.LABELS,
+    "held_out_loss": "held-out loss",
+    "num_documents": "held-out documents",
+    "num_supervised_tokens": "their supervised tokens",
+    "num_train_documents": "training documents",
+    "train_loss": "training loss, noise off",
+    "train_loss_noisy": "training loss, noise on",
+}
 PARTS = ("losses", "answers", "tasks", "judge")
 _FIX = "choose another --output, or remove that directory to start again"
 _LOSSES = {

@@ -17,6 +17,7 @@ these very runs, and `Difference.over` says so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -27,11 +28,12 @@ from neftune_dist.evaluation.intervals import LEVEL, student
 FEWEST_SEEDS = 3  # for an interval over seeds
 FEWEST_ITEMS = 8  # for an interval over items
 HELD_OUT, TRAIN = "held_out_loss", "train_loss"
+_NO_ITEMS = np.empty(0)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference in one measure between one alpha and the base; of a win rate, from one half.
+    """Difference of a measure between an alpha and the base; of a win rate, from one half.
 
     Attributes:
         measure: a name that `measures.measure` knows.
@@ -39,9 +41,9 @@ class Difference:
         base: mean over the seeds at the base.
         value: mean over the seeds at `alpha`.
         by_seed: the paired difference at each seed.
-        low: lower end of the 95 % interval of the mean difference; None without an interval.
+        low: lower end of the 95 % interval of the mean difference; NaN without an interval.
         high: its upper end.
-        p: two-sided p-value of no difference.
+        p: two-sided p-value of no difference; NaN without an interval.
         over: what the interval covers: "seeds and items", "seeds", "items", or "" without one.
         num_items: how many different items were compared; 0 for a value of the whole run.
         p_holm: `p` corrected for the number of comparisons.
@@ -52,12 +54,12 @@ class Difference:
     base: float
     value: float
     by_seed: tuple[float, ...]
-    low: float | None
-    high: float | None
-    p: float | None
+    low: float
+    high: float
+    p: float
     over: str
     num_items: int
-    p_holm: float | None = None
+    p_holm: float = math.nan
 
     @property
     def mean(self) -> float:
@@ -67,12 +69,12 @@ class Difference:
     @property
     def excludes_0(self) -> bool:
         """Whether there is an interval and it excludes 0."""
-        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+        return self.low > 0 or self.high < 0
 
     @property
     def is_significant(self) -> bool:
         """Whether the interval excludes 0 and Holm's p-value is below 0.05."""
-        return self.excludes_0 and self.p_holm is not None and self.p_holm < LEVEL
+        return self.excludes_0 and self.p_holm < LEVEL
 
 
 def paired(
@@ -97,52 +99,42 @@ def paired(
         return None
     values, base = np.where(known, values, 0.0), np.where(known, base, 0.0)
     shares = weights / weights.sum(axis=1, keepdims=True)
-    by_seed = ((values - base) * shares).sum(axis=1)
+    means, base_means = (values * shares).sum(axis=1), (base * shares).sum(axis=1)
+    by_seed = means - base_means
     influences = (shares * (values - base - by_seed[:, None])).mean(axis=0)
     if measure in (HELD_OUT, TRAIN):
         columns = np.concatenate([values, base, weights])
         _, document = np.unique(columns, axis=1, return_inverse=True)
         influences = np.bincount(document.ravel(), influences)
         known = np.bincount(document.ravel(), known.any(axis=0))[None] > 0
-    influences = influences[known.any(axis=0)]
-    return difference(
-        measure,
-        alpha,
-        base=float((base * shares).sum(axis=1).mean()),
-        value=float((values * shares).sum(axis=1).mean()),
-        by_seed=by_seed,
-        influences=influences,
-    )
+    return difference(measure, alpha, means, base_means, influences[known.any(axis=0)])
 
 
 def difference(
     measure: str,
     alpha: float,
-    *,
-    base: float,
-    value: float,
-    by_seed: np.ndarray,
-    influences: np.ndarray | None,
+    values: np.ndarray,
+    base: np.ndarray,
+    influences: np.ndarray = _NO_ITEMS,
 ) -> Difference:
-    """Put an interval around the mean of `by_seed`.
+    """Put an interval around the mean difference over the seeds.
 
     Args:
         measure: its name.
-        alpha: compared with the base.
-        base: mean at the base.
-        value: mean at `alpha`.
-        by_seed: (num_seeds,), the paired difference at each seed.
-        influences: (num_items,), each item's share in the deviation of the mean; None where the
+        alpha: of `values`.
+        values: (num_seeds,), the measure at each seed.
+        base: the same at the base.
+        influences: (num_items,), each item's share in the deviation of the mean; empty where the
             measure has no items.
     """
+    by_seed, num_items = values - base, len(influences)
     sources = {}  # name: variance of the mean, degrees of freedom
     if len(by_seed) >= FEWEST_SEEDS:
         sources["seeds"] = by_seed.var(ddof=1) / len(by_seed), len(by_seed) - 1
-    num_items = 0 if influences is None else len(influences)
-    if influences is not None and num_items >= FEWEST_ITEMS:
+    if num_items >= FEWEST_ITEMS:
         variance = num_items / (num_items - 1) * (influences**2).sum()
         sources["items"] = variance, num_items - 1
-    low = high = p = None
+    low = high = p = math.nan
     mean = float(by_seed.mean())
     variance = float(sum(of for of, _ in sources.values()))
     if variance:
@@ -151,14 +143,23 @@ def difference(
         low, high = mean - factor * variance**0.5, mean + factor * variance**0.5
     elif sources:  # the same difference everywhere
         low, high, p = mean, mean, float(mean == 0)
-    seeds = tuple(float(d) for d in by_seed)
-    over = " and ".join(sources)
-    return Difference(measure, alpha, base, value, seeds, low, high, p, over, num_items)
+    return Difference(
+        measure,
+        alpha,
+        base=float(base.mean()),
+        value=float(values.mean()),
+        by_seed=tuple(by_seed.tolist()),
+        low=low,
+        high=high,
+        p=p,
+        over=" and ".join(sources),
+        num_items=num_items,
+    )
 
 
 def corrected(differences: Sequence[Difference]) -> list[Difference]:
     """All differences, with Holm's p-values (Scandinavian Journal of Statistics 1979)."""
-    known = sorted((d.p, i) for i, d in enumerate(differences) if d.p is not None)
+    known = sorted((d.p, i) for i, d in enumerate(differences) if not math.isnan(d.p))
     result, greatest = list(differences), 0.0
     for rank, (p, i) in enumerate(known):
         greatest = max(greatest, min(1.0, (len(known) - rank) * p))

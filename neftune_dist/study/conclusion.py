@@ -17,9 +17,9 @@ def conclusion(differences: Sequence[Difference], num_seeds: int) -> str:
         return "Only one alpha was studied: there is nothing to compare."
     parts = []
     if num_seeds < FEWEST_SEEDS:
-        seeds = "1 seed is" if num_seeds == 1 else f"{num_seeds} seeds are"
         parts.append(
-            f"**No effect of alpha is claimed: {seeds} too few to tell it from chance.** Intervals "
+            f"**No effect of alpha is claimed: {_seeds(num_seeds)} too few to tell it from "
+            "chance.** Intervals "
             "cover items alone (documents, instructions, task items): they hold for the models of "
             "these runs, not for other seeds."
         )
@@ -37,33 +37,26 @@ def conclusion(differences: Sequence[Difference], num_seeds: int) -> str:
 
 def sentence(difference: Difference) -> str:
     """One difference in words, with its interval; without a full stop."""
-    kind = measure(difference.measure)
-    if difference.low is None or difference.high is None:
-        number = len(difference.by_seed)
-        seeds = "1 seed is" if number == 1 else f"{number} seeds are"
+    kind, low, high = measure(difference.measure), difference.low, difference.high
+    if not difference.over:
+        seeds = _seeds(len(difference.by_seed))
         return f"no difference seen in {kind.label}: {seeds} too few to tell noise from effect"
-    bounds = f"{kind.shown(difference.low, True)} to {kind.shown(difference.high, True)}"
+    bounds = kind.shown_range(low, high)
     if not difference.excludes_0:
-        ruled_out = ""
-        if kind.group == "abilities" and difference.low < 0:
-            lost = kind.shown(-difference.low)
-            ruled_out = f", a loss of more than {lost}{kind.unit} is ruled out"
-        return f"no difference seen in {kind.label} ({bounds}{ruled_out})"
-    direction = kind.words[difference.mean > 0]
-    amount = f"{kind.shown(abs(difference.mean))}{kind.unit}"
-    text = f"{kind.label} {direction} by {amount} ({bounds})"
+        if kind.group == "abilities" and low < 0:
+            bounds += f", a loss of more than {kind.shown(-low)}{kind.unit} is ruled out"
+        return f"no difference seen in {kind.label} ({bounds})"
     if kind.group == "judged":
+        ends = kind.shown_range(difference.base + low, difference.base + high, sign=False)
         side = "above" if difference.mean > 0 else "below"
-        ends = (kind.shown(difference.base + end) for end in (difference.low, difference.high))
-        text = (
-            f"{kind.label} {kind.shown(difference.value)} % ({' to '.join(ends)}), {side} one half"
-        )
+        text = f"{kind.label} {kind.shown(difference.value)} % ({ends}), {side} one half"
+    else:
+        amount = f"{kind.shown(abs(difference.mean))}{kind.unit}"
+        text = f"{kind.label} {kind.words[difference.mean > 0]} by {amount} ({bounds})"
     if "seeds" not in difference.over:
         return f"{text} in these runs"
-    by_chance = (
-        "" if difference.is_significant else ", which may be chance among so many comparisons"
-    )
-    return text + by_chance
+    chance = ", which may be chance among so many comparisons"
+    return text if difference.is_significant else text + chance
 
 
 def warnings(differences: Sequence[Difference]) -> list[str]:
@@ -93,33 +86,33 @@ def _is_gain(difference: Difference) -> bool:
 
 
 def _verdict(differences: Sequence[Difference]) -> str:
-    """Of one alpha, in a sentence or two."""
+    """A sentence or two about one alpha."""
     few = not any("seeds" in d.over for d in differences)
-    claimed = [d for d in differences if (d.excludes_0 if few else d.is_significant)]
-    maybe = [d for d in differences if d.excludes_0 and d not in claimed]
-    if not claimed and not maybe:
+    seen = [d for d in differences if d.excludes_0]
+    if not seen:
         return "no difference seen."
-    kinds: dict[str, list[str]] = {"better": [], "worse": [], "different": []}
-    # A judge's liking is no gain where it is one for length.
-    lengthy = not any(_is_gain(e) for e in differences if e.measure == LENGTH_CONTROLLED)
+    claimed = [d for d in seen if few or d.is_significant]
+    labels: dict[str, list[str]] = {"better": [], "worse": [], "different": []}
+    # A judge's preference for length is no gain.
+    only_length = not any(_is_gain(d) for d in differences if d.measure == LENGTH_CONTROLLED)
     for d in claimed:
         kind = measure(d.measure)
-        worth = d.mean * kind.better * (not (d.measure == RAW and _is_gain(d) and lengthy))
-        word = "better" if worth > 0 else "worse" if worth < 0 else "different"
-        label = f"{kind.label} {kind.words[d.mean > 0]}" if not worth else kind.label
-        kinds[word].append(label)
-    parts = [f"{word}: {', '.join(labels)}" for word, labels in kinds.items() if labels]
+        better = 0 if d.measure == RAW and _is_gain(d) and only_length else kind.better
+        if better:
+            labels["better" if d.mean * better > 0 else "worse"].append(kind.label)
+        else:
+            labels["different"].append(f"{kind.label} {kind.words[d.mean > 0]}")
+    parts = [f"{word}: {', '.join(names)}" for word, names in labels.items() if names]
     parts = parts or ["no significant difference"]
-    if maybe:
-        parts.append(f"perhaps by chance: {', '.join(measure(e.measure).label for e in maybe)}")
-    rest = len(differences) - len(claimed) - len(maybe)
-    if rest:
+    if maybe := [measure(d.measure).label for d in seen if d not in claimed]:
+        parts.append(f"perhaps by chance: {', '.join(maybe)}")
+    if rest := len(differences) - len(seen):
         parts.append(f"no difference seen in the other {rest} of {len(differences)} measures")
     return f"{'in these runs alone, ' if few else ''}{'; '.join(parts)}."
 
 
 def _comparisons(differences: Sequence[Difference]) -> str:
-    known = [d for d in differences if d.p is not None]
+    known = [d for d in differences if d.over]
     outside = sum(d.excludes_0 for d in known)
     standing = sum(d.is_significant for d in known)
     by_chance = f"{LEVEL * len(known):.1f} of their 95 % intervals would exclude 0 by chance"
@@ -128,3 +121,7 @@ def _comparisons(differences: Sequence[Difference]) -> str:
         f"{outside} exclude 0, {standing} of them after Holm's correction for the number of "
         "comparisons."
     )
+
+
+def _seeds(number: int) -> str:
+    return "1 seed is" if number == 1 else f"{number} seeds are"

@@ -7,7 +7,6 @@ same settings. Imports no torch: a batch script gets a run's words from here.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -48,11 +47,11 @@ def noise_words(alpha: float) -> list[str]:
 def evaluation_words(config: Config) -> list[str]:
     """The words after `evaluate RUN_DIR`: the study's settings, even where the run was trained with
     others."""
-    words = []
-    for section in ("evaluate", "judge"):
-        for key, value in asdict(getattr(config, section)).items():
-            words.append(f"{section}.{key}={'null' if value is None else value}")
-    return words
+    return [
+        f"{section}.{key}={'null' if value is None else value}"
+        for section in ("evaluate", "judge")
+        for key, value in asdict(getattr(config, section)).items()
+    ]
 
 
 def evaluation_folder(run: Path, step: int) -> Path:
@@ -60,28 +59,21 @@ def evaluation_folder(run: Path, step: int) -> Path:
     return run / "evaluations" / f"step_{step:08d}"
 
 
-def perform(
-    config_path: str | os.PathLike[str],
-    settings: Sequence[str],
-    config: Config,
-    folder: Path,
-    alpha: float,
-    seed: int,
-    num_ranks: int,
-) -> tuple[int, str]:
+def perform(train: Sequence[str], evaluate: Sequence[str], num_ranks: int) -> tuple[int, str]:
     """Train and evaluate one run; finished parts are skipped.
+
+    Args:
+        train: words after `train`.
+        evaluate: words after `evaluate`.
+        num_ranks: processes of the run.
 
     Returns:
         Exit code (75: stopped), and the last line of standard error.
     """
     launcher = ["-m", "neftune_dist.cluster.launch.torchrun", f"--nproc_per_node={num_ranks}"]
     command = [sys.executable, *(launcher if num_ranks > 1 else []), "-m", "neftune_dist"]
-    words = run_words(settings, folder, alpha, seed)
-    code, last_line = execute([*command, "train", str(config_path), *words])
-    if code:
-        return code, last_line
-    place = run_dir(folder, alpha, seed)
-    return execute([*command, "evaluate", str(place), *evaluation_words(config)])
+    code, last_line = execute([*command, "train", *train])
+    return (code, last_line) if code else execute([*command, "evaluate", *evaluate])
 
 
 def execute(command: Sequence[str]) -> tuple[int, str]:

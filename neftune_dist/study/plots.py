@@ -6,7 +6,7 @@ A plot without data is left out.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from neftune_dist.evaluation.text_statistics import LABELS
+from neftune_dist.evaluation.results import LABELS
 from neftune_dist.study.compare import Difference
 from neftune_dist.study.grid import plain
 from neftune_dist.study.measures import measure
@@ -39,25 +39,27 @@ _STYLE = {
 }
 _PANELS_A_ROW = 3
 _SMOOTHED_SHARE = 50  # of the steps: a mean over each fiftieth of them
-_ANSWERS = [
+# Figures of an evaluation that are drawn; those of tasks all are.
+_DRAWN = (
+    *("train_loss", "train_loss_noisy", "held_out_loss"),
     *("characters", "tokens", "repetition_2_percent", "log_diversity", "self_bleu"),
     *("rouge_l", "bleu", "cut", "exact_match"),
-]
+)
 
 
 def plots(runs: Sequence[Run], differences: Sequence[Difference]) -> dict[str, bytes]:
-    """SVG by name: training_loss, held_out_loss, losses, answers, tasks, win_rates,
-    differences."""
+    """Draw the SVG plots that there is data for: training_loss, held_out_loss, losses, answers,
+    tasks, win_rates, differences."""
+    judged = [d for d in differences if measure(d.measure).group == "judged"]
+    others = [d for d in differences if d not in judged]
     made: dict[str, bytes] = {}
     with matplotlib.rc_context(_STYLE):
         for name, figure in (
             ("training_loss", _curves(runs, _training_curve, "loss, noise on")),
             ("held_out_loss", _curves(runs, _held_out_curve, "held-out loss, noise off")),
-            ("losses", _losses(runs)),
-            ("answers", _answers(runs)),
-            ("tasks", _tasks(runs)),
-            ("win_rates", _differences([d for d in differences if _is_judged(d)], rates=True)),
-            ("differences", _differences([d for d in differences if not _is_judged(d)])),
+            *((part, _panels(runs, part)) for part in ("losses", "answers", "tasks")),
+            ("win_rates", _differences(judged, rates=True)),
+            ("differences", _differences(others)),
         ):
             if figure is not None:
                 file = io.BytesIO()
@@ -67,7 +69,6 @@ def plots(runs: Sequence[Run], differences: Sequence[Difference]) -> dict[str, b
 
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
-Value = Callable[[Run], float | None]
 
 
 def _training_curve(run: Run) -> Curve:
@@ -79,13 +80,14 @@ def _training_curve(run: Run) -> Curve:
 
 
 def _held_out_curve(run: Run) -> Curve:
-    known = np.array([(step, loss) for step, loss in run.held_out if loss is not None])
-    return known[:, 0], known[:, 1]
+    steps, losses = np.array(run.held_out).T
+    return steps, losses
 
 
 def _curves(runs: Sequence[Run], of: Callable[[Run], Curve], label: str) -> Figure:
     """A line a run, thin, and the mean over the seeds of each alpha, thick."""
-    figure, (axes,) = _figure(1, width=6.0)
+    figure = Figure(figsize=(6.0, 3.4), layout="tight")
+    axes: Any = figure.add_subplot()
     for alpha in alphas_of(runs):
         curves = [of(run) for run in runs if run.alpha == alpha]
         colour = _colour(runs, alpha)
@@ -93,7 +95,9 @@ def _curves(runs: Sequence[Run], of: Callable[[Run], Curve], label: str) -> Figu
             axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.5)
         if all(np.array_equal(steps, curves[0][0]) for steps, _ in curves):
             mean = np.mean([values for _, values in curves], axis=0)
-            axes.plot(curves[0][0], mean, color=colour, linewidth=1.8, label=_label(alpha))
+            axes.plot(
+                curves[0][0], mean, color=colour, linewidth=1.8, label=f"alpha {plain(alpha)}"
+            )
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("step")
     axes.set_ylabel(label)
@@ -101,55 +105,25 @@ def _curves(runs: Sequence[Run], of: Callable[[Run], Curve], label: str) -> Figu
     return figure
 
 
-def _losses(runs: Sequence[Run]) -> Figure | None:
-    """After training: training documents with noise off and on, held-out documents."""
-    return _panels(
-        runs,
-        {
-            "training documents, noise off": lambda run: run.part("losses").get("train_loss"),
-            "training documents, noise on": lambda run: run.part("losses").get("train_loss_noisy"),
-            "held-out documents, noise off": lambda run: run.last,
-        },
-    )
-
-
-def _answers(runs: Sequence[Run]) -> Figure | None:
-    def value(key: str) -> Value:
-        return lambda run: run.part("answers").get(key)
-
-    return _panels(runs, {LABELS[key]: value(key) for key in _ANSWERS})
-
-
-def _tasks(runs: Sequence[Run]) -> Figure | None:
-    def accuracy(name: str) -> Value:
-        return lambda run: run.part("tasks").get(name, {}).get("accuracy")
-
-    names = dict.fromkeys(name for run in runs for name in run.part("tasks"))
-    return _panels(runs, {f"accuracy, {name}": accuracy(name) for name in names})
-
-
-def _panels(runs: Sequence[Run], panels: Mapping[str, Value]) -> Figure | None:
-    """A panel for each value that any run has: a dot a run, a bar for the mean over the seeds."""
-    known = {
-        label: [(run, value) for run in runs if (value := of(run)) is not None]
-        for label, of in panels.items()
-    }
-    known = {label: values for label, values in known.items() if values}
-    if not known:
+def _panels(runs: Sequence[Run], part: str) -> Figure | None:
+    """A panel for each figure that any run has: a dot a run, a bar for the mean over the seeds."""
+    found = {key: None for run in runs for key in run.figures(part)}
+    keys = list(found) if part == "tasks" else [key for key in _DRAWN if key in found]
+    if not keys:
         return None
     alphas, seeds = alphas_of(runs), seeds_of(runs)
-    figure, all_axes = _figure(len(known))
-    for axes, (label, values) in zip(all_axes, known.items(), strict=True):
+    figure, all_axes = _figure(len(keys))
+    for axes, key in zip(all_axes, keys, strict=True):
         for i, alpha in enumerate(alphas):
-            these = [(run.seed, value) for run, value in values if run.alpha == alpha]
+            these = [run for run in runs if run.alpha == alpha and key in run.figures(part)]
+            values = [run.figures(part)[key] for run in these]
             colour = _colour(runs, alpha)
-            for seed, value in these:
-                aside = 0.3 * (seeds.index(seed) - (len(seeds) - 1) / 2) / len(seeds)
-                axes.plot(i + aside, value, "o", color=colour, markersize=4)
-            if these:
-                mean = fmean(value for _, value in these)
-                axes.hlines(mean, i - 0.3, i + 0.3, color=colour, linewidth=1.8)
-        axes.set_title(label)
+            places = [seeds.index(run.seed) - (len(seeds) - 1) / 2 for run in these]
+            at = [i + 0.3 * place / len(seeds) for place in places]
+            axes.plot(at, values, "o", color=colour, markersize=4)
+            if values:
+                axes.hlines(fmean(values), i - 0.3, i + 0.3, color=colour, linewidth=1.8)
+        axes.set_title(LABELS.get(key, f"accuracy, {key}"))
         _alpha_axis(axes, alphas)
     return figure
 
@@ -168,7 +142,7 @@ def _differences(differences: Sequence[Difference], rates: bool = False) -> Figu
             i, base = alphas.index(d.alpha), d.base if rates else 0.0
             colour = _COLOURS[(i + 1) % len(_COLOURS)]
             axes.plot(i, base + d.mean, "o", color=colour, markersize=4)
-            if d.low is not None and d.high is not None:
+            if d.over:
                 axes.vlines(i, base + d.low, base + d.high, color=colour, linewidth=1.8)
         axes.axhline(50.0 if rates else 0.0, color=_GREY, linewidth=0.6, linestyle="--")
         title = f"{kind.label} (%)" if rates else f"{kind.label}, difference"
@@ -177,15 +151,11 @@ def _differences(differences: Sequence[Difference], rates: bool = False) -> Figu
     return figure
 
 
-def _is_judged(difference: Difference) -> bool:
-    return measure(difference.measure).group == "judged"
-
-
-def _figure(number: int, width: float | None = None) -> tuple[Figure, list[Any]]:
-    """So many panels, in rows."""
+def _figure(number: int) -> tuple[Figure, list[Any]]:
+    """A figure with that number of panels, in rows."""
     columns = min(number, _PANELS_A_ROW)
     rows = -(-number // columns)
-    figure = Figure(figsize=(width or 3.3 * columns, 3.4 if width else 2.3 * rows), layout="tight")
+    figure = Figure(figsize=(3.3 * columns, 2.3 * rows), layout="tight")
     return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(number)]
 
 
@@ -197,7 +167,3 @@ def _alpha_axis(axes: Any, alphas: Sequence[float]) -> None:
 
 def _colour(runs: Sequence[Run], alpha: float) -> str:
     return _COLOURS[alphas_of(runs).index(alpha) % len(_COLOURS)]
-
-
-def _label(alpha: float) -> str:
-    return f"alpha {plain(alpha)}"

@@ -6,14 +6,15 @@ Parts without measurements have no section; the section "Not measured" names the
 from __future__ import annotations
 
 import base64
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
 import markdown
 
-from neftune_dist.evaluation.text_statistics import LABELS
+from neftune_dist.evaluation.results import LABELS
 from neftune_dist.evaluation.win_rate import win_rate
 from neftune_dist.study.compare import FEWEST_SEEDS, Difference
 from neftune_dist.study.conclusion import conclusion
@@ -40,27 +41,10 @@ it covers items alone, and describes the trained models, not the effect of alpha
 win rate is compared with one half. Win rates at equal lengths come from a logistic regression on
 the difference in characters, in the manner of AlpacaEval 2."""
 
-_LABELS = {
-    **LABELS,
-    "held_out_loss": "held-out loss",
-    "num_documents": "held-out documents",
-    "num_supervised_tokens": "their supervised tokens",
-    "num_train_documents": "training documents",
-    "train_loss": "training loss, noise off",
-    "train_loss_noisy": "training loss, noise on",
-}
-
-# What in Markdown becomes HTML that does more than show text.
+# Patterns of Markdown that become HTML which does more than show text.
 _ACTIVE_PATTERNS = (
-    "html",
-    "link",
-    "reference",
-    "short_reference",
-    "image_link",
-    "image_reference",
-    "short_image_ref",
-    "autolink",
-    "automail",
+    *("html", "link", "reference", "short_reference", "image_link", "image_reference"),
+    *("short_image_ref", "autolink", "automail"),
 )
 
 _STYLE = """\
@@ -72,9 +56,12 @@ img { max-width: 100%; }"""
 
 
 def write(folder: Path, runs: Sequence[Run], judged: Judged, notes: Sequence[str]) -> str:
-    """Write plots/*.svg, report.md and report.html into `folder`; the Markdown.
+    """Write plots/*.svg, report.md and report.html into `folder`; return the Markdown.
 
     Args:
+        folder: of the study.
+        runs: all of them.
+        judged: judgements of answers against those of the least alpha.
         notes: why something is missing, for the reader.
 
     Raises:
@@ -134,21 +121,22 @@ def _markdown(
 
 
 def _differences(found: Sequence[Difference], base: float) -> str:
-    if not found:
-        return ""
     heads = ["measure", "alpha", f"at alpha {plain(base)}", "at alpha", "difference"]
     heads += ["95 % interval", "over", "items", "p", "p (Holm)"]
     rows = []
     for d in found:
         kind = measure(d.measure)
-        shown = [kind.shown(d.base), kind.shown(d.value), kind.shown(d.mean, True)]
-        bounds = "too few seeds"
-        if d.low is not None and d.high is not None:
-            bounds = f"{kind.shown(d.low, True)} to {kind.shown(d.high, True)}"
-        tests = ["" if p is None else _tested(p) for p in (d.p, d.p_holm)]
-        items = str(d.num_items or "")
-        name = f"{kind.label}{f' ({kind.unit.strip()})' if kind.unit else ''}"
-        rows.append([name, plain(d.alpha), *shown, bounds, d.over, items, *tests])
+        rows.append(
+            [
+                f"{kind.label} ({kind.unit.strip()})" if kind.unit else kind.label,
+                plain(d.alpha),
+                *(kind.shown(d.base), kind.shown(d.value), kind.shown(d.mean, True)),
+                kind.shown_range(d.low, d.high) if d.over else "too few seeds",
+                d.over,
+                str(d.num_items or ""),
+                *map(_p_value, (d.p, d.p_holm)),
+            ]
+        )
     return _table(heads, rows)
 
 
@@ -157,8 +145,7 @@ def _by_seed(found: Sequence[Difference], seeds: Sequence[int]) -> str:
     for d in found:
         kind = measure(d.measure)
         rows.append([kind.label, plain(d.alpha), *(kind.shown(v, True) for v in d.by_seed)])
-    heads = ["difference in", "alpha", *(f"seed {seed}" for seed in seeds)]
-    return _table(heads, rows) if rows else ""
+    return _table(["difference in", "alpha", *(f"seed {seed}" for seed in seeds)], rows)
 
 
 def _losses(runs: Sequence[Run]) -> str:
@@ -177,62 +164,62 @@ def _losses(runs: Sequence[Run]) -> str:
 
 def _means(runs: Sequence[Run], part: str) -> str:
     """Means over the seeds of the numbers in a part of the evaluations' summaries."""
-    found: dict[str, dict[float, list[float]]] = {}
-    for run in runs:
-        for key, value in run.part(part).items():
-            number = value["accuracy"] if part == "tasks" else value
-            if isinstance(number, int | float):
-                found.setdefault(key, {}).setdefault(run.alpha, []).append(float(number))
-    if not found:
-        return ""
-    heads = ["alpha", *(_LABELS.get(key, key) for key in found)]
-    rows = [
-        [plain(alpha), *(_figure(of.get(alpha)) for of in found.values())]
-        for alpha in alphas_of(runs)
-    ]
+    keys = list(dict.fromkeys(key for run in runs for key in run.figures(part)))
+    rows = []
+    for alpha in alphas_of(runs):
+        these = [run.figures(part) for run in runs if run.alpha == alpha]
+        values = [[of_run[key] for of_run in these if key in of_run] for key in keys]
+        rows.append([plain(alpha), *map(_mean, values)])
     name = "Accuracy after" if part == "tasks" else "After"
-    return f"{name} training; means over the seeds.\n\n{_table(heads, rows)}"
+    table = _table(["alpha", *(LABELS.get(key, key) for key in keys)], rows)
+    return f"{name} training; means over the seeds.\n\n{table}" if keys else ""
 
 
 def _judged(judged: Judged, base: float) -> str:
-    if not judged:
-        return ""
     heads = ["alpha", "seed", "win rate", "at equal lengths", "wins", "losses", "ties"]
     heads += ["not parsed", "request failed", "same in both orders"]
     rows = []
     for (alpha, seed), judgements in judged.items():
-        rate = win_rate(judgements)
-        shown = ["" if v is None else f"{v:.1f} %" for v in (rate.win_rate, rate.length_controlled)]
-        counts = (rate.num_wins, rate.num_losses, rate.num_ties, rate.num_unparsed, rate.num_failed)
-        agreement = "" if rate.order_agreement is None else f"{rate.order_agreement:.0f} %"
-        rows.append([plain(alpha), str(seed), *shown, *map(str, counts), agreement])
-    return f"Against the answers of alpha {plain(base)} at the same seed.\n\n{_table(heads, rows)}"
+        r = win_rate(judgements)
+        counts = map(str, (r.num_wins, r.num_losses, r.num_ties, r.num_unparsed, r.num_failed))
+        rates = [_percent(r.win_rate), _percent(r.length_controlled)]
+        agreement = _percent(r.order_agreement, digits=0)
+        rows.append([plain(alpha), str(seed), *rates, *counts, agreement])
+    table = _table(heads, rows)
+    return table and f"Against the answers of alpha {plain(base)} at the same seed.\n\n{table}"
 
 
 def _against_reference(runs: Sequence[Run]) -> str:
     """Where `judge.reference` names answers, with which `evaluate` compares each run's."""
-    rows = []
-    for run in runs:
-        if rate := run.part("judge"):
-            keys = ("win_rate", "length_controlled")
-            shown = ["" if rate.get(key) is None else f"{rate[key]:.1f} %" for key in keys]
-            rows.append([plain(run.alpha), str(run.seed), *shown])
-    return _table(["alpha", "seed", "win rate", "at equal lengths"], rows) if rows else ""
+    rows = [
+        [
+            *(plain(run.alpha), str(run.seed)),
+            *(_percent(rates.get(key)) for key in ("win_rate", "length_controlled")),
+        ]
+        for run in runs
+        if (rates := run.figures("judge"))
+    ]
+    return _table(["alpha", "seed", "win rate", "at equal lengths"], rows)
 
 
-def _tested(p: float) -> str:
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
+def _p_value(p: float) -> str:
+    return "" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _figure(values: Sequence[float] | None) -> str:
-    if not values:
+def _percent(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{value:.{digits}f} %"
+
+
+def _mean(values: Sequence[float]) -> str:
+    mean = fmean(values) if values else math.nan
+    if math.isnan(mean):
         return ""
-    mean = fmean(values)
     return f"{mean:.0f}" if mean.is_integer() and abs(mean) > 1 else f"{mean:.5g}"
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [heads, ["---:"] * len(heads), *rows]
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; nothing without rows."""
+    lines = [heads, ["---:"] * len(heads), *rows] if rows else []
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -1,12 +1,12 @@
-"""What finished runs and their evaluations say, read from their folders; and whether runs can be
-compared: they may differ in alpha and seed alone, and must have seen the same documents.
+"""Finished runs and their evaluations, read from their folders, and whether they can be compared:
+they may differ in alpha and seed alone, and must have seen the same documents.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,14 +17,10 @@ from neftune_dist.evaluation.results import FORMS
 from neftune_dist.study.grid import evaluation_folder
 from neftune_dist.system.records import EVALUATIONS, STEPS, read_records
 
-# What changes nothing that is trained, and what a study changes itself.
+# Settings that change nothing that is trained, and those that a study changes itself.
 _FREE = (
-    "run_dir",
-    "data.cache_dir",
-    "noise.alpha",
-    "noise.seed",
-    "train.hang_minutes",
-    "train.seed",
+    *("run_dir", "data.cache_dir", "train.hang_minutes"),
+    *("noise.alpha", "noise.seed", "train.seed"),
 )
 _FREE_SECTIONS = ("logging.", "checkpoint.", "evaluate.", "judge.")
 _NUMBERS = ("loss", "num_tokens", "num_supervised_tokens", "noise_norm", "noise_law")  # of a step
@@ -32,22 +28,19 @@ _SAME_LOSS = 1e-3  # relative, before training: other hardware, not other weight
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """A folder that `neftune-dist evaluate` made: summary.json, items.json, answers.json."""
-
-    summary: dict[str, Any]
-    items: dict[str, Any]
-    answers: list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
 class Run:
     """A finished run's records. Losses are means over supervised tokens.
 
     Attributes:
+        alpha: of its noise.
+        seed: `train.seed`.
+        folder: its directory.
+        config: its configuration.
         steps: the records of metrics.jsonl.
-        held_out: step and loss, noise off, as training went on.
-        evaluation: None without an evaluation of its last step.
+        held_out: (step, loss) with the noise off, as training went on; NaN where not finite.
+        summary: summary.json of the evaluation at its last step; empty without one.
+        items: its items.json.
+        answers: its answers.json.
     """
 
     alpha: float
@@ -55,18 +48,20 @@ class Run:
     folder: Path
     config: Config
     steps: list[dict[str, Any]]
-    held_out: list[tuple[int, float | None]]
-    evaluation: Evaluation | None
+    held_out: list[tuple[int, float]]
+    summary: dict[str, Any] = field(default_factory=dict)
+    items: dict[str, Any] = field(default_factory=dict)
+    answers: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def first(self) -> float:
         """Held-out loss before training."""
-        return _number(self.held_out[0][1])
+        return self.held_out[0][1]
 
     @property
     def last(self) -> float:
         """Held-out loss after training."""
-        return _number(self.held_out[-1][1])
+        return self.held_out[-1][1]
 
     @property
     def training(self) -> float:
@@ -79,48 +74,44 @@ class Run:
         """Mean of a record's key over the steps: `noise_norm`, `noise_law`."""
         return fmean(step[key] for step in self.steps)
 
-    def part(self, name: str) -> dict[str, Any]:
-        """A part of the evaluation's summary; empty where it was not evaluated."""
-        return (self.evaluation.summary.get(name) or {}) if self.evaluation else {}
+    def figures(self, part: str) -> dict[str, float]:
+        """Numbers of a part of the evaluation's summary; of a task its accuracy."""
+        found = self.summary.get(part) or {}
+        if part == "tasks":
+            return {name: task["accuracy"] for name, task in found.items()}
+        return {key: value for key, value in found.items() if isinstance(value, int | float)}
 
     @property
     def documents(self) -> list[tuple[int, int, int]]:
         """(step, tokens, supervised tokens) of each step; equal for equal documents."""
         return [(s["step"], s["num_tokens"], s["num_supervised_tokens"]) for s in self.steps]
 
-    @property
-    def name(self) -> str:
-        """The name of its directory."""
-        return self.folder.name
-
 
 def alphas_of(runs: Sequence[Run]) -> list[float]:
-    """Ascending; the first one is what the others are compared with."""
+    """Alphas of the runs, ascending; the others are compared with the first."""
     return sorted({run.alpha for run in runs})
 
 
 def seeds_of(runs: Sequence[Run]) -> list[int]:
-    """Ascending."""
+    """Seeds of the runs, ascending."""
     return sorted({run.seed for run in runs})
 
 
 def read_run(folder: Path, alpha: float, seed: int) -> Run:
-    """A finished run, with its evaluation where there is one. Raises `UserError`."""
+    """Read a finished run, with its evaluation where there is one. Raises `UserError`."""
     steps = _rows(folder / STEPS, _NUMBERS)
     evaluations = _rows(folder / EVALUATIONS, ("held_out_loss",))
     held_out = {row["step"]: row["held_out_loss"] for row in evaluations}
     if not steps or not {0, steps[-1]["step"]} <= held_out.keys():
         raise UserError(f"{folder} lacks the held-out loss before or after its training.")
     last = steps[-1]["step"]
-    run = Run(
-        alpha=alpha,
-        seed=seed,
-        folder=folder,
-        config=run_config(folder),
-        steps=steps,
-        held_out=sorted((step, loss) for step, loss in held_out.items() if step <= last),
-        evaluation=_evaluation(evaluation_folder(folder, last)),
-    )
+    losses = [
+        (step, math.nan if loss is None else loss)
+        for step, loss in sorted(held_out.items())
+        if step <= last
+    ]
+    evaluation = _evaluation(evaluation_folder(folder, last))
+    run = Run(alpha, seed, folder, run_config(folder), steps, losses, **evaluation)
     if math.isnan(run.first + run.last + run.training):
         raise UserError(f"{folder} has no finite loss before or after its training.")
     return run
@@ -129,14 +120,11 @@ def read_run(folder: Path, alpha: float, seed: int) -> Run:
 def check_comparable(runs: Sequence[Run]) -> None:
     """Refuse runs that differ in more than alpha and seed. Raises `UserError` naming two of them.
 
-    Documents and steps are compared among the runs of a seed; what was evaluated, among all."""
+    Documents and steps are compared among the runs of a seed, the evaluated items among all."""
     for run in runs:
         first = next(other for other in runs if other.seed == run.seed)
-        others = [
-            key
-            for key in differences(runs[0].config.to_dict(), run.config.to_dict())
-            if key not in _FREE and not key.startswith(_FREE_SECTIONS)
-        ]
+        changed = differences(runs[0].config.to_dict(), run.config.to_dict())
+        others = [k for k in changed if k not in _FREE and not k.startswith(_FREE_SECTIONS)]
         if others:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             _refuse(runs[0], run, f"{others[0]}{more}")
@@ -145,52 +133,38 @@ def check_comparable(runs: Sequence[Run]) -> None:
         if abs(run.first - first.first) > _SAME_LOSS * abs(first.first):
             losses = f"{first.first:.4f} and {run.first:.4f}"
             _refuse(first, run, f"their held-out loss before training ({losses})")
-    evaluated = [run for run in runs if run.evaluation]
-    for what, of in _EVALUATED.items():
-        # What is missing is left out of the report, which says so.
-        having = [(run, its) for run in evaluated if (its := _of(run, of)) is not None]
-        for run, its in having:
-            if its != having[0][1]:
-                _refuse(having[0][0], run, f"{what} that they were evaluated on")
+    for name, identity in _EVALUATED.items():
+        # A missing part is left out of the report, which says so.
+        having = [(run, found) for run in runs if (found := identity(run))]
+        for run, found in having:
+            if found != having[0][1]:
+                _refuse(having[0][0], run, f"the {name} that they were evaluated on")
 
 
-def _refuse(one: Run, two: Run, what: str) -> None:
+def _refuse(one: Run, two: Run, difference: str) -> None:
     raise UserError(
-        f"Runs {one.name} and {two.name} differ in {what}, so they are not compared: "
-        "set another run_dir."
+        f"Runs {one.folder.name} and {two.folder.name} differ in {difference}, so they are not "
+        "compared: set another run_dir."
     )
 
 
-_EVALUATED: dict[str, Callable[[Evaluation], Any]] = {
-    "the held-out documents": lambda e: [tokens for _, tokens in e.items["held_out"]],
-    "the training documents": lambda e: [tokens for _, tokens in e.items["train"]],
-    "the instructions": lambda e: [a["instruction"] for a in e.answers] or None,
-    "the tasks": lambda e: {name: len(items) for name, items in e.items["tasks"].items()},
+# What must be equal of an evaluation's items; empty where there are none.
+_EVALUATED: dict[str, Callable[[Run], Any]] = {
+    "held-out documents": lambda run: [n for _, n in run.items.get("held_out", ())],
+    "training documents": lambda run: [n for _, n in run.items.get("train", ())],
+    "instructions": lambda run: [answer["instruction"] for answer in run.answers],
+    "tasks": lambda run: {name: len(items) for name, items in run.items.get("tasks", {}).items()},
 }
 
 
-def _of(run: Run, what: Callable[[Evaluation], Any]) -> Any:
-    """The value; None where the evaluation lacks it."""
-    assert run.evaluation is not None
-    try:
-        return what(run.evaluation)
-    except (KeyError, TypeError):  # no such part, or null
-        return None
-
-
-def _evaluation(folder: Path) -> Evaluation | None:
-    if not (folder / "summary.json").exists():
-        return None
-    names = ["summary.json", "items.json"]
-    if (folder / "answers.json").exists():
-        names.append("answers.json")
+def _evaluation(folder: Path) -> dict[str, Any]:
+    """summary, items and answers of an evaluation; answers.json may be missing, or all of them."""
+    names = ["summary", "items", "answers"] if (folder / "summary.json").exists() else []
+    if not (folder / "answers.json").exists():
+        names = names[:2]
     fix = "remove the folder, and the study's command evaluates that run again"
-    summary, items, *answers = (read_json(folder / n, FORMS[n], fix=fix) for n in names)
-    return Evaluation(summary, items, answers[0] if answers else [])
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+    files = {name: f"{name}.json" for name in names}
+    return {name: read_json(folder / f, FORMS[f], fix=fix) for name, f in files.items()}
 
 
 def _rows(path: Path, numbers: Sequence[str]) -> list[dict[str, Any]]:

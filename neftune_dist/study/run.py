@@ -15,7 +15,16 @@ from neftune_dist.config import Config, UserError, load_config, user_path
 from neftune_dist.evaluation.judge import compare
 from neftune_dist.evaluation.win_rate import Judgement
 from neftune_dist.study import report
-from neftune_dist.study.grid import EXIT_STOPPED, noise_words, pairs, perform, plain, run_dir
+from neftune_dist.study.grid import (
+    EXIT_STOPPED,
+    evaluation_words,
+    noise_words,
+    pairs,
+    perform,
+    plain,
+    run_dir,
+    run_words,
+)
 from neftune_dist.study.measures import Judged
 from neftune_dist.study.results import Run, alphas_of, check_comparable, read_run
 from neftune_dist.system import storage
@@ -50,8 +59,7 @@ def study(
     Raises:
         UserError: what cannot be studied, before the first run; runs that cannot be compared.
     """
-    configs = _checked(config_path, settings, alphas, num_seeds, num_ranks)
-    config = configs[0]
+    config = _checked(config_path, settings, alphas, num_seeds, num_ranks)
     folder = user_path(config.run_dir, "run_dir")
     seeds = range(config.train.seed, config.train.seed + num_seeds)
     numbered = list(enumerate(pairs(alphas, seeds)))
@@ -62,14 +70,16 @@ def study(
     for number, (alpha, seed) in numbered:
         if report_only or only not in (None, number):
             continue
-        what = f"run {number + 1} of {len(numbered)} (alpha {plain(alpha)}, seed {seed})"
-        print(f"study: {what}", flush=True)
-        code, last = perform(config_path, settings, config, folder, alpha, seed, num_ranks)
+        shown = f"study: run {number + 1} of {len(numbered)} (alpha {plain(alpha)}, seed {seed})"
+        print(shown, flush=True)
+        train = [str(config_path), *run_words(settings, folder, alpha, seed)]
+        evaluate = [str(run_dir(folder, alpha, seed)), *evaluation_words(config)]
+        code, last = perform(train, evaluate, num_ranks)
         if code:
             outcome = f"failed with exit code {code}: {last}"
             if code == EXIT_STOPPED:
                 outcome = "stopped; the same command continues"
-            print(f"study: {what} {outcome}", file=sys.stderr, flush=True)
+            print(f"{shown} {outcome}", file=sys.stderr, flush=True)
             return max(code, 1)  # a run that a signal ended has a code below 0
     if only is not None:
         return 0
@@ -87,8 +97,8 @@ def _checked(
     alphas: Sequence[float],
     num_seeds: int,
     num_ranks: int,
-) -> list[Config]:
-    """The configuration at each alpha."""
+) -> Config:
+    """The study's configuration, loaded at each alpha; the first one. Raises `UserError`."""
     if "RANK" in os.environ:
         raise UserError("study starts its runs itself: call it without torchrun, with --ranks.")
     if num_seeds < 1 or num_ranks < 1:
@@ -100,7 +110,7 @@ def _checked(
         raise UserError(
             "data.num_held_out=0, but a study compares held-out losses: set it above 0."
         )
-    return configs
+    return configs[0]
 
 
 def _report(runs: Sequence[Run], config: Config, folder: Path) -> None:
@@ -121,15 +131,11 @@ def _report(runs: Sequence[Run], config: Config, folder: Path) -> None:
 
 def _judged(runs: Sequence[Run], config: Config, folder: Path) -> Judged:
     """Answers of every other alpha compared with those of the least one at the same seed."""
-    base, *others = alphas_of(runs)
-    answers = {(run.alpha, run.seed): run.evaluation.answers for run in runs if run.evaluation}
-    chosen = [
-        (alpha, seed)
-        for alpha, seed in answers
-        if alpha in others and answers[alpha, seed] and answers.get((base, seed))
-    ]
     if not _has_judge(config):
         return {}
+    base = alphas_of(runs)[0]
+    answers = {(run.alpha, run.seed): run.answers for run in runs if run.answers}
+    chosen = [key for key in answers if key[0] != base and (base, key[1]) in answers]
     # One call for all runs applies the endpoint's limits of cost and requests to the whole study;
     # the alpaca_eval package takes one set of answers at a time.
     by_package, into = bool(config.judge.annotator), folder / "judgements"
@@ -154,18 +160,18 @@ def _has_judge(config: Config) -> bool:
 
 def _missing(runs: Sequence[Run], config: Config) -> list[str]:
     """Why sections of the report are missing."""
-    without = [run.name for run in runs if not run.evaluation]
+    without = [run.folder.name for run in runs if not run.summary]
     if without:
         return [
             f"Answers, tasks, losses by document: {', '.join(without)} had no evaluation, which "
             "the same command without --report-only makes."
         ]
     notes = []
-    if not all(run.part("losses").get("train_loss") for run in runs):
+    if not all("train_loss" in run.figures("losses") for run in runs):
         notes.append("Losses of training documents: set `evaluate.train_documents`.")
-    if not all(run.part("answers") for run in runs):
+    if not all(run.figures("answers") for run in runs):
         notes.append("Answers: set `evaluate.instructions`.")
-    if not all(run.part("tasks") for run in runs):
+    if not all(run.figures("tasks") for run in runs):
         notes.append("Abilities: `evaluate.tasks` names none.")
     if not _has_judge(config):
         notes.append("Win rates: no judge is configured (`judge.url`), so no answers were judged.")

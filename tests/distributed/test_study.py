@@ -30,7 +30,7 @@ RUNS = ("alpha_0_seed_0", "alpha_5_seed_0", "alpha_0_seed_1", "alpha_5_seed_1")
 
 
 def forked(command: Sequence[str]) -> tuple[int, str]:
-    """In place of `runs.execute`: the same command in a process that has imported everything."""
+    """In place of `grid.execute`: the same command in a process that has imported everything."""
     assert command[:3] == [sys.executable, "-m", "neftune_dist"]
     done = tiny_model.run_forked(command[3], *command[4:])
     return done.returncode, (done.stderr.strip().splitlines() or [""])[-1]
@@ -122,13 +122,13 @@ def test_the_report_holds_what_the_runs_recorded(finished: Path) -> None:
             [statistics.fmean(s["noise_norm"] for s in tiny_model.steps(f)) for f in folders],
             [alpha / math.sqrt(3)],
         ]
-        assert [str(alpha), *(f"{statistics.fmean(each):.4f}" for each in figures)] in rows
+        assert [str(alpha), *(f"{statistics.fmean(values):.4f}" for values in figures)] in rows
     by_seed = []
     for seed in (0, 1):
         sums = [evaluated(finished / f"alpha_{a}_seed_{seed}", "items")["held_out"] for a in (5, 0)]
-        means = [sum(row[0] for row in each) / sum(row[1] for row in each) for each in sums]
+        means = [sum(row[0] for row in rows) / sum(row[1] for row in rows) for rows in sums]
         by_seed.append(means[0] - means[1])
-    assert ["held-out loss", "5", *(f"{each:+.4f}" for each in by_seed)] in rows
+    assert ["held-out loss", "5", *(f"{difference:+.4f}" for difference in by_seed)] in rows
     assert "2 seeds are too few to tell it from chance" in text
     assert "no judge is configured" in text and "`evaluate.tasks` names none" in text
 

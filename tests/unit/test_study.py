@@ -113,10 +113,9 @@ def judgements(runs: list[Run], at_equal_lengths: float, of_length: float) -> An
     judged = {}
     for ours in (run for run in runs if run.alpha):
         theirs = next(run for run in runs if not run.alpha and run.seed == ours.seed)
-        assert ours.evaluation and theirs.evaluation
         draw = np.random.default_rng(ours.seed)
         rows = []
-        for one, two in zip(ours.evaluation.answers, theirs.evaluation.answers, strict=True):
+        for one, two in zip(ours.answers, theirs.answers, strict=True):
             longer = np.tanh((len(one["output"]) - len(two["output"])) / 40)
             likes = 1 / (1 + np.exp(-(at_equal_lengths + of_length * longer)))
             preference = 1.0 + float(draw.random() < likes)
@@ -126,7 +125,7 @@ def judgements(runs: list[Run], at_equal_lengths: float, of_length: float) -> An
     return judged
 
 
-def told(runs: list[Run], judged: Any = None) -> str:
+def concluded(runs: list[Run], judged: Any = None) -> str:
     return conclusion(differences(runs, judged or {}), len(runs) // 2)
 
 
@@ -137,23 +136,20 @@ def written(folder: Path, runs: list[Run], judged: Any = None) -> str:
 def test_planted_effects_are_found_with_direction_and_size(tmp_path: Path) -> None:
     effects = {"held_out_loss": -0.1, "characters": 50, "rouge_l": -0.04, "arc_easy": 0.3}
     runs = make_runs(tmp_path, effects)
-    text = told(runs)
+    text = concluded(runs)
     assert "better: held-out loss, accuracy on arc_easy; worse: ROUGE-L; different:" in text
-    by_measure = {each.measure: each for each in differences(runs, {})}
+    by_measure = {d.measure: d for d in differences(runs, {})}
     for name in ("held_out_loss", "characters", "rouge_l"):
-        each = by_measure[name]
-        assert (
-            each.is_significant and each.over == "seeds and items" and each.num_items == NUM_ITEMS
-        )
-        assert each.low is not None and each.high is not None
-        assert each.low < effects[name] < each.high
+        found = by_measure[name]
+        assert found.is_significant and found.low < effects[name] < found.high
+        assert (found.over, found.num_items) == ("seeds and items", NUM_ITEMS)
     assert re.search(r"- Losses: held-out loss lower by 0\.\d{4} \(-0\.\d+ to -0\.\d+\)\.", text)
     assert re.search(r"- Answers: length of answers greater by [45]\d\.\d characters \(\+", text)
     assert by_measure["repetition_2_percent"].num_items == NUM_ITEMS * 2 // 3
 
 
 def test_no_effect_gives_no_difference(tmp_path: Path) -> None:
-    text = told(make_runs(tmp_path, {}))
+    text = concluded(make_runs(tmp_path, {}))
     assert "**alpha 5**: no difference seen.\n" in text
     assert "no difference seen in accuracy on arc_easy (" in text
     assert "points is ruled out" in text
@@ -163,14 +159,14 @@ def test_no_effect_gives_no_difference(tmp_path: Path) -> None:
 
 def test_gain_explained_by_length_has_a_warning(tmp_path: Path) -> None:
     runs = make_runs(tmp_path, {"characters": 60})
-    text = told(runs, judgements(runs, 0.0, 1.5))
+    text = concluded(runs, judgements(runs, 0.0, 1.5))
     assert "**Warning:** the gain in win rate (" in text
     assert re.search(
         r"disappears once length is controlled \([4-6]\d\.\d+ %, not distinguishable", text
     )
     assert "better:" not in text and "win rate higher" in text
     assert "**Warning:** the answers only became longer, by " in text
-    text = told(runs, judgements(runs, 1.5, 0.0))
+    text = concluded(runs, judgements(runs, 1.5, 0.0))
     assert re.search(r"win rate at equal lengths [78]\d", text) and "above one half" in text
     assert "Warning" not in text
 
@@ -178,11 +174,11 @@ def test_gain_explained_by_length_has_a_warning(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_seeds", [1, 2])
 def test_few_seeds_claim_no_effect(tmp_path: Path, num_seeds: int) -> None:
     runs = make_runs(tmp_path, {"held_out_loss": -0.1}, num_seeds)
-    text = told(runs)
+    text = concluded(runs)
     seeds = "1 seed is" if num_seeds == 1 else "2 seeds are"
     assert f"**No effect of alpha is claimed: {seeds} too few to tell it from chance.**" in text
     assert "**alpha 5**: in these runs alone, better: held-out loss; no difference" in text
-    assert {each.over for each in differences(runs, {})} == {"items"}
+    assert {d.over for d in differences(runs, {})} == {"items"}
 
 
 @pytest.mark.parametrize(
@@ -213,7 +209,7 @@ def test_runs_without_an_evaluation_are_compared_by_their_own_held_out_loss(
         [five.last - zero.last for zero, five in zip(runs[::2], runs[1::2], strict=True)]
     )
     few = [run for run in runs if run.seed in (1, 2)]
-    assert "2 seeds are too few to tell noise from effect" in told(few)
+    assert "2 seeds are too few to tell noise from effect" in concluded(few)
 
 
 def test_html_embeds_the_plots_of_the_markdown(tmp_path: Path) -> None:
@@ -276,15 +272,15 @@ def test_intervals_cover_the_true_difference_in_95_percent_of_studies(
         weights = np.broadcast_to(draw.integers(1, 9, 30), own.shape)
         truth = 0.5 if num_seeds > 2 else 0.5 + of_seed.mean()
         found = paired("x", 5, 0.5 + of_seed + own, np.zeros_like(own), weights)
-        assert found is not None and found.low is not None and found.high is not None
+        assert found is not None
         covered += found.low <= truth <= found.high
     assert 0.92 <= covered / num <= 0.985
 
 
 def test_interval_over_3_seeds_is_4_303_standard_errors_to_either_side() -> None:
     by_seed = np.array([0.1, 0.4, 0.7])
-    found = difference("held_out_loss", 5.0, base=2.0, value=2.4, by_seed=by_seed, influences=None)
-    assert found.over == "seeds" and found.low is not None and found.high is not None
+    found = difference("held_out_loss", 5.0, 2.0 + by_seed, np.full(3, 2.0))
+    assert (found.over, found.base) == ("seeds", 2.0) and found.value == pytest.approx(2.4)
     standard_error = by_seed.std(ddof=1) / math.sqrt(3)
     assert (found.high - found.mean) / standard_error == pytest.approx(4.303, abs=5e-4)
     assert found.mean - found.low == pytest.approx(found.high - found.mean)
@@ -307,7 +303,7 @@ def test_variance_over_items_is_that_of_a_bootstrap_of_the_weighted_mean() -> No
     weights = np.broadcast_to(draw.integers(1, 30, 200), (2, 200))
     values = draw.normal(size=(1, 200)) + draw.normal(size=(2, 200)) + 0.1 * weights
     found = paired("x", 5, values, np.zeros_like(values), weights)
-    assert found is not None and found.low is not None and found.over == "items"
+    assert found is not None and found.over == "items"
     means = []
     for _ in range(2000):
         chosen = draw.integers(0, 200, 199)  # n - 1 draws: unbiased (Rao and Wu, JASA 1988)
@@ -318,7 +314,7 @@ def test_variance_over_items_is_that_of_a_bootstrap_of_the_weighted_mean() -> No
 
 def test_sources_of_error_add_up_with_satterthwaites_degrees_of_freedom() -> None:
     by_seed, influences = np.array([0.1, 0.4, 0.7]), np.linspace(-0.1, 0.1, 9)
-    found = difference("x", 5, base=0, value=0, by_seed=by_seed, influences=influences)
+    found = difference("x", 5, by_seed, np.zeros(3), influences)
     seeds, items = by_seed.var(ddof=1) / 3, 9 * influences.var(ddof=1)
     degrees = (seeds + items) ** 2 / (seeds**2 / 2 + items**2 / 8)
     reach = student(0, degrees)[0] * math.sqrt(seeds + items)
@@ -345,20 +341,20 @@ def test_copies_of_a_document_narrow_no_interval_of_a_loss(copies: int) -> None:
 def test_items_without_a_value_do_not_count() -> None:
     values = np.array([[1.0, 2.0, np.nan] * 5])
     base = np.array([[0.5, 1.0, 3.0] * 5])
-    each = paired("x", 5, values, base, np.array([[1.0, 3.0, 0.0] * 5]))
-    assert each is not None
-    assert each.by_seed == (pytest.approx((0.5 + 3 * 1.0) / 4),)
-    assert (each.value, each.base) == (pytest.approx(7 / 4), pytest.approx(3.5 / 4))
-    assert (each.num_items, each.over) == (10, "items")
+    found = paired("x", 5, values, base, np.array([[1.0, 3.0, 0.0] * 5]))
+    assert found is not None
+    assert found.by_seed == (pytest.approx((0.5 + 3 * 1.0) / 4),)
+    assert (found.value, found.base) == (pytest.approx(7 / 4), pytest.approx(3.5 / 4))
+    assert (found.num_items, found.over) == (10, "items")
     assert paired("x", 5, values, base, np.zeros((1, 15))) is None
 
 
 def test_holm_corrects_for_every_comparison() -> None:
-    p = [0.01, 0.04, 0.03, None]
-    plain = [Difference("x", 5, 0, 0, (1.0,), 0.1, 2, each, "items", 9) for each in p]
-    found = corrected(plain)
-    assert [each.p_holm for each in found] == [pytest.approx(0.03), 0.06, 0.06, None]
-    assert [each.is_significant for each in found] == [True, False, False, False]
+    ps = [0.01, 0.04, 0.03, math.nan]
+    found = corrected([Difference("x", 5, 0, 0, (1.0,), 0.1, 2, p, "items", 9) for p in ps])
+    expected = [0.03, 0.06, 0.06, math.nan]
+    assert [d.p_holm for d in found] == pytest.approx(expected, nan_ok=True)
+    assert [d.is_significant for d in found] == [True, False, False, False]
 
 
 def test_effect_explained_by_many_comparisons_is_not_claimed(tmp_path: Path) -> None:
