@@ -11,13 +11,13 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from neftune_dist.config import JudgeConfig, UserError
 from neftune_dist.evaluation.judge_client import check_limits
-from neftune_dist.evaluation.win_rate import Judgement
+from neftune_dist.evaluation.win_rate import Answer, Judgement
 from neftune_dist.system import storage
 
 _PROMPT_CHARACTERS = 1500  # of its prompt around an instruction and two answers
@@ -26,7 +26,7 @@ _KEYS = ("OPENAI_API_KEY", "OPENAI_API_KEYS")
 
 
 def annotate(
-    pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
+    pairs: Sequence[tuple[Answer, Answer]],
     config: JudgeConfig,
     folder: Path,
     log: Callable[[str], None],
@@ -54,23 +54,17 @@ def annotate(
             is_ordered=True,
             num_procs=config.num_parallel,
         )
-    except Exception as error:  # of the annotator's service: any
-        message = _clean(" ".join(str(error).split())[:300])
+    except Exception as error:  # the annotator's service raises any
         raise UserError(
-            f"The annotator {config.annotator} of alpaca_eval failed ({type(error).__name__}: "
-            f"{message}); what it had annotated is kept in {folder}."
+            f"The annotator {config.annotator} of alpaca_eval failed ({_message(error)}); what it "
+            f"had annotated is kept in {folder}."
         ) from None
     metrics = _metrics(package, rows, log)
     with storage.writing(str(folder)):
         storage.write(folder / "alpaca_eval.json", json.dumps(metrics, indent=2) + "\n")
     log(f"judge: by alpaca_eval's own functions {metrics}")
     return [
-        Judgement(
-            instruction=mine["instruction"],
-            preference=_preference(row.get("preference")),
-            our_length=len(mine["output"]),
-            their_length=len(other["output"]),
-        )
+        Judgement.of(mine, other, _preference(row.get("preference")))
         for (mine, other), row in zip(pairs, rows, strict=True)
     ]
 
@@ -104,12 +98,9 @@ def _check_annotator(package: Any, name: str) -> None:
         )
 
 
-def _row(answer: Mapping[str, Any], generator: str) -> dict[str, Any]:
-    return {
-        "instruction": answer["instruction"],
-        "output": answer["output"],
-        "generator": answer.get("generator") or generator,
-    }
+def _row(answer: Answer, generator: str) -> dict[str, Any]:
+    texts = {key: answer[key] for key in ("instruction", "output")}
+    return {**texts, "generator": answer.get("generator") or generator}
 
 
 def _metrics(package: Any, rows: list[dict[str, Any]], log: Callable[[str], None]) -> dict:
@@ -121,10 +112,7 @@ def _metrics(package: Any, rows: list[dict[str, Any]], log: Callable[[str], None
         try:
             found = package.metrics.get_length_controlled_winrate(rows, save_weights_dir=None)
         except Exception as error:  # it fetches a table from the hub, and needs scikit-learn
-            log(
-                "judge: alpaca_eval's own length-controlled rate is left out "
-                f"({type(error).__name__}: {_clean(str(error))[:200]})"
-            )
+            log(f"judge: alpaca_eval's own length-controlled rate is left out ({_message(error)})")
     return {name: float(value) for name, value in found.items()}
 
 
@@ -135,10 +123,11 @@ def _preference(value: Any) -> float | None:
     return float(value)
 
 
-def _clean(text: str) -> str:
-    """The text without keys that the package reads: the service may have quoted them."""
-    for name in os.environ:
-        if name.endswith(("_KEY", "_KEYS", "_TOKEN")) and (value := os.environ[name]):
-            for part in value.split(","):
-                text = text.replace(part, "***") if part else text
-    return text
+def _message(error: Exception) -> str:
+    """An error in one line, without keys that the package reads: the service may quote them."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    for name, value in os.environ.items():
+        if name.endswith(("_KEY", "_KEYS", "_TOKEN")):
+            for key in filter(None, value.split(",")):
+                text = text.replace(key, "***")
+    return text[:300]

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from neftune_dist.config import UserError, user_path
+from neftune_dist.config import UserError
 from neftune_dist.data.dataset import Dataset, prepare
 from neftune_dist.data.errors import BadRow
 from neftune_dist.data.split import sample_documents
@@ -161,7 +161,7 @@ class _Evaluation:
             raise UserError(
                 f"judge.reference={reference} has no effect without instructions to answer."
             )
-        theirs = read_answers(user_path(reference, "judge.reference"))
+        theirs = read_answers(reference)
         # A mismatch is refused before hours of answering.
         pair([{"instruction": i.text} for i in self.instructions], theirs)
         return theirs
@@ -286,7 +286,7 @@ class _Evaluation:
                     return {}, {}
                 ours = self.results.read("answers.json")
                 judgements = compare(ours, theirs, self.config.judge, self.folder, self.world.log)
-            return win_rate(judgements).to_dict(), {"judge": [j.preference for j in judgements]}
+            return asdict(win_rate(judgements)), {"judge": [j.preference for j in judgements]}
 
         settings = {"judge.reference": self.config.judge.reference}
         self._part("judge", settings, compute, keep=False)

@@ -21,13 +21,13 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from neftune_dist.config import BUILTIN_SOURCE, Config, SourceConfig, UserError
-from neftune_dist.data import fields, files
+from neftune_dist.config import BUILTIN_SOURCE, Config
+from neftune_dist.data import fields
 from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.dataset import Dataset
 from neftune_dist.data.errors import BadRow, type_name
-from neftune_dist.data.sources import open_source
 from neftune_dist.data.split import sample
+from neftune_dist.evaluation.row_files import read_row_file
 
 HELD_OUT = "held_out"
 KEY = "evaluate.instructions"
@@ -71,26 +71,13 @@ def held_out_instructions(dataset: Dataset, number: int) -> list[Instruction]:
 
 
 def read_instructions(name: str, number: int) -> tuple[list[Instruction], int]:
-    """The first `number` instructions of a file (0: all), and how many it has.
+    """Read the first `number` instructions of a file (0: all); also return how many it has.
 
     Raises:
         UserError: there is no such file, or one of its rows lacks what must be asked.
     """
-    if not files.is_local(name):
-        raise UserError(
-            f"{KEY}={name} is neither {HELD_OUT} nor a file of instructions (.json or .jsonl, .gz "
-            "too)."
-        )
-    found = []
-    for place, row in open_source(SourceConfig(name), KEY).rows:
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            found.append(_instruction(row, Path(name).name.partition(".")[0]))
-        except BadRow as error:
-            raise UserError(f"{KEY}={name}, {place}: {error}.") from error
-    if not found:
-        raise UserError(f"{KEY}={name} is empty.")
+    file = Path(name).name.partition(".")[0]
+    found = read_row_file(name, KEY, lambda row: _instruction(row, file))
     return found[: number or None], len(found)
 
 

@@ -11,13 +11,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from neftune_dist.config import JudgeConfig, UserError
 from neftune_dist.evaluation import alpaca_annotators
 from neftune_dist.evaluation.endpoint import Reply
 from neftune_dist.evaluation.judge_client import ask
-from neftune_dist.evaluation.win_rate import Judgement, pair
+from neftune_dist.evaluation.win_rate import Answer, Judgement, pair
 from neftune_dist.system import storage
 
 _PROMPT = """\
@@ -46,8 +45,8 @@ _FIRST_BETTER = {"a": 1.0, "tie": 0.5, "b": 0.0}
 
 
 def compare(
-    ours: Sequence[Mapping[str, Any]],
-    theirs: Sequence[Mapping[str, Any]],
+    ours: Sequence[Answer],
+    theirs: Sequence[Answer],
     config: JudgeConfig,
     folder: Path,
     log: Callable[[str], None],
@@ -76,10 +75,8 @@ def compare(
         log(f"judge: {len(pairs):,} of {len(theirs):,} answers of the other side are compared")
     with storage.writing(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
-    if config.annotator:
-        judgements = alpaca_annotators.annotate(pairs, config, folder, log)
-    else:
-        judgements = _judged(pairs, config, folder, log)
+    judge = alpaca_annotators.annotate if config.annotator else _judged
+    judgements = judge(pairs, config, folder, log)
     lines = [json.dumps(asdict(judgement)) + "\n" for judgement in judgements]
     with storage.writing(str(folder)):
         storage.write(folder / "judgements.jsonl", "".join(lines))
@@ -87,50 +84,40 @@ def compare(
 
 
 def _judged(
-    pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
+    pairs: Sequence[tuple[Answer, Answer]],
     config: JudgeConfig,
     folder: Path,
     log: Callable[[str], None],
 ) -> list[Judgement]:
-    prompts = []
-    for mine, other in pairs:
-        if mine["output"] != other["output"]:
-            shown = (other["output"], mine["output"])
-            prompts += [_prompt(mine["instruction"], *both) for both in (shown, shown[::-1])]
-    replies = ask(config, prompts, folder, log)
-    verdicts = iter([_verdict(replies[prompt]) for prompt in prompts])
-    failed = iter([replies[prompt] is None for prompt in prompts])
+    prompts = [_prompts(*both) for both in pairs]
+    replies = ask(config, [prompt for both in prompts for prompt in both], folder, log)
     judgements = []
-    for mine, other in pairs:
-        if mine["output"] == other["output"]:
-            judgements.append(_judgement(mine, other, 1.5))
+    for (mine, other), both in zip(pairs, prompts, strict=True):
+        if not both:
+            judgements.append(Judgement.of(mine, other, 1.5))
             continue
-        theirs_better, ours_better = next(verdicts), next(verdicts)
+        theirs_better, ours_better = (_verdict(replies[prompt]) for prompt in both)
         orders = (
             None if theirs_better is None else 2 - theirs_better,
             None if ours_better is None else 1 + ours_better,
         )
         # One order alone would bring back the preference for a position.
-        both = None if orders[0] is None or orders[1] is None else (orders[0] + orders[1]) / 2
-        no_answer = [next(failed), next(failed)]
-        judgements.append(_judgement(mine, other, both, orders, any(no_answer)))
+        mean = None if orders[0] is None or orders[1] is None else (orders[0] + orders[1]) / 2
+        failed = any(replies[prompt] is None for prompt in both)
+        judgements.append(Judgement.of(mine, other, mean, orders=orders, failed=failed))
     _warn(replies, log)
     return judgements
 
 
-def _judgement(
-    mine: Mapping[str, Any],
-    other: Mapping[str, Any],
-    preference: float | None,
-    orders: tuple[float | None, ...] = (),
-    failed: bool = False,
-) -> Judgement:
-    lengths = len(mine["output"]), len(other["output"])
-    return Judgement(mine["instruction"], preference, *lengths, orders, failed)
-
-
-def _prompt(instruction: str, first: str, second: str) -> str:
-    return _PROMPT.format(instruction=instruction, first=first, second=second)
+def _prompts(mine: Answer, other: Answer) -> list[str]:
+    """The two requests about a pair: theirs shown first, then ours; none for equal answers."""
+    shown = (other["output"], mine["output"])
+    if shown[0] == shown[1]:
+        return []
+    return [
+        _PROMPT.format(instruction=mine["instruction"], first=first, second=second)
+        for first, second in (shown, shown[::-1])
+    ]
 
 
 def _verdict(reply: Reply | None) -> float | None:

@@ -116,8 +116,7 @@ def _outcomes(
 
 
 class _Cache:
-    """Replies by what they depend on: the model's name, the limit of its answer and the prompt; not
-    where the model is served."""
+    """Replies by the model's name, the limit of its answer and the prompt; not by the endpoint."""
 
     def __init__(self, config: JudgeConfig, path: Path) -> None:
         self._config = config

@@ -21,13 +21,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, NamedTuple
 
-from neftune_dist.config import EvaluateConfig, SourceConfig, UserError, split_list
+from neftune_dist.config import EvaluateConfig, UserError, split_list
 from neftune_dist.data.errors import BadRow, type_name
-from neftune_dist.data.sources import open_source
 from neftune_dist.distributed.world import World
+from neftune_dist.evaluation.row_files import read_row_file
 
 _KEY = "evaluate.tasks"
 Row = dict[str, Any]
@@ -179,28 +178,25 @@ def _of_lm_eval(name: str) -> TaskWord:
 
 
 def _of_file(name: str, path: str, max_items: int) -> TaskWord:
-    source = open_source(SourceConfig(source=path), _KEY)
-    rows: list[Row] = []
-    kind = _OF_LM_EVAL
-    for place, row in islice(source.rows, max_items or None):
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            if not rows:
-                kind = next((k for k in _KINDS if all(f in row for f in k.fields)), kind)
-            needed = kind.fields or tuple(rows[0] if rows else row)
-            missing = next((field for field in needed if field not in row), None)
-            if missing is not None:
-                raise BadRow(f"field '{missing}' is missing")
-            rows.append(kind.read(row))
-        except BadRow as error:
-            raise UserError(f"{_KEY}: {place} of {source.name} cannot be used: {error}.") from error
-    if not rows:
-        raise UserError(f"{_KEY}: {source.name} holds no item.")
+    kind: _Kind | None = None
+    needed: tuple[str, ...] = ()
+
+    def read(row: Mapping[str, Any]) -> Row:
+        nonlocal kind, needed
+        if kind is None:
+            kind = next((k for k in _KINDS if all(f in row for f in k.fields)), _OF_LM_EVAL)
+            needed = kind.fields or tuple(row)
+        missing = next((field for field in needed if field not in row), None)
+        if missing is not None:
+            raise BadRow(f"field '{missing}' is missing")
+        return kind.read(row)
+
+    rows = read_row_file(path, _KEY, read, max_items)
+    assert kind is not None
     task, _, metric = PUBLISHED.get(name, (name, 0, None))
     if kind.metrics and metric not in kind.metrics:
         metric = kind.metrics[0]
-    return TaskWord(name, kind.task or task, 0, metric, rows, kind.settings, source.name)
+    return TaskWord(name, kind.task or task, 0, metric, rows, kind.settings, path)
 
 
 @dataclass(frozen=True)

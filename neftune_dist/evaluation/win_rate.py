@@ -6,24 +6,22 @@ judgement without a preference is counted, and enters no rate.
 
 from __future__ import annotations
 
-import gzip
 import math
-import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from neftune_dist.config import UserError, parse_json
-from neftune_dist.config.limits import limited
+from neftune_dist.config import UserError
+from neftune_dist.config.errors import brief
+from neftune_dist.data.errors import BadRow
 from neftune_dist.evaluation.intervals import student
+from neftune_dist.evaluation.row_files import read_row_file
 
-_LONGEST_QUOTE = 80
-_READING_SECONDS, _READING_GIB = 60.0, 4.0  # limits for a downloaded file
+Answer = Mapping[str, Any]  # a row of answers.json: `instruction`, `output`, and others
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,12 @@ class Judgement:
     their_length: int
     orders: tuple[float | None, ...] = ()
     failed: bool = False
+
+    @classmethod
+    def of(cls, ours: Answer, theirs: Answer, preference: float | None, **others: Any) -> Judgement:
+        """The judgement of two answers, whose lengths it takes."""
+        lengths = len(ours["output"]), len(theirs["output"])
+        return cls(ours["instruction"], preference, *lengths, **others)
 
 
 @dataclass(frozen=True)
@@ -77,10 +81,6 @@ class WinRate:
     first_shown: float | None
     mean_length: float | None
     mean_reference_length: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
 
 
 def win_rate(judgements: Sequence[Judgement]) -> WinRate:
@@ -190,16 +190,14 @@ def _sigmoid(a: float) -> float:
     return 1 / (1 + math.exp(-a))
 
 
-def pair(
-    ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]
-) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+def pair(ours: Sequence[Answer], theirs: Sequence[Answer]) -> list[tuple[Answer, Answer]]:
     """Pair our answers, in order, with theirs to the same instruction. Theirs may have more; equal
     instructions are paired in their order.
 
     Raises:
         UserError: naming the first of our instructions that they have no answer to.
     """
-    left: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    left: dict[str, list[Answer]] = defaultdict(list)
     for answer in reversed(theirs):
         left[answer["instruction"]].append(answer)
     pairs = []
@@ -208,82 +206,20 @@ def pair(
             raise UserError(
                 f"The two sets of answers are over different instructions: of {len(ours)} and "
                 f"{len(theirs)} answers, number {i + 1} of the first is to "
-                f"{_quoted(answer['instruction'])}, which the second lacks."
+                f"{brief(answer['instruction'])!r}, which the second lacks."
             )
         pairs.append((answer, left[answer["instruction"]].pop()))
     return pairs
 
 
-def read_answers(path: Path) -> list[dict[str, Any]]:
-    """Answers in AlpacaEval's form: a JSON list (.gz too) of objects with `instruction` and
-    `output`.
+def read_answers(name: str) -> list[dict[str, Any]]:
+    """Read the answers that `judge.reference` names: rows with `instruction` and `output`, as
+    AlpacaEval's. Raises `UserError`."""
 
-    Raises:
-        UserError: it cannot be read, or a row lacks a field.
-    """
-    return _rows(path, ("instruction", "output"))
+    def checked(row: Answer) -> dict[str, Any]:
+        for field in ("instruction", "output"):
+            if not isinstance(row.get(field), str):
+                raise BadRow(f"the field '{field}' is missing or no text")
+        return dict(row)
 
-
-def read_annotations(path: Path) -> list[Judgement]:
-    """Judgements from a file of annotations in AlpacaEval's form: `output_2` is ours, `preference`
-    1 .. 2, with 0 for a tie as in its first version, and null where the judge was not understood.
-
-    Raises:
-        UserError: it cannot be read, a row lacks a field, or a preference is none.
-    """
-    return [
-        Judgement(
-            instruction=row["instruction"],
-            preference=_preference(row["preference"], f"{path}, row {i + 1}"),
-            our_length=len(row["output_2"]),
-            their_length=len(row["output_1"]),
-        )
-        for i, row in enumerate(
-            _rows(path, ("instruction", "output_1", "output_2"), also=("preference",))
-        )
-    ]
-
-
-def _preference(value: Any, where: str) -> float | None:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not (value == 0 or 1 <= value <= 2)
-    ):
-        raise UserError(f"{where}: preference={value!r} is none: 1 .. 2, 0 for a tie, or null.")
-    return 1.5 if value == 0 else float(value)
-
-
-def _rows(path: Path, texts: tuple[str, ...], also: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    try:
-        with limited(_READING_SECONDS, _READING_GIB):
-            content = path.read_bytes()
-            if content[:2] == b"\x1f\x8b":
-                content = gzip.decompress(content)
-            rows = parse_json(content, Any)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (ValueError, EOFError, zlib.error, RecursionError) as error:
-        raise UserError(f"{path} is no JSON file, plain or gzipped: {error}.") from error
-    except MemoryError as error:
-        raise UserError(
-            f"{path} takes more than {_READING_GIB:g} GiB of memory: it is not used."
-        ) from error
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"{path} must be a JSON list with at least one row.")
-    for i, row in enumerate(rows):
-        where = f"{path}, row {i + 1}"
-        if not isinstance(row, dict):
-            raise UserError(f"{where} is no JSON object.")
-        for field in (*texts, *also):
-            if field not in row:
-                raise UserError(f"{where} lacks the field {field}.")
-            if field in texts and not isinstance(row[field], str):
-                raise UserError(f"{where}: the field {field} is no text.")
-    return rows
-
-
-def _quoted(text: str) -> str:
-    return repr(text if len(text) <= _LONGEST_QUOTE else text[: _LONGEST_QUOTE - 3] + "...")
+    return read_row_file(name, "judge.reference", checked)

@@ -101,7 +101,7 @@ def test_second_call_continues(
     asked, batches = instructions(10), list[list[int]]()
     (tmp_path / "whole").mkdir()
     whole = answer_all(target, asked, prompts(), tmp_path / "whole", world)
-    assert [row["instruction"] for row in whole] == [each.text for each in asked]
+    assert [row["instruction"] for row in whole] == [instruction.text for instruction in asked]
 
     def counted(target: Any, rows: Any, *rest: Any) -> list[Generated]:
         batches.append([len(row) for row in rows])
@@ -163,9 +163,12 @@ def test_instruction_sets_of_every_form_are_read(tmp_path: Path) -> None:
     for name, row in rows.items():
         with gzip.open(tmp_path / f"{name}.jsonl.gz", "wt") as file:
             file.write(json.dumps(row) + "\n" + json.dumps(row) + "\n")
-        [each], number = read_instructions(str(tmp_path / f"{name}.jsonl.gz"), 1)
+        [asked], number = read_instructions(str(tmp_path / f"{name}.jsonl.gz"), 1)
         assert number == 2
-        found[name] = (each.text, each.dataset, each.reference, each.conversation.num_left_out)
+        found[name] = (
+            *(asked.text, asked.dataset, asked.reference),
+            asked.conversation.num_left_out,
+        )
     assert found == {
         "alpaca_eval": ("A", "koala", None, 0),  # what another model said is not what is expected
         "alpaca": ("A\n\nB", "alpaca", "x", 0),
@@ -191,11 +194,11 @@ def test_unusable_instruction_rows_are_refused(
 ) -> None:
     path = tmp_path / "asked.jsonl"
     path.write_text(json.dumps({"instruction": "A"}) + "\n" + json.dumps(row) + "\n")
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as raised:
         read_instructions(str(path), 0)
-    assert f"evaluate.instructions={path}, row 2: {needle}" in str(told.value)
+    assert f"evaluate.instructions={path}, row 2: {needle}" in str(raised.value)
     path.write_text("")
-    with pytest.raises(UserError, match="is empty"):
+    with pytest.raises(UserError, match="holds no row"):
         read_instructions(str(path), 0)
 
 
@@ -204,10 +207,10 @@ def test_published_instruction_sets_are_read() -> None:
     for name in ("alpaca-7b.outputs.json.gz", "text_davinci_003.outputs.json.gz"):
         found, number = read_instructions(str(folder / name), 0)
         assert (len(found), number) == (805, 805)
-        groups = {each.dataset for each in found}
+        groups = {instruction.dataset for instruction in found}
         assert groups == {"helpful_base", "koala", "oasst", "selfinstruct", "vicuna"}
-        assert not any(each.reference for each in found)
+        assert not any(instruction.reference for instruction in found)
     found, _ = read_instructions(str(shared("data/eval/mt_bench_question.jsonl.gz")), 0)
     assert len(found) == 80
-    assert len({each.dataset for each in found}) == 8
-    assert {each.conversation.num_left_out for each in found} == {1}
+    assert len({instruction.dataset for instruction in found}) == 8
+    assert {instruction.conversation.num_left_out for instruction in found} == {1}

@@ -67,15 +67,15 @@ def test_real_talks(
     family = FAMILIES[name]
     tokenizer = family.tokenizer(request.getfixturevalue(kind))
     template = make(tokenizer)
-    documents = template.encode([template.render(each) for each in talks])
-    for each, made in zip(talks, documents, strict=True):
-        answers = [turn.content for turn in each.turns if turn.role == "assistant"]
+    documents = template.encode([template.render(talk) for talk in talks])
+    for talk, made in zip(talks, documents, strict=True):
+        answers = [turn.content for turn in talk.turns if turn.role == "assistant"]
         assert learned(tokenizer, made) == [family.learned(answer) for answer in answers]
         assert made.end_learned
         said = SPEAKERS.index("assistant")
         assert np.array_equal(made.supervised == 1, made.speakers == said)
         if len(answers) == 1:
-            prompt = template.prompt_ids(each)
+            prompt = template.prompt_ids(talk)
             assert made.input_ids[: len(prompt)].tolist() == prompt
             assert np.flatnonzero(made.supervised)[0] == len(prompt)
 

@@ -94,16 +94,18 @@ def test_chat_prompt_equals_the_tokens_before_the_trained_answer(
     taught = ConversationTokenizer(tokenizer, DataConfig(template=template_name))
     rows = open_source(SourceConfig(str(fastchat))).rows
     talks = [to_conversation(row, "sharegpt") for (_, row), _ in zip(rows, range(5), strict=False)]
-    assert max(len(each.turns) for each in talks) > 4
-    for each in talks:
-        [document] = taught.encode([taught.render(each)])
+    assert max(len(talk.turns) for talk in talks) > 4
+    for conversation in talks:
+        [document] = taught.encode([taught.render(conversation)])
         learned = document.supervised
         begins = np.flatnonzero((learned[1:] == 1) & (learned[:-1] == 0)) + 1
-        answers = [i for i, turn in enumerate(each.turns) if turn.role == "assistant"]
+        answers = [i for i, turn in enumerate(conversation.turns) if turn.role == "assistant"]
         assert len(begins) == len(answers)
         for i, begin in zip(answers, begins, strict=True):
-            assert template.reply_ids(each.turns[:i]) == document.input_ids[:begin].tolist()
-        assert template.reply_ids(each.turns[: answers[0]]) == template.prompt_ids(each)
+            assert template.reply_ids(conversation.turns[:i]) == document.input_ids[:begin].tolist()
+        assert template.reply_ids(conversation.turns[: answers[0]]) == template.prompt_ids(
+            conversation
+        )
 
 
 def test_tokens_do_not_cross_into_earlier_answers(smollm2: Any, tmp_path: Path) -> None:

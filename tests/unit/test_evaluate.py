@@ -61,8 +61,8 @@ def alone(model: Any, ids: np.ndarray, mask: np.ndarray, noise: Tensor | None = 
         embeds = embeds + noise
     with torch.no_grad():
         logits = model(inputs_embeds=embeds).logits[0, :-1].double()
-    each = F.cross_entropy(logits, tokens[0, 1:], reduction="none")
-    return float(each[torch.from_numpy(mask[1:]).bool()].sum())
+    losses = F.cross_entropy(logits, tokens[0, 1:], reduction="none")
+    return float(losses[torch.from_numpy(mask[1:]).bool()].sum())
 
 
 def settings(folder: Path, *words: str) -> Config:
@@ -75,7 +75,7 @@ def test_losses_are_those_of_each_document_alone(folder: Path, world: World, pac
     config = settings(folder, f"data.packing={packing}")
     target = open_target(folder, settings=["model.dtype=fp32"])
     found = document_losses(target.model, documents_of(documents()), np.arange(6), config, world)
-    expected = [alone(target.model, *each) for each in documents()]
+    expected = [alone(target.model, *document) for document in documents()]
     assert found.sums == pytest.approx(expected, rel=1e-6)
     assert found.num_tokens == [int(mask.sum()) for _, mask in documents()]
     assert found.mean == pytest.approx(sum(expected) / sum(found.num_tokens), rel=1e-6)
@@ -101,7 +101,9 @@ def test_losses_with_noise_are_those_of_the_law(folder: Path, world: World, pack
         expected.append(alone(model, ids, mask, noise))
     assert found.sums == pytest.approx(expected, rel=1e-5)
     clean = document_losses(model, rows, np.arange(6), config, world)
-    assert clean.sums == pytest.approx([alone(model, *each) for each in documents()], rel=1e-6)
+    assert clean.sums == pytest.approx(
+        [alone(model, *document) for document in documents()], rel=1e-6
+    )
     assert min(abs(a - b) for a, b in zip(clean.sums, found.sums, strict=True)) > 1e-4
 
 
@@ -153,10 +155,10 @@ def test_answers_end_where_the_template_ends_a_turn(folder: Path, tmp_path: Path
 
 
 def refused(*words: object) -> str:
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as raised:
         target = open_target(words[0], settings=[str(word) for word in words[1:]])  # type: ignore[arg-type]
         assert target.model and target.end_tokens
-    return str(told.value)
+    return str(raised.value)
 
 
 def test_path_without_a_model_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -164,8 +166,8 @@ def test_path_without_a_model_is_refused(folder: Path, tmp_path: Path) -> None:
     assert "is no model directory" in refused(tmp_path / "nowhere")
     assert "cannot be downloaded from the hub" in refused("nobody/nothing-of-that-name")
     (tmp_path / "checkpoints").mkdir()
-    told = refused(tmp_path / "checkpoints" / "step_00000007")
-    assert told.endswith("has no config.yaml.")
+    said = refused(tmp_path / "checkpoints" / "step_00000007")
+    assert said.endswith("has no config.yaml.")
     (tmp_path / "config.yaml").write_text(f"model: {{name_or_path: {folder}}}")
     assert "is no checkpoint directory" in refused(tmp_path / "checkpoints" / "step_00000007")
     assert "holds no complete checkpoint" in refused(tmp_path)
@@ -186,7 +188,7 @@ def test_incomplete_weights_are_refused(folder: Path, tmp_path: Path) -> None:
     assert "cannot be loaded" in refused(copy)
 
 
-def told(words: list[object], capsys: pytest.CaptureFixture[str]) -> str:
+def exit_2(words: list[object], capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as end:
         main([str(word) for word in ["evaluate", *words]])
     said = capsys.readouterr().err
@@ -205,17 +207,19 @@ def test_mistakes_are_refused_before_the_weights_are_read(
     copy = shutil.copytree(folder, tmp_path / "model")
     (copy / "model.safetensors").unlink()
     out = ["--output", tmp_path / "out"]
-    assert "There is nothing to evaluate model on" in told([copy, *out], capsys)
+    assert "There is nothing to evaluate model on" in exit_2([copy, *out], capsys)
     asked = tmp_path / "asked.jsonl"
     asked.write_text('{"instruction": "Say no."}\n{"question": "Why?"}\n')
     words = [copy, f"evaluate.instructions={asked}"]
-    assert "--output DIR" in told(words, capsys)
-    said = told([*words, *out], capsys)
+    assert "--output DIR" in exit_2(words, capsys)
+    said = exit_2([*words, *out], capsys)
     assert f"{asked}, row 2: field 'instruction' is missing; there are question." in said
-    assert "neither held_out nor a file" in told([copy, "evaluate.instructions=x", *out], capsys)
+    assert "evaluate.instructions=x is no file" in exit_2(
+        [copy, "evaluate.instructions=x", *out], capsys
+    )
     asked.write_text('{"instruction": "Say no."}\n')
     (copy / "chat_template.jinja").unlink()
-    assert "has no chat template: set data.template=alpaca" in told([*words, *out], capsys)
+    assert "has no chat template: set data.template=alpaca" in exit_2([*words, *out], capsys)
     assert not (tmp_path / "out").exists()
 
 
@@ -317,7 +321,7 @@ def test_unavailable_judge_leaves_other_parts_intact(
     code, said = run_evaluate(*words)
     assert code == 2
     assert "over different instructions" in said
-    assert not out.exists()  # told before the first answer
+    assert not out.exists()  # refused before the first answer
 
     theirs.write_text(json.dumps([{**row, "output": "No."} for row in rows]))
     code, said = run_evaluate(*words)

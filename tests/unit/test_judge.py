@@ -106,7 +106,7 @@ def settings(server: Server, **changed: Any) -> JudgeConfig:
 
 
 def rows(outputs: list[str]) -> list[Row]:
-    return [{"instruction": f"question {i}", "output": each} for i, each in enumerate(outputs)]
+    return [{"instruction": f"question {i}", "output": output} for i, output in enumerate(outputs)]
 
 
 class Compared:
@@ -150,8 +150,8 @@ def by_quality(prompt: str, *_: Any) -> str:
 def test_better_answer_wins_in_both_orders(server: Server, compare: Compared) -> None:
     server.behave = by_quality
     found = compare(settings(server))
-    assert [each.preference for each in found] == [2.0] * 6
-    assert [each.orders for each in found] == [(2.0, 2.0)] * 6
+    assert [j.preference for j in found] == [2.0] * 6
+    assert [j.orders for j in found] == [(2.0, 2.0)] * 6
     assert (found[0].our_length, found[0].their_length) == (6, 5)
     both = [shown(body["messages"][0]["content"]) for body in server.requests]
     assert sorted(both) == sorted(
@@ -191,8 +191,8 @@ def test_reply_without_verdict_is_counted_and_never_a_win(
 
     server.behave = behave
     found = compare(settings(server), num=3)
-    assert [each.preference for each in found] == [2.0, None, None]
-    assert [each.orders for each in found] == [(2.0, 2.0), (2.0, None), (None, None)]
+    assert [j.preference for j in found] == [2.0, None, None]
+    assert [j.orders for j in found] == [(2.0, 2.0), (2.0, None), (None, None)]
     rates = win_rate(found)
     assert (rates.num_wins, rates.num_unparsed, rates.num_failed) == (1, 2, 0)
     assert any("3 of 6 answers hold no verdict" in line for line in compare.lines)
@@ -234,7 +234,7 @@ def test_verdicts_are_read_strictly(text: str, first_better: float | None) -> No
 def test_equal_answers_are_a_tie_without_a_request(server: Server, compare: Compared) -> None:
     server.behave = by_quality
     found = compare(settings(server), ours=rows(["same", "good"]), theirs=rows(["same", "bad"]))
-    assert [each.preference for each in found] == [1.5, 2.0] and len(server.requests) == 2
+    assert [j.preference for j in found] == [1.5, 2.0] and len(server.requests) == 2
 
 
 def test_other_instructions_are_refused_before_a_request(server: Server, compare: Compared) -> None:
@@ -276,7 +276,7 @@ def test_passing_faults_are_retried(server: Server, compare: Compared) -> None:
 
     server.behave = behave
     found = compare(settings(server))
-    assert [each.preference for each in found] == [2.0] * 6
+    assert [j.preference for j in found] == [2.0] * 6
     assert set(server.attempts.values()) == {2}
     assert any("answered 500 (oops); again in" in line for line in compare.lines)
 
@@ -291,8 +291,8 @@ def test_lasting_fault_fails_one_comparison(server: Server, compare: Compared) -
 
     server.behave = behave
     found = compare(settings(server))
-    assert [each.preference for each in found] == [2.0, 2.0, 2.0, None, None, 2.0]
-    assert [each.failed for each in found] == [False, False, False, True, True, False]
+    assert [j.preference for j in found] == [2.0, 2.0, 2.0, None, None, 2.0]
+    assert [j.failed for j in found] == [False, False, False, True, True, False]
     rates = win_rate(found)
     assert (rates.win_rate, rates.num_failed, rates.num_unparsed) == (100, 2, 0)
     attempts = {p: n for p, n in server.attempts.items() if "question 3" in p or "question 4" in p}
@@ -316,8 +316,8 @@ def test_slow_reply_is_retried(server: Server, compare: Compared) -> None:
 
     server.behave = behave
     found = compare(settings(server, timeout_seconds=0.25), num=3)
-    assert [each.preference for each in found] == [2.0] * 3
-    assert sum("no answer within judge.timeout_seconds=0.25" in each for each in compare.lines) == 4
+    assert [j.preference for j in found] == [2.0] * 3
+    assert sum("no answer within judge.timeout_seconds=0.25" in line for line in compare.lines) == 4
 
 
 @pytest.mark.parametrize("as_date", [False, True])
@@ -503,7 +503,7 @@ def test_cost_above_a_limit_is_refused_before_a_request(server: Server, compare:
     long = {"ours": rows(["good " * 400] * 3), "theirs": rows(["bad " * 300] * 3)}
     prices = {"dollars_per_million_input": 100.0, "dollars_per_million_output": 1000.0}
     text = compare.refused(settings(server, max_dollars=1.0, **prices), **long)
-    size = len(judge._prompt("question 0", "good " * 400, "bad " * 300))
+    size = len(judge._prompts(long["ours"][0], long["theirs"][0])[0])
     dollars = 6 * (100 * (size / 3.5 + 10) + 1000 * 64) / 1e6
     assert f"about ${dollars:.2f}, and judge.max_dollars=1:" in text and 0.7 < dollars < 1.5
     assert "6 needed" not in text and not server.requests
@@ -554,7 +554,7 @@ def test_the_key_is_sent_and_never_written(
 
     server.behave = behave
     compare(settings(server), num=4)
-    assert {each["Authorization"] for each in server.headers} == {f"Bearer {KEY}"}
+    assert {sent["Authorization"] for sent in server.headers} == {f"Bearer {KEY}"}
     written = [path.read_text() for path in compare.folder.rglob("*") if path.is_file()]
     everything = "".join([*written, *compare.lines, *capfd.readouterr(), caplog.text])
     assert "You are ***." in everything and "you sent ***" in everything
@@ -599,7 +599,7 @@ def test_annotators_of_alpaca_eval_1_and_2(tmp_path: Path) -> None:
             return "none of them"
         if server.requests[-1].get("logprobs"):
             tokens = zip("mM", (0.8, 0.2) if good_first else (0.2, 0.8), strict=True)
-            top = [{"token": each, "logprob": math.log(p), "bytes": None} for each, p in tokens]
+            top = [{"token": token, "logprob": math.log(p), "bytes": None} for token, p in tokens]
             logprobs = {"content": [{**top[0], "top_logprobs": top}]}
             return handler.answer("m", logprobs=logprobs)
         ranks = (1, 2) if good_first else (2, 1)
@@ -619,7 +619,7 @@ for annotator in (one, one, two, "alpaca_eval_gpt5"):
     config = JudgeConfig(annotator=annotator, num_parallel=1)
     try:
         found = compare(ours, theirs, config, Path(annotator), print)
-        print([each.preference and round(each.preference, 3) for each in found], win_rate(found))
+        print([j.preference and round(j.preference, 3) for j in found], win_rate(found))
     except UserError as error:
         print(error)
 """

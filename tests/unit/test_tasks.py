@@ -1,5 +1,5 @@
 """Abilities through lm-eval: the log-likelihoods are those of a direct computation, local files are
-asked as lm-eval asks, and what cannot be scored is told in a sentence."""
+asked as lm-eval asks, and what cannot be scored is refused in a sentence."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class Asked:
         with torch.no_grad():
             logits = self.model(ids[:, :-1]).logits[0, -num_answer:].double()
         targets = ids[0, -num_answer:]
-        each = logits.log_softmax(-1).gather(1, targets[:, None])
-        return float(each.sum()), bool((logits.argmax(-1) == targets).all())
+        scores = logits.log_softmax(-1).gather(1, targets[:, None])
+        return float(scores.sum()), bool((logits.argmax(-1) == targets).all())
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +125,9 @@ def compare(asked: Asked, most: int, recorded: Samples) -> dict[str, TaskResult]
     for line, sample in zip(read["arc_easy"], recorded["arc_easy"], strict=True):
         row = json.loads(line)
         prompt = row["query"] + "\nAnswer:"
-        direct = [asked.log_likelihood(prompt, f" {each}")[0] for each in row["choices"]]
+        direct = [asked.log_likelihood(prompt, f" {answer}")[0] for answer in row["choices"]]
         assert [score for score, _ in sample["filtered_resps"]] == pytest.approx(direct, abs=5e-4)
-        lengths = [len(each) for each in row["choices"]]
+        lengths = [len(answer) for answer in row["choices"]]
         for scores, found in (
             (direct, raw),
             ([d / n for d, n in zip(direct, lengths, strict=True)], normalised),
@@ -252,7 +252,7 @@ def test_items_and_scores_do_not_depend_on_the_ranks(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("fork")
-    told = context.SimpleQueue()
+    results_of = context.SimpleQueue()
 
     def on_rank(rank: int) -> None:
         os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
@@ -269,17 +269,17 @@ def test_items_and_scores_do_not_depend_on_the_ranks(
         num_read = 0
         lm_eval_adapter.HFLM._model_call = counted
         results = run_tasks(small.model, small.tokenizer, config, lambda _: None, world)
-        told.put((results, num_read))
+        results_of.put((results, num_read))
         world.close()
 
     ranks = [context.Process(target=on_rank, args=(rank,)) for rank in range(2)]
-    for each in ranks:
-        each.start()
-    for each in ranks:
-        each.join(DEADLINE_SECONDS)
-        each.kill()
-    assert [each.exitcode for each in ranks] == [0, 0]
-    (first, num_first), (second, num_second) = told.get(), told.get()
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(DEADLINE_SECONDS)
+        process.kill()
+    assert [process.exitcode for process in ranks] == [0, 0]
+    (first, num_first), (second, num_second) = results_of.get(), results_of.get()
     assert first == second == alone
     assert max(num_first, num_second) <= 11  # of 21 choices
 
@@ -297,7 +297,7 @@ def test_max_task_items_takes_the_first_and_leaves_the_tokenizer(
 
 
 @pytest.mark.parametrize(
-    ("word", "told"),
+    ("word", "message"),
     [
         ("mmluu", r"lm-eval has no task mmluu; did you mean mmlu\?"),
         ("mmlu", r"the items of mmlu could not be loaded from the hub: .*; .*: mmlu=FILE\."),
@@ -305,11 +305,11 @@ def test_max_task_items_takes_the_first_and_leaves_the_tokenizer(
         ("=x.jsonl", r"=x.jsonl is neither a task"),
         ("a=missing.jsonl", r"evaluate.tasks=missing.jsonl does not exist"),
         ("a={good},a={good}", r"names a twice"),
-        ("a={nothing}", r"nothing.jsonl holds no item"),
-        ("a={lacking}", r"row 2 of .*lacking.jsonl cannot be used: field 'gold' is missing"),
-        ("a={beyond}", r"row 1 of .*: field 'gold' is 7, not one of 0 to 2"),
-        ("a={single}", r"row 1 of .*: field 'choices' is no list of two or more"),
-        ("a={silent}", r"row 2 of .*: field 'continuation' is empty"),
+        ("a={nothing}", r"nothing.jsonl holds no row"),
+        ("a={lacking}", r"lacking.jsonl, row 2: field 'gold' is missing"),
+        ("a={beyond}", r"beyond.jsonl, row 1: field 'gold' is 7, not one of 0 to 2"),
+        ("a={single}", r"single.jsonl, row 1: field 'choices' is no list of two or more"),
+        ("a={silent}", r"silent.jsonl, row 2: field 'continuation' is empty"),
         ("a={other}", r"lm-eval has no task a, and the fields of .*other.jsonl are of no known"),
         ("mmlu={other}", r"lm-eval has no task mmlu, and the fields of .* are of no known kind"),
         ("hellaswag={other}", r"other.jsonl does not hold what lm-eval's hellaswag reads: .*ctx_a"),
@@ -317,7 +317,7 @@ def test_max_task_items_takes_the_first_and_leaves_the_tokenizer(
     ],
 )
 def test_unusable_tasks_are_refused(
-    small: Asked, rows: Callable[..., str], word: str, told: str
+    small: Asked, rows: Callable[..., str], word: str, message: str
 ) -> None:
     lacking = {key: value for key, value in choice(1).items() if key != "gold"}
     spoken = {"context": "a", "continuation": "b"}
@@ -331,8 +331,8 @@ def test_unusable_tasks_are_refused(
         "other": [{"prompt": "a"}],
         "null": [lm_evals_own(choice(0)), {**lm_evals_own(choice(0)), "answerKey": None}],
     }
-    paths = {name: rows(*each, name=f"{name}.jsonl") for name, each in files.items()}
-    with pytest.raises(UserError, match=told) as raised:
+    paths = {name: rows(*content, name=f"{name}.jsonl") for name, content in files.items()}
+    with pytest.raises(UserError, match=message) as raised:
         small.run(word.format(**paths))
     assert "\n" not in str(raised.value)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,7 @@ import numpy as np
 import pytest
 
 from neftune_dist.config import UserError
-from neftune_dist.evaluation.win_rate import (
-    Judgement,
-    pair,
-    read_annotations,
-    read_answers,
-    win_rate,
-)
+from neftune_dist.evaluation.win_rate import Judgement, pair, read_answers, win_rate
 
 
 def judged(preference: float | None, ours: int = 10, theirs: int = 10, **other: Any) -> Judgement:
@@ -26,7 +20,19 @@ def judged(preference: float | None, ours: int = 10, theirs: int = 10, **other: 
 
 
 def answers(*instructions: str) -> list[dict[str, Any]]:
-    return [{"instruction": each, "output": f"{i}"} for i, each in enumerate(instructions)]
+    return [{"instruction": asked, "output": f"{i}"} for i, asked in enumerate(instructions)]
+
+
+def read_annotations(path: Path) -> list[Judgement]:
+    """AlpacaEval's annotations: `output_2` is ours, `preference` 1 .. 2, or 0 for a tie."""
+    return [
+        Judgement.of(
+            {"instruction": row["instruction"], "output": row["output_2"]},
+            {"output": row["output_1"]},
+            row["preference"] or 1.5,
+        )
+        for row in json.loads(gzip.decompress(path.read_bytes()))
+    ]
 
 
 def test_published_win_rate_of_alpaca_7b(alpaca_eval: Path) -> None:
@@ -75,7 +81,7 @@ def test_no_preference_at_all_is_no_rate() -> None:
     found = win_rate([judged(None), judged(None, failed=True)])
     assert (found.win_rate, found.interval, found.length_controlled) == (None, None, None)
     assert (found.num, found.num_unparsed, found.num_failed) == (2, 1, 1)
-    assert json.loads(json.dumps(win_rate([]).to_dict()))["num"] == 0
+    assert json.loads(json.dumps(asdict(win_rate([]))))["num"] == 0
 
 
 @pytest.mark.parametrize(("preference", "rate"), [(2.0, 100.0), (1.0, 0.0)])
@@ -176,45 +182,36 @@ def test_answers_to_other_instructions_are_refused() -> None:
         pair(answers("a", "a"), answers("a", "b"))
 
 
-def test_alpaca_evals_preferences_are_read(tmp_path: Path) -> None:
-    values = [0, 1, 2, 1.5, 1.25, None, float("nan")]
-    rows = [
-        {"instruction": "i", "output_1": "four", "output_2": "ab", "preference": each}
-        for each in values
-    ]
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps(rows))
-    found = read_annotations(path)
-    assert [each.preference for each in found] == [1.5, 1, 2, 1.5, 1.25, None, None]
-    assert (found[0].our_length, found[0].their_length) == (2, 4)
-
-
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("[]", "at least one row"),
-        ("{}", "JSON list"),
-        ("[1", "no JSON file"),
-        ("[1]", "row 1 is no JSON object"),
-        ('[{"instruction": "i"}]', "row 1 lacks the field output_1"),
-        ('[{"instruction": 3}]', "row 1: the field instruction is no text"),
-        (
-            '[{"instruction": "i", "output_1": "", "output_2": "", "preference": 3}]',
-            "row 1: preference=3 is none",
-        ),
+        ("[]", "holds no row"),
+        ("[1", "not valid JSON"),
+        ("[1]", "row 1: not an object of fields"),
+        ('[{"instruction": "i"}]', "row 1: the field 'output' is missing or no text"),
+        ('[{"instruction": 3, "output": "o"}]', "row 1: the field 'instruction' is missing or no"),
+        ('[{"instruction": "i", "output": "o"}, {"output": "o"}]', "row 2: the field 'instruction"),
     ],
 )
 def test_broken_files_are_named(content: str, says: str, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(content)
-    with pytest.raises(UserError, match=says):
-        read_annotations(path)
+    with pytest.raises(UserError, match=rf"judge\.reference={path}.*{says}"):
+        read_answers(str(path))
 
 
 def test_missing_and_torn_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none\.json cannot be read: No such file"):
-        read_answers(tmp_path / "none.json")
+    with pytest.raises(UserError, match=r"judge\.reference=.*none\.json does not exist"):
+        read_answers(str(tmp_path / "none.json"))
+    with pytest.raises(UserError, match=r"judge\.reference=org/name is no file"):
+        read_answers("org/name")
     path = tmp_path / "torn.json.gz"
     path.write_bytes(gzip.compress(b'[{"instruction": "i", "output": "o"}]' * 50)[:60])
-    with pytest.raises(UserError, match=r"torn\.json\.gz is no JSON file"):
-        read_answers(path)
+    with pytest.raises(UserError, match=r"torn\.json\.gz is a damaged gzip file"):
+        read_answers(str(path))
+
+
+def test_answers_keep_their_other_fields(tmp_path: Path) -> None:
+    rows = [{"instruction": "i", "output": "\x1b[1m", "generator": "g"}]
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
+    assert read_answers(str(tmp_path / "a.json.gz")) == rows
