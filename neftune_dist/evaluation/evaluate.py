@@ -88,6 +88,9 @@ def evaluate(
         stop.ignore()
 
 
+Found = tuple[dict[str, Any], dict[str, Any]]  # figures for summary.json, items for items.json
+
+
 class _Evaluation:
     """One call. Its methods are collectives of all ranks."""
 
@@ -114,7 +117,7 @@ class _Evaluation:
         self.results = Results(self.folder, target, world)
 
     def run(self) -> None:
-        """All parts that are asked for."""
+        """Make all parts that are asked for."""
         self.world.log(f"evaluate: {self.target.name}, into {self.folder}")
         if self.dataset is not None:
             self._losses(self.dataset)
@@ -142,7 +145,7 @@ class _Evaluation:
         return found
 
     def _prompts(self) -> list[list[int]]:
-        """Of the instructions, tokens."""
+        """Tokens of the instructions."""
         prompts = []
         if self.instructions:
             text_statistics.check_installed()
@@ -171,12 +174,7 @@ class _Evaluation:
             return self.target.model
 
     def _part(
-        self,
-        part: str,
-        settings: dict[str, Any],
-        compute: Callable[[], tuple[dict[str, Any], dict[str, Any]]],
-        *,
-        keep: bool = True,
+        self, part: str, settings: dict[str, Any], compute: Callable[[], Found], keep: bool = True
     ) -> None:
         """Compute a part's figures and items and write them, unless they are there."""
         if keep and self.results.has(part, settings):
@@ -189,44 +187,42 @@ class _Evaluation:
             self.world.log(line)
 
     def _losses(self, dataset: Dataset) -> None:
-        evaluate, size = self.config.evaluate, len(dataset.held_out)
+        evaluate, config = self.config.evaluate, self.config
+        documents = {"held_out": dataset.held_out, "train": dataset.train}
+        most = {
+            "held_out": evaluate.max_documents or len(dataset.held_out),
+            "train": evaluate.train_documents,
+        }
         with self.world.agree():
-            chosen = {
-                "held_out": sample_documents(dataset.held_out, evaluate.max_documents or size),
-                "train": sample_documents(dataset.train, evaluate.train_documents),
-            }
+            chosen = {part: sample_documents(documents[part], most[part]) for part in documents}
         numbers = {part: len(indices) for part, indices in chosen.items()}
-        noise = [asdict(self.config.noise), self.config.noise_seed]
         settings = {
             "documents": dataset.fingerprint,
             **numbers,
-            "model.dtype": self.config.model.dtype,
-            "noise": noise if numbers["train"] else None,
+            "model.dtype": config.model.dtype,
+            "noise": [asdict(config.noise), config.noise_seed] if numbers["train"] else None,
         }
 
-        def compute() -> tuple[dict[str, Any], dict[str, Any]]:
+        def compute() -> Found:
             model, found = self._load(), {}
-            for name, part in (
-                ("held_out", "held_out"),
-                ("train", "train"),
-                ("train_noisy", "train"),
-            ):
+            for name in ("held_out", "train", "train_noisy"):
+                part = name.removesuffix("_noisy")
                 if numbers[part]:
                     found[name] = document_losses(
                         model,
-                        dataset.held_out if part == "held_out" else dataset.train,
+                        documents[part],
                         chosen[part],
-                        self.config,
+                        config,
                         self.world,
-                        noisy=name == "train_noisy",
-                        progress=partial(self._log_progress, f"losses, {name.replace('_', ' ')}"),
+                        noisy=name != part,
+                        progress=partial(self._log_progress, name),
                     )
             return _loss_figures(found), {name: losses.items() for name, losses in found.items()}
 
         self._part("losses", settings, compute)
 
     def _log_progress(self, name: str, line: str) -> None:
-        self.world.log(f"{name}: {line}")
+        self.world.log(f"losses, {name}: {line}")
 
     def _answers(self) -> None:
         evaluate = self.config.evaluate
@@ -241,7 +237,7 @@ class _Evaluation:
         if self.world.is_first:
             remove_partial(self.folder)
 
-    def _compute_answers(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _compute_answers(self) -> Found:
         self._load()
         checked = self.config.evaluate.instructions == HELD_OUT and checkable(self.config)
         rows = answer_all(
@@ -268,7 +264,7 @@ class _Evaluation:
             "model.dtype": self.config.model.dtype,
         }
 
-        def compute() -> tuple[dict[str, Any], dict[str, Any]]:
+        def compute() -> Found:
             model, tokenizer = self._load(), self.target.tokenizer
             with self.world.agree():
                 found = run_tasks(model, tokenizer, evaluate, self.world.log, self.world)
@@ -280,7 +276,7 @@ class _Evaluation:
     def _judge(self, theirs: list[dict[str, Any]]) -> None:
         """Always run again: the judge's replies are cached in the folder and cost nothing."""
 
-        def compute() -> tuple[dict[str, Any], dict[str, Any]]:
+        def compute() -> Found:
             with self.world.agree():
                 if not self.world.is_first:
                     return {}, {}

@@ -39,90 +39,68 @@ _SPLIT = "test"
 _NO_SPLITS = dict.fromkeys(("training_split", "validation_split", "fewshot_split"))
 
 
-class TaskRunner:
-    """Runs one task after another on one model."""
+def load(word: TaskWord) -> dict[str, Task]:
+    """Load lm-eval's tasks of a word, by name: more than one where it names a group or a tag.
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        batch_size: int,
-        log: Callable[[str], None],
-        world: World | None,
-    ) -> None:
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        # It gives a tokenizer without a padding token one.
-        self._lm = _Model(model, copy.deepcopy(tokenizer), batch_size, log, world)
-
-    def load(self, word: TaskWord) -> dict[str, Task]:
-        """lm-eval's tasks of a word, by name: more than one where it names a group or a tag.
-
-        Raises:
-            UserError: lm-eval knows none, or its data or its packages are not at hand.
-        """
-        if word.settings is not None:
-            return {word.name: ConfigurableTask(config=_local(word, word.settings))}
-        known = _manager().all_tasks if word.rows is None else _manager().all_subtasks
-        if word.task not in known:
-            near = difflib.get_close_matches(word.task, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else "."
-            about = f", and the fields of {word.file} are of no known kind" if word.file else ""
-            raise UserError(f"evaluate.tasks: lm-eval has no task {word.task}{about}{hint}")
-        try:
-            with _quietly():
-                if word.rows is None:
-                    tasks: dict[str, Task] = _manager().load([word.task])["tasks"]
-                else:
-                    path = _manager().task_index[word.task].yaml_path
-                    task = ConfigurableTask(config=_local(word, load_yaml(path)))
-                    tasks = {word.name: _checked(task)}
-        except ImportError as error:
-            raise UserError(
-                f"evaluate.tasks: {word.task} needs the package {error.name}: install it."
-            ) from error
-        except Exception as error:  # of the hub's clients, of lm-eval's templates, of anything
-            reason = first_line(error)
-            if isinstance(error, KeyError):
-                reason = f"field {reason} is missing"
-            raise UserError(
-                f"evaluate.tasks: {word.file} does not hold what lm-eval's {word.task} reads: "
-                f"{reason}."
-                if word.file
-                else f"evaluate.tasks: the items of {word.task} could not be loaded from the hub: "
-                f"{reason}; a local file may take their place: {word.name}=FILE."
-            ) from error
-        return dict(sorted(tasks.items()))
-
-    def run(self, word: TaskWord, tasks: dict[str, Task], max_items: int) -> TaskResult:
-        """The result of a word's tasks, on every rank."""
-        for task in tasks.values():
-            shots = task.get_config("num_fewshot") if word.num_shots is None else word.num_shots
-            task.set_config("num_fewshot", shots or 0)
-            task.set_fewshot_seed(_FEWSHOT_SEED)
-        self._lm.begin(word.name)
-        limit = max_items or None
+    Raises:
+        UserError: lm-eval knows none, or its data or its packages are missing.
+    """
+    if word.settings is not None:
+        return {word.name: ConfigurableTask(config=_local(word, word.settings))}
+    known = _manager().all_tasks if word.rows is None else _manager().all_subtasks
+    if word.task not in known:
+        near = difflib.get_close_matches(word.task, known, 1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        about = f", and the fields of {word.file} are of no known kind" if word.file else ""
+        raise UserError(f"evaluate.tasks: lm-eval has no task {word.task}{about}{hint}")
+    try:
         with _quietly():
-            found: Any = evaluate(self._lm, {"tasks": tasks}, limit=limit, bootstrap_iters=0)
-        by_task = {name: _values(found["samples"][name]) for name in tasks}
-        metric = word.metric or _averaged(word.name, tasks, by_task)
-        correct = {name: values[metric] for name, values in by_task.items()}
-        if len(tasks) == 1:
-            [(name, values)] = by_task.items()
-            others = {
-                key: score
-                for key, of_items in values.items()
-                if key != metric
-                and isinstance(score := tasks[name].aggregation()[key](of_items), float | int)
-            }
-        else:
-            others = {name: sum(of_items) / len(of_items) for name, of_items in correct.items()}
-        return TaskResult.of(
-            [value for of_items in correct.values() for value in of_items],
-            metric=metric,
-            num_shots=max(task.get_config("num_fewshot") for task in tasks.values()),
-            num_truncated=self._lm.num_truncated,
-            others=others,
-        )
+            if word.rows is None:
+                tasks: dict[str, Task] = _manager().load([word.task])["tasks"]
+                return dict(sorted(tasks.items()))
+            settings = load_yaml(_manager().task_index[word.task].yaml_path)
+            return {word.name: _checked(ConfigurableTask(config=_local(word, settings)))}
+    except ImportError as error:
+        raise UserError(
+            f"evaluate.tasks: {word.task} needs the package {error.name}: install it."
+        ) from error
+    except Exception as error:  # of the hub's clients, of lm-eval's templates, of anything
+        reason = first_line(error)
+        if isinstance(error, KeyError):
+            reason = f"field {reason} is missing"
+        raise UserError(
+            f"evaluate.tasks: {word.file} does not hold what lm-eval's {word.task} reads: {reason}."
+            if word.file
+            else f"evaluate.tasks: the items of {word.task} could not be loaded from the hub: "
+            f"{reason}; a local file may take their place: {word.name}=FILE."
+        ) from error
+
+
+def run(lm: TaskModel, word: TaskWord, tasks: dict[str, Task], max_items: int) -> TaskResult:
+    """Run a word's tasks; return their result on every rank."""
+    for task in tasks.values():
+        shots = task.get_config("num_fewshot") if word.num_shots is None else word.num_shots
+        task.set_config("num_fewshot", shots or 0)
+        task.set_fewshot_seed(_FEWSHOT_SEED)
+    lm.begin(word.name)
+    with _quietly():
+        found: Any = evaluate(lm, {"tasks": tasks}, limit=max_items or None, bootstrap_iters=0)
+    by_task = {name: _values(found["samples"][name]) for name in tasks}
+    metric = word.metric or _averaged(word.name, tasks, by_task)
+    correct = {name: values[metric] for name, values in by_task.items()}
+    if len(tasks) == 1:
+        [(name, values)] = by_task.items()
+        means = {k: tasks[name].aggregation()[k](of) for k, of in values.items() if k != metric}
+        others = {key: mean for key, mean in means.items() if isinstance(mean, float | int)}
+    else:
+        others = {name: sum(of_items) / len(of_items) for name, of_items in correct.items()}
+    return TaskResult.of(
+        [value for of_items in correct.values() for value in of_items],
+        metric=metric,
+        num_shots=max(task.get_config("num_fewshot") for task in tasks.values()),
+        num_truncated=lm.num_truncated,
+        others=others,
+    )
 
 
 @cache
@@ -133,15 +111,11 @@ def _manager() -> TaskManager:
 
 def _local(word: TaskWord, settings: Any) -> dict[str, Any]:
     """The settings of a task whose items are a file's rows."""
-    rows = word.rows
-    own = {"task": word.name, "custom_dataset": lambda **_: {_SPLIT: _dataset(rows)}}
+    items = datasets.Dataset.from_list(word.rows)
+    own = {"task": word.name, "custom_dataset": lambda **_: {_SPLIT: items}}
     nowhere = dict.fromkeys(("dataset_path", "dataset_name", "dataset_kwargs", "metadata"))
     kept = {key: value for key, value in settings.items() if key not in ("tag", "group")}
     return {**kept, **_NO_SPLITS, **nowhere, **own, "test_split": _SPLIT, "num_fewshot": 0}
-
-
-def _dataset(rows: Any) -> Any:
-    return datasets.Dataset.from_list(rows)
 
 
 def _checked(task: Any) -> Task:
@@ -182,9 +156,13 @@ def _averaged(name: str, tasks: dict[str, Task], by_task: dict[str, dict[str, li
     )
 
 
-class _Model(HFLM):
+class TaskModel(HFLM):
     """lm-eval's model with its requests shared: rank r answers requests r, r + world size, ..., and
-    all ranks gather all answers, so that lm-eval runs alike on each."""
+    all ranks gather all answers, so that lm-eval runs alike on each.
+
+    Attributes:
+        num_truncated: prompts of the current task that were truncated, over all ranks.
+    """
 
     def __init__(
         self,
@@ -194,9 +172,10 @@ class _Model(HFLM):
         log: Callable[[str], None],
         world: World | None,
     ) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        own = copy.deepcopy(tokenizer)  # HFLM gives one without a padding token another
+        super().__init__(pretrained=model, tokenizer=own, batch_size=batch_size)
         self._world, self._log, self._stderr = world, log, sys.stderr
-        self.num_truncated = 0
         self.begin("")
 
     def begin(self, name: str) -> None:

@@ -43,49 +43,25 @@ LABELS = {  # of figures in summary.json, in tables and logs
 }
 PARTS = ("losses", "answers", "tasks", "judge")
 _FIX = "choose another --output, or remove that directory to start again"
-_LOSSES = {
-    "held_out_loss": float | None,
-    "perplexity": float | None,
-    "num_documents": int,
-    "num_supervised_tokens": int,
-    "train_loss": float | None,
-    "train_loss_noisy": float | None,
-    "num_train_documents": int,
-}
-_TASK = {"accuracy": float, "standard_error": float, "num_items": int}
-_JUDGED = {
-    "win_rate": float | None,
-    "interval": list | None,
-    "length_controlled": float | None,
-    "length_controlled_interval": list | None,
-    "num": int,
-    "num_unparsed": int,
-    "num_failed": int,
-}
-_SUMMARY = {
-    "subject": {"name": str, "step": int | None, "alpha": float | None},
-    "losses?": Nullable(_LOSSES),
-    "answers?": Nullable({str: float | None}),
-    "tasks?": Nullable({str: _TASK}),
-    "judge?": Nullable(_JUDGED),
-}
-_ITEMS = {
-    "held_out?": [[float]],
-    "train?": [[float]],
-    "train_noisy?": [[float]],
-    "answers?": {str: [float | bool | None]},
-    "tasks?": {str: [float | bool]},
-    "judge?": [float | None],
-}
-ANSWERS = [
-    {"instruction": str, "output": str, "generator": str, "num_tokens?": int, "finished?": bool}
-]
-_SETTINGS = {"subject": str, "answers_sha256?": str, **{f"{part}?": dict for part in PARTS}}
+# Schemas of the files, as `config.json_files` reads them; checksums guard the figures.
 FORMS = {
-    "summary.json": _SUMMARY,
-    "items.json": _ITEMS,
-    "answers.json": ANSWERS,
-    "settings.json": _SETTINGS,
+    "summary.json": {
+        "subject": {"name": str, "step": int | None, "alpha": float | None},
+        "losses?": Nullable({str: float | None}),
+        "answers?": Nullable({str: float | None}),
+        "tasks?": Nullable({str: {"accuracy": float, "standard_error": float, "num_items": int}}),
+        "judge?": Nullable(dict),
+    },
+    "items.json": {
+        **{f"{name}?": [[float]] for name in ("held_out", "train", "train_noisy")},
+        "answers?": {str: [float | bool | None]},
+        "tasks?": {str: [float | bool]},
+        "judge?": [float | None],
+    },
+    "answers.json": [
+        {"instruction": str, "output": str, "generator": str, "num_tokens?": int, "finished?": bool}
+    ],
+    "settings.json": {"subject": str, "answers_sha256?": str, **{f"{p}?": dict for p in PARTS}},
 }
 
 
@@ -144,11 +120,10 @@ class Results:
                 stored = self._settings.setdefault("answers", dict(settings))
                 other = [key for key in settings if stored.get(key) != settings[key]]
                 if other:
+                    values = [f" (then {stored.get(k)}, now {settings[k]})" for k in other]
                     shown = ", ".join(
-                        key
-                        if key == "prompts"
-                        else f"{key} (then {stored.get(key)}, now {settings[key]})"
-                        for key in other
+                        key + ("" if key == "prompts" else both)
+                        for key, both in zip(other, values, strict=True)
                     )
                     raise UserError(f"{self.folder} holds answers made with other {shown}: {_FIX}.")
                 self._write("settings.json", self._settings)
@@ -198,46 +173,37 @@ class Results:
 
 def lines(part: str, figures: Mapping[str, Any]) -> list[str]:
     """A part's figures as lines for the log."""
-    return {"losses": _losses, "answers": _answers, "tasks": _tasks, "judge": _judge}[part](figures)
-
-
-def _losses(figures: Mapping[str, Any]) -> list[str]:
-    lines = []
-    if figures["held_out_loss"] is not None:
-        lines.append(
-            f"held-out loss {figures['held_out_loss']:.4f}, perplexity "
-            f"{figures['perplexity']:.2f} ({figures['num_documents']} documents, "
-            f"{figures['num_supervised_tokens']} supervised tokens)"
-        )
-    if figures["train_loss"] is not None:
-        lines.append(
-            f"training loss {figures['train_loss']:.4f}, with noise "
-            f"{figures['train_loss_noisy']:.4f} ({figures['num_train_documents']} documents)"
-        )
-    return lines
-
-
-def _answers(figures: Mapping[str, Any]) -> list[str]:
+    if part == "tasks":
+        return [_task_line(name, task) for name, task in figures.items()]
+    if part == "judge":
+        return [_judge_line(figures)]
     shown = {LABELS.get(k, k): value for k, value in figures.items() if value is not None}
-    text = "; ".join(f"{label}: {value:.4g}" for label, value in shown.items())
+    numbers = {k: f"{v:.4f}" if isinstance(v, float) else str(v) for k, v in shown.items()}
+    text = "; ".join(f"{label} {number}" for label, number in numbers.items())
     return textwrap.wrap(text, 98, subsequent_indent="  ")
 
 
-def _tasks(figures: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{name}: {of['accuracy']:.1%} +- {of['standard_error']:.1%}, {of['num_items']} items"
-        for name, of in figures.items()
-    ]
+def _task_line(name: str, task: Mapping[str, Any]) -> str:
+    details = [f"{task['num_items']} items"]
+    if "metric" in task:
+        details += [task["metric"], f"{task['num_shots']}-shot"]
+    if cut := task.get("num_truncated"):
+        details.append(f"{cut} prompts cut on the left")
+    error = f"{task['accuracy']:.1%} +- {task['standard_error']:.1%}"
+    return f"{name}: {error} ({', '.join(details)})"
 
 
-def _judge(figures: Mapping[str, Any]) -> list[str]:
+def _judge_line(figures: Mapping[str, Any]) -> str:
     if figures["win_rate"] is None:
-        return [f"judge: none of {figures['num']} comparisons could be decided"]
+        return f"judge: none of {figures['num']} comparisons could be decided"
     rates = []
-    for name, rate in (("", "win_rate"), (" at equal lengths", "length_controlled")):
+    for label, rate, interval in (
+        ("win rate", "win_rate", "interval"),
+        ("win rate at equal lengths", "length_controlled", "length_controlled_interval"),
+    ):
         if figures[rate] is not None:
-            interval = figures["interval" if rate == "win_rate" else f"{rate}_interval"]
-            bounds = f" ({interval[0]:.1f} to {interval[1]:.1f})" if interval else ""
-            rates.append(f"win rate{name} {figures[rate]:.1f} %{bounds}")
+            ends = figures[interval]
+            bounds = f" ({ends[0]:.1f} to {ends[1]:.1f})" if ends else ""
+            rates.append(f"{label} {figures[rate]:.1f} %{bounds}")
     unclear = figures["num_unparsed"] + figures["num_failed"]
-    return [f"{', '.join(rates)} of {figures['num']} comparisons, {unclear} of them undecided"]
+    return f"{', '.join(rates)} of {figures['num']} comparisons, {unclear} of them undecided"

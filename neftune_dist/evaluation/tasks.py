@@ -120,10 +120,13 @@ def run_tasks(
     log: Callable[[str], None],
     world: World | None = None,
 ) -> dict[str, TaskResult]:
-    """What `config.tasks` names, by name.
+    """Run the tasks that `config.tasks` names; return their results by name.
 
     Args:
         model: a causal language model of Hugging Face on its device, in evaluation mode.
+        tokenizer: its tokenizer, which is not changed.
+        config: names the tasks and bounds their items and batches.
+        log: called with lines of progress.
         world: the ranks that hold a copy of the model each; they share the work, all call this and
             all get the results. None: this process alone.
 
@@ -135,24 +138,14 @@ def run_tasks(
     if not words:
         return {}
     try:
-        from neftune_dist.evaluation.lm_eval_adapter import TaskRunner
+        from neftune_dist.evaluation.lm_eval_adapter import TaskModel, load, run
     except ImportError as error:
         raise UserError(
             f"{_KEY} needs the package {error.name or 'lm_eval'}: install neftune-dist[tasks]."
         ) from error
-    runner = TaskRunner(model, tokenizer, config.batch_size, log, world)
-    loaded = [(word, runner.load(word)) for word in words]  # all, before the first takes its hours
-    results = {}
-    for word, tasks in loaded:
-        result = runner.run(word, tasks, config.max_task_items)
-        cut = f", {result.num_truncated} prompts cut on the left" if result.num_truncated else ""
-        log(
-            f"evaluate: {word.name} {result.metric} {result.accuracy:.4f} "
-            f"± {result.standard_error:.4f} of {result.num_items} items, "
-            f"{result.num_shots}-shot{cut}"
-        )
-        results[word.name] = result
-    return results
+    lm = TaskModel(model, tokenizer, config.batch_size, log, world)
+    loaded = [(word, load(word)) for word in words]  # all, before the first takes its hours
+    return {word.name: run(lm, word, tasks, config.max_task_items) for word, tasks in loaded}
 
 
 def read_words(text: str | None, max_items: int = 0) -> list[TaskWord]:

@@ -24,6 +24,7 @@ from neftune_dist.planning.batches import fullest, heaviest, sampled_steps
 from neftune_dist.planning.memory import Peak
 from neftune_dist.planning.simulate import simulate, simulated_settings
 from neftune_dist.planning.suggestions import suggest_changes
+from neftune_dist.system.text import duration_text
 from neftune_dist.training.inputs import check_vocabulary
 from neftune_dist.training.noise import num_passes
 
@@ -41,14 +42,15 @@ class PlanInput:
         folder: the model's directory.
         model: on the meta device.
         size: its parameters and FLOPs.
-        dataset, sampler: None if the data is not read.
+        dataset: None if the data is not read.
+        sampler: None if the data is not read.
     """
 
     folder: Path
     model: Any
     size: ModelSize
-    dataset: Dataset | None
-    sampler: Sampler | None
+    dataset: Dataset | None = None
+    sampler: Sampler | None = None
 
     def peak(self, config: Config, world_size: int) -> Peak:
         """Return a rank's peak under `config`, whose memory settings may differ from the run's."""
@@ -70,7 +72,7 @@ def read(
     )
     if not with_data:
         check_lengths(model.config, config.data.max_length)
-        return PlanInput(folder, model, model_size(model), None, None)
+        return PlanInput(folder, model, model_size(model))
     tokenizer = load.load_tokenizer(folder, config.model)
     check_vocabulary(model, tokenizer)
     dataset = prepare(config.data, tokenizer, log)
@@ -105,7 +107,9 @@ def plan(
         raise UserError(f"--gpu={gpu} is not known; known: {', '.join(gpus)}.")
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu={mfu} is out of range: a share, above 0 and at most 1.")
-    _check_world(config, world_size)
+    if world_size < 1:
+        raise UserError(f"--world-size={world_size} is out of range: it must be at least 1.")
+    check_world_size(config, world_size)
     check_packages(config)
     for line in config.to_yaml().splitlines() if verbose else []:
         log(f"  {line}")
@@ -117,16 +121,19 @@ def plan(
     disk = given.size.num_trained * (8 if config.optim.states == "bf16" else 12)
     log(f"disk: {disk / GIB:.2f} GiB a checkpoint, {config.checkpoint.keep or 'all'} of them kept")
     peak = given.peak(config, world_size)
-    for line in _memory_lines(config, peak, world_size, given):
+    for line in _memory_lines(config, peak, world_size, given.sampler):
         log(line)
-    for line in _gpu_lines(config, peak, world_size, flops, mfu, [gpu] if gpu else list(gpus)):
-        log(line)
+    log(f"GPUs: time on {world_size}, at an assumed {mfu:.0%} of the data-sheet rate")
+    for name in [gpu] if gpu else gpus:
+        fits = "fits" if needed(peak) <= gpus[name] * GIB else "does not fit"
+        rate = peak_flops(name, config.model.dtype)
+        time = duration_text(flops / (mfu * rate * world_size)) if flops and rate else "-"
+        log(f"  {name:<10}{gpus[name]:5} GiB  {fits:<13}{time:>11}")
     if gpu is not None and needed(peak) > gpus[gpu] * GIB:
-        suggestion = suggest_changes(
-            config, world_size, peak, gpus[gpu] * GIB, given.peak, needed, log
-        )
+        most_bytes = (gpus[gpu] - MARGIN_GIB) * GIB / (1 + MARGIN_SHARE)
+        suggestion = suggest_changes(config, world_size, peak, most_bytes, given.peak, log)
         raise UserError(
-            f"The run needs {needed(peak) / GIB:.1f} GiB for {_each(world_size)}, and "
+            f"The run needs {needed(peak) / GIB:.1f} GiB for {_ranks(world_size)}, and "
             f"{gpu} has {gpus[gpu]}: "
             + (f"append {suggestion}." if suggestion else "no change that plan tries makes it fit.")
         )
@@ -135,12 +142,6 @@ def plan(
 def needed(peak: Peak) -> float:
     """Return the bytes that a device needs for the peak and for what torch does not count."""
     return peak.num_bytes * (1 + MARGIN_SHARE) + MARGIN_GIB * GIB
-
-
-def _check_world(config: Config, world_size: int) -> None:
-    if world_size < 1:
-        raise UserError(f"--world-size={world_size} is out of range: it must be at least 1.")
-    check_world_size(config, world_size)
 
 
 def _log_work(
@@ -164,23 +165,26 @@ def _log_work(
     return flops
 
 
-def _memory_lines(config: Config, peak: Peak, world_size: int, given: PlanInput) -> Iterator[str]:
-    if given.sampler is None:
+def _memory_lines(
+    config: Config, peak: Peak, world_size: int, sampler: Sampler | None
+) -> Iterator[str]:
+    if sampler is None:
         batches = "full micro-batches, every token supervised"
     else:
-        seen, steps = len(sampled_steps(given.sampler)), given.sampler.num_steps
+        seen, steps = len(sampled_steps(sampler)), sampler.num_steps
         of = f"{seen} of {steps} steps" if seen < steps else "all steps"
         batches = f"the heaviest micro-batches of {of}"
-    yield f"memory: GiB of {_each(world_size)}, at the peak ({peak.moment}), {batches}"
-    for kind, amount in peak.parts.items():
-        yield f"  {kind:<12}{amount / GIB:9.2f}"
-    yield f"  {'peak':<12}{peak.num_bytes / GIB:9.2f}"
-    yield (
-        f"  {'needed':<12}{needed(peak) / GIB:9.2f}  with {MARGIN_SHARE:.0%} for fragmentation "
-        f"and {MARGIN_GIB:.0f} GiB for CUDA and NCCL, not yet measured on a GPU"
+    yield f"memory: GiB of {_ranks(world_size)}, at the peak ({peak.moment}), {batches}"
+    margins = (
+        f"with {MARGIN_SHARE:.0%} for fragmentation and {MARGIN_GIB:.0f} GiB for CUDA and NCCL, "
+        "not yet measured on a GPU"
     )
+    rows = [(kind, amount, "") for kind, amount in peak.parts.items()]
+    rows += [("peak", peak.num_bytes, ""), ("needed", round(needed(peak)), margins)]
     if peak.host_bytes:
-        yield f"  {'host':<12}{peak.host_bytes / GIB:9.2f}  of the machine's memory, for each rank"
+        rows.append(("host", peak.host_bytes, "of the machine's memory, for each rank"))
+    for kind, amount, remark in rows:
+        yield f"  {kind:<12}{amount / GIB:9.2f}  {remark}".rstrip()
     left_out = [
         f"model.{name}={getattr(config.model, name)}".lower()
         for name, usual in (("compile", False), ("kernels", "torch"), ("float8", "none"))
@@ -190,26 +194,5 @@ def _memory_lines(config: Config, peak: Peak, world_size: int, given: PlanInput)
         yield f"memory: estimated without {', '.join(left_out)}"
 
 
-def _gpu_lines(
-    config: Config,
-    peak: Peak,
-    world_size: int,
-    flops: float | None,
-    mfu: float,
-    names: list[str],
-) -> Iterator[str]:
-    yield f"GPUs: time on {world_size}, at an assumed {mfu:.0%} of the data-sheet rate"
-    for name in names:
-        gib = known_gpus()[name]
-        fits = "fits" if needed(peak) <= gib * GIB else "does not fit"
-        rate = peak_flops(name, config.model.dtype)
-        time = _duration(flops / (mfu * rate * world_size)) if flops and rate else "-"
-        yield f"  {name:<10}{gib:5} GiB  {fits:<13}{time:>9}"
-
-
-def _each(world_size: int) -> str:
+def _ranks(world_size: int) -> str:
     return f"each of {world_size} ranks" if world_size > 1 else "the only rank"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"

@@ -13,7 +13,7 @@ which need a GPU or its compiler, and save memory, if anything.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -73,7 +73,9 @@ def simulate(config: Config, folder: Path, world_size: int, batches: Sequence[Mi
     """Simulate a step on rank 0, whose shards are the largest, and return its peak.
 
     Args:
+        config: the run's; compilation, fused kernels and float8 are left out.
         folder: the model's directory; no weights are read.
+        world_size: ranks of the run.
         batches: the first micro-batches of a step, with content. Only as many are run as it takes
             to meet everything that is kept from one to the next.
 
@@ -89,10 +91,9 @@ def simulate(config: Config, folder: Path, world_size: int, batches: Sequence[Mi
     layouts = [token_layout(batch) for batch in batches]
     zero3 = config.engine.name == "deepspeed" and config.engine.zero_stage in (None, 3)
     num_ranks = min(world_size, _MAX_PARTITIONS) if zero3 else world_size
-    slices = config.engine.sequence_parallel
-    # (None of the partitions left out shares this rank's sequences.)
-    num_ranks = max(num_ranks, slices)
-    with _world(num_ranks), _deepspeed(config, model), _shared(slices, model) as group:
+    # None of the partitions left out shares this rank's sequences.
+    num_ranks = max(num_ranks, config.engine.sequence_parallel)
+    with _world(config, model, num_ranks) as group:
         engine = make_engine(config, _Rank0(num_ranks))
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with fake, Memory(fake, vocabulary) as memory:
@@ -101,9 +102,8 @@ def simulate(config: Config, folder: Path, world_size: int, batches: Sequence[Mi
             optimizer = _IdleOptimizer(config.optim, config.train.seed)
             engine.setup(model, optimizer)
             engine.after_load(0)
-            kept = _EngineState(
-                engine, optimizer, memory, config.engine.offload == "cpu", num_ranks / world_size
-            )
+            share = num_ranks / world_size
+            kept = _EngineState(engine, optimizer, memory, config.engine.offload == "cpu", share)
             kept.name_state()
             for i, (batch, layout) in enumerate(zip(batches, layouts, strict=True)):
                 which = "a later micro-batch" if i else "the first micro-batch"
@@ -187,32 +187,18 @@ def _faked(thing: T, mode: FakeTensorMode) -> T:
 
 
 @contextmanager
-def _world(size: int) -> Iterator[None]:
+def _world(config: Config, model: Any, size: int) -> Iterator[dist.ProcessGroup | None]:
+    """A process group of that size without other ranks, with the engine's patches; gives the group
+    of the ranks that share this rank's sequences."""
     assert not dist.is_initialized()
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-@contextmanager
-def _shared(slices: int, model: Any) -> Iterator[dist.ProcessGroup | None]:
-    """Share sequences among so many ranks."""
-    group = dist.new_group(range(slices)) if slices > 1 else None
-    share_sequences(group, model.config)
-    try:
+    slices = config.engine.sequence_parallel
+    with ExitStack() as stack:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+        stack.callback(dist.destroy_process_group)
+        if config.engine.name == "deepspeed":
+            compat = import_module("neftune_dist.compat.deepspeed")
+            stack.enter_context(compat.simulated(model, config.engine.zero_stage or 3))
+        group = dist.new_group(range(slices)) if slices > 1 else None
+        share_sequences(group, model.config)
+        stack.callback(share_sequences, None, model.config)
         yield group
-    finally:
-        share_sequences(None, model.config)
-
-
-@contextmanager
-def _deepspeed(config: Config, model: Any) -> Iterator[None]:
-    """Let DeepSpeed run without other ranks, if it is the engine."""
-    if config.engine.name != "deepspeed":
-        yield
-        return
-    compat = import_module("neftune_dist.compat.deepspeed")
-    with compat.simulated(model, config.engine.zero_stage or 3):
-        yield

@@ -21,71 +21,64 @@ def suggest_changes(
     config: Config,
     world_size: int,
     peak: Peak,
-    room: float,
+    most_bytes: float,
     simulate: Callable[[Config, int], Peak],
-    needed: Callable[[Peak], float],
     log: Callable[[str], None],
 ) -> str | None:
     """Return `key=value` words that make the run fit, or None if nothing that is tried does.
 
     Args:
+        config: the run's.
+        world_size: its ranks.
         peak: of the run as it is.
-        room: bytes of the device.
+        most_bytes: the greatest peak that fits.
         simulate: returns the peak of a configuration on a number of ranks.
-        needed: returns the bytes that a peak takes.
+        log: called with a line for each change that is tried.
     """
     changes: Changes = {}
 
     def attempt(more: Changes) -> Peak | None:
         """Return the peak with these changes, None if they contradict a setting."""
         try:
-            changed = _changed(config, more)
-            found = simulate(changed, int(more.get(_RANKS, world_size)))
+            found = simulate(_changed(config, more), int(more.get(_RANKS, world_size)))
         except UserError:
             return None
-        log(f"tried {_words(more)}: {needed(found) / 2**30:.1f} GiB")
+        log(f"tried {_words(more)}: {found.num_bytes / 2**30:.1f} GiB at the peak")
         return found
 
     tried: set[str] = set()
-    while True:
-        now = _changed(config, changes)
+    while peak.num_bytes > most_bytes:
         ranks = int(changes.get(_RANKS, world_size))
-        step = next(
-            (s for s in _ladder(now, ranks, peak, room, needed) if _words(s) not in tried), None
-        )
+        ladder = _ladder(_changed(config, changes), ranks, peak, peak.num_bytes - most_bytes)
+        step = next((s for s in ladder if _words(s) not in tried), None)
         if step is None:
             return None
         tried.add(_words(step))
         found = attempt({**changes, **step})
-        if found is None or found.num_bytes > (1 - _LEAST_SAVING) * peak.num_bytes:
-            continue
-        changes, peak = {**changes, **step}, found
-        if needed(peak) <= room:
-            break
+        if found is not None and found.num_bytes <= (1 - _LEAST_SAVING) * peak.num_bytes:
+            changes, peak = {**changes, **step}, found
     for key in list(changes)[:-1]:  # is an earlier change still needed?
         less = {k: v for k, v in changes.items() if k != key}
         found = attempt(less)
-        if found is not None and needed(found) <= room:
+        if found is not None and found.num_bytes <= most_bytes:
             changes = less
     return _words(changes)
 
 
-def _ladder(
-    config: Config, ranks: int, peak: Peak, room: float, needed: Callable[[Peak], float]
-) -> Iterator[Changes]:
+def _ladder(config: Config, ranks: int, peak: Peak, excess: float) -> Iterator[Changes]:
     """Yield the changes to try next, in order of cost.
 
-    If the state alone has no room, no change of the batch helps: changes of the state come first.
+    If the state alone does not fit, no change of the batch helps: changes of the state come first.
     """
     state = sum(peak.parts[kind] for kind in ("weights", "gradients", "optimizer"))
-    lower_state = list(_lower_state(config, ranks, peak, room, needed))
-    lower_batch = list(_lower_batch(config, peak, room, needed))
-    yield from [*lower_state, *lower_batch] if state > room else [*lower_batch, *lower_state]
+    batch = peak.parts["activations"] + peak.parts["logits"]
+    lower_state = _lower_state(config, ranks, state, excess)
+    lower_batch = _lower_batch(config, batch, excess)
+    state_first = state > peak.num_bytes - excess
+    yield from (*lower_state, *lower_batch) if state_first else (*lower_batch, *lower_state)
 
 
-def _lower_batch(
-    config: Config, peak: Peak, room: float, needed: Callable[[Peak], float]
-) -> Iterator[Changes]:
+def _lower_batch(config: Config, batch: float, excess: float) -> Iterator[Changes]:
     if config.model.loss == "plain":
         yield {"model.loss": "chunked"}
     if config.model.activation_checkpointing == "none":
@@ -94,17 +87,14 @@ def _lower_batch(
         yield {"model.activation_checkpointing": "full"}
     if config.engine.reshard_after_forward is False:
         yield {"engine.reshard_after_forward": True}
-    batch = peak.parts["activations"] + peak.parts["logits"]
-    halvings = _halvings(batch, needed(peak) - room)
+    halvings = _halvings(batch, excess)
     fewest, tokens = config.data.max_length, config.train.micro_batch_tokens
     while halvings is not None and tokens >> halvings >= fewest:
         yield {"train.micro_batch_tokens": tokens >> halvings}
         halvings += 1
 
 
-def _lower_state(
-    config: Config, ranks: int, peak: Peak, room: float, needed: Callable[[Peak], float]
-) -> Iterator[Changes]:
+def _lower_state(config: Config, ranks: int, state: float, excess: float) -> Iterator[Changes]:
     if config.engine.name == "deepspeed" and config.engine.zero_stage in (1, 2):
         yield {"engine.zero_stage": 3}
     if (config.engine.num_replicas or 1) > 1:
@@ -113,8 +103,7 @@ def _lower_state(
         yield {"optim.states": "8bit"}
     if config.engine.offload == "none":
         yield {"engine.offload": "cpu"}
-    state = sum(peak.parts[kind] for kind in ("weights", "gradients", "optimizer"))
-    halvings = _halvings(state, needed(peak) - room)
+    halvings = _halvings(state, excess)
     while halvings is not None and ranks << halvings <= _MOST_RANKS:
         yield {_RANKS: ranks << halvings}
         halvings += 1

@@ -270,7 +270,7 @@ def test_results_folder_is_written_kept_and_protected(
     code, said = run_evaluate(*words, "evaluate.train_documents=4")
     assert code == 0, said
     assert "answers: 5 of 5" in said
-    assert "with noise" in said
+    assert "training loss, noise on" in said
     summary, items = (json.loads((out / f"{n}.json").read_text()) for n in ("summary", "items"))
     answers = json.loads((out / "answers.json").read_text())
     assert summary["losses"]["held_out_loss"] == first["losses"]["held_out_loss"]

@@ -220,10 +220,7 @@ def suggested(room: float, *words: str, ranks: int = 8) -> tuple[str | None, lis
 
     log: list[str] = []
     peak = peak_of(config, ranks)
-    found = suggest_changes(
-        config, ranks, peak, room, peak_of, lambda p: float(p.num_bytes), log.append
-    )
-    return found, log
+    return suggest_changes(config, ranks, peak, room, peak_of, log.append), log
 
 
 @pytest.mark.parametrize(
@@ -281,7 +278,7 @@ def test_without_data_none_is_read(folder: Path) -> None:
     assert "full micro-batches" in text and "work:" not in text
 
 
-def test_what_does_not_fit_ends_with_what_would(
+def test_run_that_does_not_fit_is_refused_with_changes_that_fit(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings(folder)
@@ -297,7 +294,7 @@ def test_what_does_not_fit_ends_with_what_would(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--gpu", "H1000"], "--gpu=H1000 is not known; known: B200, "),
         (["--mfu", "40"], "--mfu=40.0 is out of range"),
@@ -307,9 +304,9 @@ def test_what_does_not_fit_ends_with_what_would(
         (["data.source=/nowhere.jsonl"], "/nowhere.jsonl"),
     ],
 )
-def test_mistakes_are_told_in_one_sentence(
+def test_mistakes_exit_2_with_one_sentence(
     words: Sequence[str],
-    told: str,
+    message: str,
     folder: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -319,7 +316,7 @@ def test_mistakes_are_told_in_one_sentence(
         main(["plan", str(folder / "config.yaml"), *words])
     assert left.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("neftune-dist: ") and told in error
+    assert error.startswith("neftune-dist: ") and message in error
 
 
 def test_both_conventions_of_flops() -> None:
