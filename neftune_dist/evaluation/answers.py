@@ -112,9 +112,12 @@ def generate(
     config: EvaluateConfig,
     limit: int | None,
 ) -> list[Generated]:
-    """Answers to prompts as one batch.
+    """Answer prompts as one batch.
 
     Args:
+        target: the model.
+        prompts: their tokens.
+        config: limits and penalty.
         limit: most tokens of a prompt and its answer that the model takes; None: any.
     """
     width = max(map(len, prompts))

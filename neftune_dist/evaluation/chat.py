@@ -13,9 +13,8 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
@@ -59,7 +58,7 @@ def chat(names: Sequence[str], settings: Sequence[str], *, temperature: float = 
         for target in [open_target(name, settings=settings) for name in names]:
             if sys.stdin.isatty():
                 print(f"loading {target.name}", flush=True)
-            speakers.append(Speaker.of(target, temperature))
+            speakers.append(Speaker(target, temperature))
     except KeyboardInterrupt:
         return _INTERRUPTED
     if sys.stdin.isatty():
@@ -70,9 +69,9 @@ def chat(names: Sequence[str], settings: Sequence[str], *, temperature: float = 
     return _talk(speakers)
 
 
-@dataclass
 class Speaker:
-    """A model and its conversation.
+    """A model and its conversation. Loads the model. Raises `UserError` where its template cannot
+    express a question.
 
     Attributes:
         name: printed above its answers.
@@ -83,92 +82,76 @@ class Speaker:
         turns: earlier questions and answers.
     """
 
-    name: str
-    target: EvaluationTarget
-    temperature: float
-    remembers: bool
-    system: list[Turn] = field(default_factory=list)
-    turns: list[Turn] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, target: EvaluationTarget, temperature: float) -> Speaker:
-        """Loads the model. Raises `UserError` where its template cannot express a question."""
-        question = Turn("user", "And?")
+    def __init__(self, target: EvaluationTarget, temperature: float) -> None:
+        self.target, self.temperature = target, temperature
+        self.system: list[Turn] = []
+        self.turns: list[Turn] = []
+        alpha = "" if target.alpha is None else f" (alpha {target.alpha:g})"
+        self.name = target.name + alpha
+        question, self.remembers = Turn("user", "And?"), True
         try:
             target.template.reply_ids([question])
         except BadRow as error:
             raise UserError(f"{target.name} cannot be asked: {error}.") from error
-        remembers = True
         try:
             target.template.reply_ids([question, Turn("assistant", "Yes."), question])
         except BadRow:
-            remembers = False
+            self.remembers = False
         target.model  # noqa: B018 (loaded before the first question)
-        alpha = "" if target.alpha is None else f" (alpha {target.alpha:g})"
-        return cls(target.name + alpha, target, temperature, remembers)
 
-    def system_of(self, text: str) -> list[Turn]:
-        """The text as a system prompt; none if empty. Raises `BadRow` where the template takes
+    def system_turn(self, text: str) -> list[Turn]:
+        """Make a system prompt of the text; none if empty. Raises `BadRow` where the template takes
         none."""
         system = [Turn("system", text)] if text else []
         self.target.template.reply_ids([*system, Turn("user", "And?")])
         return system
 
-    def answer(self, question: str, show: Callable[[str], None]) -> Answer:
+    def answer(self, question: str, show: Callable[[str], None]) -> tuple[str, str]:
         """Answer a question, showing the text as it comes, and keep both as turns.
+
+        Returns:
+            The answer, stripped, and a remark on why it is incomplete; empty where it is not.
 
         Raises:
             BadRow: the template cannot express the conversation, or the model has no room for it.
         """
         earlier = self.turns if self.remembers else []
         turns = [*earlier, Turn("user", question)]
-        template, model = self.target.template, self.target.model
-        ids = template.reply_ids([*self.system, *turns])
-        most, limit = self.target.config.evaluate.max_new_tokens, "evaluate.max_new_tokens"
-        longest = context_length(model.config)
-        if longest is not None:
-            if len(ids) >= longest:
-                raise BadRow(
-                    f"the conversation has {len(ids)} tokens, and the model takes {longest} with "
-                    "the answer: /reset forgets it"
-                )
-            if longest - len(ids) < most:
-                most, limit = longest - len(ids), "the model takes no more"
-        pieces = _Pieces(self.target.tokenizer, set(self.target.end_tokens), show)
-        remark = ""
+        ids = self.target.template.reply_ids([*self.system, *turns])
+        asked, limit = self.target.config.evaluate.max_new_tokens, "evaluate.max_new_tokens"
+        longest = context_length(self.target.model.config) or len(ids) + asked
+        if len(ids) >= longest:
+            raise BadRow(
+                f"the conversation has {len(ids)} tokens, and the model takes {longest} with "
+                "the answer: /reset forgets it"
+            )
+        most = min(asked, longest - len(ids))
+        pieces, remark = _Pieces(self.target.tokenizer, set(self.target.end_tokens), show), ""
         try:
             self._generate(ids, most, pieces)
             if not pieces.ended:
+                limit = limit if most == asked else "the model takes no more"
                 remark = f"[cut after {pieces.num_tokens} tokens: {limit}]"
         except KeyboardInterrupt:
             pieces.end()
             remark = STOPPED
         said = "".join(pieces.texts).strip()
         self.turns = [*turns, Turn("assistant", said)] if said else earlier
-        return Answer(said, remark)
+        return said, remark
 
     @torch.no_grad()
     def _generate(self, ids: list[int], most: int, pieces: _Pieces) -> None:
         sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0}
         settings = self.target.generation_config(most, **(sampling if self.temperature else {}))
         given = torch.tensor([ids], device=self.target.device)
+        mask = torch.ones_like(given)
         self.target.model.generate(
-            given,
-            attention_mask=torch.ones_like(given),
-            generation_config=settings,
-            streamer=pieces,
+            given, attention_mask=mask, generation_config=settings, streamer=pieces
         )
 
 
-class Answer(NamedTuple):
-    """text: stripped. remark: why the answer is incomplete; else empty."""
-
-    text: str
-    remark: str
-
-
 class _Pieces(transformers.TextStreamer):
-    """Shows whole words as soon as their tokens are there.
+    """Show whole words as soon as their tokens are there.
 
     Attributes:
         texts: shown so far.
@@ -216,7 +199,7 @@ def _talk(speakers: list[Speaker]) -> int:
                 return 0
             if command in ("/reset", "/system"):
                 changed = command == "/system"
-                systems = [s.system_of(rest.strip()) if changed else s.system for s in speakers]
+                systems = [s.system_turn(rest.strip()) if changed else s.system for s in speakers]
                 for speaker, system in zip(speakers, systems, strict=True):
                     speaker.system, speaker.turns = system, []
             elif command.startswith("/"):
@@ -229,20 +212,20 @@ def _talk(speakers: list[Speaker]) -> int:
 
 def _ask(speakers: list[Speaker], question: str) -> None:
     if len(speakers) == 1:
-        answer = speakers[0].answer(question, _show)
-        _show(f"\n{answer.remark}\n" if answer.remark else "\n")
+        _, remark = speakers[0].answer(question, _show)
+        _show(f"\n{remark}\n" if remark else "\n")
         return
     texts: list[str] = []
-    answer = Answer("", "")
+    said, remark = "", ""
     for speaker in speakers:
         try:
-            if answer.remark != STOPPED:  # one Ctrl-C stops both
-                answer = speaker.answer(question, lambda _: None)
+            if remark != STOPPED:  # one Ctrl-C stops both
+                said, remark = speaker.answer(question, lambda _: None)
             else:
-                answer = Answer("", STOPPED)
+                said = ""
         except BadRow as error:
-            answer = Answer("", f"[{error}]")
-        texts.append("\n".join(filter(None, answer)))
+            said, remark = "", f"[{error}]"
+        texts.append("\n".join(filter(None, (said, remark))))
     names = [speaker.name for speaker in speakers]
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
     for line in side_by_side(names, texts, width):
@@ -253,24 +236,16 @@ def side_by_side(names: Sequence[str], texts: Sequence[str], width: int) -> list
     """Texts under their names, in columns if `width` characters have room, else one after the
     other."""
     column = (width - len(_GAP) * (len(names) - 1)) // len(names)
+    under = list(zip(names, texts, strict=True))
     if column < _LEAST_COLUMN:
-        return [
-            line
-            for name, text in zip(names, texts, strict=True)
-            for line in (f"--- {name}", *text.splitlines())
-        ]
-    wrapped = [
-        [*textwrap.wrap(name, column), "-" * column, *_wrapped(text, column)]
-        for name, text in zip(names, texts, strict=True)
-    ]
-    return [
-        _GAP.join(f"{part:<{column}}" for part in parts).rstrip()
-        for parts in zip_longest(*wrapped, fillvalue="")
-    ]
+        return [line for name, text in under for line in (f"--- {name}", *text.splitlines())]
 
+    def wrapped(text: str) -> list[str]:
+        return [part for row in text.splitlines() for part in textwrap.wrap(row, column) or [""]]
 
-def _wrapped(text: str, column: int) -> list[str]:
-    return [part for line in text.splitlines() for part in textwrap.wrap(line, column) or [""]]
+    columns = [[*wrapped(name), "-" * column, *wrapped(text)] for name, text in under]
+    rows = zip_longest(*columns, fillvalue="")
+    return [_GAP.join(f"{part:<{column}}" for part in parts).rstrip() for parts in rows]
 
 
 def _show(text: str) -> None:

@@ -34,7 +34,7 @@ _LARGEST_REPLY_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Reply:
-    """cut: the text ended at judge.max_answer_tokens."""
+    """The text of a reply, and whether it ended at judge.max_answer_tokens."""
 
     text: str
     cut: bool = False
@@ -57,21 +57,21 @@ class Failure(Exception):
 
 
 def dollars(config: JudgeConfig, input_tokens: int, output_tokens: int) -> float:
-    """Their cost by the configured prices."""
+    """The cost of tokens by the configured prices."""
     dollars_in = input_tokens * config.dollars_per_million_input
     return (dollars_in + output_tokens * config.dollars_per_million_output) / 1e6
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to wherever it points."""
+    """Refuse redirects, which would carry the key to wherever they point."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
 
 
 class Endpoint:
-    """`config.url`, for many threads at once. Raises `UserError` where the key is missing or holds
-    characters that no key has."""
+    """The endpoint `config.url`, for many threads at once. Raises `UserError` where the key is
+    missing or holds characters that no key has."""
 
     def __init__(self, config: JudgeConfig, log: Callable[[str], None]) -> None:
         self.config, self.log = config, log
@@ -85,16 +85,16 @@ class Endpoint:
         self._options = {"temperature": 0, "max_tokens": config.max_answer_tokens}
 
     def stop(self) -> None:
-        """No retries and no pauses from now on."""
+        """Retry no request and make no pause from now on."""
         self._stopped.set()
 
     def clean(self, text: str) -> str:
-        """The text without the key, should an answer repeat it."""
+        """Remove the key from a text, should an answer repeat it."""
         return text.replace(self._key, "***") if self._key else text
 
     def reply(self, prompt: str) -> Reply:
-        """The reply to a prompt, after as many retries as the configuration allows. Raises
-        `Failure`."""
+        """Send a prompt, with as many retries as the configuration allows; return the reply.
+        Raises `Failure`."""
         for retry in itertools.count(1):
             self._stopped.wait(max(0.0, self._resume_at - time.monotonic()))
             self._count_request()
@@ -191,7 +191,8 @@ class Endpoint:
         return Failure(answer)
 
     def _drops_option(self, said: str) -> bool:
-        """Reasoning models take no temperature, and have another name for the answer's limit."""
+        """Drop an option that the endpoint refused: reasoning models take no temperature, and have
+        another name for the answer's limit. Return whether there was one."""
         with self._lock:
             options = dict(self._options)
             if "max_completion_tokens" in said and "max_tokens" in options:
@@ -214,7 +215,7 @@ class Endpoint:
 
 
 def _key(variable: str | None) -> str:
-    """The key; empty where none is to be sent."""
+    """Read the key from the environment; empty where the configuration sends none."""
     if variable is None:
         return ""
     key = os.environ.get(variable, "").strip()
@@ -240,7 +241,7 @@ def _message(text: str) -> str:
 
 
 def _pause(retry_after: str | None) -> float | None:
-    """Seconds, from a number of them or a date."""
+    """Seconds to wait by a Retry-After header: a number of them or a date."""
     try:
         return max(0.0, float(retry_after or ""))
     except ValueError:

@@ -92,7 +92,7 @@ Found = tuple[dict[str, Any], dict[str, Any]]  # figures for summary.json, items
 
 
 class _Evaluation:
-    """One call. Its methods are collectives of all ranks."""
+    """The parts of one evaluation. Its methods are collectives of all ranks."""
 
     def __init__(self, target: EvaluationTarget, output: Path | None, world: World) -> None:
         self.target, self.config, self.world = target, target.config, world
@@ -274,7 +274,7 @@ class _Evaluation:
         self._part("tasks", settings, compute)
 
     def _judge(self, theirs: list[dict[str, Any]]) -> None:
-        """Always run again: the judge's replies are cached in the folder and cost nothing."""
+        """Judge the answers, always again: replies are cached in the folder and cost nothing."""
 
         def compute() -> Found:
             with self.world.agree():

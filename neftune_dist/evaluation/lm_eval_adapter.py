@@ -119,7 +119,8 @@ def _local(word: TaskWord, settings: Any) -> dict[str, Any]:
 
 
 def _checked(task: Any) -> Task:
-    """The task, each of whose items makes a prompt and an answer. Raises `ValueError`, by item."""
+    """Check that every item of a task makes a prompt and an answer; return the task. Raises
+    `ValueError` that names the item."""
     for number, item in enumerate(task.eval_docs, 1):
         try:
             task.doc_to_text(item), task.doc_to_target(item)
@@ -131,8 +132,8 @@ def _checked(task: Any) -> Task:
 
 
 def _values(samples: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Of each metric, the items' values in the task's order; where lm-eval reads an answer in
-    several ways (filters), by the first."""
+    """The items' values by metric, in the task's order; where lm-eval reads an answer in several
+    ways (filters), by the first."""
     first = samples[0]["filter"]
     kept = sorted((s for s in samples if s["filter"] == first), key=lambda s: s["doc_id"])
     values = defaultdict(list)
@@ -143,7 +144,7 @@ def _values(samples: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _averaged(name: str, tasks: dict[str, Task], by_task: dict[str, dict[str, list[Any]]]) -> str:
-    """The first metric that is one number of each item, in all of the tasks."""
+    """The first metric that all tasks have and that gives every item one number."""
     first, *rest = by_task.values()
     for metric, values in first.items():
         if all(metric in of_task for of_task in rest) and all(
@@ -151,7 +152,7 @@ def _averaged(name: str, tasks: dict[str, Task], by_task: dict[str, dict[str, li
         ):
             return metric
     raise UserError(
-        f"evaluate.tasks: {name} has no score of each item that could be compared: "
+        f"evaluate.tasks: {name} has no score by item that could be compared: "
         f"{', '.join(tasks)} report {', '.join(first)}."
     )
 

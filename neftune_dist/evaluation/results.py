@@ -162,7 +162,7 @@ class Results:
             return ""
 
     def read(self, name: str) -> Any:
-        """One of the files. Raises `UserError` where it is damaged."""
+        """Read one of the files. Raises `UserError` where it is damaged."""
         return read_json(self.folder / name, FORMS[name], fix=_FIX)
 
     def _write(self, name: str, content: Any) -> None:

@@ -76,7 +76,7 @@ class EvaluationTarget:
 
     @cached_property
     def template(self) -> ConversationTokenizer:
-        """Renders conversations as `data` says. Raises `UserError` where there is no template."""
+        """The renderer of conversations, as `data` says. Raises `UserError` without a template."""
         return ConversationTokenizer(self.tokenizer, self.config.data)
 
     @cached_property

@@ -145,19 +145,19 @@ def length_controlled_influences(judgements: Sequence[Judgement]) -> np.ndarray:
 
 
 def _won(judged: Sequence[Judgement]) -> np.ndarray:
-    """(n,), 0 lost .. 1 won."""
+    """Preferences as 0 (lost) .. 1 (won), (n,)."""
     return np.array([j.preference for j in judged], dtype=float) - 1
 
 
 def _length_feature(judged: Sequence[Judgement]) -> np.ndarray:
-    """tanh(l / s), (n,)."""
+    """The length feature tanh(l / s) of each judgement, (n,)."""
     difference = np.array([j.our_length - j.their_length for j in judged], dtype=float)
     deviation = difference.std(ddof=1) if len(difference) > 1 else 0.0
     return np.tanh(difference / deviation) if deviation else np.zeros_like(difference)
 
 
 def _orders(judgements: Sequence[Judgement]) -> tuple[float | None, float | None]:
-    """`order_agreement` and `first_shown`."""
+    """The figures `order_agreement` and `first_shown` of `WinRate`."""
     both = [j.orders for j in judgements if len(j.orders) == 2 and None not in j.orders]
     if not both:
         return None, None

@@ -46,7 +46,7 @@ _COPIES_INSIDE = {_aten.logsumexp.default}
 
 @dataclass(eq=False)
 class _Storage:
-    """One storage.
+    """A storage that is followed.
 
     Attributes:
         nbytes: its size now.

@@ -53,8 +53,8 @@ class _Rank0(World):
 
 
 class _IdleOptimizer(MakeOptimizer):
-    """Remembers what it made, and lets it update nothing: an update works in place, in memory made
-    at set-up, so to simulate it would only take time."""
+    """An optimizer that updates nothing, and is remembered: an update works in place, in memory
+    made at set-up, so to simulate it would only take time."""
 
     made: torch.optim.Optimizer
 
@@ -123,7 +123,7 @@ def simulate(config: Config, folder: Path, world_size: int, batches: Sequence[Mi
 
 @dataclass(frozen=True)
 class _EngineState:
-    """Names to `memory` what an engine keeps between micro-batches, shard by shard.
+    """Tensors that an engine keeps between micro-batches, which this names to `memory`.
 
     Attributes:
         on_host: whether it lies in host memory.
@@ -137,7 +137,7 @@ class _EngineState:
     share: float
 
     def name_state(self) -> None:
-        """After set-up."""
+        """Name the state. Called after set-up."""
         # Its parameters, too; they are named after it.
         self.memory.name(list(vars(self.optimizer.made).values()), "optimizer")
         parameters = list(self.engine.model.parameters())
@@ -152,12 +152,12 @@ class _EngineState:
         self.name_gradients()
 
     def name_gradients(self) -> None:
-        """After a backward."""
+        """Name the gradients. Called after a backward."""
         # The model's own, which ZeRO-1 keeps whole. FSDP2 updates them, so they are shards.
         self.memory.name([p.grad for p in self.engine.model.parameters()], "gradients")
         groups = self.optimizer.made.param_groups
         self._name([p.grad for group in groups for p in group["params"]], "gradients")
-        # DeepSpeed keeps others under names of its own, by stage.
+        # DeepSpeed keeps others under other names, by stage.
         if hasattr(self.engine, "zero"):
             compat = import_module("neftune_dist.compat.deepspeed")
             self._name(compat.kept_gradients(self.engine.zero), "gradients")

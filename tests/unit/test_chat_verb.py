@@ -47,9 +47,9 @@ def talk(
         monkeypatch.setattr("sys.stdin", io.StringIO(lines))
         with pytest.raises(SystemExit) as ended:
             main(["chat", *map(str, words)])
-        told = capsys.readouterr()
-        assert ended.value.code == (2 if told.err.startswith("neftune-dist: ") else 0)
-        return told.out, told.err
+        said = capsys.readouterr()
+        assert ended.value.code == (2 if said.err.startswith("neftune-dist: ") else 0)
+        return said.out, said.err
 
     return run
 
@@ -247,7 +247,7 @@ def test_single_question_template_forgets_earlier_turns(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["{bare}"], "has no chat template: set data.template=alpaca, vicuna, llama2"),
         (["{one}", "{two}", "{one}"], "chat takes one model or two, not 3"),
@@ -258,7 +258,7 @@ def test_single_question_template_forgets_earlier_turns(
 )
 def test_unusable_arguments_exit_2(
     words: list[str],
-    told: str,
+    message: str,
     models: list[Path],
     tmp_path: Path,
     talk: Callable[..., tuple[str, str]],
@@ -268,7 +268,7 @@ def test_unusable_arguments_exit_2(
     names = {"one": models[0], "two": models[1], "bare": bare}
     out, err = talk("", *(word.format(**names) for word in words))
     assert err.startswith("neftune-dist: ")
-    assert told in err
+    assert message in err
     assert err.count("\n") == 1
     assert out == ""
     with pytest.raises(UserError, match="no chat template"):

@@ -161,7 +161,7 @@ def test_orders_agree_or_show_position_bias() -> None:
     fair = [judged(2.0, orders=(2.0, 2.0)), judged(1.0, orders=(1.0, 1.0))]
     found = win_rate(fair)
     assert (found.order_agreement, found.first_shown) == (100, 50)
-    half = replace(always_first, preference=None, orders=(None, 2.0))  # not to be told
+    half = replace(always_first, preference=None, orders=(None, 2.0))  # not known
     assert win_rate([half, *fair]).order_agreement == 100
     assert win_rate([judged(2.0)]).order_agreement is None
 
