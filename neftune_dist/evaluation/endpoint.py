@@ -19,7 +19,6 @@ import random
 import ssl
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,11 +61,14 @@ def dollars(config: JudgeConfig, input_tokens: int, output_tokens: int) -> float
     return (dollars_in + output_tokens * config.dollars_per_million_output) / 1e6
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Refuse redirects, which would carry the key to wherever they point."""
+class _AnyStatus(urllib.request.HTTPErrorProcessor):
+    """Give a reply of any status as it is. No redirect is followed: it would carry the key to
+    wherever it points."""
 
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None
+    def http_response(self, request: Any, response: Any) -> Any:
+        return response
+
+    https_response = http_response
 
 
 class Endpoint:
@@ -78,7 +80,7 @@ class Endpoint:
         self.url = f"{str(config.url).rstrip('/')}/chat/completions"
         self.num_requests = self.input_tokens = self.output_tokens = 0
         self._key = _key(config.key_variable)
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        self._opener = urllib.request.build_opener(_AnyStatus)
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._resume_at = 0.0  # time.monotonic() before which no thread sends
@@ -99,7 +101,7 @@ class Endpoint:
             self._stopped.wait(max(0.0, self._resume_at - time.monotonic()))
             self._count_request()
             try:
-                return self._parsed(self._post(prompt))
+                return self._post(prompt)
             except Failure as failure:
                 if not failure.retry or retry > self.config.max_retries or self._stopped.is_set():
                     raise
@@ -130,7 +132,7 @@ class Endpoint:
                 return
         raise Failure(limit, fatal=True)
 
-    def _post(self, prompt: str) -> bytes:
+    def _post(self, prompt: str) -> Reply:
         messages = [{"role": "user", "content": prompt}]
         body = {"model": self.config.model, "messages": messages, **self._options}
         headers = {"Content-Type": "application/json"}
@@ -147,12 +149,11 @@ class Endpoint:
                         raise TimeoutError
                     if len(content) > _LARGEST_REPLY_BYTES:
                         raise http.client.HTTPException("the reply has no end")
-        except urllib.error.HTTPError as error:
-            with error:
-                raise self._refusal(error) from None
         except (OSError, http.client.HTTPException) as error:  # time-outs are OSErrors
             raise self._broken(error) from None
-        return content
+        if response.status >= 300:
+            raise self._refusal(response, content)
+        return self._parsed(content)
 
     def _parsed(self, content: bytes) -> Reply:
         try:
@@ -171,12 +172,8 @@ class Endpoint:
             self.output_tokens += used[1]
         return Reply(text, cut=choice.get("finish_reason") == "length")
 
-    def _refusal(self, error: urllib.error.HTTPError) -> Failure:
-        status = error.code
-        try:
-            said = _message(self.clean(error.read(2**16).decode(errors="replace")))
-        except (OSError, http.client.HTTPException):
-            said = ""
+    def _refusal(self, response: http.client.HTTPResponse, content: bytes) -> Failure:
+        status, said = response.status, _message(self.clean(content.decode(errors="replace")))
         answer = f"{self.url} answered {status}" + (f" ({said})" if said else "")
         if status in (401, 403):
             sent = f"the key in {self.config.key_variable}" if self._key else "requests without key"
@@ -185,7 +182,7 @@ class Endpoint:
             advice = "judge.url must be the part before /chat/completions, judge.model known there"
             return Failure(f"{answer}: {advice}", fatal=True)
         if status in (408, 409, 429) or status >= 500:
-            return Failure(answer, retry=True, pause=_pause(error.headers.get("Retry-After")))
+            return Failure(answer, retry=True, pause=_pause(response.getheader("Retry-After")))
         if status == 400 and self._drops_option(said):
             return Failure(answer, retry=True, pause=0.0)
         return Failure(answer)
