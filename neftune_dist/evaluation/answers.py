@@ -86,7 +86,7 @@ def answer_all(
         of_all = f", this rank's share of {len(prompts)}" if share < len(prompts) else ""
         for batch in mine:
             rows = [prompts[i] for i in batch]
-            generated = generate(target, rows, config, limit)
+            generated = generate(target, rows, limit)
             journal.append([{"index": i, **vars(g)} for i, g in zip(batch, generated, strict=True)])
             answered += len(batch)
             world.log(f"answers: {answered} of {share}{of_all}")
@@ -107,17 +107,13 @@ def remove_partial(folder: Path) -> None:
 
 @torch.no_grad()
 def generate(
-    target: EvaluationTarget,
-    prompts: Sequence[list[int]],
-    config: EvaluateConfig,
-    limit: int | None,
+    target: EvaluationTarget, prompts: Sequence[list[int]], limit: int | None
 ) -> list[Generated]:
     """Answer prompts as one batch.
 
     Args:
         target: the model.
         prompts: their tokens.
-        config: limits and penalty.
         limit: most tokens of a prompt and its answer that the model takes; None: any.
     """
     width = max(map(len, prompts))
@@ -128,7 +124,7 @@ def generate(
     out: Tensor = target.model.generate(
         ids.to(target.device),
         attention_mask=mask.to(target.device),
-        generation_config=target.generation_config(_room(width, config, limit)),
+        generation_config=target.generation_config(_room(width, target.config.evaluate, limit)),
     )
     return [_generated(row, target) for row in out[:, width:].tolist()]
 
@@ -190,6 +186,4 @@ def _read_partial(folder: Path) -> dict[int, Generated]:
     """Answers by the instruction's index; damaged lines are left out and answered again."""
     form = {"index": int, "output": str, "num_tokens": int, "finished": bool}
     rows = [row for path in _partial(folder) for row in read_rows(path, form)]
-    return {
-        row["index"]: Generated(row["output"], row["num_tokens"], row["finished"]) for row in rows
-    }
+    return {row.pop("index"): Generated(**row) for row in rows}

@@ -8,9 +8,11 @@ from __future__ import annotations
 import base64
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import markdown
 
@@ -100,6 +102,12 @@ def _markdown(
     alphas, seeds = alphas_of(runs), seeds_of(runs)
     measures = list(dict.fromkeys(d.measure for d in found))
     by_measure = sorted(found, key=lambda d: measures.index(d.measure))
+    against_base = _win_rates({key: asdict(win_rate(of)) for key, of in judged.items()})
+    if against_base:
+        base = f"Against the answers of alpha {plain(alphas[0])} at the same seed."
+        against_base = f"{base}\n\n{against_base}{pictured('win_rates')}"
+    # Where `judge.reference` names answers, `evaluate` has compared those of each run with them.
+    against_reference = {(r.alpha, r.seed): f for r in runs if (f := r.figures("judge"))}
     sections = {
         "Conclusion": conclusion(found, len(seeds)),
         "Not measured": "\n".join(f"- {note}" for note in notes),
@@ -108,8 +116,8 @@ def _markdown(
         "Losses": _losses(runs) + pictured("training_loss", "held_out_loss", "losses"),
         "Answers": _means(runs, "answers") + pictured("answers"),
         "Abilities": _means(runs, "tasks") + pictured("tasks"),
-        "Judged": _judged(judged, alphas[0]) + pictured("win_rates"),
-        "Judged against the reference": _against_reference(runs),
+        "Judged": against_base,
+        "Judged against the reference": _win_rates(against_reference),
         "Method": _METHOD,
     }
     parts = [f"## {title}\n\n{text.strip()}" for title, text in sections.items() if text]
@@ -175,38 +183,29 @@ def _means(runs: Sequence[Run], part: str) -> str:
     return f"{name} training; means over the seeds.\n\n{table}" if keys else ""
 
 
-def _judged(judged: Judged, base: float) -> str:
-    heads = ["alpha", "seed", "win rate", "at equal lengths", "wins", "losses", "ties"]
-    heads += ["not parsed", "request failed", "same in both orders"]
-    rows = []
-    for (alpha, seed), judgements in judged.items():
-        r = win_rate(judgements)
-        counts = map(str, (r.num_wins, r.num_losses, r.num_ties, r.num_unparsed, r.num_failed))
-        rates = [_percent(r.win_rate), _percent(r.length_controlled)]
-        agreement = _percent(r.order_agreement, digits=0)
-        rows.append([plain(alpha), str(seed), *rates, *counts, agreement])
-    table = _table(heads, rows)
-    return table and f"Against the answers of alpha {plain(base)} at the same seed.\n\n{table}"
-
-
-def _against_reference(runs: Sequence[Run]) -> str:
-    """Where `judge.reference` names answers, with which `evaluate` compares each run's."""
+def _win_rates(rates: Mapping[tuple[float, int], Mapping[str, Any]]) -> str:
+    """A table of `WinRate`s by alpha and seed."""
+    percents = {"win_rate": "win rate", "length_controlled": "at equal lengths"}
+    counts = {"num_wins": "wins", "num_losses": "losses", "num_ties": "ties"}
+    counts |= {"num_unparsed": "not parsed", "num_failed": "request failed"}
     rows = [
         [
-            *(plain(run.alpha), str(run.seed)),
-            *(_percent(rates.get(key)) for key in ("win_rate", "length_controlled")),
+            *(plain(alpha), str(seed)),
+            *(_percent(rate.get(key), digits=1) for key in percents),
+            *(str(rate.get(key, "")) for key in counts),
+            _percent(rate.get("order_agreement"), digits=0),
         ]
-        for run in runs
-        if (rates := run.figures("judge"))
+        for (alpha, seed), rate in rates.items()
     ]
-    return _table(["alpha", "seed", "win rate", "at equal lengths"], rows)
+    heads = ["alpha", "seed", *percents.values(), *counts.values(), "same in both orders"]
+    return _table(heads, rows)
 
 
 def _p_value(p: float) -> str:
     return "" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _percent(value: float | None, digits: int = 1) -> str:
+def _percent(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f} %"
 
 

@@ -59,7 +59,14 @@ def study(
     Raises:
         UserError: what cannot be studied, before the first run; runs that cannot be compared.
     """
-    config = _checked(config_path, settings, alphas, num_seeds, num_ranks)
+    _check(alphas, num_seeds, num_ranks)
+    # At all alphas, of which a configuration may refuse some.
+    configs = [load_config(config_path, [*settings, *noise_words(alpha)]) for alpha in alphas]
+    config = configs[0]
+    if not config.data.holds_out:
+        raise UserError(
+            "data.num_held_out=0, but a study compares held-out losses: set it above 0."
+        )
     folder = user_path(config.run_dir, "run_dir")
     seeds = range(config.train.seed, config.train.seed + num_seeds)
     numbered = list(enumerate(pairs(alphas, seeds)))
@@ -91,26 +98,14 @@ def study(
     return 0
 
 
-def _checked(
-    config_path: str | os.PathLike[str],
-    settings: Sequence[str],
-    alphas: Sequence[float],
-    num_seeds: int,
-    num_ranks: int,
-) -> Config:
-    """The study's configuration, loaded at each alpha; the first one. Raises `UserError`."""
+def _check(alphas: Sequence[float], num_seeds: int, num_ranks: int) -> None:
+    """Refuse arguments that make no study. Raises `UserError`."""
     if "RANK" in os.environ:
         raise UserError("study starts its runs itself: call it without torchrun, with --ranks.")
     if num_seeds < 1 or num_ranks < 1:
         raise UserError(f"--seeds={num_seeds} and --ranks={num_ranks} must both be 1 or more.")
     if not alphas or len(set(alphas)) < len(alphas):
         raise UserError(f"--alphas={','.join(map(plain, alphas))}: the values must be distinct.")
-    configs = [load_config(config_path, [*settings, *noise_words(alpha)]) for alpha in alphas]
-    if not configs[0].data.holds_out:
-        raise UserError(
-            "data.num_held_out=0, but a study compares held-out losses: set it above 0."
-        )
-    return configs[0]
 
 
 def _report(runs: Sequence[Run], config: Config, folder: Path) -> None:

@@ -85,7 +85,7 @@ def test_a_padded_batch_answers_as_each_prompt_alone(target: EvaluationTarget) -
         )
         for tokens, done in zip(said, finished, strict=True)
     ]
-    assert generate(target, prompts(), target.config.evaluate, None) == expected
+    assert generate(target, prompts(), None) == expected
 
 
 def instructions(number: int) -> list[Instruction]:
@@ -130,7 +130,7 @@ def test_long_prompt_shortens_only_its_own_answer(
     target: EvaluationTarget, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(answering, "longest_document", lambda _: 50)
-    free = generate(target, prompts(), target.config.evaluate, None)
+    free = generate(target, prompts(), None)
     rows = answer_all(target, instructions(10), prompts(), tmp_path, world)
     for row, prompt, generated in zip(rows, prompts(), free, strict=True):
         room = min(24, 50 - len(prompt))
