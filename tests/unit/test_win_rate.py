@@ -186,7 +186,7 @@ def test_answers_to_other_instructions_are_refused() -> None:
     ("content", "says"),
     [
         ("[]", "holds no row"),
-        ("[1", "not valid JSON"),
+        ('[{"instruction": "i", "output": "o"}', "not valid JSON after row 1"),
         ("[1]", "row 1: not an object of fields"),
         ('[{"instruction": "i"}]', "row 1: the field 'output' is missing or no text"),
         ('[{"instruction": 3, "output": "o"}]', "row 1: the field 'instruction' is missing or no"),
