@@ -167,7 +167,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(
         code, text = end(process)
     assert code == 0, text
     same(run_dir, untouched)
-    with launched(config, run_dir) as process:
+    with launched(config, run_dir, ranks=1) as process:
         code, text = end(process)
     assert code == 0 and "nothing is left to train" in text
 

@@ -148,10 +148,34 @@ def tool_conversations(number: int = 40) -> list[dict[str, Any]]:
     return rows
 
 
+def choice_rows(number: int = 12) -> list[dict[str, Any]]:
+    """Questions with four answers, in ARC's layout."""
+    draw = random.Random("choices")
+    return [
+        {
+            "query": f"Question: {draw.choice(_SUBJECTS)} {draw.choice(_VERBS)} what? ({i})",
+            "choices": draw.sample([*_OBJECTS, "Nothing", "42"], 4),
+            "gold": draw.randrange(4),
+        }
+        for i in range(number)
+    ]
+
+
+def completion_rows(number: int = 12) -> list[dict[str, str]]:
+    """Texts and their last word, in LAMBADA's layout."""
+    draw = random.Random("completions")
+    rows = []
+    for _ in range(number):
+        context, _, continuation = f"{draw.choice(_SUBJECTS)} {draw.choice(_VERBS)}".rpartition(" ")
+        rows.append({"context": f"{_text(draw)} {context}", "continuation": continuation})
+    return rows
+
+
 def write_gzip(path: Path, rows: list[Any]) -> Path:
-    """Write rows as one JSON list, compressed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(json.dumps(rows).encode()))
+    """Write rows, compressed: a line for each where the name says .jsonl, else one JSON list."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    text = lines if ".jsonl" in path.name else json.dumps(rows)
+    path.write_bytes(gzip.compress(text.encode()))
     return path
 
 

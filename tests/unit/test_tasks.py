@@ -24,7 +24,7 @@ from neftune_dist.config import EvaluateConfig, UserError
 from neftune_dist.distributed.world import World
 from neftune_dist.evaluation import lm_eval_adapter
 from neftune_dist.evaluation.tasks import TaskResult, run_tasks
-from tests.support import tiny_model
+from tests.support import made_data, tiny_model
 from tests.support.shared_data import shared
 
 DEADLINE_SECONDS = 120
@@ -104,18 +104,35 @@ def lm_evals_own(row: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("name", "most"), [("small", 12), ("smollm2", 2)])
 def test_log_likelihoods_are_those_of_a_direct_computation(
-    name: str, most: int, request: pytest.FixtureRequest, recorded: Samples
+    name: str,
+    most: int,
+    task_files: dict[str, Path],
+    request: pytest.FixtureRequest,
+    recorded: Samples,
 ) -> None:
     if name == "small":
         asked = request.getfixturevalue("small")
     else:
         asked = Asked(request.getfixturevalue("smollm2_folder"))
-    compare(asked, most, recorded)
+    compare(asked, most, task_files, recorded)
 
 
-def compare(asked: Asked, most: int, recorded: Samples) -> dict[str, TaskResult]:
-    """ARC-easy and LAMBADA by lm-eval and directly."""
-    files = {name: shared(f"data/eval/{name}.jsonl.gz") for name in ("arc_easy", "lambada_openai")}
+@pytest.fixture(scope="module")
+def task_files(origin: str, made_folder: Path) -> dict[str, Path]:
+    """ARC-easy and LAMBADA, or rows in their layouts."""
+    rows = {"arc_easy": made_data.choice_rows, "lambada_openai": made_data.completion_rows}
+    if origin == "real":
+        return {name: shared(f"data/eval/{name}.jsonl.gz") for name in rows}
+    return {
+        name: made_data.write_gzip(made_folder / f"{name}.jsonl.gz", make())
+        for name, make in rows.items()
+    }
+
+
+def compare(
+    asked: Asked, most: int, files: dict[str, Path], recorded: Samples
+) -> dict[str, TaskResult]:
+    """Both tasks by lm-eval and directly."""
     results = asked.run(",".join(f"{name}={path}" for name, path in files.items()), most)
     read = {
         name: gzip.decompress(path.read_bytes()).splitlines()[:most] for name, path in files.items()
