@@ -41,18 +41,19 @@ def config(slurm: Cluster) -> Path:
 # These two wait for most of their time: they start first, and the other jobs run beside them.
 @pytest.fixture(scope="module", autouse=True)
 def limited(slurm: Cluster, config: Path) -> Job:
-    """A job of two nodes that meets its time limit three times.
+    """A job of one rank on each of two nodes that meets its time limit three times.
 
     An attempt makes three steps of twelve, and then waits for the signal before the limit.
     """
     return slurm.sbatch(
-        *TWO_BY_TWO,
+        "--nodes=2",
         "--time=1",
         "--signal=B:USR1@10",
         TRAIN,
         config,
         f"run_dir={slurm.folder / 'limited'}",
         *WORDS,
+        "--processes=1",
         "--max-restarts=20",  # on a busy machine, starting may take all the time there is
         faults={"wait_at": [3, 6, 9]},
     )
@@ -72,10 +73,10 @@ def signalled(slurm: Cluster, config: Path, limited: Job) -> Job:
 
 
 @pytest.fixture(scope="module")
-def one_node(slurm: Cluster, config: Path) -> Path:
-    """The same run, four ranks on this machine."""
-    tiny_model.train(config, slurm.folder / "one_node", *WORDS, ranks=4)
-    return slurm.folder / "one_node"
+def two_ranks(slurm: Cluster, config: Path) -> Path:
+    """The same run, two ranks on this machine."""
+    tiny_model.train(config, slurm.folder / "two_ranks", *WORDS, ranks=2)
+    return slurm.folder / "two_ranks"
 
 
 def test_two_nodes_with_zero_3_train_what_one_does(slurm: Cluster, config: Path) -> None:
@@ -118,11 +119,9 @@ def test_a_node_that_does_not_come_is_named(slurm: Cluster) -> None:
     assert outcome["kind"] == "lost" and "n7" in outcome["error"]
 
 
-def test_submitted_job_trains_what_one_node_does(
-    slurm: Cluster, config: Path, one_node: Path
-) -> None:
+def test_submitted_job_trains_what_one_node_does(slurm: Cluster, config: Path) -> None:
     """launcher/submit.py as it stands, on a cluster as it stands."""
-    run_dir = slurm.folder / "submitted"
+    run_dir, one_node = slurm.folder / "submitted", slurm.folder / "one_node"
     done = slurm.call(
         sys.executable,
         "launcher/submit.py",
@@ -132,6 +131,7 @@ def test_submitted_job_trains_what_one_node_does(
         *WORDS,
     )
     assert done.returncode == 0, done.stderr
+    tiny_model.train(config, one_node, *WORDS, ranks=4)
     numbers = (run_dir / "submit" / "0001" / "job").read_text().split()
     job = Job(slurm, numbers[-1], run_dir / "logs" / f"slurm-{numbers[-1]}.out")
     assert job.wait() == "COMPLETED", done.stdout + job.output.read_text()
@@ -139,18 +139,16 @@ def test_submitted_job_trains_what_one_node_does(
 
 
 def test_time_limit_met_three_times_loses_nothing(
-    slurm: Cluster, limited: Job, one_node: Path
+    slurm: Cluster, limited: Job, two_ranks: Path
 ) -> None:
     assert limited.wait(600) == "COMPLETED", limited.output.read_text()
     assert limited.restarts >= 3, limited.output.read_text()
-    assert_same_run(slurm.folder / "limited", one_node)
+    assert_same_run(slurm.folder / "limited", two_ranks)
 
 
 def test_usr1_in_every_phase_requeues_and_loses_nothing(
-    slurm: Cluster, config: Path, signalled: Job
+    slurm: Cluster, signalled: Job, two_ranks: Path
 ) -> None:
-    two_ranks = slurm.folder / "two_ranks"
-    tiny_model.train(config, two_ranks, *WORDS, ranks=2)
     assert signalled.wait(600) == "COMPLETED", signalled.output.read_text()
     assert signalled.restarts == len(PHASES), signalled.output.read_text()
     assert_same_run(slurm.folder / "signalled", two_ranks)
