@@ -74,7 +74,7 @@ class SourceConfig:
     source: str = path("")
     """As data.source; must be set."""
     split: str = "train"
-    """Split of a hub id."""
+    """Split of a hub id, or of a directory that has splits."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     format: str = choice(*_FORMATS)
@@ -93,7 +93,7 @@ class DataConfig:
     """builtin; a .json, .jsonl, .csv, .tsv (also .gz, .zst), .parquet or .arrow file; a directory
     or a glob of such files; a hub id."""
     split: str = "train"
-    """Split of a hub id."""
+    """Split of a hub id, or of a directory that has splits."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     format: str = choice(*_FORMATS)
@@ -121,7 +121,7 @@ class DataConfig:
     held_out_source: str | None = path(None)
     """A separate source of held-out documents, as data.source, in place of a number or fraction."""
     held_out_split: str = "train"
-    """Split of data.held_out_source, for a hub id."""
+    """Split of data.held_out_source, for a hub id or a directory that has splits."""
     held_out_revision: str | None = None
     """Branch, tag or commit of data.held_out_source, for a hub id."""
     max_bad_fraction: float = number(0.01, ge=0, le=1)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from neftune_dist.data.errors import BadRow, type_name
+from neftune_dist.data.errors import BadRow, parse_json, type_name
 
 # Control characters other than white space: damage, or the escape codes of a terminal.
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
@@ -59,12 +59,24 @@ def tools(row: Mapping[str, Any]) -> str:
     return _dumped(functions, "tools")
 
 
+def stripped(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row with no white space around its keys. Raises `BadRow` where two become one."""
+    names = [name.strip() for name in row]
+    if names == list(row):
+        return row
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        spelled = ", ".join(repr(name) for name in row if name.strip() == twice)
+        raise BadRow(f"the keys {spelled} differ in white space alone")
+    return dict(zip(names, row.values(), strict=True))
+
+
 def parsed(row: Mapping[str, Any], field: str) -> Any:
     """The value of a field of JSON text. Raises `BadRow`."""
     try:
-        return json.loads(text(row, field))
-    except (ValueError, RecursionError) as error:
-        raise BadRow(f"field '{field}' is not valid JSON ({error})") from None
+        return parse_json(text(row, field))
+    except BadRow as error:
+        raise BadRow(f"field '{field}' is {error}") from None
 
 
 def _dumped(value: Any, field: str) -> str:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from neftune_dist.config import BUILTIN_SOURCE, UserError, user_path
+from neftune_dist.config import BUILTIN_SOURCE, UserError, read_json, user_path
 
 # Kind of file by suffix. Parquet and Arrow compress inside the file, if at all.
 FILE_KINDS = {
@@ -28,17 +29,30 @@ _SUFFIX = re.compile(r"(\.jsonl?|\.csv|\.tsv)(\.gz|\.zst)?$|(\.parquet|\.arrow)$
 _READABLE = ".json, .jsonl, .csv or .tsv (.gz and .zst too), .parquet or .arrow"
 # Written by `Dataset.save_to_disk` beside the rows.
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+# Words that name a split in a folder's or file's name, and the files that `push_to_hub` writes: the
+# rules of `datasets`.
+_SPLITS = {"train": "train|training", "validation": "validation|valid|dev|val"}
+_SPLITS |= {"test": "test|testing|eval|evaluation"}
+_SPLIT_WORDS = {
+    split: re.compile(rf"(^|[-._ 0-9])({words})([-._ 0-9]|$)", re.IGNORECASE)
+    for split, words in _SPLITS.items()
+}
+_SHARD = re.compile(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}.*")
 
 
 @dataclass(frozen=True)
 class SourceFiles:
     """Files of rows, in order of their names.
 
-    left_out: names of the other files in a directory.
+    Attributes:
+        paths: the files.
+        left_out: names of the other files in a directory.
+        has_splits: whether they are one split of several.
     """
 
     paths: tuple[Path, ...]
     left_out: tuple[str, ...] = ()
+    has_splits: bool = False
 
 
 def file_kind(path: Path) -> str:
@@ -59,15 +73,18 @@ def is_local(source: str) -> bool:
     return named or os.path.exists(source)
 
 
-def find_files(source: str, key: str) -> SourceFiles:
+def find_files(source: str, key: str, split: str = "train") -> SourceFiles:
     """The files of a local source.
 
     Args:
-        source: a file, a directory (not those below it) or a glob (`**` for any depth).
+        source: a file, a directory or a glob (`**` for any depth). Of a directory: the files that
+            its `state.json` lists, where `datasets` saved it; one split, where it is divided by
+            `dataset_dict.json` or by names as on the hub; else its files, not those below it.
         key: the setting, for messages.
+        split: the split to read of a directory with splits.
 
     Raises:
-        UserError: no file is found, or one that cannot be read.
+        UserError: no file is found, or one that cannot be read, or there is no such split.
     """
     path = user_path(source, key)
     setting = f"{key}={path}"
@@ -76,7 +93,7 @@ def find_files(source: str, key: str) -> SourceFiles:
             raise UserError(f"{setting} does not exist.")
         return _of_glob(path, setting)
     if path.is_dir():
-        return _of_directory(path, setting)
+        return _of_directory(path, setting, split)
     if not file_kind(path) or not path.is_file():
         raise UserError(
             f"{setting} cannot be read: give a {_READABLE} file, or a directory of them."
@@ -96,13 +113,77 @@ def _of_glob(path: Path, setting: str) -> SourceFiles:
     return SourceFiles(tuple(map(Path, found)))
 
 
-def _of_directory(path: Path, setting: str) -> SourceFiles:
+def _of_directory(path: Path, setting: str, split: str) -> SourceFiles:
+    if (path / "dataset_dict.json").is_file():
+        splits = read_json(path / "dataset_dict.json", {"splits": [str]})["splits"]
+        chosen = path / _chosen(split, splits, setting)
+        if not _is_saved(chosen):
+            raise UserError(f"{setting}: {chosen} is not a dataset that `datasets` saved.")
+        others = tuple(f"{name} (split)" for name in splits if name != chosen.name)
+        return SourceFiles(_saved(chosen), others, has_splits=True)
     try:
-        entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+        entries = _entries(path)
     except OSError as error:
         raise UserError(f"{setting} cannot be read: {error.strerror or error}.") from error
-    rows = [e for e in entries if file_kind(e) and e.name not in _METADATA and e.is_file()]
+    folders = {entry.parent for entry in entries}
+    listed = {folder: _saved(folder) for folder in folders if _is_saved(folder)}
+    rows = [
+        entry
+        for entry in entries
+        if file_kind(entry) and entry.name not in _METADATA and entry.is_file()
+        if entry in listed.get(entry.parent, (entry,))
+    ]
     if not rows:
         raise UserError(f"{setting} is a directory without a {_READABLE} file.")
-    left_out = tuple(entry.name for entry in entries if entry not in rows)
-    return SourceFiles(tuple(rows), left_out)
+    named = {entry: found for entry in rows if (found := _split_of(entry.relative_to(path)))}
+    if named:
+        chosen_split = _chosen(split, sorted({*named.values()}), setting)
+        rows = [entry for entry in rows if named.get(entry) == chosen_split]
+    left_out = [entry for entry in entries if entry not in rows]
+    return SourceFiles(
+        tuple(rows), tuple(str(e.relative_to(path)) for e in left_out), has_splits=bool(named)
+    )
+
+
+def _entries(path: Path) -> list[Path]:
+    """What a directory holds, in order of the names; also what its folders hold that are called
+    `data` or like a split."""
+    entries = []
+    for entry in sorted(path.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        is_split = entry.name == "data" or _split_of(Path(entry.name))
+        entries += _entries(entry) if is_split and entry.is_dir() else [entry]
+    return entries
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether `Dataset.save_to_disk` wrote a directory."""
+    return all((path / name).is_file() for name in ("state.json", "dataset_info.json"))
+
+
+def _saved(path: Path) -> tuple[Path, ...]:
+    state = read_json(path / "state.json", {"_data_files": [{"filename": str}]})
+    paths = tuple(path / listed["filename"] for listed in state["_data_files"])
+    for file in paths:
+        if not file.is_file():
+            raise UserError(f"{path / 'state.json'} lists {file.name!a}, which is missing.")
+    return paths
+
+
+def _split_of(path: Path) -> str | None:
+    """The split that the first part of a relative path names which names one."""
+    if shard := _SHARD.fullmatch(path.as_posix()):
+        return shard[1]
+    parts = ((part, *found) for part in path.parts for found in _SPLIT_WORDS.items())
+    return next((split for part, split, words in parts if words.search(part)), None)
+
+
+def _chosen(split: str, splits: Sequence[str], setting: str) -> str:
+    named = split if split in splits else _split_of(Path(split))
+    if named is None or named not in splits:
+        key = setting.partition("=")[0].removesuffix("source") + "split"
+        raise UserError(
+            f"{setting} has no split {split!a}; there are {', '.join(splits)}: choose one by {key}."
+        )
+    return named

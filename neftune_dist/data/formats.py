@@ -45,9 +45,12 @@ def detect_format(row: Mapping[str, Any]) -> str:
 
 
 def _matching(row: Mapping[str, Any]) -> str:
-    """The first format whose fields the row has; "" where none matches."""
-    matches = (name for name, (needed, _) in _FORMATS.items() if all(f in row for f in needed))
-    return next(matches, "")
+    """The first format whose fields the row has, not null where possible; "" where none matches."""
+    for names in ({name for name, value in row.items() if value is not None}, row.keys()):
+        for name, (needed, _) in _FORMATS.items():
+            if names >= set(needed):
+                return name
+    return ""
 
 
 def to_conversation(row: Mapping[str, Any], format_name: str) -> Conversation:

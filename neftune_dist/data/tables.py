@@ -8,28 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow
+import pyarrow.compute
 import pyarrow.ipc
 import pyarrow.parquet
 
 from neftune_dist.config.limits import limited
-from neftune_dist.data.errors import LONGEST_ROW_BYTES, BadRow
+from neftune_dist.data.errors import LONGEST_ROW_BYTES, BadRow, Numbered, parse_json
 
 _BATCH_ROWS = 1000  # converted to Python values at a time; fewer where rows are long
 _BATCH_BYTES = 64 * 2**20
 _BATCH_SECONDS, _BATCH_GIB = 120.0, 4.0  # limits of one batch
 _BUFFER_BYTES = 2**20
 
-Numbered = Iterator[tuple[int, "Mapping[str, Any] | BadRow"]]
-
 
 def parquet_rows(path: Path) -> Numbered:
     """Rows of a Parquet file with their numbers, from 1."""
     with pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER_BYTES) as file:
-        yield from enumerate(_values(_parquet_batches(file)), 1)
+        yield from enumerate(rows(_parquet_batches(file)), 1)
 
 
 def _parquet_batches(file: Any) -> Iterator[Any]:
@@ -49,10 +49,10 @@ def arrow_rows(path: Path) -> Numbered:
             batches: Any = pyarrow.ipc.open_stream(file)
         else:
             batches = map(stored.get_batch, range(stored.num_record_batches))
-        yield from enumerate(_values(batches), 1)
+        yield from enumerate(rows(batches), 1)
 
 
-def _values(batches: Iterable[Any]) -> Iterator[Mapping[str, Any] | BadRow]:
+def rows(batches: Iterable[Any]) -> Iterator[Mapping[str, Any] | BadRow]:
     """The rows of batches, converted some at a time. Raises `ValueError` where a batch contradicts
     its header: reading its values would crash the process."""
     following = iter(batches)
@@ -66,15 +66,59 @@ def _values(batches: Iterable[Any]) -> Iterator[Mapping[str, Any] | BadRow]:
         for first in range(0, batch.num_rows, num_rows):
             piece = batch.slice(first, num_rows)
             if piece.nbytes <= LONGEST_ROW_BYTES:
-                with _batch_limits():
-                    values = piece.to_pylist()
-                yield from values
+                yield from _converted(piece)
                 continue
             for row in (piece.slice(i, 1) for i in range(piece.num_rows)):
                 if row.nbytes > LONGEST_ROW_BYTES:
                     yield BadRow(f"a row of more than {LONGEST_ROW_BYTES // 2**20} MiB")
                 else:
-                    yield from row.to_pylist()
+                    yield from _converted(row)
+
+
+def _converted(batch: Any) -> list[dict[str, Any]]:
+    with _batch_limits():
+        names = _unique(batch.schema.names)
+        columns = [_values(column) for column in batch.columns]
+        return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _values(array: Any) -> list[Any]:
+    """The values of a column as Python's.
+
+    A struct lacks the keys whose value is null: Arrow gives every struct of a column the keys of
+    all, so that a key which no row's writer gave cannot be told from a null. Times are null: no
+    text is made of them, and Python's types cannot hold all.
+    """
+    kind = array.type
+    if pyarrow.types.is_temporal(kind):
+        return [None] * len(array)
+    if getattr(kind, "extension_name", "") == "arrow.json":
+        return [None if text is None else parse_json(text) for text in array.storage.to_pylist()]
+    if pyarrow.types.is_struct(kind):
+        names = _unique([field.name for field in kind])
+        columns = [array.is_valid().to_pylist(), *map(_values, array.flatten())]
+        return [
+            {name: value for name, value in zip(names, values, strict=True) if value is not None}
+            if is_valid
+            else None
+            for is_valid, *values in zip(*columns, strict=True)
+        ]
+    if not pyarrow.types.is_nested(kind) or pyarrow.types.is_union(kind):
+        return array.to_pylist()  # type: ignore[no-any-return]
+    if pyarrow.types.is_map(kind):
+        pairs = pyarrow.struct([("key", kind.key_type), ("value", kind.item_type)])
+        lists = _values(array.cast(pyarrow.list_(pairs)))
+        return [items and {item["key"]: item.get("value") for item in items} for items in lists]
+    flat = iter(_values(array.flatten()))
+    lengths = pyarrow.compute.list_value_length(array).to_pylist()
+    return [None if length is None else list(islice(flat, length)) for length in lengths]
+
+
+def _unique(names: list[str]) -> list[str]:
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"it has two columns of the name {name[:40]!a}")
+    return names
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from neftune_dist.config import SourceConfig, UserError
-from neftune_dist.data import errors, sources, tables
+from neftune_dist.data import errors, sources, tables, text_files
 from neftune_dist.data.errors import BadRow
 
 pytestmark = pytest.mark.timeout(120)
@@ -25,10 +25,10 @@ LIMIT = 2**16
 @pytest.fixture(autouse=True)
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that small files exceed them."""
-    for module in (errors, sources, tables):
+    for module in (errors, tables, text_files):
         monkeypatch.setattr(module, "LONGEST_ROW_BYTES", LIMIT)
     monkeypatch.setattr(tables, "_BATCH_BYTES", LIMIT)
-    monkeypatch.setattr(sources, "_PIECE_CHARACTERS", 2**12)
+    monkeypatch.setattr(text_files, "_PIECE_CHARACTERS", 2**12)
 
 
 def rows(path: Path) -> list[Any]:
@@ -49,7 +49,7 @@ class Watched:
 def test_an_element_of_a_json_array_without_end_is_refused() -> None:
     endless = Watched(iter(["[", '{"text": "', *["a" * 2**12] * 10**6]))
     with pytest.raises(ValueError, match="an element of more than 0 MiB, or a mistake in one"):
-        list(sources._elements(endless))  # type: ignore[arg-type]
+        list(text_files._elements(endless))  # type: ignore[arg-type]
     assert endless.num_read < 10 * LIMIT
 
 
@@ -75,7 +75,7 @@ def test_nesting_without_end_is_no_row(suffix: str, tmp_path: Path) -> None:
     bad, good = rows(tmp_path / f"a.{suffix}")
     assert isinstance(bad, BadRow) and good == {"text": "a"}
     (tmp_path / f"a.{suffix}").write_text("[" * 60_000)
-    with pytest.raises(UserError, match="is not valid JSON: maximum recursion depth"):
+    with pytest.raises(UserError, match="is not valid JSON: it is nested too deeply"):
         rows(tmp_path / f"a.{suffix}")
 
 

@@ -69,7 +69,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "no_comma.json": (b'[{"a": 1} {"b": 2}]', "after row 1: the array ends without ']', or a ','"),
     "comma.json": (b'[{"a": 1},]', "after row 1: a comma stands before the end"),
     "more.json": (b'[{"a": 1}]\n{"b": 2}', "after row 1: more text follows the array"),
-    "deep.json": (b"[" * 100_000, "is not valid JSON: maximum recursion depth"),
+    "deep.json": (b"[" * 100_000, "is not valid JSON: it is nested too deeply"),
     "digits.json": (b"[" + b"1" * 5000 + b"]", "is not valid JSON: Exceeds the limit"),
     "nul.json": (b'[{"a": "\0"}]', "is not valid JSON: Invalid control character"),
     "latin.json": ('[{"a": "é"}]'.encode("latin-1"), "is not UTF-8 text"),
@@ -105,6 +105,22 @@ def test_a_file_that_cannot_be_read(name: str, tmp_path: Path) -> None:
     content, reason = FILES[name]
     (tmp_path / name).write_bytes(content)
     assert reason in sentence(tmp_path / name)
+
+
+def test_two_columns_of_one_name(tmp_path: Path) -> None:
+    one, two = pyarrow.array(["a"]), pyarrow.array(["b"])
+    struct = pyarrow.StructArray.from_arrays([one, two], ["content", "content"])
+    tables = {
+        "top": pyarrow.Table.from_arrays([one, two], ["output", "output"]),
+        "turn": pyarrow.table({"turn": struct}),
+    }
+    for name, doubled in tables.items():
+        pyarrow.parquet.write_table(doubled, tmp_path / f"{name}.parquet")
+        with pyarrow.ipc.new_stream(str(tmp_path / f"{name}.arrow"), doubled.schema) as writer:
+            writer.write_table(doubled)
+    for kind in ("parquet", "arrow"):
+        assert "two columns of the name 'output'" in sentence(tmp_path / f"top.{kind}")
+        assert "two columns of the name 'content'" in sentence(tmp_path / f"turn.{kind}")
 
 
 def test_parquet_text_that_is_not_utf8(tmp_path: Path) -> None:
@@ -166,19 +182,21 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (b"[1, 2]", "not an object of fields but list"),
         (b"null", "not an object of fields but null"),
         (b'"text"', "not an object of fields but str"),
-        (b"[" * 100_000, "not valid JSON (maximum recursion"),
-        (b'{"a":' * 100_000, "not valid JSON (maximum recursion"),
+        (b"[" * 100_000, "not valid JSON (nested too deeply"),
+        (b'{"a":' * 100_000, "not valid JSON (nested too deeply"),
         (b"1" * 5000, "not valid JSON (Exceeds the limit"),
         (b'{"a": 1} {"b": 2}', "not valid JSON (Extra data"),
         (b'{"a": "\0"}', "not valid JSON (Invalid control character"),
         (b'{"a": "\xe9"}', "not UTF-8 text ('utf-8' codec can't decode byte 0xe9"),
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "an object has the key 'c' twice"),
+        (b'{"a": 1, " a": 2}', "the keys 'a', ' a' differ in white space alone"),
         (b'{"a": "' + b"x" * 3_000_000 + b'"}', "a line of more than 1 MiB"),
     ],
 )
 def test_one_bad_line_among_good_ones(
     line: bytes, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("neftune_dist.data.sources.LONGEST_ROW_BYTES", 2**20)
+    monkeypatch.setattr("neftune_dist.data.text_files.LONGEST_ROW_BYTES", 2**20)
     path = tmp_path / "rows.jsonl"
     path.write_bytes(lines(ROWS[:1]) + line + b"\n" + lines(ROWS[1:]))
     (_, first), (place, bad), *rest = read(path)
@@ -205,9 +223,9 @@ def test_one_bad_line_of_a_table(line: bytes, reason: str, tmp_path: Path) -> No
 
 def test_one_bad_element_of_an_array(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
-    path.write_text(json.dumps([ROWS[0], None, 5, ROWS[1]]))
+    path.write_text(json.dumps([ROWS[0], None, 5, ROWS[1]])[:-1] + ', {"b": {"a": 1, "a": 1}}]')
     kinds = [(place, isinstance(row, BadRow)) for place, row in read(path)]
-    assert kinds == [("row 1", False), ("row 2", True), ("row 3", True), ("row 4", False)]
+    assert kinds == [(f"row {i + 1}", bad) for i, bad in enumerate((0, 1, 1, 0, 1))]
 
 
 # Rows that cannot be used.

@@ -156,7 +156,7 @@ def test_a_home_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_an_array_is_the_same_in_pieces_of_any_length(
     piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("neftune_dist.data.sources._PIECE_CHARACTERS", piece)
+    monkeypatch.setattr("neftune_dist.data.text_files._PIECE_CHARACTERS", piece)
     rows = [*ROWS, {"a": [1, {"b": "]"}], "c": "[,"}, {}]
     (tmp_path / "rows.json").write_text("\n [" + " ,\t".join(map(json.dumps, rows)) + "\n]\n ")
     assert read(tmp_path / "rows.json") == numbered(rows)
@@ -200,6 +200,178 @@ def test_hub_settings_without_a_hub(setting: dict[str, str], local: bool, tmp_pa
         open_source(source, "data.held_out_source")
 
 
-def test_a_directory_that_datasets_saved(tmp_path: Path) -> None:
-    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+# What `datasets` and the hub leave on disk.
+
+
+def test_saved_dataset_is_what_its_state_lists(tmp_path: Path) -> None:
+    """And not the caches that a later `map` puts beside it."""
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved", num_shards=2)
+    mapped = datasets.load_from_disk(tmp_path / "saved").map(lambda row: {"output": "mapped"})
+    assert len(mapped) == 3 and list((tmp_path / "saved").glob("cache-*.arrow"))
     assert [row for _, row in read(tmp_path / "saved")] == ROWS
+    (tmp_path / "saved" / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises(UserError, match=r"state\.json lists 'data-00001-of-00002.arrow', which is"):
+        read(tmp_path / "saved")
+
+
+def test_dataset_dict_is_its_training_split(tmp_path: Path) -> None:
+    parts = {"train": ROWS[:2], "test": ROWS[2:]}
+    saved = datasets.DatasetDict({k: datasets.Dataset.from_list(v) for k, v in parts.items()})
+    saved.save_to_disk(tmp_path / "saved")
+    source = open_source(SourceConfig(str(tmp_path / "saved")))
+    assert [row for _, row in source.rows] == ROWS[:2]
+    assert source.left_out == ("test (split)",)
+    source = open_source(SourceConfig(str(tmp_path / "saved"), split="test"))
+    assert [row for _, row in source.rows] == ROWS[2:]
+    with pytest.raises(UserError, match=r"no split 'dev'; there are train, test: choose one by d"):
+        open_source(SourceConfig(str(tmp_path / "saved"), split="dev"))
+
+
+HUB_FOLDERS: dict[str, tuple[dict[str, list[str]], str]] = {
+    # Files by split, and files of no split.
+    "plain": ({"train": ["train.jsonl"], "test": ["test.jsonl"], "": ["README.md"]}, "train"),
+    "pushed": (
+        {
+            "train": ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"],
+            "validation": ["data/validation-00000-of-00001.jsonl"],
+        },
+        "train",
+    ),
+    "own names": (
+        {
+            "train_sft": ["data/train_sft-00000-of-00001-abc.jsonl"],
+            "train_gen": ["data/train_gen-00000-of-00001-abc.jsonl"],
+        },
+        "train_sft",
+    ),
+    "folders": ({"train": ["train/a.jsonl", "train/test.jsonl"], "test": ["dev/a.jsonl"]}, "train"),
+    "other words": ({"train": ["my-Training.jsonl"], "validation": ["val_1.jsonl"]}, "validation"),
+    "words inside words": ({"": ["trainer.jsonl", "contest.jsonl"]}, "train"),
+    "no split, in data": ({"": ["data/a.jsonl", "data/b.jsonl"]}, "train"),
+}
+
+
+@pytest.mark.parametrize("name", HUB_FOLDERS)
+def test_folder_as_on_the_hub_is_one_split(name: str, tmp_path: Path) -> None:
+    files, split = HUB_FOLDERS[name]
+    every = {file for names in files.values() for file in names}
+    for file in every:
+        (tmp_path / file).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / file).write_bytes(lines([{"text": file}]))
+    source = open_source(SourceConfig(str(tmp_path), split=split))
+    chosen = files.get(split) or files[""]
+    assert sorted(row["text"] for _, row in source.rows if isinstance(row, dict)) == sorted(chosen)
+    assert {*source.left_out} == every - {*chosen}
+
+
+def test_folder_without_a_training_split_names_the_others(tmp_path: Path) -> None:
+    for name in ("test.jsonl", "validation.jsonl"):
+        (tmp_path / name).write_bytes(lines(ROWS))
+    for key, setting in (("data.source", "split"), ("data.held_out_source", "held_out_split")):
+        with pytest.raises(UserError, match=rf"no split 'train'; .*test, val.* by data\.{setting}"):
+            open_source(SourceConfig(str(tmp_path)), key)
+    assert len(list(open_source(SourceConfig(str(tmp_path), split="dev")).rows)) == 3
+
+
+def test_struct_lacks_the_keys_that_are_null(tmp_path: Path) -> None:
+    """Arrow gives every struct of a column the keys of all. A list keeps its nulls."""
+    rows = [
+        {
+            "tools": [{"name": "f", "parameters": {"a": {"type": "string"}}}],
+            "n": [1, None],
+            "m": {},
+        },
+        {
+            "tools": [{"name": "g", "parameters": {"b": {"type": "integer"}}}, {}],
+            "n": None,
+            "m": {"c": 1},
+        },
+        {"tools": None, "n": [], "m": None},
+        {"tools": [], "n": [None, 3], "m": {"c": 2}},
+    ]
+    parquet(tmp_path / "a.parquet", rows)
+    arrow(tmp_path / "a.arrow", rows, pyarrow.ipc.new_stream)
+    (tmp_path / "a.jsonl").write_bytes(lines(rows))
+    for kind in ("parquet", "arrow", "jsonl"):
+        assert [row for _, row in read(tmp_path / f"a.{kind}")] == rows
+    null = {"arguments": {"a": None}}
+    (tmp_path / "null.jsonl").write_bytes(lines([null]))
+    assert read(tmp_path / "null.jsonl") == [("row 1", null)]
+
+
+def test_nested_columns_of_every_kind(tmp_path: Path) -> None:
+    """Slices of them, too: a row group is converted some rows at a time."""
+    numbers = [[i, None] if i % 3 else None for i in range(2500)]
+    types = {
+        "list": pyarrow.list_(pyarrow.int64()),
+        "large": pyarrow.large_list(pyarrow.int64()),
+        "fixed": pyarrow.list_(pyarrow.int64(), 2),
+    }
+    columns = {name: pyarrow.array(numbers, kind) for name, kind in types.items()}
+    maps = [[("a", i), ("b", None)] if i % 2 else None for i in range(2500)]
+    columns["map"] = pyarrow.array(maps, pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    table = pyarrow.table(columns)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pyarrow.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    for kind in ("parquet", "arrow"):
+        for i, (_, row) in enumerate(read(tmp_path / f"a.{kind}")):
+            expected = {**dict.fromkeys(types, numbers[i]), "map": maps[i] and dict(maps[i])}
+            assert row == expected
+
+
+def test_json_features_are_objects(tmp_path: Path) -> None:
+    """As `datasets` reads what it wrote."""
+    mixed = [{"a": [1, {"b": None}]}, "text", None, 5]
+    rows = [{"text": "a", "list": mixed, "value": value} for value in mixed]
+    features = datasets.Features(
+        text=datasets.Value("string"), list=datasets.List(datasets.Json()), value=datasets.Json()
+    )
+    stored = datasets.Dataset.from_list(rows, features=features)
+    stored.to_parquet(tmp_path / "a.parquet")
+    stored.save_to_disk(tmp_path / "saved")
+    for name in ("a.parquet", "saved"):
+        assert [row for _, row in read(tmp_path / name)] == list(stored) == rows
+
+
+def test_times_are_not_read(tmp_path: Path) -> None:
+    """Python's dates cannot hold all of Arrow's, nor can every system its time zones."""
+    times = {
+        "far": pyarrow.array([2**62], pyarrow.timestamp("ms")),
+        "nowhere": pyarrow.array([1], pyarrow.timestamp("ns", tz="No/Where")),
+        "day": pyarrow.array([10**9], pyarrow.int32()).cast(pyarrow.date32()),
+        "month": pyarrow.array([(1, 2, 3)], pyarrow.month_day_nano_interval()),
+        "long": pyarrow.array([2**62], pyarrow.duration("s")),
+    }
+    turn = pyarrow.StructArray.from_arrays([times["far"], ["a"]], ["at", "content"])
+    times["turn"] = turn
+    table = pyarrow.table({"output": ["b"], **times})
+    with pyarrow.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    pyarrow.parquet.write_table(table.drop(["month", "long"]), tmp_path / "a.parquet")
+    for name, names in (("a.arrow", times), ("a.parquet", table.column_names[1:4])):
+        [(_, row)] = read(tmp_path / name)
+        expected = {"output": "b", **dict.fromkeys(names), "turn": {"content": "a"}}
+        assert row == expected
+
+
+def test_tsv_is_quoted_where_all_its_quotes_are(tmp_path: Path) -> None:
+    quoted = b'prompt\tcompletion\n"say ""hi"""\t"a\tb\nc"\nx\ty\n'
+    raw = b'prompt\tcompletion\n"so" he said\t5" wide\n"whole"\t"\n'
+    (tmp_path / "quoted.tsv").write_bytes(quoted)
+    (tmp_path / "raw.tsv").write_bytes(raw)
+    assert read(tmp_path / "quoted.tsv") == [
+        ("row 2", {"prompt": 'say "hi"', "completion": "a\tb\nc"}),
+        ("row 4", {"prompt": "x", "completion": "y"}),
+    ]
+    assert read(tmp_path / "raw.tsv") == [
+        ("row 2", {"prompt": '"so" he said', "completion": '5" wide'}),
+        ("row 3", {"prompt": '"whole"', "completion": '"'}),
+    ]
+
+
+def test_keys_are_stripped(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines([{" instruction": "a", "output\t": "b"}]))
+    parquet(tmp_path / "a.parquet", [{" instruction": "a", "output\t": "b"}])
+    for name in ("a.jsonl", "a.parquet"):
+        assert read(tmp_path / name) == [("row 1", {"instruction": "a", "output": "b"})]

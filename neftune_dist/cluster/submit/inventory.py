@@ -156,7 +156,7 @@ def _count_source(config: SourceConfig, key: str, hub: Callable[[], Hub]) -> Row
         _cached(key, "dataset", source, config.revision, hub())
         return None
     counted = []
-    for path in files.find_files(source, key).paths:
+    for path in files.find_files(source, key, config.split).paths:
         try:
             counted.append(_count(path))
         except (OSError, EOFError, ValueError, csv.Error) as error:  # pyarrow's are among them
@@ -215,8 +215,8 @@ def _count(path: Path) -> Rows | None:
 
 def _count_table(text: Any, delimiter: str) -> Rows | None:
     content = text.read(_COUNTED_BYTES + 1)
-    if len(content) > _COUNTED_BYTES:
-        return None  # line breaks may stand within quotes
+    if len(content) > _COUNTED_BYTES or (delimiter == "\t" and b'"' in content):
+        return None  # line breaks may stand within quotes, if they are quotes
     csv.field_size_limit(_COUNTED_BYTES)
     lines = io.StringIO(content.decode("utf-8-sig"), newline="")
     return Rows(max(0, sum(1 for row in csv.reader(lines, delimiter=delimiter) if row) - 1))
