@@ -15,6 +15,7 @@ from neftune_dist.config.errors import UserError, brief
 from neftune_dist.config.paths import user_path
 from neftune_dist.config.sections import (
     BUILTIN_SOURCE,
+    COLUMNS,
     TEMPLATES,
     CheckpointConfig,
     DataConfig,
@@ -91,10 +92,10 @@ def _unused(config: Config) -> Iterator[tuple[Iterable[str], str]]:
     if config.adapter.method == "none":
         yield _keys("adapter"), "with adapter.method=none"
     if data.mixture:
-        keys = [f"data.{name}" for name in ("source", "split", "revision", "format")]
+        keys = [f"data.{name}" for name in ("source", "split", "revision", "format", "columns")]
         yield keys, "with data.mixture, whose entries have their own"
     if data.held_out_source is None:
-        keys = ["data.held_out_split", "data.held_out_revision"]
+        keys = [f"data.held_out_{name}" for name in ("split", "revision", "columns")]
         yield keys, "without data.held_out_source"
     if data.template == "alpaca":
         yield ["data.system_prompt"], "with data.template=alpaca, which has its own first sentence"
@@ -201,6 +202,8 @@ def _check_data(data: DataConfig) -> None:
         if entry.source == BUILTIN_SOURCE and entry.format not in ("auto", "alpaca"):
             format_key = key.replace(".source", ".format")
             raise UserError(f"{format_key}={entry.format} does not fit {key}=builtin: use auto.")
+        _check_columns(key.replace("source", "columns"), entry.columns)
+    _check_columns("data.held_out_columns", data.held_out_columns or {})
     ways = ("num_held_out", "held_out_fraction", "held_out_source")
     given = [f"data.{way}={getattr(data, way)}" for way in ways if getattr(data, way)]
     if len(given) > 1:
@@ -212,6 +215,18 @@ def _check_data(data: DataConfig) -> None:
             f"data.template={brief(data.template)} is not known; allowed: {', '.join(TEMPLATES)}, "
             "or the path of a .jinja file."
         )
+
+
+def _check_columns(key: str, columns: dict[str, Any]) -> None:
+    form = "{prompt: question, completion: data.0.text, system: {constant: Be brief.}}"
+    for name, column in columns.items():
+        if name not in COLUMNS:
+            raise UserError(f"{key}: {brief(name)} is no field; known: {', '.join(COLUMNS)}.")
+        text = column.get("constant") if isinstance(column, dict) and len(column) == 1 else column
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(
+                f"{key}: {name}={brief(column)} is neither a column nor a constant, such as {form}."
+            )
 
 
 def _check_checkpoint(checkpoint: CheckpointConfig) -> None:

@@ -18,13 +18,13 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
 from itertools import pairwise
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from neftune_dist.config.errors import UserError, brief
 from neftune_dist.config.paths import user_path
 
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-_KINDS |= {list: "a list of entries"}
+_KINDS |= {list: "a list of entries", dict: "a mapping of names"}
 _COMPARISONS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
@@ -130,7 +130,8 @@ def find_knobs(section: Any, prefix: str = "") -> dict[str, Knob]:
             found |= find_knobs(hint, f"{key}.")
             continue
         entry = entry_type(hint)
-        types = (list,) if entry else get_args(hint) or (hint,)
+        members = get_args(hint) if NoneType in get_args(hint) else (hint,)
+        types = (list,) if entry else tuple(get_origin(member) or member for member in members)
         factory = declared.default_factory
         default = declared.default if factory is MISSING else factory()
         found[key] = Knob(key, types, default, **declared.metadata)

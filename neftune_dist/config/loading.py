@@ -120,6 +120,8 @@ def _read_word(word: str) -> Any:
         if types == (list,) and isinstance(update, dict):
             items = update[section][name]
             update[section][name] = items and [_spaced(item) for item in items]
+        elif dict in types and isinstance(update, dict):
+            update[section][name] = _spaced(update[section][name])
         return update
     except (YAMLError, OmegaConfBaseException, RecursionError, ValueError, LookupError) as error:
         raise UserError(f"{brief(word)!a} cannot be read: {_reason(error)}.") from error

@@ -20,6 +20,7 @@ from neftune_dist.config.errors import UserError, brief
 from neftune_dist.config.knobs import Knob, descriptions, entry_type
 
 _JSON_TYPES = {
+    dict: "object",
     str: "string",
     int: "integer",
     float: "number",
@@ -147,7 +148,7 @@ def _knob_schema(knob: Knob) -> dict[str, Any]:
         if math.isfinite(bound):
             allowed[_JSON_BOUNDS[test]] = bound
     free_text = str in knob.types and not knob.choices
-    if not free_text and list not in knob.types:
+    if not free_text and not {list, dict} & {*knob.types}:
         interpolation = {"type": "string", "pattern": r"\$\{.*\}"}
         allowed = {"anyOf": [allowed, interpolation]}
     return {**allowed, "default": knob.default}

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 from neftune_dist.config.knobs import choice, number, path
 
 BUILTIN_SOURCE = "builtin"
 TEMPLATES = ("chat", "alpaca", "vicuna", "llama2")  # or the path of a .jinja file
 _FORMATS = ("auto", "alpaca", "dolly", "sharegpt", "messages", "prompt_completion", "text")
+# Fields of rows that data.columns can name.
+COLUMNS = (
+    *("messages", "conversations", "text", "prompt", "completion", "instruction", "output"),
+    *("response", "input", "context", "system", "tools", "reasoning"),
+)
 _MAX_SEED = 2**63 - 1
 
 
@@ -79,6 +85,8 @@ class SourceConfig:
     """Branch, tag or commit of a hub id."""
     format: str = choice(*_FORMATS)
     """As data.format."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """As data.columns."""
     weight: float = number(1.0, gt=0, le=1000)
     """Times a document occurs in an epoch; with 2.3, a hash chooses the 30 % that occur 3 times."""
     max_documents: int = number(0, ge=0)
@@ -98,6 +106,11 @@ class DataConfig:
     """Branch, tag or commit of a hub id."""
     format: str = choice(*_FORMATS)
     """Meaning of a row's fields; auto recognises it."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """Columns under other names: {prompt: question, completion: data.0.text}; a text for every row:
+    {system: {constant: Be brief.}}."""
+    ignore_fields: str | None = None
+    """Fields of rows, turns and calls to leave out, separated by commas; others must be known."""
     mixture: list[SourceConfig] = field(default_factory=list)
     """Several sources, in place of data.source."""
     duplicates: str = choice("keep", "drop")
@@ -124,6 +137,8 @@ class DataConfig:
     """Split of data.held_out_source, for a hub id or a directory that has splits."""
     held_out_revision: str | None = None
     """Branch, tag or commit of data.held_out_source, for a hub id."""
+    held_out_columns: dict[str, Any] | None = None
+    """As data.columns, for data.held_out_source; null: data.columns."""
     max_bad_fraction: float = number(0.01, ge=0, le=1)
     """Refuse to train if a larger fraction of the rows cannot be read."""
     cache_dir: str = field(default_factory=_cache_dir, metadata={"is_path": True})
@@ -135,7 +150,9 @@ class DataConfig:
         if self.mixture:
             return {f"data.mixture[{i}].source": entry for i, entry in enumerate(self.mixture)}
         return {
-            "data.source": SourceConfig(self.source, self.split, self.revision, self.format),
+            "data.source": SourceConfig(
+                self.source, self.split, self.revision, self.format, self.columns
+            )
         }
 
     @property
@@ -143,9 +160,15 @@ class DataConfig:
         """The separate source of held-out documents; None where there is none."""
         if self.held_out_source is None:
             return None
+        columns = self.columns if self.held_out_columns is None else self.held_out_columns
         return SourceConfig(
-            self.held_out_source, self.held_out_split, self.held_out_revision, self.format
+            self.held_out_source, self.held_out_split, self.held_out_revision, self.format, columns
         )
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """The names that `ignore_fields` lists."""
+        return split_list((self.ignore_fields or "").strip("[]"))
 
     @property
     def holds_out(self) -> bool:

@@ -18,6 +18,7 @@ import numpy as np
 
 from neftune_dist.config import DataConfig, SourceConfig, UserError, user_path
 from neftune_dist.data import cache
+from neftune_dist.data.columns import Columns
 from neftune_dist.data.conversation import Conversation
 from neftune_dist.data.documents import Conversations, Documents, DocumentStats, DocumentWriter
 from neftune_dist.data.errors import BadRow
@@ -36,7 +37,7 @@ _BATCH_ROWS, _BATCH_CHARACTERS = 1000, 2**22
 _PROGRESS_SECONDS = 5.0
 # Settings that decide an entry's content, beside those of the sources and the template.
 _DECISIVE = (
-    "format",
+    "ignored",
     "system_prompt",
     "supervise",
     "max_length",
@@ -83,21 +84,22 @@ class _Input:
 
     sources: tuple[Source, ...]
     settings: tuple[SourceConfig, ...]
+    num_training: int
 
     @staticmethod
     def open(config: DataConfig) -> _Input:
-        sources = [open_source(source, key) for key, source in config.sources.items()]
+        named = dict(config.sources)
         if config.held_out:
-            sources.append(open_source(config.held_out, "data.held_out_source"))
-        return _Input(tuple(sources), tuple(config.sources.values()))
+            named["data.held_out_source"] = config.held_out
+        sources = [open_source(source, key, config.ignored) for key, source in named.items()]
+        return _Input(tuple(sources), tuple(named.values()), len(config.sources))
 
     def identity(self) -> list[list[Any]]:
-        """The digest of every source, with the settings of those to train on."""
-        held_out = [[source.digest] for source in self.sources[len(self.settings) :]]
+        """The digest of every source, with its settings."""
         return [
-            [source.digest, setting.format, setting.weight, setting.max_documents]
-            for source, setting in zip(self.sources, self.settings, strict=False)
-        ] + held_out
+            [source.digest, setting.format, setting.columns, setting.weight, setting.max_documents]
+            for source, setting in zip(self.sources, self.settings, strict=True)
+        ]
 
 
 def prepare(
@@ -195,7 +197,7 @@ class _Builder:
         finally:
             writer.close()
         stats = writer.stats()
-        split = split_documents(stats, self.config, self.given.settings)
+        split = split_documents(stats, self.config, self.given.settings[: self.given.num_training])
         writer.write_parts(stats, split.train, split.held_out)
         self.report.content = writer.digest()
         self._count(stats, split)
@@ -204,12 +206,13 @@ class _Builder:
     def _write_documents(self, writer: DocumentWriter) -> None:
         """Write all documents of all sources."""
         report, config, reported = self.report, self.config, time.monotonic()
-        # `data.format` is the held-out source's, too.
-        formats = [*(setting.format for setting in self.given.settings), config.format]
+        ignored: set[str] = set()
         for i, (source, own) in enumerate(zip(self.given.sources, report.sources, strict=True)):
             # Any document may be held out, unless there is a source for that.
-            keep = i >= len(self.given.settings) if config.held_out_source else config.holds_out
-            for batch in _batches(self._rendered(source, formats[i], own)):
+            keep = i >= self.given.num_training if config.held_out_source else config.holds_out
+            setting = self.given.settings[i]
+            columns = Columns(setting.columns, config.ignored)
+            for batch in _batches(self._rendered(source, setting.format, columns, own)):
                 documents = self.template.encode([rendered for _, _, rendered in batch])
                 for (place, conversation, _), document in zip(batch, documents, strict=True):
                     fitted = self._fit(document)
@@ -223,16 +226,28 @@ class _Builder:
                     reported = time.monotonic()
                     self.progress(f"data: {report.num_rows} rows tokenised")
             self._refuse_useless(source, own)
+            ignored |= columns.ignored
+            if columns.missing:
+                raise UserError(
+                    f"{source.key}={source.name}: no row has {min(columns.missing)!a}, which "
+                    "data.columns names."
+                )
+        if never := sorted(set(config.ignored) - ignored):
+            raise UserError(f"data.ignore_fields: no row has {never[0]!a}: leave it out.")
 
-    def _rendered(self, source: Source, format_name: str, own: SourceReport) -> Iterator[_Row]:
-        """The good rows. All rows of a source have the format of the first good one."""
+    def _rendered(
+        self, source: Source, format_name: str, columns: Columns, own: SourceReport
+    ) -> Iterator[_Row]:
+        """The good rows. Plain texts and conversations do not mix in a source."""
+        usual = ""
         for place, row in source.rows:
             self.report.num_rows += 1
             own.num_rows += 1
             try:
                 if isinstance(row, BadRow):
                     raise row
-                found = detect_format(row) if format_name == "auto" else format_name
+                row = columns.apply(row)
+                found = detect_format(row, usual) if format_name == "auto" else format_name
                 conversation = to_conversation(row, found)
                 rendered = self.template.render(conversation)
             except BadRow as error:
@@ -241,7 +256,8 @@ class _Builder:
                 if len(own.bad_rows) < NAMED_ROWS:
                     own.bad_rows.append(f"{place}: {error}")
                 continue
-            format_name = found
+            usual = usual or found
+            own.formats[found] = own.formats.get(found, 0) + 1
             yield str(place), conversation, rendered
 
     def _fit(self, document: Document) -> Document | None:

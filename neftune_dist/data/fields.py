@@ -1,62 +1,156 @@
-"""Checked fields of a row: text that can be learned, and the JSON of functions and their calls."""
+"""Fields of rows, turns and calls: checked text, learning marks and thoughts.
+
+A field is used, or harmless by its name or its type, or the row is a `BadRow` that names it.
+"""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from functools import lru_cache
+from numbers import Number
+from textwrap import shorten
 from typing import Any
 
 from neftune_dist.data.errors import BadRow, parse_json, type_name
 
 # Control characters other than white space: damage, or the escape codes of a terminal.
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
+_EMPTY: tuple[Any, ...] = (None, "", [], {})
+
+# Fields that say nothing of what is learned, by their last word in snake case or their whole name.
+_HARMLESS = re.compile(
+    r"(\w+_)?(ids?|idx|index|uuid|hash|md5|sha256|urls?|uri|links?|date|time|timestamp|scores?"
+    r"|ratings?|rank|lang|languages?|locale|models?|sources?|datasets?|origin|provenance|types?"
+    r"|category|categories|subcategory|tags?|topics?|domain|tasks?|split|licen[cs]e|copyright"
+    r"|version|revision|authors?|annotators?|workers?|difficulty|level|quality|moderation|toxicity"
+    r"|counts?|usage|meta|metadata|(created|updated|modified)(_at)?"
+    r"|(model|file|dataset|task|user|source|set|split)_?name|file|path)"
+    r"|original_\w+|title|subject|kind|generator|engine|country|state|header|hashed_ip|toxic"
+    r"|redacted|custom_instruction|skip_prompt_formatting|finish_reason|stop_reason|logprobs"
+    r"|parallel_tool_calls|cache_control|__index_level_\d+__"
+)
+# Fields that say something which would not be learned, and what they are.
+_MEANINGS = {
+    "labels?": "marks answers as good or bad (KTO): keep the good rows, and leave the field out",
+    "chosen|rejected": "is one of two answers to compare (DPO): data.columns={completion: chosen} "
+    "data.ignore_fields=rejected reads the better one",
+    r"(image|picture|audio|video)s?(_(url|path|file|bytes)s?)?|pixel_values": "is what a text "
+    "model cannot see or hear, and the answer may need",
+    "history": "holds turns: give all turns as 'messages'",
+    "mask": "may mean either: call it loss_mask (1: learned) or masked (true: not learned)",
+}
+_MEANING = {re.compile(names): meaning for names, meaning in _MEANINGS.items()}
+# A text that stands for a picture, at either end of what the user says.
+_PLACEHOLDER = re.compile(r"<(image|audio|video)>")
+
+# Whether an answer is learned, by the words of other trainers; the second are true where it is not.
+_LEARNED = (
+    *("train", "training", "trainable", "trained", "learn", "learnable", "learned"),
+    *("loss", "loss_mask", "loss_weight", "weight", "supervise", "supervised"),
+)
+_NOT_LEARNED = ("masked", "ignore", "ignored")
+MARKS = frozenset((*_LEARNED, *_NOT_LEARNED))
+_TRUTHS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+# An assistant's thoughts before its answer or its calls.
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "tool_plan")
+_DETAILS = "reasoning_details"
+REASONING = frozenset((*_THOUGHTS, _DETAILS))
 
 
-def calls(listed: Any) -> str:
-    """Tool calls as JSON in OpenAI's form, with arguments as an object, as templates take them.
-    Raises `BadRow`."""
-    if not isinstance(listed, list):
-        raise BadRow(f"field 'tool_calls' is not a list but {type_name(listed)}")
-    if len(listed) == 1 and isinstance(listed[0], list):  # one turn with several calls
-        listed = listed[0]
-    functions = []
-    for number, call in enumerate(listed, 1):
-        function = call.get("function", call) if isinstance(call, dict) else call
-        name = function.get("name") if isinstance(function, dict) else None
-        if not isinstance(name, str) or not name:
-            raise BadRow(f"call {number} is not an object with the 'name' of a function")
-        arguments = function.get("arguments")
-        if isinstance(arguments, str):
-            arguments = parsed(function, "arguments")
-        if not isinstance(arguments, dict):
-            raise BadRow(
-                f"the arguments of {name[:40]!a} are not an object but {type_name(arguments)}"
-            )
-        identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-        functions.append(
-            {**identity, "type": "function", "function": {"name": name, "arguments": arguments}}
+def refuse_unused(
+    found: Mapping[str, Any], used: AbstractSet[str], repeated: Iterable[str] = ()
+) -> None:
+    """Raise `BadRow` for fields that would be left out although they may change what is learned.
+
+    Args:
+        found: a row, a turn or a call.
+        used: names of the fields that are read.
+        repeated: texts that are learned. A field that repeats one, or holds all, says no more.
+    """
+    if found.keys() <= used:
+        return
+    unused = []
+    for name, value in found.items():
+        if name in used or value in _EMPTY:
+            continue
+        refuse_meaning(name)
+        if not (is_harmless(name, value) or _repeats(value, repeated)):
+            unused.append(name)
+    if unused:
+        names = shorten(", ".join(ascii(name)[1:-1] for name in unused), 60)
+        raise BadRow(
+            f"field{'s' * (len(unused) > 1)} '{names}' would not be learned: data.columns uses a "
+            f"field, data.ignore_fields={names.replace(', ', ',')} leaves it out"
         )
-    return _dumped(functions, "tool_calls")
 
 
-def tools(row: Mapping[str, Any]) -> str:
-    """The functions of the field `tools`, a list or its JSON, as JSON in OpenAI's form. Raises
-    `BadRow`."""
-    listed = row.get("tools")
-    if isinstance(listed, str):
-        listed = parsed(row, "tools") if listed.strip() else None
-    if not listed:
-        return ""
-    if not isinstance(listed, list):
-        raise BadRow(f"field 'tools' is not a list of functions but {type_name(listed)}")
-    functions = []
-    for number, tool in enumerate(listed, 1):
-        function = tool.get("function", tool) if isinstance(tool, dict) else tool
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise BadRow(f"tool {number} is not an object with the 'name' of a function")
-        functions.append({"type": "function", "function": function})
-    return _dumped(functions, "tools")
+def refuse_meaning(name: str) -> None:
+    """Raise `BadRow` for a field of preferences, of pictures or the like, by its name."""
+    for pattern, meaning in _MEANING.items():
+        if pattern.fullmatch(name.lower()):
+            raise BadRow(f"field '{name}' {meaning}")
+
+
+def is_harmless(name: str, value: Any) -> bool:
+    """Whether a field says nothing of what is learned: it is empty, a number, or named so."""
+    is_number = isinstance(value, Number) and not isinstance(value, bool)
+    return value in _EMPTY or is_number or _is_harmless_name(name)
+
+
+@lru_cache(4096)
+def _is_harmless_name(name: str) -> bool:
+    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name[:80]).lower()
+    return _HARMLESS.fullmatch(re.sub(r"[-. ]", "_", snake)) is not None
+
+
+def _repeats(value: Any, texts: Iterable[str]) -> bool:
+    if not isinstance(value, str):
+        return False
+    learned = [text.strip() for text in texts]
+    return value.strip() in learned or (bool(learned) and all(text in value for text in learned))
+
+
+def refuse_placeholder(said: str) -> None:
+    """Raise `BadRow` where a text stands for a picture, as in LLaVA's rows."""
+    for found in _PLACEHOLDER.finditer(said) if "<" in said else ():
+        at_end = not said[: found.start()].strip() or not said[found.end() :].strip()
+        if at_end and f"</{found[1]}>" not in said:
+            raise BadRow(f"{found[0]} stands for what a text model cannot see or hear")
+
+
+def is_learned(found: Mapping[str, Any]) -> bool | None:
+    """Whether a turn's or a row's marks say that it is learned; None without marks. Raises `BadRow`
+    where they contradict each other."""
+    marks: dict[str, bool] = {}
+    for name in MARKS & found.keys():
+        if (value := found[name]) is None:
+            continue
+        truth = _TRUTHS.get(str(value).lower())
+        if truth is None:
+            raise BadRow(
+                f"field '{name}' is {shorten(ascii(value), 40)}, neither 0 nor 1: answers are "
+                f"learned alike, or not at all (data.ignore_fields={name})"
+            )
+        marks[name] = truth != (name in _NOT_LEARNED)
+    if len({*marks.values()}) > 1:
+        raise BadRow(f"fields {', '.join(sorted(marks))} contradict each other")
+    return next(iter(marks.values()), None)
+
+
+def reasoning(found: Mapping[str, Any]) -> str:
+    """The thoughts of an answer that are stored apart from it; "" without. Raises `BadRow` where
+    two fields hold different ones."""
+    thoughts = {name: text(found, name) for name in _THOUGHTS if found.get(name) not in _EMPTY}
+    if (details := found.get(_DETAILS)) not in _EMPTY:
+        parts: list[Any] = details if isinstance(details, list) else [details]
+        if not all(isinstance(part, dict) for part in parts):
+            raise BadRow(f"field '{_DETAILS}' is not a list of objects with a 'text'")
+        thoughts[_DETAILS] = "".join(text(part, "text") for part in parts)
+    if len({thought.strip() for thought in thoughts.values()}) > 1:
+        raise BadRow(f"fields {' and '.join(thoughts)} hold different thoughts")
+    return next(iter(thoughts.values()), "")
 
 
 def stripped(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -79,13 +173,6 @@ def parsed(row: Mapping[str, Any], field: str) -> Any:
         raise BadRow(f"field '{field}' is {error}") from None
 
 
-def _dumped(value: Any, field: str) -> str:
-    try:
-        return _checked(json.dumps(value, ensure_ascii=False), field)
-    except (TypeError, RecursionError) as error:  # a table may hold times or bytes
-        raise BadRow(f"field '{field}' cannot be written as JSON ({error})") from None
-
-
 def text(row: Mapping[str, Any], field: str) -> str:
     """The value of a text field that can be encoded. Raises `BadRow`."""
     if field not in row:
@@ -93,10 +180,11 @@ def text(row: Mapping[str, Any], field: str) -> str:
     value = row[field]
     if not isinstance(value, str):
         raise BadRow(f"field '{field}' is not text but {type_name(value)}")
-    return _checked(value, field)
+    return checked(value, field)
 
 
-def _checked(value: str, field: str) -> str:
+def checked(value: str, field: str) -> str:
+    """The text, where it can be encoded and holds no control character. Raises `BadRow`."""
     try:
         value.encode()
     except UnicodeEncodeError:

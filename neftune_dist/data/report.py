@@ -18,6 +18,7 @@ class SourceReport:
         num_rows, num_bad_rows: read, and those that cannot be used.
         num_documents: rows that can be learned from.
         num_occurrences: documents in an epoch; 0 for the held-out source.
+        formats: rows of each format that can be used.
         bad_rows: the first bad rows, with their place and reason.
         left_out: other files in a directory.
     """
@@ -27,6 +28,7 @@ class SourceReport:
     num_bad_rows: int = 0
     num_documents: int = 0
     num_occurrences: int = 0
+    formats: dict[str, int] = field(default_factory=dict)
     bad_rows: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
@@ -93,6 +95,9 @@ class Report:
             )
         lines += [f"data: {number} {kind}" for number, kind in self._counted() if number]
         for source in self.sources:
+            if len(source.formats) > 1:
+                listed = ", ".join(f"{number} {name}" for name, number in source.formats.items())
+                lines.append(f"data: {source.name}: rows of several formats: {listed}")
             if names := source.left_out:
                 listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
                 lines.append(f"data: {source.name}: not read: {listed}")

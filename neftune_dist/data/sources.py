@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,19 @@ class Source:
     left_out: tuple[str, ...] = ()
 
 
-def open_source(config: SourceConfig, key: str = "data.source") -> Source:
-    """Open a source; `key` names the setting in messages. Raises `UserError` where it cannot be
-    read."""
+def open_source(
+    config: SourceConfig, key: str = "data.source", skip: Collection[str] = ()
+) -> Source:
+    """Open a source.
+
+    Args:
+        config: names it.
+        key: the setting that does, for messages.
+        skip: columns of Parquet and Arrow files that are null without being read.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     name = config.source
     if name == BUILTIN_SOURCE:
         _refuse_revision(config, key)
@@ -58,10 +68,10 @@ def open_source(config: SourceConfig, key: str = "data.source") -> Source:
         digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
         return Source(key, name, digest, _with_places(enumerate(rows, 1)))
     if files.is_local(name):
-        return _open_files(config, key)
+        return _open_files(config, key, skip)
     if not files.HUB_ID.fullmatch(name):
         raise UserError(f"{key}={name} is neither a file nor a hub id such as org/name.")
-    return _open_hub(config, key)
+    return _open_hub(config, key, skip)
 
 
 def _refuse_revision(config: SourceConfig, key: str, has_splits: bool = False) -> None:
@@ -73,7 +83,7 @@ def _refuse_revision(config: SourceConfig, key: str, has_splits: bool = False) -
         )
 
 
-def _open_files(config: SourceConfig, key: str) -> Source:
+def _open_files(config: SourceConfig, key: str, skip: Collection[str]) -> Source:
     found = files.find_files(config.source, key, config.split)
     _refuse_revision(config, key, found.has_splits)
     digests = []
@@ -85,11 +95,11 @@ def _open_files(config: SourceConfig, key: str) -> Source:
             raise UserError(f"{key}={path} cannot be read: {error.strerror or error}.") from error
         digests.append((files.file_kind(path), digest))
     total = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
-    rows = _rows_of_files(found.paths, key)
+    rows = _rows_of_files(found.paths, key, skip)
     return Source(key, os.path.expanduser(config.source), total, rows, found.left_out)
 
 
-def _open_hub(config: SourceConfig, key: str) -> Source:
+def _open_hub(config: SourceConfig, key: str, skip: Collection[str]) -> Source:
     # Takes a second to import, with pandas; most sources are local files.
     import datasets
 
@@ -102,7 +112,7 @@ def _open_hub(config: SourceConfig, key: str) -> Source:
             f"loaded from the hub: {first_line(error)}."
         ) from error
     batches = (b for table in loaded.with_format("arrow").iter(1000) for b in table.to_batches())
-    rows = _with_places(enumerate(tables.rows(batches), 1))
+    rows = _with_places(enumerate(tables.rows(batches, skip), 1))
     return Source(key, f"{name}[{config.split}]", fingerprint(loaded), rows)
 
 
@@ -111,18 +121,18 @@ def _with_places(rows: Any, file: str = "") -> Rows:
         yield f"{file}row {number}", row
 
 
-def _rows_of_files(paths: tuple[Path, ...], key: str) -> Rows:
+def _rows_of_files(paths: tuple[Path, ...], key: str, skip: Collection[str]) -> Rows:
     root = os.path.commonpath([path.parent for path in paths])
     for path in paths:
         file = f"{os.path.relpath(path, root)}, " if len(paths) > 1 else ""
-        yield from _with_places(_rows_of_file(path, key), file)
+        yield from _with_places(_rows_of_file(path, key, skip), file)
 
 
-def _rows_of_file(path: Path, key: str) -> Numbered:
+def _rows_of_file(path: Path, key: str, skip: Collection[str]) -> Numbered:
     """The rows of one file. An error that ends the reading names the last row before it."""
     setting, kind, number = f"{key}={path}", files.file_kind(path), 0
     try:
-        for number, row in _READERS[kind](path):
+        for number, row in _READERS[kind](path, skip):
             yield number, _stripped(row)
     except UnicodeDecodeError as error:
         raise UserError(f"{setting} is not UTF-8 text{_after(number)}: {error}.") from error
@@ -149,10 +159,10 @@ def _after(number: int) -> str:
     return f" after row {number}" if number else ""
 
 
-_READERS: dict[str, Callable[[Path], Numbered]] = {
-    "json": text_files.json_rows,
-    "csv": lambda path: text_files.table_rows(path, ","),
-    "tsv": lambda path: text_files.table_rows(path, "\t"),
+_READERS: dict[str, Callable[[Path, Collection[str]], Numbered]] = {
+    "json": lambda path, skip: text_files.json_rows(path),
+    "csv": lambda path, skip: text_files.table_rows(path, ","),
+    "tsv": lambda path, skip: text_files.table_rows(path, "\t"),
     "parquet": tables.parquet_rows,
     "arrow": tables.arrow_rows,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from neftune_dist.data.formats import ROLES
+from neftune_dist.data.conversation import ROLES
 
 FRAME = "template"  # headers, special tokens, the template's default system prompt
 TEXT = "text"  # a document without turns

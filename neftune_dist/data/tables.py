@@ -6,7 +6,7 @@ it: batches are validated in full before a value is read, and read within limits
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -26,20 +26,25 @@ _BATCH_SECONDS, _BATCH_GIB = 120.0, 4.0  # limits of one batch
 _BUFFER_BYTES = 2**20
 
 
-def parquet_rows(path: Path) -> Numbered:
+def parquet_rows(path: Path, skip: Collection[str] = ()) -> Numbered:
     """Rows of a Parquet file with their numbers, from 1."""
     with pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER_BYTES) as file:
-        yield from enumerate(rows(_parquet_batches(file)), 1)
+        names = _unique(file.schema_arrow.names)
+        skipped = {name: None for name in names if name in skip}
+        batches = _parquet_batches(file, [name for name in names if name not in skip])
+        for number, row in enumerate(rows(batches), 1):
+            yield number, {**row, **skipped} if skipped and not isinstance(row, BadRow) else row
 
 
-def _parquet_batches(file: Any) -> Iterator[Any]:
+def _parquet_batches(file: Any, columns: list[str]) -> Iterator[Any]:
     for i in range(file.num_row_groups):
         group = file.metadata.row_group(i)
         num_rows = _BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)
-        yield from file.iter_batches(max(1, min(_BATCH_ROWS, num_rows)), row_groups=[i])
+        num_rows = max(1, min(_BATCH_ROWS, num_rows))
+        yield from file.iter_batches(num_rows, row_groups=[i], columns=columns)
 
 
-def arrow_rows(path: Path) -> Numbered:
+def arrow_rows(path: Path, skip: Collection[str] = ()) -> Numbered:
     """Rows of an Arrow file, in the file format or in the stream format that `datasets` writes."""
     with pyarrow.memory_map(str(path)) as file:
         try:
@@ -49,12 +54,14 @@ def arrow_rows(path: Path) -> Numbered:
             batches: Any = pyarrow.ipc.open_stream(file)
         else:
             batches = map(stored.get_batch, range(stored.num_record_batches))
-        yield from enumerate(rows(batches), 1)
+        yield from enumerate(rows(batches, skip), 1)
 
 
-def rows(batches: Iterable[Any]) -> Iterator[Mapping[str, Any] | BadRow]:
-    """The rows of batches, converted some at a time. Raises `ValueError` where a batch contradicts
-    its header: reading its values would crash the process."""
+def rows(
+    batches: Iterable[Any], skip: Collection[str] = ()
+) -> Iterator[Mapping[str, Any] | BadRow]:
+    """The rows of batches, converted some at a time; columns to skip are null. Raises `ValueError`
+    where a batch contradicts its header: reading its values would crash the process."""
     following = iter(batches)
     while True:
         with _batch_limits():
@@ -66,19 +73,22 @@ def rows(batches: Iterable[Any]) -> Iterator[Mapping[str, Any] | BadRow]:
         for first in range(0, batch.num_rows, num_rows):
             piece = batch.slice(first, num_rows)
             if piece.nbytes <= LONGEST_ROW_BYTES:
-                yield from _converted(piece)
+                yield from _converted(piece, skip)
                 continue
             for row in (piece.slice(i, 1) for i in range(piece.num_rows)):
                 if row.nbytes > LONGEST_ROW_BYTES:
                     yield BadRow(f"a row of more than {LONGEST_ROW_BYTES // 2**20} MiB")
                 else:
-                    yield from _converted(row)
+                    yield from _converted(row, skip)
 
 
-def _converted(batch: Any) -> list[dict[str, Any]]:
+def _converted(batch: Any, skip: Collection[str]) -> list[dict[str, Any]]:
     with _batch_limits():
         names = _unique(batch.schema.names)
-        columns = [_values(column) for column in batch.columns]
+        columns = [
+            [None] * batch.num_rows if name in skip else _values(column)
+            for name, column in zip(names, batch.columns, strict=True)
+        ]
         return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 

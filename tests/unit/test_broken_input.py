@@ -240,6 +240,9 @@ def function(name: Any, arguments: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
+MESSAGES = (("user", "a"), ("assistant", "b"))
+
+
 def answer(**fields: Any) -> dict[str, Any]:
     turn = {"role": "assistant", "content": "b", **fields}
     return {"messages": [{"role": "user", "content": "a"}, turn]}
@@ -247,6 +250,57 @@ def answer(**fields: Any) -> dict[str, Any]:
 
 ASKED = ("human", "a")
 BAD_ROWS: list[tuple[dict[str, Any], str]] = [
+    # Fields that would be left out.
+    (
+        {"instruction": "a", "output": "b", "rationale": "r", "style": "x"},
+        "fields 'rationale, style' would not be learned: data.columns uses a field, "
+        "data.ignore_fields=rationale,style leaves it out",
+    ),
+    (turns(*MESSAGES, prompt="another"), "field 'prompt' would not be learned"),
+    ({"prompt": "a", "completion": "b", "input": "c"}, "field 'input' would not be learned"),
+    ({"instruction": "a", "output": "b", "text": "else"}, "field 'text' would not be learned"),
+    ({"instruction": "a", "output": "b", "is_bad": True}, "field 'is_bad' would not be learned"),
+    ({"text": "a", "role": "prompter"}, "field 'role' would not be learned"),
+    ({"prompt": "a", "completion": "b", "label": False}, "field 'label' marks answers as good or"),
+    ({"text": "a", "label": 0}, "field 'label' marks answers as good or bad (KTO)"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "field 'chosen' is one of two answers to c"),
+    ({"prompt": "a", "completion": "b", "image": "x.jpg"}, "field 'image' is what a text model"),
+    ({"prompt": "a", "completion": "b", "video_urls": ["x"]}, "field 'video_urls' is what a text"),
+    (said(("human", "<image>\nWhat?"), ("gpt", "b")), "turn 1: <image> stands for what a text mod"),
+    ({"instruction": "See. <audio>", "output": "b"}, "<audio> stands for what a text model cannot"),
+    (
+        {"instruction": "a", "input": "b", "context": "c", "output": "d"},
+        "fields input and context both say what the instruction is about",
+    ),
+    (
+        {"prompt": "a", "completion": "b", "system": "s", "system_prompt": "t"},
+        "fields system and system_prompt hold different system prompts",
+    ),
+    (answer(annotations=[{"url": "x"}]), "turn 2: field 'annotations' would not be learned"),
+    (answer(**{"content ": "c"}), "turn 2: the keys 'content', 'content ' differ in white space a"),
+    # Learning marks.
+    (answer(train=True, masked=True), "turn 2: fields masked, train contradict each other"),
+    (answer(weight=0.5), "turn 2: field 'weight' is 0.5, neither 0 nor 1"),
+    (answer(loss_mask=[0, 1]), "turn 2: field 'loss_mask' is [0, 1], neither 0 nor 1"),
+    (answer(mask=1), "turn 2: field 'mask' may mean either: call it loss_mask (1: learned)"),
+    (answer(role="user", trainable=1), "turn 2: a turn of the user is marked as learned"),
+    (answer(train="False"), "every answer is marked as not to be learned"),
+    (turns(*MESSAGES, loss=0), "the row is marked as not to be learned"),
+    # Thoughts.
+    (answer(reasoning="a", thinking="b"), "fields reasoning and thinking hold different thoughts"),
+    (answer(reasoning_details="so"), "field 'reasoning_details' is not a list of objects with a"),
+    (answer(reasoning_details=[{"data": "x"}]), "turn 2: field 'text' is missing"),
+    (answer(role="user", thought="hm"), "turn 2: a turn of the user is marked as learned, or has"),
+    # Unknown formats.
+    ({"frage": "a", "antwort": "b"}, "set data.columns={prompt: frage, completion: antwort}"),
+    (
+        {"id": "x", "reply": "b", "q": "a", "hint": "h"},
+        "set data.columns={prompt: q, completion: reply} data.ignore_fields=hint",
+    ),
+    ({"data": ["a", "b", "c", "d"]}, "to read them so, set data.columns={conversations: data}"),
+    ({"talk": turns(*MESSAGES)["messages"]}, "to read them so, set data.columns={messages: talk}"),
+    ({"q": {"text": "a"}, "a": [{"text": "b"}]}, "{prompt: q.text, completion: a.0.text}"),
+    ({"instruction\u200b": "a", "output": 1}, r"the fields instruction\u200b, output are of no kn"),
     ({}, "the fields (none) are of no known format (messages; conversations; instruction, out"),
     ({"Question": "a", "Answer": "b"}, "the fields Question, Answer are of no known format"),
     ({"instruction": "a"}, "the fields instruction are of no known format"),
@@ -300,9 +354,17 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     (turns(("user", ["a"]), ("assistant", "b")), "turn 1: part 1 of the content is 'str', not te"),
     (turns(("system", "s"), ("user", "a"), ("assistant", "b"), system="t"), "a system turn as wel"),
     (answer(function_call={"name": "f"}), "turn 2: field 'function_call' would not be learned"),
-    (answer(reasoning_content="so"), "turn 2: field 'reasoning_content' would not be learned"),
-    (answer(weight=0), "turn 2: field 'weight' is 0: every answer is learned alike"),
+    (answer(reasoning_content=5), "turn 2: field 'reasoning_content' is not text but int"),
+    (answer(weight=0), "every answer is marked as not to be learned"),
     # Tools.
+    (
+        calling({**function("f", {}), "thought": "hm"}),
+        "turn 2: field 'thought' would not be learned",
+    ),
+    (
+        calling({"name": "f", "parameters": {"x": 1}}),
+        "turn 2: field 'parameters' would not be learned",
+    ),
     (calling("f"), "turn 2: call 1 is not an object with the 'name' of a function"),
     (calling(function("f", "{")), "turn 2: field 'arguments' is not valid JSON"),
     (

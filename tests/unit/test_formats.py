@@ -22,6 +22,7 @@ from tests.support.shared_data import shared
 
 ASKED = (Turn("user", "a"), Turn("assistant", "b"))
 SYSTEM = Turn("system", "s")
+MESSAGES = (("user", "a"), ("assistant", "b"))
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1, "é": None}}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
@@ -55,7 +56,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Conversation]] = {
     ),
     "alpaca with its whole text": (
         "alpaca",
-        {"instruction": "a", "input": "", "output": "b", "text": "Below is ..."},
+        {"instruction": "a", "input": "", "output": "b", "text": "Below is a. ### b"},
         Conversation(ASKED),
     ),
     "dolly": (
@@ -149,7 +150,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Conversation]] = {
     ),
     "messages": (
         "messages",
-        turns(("system", ""), ("user", "a"), ("assistant", "b"), ("user", "c"), prompt="p"),
+        turns(("system", ""), ("user", "a"), ("assistant", "b"), ("user", "c"), prompt=" a"),
         Conversation((Turn("system", ""), *ASKED), num_left_out=1),
     ),
     "messages in parts": (
@@ -194,8 +195,8 @@ CASES: dict[str, tuple[str, dict[str, Any], Conversation]] = {
     ),
     "prompt and completion": (
         "prompt_completion",
-        {"prompt": "a", "completion": "b", "input": "not of this format"},
-        Conversation(ASKED),
+        {"prompt": "a", "completion": "b", "input": "", "system": "s", "tools": [TOOL]},
+        Conversation((SYSTEM, *ASKED), tools=dumped([TOOL])),
     ),
     "prompt and completion of messages": (
         "prompt_completion",
@@ -206,6 +207,73 @@ CASES: dict[str, tuple[str, dict[str, Any], Conversation]] = {
         Conversation((SYSTEM, *ASKED)),
     ),
     "text": ("text", {"text": " a\n", "url": "x"}, Conversation((), text=" a\n")),
+    # Sets as their authors publish them.
+    "openorca": (
+        "prompt_completion",
+        {"id": "niv.1", "system_prompt": "s", "question": "a", "response": "b"},
+        Conversation((SYSTEM, *ASKED)),
+    ),
+    "metamath": (
+        "prompt_completion",
+        {"type": "GSM_SV", "query": "a", "original_question": "o", "response": "b"},
+        Conversation(ASKED),
+    ),
+    "a question about a text": (
+        "prompt_completion",
+        {"question": "a", "context": "c", "answer": "b", "answer_start": 3},
+        Conversation(ASKED, "c"),
+    ),
+    "input and output": ("prompt_completion", {"input": "a", "output": "b"}, Conversation(ASKED)),
+    "human and assistant": (
+        "prompt_completion",
+        {"human": "a", "assistant": "b", "created_at": "yesterday", "conversationId": "x"},
+        Conversation(ASKED),
+    ),
+    "tulu": ("messages", turns(*MESSAGES, id="x", source="flan"), Conversation(ASKED)),
+    "ultrachat, no robots": (
+        "messages",
+        turns(*MESSAGES, prompt="a", prompt_id="x", category="Chat"),
+        Conversation(ASKED),
+    ),
+    "openhermes": (
+        "sharegpt",
+        said(
+            *(("human", "a"), ("gpt", "b")),
+            **{"system_prompt": "s", "idx": "3", "avatarUrl": "x", "views": 7, "title": "t"},
+            **{"model_name": "m", "hash": 5, "topic": None, "custom_instruction": False},
+        ),
+        Conversation((SYSTEM, *ASKED)),
+    ),
+    "the same system prompt twice": (
+        "sharegpt",
+        said(("system", "s"), ("human", "a"), ("gpt", "b"), system="s"),
+        Conversation((SYSTEM, *ASKED)),
+    ),
+    "lima": ("sharegpt", {"conversations": ["a", "b"], "source": "x"}, Conversation(ASKED)),
+    "capybara": (
+        "sharegpt",
+        {"source": "x", "conversation": [{"input": "a", "output": "b"}] * 2},
+        Conversation((*ASKED, *ASKED)),
+    ),
+    "wildchat": (
+        "sharegpt",
+        {
+            **turns(*MESSAGES, field="conversation", language="English", toxic=True),
+            **{"conversation_hash": "x", "turn": 1, "openai_moderation": [{"flagged": False}]},
+            "header": {"accept-language": "en"},
+        },
+        Conversation(ASKED),
+    ),
+    "null columns are no columns": (
+        "prompt_completion",
+        {"messages": None, "instruction": None, "output": None, "prompt": "a", "completion": "b"},
+        Conversation(ASKED),
+    ),
+    "keys with spaces in a turn": (
+        "messages",
+        {"messages": [{"role": "user", "content": "a"}, {"role ": "assistant", " content": "b"}]},
+        Conversation(ASKED),
+    ),
 }
 
 
