@@ -125,6 +125,8 @@ class DataConfig:
     """Most tokens of a document."""
     too_long: str = choice("truncate", "drop")
     """Longer documents: truncate or drop them."""
+    max_cut_fraction: float = number(0.5, ge=0, le=1)
+    """Refuse to train if a larger fraction of the documents is longer than data.max_length."""
     packing: bool = True
     """Pack documents into rows without padding, isolated from each other; false: padded rows."""
     num_held_out: int = number(0, ge=0)

@@ -122,6 +122,8 @@ def suggestion(row: Mapping[str, Any]) -> str:
         asked = asked or next(name for name in texts if name != said)
         said = said or next(name for name in texts if name != asked)
         found = {"prompt": asked, "completion": said}
+    elif not found and texts and not (_SAID.search(texts[0]) or _ASKED.search(texts[0])):
+        found = {"text": texts[0]}
     if not found:
         return ""
     used = {path.partition(".")[0] for path in found.values()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 
 from neftune_dist.config import DataConfig, SourceConfig, UserError, user_path
 from neftune_dist.data import cache
+from neftune_dist.data.acceptance import refuse_shares, refuse_useless
 from neftune_dist.data.columns import Columns
 from neftune_dist.data.conversation import Conversation
 from neftune_dist.data.documents import Conversations, Documents, DocumentStats, DocumentWriter
@@ -137,7 +138,7 @@ def prepare(
             f"{getattr(error, 'strerror', None) or error}."
         ) from error
     dataset = replace(
-        load(folder, [source.name for source in given.sources]),
+        load(folder, given.sources),
         identity={
             "dataset": digest_of(given.identity()),
             "tokenizer": digest_of(template.identity()),
@@ -146,22 +147,22 @@ def prepare(
         chat_template=template.as_jinja(),
     )
     for source, counted in zip(given.sources, dataset.report.sources, strict=True):
-        _refuse_bad_share(source, counted, config)
+        refuse_shares(source, counted, config)
     return dataset
 
 
-def load(folder: Path, names: list[str]) -> Dataset:
+def load(folder: Path, given: Sequence[Source]) -> Dataset:
     """Open a finished cache entry. Raises `UserError` where it cannot be read.
 
     Args:
         folder: the entry's.
-        names: of the sources; the same content may have been read under others.
+        given: the sources; the same content may have been read under other names.
     """
     try:
         stored = json.loads((folder / "report.json").read_text())
         sources = [SourceReport(**source) for source in stored.pop("sources")]
-        for source, name in zip(sources, names, strict=True):
-            source.name = name
+        for source, now in zip(sources, given, strict=True):
+            source.name, source.left_out = now.name, [*now.left_out]
         report = Report(sources, audit=MaskAudit(**stored.pop("audit")), **stored)
         train, held_out = (Documents(folder, part) for part in ("train", "held_out"))
         conversations = Conversations(folder)
@@ -200,7 +201,7 @@ class _Builder:
         split = split_documents(stats, self.config, self.given.settings[: self.given.num_training])
         writer.write_parts(stats, split.train, split.held_out)
         self.report.content = writer.digest()
-        self._count(stats, split)
+        self._count(stats, split, writer)
         (folder / "report.json").write_text(json.dumps(asdict(self.report), indent=1))
 
     def _write_documents(self, writer: DocumentWriter) -> None:
@@ -215,17 +216,19 @@ class _Builder:
             for batch in _batches(self._rendered(source, setting.format, columns, own)):
                 documents = self.template.encode([rendered for _, _, rendered in batch])
                 for (place, conversation, _), document in zip(batch, documents, strict=True):
-                    fitted = self._fit(document)
+                    fitted = self._fit(document, own, (i, place))
                     if fitted is None:
                         continue
                     own.num_documents += 1
                     report.num_plain_texts += bool(conversation.text)
                     report.num_turns_left_out += conversation.num_left_out
+                    if conversation.num_left_out:
+                        report.examples.setdefault("num_turns_left_out", (i, place))
                     writer.add(fitted, conversation, i, place, keep)
                 if time.monotonic() - reported > _PROGRESS_SECONDS:
                     reported = time.monotonic()
                     self.progress(f"data: {report.num_rows} rows tokenised")
-            self._refuse_useless(source, own)
+            refuse_useless(source, own, report, config)
             ignored |= columns.ignored
             if columns.missing:
                 raise UserError(
@@ -260,24 +263,36 @@ class _Builder:
             own.formats[found] = own.formats.get(found, 0) + 1
             yield str(place), conversation, rendered
 
-    def _fit(self, document: Document) -> Document | None:
+    def _fit(
+        self, document: Document, own: SourceReport, origin: tuple[int, str]
+    ) -> Document | None:
         """The document within `data.max_length`; None where it is dropped."""
         max_length, report = self.config.max_length, self.report
-        too_long = len(document.input_ids) > max_length
-        if too_long and self.config.too_long == "drop":
-            report.num_dropped_too_long += 1
-            return None
-        if not document.supervised[:max_length].any():
-            report.num_nothing_to_learn += 1
-            return None
-        report.num_truncated += too_long
-        return document.cut(max_length) if too_long else document
+        length = len(document.input_ids)
+        own.num_too_long += length > max_length
+        own.longest_tokens = max(own.longest_tokens, length)
+        if length > max_length and self.config.too_long == "drop":
+            outcome = "num_dropped_too_long"
+        elif not document.supervised[:max_length].any():
+            outcome = "num_nothing_to_learn"
+        elif length > max_length:
+            outcome = "num_truncated"
+        else:
+            return document
+        setattr(report, outcome, getattr(report, outcome) + 1)
+        report.examples.setdefault(outcome, origin)
+        return document.cut(max_length) if outcome == "num_truncated" else None
 
-    def _count(self, stats: DocumentStats, split: Split) -> None:
+    def _count(self, stats: DocumentStats, split: Split, writer: DocumentWriter) -> None:
         """Report what is trained on and what is left out."""
         report = self.report
-        for name in ("num_duplicates", "num_dropped_duplicates", "num_leaked", "num_not_chosen"):
-            setattr(report, name, getattr(split, name))
+        left_out = {"duplicates": split.repeated, "leaked": split.leaked}
+        left_out["not_chosen"] = split.not_chosen
+        for name, indices in left_out.items():
+            setattr(report, f"num_{name}", len(indices))
+            if len(indices):
+                report.examples[f"num_{name}"] = writer.origin(int(indices[0]))
+        report.num_dropped_duplicates = report.num_duplicates if split.drops_repeated else 0
         report.num_documents, report.num_held_out = len(split.train), len(split.held_out)
         lengths = stats.lengths[split.train]
         report.num_tokens, report.longest_tokens = int(lengths.sum()), int(lengths.max())
@@ -286,29 +301,6 @@ class _Builder:
         times = np.bincount(stats.source[split.train], minlength=len(report.sources))
         for own, number in zip(report.sources, times, strict=True):
             own.num_occurrences = int(number)
-
-    def _refuse_useless(self, source: Source, own: SourceReport) -> None:
-        name, report = f"{source.key}={source.name}", self.report
-        if own.num_rows == 0:
-            raise UserError(f"{name} is empty.")
-        _refuse_bad_share(source, own, self.config)
-        if own.num_documents == 0:
-            first = f" (the first: {own.bad_rows[0]})" if own.bad_rows else ""
-            raise UserError(
-                f"{name} holds no document to learn from: of {own.num_rows} rows, "
-                f"{own.num_bad_rows} cannot be used{first}, {report.num_dropped_too_long} are over "
-                f"data.max_length={self.config.max_length}, {report.num_nothing_to_learn} have no "
-                "supervised token within it."
-            )
-
-
-def _refuse_bad_share(source: Source, own: SourceReport, config: DataConfig) -> None:
-    if own.num_bad_rows > config.max_bad_fraction * own.num_rows:
-        raise UserError(
-            f"{source.key}={source.name}: {own.num_bad_rows} of {own.num_rows} rows cannot "
-            f"be used, more than data.max_bad_fraction={config.max_bad_fraction}; the first: "
-            f"{own.bad_rows[0]}."
-        )
 
 
 def _batches(rendered: Iterator[_Row]) -> Iterator[list[_Row]]:

@@ -44,7 +44,7 @@ class Documents:
         index = np.load(folder / f"{part}.npy")
         self.starts, self.lengths, self.num_supervised, self._numbers, content = index
         self.content = content.view(np.uint64)
-        self._origins = folder / _ORIGINS
+        self._folder = folder
         end = int((self.starts + self.lengths).max(initial=0))
         if not end <= len(self._ids) == len(self._supervised):
             raise ValueError(f"{end} tokens are needed, of {len(self._ids)}")
@@ -59,9 +59,7 @@ class Documents:
 
     def origin(self, index: int) -> tuple[int, str]:
         """The index of a document's source, and the document's place in it."""
-        with self._origins.open(encoding="utf-8") as file:
-            source, place = json.loads(next(islice(file, int(self._numbers[index]), None)))
-        return source, place
+        return _origin(self._folder, int(self._numbers[index]))
 
     def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The documents int64 (num_chosen,) concatenated: input_ids int32 and supervised uint8,
@@ -103,8 +101,8 @@ class DocumentStats:
         source: int64, index of the document's source.
         content: uint64 digest of the conversation. Two of 10 million different conversations share
             one with a probability of 3e-6.
-        prompt: uint64 digest of the text before the first answer, in lower case and with single
-            spaces.
+        prompt: uint64 digest of the text before the first answer without the system prompt, in
+            lower case and with single spaces.
         by_speaker: int32 (num_documents, len(SPEAKERS), 2), all and supervised tokens by speaker.
     """
 
@@ -187,6 +185,10 @@ class DocumentWriter:
                 kept.write(every.readline())
         stored.unlink()
 
+    def origin(self, index: int) -> tuple[int, str]:
+        """The index of a document's source, and its place there; no more can be added."""
+        return _origin(self._folder, index)
+
     def digest(self) -> str:
         """A digest of the training part alone: tokens and masks in order, and how often an epoch
         has each document, however they were made."""
@@ -206,6 +208,12 @@ class DocumentWriter:
             file.close()
 
 
+def _origin(folder: Path, number: int) -> tuple[int, str]:
+    with (folder / _ORIGINS).open(encoding="utf-8") as file:
+        source, place = json.loads(next(islice(file, number, None)))
+    return source, place
+
+
 def _tokens_by_speaker(document: Document) -> list[int]:
     """Tokens and supervised tokens of every speaker, alternating."""
     pairs = document.speakers * 2 + document.supervised
@@ -215,7 +223,9 @@ def _tokens_by_speaker(document: Document) -> list[int]:
 
 
 def _normalised_prompt(conversation: Conversation) -> list[str]:
-    opening = [str(message["content"]) for message in conversation.opening()]
+    """What is asked; not the system prompt, under which the same question is the same."""
+    said = [m for m in conversation.opening() if m["role"] != "system"]
+    opening = [str(message["content"]) for message in said]
     return [" ".join(text.split()).casefold() for text in opening or [conversation.text]]
 
 

@@ -100,8 +100,17 @@ def to_conversation(row: _Row, format_name: str) -> Conversation:
 def _pair(row: _Row, names: Sequence[str]) -> Conversation:
     if any(isinstance(row[name], list) and not _are_texts(row[name]) for name in names):
         return _lists(row, names)
-    (asked_in, said_in), about = names, _CONTEXTS.get(names[0], ())
-    asked, said = fields.text(row, asked_in), fields.text(row, said_in)
+    said = fields.text(row, names[1])
+    if not said.strip():
+        raise BadRow("the answer is empty")
+    return exchange(row, names[0], Turn("assistant", said, reasoning=fields.reasoning(row)))
+
+
+def exchange(row: _Row, asked_in: str, answer: Turn) -> Conversation:
+    """The question in a field of the row, with the text that it is about, and an answer. Raises
+    `BadRow`."""
+    about = _CONTEXTS.get(asked_in.lower(), ())
+    asked = fields.text(row, asked_in)
     given = [fields.text(row, name) for name in about if row.get(name) not in (None, "")]
     if len(given) > 1:
         raise BadRow(f"fields {' and '.join(about)} both say what the {asked_in} is about")
@@ -110,12 +119,9 @@ def _pair(row: _Row, names: Sequence[str]) -> Conversation:
         asked, context = context, ""
     if not asked.strip():
         raise BadRow(f"the {asked_in} is empty")
-    if not said.strip():
-        raise BadRow("the answer is empty")
     fields.refuse_placeholder(asked)
-    turns = (Turn("user", asked), Turn("assistant", said, reasoning=fields.reasoning(row)))
     extra = (("task", row["task"]),) if isinstance(row.get("task"), str) else ()
-    made = replace(_answered(turns, row), extra=extra)
+    made = replace(_answered((Turn("user", asked), answer), row), extra=extra)
     return replace(made, context=context if context.strip() else "")
 
 

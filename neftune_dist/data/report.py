@@ -17,6 +17,7 @@ class SourceReport:
         name: the source's.
         num_rows, num_bad_rows: read, and those that cannot be used.
         num_documents: rows that can be learned from.
+        num_too_long: rows over `data.max_length`, cut or lost; the longest has longest_tokens.
         num_occurrences: documents in an epoch; 0 for the held-out source.
         formats: rows of each format that can be used.
         bad_rows: the first bad rows, with their place and reason.
@@ -27,6 +28,8 @@ class SourceReport:
     num_rows: int = 0
     num_bad_rows: int = 0
     num_documents: int = 0
+    num_too_long: int = 0
+    longest_tokens: int = 0
     num_occurrences: int = 0
     formats: dict[str, int] = field(default_factory=dict)
     bad_rows: list[str] = field(default_factory=list)
@@ -40,7 +43,8 @@ class Report:
     num_rows is the sum of the different training documents, num_held_out and the rows left out:
     num_dropped_too_long, num_nothing_to_learn, num_bad_rows, num_dropped_duplicates, num_leaked,
     num_not_chosen. num_documents counts a document as often as an epoch has it; tokens and lengths
-    are those of these occurrences.
+    are those of these occurrences. examples has the first of what a counter counts: the index of
+    the source, and the place in it.
     """
 
     sources: list[SourceReport]
@@ -61,6 +65,7 @@ class Report:
     num_plain_texts: int = 0
     num_turns_left_out: int = 0
     longest_tokens: int = 0
+    examples: dict[str, tuple[int, str]] = field(default_factory=dict)
     audit: MaskAudit = field(default_factory=MaskAudit)
 
     @property
@@ -93,7 +98,7 @@ class Report:
                 f"data:   {source.name}: {source.num_rows} rows, {source.num_documents} documents, "
                 f"{times if source.num_occurrences else 'not trained on'}"
             )
-        lines += [f"data: {number} {kind}" for number, kind in self._counted() if number]
+        lines += self._counted()
         for source in self.sources:
             if len(source.formats) > 1:
                 listed = ", ".join(f"{number} {name}" for name, number in source.formats.items())
@@ -103,21 +108,31 @@ class Report:
                 lines.append(f"data: {source.name}: not read: {listed}")
         return lines + self._bad_lines()
 
-    def _counted(self) -> list[tuple[int, str]]:
+    def _counted(self) -> list[str]:
+        """A line for every reason to leave out documents or parts of them, with an example."""
         dropped = "dropped" if self.num_dropped_duplicates else "kept (data.duplicates)"
+        kinds = {
+            "num_truncated": "documents truncated to data.max_length",
+            "num_dropped_too_long": "documents over data.max_length dropped",
+            "num_nothing_to_learn": "documents skipped: no supervised token within data.max_length",
+            "num_duplicates": f"duplicates of a conversation {dropped}",
+            "num_leaked": "documents removed: their prompt is held out",
+            "num_not_chosen": "documents left out by weight or max_documents",
+            "num_plain_texts": "documents of plain text, learned whole, without a template",
+            "num_turns_left_out": "turns left out that nothing asks for or answers",
+        }
         return [
-            (self.num_truncated, "documents truncated to data.max_length"),
-            (self.num_dropped_too_long, "documents over data.max_length dropped"),
-            (
-                self.num_nothing_to_learn,
-                "documents skipped: no supervised token within data.max_length",
-            ),
-            (self.num_duplicates, f"duplicates of a conversation {dropped}"),
-            (self.num_leaked, "documents removed: their prompt is held out"),
-            (self.num_not_chosen, "documents left out by weight or max_documents"),
-            (self.num_plain_texts, "documents of plain text, learned whole, without a template"),
-            (self.num_turns_left_out, "turns left out that nothing asks for or answers"),
+            f"data: {number} {kind}{self._example(name)}"
+            for name, kind in kinds.items()
+            if (number := getattr(self, name))
         ]
+
+    def _example(self, name: str) -> str:
+        if name not in self.examples:
+            return ""
+        source, place = self.examples[name]
+        file = f"{self.sources[source].name}, " if len(self.sources) > 1 else ""
+        return f" (the first: {file}{place})"
 
     def _bad_lines(self) -> list[str]:
         if not self.num_bad_rows:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,14 +86,16 @@ def _refuse_revision(config: SourceConfig, key: str, has_splits: bool = False) -
 def _open_files(config: SourceConfig, key: str, skip: Collection[str]) -> Source:
     found = files.find_files(config.source, key, config.split)
     _refuse_revision(config, key, found.has_splits)
-    digests = []
+    digests, root = [], _root(found.paths)
     for path in found.paths:
         try:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise UserError(f"{key}={path} cannot be read: {error.strerror or error}.") from error
-        digests.append((files.file_kind(path), digest))
+        # Messages name the file of a row where there are several.
+        name = str(path.relative_to(root)) if len(found.paths) > 1 else ""
+        digests.append((files.file_kind(path), digest, name))
     total = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
     rows = _rows_of_files(found.paths, key, skip)
     return Source(key, os.path.expanduser(config.source), total, rows, found.left_out)
@@ -121,10 +123,13 @@ def _with_places(rows: Any, file: str = "") -> Rows:
         yield f"{file}row {number}", row
 
 
+def _root(paths: Sequence[Path]) -> str:
+    return os.path.commonpath([path.parent for path in paths])
+
+
 def _rows_of_files(paths: tuple[Path, ...], key: str, skip: Collection[str]) -> Rows:
-    root = os.path.commonpath([path.parent for path in paths])
     for path in paths:
-        file = f"{os.path.relpath(path, root)}, " if len(paths) > 1 else ""
+        file = f"{path.relative_to(_root(paths))}, " if len(paths) > 1 else ""
         yield from _with_places(_rows_of_file(path, key, skip), file)
 
 

@@ -22,23 +22,23 @@ _CAP, _FRACTION, _SAMPLE = 1, 2, 3
 
 @dataclass(frozen=True)
 class Split:
-    """Indices of documents, int64, and counts of those left out.
+    """Indices of documents, int64.
 
     Attributes:
         train: a document stands here as often as an epoch has it.
         held_out: documents kept for evaluation.
-        num_duplicates: training documents equal to an earlier document.
-        num_dropped_duplicates: those of them that are left out.
-        num_leaked: left out because the held-out source has their prompt.
-        num_not_chosen: left out by `max_documents` or a weight below 1.
+        repeated: training documents equal to an earlier document.
+        leaked: left out because the held-out source has their prompt.
+        not_chosen: left out by `max_documents` or a weight below 1.
+        drops_repeated: whether the repeated ones are left out.
     """
 
     train: np.ndarray
     held_out: np.ndarray
-    num_duplicates: int
-    num_dropped_duplicates: int
-    num_leaked: int
-    num_not_chosen: int
+    repeated: np.ndarray
+    leaked: np.ndarray
+    not_chosen: np.ndarray
+    drops_repeated: bool
 
 
 def split_documents(
@@ -90,10 +90,10 @@ def split_documents(
     return Split(
         train=train,
         held_out=np.flatnonzero(held_out),
-        num_duplicates=int(repeated.sum()),
-        num_dropped_duplicates=int(repeated.sum()) if config.duplicates == "drop" else 0,
-        num_leaked=int(leaked.sum()),
-        num_not_chosen=int((training & (times == 0)).sum()),
+        repeated=np.flatnonzero(repeated),
+        leaked=np.flatnonzero(leaked),
+        not_chosen=np.flatnonzero(training & (times == 0)),
+        drops_repeated=config.duplicates == "drop",
     )
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -26,6 +26,7 @@ from neftune_dist.data import fields
 from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.dataset import Dataset
 from neftune_dist.data.errors import BadRow, type_name
+from neftune_dist.data.formats import exchange
 from neftune_dist.data.split import sample
 from neftune_dist.evaluation.row_files import read_row_file
 
@@ -93,34 +94,23 @@ def _instruction(row: Mapping[str, Any], file: str) -> Instruction:
         if not isinstance(turns, list) or not turns:
             raise BadRow(f"field 'turns' is not a list of questions but {type_name(turns)}")
         first = fields.text({"turns": turns[0]}, "turns")
-        return _asked(first, row, "category", file, num_left_out=len(turns) - 1)
+        made = exchange({"turns": first}, "turns", _SOME_ANSWER)
+        return _asked(replace(made, num_left_out=len(turns) - 1), row, "category", file)
     if "question_id" in row and "text" in row:
-        return _asked(fields.text(row, "text"), row, "category", file)
+        return _asked(exchange(row, "text", _SOME_ANSWER), row, "category", file)
     named = next((name for name in ("instruction", "Instruction") if name in row), None)
     if named is None:
         raise BadRow(
             f"field 'instruction' is missing; there are {shorten(', '.join(map(str, row)), 80)}"
         )
-    context = fields.text(row, "input") if row.get("input") else ""
-    return _asked(fields.text(row, named), row, "dataset", file, context)
+    return _asked(exchange(row, named, _SOME_ANSWER), row, "dataset", file)
 
 
-def _asked(
-    question: str,
-    row: Mapping[str, Any],
-    group: str,
-    file: str,
-    context: str = "",
-    num_left_out: int = 0,
-) -> Instruction:
-    if not question.strip():
-        raise BadRow("the question is empty")
-    turns = (Turn("user", question), _SOME_ANSWER)
-    conversation = Conversation(turns, context=context, num_left_out=num_left_out)
+def _asked(made: Conversation, row: Mapping[str, Any], group: str, file: str) -> Instruction:
     expected = row.get("output") if "generator" not in row else None
     return Instruction(
-        conversation,
-        str(conversation.messages()[0]["content"]),
+        made,
+        next(str(m["content"]) for m in made.messages() if m["role"] == "user"),
         str(row.get(group) or file),
         fields.text(row, "output") if expected else None,
     )

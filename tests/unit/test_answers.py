@@ -13,6 +13,7 @@ import torch
 
 from neftune_dist.config import DataConfig, UserError
 from neftune_dist.data.conversation import Conversation, Turn
+from neftune_dist.data.formats import to_conversation
 from neftune_dist.data.tokenize import ConversationTokenizer
 from neftune_dist.distributed.world import World
 from neftune_dist.evaluation import answers as answering
@@ -151,6 +152,23 @@ def test_prompts_follow_the_targets_template(target: EvaluationTarget, tmp_path:
     assert "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:" in text
 
 
+@pytest.mark.parametrize("given", ["", " ", "1 2", None])
+def test_evaluation_asks_the_prompt_of_training(
+    given: str | None, target: EvaluationTarget, tmp_path: Path
+) -> None:
+    row = {"instruction": "Add.", "input": given, "output": "3", "system": ""}
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([row]))
+    [[asked], _] = read_instructions(str(path), 0)
+    trained = to_conversation(row, "alpaca")
+    for name in ("alpaca", "vicuna", "chat"):
+        template = ConversationTokenizer(target.tokenizer, DataConfig(template=name))
+        ids = template.prompt_ids(asked.conversation)
+        assert ids == template.prompt_ids(trained)
+        [document] = template.encode([template.render(trained)])
+        assert document.input_ids[: len(ids)].tolist() == ids
+
+
 def test_instruction_sets_of_every_form_are_read(tmp_path: Path) -> None:
     rows = {
         "alpaca_eval": {"instruction": "A", "dataset": "koala", "output": "x", "generator": "g"},
@@ -183,7 +201,7 @@ def test_instruction_sets_of_every_form_are_read(tmp_path: Path) -> None:
     [
         ({"prompt": "A"}, "field 'instruction' is missing; there are prompt"),
         ({"instruction": 3}, "field 'instruction' is not text but int"),
-        ({"instruction": " "}, "the question is empty"),
+        ({"instruction": " "}, "the instruction is empty"),
         ({"turns": []}, "field 'turns' is not a list of questions but an empty list"),
         ({"turns": [None]}, "field 'turns' is not text but null"),
         ({"instruction": "A", "output": 7}, "field 'output' is not text but int"),

@@ -341,6 +341,19 @@ def test_unreadable_file_is_refused(path: str) -> None:
             "data.mixture[0].format=text does not fit data.mixture[0].source=builtin",
         ),
         (
+            ["data.mixture=[{source: a.json}]", "data.columns={prompt: a}"],
+            "data.columns={'prompt': 'a'} has no effect with data.mixture",
+        ),
+        (["data.held_out_columns={prompt: a}"], "has no effect without data.held_out_source"),
+        (["data.columns=a"], "data.columns=a is not a mapping of names"),
+        (["data.columns={promt: a}"], "data.columns: promt is no field; known: messages, conv"),
+        (["data.columns={prompt: 5}"], "data.columns: prompt=5 is neither a column nor a constant"),
+        (["data.columns={prompt: {value: a}}"], "is neither a column nor a constant, such as"),
+        (
+            ["data.mixture=[{source: a.json, columns: {promt: a}}]"],
+            "data.mixture[0].columns: promt is no field",
+        ),
+        (
             ["data.num_held_out=5", "data.held_out_source=a.json"],
             "data.num_held_out=5 and data.held_out_source=a.json all choose the held-out",
         ),
@@ -416,6 +429,22 @@ MIXTURE = [SourceConfig("a.json", weight=2.0), SourceConfig("org/b", split="x", 
 )
 def test_mixture_is_read_from_a_word(word: str) -> None:
     assert load_config(None, [MODEL, word]).data.mixture == MIXTURE
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data.columns={prompt: q, completion: a.0.text, system: {constant: Be kind.}}"],
+        ["data.columns={prompt:q,completion:a.0.text}", "data.columns.system.constant=Be kind."],
+    ],
+)
+def test_columns_are_read_from_words(words: list[str], yaml: Callable[[str], Path]) -> None:
+    columns = {"prompt": "q", "completion": "a.0.text", "system": {"constant": "Be kind."}}
+    config = load_config(None, [MODEL, *words])
+    assert config.data.columns == columns
+    assert load_config(yaml(config.to_yaml())).data.columns == columns
+    word = "data.mixture=[{source: a.json, columns: {text: t}}]"
+    assert load_config(None, [MODEL, word]).data.mixture[0].columns == {"text": "t"}
 
 
 def test_word_replaces_the_mixture_of_a_file(yaml: Callable[[str], Path]) -> None:

@@ -104,6 +104,114 @@ def test_a_template_without_end_of_turn_shows_in_the_report(
     assert any("end of turn learned in 0.0% of documents" in line for line in report.lines())
 
 
+# Columns under other names.
+
+
+FRAGEN = [{"frage": f"q{i}", "antwort": f"a{i}", "hinweis": "h"} for i in range(4)]
+COLUMNS = {"prompt": "frage", "completion": "antwort"}
+
+
+def test_columns_are_read_under_other_names(
+    write: Callable[..., DataConfig], tiny_tokenizer: Any
+) -> None:
+    nested = [{"data": [{"text": f"q{i}"}, {"text": f"a{i}"}], "id": i} for i in range(4)]
+    plain = [{"prompt": f"q{i}", "completion": f"a{i}", "system": "s"} for i in range(4)]
+    system = {"constant": "s"}
+    configs = [
+        write(plain, "plain.jsonl"),
+        write(FRAGEN, columns={**COLUMNS, "system": system}, ignore_fields="hinweis"),
+        write(
+            nested,
+            "nested.jsonl",
+            columns={"prompt": "data.0.text", "completion": "data.-1.text", "system": system},
+        ),
+    ]
+    contents = {prepare(config, tiny_tokenizer).content for config in configs}
+    assert len(contents) == 1
+
+
+def test_columns_of_a_mixture_and_of_its_held_out_source(
+    write: Callable[..., DataConfig], tiny_tokenizer: Any
+) -> None:
+    asked, fragen = write(numbered(4), "a.jsonl"), write(FRAGEN, "b.jsonl")
+    mixture = [SourceConfig(asked.source), SourceConfig(fragen.source, columns=COLUMNS)]
+    config = replace(fragen, mixture=mixture, ignore_fields="hinweis")
+    assert prepare(config, tiny_tokenizer).report.num_documents == 8
+    config = replace(asked, held_out_source=fragen.source, ignore_fields="hinweis")
+    config.held_out_columns = COLUMNS
+    report = prepare(config, tiny_tokenizer).report
+    assert (report.num_documents, report.num_held_out) == (4, 4)
+    # data.columns is the held-out source's, too.
+    config = replace(config, source=fragen.source, columns=COLUMNS, held_out_columns=None)
+    with pytest.raises(UserError, match=r"held_out_source=.* leaves none of the 4 documents"):
+        prepare(config, tiny_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {},
+            r"set data\.columns=\{prompt: frage, completion: antwort\} data\.ignore_fields=hinweis",
+        ),
+        (
+            {"columns": COLUMNS},
+            r"field 'hinweis' would not be learned.* data\.ignore_fields=hinweis",
+        ),
+        (
+            {"columns": {**COLUMNS, "prompt": "fragen"}, "ignore_fields": "hinweis"},
+            r"reads 'prompt' from 'fragen', which is missing; there are frage, antwort",
+        ),
+        (
+            {"columns": {**COLUMNS, "prompt": "frage.0"}, "ignore_fields": "hinweis"},
+            r"reads 'prompt' from 'frage\.0', which is missing",
+        ),
+        (
+            {"columns": {**COLUMNS, "system": "rolle"}, "ignore_fields": "hinweis"},
+            r"no row has 'rolle', which data\.columns names",
+        ),
+        (
+            {"columns": COLUMNS, "ignore_fields": "hinweis,rolle"},
+            r"data\.ignore_fields: no row has 'rolle'",
+        ),
+        (
+            {"columns": {"completion": "antwort", "frage": {"constant": "x"}}},
+            r"data\.columns gives 'frage', which the row has, too",
+        ),
+    ],
+)
+def test_columns_that_are_not_there_are_refused(
+    settings: dict[str, Any], said: str, write: Callable[..., DataConfig], tiny_tokenizer: Any
+) -> None:
+    with pytest.raises(UserError, match=said):
+        prepare(write(FRAGEN, **settings), tiny_tokenizer)
+
+
+def test_rows_of_two_formats_in_one_file(
+    write: Callable[..., DataConfig], tiny_tokenizer: Any
+) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = [{"messages": turns}, {"messages": None, "prompt": "q", "completion": "a"}] * 2
+    report = prepare(write(rows), tiny_tokenizer).report
+    assert (report.num_documents, report.num_duplicates) == (4, 3)
+    assert report.sources[0].formats == {"messages": 2, "prompt_completion": 2}
+    assert any("rows of several formats: 2 messages, 2 prompt_comp" in s for s in report.lines())
+
+
+def test_ignored_fields_of_turns_and_calls(
+    write: Callable[..., DataConfig], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "mood": "ok"}]
+    config = write([{"messages": turns, "mood": "bad"}], ignore_fields="mood")
+    assert prepare(config, tiny_tokenizer).report.num_documents == 1
+    table = datasets.Dataset.from_list([{"prompt": "q", "completion": "a", "mood": b"\xff" * 9}])
+    table.to_parquet(tmp_path / "a.parquet")
+    config = replace(config, source=str(tmp_path / "a.parquet"))
+    assert prepare(config, tiny_tokenizer).report.num_documents == 1
+    with pytest.raises(UserError, match="field 'mood' would not be learned"):
+        prepare(replace(config, ignore_fields=None), tiny_tokenizer)
+
+
 # What is refused.
 
 
@@ -151,6 +259,59 @@ def test_data_that_will_not_do(
     assert config.source in str(raised.value) or "num_held_out" in str(raised.value)
     assert "\n" not in str(raised.value)
     assert entries(config) == []
+
+
+def test_cut_documents_above_a_share_are_refused(
+    write: Callable[..., DataConfig], tiny_tokenizer: Any
+) -> None:
+    rows = [*numbered(6), *({**GOOD, "output": f"{i} " + "long " * 200} for i in range(4))]
+    for too_long, reason in (("truncate", "num_truncated"), ("drop", "num_dropped_too_long")):
+        config = write(rows, max_length=64, max_cut_fraction=0.4, too_long=too_long)
+        report = prepare(config, tiny_tokenizer).report
+        assert getattr(report, reason) == 4
+        assert report.examples == {reason: [0, "row 7"]}
+        assert [line for line in report.lines() if line.endswith("(the first: row 7)")]
+        longest = report.sources[0].longest_tokens
+        config.max_cut_fraction = 0.3  # of the same entry of the cache, and of another
+        for config.max_length in (64, 65):
+            with pytest.raises(UserError) as raised:
+                prepare(config, tiny_tokenizer)
+            assert f"4 of 10 documents are longer than data.max_length={config.max_length}" in str(
+                raised.value
+            )
+            assert f"the longest has {longest} tokens" in str(raised.value)
+
+
+def test_left_out_documents_are_named_by_reason(
+    write: Callable[..., DataConfig], tiny_tokenizer: Any
+) -> None:
+    rows = [*numbered(10), *numbered(3), {**GOOD, "output": "Hi."}]
+    held_out = write([{**GOOD, "output": "else"}], "held_out.jsonl")
+    config = write(rows, held_out_source=held_out.source, duplicates="drop")
+    report = prepare(config, tiny_tokenizer).report
+    assert report.examples == {"num_duplicates": [0, "row 11"], "num_leaked": [0, "row 14"]}
+    lines = report.lines()
+    assert any(line.endswith(f"dropped (the first: {config.source}, row 11)") for line in lines)
+
+
+def test_cached_report_names_the_files_of_today(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for name in ("a", "b"):
+        row = json.dumps({**GOOD, "input": name})
+        (folder / f"{name}.jsonl").write_text(row + '\n{"output": "x"}\n')
+    (folder / "README.md").touch()
+    settings = {"max_bad_fraction": 0.5, "cache_dir": str(tmp_path / "cache")}
+    prepare(DataConfig(source=str(folder), **settings), tiny_tokenizer)
+    (folder / "README.md").rename(folder / "LICENSE")
+    folder = folder.rename(tmp_path / "moved")
+    made = prepare(DataConfig(source=str(folder), **settings), tiny_tokenizer)
+    assert made.report.sources[0].left_out == ["LICENSE"]
+    assert made.report.source == str(folder)
+    (folder / "b.jsonl").rename(folder / "c.jsonl")
+    made = prepare(DataConfig(source=str(folder), **settings), tiny_tokenizer)
+    assert [row.partition(",")[0] for row in made.report.bad_rows] == ["a.jsonl", "c.jsonl"]
+    assert made.train.origin(1) == (0, "c.jsonl, row 1")
 
 
 @pytest.mark.parametrize("content", ["", "[]", "\n\n", "\ufeff"])
@@ -201,6 +362,17 @@ def test_no_prompt_is_on_both_sides(write: Callable[..., DataConfig], tiny_token
     assert not {*train} & {*held_out}
     assert len(train) + len(held_out) == 200
     assert 30 <= len(held_out) < 34  # whole prompts of four answers each
+
+
+def test_question_is_held_out_under_every_system_prompt(
+    write: Callable[..., DataConfig], tiny_tokenizer: Any
+) -> None:
+    rows = [{**row, "system": said} for row in numbered(20) for said in ("", "s", "t")]
+    made = prepare(write(rows, num_held_out=6), tiny_tokenizer)
+    assert (made.report.num_held_out, made.report.num_documents) == (6, 54)
+    held_out = [made.held_out_conversations[i] for i in range(6)]
+    asked = {turn.content for made in held_out for turn in made.turns if turn.role == "user"}
+    assert len(asked) == 2
 
 
 def test_a_longer_conversation_is_held_out_with_its_opening(

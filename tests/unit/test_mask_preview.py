@@ -62,7 +62,10 @@ def test_a_repeated_document_counts_as_often_as_an_epoch_has_it(
     [
         ({}, []),
         ({"supervise": "all"}, ["% of the learned tokens are said by the user: data.supervise="]),
-        ({"max_length": 48}, ["end of turn is learned in 1.0% of documents only"]),
+        (
+            {"max_length": 48, "max_cut_fraction": 1.0},
+            ["end of turn is learned in 1.0% of documents only"],
+        ),
         ({"endless": True}, ["no end of turn is learned: the model will not learn to stop"]),
     ],
 )

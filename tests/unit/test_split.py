@@ -60,7 +60,7 @@ def test_documents_of_a_prompt_are_held_out_together() -> None:
 def test_capped_documents_keep_their_order() -> None:
     found = split(stats_of(MANY), SourceConfig("a.json", max_documents=500))
     assert len(found.train) == 500 and (np.diff(found.train) > 0).all()
-    assert found.num_not_chosen == MANY - 500
+    assert len(found.not_chosen) == MANY - 500
 
 
 def test_a_cap_and_a_fractional_weight_choose_independently() -> None:
@@ -84,15 +84,15 @@ def test_copies_in_the_held_out_source_are_no_duplicates_to_train_on() -> None:
     stats = stats_of(6, [0, 0, 0, 0, 1, 1], content, prompt)
     for duplicates in ("keep", "drop"):
         found = split(stats, held_out_source="b.json", duplicates=duplicates)
-        assert found.num_duplicates == 1 and found.held_out.tolist() == [4, 5]
-        assert found.num_dropped_duplicates == (duplicates == "drop")
+        assert found.repeated.tolist() == [3] and found.held_out.tolist() == [4, 5]
+        assert found.drops_repeated == (duplicates == "drop")
         assert found.train.tolist() == ([0, 1, 2] if duplicates == "drop" else [0, 1, 2, 3])
 
 
 def test_every_document_is_counted_once() -> None:
     stats = stats_of(9, [0, 0, 0, 0, 0, 0, 0, 1, 1], range(9), [5, 6, 7, 1, 2, 3, 4, 5, 6])
     found = split(stats, SourceConfig("a.json", max_documents=2), held_out_source="b.json")
-    counts = (found.num_dropped_duplicates, found.num_leaked, found.num_not_chosen)
+    counts = (len(found.repeated), len(found.leaked), len(found.not_chosen))
     assert counts == (0, 2, 3)
     assert len(np.unique(found.train)) + len(found.held_out) + sum(counts) == 9
 
