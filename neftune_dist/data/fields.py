@@ -88,15 +88,20 @@ def refuse_unused(
 
 def refuse_meaning(name: str) -> None:
     """Raise `BadRow` for a field of preferences, of pictures or the like, by its name."""
-    for pattern, meaning in _MEANING.items():
-        if pattern.fullmatch(name.lower()):
-            raise BadRow(f"field '{name}' {meaning}")
+    if meaning := _meaning_of(name):
+        raise BadRow(f"field '{name}' {meaning}")
 
 
 def is_harmless(name: str, value: Any) -> bool:
     """Whether a field says nothing of what is learned: it is empty, a number, or named so."""
     is_number = isinstance(value, Number) and not isinstance(value, bool)
     return value in _EMPTY or is_number or _is_harmless_name(name)
+
+
+@lru_cache(4096)
+def _meaning_of(name: str) -> str:
+    found = (meaning for names, meaning in _MEANING.items() if names.fullmatch(name.lower()))
+    return next(found, "")
 
 
 @lru_cache(4096)
@@ -123,6 +128,8 @@ def refuse_placeholder(said: str) -> None:
 def is_learned(found: Mapping[str, Any]) -> bool | None:
     """Whether a turn's or a row's marks say that it is learned; None without marks. Raises `BadRow`
     where they contradict each other."""
+    if MARKS.isdisjoint(found):
+        return None
     marks: dict[str, bool] = {}
     for name in MARKS & found.keys():
         if (value := found[name]) is None:
@@ -142,6 +149,8 @@ def is_learned(found: Mapping[str, Any]) -> bool | None:
 def reasoning(found: Mapping[str, Any]) -> str:
     """The thoughts of an answer that are stored apart from it; "" without. Raises `BadRow` where
     two fields hold different ones."""
+    if REASONING.isdisjoint(found):
+        return ""
     thoughts = {name: text(found, name) for name in _THOUGHTS if found.get(name) not in _EMPTY}
     if (details := found.get(_DETAILS)) not in _EMPTY:
         parts: list[Any] = details if isinstance(details, list) else [details]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from neftune_dist.data import columns, fields
@@ -52,7 +53,7 @@ def detect_format(row: _Row, usual: str = "") -> str:
     Raises:
         BadRow: no format matches.
     """
-    found = _matching(row)
+    found = next(iter(_matches(row).items()), None)
     if usual and (not found or (found[0] == "text") != (usual == "text")):
         return usual
     if found:
@@ -74,18 +75,18 @@ def to_conversation(row: _Row, format_name: str) -> Conversation:
     Raises:
         BadRow: names the field or the turn that is missing, wrong, or of no use.
     """
-    form = _FORMATS[format_name]
-    names = form.names_in(row)
-    if not names:
-        other = _matching(row)
-        hint = f": the row is of the format {other[0]}" if other else ""
+    form, matches = _FORMATS[format_name], _matches(row)
+    names = matches.get(format_name)
+    if names is None:
+        hint = f": the row is of the format {next(iter(matches))}" if matches else ""
         field = next(field for field in form.needed[0] if field not in row)
         raise BadRow(f"field '{field}' is missing{hint}")
     conversation = form.convert(row, names)
-    said = [turn.content for turn in conversation.turns if turn.role in ("user", "assistant")]
-    said += [conversation.context] * bool(conversation.context)
-    used = {*names, *form.optional, *_CONTEXTS.get(names[0], ()), *fields.MARKS}
-    fields.refuse_unused(row, used, said)
+    used = {*names, *form.optional, *_CONTEXTS.get(names[0], ())}
+    if not row.keys() <= used:
+        said = [turn.content for turn in conversation.turns if turn.role in ("user", "assistant")]
+        said += [conversation.context] * bool(conversation.context)
+        fields.refuse_unused(row, used, said)
     if fields.is_learned(row) is False:
         raise BadRow("the row is marked as not to be learned")
     if any(turn.reasoning or not turn.learned for turn in conversation.turns):
@@ -98,7 +99,7 @@ def to_conversation(row: _Row, format_name: str) -> Conversation:
 
 
 def _pair(row: _Row, names: Sequence[str]) -> Conversation:
-    if any(isinstance(row[name], list) and not _are_texts(row[name]) for name in names):
+    if _has_turns(row[names[0]]) or _has_turns(row[names[1]]):
         return _lists(row, names)
     said = fields.text(row, names[1])
     if not said.strip():
@@ -121,12 +122,12 @@ def exchange(row: _Row, asked_in: str, answer: Turn) -> Conversation:
         raise BadRow(f"the {asked_in} is empty")
     fields.refuse_placeholder(asked)
     extra = (("task", row["task"]),) if isinstance(row.get("task"), str) else ()
-    made = replace(_answered((Turn("user", asked), answer), row), extra=extra)
-    return replace(made, context=context if context.strip() else "")
+    context = context if context.strip() else ""
+    return _answered((Turn("user", asked), answer), row, context, extra)
 
 
-def _are_texts(listed: list[Any]) -> bool:
-    return all(isinstance(item, str) for item in listed)
+def _has_turns(value: Any) -> bool:
+    return isinstance(value, list) and not all(isinstance(item, str) for item in value)
 
 
 def _plain_text(row: _Row, names: Sequence[str]) -> Conversation:
@@ -185,18 +186,18 @@ def _following(turn: Turn) -> tuple[str, ...]:
     return ("assistant", "tool") if turn.role == "tool" else ("assistant",)
 
 
-def _answered(turns: Sequence[Turn], row: _Row) -> Conversation:
+def _answered(
+    turns: Sequence[Turn], row: _Row, context: str = "", extra: tuple[tuple[str, str], ...] = ()
+) -> Conversation:
     """The conversation up to the last answer, with the row's system prompt and tools."""
     answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
     if not answers:
         raise BadRow("no turn is the assistant's")
-    if not any(turns[i].learned for i in answers):
+    if not any([turns[i].learned for i in answers]):
         raise BadRow("every answer is marked as not to be learned")
     ends = answers[-1] + 1
-    system = _system(row, turns[0])
-    return Conversation(
-        (*system, *turns[:ends]), tools=read_tools(row), num_left_out=len(turns) - ends
-    )
+    turns, left_out = (*_system(row, turns[0]), *turns[:ends]), len(turns) - ends
+    return Conversation(turns, context, extra, read_tools(row), num_left_out=left_out)
 
 
 def _system(row: _Row, first: Turn) -> tuple[Turn, ...]:
@@ -223,14 +224,8 @@ class _Format:
     convert: Callable[[_Row, Sequence[str]], Conversation]
     optional: tuple[str, ...] = ()
 
-    def names_in(self, row: _Row) -> tuple[str, ...]:
-        """The first spelling that the row has, not null where possible; () without one."""
-        present = [names for names in self.needed if row.keys() >= {*names}]
-        whole = (names for names in present if all(row[name] is not None for name in names))
-        return next(whole, present[0] if present else ())
 
-
-_SHARED = (*_SYSTEM, "tools")
+_SHARED = (*_SYSTEM, "tools", *fields.MARKS)
 _OF_PAIRS = (*_SHARED, "task", *fields.REASONING)
 # In order of precedence.
 _FORMATS = {
@@ -239,12 +234,22 @@ _FORMATS = {
     "alpaca": _Format((("instruction", "output"),), _pair, _OF_PAIRS),
     "dolly": _Format((("instruction", "response"),), _pair, _OF_PAIRS),
     "prompt_completion": _Format(_PAIRS, _pair, _OF_PAIRS),
-    "text": _Format((("text",),), _plain_text),
+    "text": _Format((("text",),), _plain_text, (*fields.MARKS,)),
 }
 
 
-def _matching(row: _Row) -> tuple[str, tuple[str, ...]] | None:
-    """The first format whose fields the row has, not null where possible, and these fields."""
-    found = [(name, names) for name, form in _FORMATS.items() if (names := form.names_in(row))]
-    whole = (match for match in found if all(row[name] is not None for name in match[1]))
-    return next(whole, found[0] if found else None)
+def _matches(row: _Row) -> Mapping[str, tuple[str, ...]]:
+    """The formats whose fields the row has, with these fields: first those that are not null."""
+    whole = frozenset([name for name, value in row.items() if value is not None])
+    return _formats_of(frozenset(row), whole)
+
+
+@lru_cache(4096)  # rows of a source have the same few sets of fields
+def _formats_of(names: frozenset[str], whole: frozenset[str]) -> Mapping[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for present in (whole, names):
+        for name, form in _FORMATS.items():
+            for needed in form.needed:
+                if present.issuperset(needed):
+                    found.setdefault(name, needed)
+    return found
