@@ -39,7 +39,9 @@ _MEANINGS = {
     r"(image|picture|audio|video)s?(_(url|path|file|bytes)s?)?|pixel_values": "is what a text "
     "model cannot see or hear, and the answer may need",
     "history": "holds turns: give all turns as 'messages'",
-    "mask": "may mean either: call it loss_mask (1: learned) or masked (true: not learned)",
+    r"((is|to|do|no|not|in|for|compute|include|exclude|use|should|skip|apply)_)*(train(ed|able|ing)?"
+    r"|learn(ed|able)?|loss|mask(ed)?|supervised?)(_(on|this|turn|mask|flag))*": "may say whether "
+    "an answer is learned: call it loss_mask (1: learned) or masked (true: not learned)",
 }
 _MEANING = {re.compile(names): meaning for names, meaning in _MEANINGS.items()}
 # A text that stands for a picture, at either end of what the user says.

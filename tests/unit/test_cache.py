@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from neftune_dist.config import DataConfig, UserError
+from neftune_dist.config import DataConfig, SourceConfig, UserError
 from neftune_dist.data import dataset
 from neftune_dist.data.dataset import prepare
+from neftune_dist.data.sources import open_source
 from tests.support.corpora import entries, numbered, texts
 
 DEADLINE_SECONDS = 60
@@ -282,7 +283,8 @@ def test_an_entry_appears_whole_or_not_at_all(
     seen = []
 
     def fail(source: Path, target: Path) -> None:
-        seen.append(dataset.load(Path(source), ["rows"]).report.num_documents)
+        given = [open_source(SourceConfig(config.source))]
+        seen.append(dataset.load(Path(source), given).report.num_documents)
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "rename", fail)
