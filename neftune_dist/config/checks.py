@@ -12,6 +12,7 @@ from typing import Any
 
 from neftune_dist.config.config import ACCEPTABLE_CHANGES, KNOBS, Config
 from neftune_dist.config.errors import UserError, brief
+from neftune_dist.config.evaluation_sections import JudgeConfig
 from neftune_dist.config.paths import user_path
 from neftune_dist.config.sections import (
     BUILTIN_SOURCE,
@@ -19,7 +20,6 @@ from neftune_dist.config.sections import (
     TEMPLATES,
     CheckpointConfig,
     DataConfig,
-    JudgeConfig,
     split_list,
 )
 

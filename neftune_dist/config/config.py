@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from neftune_dist.config import sections
+from neftune_dist.config import evaluation_sections, sections
 from neftune_dist.config.knobs import find_knobs, path
 
 
@@ -27,8 +27,10 @@ class Config:
     train: sections.TrainConfig = field(default_factory=sections.TrainConfig)
     checkpoint: sections.CheckpointConfig = field(default_factory=sections.CheckpointConfig)
     logging: sections.LoggingConfig = field(default_factory=sections.LoggingConfig)
-    evaluate: sections.EvaluateConfig = field(default_factory=sections.EvaluateConfig)
-    judge: sections.JudgeConfig = field(default_factory=sections.JudgeConfig)
+    evaluate: evaluation_sections.EvaluateConfig = field(
+        default_factory=evaluation_sections.EvaluateConfig
+    )
+    judge: evaluation_sections.JudgeConfig = field(default_factory=evaluation_sections.JudgeConfig)
 
     @property
     def noise_seed(self) -> int:
