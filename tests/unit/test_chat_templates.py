@@ -41,7 +41,7 @@ def once_spaced(llama2: Any) -> Any:
 
 
 @pytest.fixture(params=["llama2", "once_spaced", "tiny_tokenizer", "smollm2"])
-def tokenizer(request: pytest.FixtureRequest) -> Any:
+def tokenizer(request: pytest.FixtureRequest, origin: str) -> Any:  # which chooses llama2
     """Two that put spaces and a token in front of a text, and two that do not."""
     return request.getfixturevalue(request.param)
 
