@@ -59,10 +59,11 @@ class Columns:
             self.missing.discard(path)
         rest = {name: value for name, value in row.items() if name not in taken}
         for field in found.keys() & rest.keys():
-            raise BadRow(
-                f"data.columns gives '{field}', which the row has, too: name one of them, or leave "
-                f"out the row's by data.ignore_fields={field}"
-            )
+            if rest[field] not in (None, ""):
+                raise BadRow(
+                    f"data.columns gives '{field}', which the row has, too: name one of them, or "
+                    f"leave out the row's by data.ignore_fields={field}"
+                )
         return rest | found
 
     def _without_ignored(self, row: Mapping[str, Any]) -> dict[str, Any]:

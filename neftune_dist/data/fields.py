@@ -171,7 +171,7 @@ def stripped(row: Mapping[str, Any]) -> Mapping[str, Any]:
         return row
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        spelled = ", ".join(repr(name) for name in row if name.strip() == twice)
+        spelled = ", ".join(ascii(name[:40]) for name in row if name.strip() == twice)
         raise BadRow(f"the keys {spelled} differ in white space alone")
     return dict(zip(names, row.values(), strict=True))
 

@@ -138,6 +138,9 @@ def _plain_text(row: _Row, names: Sequence[str]) -> Conversation:
 
 
 def _lists(row: _Row, names: Sequence[str]) -> Conversation:
+    for name in (*_CONTEXTS.get(names[0], ()), *fields.REASONING):
+        if row.get(name) not in (None, ""):
+            raise BadRow(f"field '{name}' stands beside lists of turns, and would not be learned")
     before, after = (read_turns(row, name) for name in names)
     for number, turn in enumerate(before, 1):
         if turn.role == "assistant":

@@ -401,6 +401,14 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     ),
     # TRL's lists.
     (
+        {
+            "prompt": turns(("user", "a"))["messages"],
+            "completion": turns(("assistant", "b"))["messages"],
+            "reasoning": "r",
+        },
+        "field 'reasoning' stands beside lists of turns, and would not be learned",
+    ),
+    (
         {"prompt": [{"role": "user", "content": "a"}], "completion": "b"},
         "field 'completion' is not a list of turns but str",
     ),

@@ -116,9 +116,11 @@ def test_columns_are_read_under_other_names(
 ) -> None:
     nested = [{"data": [{"text": f"q{i}"}, {"text": f"a{i}"}], "id": i} for i in range(4)]
     plain = [{"prompt": f"q{i}", "completion": f"a{i}", "system": "s"} for i in range(4)]
+    blank = [{**row, "system": None} for row in plain]
     system = {"constant": "s"}
     configs = [
         write(plain, "plain.jsonl"),
+        write(blank, "blank.jsonl", columns={"system": system}),
         write(FRAGEN, columns={**COLUMNS, "system": system}, ignore_fields="hinweis"),
         write(
             nested,
