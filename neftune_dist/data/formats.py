@@ -89,8 +89,6 @@ def to_conversation(row: _Row, format_name: str) -> Conversation:
         fields.refuse_unused(row, used, said)
     if fields.is_learned(row) is False:
         raise BadRow("the row is marked as not to be learned")
-    if any(turn.reasoning or not turn.learned for turn in conversation.turns):
-        raise BadRow("an answer has thoughts, or is marked as not to be learned")
     length = len(conversation.text) + len(conversation.context)
     length += sum(len(t.content) + len(t.tool_calls) + len(t.reasoning) for t in conversation.turns)
     if length > _MOST_CHARACTERS:

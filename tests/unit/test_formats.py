@@ -284,6 +284,40 @@ def test_every_format(name: str) -> None:
     assert to_conversation(row, format_name) == expected
 
 
+LEARNED = ("train", "training", "trainable", "learn", "loss", "loss_mask", "weight", "supervised")
+
+
+@pytest.mark.parametrize("kind", ["messages", "conversations"])
+@pytest.mark.parametrize("name", [*LEARNED, "masked", "ignore"])
+def test_marks_say_which_answers_are_learned(name: str, kind: str) -> None:
+    """Also what users' turns are not; null is no mark."""
+    row = turns(*MESSAGES, *MESSAGES, *MESSAGES, field=kind)
+    words: list[tuple[Any, Any]] = [(False, True), (0, 1), (0.0, 1.0), ("false", "True")]
+    for no, yes in words:
+        if name not in LEARNED:
+            no, yes = yes, no
+        marks = (no, None, None, no, no, yes)
+        for turn, mark in zip(row[kind], marks, strict=True):
+            turn[name] = mark
+        made = to_conversation(row, detect_format(row))
+        assert [turn.learned for turn in made.turns] == [True, True, True, False, True, True]
+
+
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "tool_plan")
+
+
+@pytest.mark.parametrize("name", THOUGHTS)
+def test_thoughts_are_kept_apart_from_the_answer(name: str) -> None:
+    row = turns(*MESSAGES, *MESSAGES)
+    row["messages"][1] |= {name: "so", "reasoning_details": [{"type": "x", "text": "so"}]}
+    row["messages"][3] |= {name: "", "reasoning_details": None}
+    made = to_conversation(row, "messages")
+    assert [turn.reasoning for turn in made.turns] == ["", "so", "", ""]
+    assert [turn.content for turn in made.turns] == ["a", "b"] * 2
+    pair = to_conversation({"question": "a", "answer": "b", name: "so"}, "prompt_completion")
+    assert pair.turns[1] == Turn("assistant", "b", reasoning="so")
+
+
 def test_messages_are_what_a_chat_template_takes() -> None:
     made = to_conversation(CASES["messages with tools"][1], "messages")
     assert made.messages() == [

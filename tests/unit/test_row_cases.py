@@ -45,6 +45,14 @@ def refused(name: str, tokenizer: Any, tmp_path: Path, **settings: Any) -> str:
     return str(raised.value)
 
 
+def test_01_turns_not_to_learn(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    _, found = made("01_turns_not_to_learn.jsonl", tiny_tokenizer, tmp_path)
+    assert found == [
+        (expected(f"Say {n}.", f"WRONG {n}", "No.", f"Right {n}")[0], f"Right {n}</s>")
+        for n in ("one", "two", "three", "four", "five", "six")
+    ]
+
+
 CALL = '<call>{"name": "%s", "arguments": %s}</call>'
 
 
@@ -91,6 +99,18 @@ def test_05_dates_that_python_cannot_hold(name: str, tiny_tokenizer: Any, tmp_pa
 def test_06_two_columns_of_one_name(tiny_tokenizer: Any, tmp_path: Path) -> None:
     said = refused("06_two_columns_of_one_name.parquet", tiny_tokenizer, tmp_path)
     assert said.endswith("it has two columns of the name 'output'.")
+
+
+def test_08_reasoning_fields(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    template = str(shared("cases/rows/09_reasoning_from_a_field.jinja"))
+    _, found = made("08_reasoning_fields.jsonl", tiny_tokenizer, tmp_path, template=template)
+    rows = [("2+2?", "two and two make four", "4"), *[("2+3?", "hm", "5")] * 3]
+    for (text, learned), (asked, thought, said) in zip(found, rows, strict=True):
+        prompt = f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n<think>\n"
+        answer = f"{thought}\n</think>\n\n{said}<|im_end|>"
+        assert (text, learned) == (f"{prompt}{answer}\n", answer)
+    said = refused("08_reasoning_fields.jsonl", tiny_tokenizer, tmp_path)
+    assert "4 of 4 rows" in said and "reasoning" in said
 
 
 def test_10_image(tiny_tokenizer: Any, tmp_path: Path) -> None:
