@@ -41,9 +41,10 @@ def config(slurm: Cluster) -> Path:
 # These two wait for most of their time: they start first, and the other jobs run beside them.
 @pytest.fixture(scope="module", autouse=True)
 def limited(slurm: Cluster, config: Path) -> Job:
-    """A job of one rank on each of two nodes that meets its time limit three times.
+    """A job of one rank on each of two nodes that meets its time limit twice.
 
-    An attempt makes three steps of twelve, and then waits for the signal before the limit.
+    An attempt makes four steps of twelve, and then waits for the signal before the limit. More
+    restarts in a row: `signalled`.
     """
     return slurm.sbatch(
         "--nodes=2",
@@ -55,7 +56,7 @@ def limited(slurm: Cluster, config: Path) -> Job:
         *WORDS,
         "--processes=1",
         "--max-restarts=20",  # on a busy machine, starting may take all the time there is
-        faults={"wait_at": [3, 6, 9]},
+        faults={"wait_at": [4, 8]},
     )
 
 
@@ -138,11 +139,9 @@ def test_submitted_job_trains_what_one_node_does(slurm: Cluster, config: Path) -
     assert_same_run(run_dir, one_node)
 
 
-def test_time_limit_met_three_times_loses_nothing(
-    slurm: Cluster, limited: Job, two_ranks: Path
-) -> None:
+def test_time_limit_met_twice_loses_nothing(slurm: Cluster, limited: Job, two_ranks: Path) -> None:
     assert limited.wait(600) == "COMPLETED", limited.output.read_text()
-    assert limited.restarts >= 3, limited.output.read_text()
+    assert limited.restarts >= 2, limited.output.read_text()
     assert_same_run(slurm.folder / "limited", two_ranks)
 
 
