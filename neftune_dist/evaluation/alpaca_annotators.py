@@ -31,8 +31,14 @@ def annotate(
     folder: Path,
     log: Callable[[str], None],
 ) -> list[Judgement]:
-    """Judge each pair (ours, theirs). Write into `folder` the package's cache, from which another
-    call continues, and `alpaca_eval.json`: win rates by the package's own functions.
+    """Judge pairs of answers by an annotator of the package.
+
+    Args:
+        pairs: ours and theirs.
+        config: names the annotator; its limits.
+        folder: for the package's cache, from which another call continues, and `alpaca_eval.json`,
+            win rates by the package's own functions.
+        log: called with lines of progress.
 
     Raises:
         UserError: the package, its annotator or the key is missing, or annotating failed.

@@ -56,7 +56,7 @@ class Failure(Exception):
 
 
 def dollars(config: JudgeConfig, input_tokens: int, output_tokens: int) -> float:
-    """The cost of tokens by the configured prices."""
+    """The cost of this many tokens by the prices of `config`."""
     dollars_in = input_tokens * config.dollars_per_million_input
     return (dollars_in + output_tokens * config.dollars_per_million_output) / 1e6
 

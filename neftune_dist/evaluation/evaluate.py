@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from neftune_dist.evaluation.instructions import (
 )
 from neftune_dist.evaluation.judge import compare
 from neftune_dist.evaluation.losses import Losses, document_losses
-from neftune_dist.evaluation.results import Results, lines
+from neftune_dist.evaluation.results import Found, Results
 from neftune_dist.evaluation.target import EvaluationTarget, open_target
 from neftune_dist.evaluation.tasks import TaskWord, read_words, run_tasks
 from neftune_dist.evaluation.win_rate import pair, read_answers, win_rate
@@ -86,9 +86,6 @@ def evaluate(
     finally:
         world.close()
         stop.ignore()
-
-
-Found = tuple[dict[str, Any], dict[str, Any]]  # figures for summary.json, items for items.json
 
 
 class _Evaluation:
@@ -173,19 +170,6 @@ class _Evaluation:
         with self.world.agree():
             return self.target.model
 
-    def _part(
-        self, part: str, settings: dict[str, Any], compute: Callable[[], Found], keep: bool = True
-    ) -> None:
-        """Compute a part's figures and items and write them, unless they are there."""
-        if keep and self.results.has(part, settings):
-            self.world.log(f"{part}: kept from an earlier evaluation")
-        else:
-            figures, items = compute()
-            with self.world.agree():
-                self.results.put(part, settings, figures, items)
-        for line in lines(part, self.results.summary[part]) if self.world.is_first else ():
-            self.world.log(line)
-
     def _losses(self, dataset: Dataset) -> None:
         evaluate, config = self.config.evaluate, self.config
         documents = {"held_out": dataset.held_out, "train": dataset.train}
@@ -219,7 +203,7 @@ class _Evaluation:
                     )
             return _loss_figures(found), {name: losses.items() for name, losses in found.items()}
 
-        self._part("losses", settings, compute)
+        self.results.make("losses", settings, compute)
 
     def _log_progress(self, name: str, line: str) -> None:
         self.world.log(f"losses, {name}: {line}")
@@ -233,7 +217,7 @@ class _Evaluation:
             "model.dtype": self.config.model.dtype,
         }
         self.results.begin_answers(settings)
-        self._part("answers", settings, self._compute_answers)
+        self.results.make("answers", settings, self._compute_answers)
         if self.world.is_first:
             remove_partial(self.folder)
 
@@ -271,7 +255,7 @@ class _Evaluation:
             figures = {name: asdict(result) for name, result in found.items()}
             return figures, {"tasks": {name: f.pop("correct") for name, f in figures.items()}}
 
-        self._part("tasks", settings, compute)
+        self.results.make("tasks", settings, compute)
 
     def _judge(self, theirs: list[dict[str, Any]]) -> None:
         """Judge the answers, always again: replies are cached in the folder and cost nothing."""
@@ -285,7 +269,7 @@ class _Evaluation:
             return asdict(win_rate(judgements)), {"judge": [j.preference for j in judgements]}
 
         settings = {"judge.reference": self.config.judge.reference}
-        self._part("judge", settings, compute, keep=False)
+        self.results.make("judge", settings, compute, keep=False)
 
 
 def _default_folder(target: EvaluationTarget) -> Path:

@@ -25,7 +25,13 @@ _LIMIT_AT_FIRST, _LIMIT_LATER = 3, 20
 def ask(
     config: JudgeConfig, prompts: Sequence[str], folder: Path, log: Callable[[str], None]
 ) -> dict[str, Reply | None]:
-    """A reply to each prompt; None where all retries failed.
+    """Ask the endpoint; return a reply to each prompt, None where all retries failed.
+
+    Args:
+        config: the endpoint and its limits.
+        prompts: the requests; equal ones are sent once.
+        folder: of the cache, requests.jsonl.
+        log: called with lines of progress.
 
     Raises:
         UserError: no key, the endpoint is down or refuses, or a limit is reached. The replies until
@@ -63,8 +69,17 @@ def ask(
 def check_limits(
     config: JudgeConfig, prompts: Sequence[str], num_cached: int, log: Callable[[str], None]
 ) -> None:
-    """Log the estimated cost of the prompts. Raises `UserError` where `config.max_requests` or
-    `config.max_dollars` is below it."""
+    """Log the estimated cost of the prompts, and refuse one above the limits.
+
+    Args:
+        config: prices and limits.
+        prompts: the requests to be sent.
+        num_cached: further ones whose replies are known.
+        log: called with the estimate.
+
+    Raises:
+        UserError: `config.max_requests` or `config.max_dollars` is below it.
+    """
     count = len(prompts)
     size = sum(round(len(prompt.encode()) / _BYTES_PER_TOKEN) for prompt in prompts)
     tokens_in, tokens_out = size + count * _TOKENS_AROUND, count * config.max_answer_tokens

@@ -77,7 +77,14 @@ def load(word: TaskWord) -> dict[str, Task]:
 
 
 def run(lm: TaskModel, word: TaskWord, tasks: dict[str, Task], max_items: int) -> TaskResult:
-    """Run a word's tasks; return their result on every rank."""
+    """Run a word's tasks; return their result on every rank.
+
+    Args:
+        lm: the model.
+        word: names the result, and its shots and metric where they are not lm-eval's.
+        tasks: of `load`.
+        max_items: of each task; 0: all.
+    """
     for task in tasks.values():
         shots = task.get_config("num_fewshot") if word.num_shots is None else word.num_shots
         task.set_config("num_fewshot", shots or 0)

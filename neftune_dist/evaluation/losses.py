@@ -56,7 +56,7 @@ class Losses:
 
     @property
     def mean(self) -> float:
-        """Over all supervised tokens."""
+        """Mean loss over all supervised tokens."""
         return math.fsum(self.sums) / sum(self.num_tokens)
 
     def items(self) -> list[list[float]]:
@@ -78,7 +78,10 @@ def document_losses(
 
     Args:
         model: of a `EvaluationTarget`.
+        documents: held-out or training documents.
         indices: int64 (num_chosen,), of the documents.
+        config: of the run: packing, batch size, attention, noise.
+        world: the ranks, which share the batches.
         noisy: with `config.noise` at its full `alpha`, whatever its schedule.
         progress: called with a line every few seconds.
 

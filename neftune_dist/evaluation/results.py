@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,10 @@ FORMS = {
     ],
     "settings.json": {"subject": str, "answers_sha256?": str, **{f"{p}?": dict for p in PARTS}},
 }
+
+
+Settings = Mapping[str, Any]  # that a part depends on, by name
+Found = tuple[dict[str, Any], dict[str, Any]]  # figures for summary.json, items for items.json
 
 
 class Results:
@@ -112,7 +116,7 @@ class Results:
         """Release the folder for another process."""
         self._held.close()
 
-    def begin_answers(self, settings: Mapping[str, Any]) -> None:
+    def begin_answers(self, settings: Settings) -> None:
         """Write the settings of the answers before the first of them. Raises `UserError` where
         there are answers with other settings."""
         with self._world.agree():
@@ -128,27 +132,35 @@ class Results:
                     raise UserError(f"{self.folder} holds answers made with other {shown}: {_FIX}.")
                 self._write("settings.json", self._settings)
 
-    def has(self, part: str, settings: Mapping[str, Any]) -> bool:
-        """Whether the part was made before, with these settings."""
-        same = self.summary[part] is not None and self._settings.get(part) == settings
-        return bool(self._world.from_first("kept" if self._world.is_first and same else ""))
-
-    def put(
+    def make(
         self,
         part: str,
         settings: Mapping[str, Any],
-        figures: Mapping[str, Any],
-        items: Mapping[str, Any],
+        compute: Callable[[], Found],
+        keep: bool = True,
     ) -> None:
-        """Write a part's figures for summary.json, and its values for items.json. Other ranks than
-        0 may call it as well."""
-        if not self._world.is_first:
-            return
-        self.summary[part], self._settings[part] = dict(figures), dict(settings)
-        self.items |= items
-        self._write("items.json", self.items)
-        self._write("summary.json", self.summary)
-        self._write("settings.json", self._settings)
+        """Compute a part and write it, unless it is there; log its figures. All ranks call it.
+
+        Args:
+            part: one of `PARTS`.
+            settings: that it depends on.
+            compute: a collective of all ranks; what rank 0 returns is written.
+            keep: whether a part that was made before with these settings is kept.
+        """
+        same = self.summary[part] is not None and self._settings.get(part) == settings
+        if self._world.from_first("kept" if keep and self._world.is_first and same else ""):
+            self._world.log(f"{part}: kept from an earlier evaluation")
+        else:
+            figures, items = compute()
+            with self._world.agree():
+                if self._world.is_first:
+                    self.summary[part], self._settings[part] = figures, dict(settings)
+                    self.items |= items
+                    self._write("items.json", self.items)
+                    self._write("summary.json", self.summary)
+                    self._write("settings.json", self._settings)
+        for line in lines(part, self.summary[part]) if self._world.is_first else ():
+            self._world.log(line)
 
     def put_answers(self, rows: list[dict[str, Any]]) -> None:
         """Write answers.json. Rank 0."""

@@ -33,8 +33,13 @@ Row = dict[str, Any]
 
 
 class Published(NamedTuple):
-    """How the Open LLM Leaderboard (its first version; IFEval: its second) asks a task of lm-eval,
-    and the metric that it reports."""
+    """How the Open LLM Leaderboard (its first version; IFEval: its second) asks a task.
+
+    Attributes:
+        task: lm-eval's name.
+        num_shots: examples in front of each item.
+        metric: that the leaderboard reports.
+    """
 
     task: str
     num_shots: int

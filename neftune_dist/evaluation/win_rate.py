@@ -47,7 +47,7 @@ class Judgement:
 
     @classmethod
     def of(cls, ours: Answer, theirs: Answer, preference: float | None, **others: Any) -> Judgement:
-        """The judgement of two answers, whose lengths it takes."""
+        """The judgement of two answers to one instruction."""
         lengths = len(ours["output"]), len(theirs["output"])
         return cls(ours["instruction"], preference, *lengths, **others)
 
@@ -57,8 +57,18 @@ class WinRate:
     """Rates, standard errors and 95 % intervals in percent; see `win_rate`.
 
     Attributes:
+        win_rate: raw.
+        standard_error: of `win_rate`.
+        interval: of `win_rate`.
+        length_controlled: at equal lengths.
+        length_controlled_interval: of `length_controlled`.
         num: judgements; `num_wins + num_losses + num_ties` of them have a preference, `num_failed`
-            have no reply and `num_unparsed` a reply without a verdict.
+            failed and `num_unparsed` hold no verdict.
+        num_wins: judgements with ours better.
+        num_losses: judgements with theirs better.
+        num_ties: judgements with neither better.
+        num_unparsed: judgements whose reply holds no verdict.
+        num_failed: judgements of which a request failed.
         order_agreement: percent of pairs shown in both orders where the preference was the same;
             None without such pairs.
         first_shown: percent of those showings that the first answer won; 50 without position bias.

@@ -30,6 +30,13 @@ def heaviest(
 
     The first is the heaviest of all that open a step. The second and the third, where steps have
     so many, are the heaviest of the later ones: those run while gradients are kept.
+
+    Args:
+        documents: of the training set.
+        sampler: gives the documents of each step.
+        config: batch size, packing, sequence parallelism.
+        world_size: ranks of the run.
+        model: on the meta device.
     """
     found: list[tuple[float, np.ndarray, np.ndarray]] = []
     most = 0

@@ -167,7 +167,14 @@ class Memory(TorchDispatchMode):
         self._change(made, storage.nbytes())
 
     def name(self, where: Any, kind: str, on_host: bool = False, share: float = 1.0) -> None:
-        """Say what the followed tensors in nested dicts and lists are for."""
+        """Name what tensors are for; those that are not followed are passed over.
+
+        Args:
+            where: tensors in nested dicts and lists.
+            kind: one of `KINDS`.
+            on_host: whether they lie in host memory.
+            share: the part of their bytes that counts.
+        """
         for tensor in _tensors(where):
             storage = self._live.get(id(tensor.untyped_storage()))
             if storage is not None:

@@ -65,7 +65,16 @@ class PlanInput:
 def read(
     config: Config, with_data: bool = True, log: Callable[[str], None] = lambda _: None
 ) -> PlanInput:
-    """Find and build the model, tokenise the data. Raises `UserError` where a run would."""
+    """Find and build the model, tokenise the data.
+
+    Args:
+        config: of the run.
+        with_data: False: the data is not read.
+        log: called with lines of progress.
+
+    Raises:
+        UserError: where a run would raise it.
+    """
     folder = locate.find(config.model, weights=False)
     model = load.build(
         folder, simulated_settings(config).model, config.data.packing, config.adapter
@@ -94,10 +103,13 @@ def plan(
     """Validate and resolve `config` and log its needs on `world_size` ranks.
 
     Args:
+        config: of the run.
+        world_size: its ranks.
         gpu: name of each rank's GPU, one of `known_gpus`.
         mfu: share of the GPU's rate at which the time is estimated.
         with_data: False: the data is not read, and micro-batches are assumed to be full.
         verbose: log the whole resolved configuration first.
+        log: called with the lines of the report.
 
     Raises:
         UserError: a mistake in `config`, an unknown GPU, or a run that does not fit on it.

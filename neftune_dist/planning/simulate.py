@@ -126,6 +126,9 @@ class _EngineState:
     """Tensors that an engine keeps between micro-batches, which this names to `memory`.
 
     Attributes:
+        engine: after its set-up.
+        optimizer: that the engine made.
+        memory: follows their tensors.
         on_host: whether it lies in host memory.
         share: size of a real shard relative to a simulated one.
     """

@@ -33,7 +33,14 @@ def run_dir(folder: Path, alpha: float, seed: int) -> Path:
 
 
 def run_words(settings: Sequence[str], folder: Path, alpha: float, seed: int) -> list[str]:
-    """The words after `train CONFIG` for one run of the study in `folder`."""
+    """The words after `train CONFIG` for one run of a study.
+
+    Args:
+        settings: the study's `key=value` words.
+        folder: of the study.
+        alpha: of the run.
+        seed: of the run, as train.seed.
+    """
     place = f"run_dir={run_dir(folder, alpha, seed)}"
     return [*settings, *noise_words(alpha), f"train.seed={seed}", place]
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from neftune_dist.evaluation.results import LABELS
 from neftune_dist.study.compare import Difference
 from neftune_dist.study.grid import plain
-from neftune_dist.study.measures import measure
+from neftune_dist.study.measures import Measure, measure
 from neftune_dist.study.results import Run, alphas_of, seeds_of
 
 _GREY = "#808080"  # of text and axes, on a transparent ground
@@ -112,8 +112,8 @@ def _panels(runs: Sequence[Run], part: str) -> Figure | None:
     if not keys:
         return None
     alphas, seeds = alphas_of(runs), seeds_of(runs)
-    figure, all_axes = _figure(len(keys))
-    for axes, key in zip(all_axes, keys, strict=True):
+    figure, panels = _grid([LABELS.get(key, f"accuracy, {key}") for key in keys], alphas)
+    for axes, key in zip(panels, keys, strict=True):
         for i, alpha in enumerate(alphas):
             these = [run for run in runs if run.alpha == alpha and key in run.figures(part)]
             values = [run.figures(part)[key] for run in these]
@@ -123,21 +123,18 @@ def _panels(runs: Sequence[Run], part: str) -> Figure | None:
             axes.plot(at, values, "o", color=colour, markersize=4)
             if values:
                 axes.hlines(fmean(values), i - 0.3, i + 0.3, color=colour, linewidth=1.8)
-        axes.set_title(LABELS.get(key, f"accuracy, {key}"))
-        _alpha_axis(axes, alphas)
     return figure
 
 
 def _differences(differences: Sequence[Difference], rates: bool = False) -> Figure | None:
-    """A panel a measure: of each alpha the mean and its interval; win rates themselves, in place of
-    their difference from one half."""
+    """A panel for each measure: by alpha the mean and its interval; win rates themselves, in place
+    of their difference from one half."""
     if not differences:
         return None
     names = list(dict.fromkeys(d.measure for d in differences))
     alphas = list(dict.fromkeys(d.alpha for d in differences))
-    figure, all_axes = _figure(len(names))
-    for axes, name in zip(all_axes, names, strict=True):
-        kind = measure(name)
+    figure, panels = _grid([_title(measure(name), rates) for name in names], alphas)
+    for axes, name in zip(panels, names, strict=True):
         for d in (d for d in differences if d.measure == name):
             i, base = alphas.index(d.alpha), d.base if rates else 0.0
             colour = _COLOURS[(i + 1) % len(_COLOURS)]
@@ -145,24 +142,26 @@ def _differences(differences: Sequence[Difference], rates: bool = False) -> Figu
             if d.over:
                 axes.vlines(i, base + d.low, base + d.high, color=colour, linewidth=1.8)
         axes.axhline(50.0 if rates else 0.0, color=_GREY, linewidth=0.6, linestyle="--")
-        title = f"{kind.label} (%)" if rates else f"{kind.label}, difference"
-        axes.set_title(title if rates or not kind.unit else f"{title} ({kind.unit.strip()})")
-        _alpha_axis(axes, alphas)
     return figure
 
 
-def _figure(number: int) -> tuple[Figure, list[Any]]:
-    """A figure with that number of panels, in rows."""
-    columns = min(number, _PANELS_A_ROW)
-    rows = -(-number // columns)
+def _title(kind: Measure, rates: bool) -> str:
+    if rates:
+        return f"{kind.label} (%)"
+    return f"{kind.label}, difference" + (f" ({kind.unit.strip()})" if kind.unit else "")
+
+
+def _grid(titles: Sequence[str], alphas: Sequence[float]) -> tuple[Figure, list[Any]]:
+    """A figure with a panel for each title, all over the alphas."""
+    columns = min(len(titles), _PANELS_A_ROW)
+    rows = -(-len(titles) // columns)
     figure = Figure(figsize=(3.3 * columns, 2.3 * rows), layout="tight")
-    return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(number)]
-
-
-def _alpha_axis(axes: Any, alphas: Sequence[float]) -> None:
-    axes.set_xticks(range(len(alphas)), list(map(plain, alphas)))
-    axes.set_xlim(-0.6, len(alphas) - 0.4)
-    axes.set_xlabel("alpha")
+    panels = [figure.add_subplot(rows, columns, i + 1, title=t) for i, t in enumerate(titles)]
+    for axes in panels:
+        axes.set_xticks(range(len(alphas)), list(map(plain, alphas)))
+        axes.set_xlim(-0.6, len(alphas) - 0.4)
+        axes.set_xlabel("alpha")
+    return figure, panels
 
 
 def _colour(runs: Sequence[Run], alpha: float) -> str:
