@@ -210,17 +210,17 @@ def open_target(
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = user_path(str(name), "TARGET")
     is_run, is_checkpoint = (path / "config.yaml").is_file(), path.parent.name == "checkpoints"
+    if step is not None and not is_run:
+        kind = "a checkpoint itself" if is_checkpoint else "no run directory"
+        raise UserError(f"--step={step} has no effect: {name} is {kind}.")
     if not is_run and not is_checkpoint:
-        if step is not None:
-            raise UserError(f"--step={step} has no effect: {name} is no run directory.")
-        return _open_model(str(name), config_file, settings, device, part)
+        found = _model_fields(str(name), path, config_file, settings)
+        return EvaluationTarget(**found, device=device, part=part)
     if config_file is not None:
         raise UserError(
             f"--config={config_file} has no effect: {name} is of a run, whose config.yaml counts; "
             "key=value words change it."
         )
-    if is_checkpoint and step is not None:
-        raise UserError(f"--step={step} has no effect: {name} is a checkpoint itself.")
     run_dir = path if is_run else path.resolve().parents[1]
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{name} belongs to no run: {run_dir} has no config.yaml.")
@@ -252,14 +252,10 @@ def attention_of(model: Any, implementation: str) -> Iterator[None]:
         model.set_attn_implementation(usual)
 
 
-def _open_model(
-    name: str,
-    config_file: str | Path | None,
-    settings: Sequence[str],
-    device: torch.device,
-    part: tuple[int, int],
-) -> EvaluationTarget:
-    path = user_path(name, "TARGET")
+def _model_fields(
+    name: str, path: Path, config_file: str | Path | None, settings: Sequence[str]
+) -> dict[str, Any]:
+    """Name, configuration and folder of a model that belongs to no run."""
     if path.exists() and not (path / "config.json").is_file():
         raise UserError(
             f"{name} cannot be evaluated: it is neither a run directory (config.yaml), nor a "
@@ -269,9 +265,8 @@ def _open_model(
         check_sealed(Path(config_file).parent)  # a run's own, perhaps
     words = [f"model.name_or_path={name}", *_KEYS_OF_THE_RUNS_MODEL, *settings]
     config = load_config(config_file, words)
-    folder = locate.find(config.model)
     shown = path.resolve().name if path.exists() else name.replace("/", "-")
-    return EvaluationTarget(name=shown, config=config, folder=folder, device=device, part=part)
+    return {"name": shown, "config": config, "folder": locate.find(config.model)}
 
 
 def _allocate(model: nn.Module, device: torch.device) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -135,16 +136,11 @@ def _judged(runs: Sequence[Run], config: Config, folder: Path) -> Judged:
     # the alpaca_eval package takes one set of answers at a time.
     by_package, into = bool(config.judge.annotator), folder / "judgements"
     judged: dict[tuple[float, int], Sequence[Judgement]] = {}
-    for group in [[key] for key in chosen] if by_package else [chosen] if chosen else []:
-        found = iter(
-            compare(
-                [answer for key in group for answer in answers[key]],
-                [answer for _, seed in group for answer in answers[base, seed]],
-                config.judge,
-                run_dir(into, *group[0]) if by_package else into,
-                lambda line: print(line, flush=True),
-            )
-        )
+    for group in filter(None, [[key] for key in chosen] if by_package else [chosen]):
+        ours = [answer for key in group for answer in answers[key]]
+        theirs = [answer for _, seed in group for answer in answers[base, seed]]
+        place = run_dir(into, *group[0]) if by_package else into
+        found = iter(compare(ours, theirs, config.judge, place, partial(print, flush=True)))
         judged |= {key: list(islice(found, len(answers[key]))) for key in group}
     return judged
 
@@ -161,13 +157,14 @@ def _missing(runs: Sequence[Run], config: Config) -> list[str]:
             f"Answers, tasks, losses by document: {', '.join(without)} had no evaluation, which "
             "the same command without --report-only makes."
         ]
-    notes = []
-    if not all("train_loss" in run.figures("losses") for run in runs):
-        notes.append("Losses of training documents: set `evaluate.train_documents`.")
-    if not all(run.figures("answers") for run in runs):
-        notes.append("Answers: set `evaluate.instructions`.")
-    if not all(run.figures("tasks") for run in runs):
-        notes.append("Abilities: `evaluate.tasks` names none.")
-    if not _has_judge(config):
-        notes.append("Win rates: no judge is configured (`judge.url`), so no answers were judged.")
-    return notes
+    notes = {
+        "Losses of training documents: set `evaluate.train_documents`.": not all(
+            "train_loss" in run.figures("losses") for run in runs
+        ),
+        "Answers: set `evaluate.instructions`.": not all(run.figures("answers") for run in runs),
+        "Abilities: `evaluate.tasks` names none.": not all(run.figures("tasks") for run in runs),
+        "Win rates: no judge is configured (`judge.url`), so no answers were judged.": (
+            not _has_judge(config)
+        ),
+    }
+    return [note for note, is_missing in notes.items() if is_missing]
