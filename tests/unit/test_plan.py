@@ -170,20 +170,28 @@ def test_each_way_to_save_memory_saves_it(folder: Path) -> None:
 # ----------------------------------------------------------------------------------- batches
 
 
-def test_the_heaviest_micro_batches_are_found(folder: Path) -> None:
-    """Of two steps of six documents, on one rank: the first of each, and the later ones."""
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("num_prompt", [1, -1])
+def test_heaviest_micro_batches_are_those_of_most_tokens(
+    num_prompt: int, packing: bool, folder: Path
+) -> None:
+    """Of two steps of six documents, on one rank: the first of each, and the later ones. All tokens
+    are supervised but the first, or the last one alone."""
     lengths = [3, 9, 4, 4, 8, 2, 7, 9, 5, 6, 2, 3]
-    rows = [(np.zeros(n), (np.arange(n) > 0).astype(np.uint8)) for n in lengths]
-    config = settings(folder, "train.global_batch_size=6", "train.max_steps=2")
+    rows = [(np.zeros(n), (np.arange(n) >= num_prompt % n).astype(np.uint8)) for n in lengths]
+    words = ("train.global_batch_size=6", "train.max_steps=2", f"data.packing={packing}".lower())
+    config = settings(folder, *words)
     given = read(config)
     config.train.micro_batch_tokens = 12
     sampler = make_sampler(config.train, len(rows), "x")
     sizes: dict[int, list[int]] = {0: [], 1: []}
     for step in (0, 1):
         chosen = np.array(lengths)[sampler.documents(step)[0]]
-        rounds = assign_documents(chosen, 1, 12, True, given.size.quadratic_tokens)
+        rounds = assign_documents(chosen, 1, 12, packing, given.size.quadratic_tokens)
         for place, (group,) in enumerate(rounds):
-            sizes[min(place, 1)].append(int(chosen[list(group)].sum()))
+            of_group = chosen[list(group)]
+            size = of_group.sum() if packing else len(of_group) * of_group.max()
+            sizes[min(place, 1)].append(int(size))
     found = heaviest(documents_of(rows), sampler, config, 1, given.model)
     assert [batch.input_ids.numel() for batch in found[:2]] == [max(sizes[0]), max(sizes[1])]
     assert len(sizes[1]) > 2 and len(found) == 3 and found[2] is found[1]
