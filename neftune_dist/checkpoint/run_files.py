@@ -85,6 +85,7 @@ def write_run_files(
     tokenizer: Any,
     model_config: Any,
     chat_template: str | None,
+    end_tokens: Sequence[int] = (),
 ) -> None:
     """Write `config.yaml` and `model/`, and seal them. Rank 0 alone.
 
@@ -92,6 +93,7 @@ def write_run_files(
         model_folder: the base model's directory.
         model_config: of the model as it is trained.
         chat_template: that the run trains with; None: it cannot be written as one.
+        end_tokens: that the run's answers end with.
 
     Raises:
         UserError: they cannot be written; or see `files_within`.
@@ -103,6 +105,7 @@ def write_run_files(
             keep_vocabulary(tokenizer, model_config.vocab_size, run_dir)
         if config.data.template != "chat" or config.data.system_prompt is not None:
             keep_template(chat_template, run_dir)
+        keep_end_tokens(end_tokens, run_dir)
         seal(run_dir)
 
 
@@ -159,6 +162,20 @@ def keep_template(source: str | None, run_dir: Path) -> None:
         (target / CHAT_TEMPLATE).unlink(missing_ok=True)
     else:
         (target / CHAT_TEMPLATE).write_text(source, encoding="utf-8")
+
+
+def keep_end_tokens(end_tokens: Sequence[int], run_dir: Path) -> None:
+    """Add the tokens at which generation stops to the model's `generation_config.json`: a base
+    model's does not name the one with which a chat template ends an answer."""
+    path = run_dir / MODEL_FOLDER / "generation_config.json"
+    source = path if path.exists() else path.with_name("config.json")
+    settings = read_json(source, {"eos_token_id?": int | list | None})
+    found = settings.get("eos_token_id")
+    known = found if isinstance(found, list) else [] if found is None else [found]
+    if added := [token for token in end_tokens if token not in known]:
+        kept = settings if path.exists() else {}
+        ends = [*known, *added]
+        path.write_text(json.dumps({**kept, "eos_token_id": ends}, indent=2) + "\n")
 
 
 def seal(run_dir: Path) -> None:

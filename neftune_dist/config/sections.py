@@ -121,6 +121,8 @@ class DataConfig:
     """System prompt of conversations that have none."""
     supervise: str = choice("assistant", "last", "all")
     """Supervised tokens: all assistant turns (with their ends), the last answer alone, or all."""
+    split_conversations: str = choice("as_needed", "never")
+    """Answers rendered differently once turns follow: documents of their own, or refuse the row."""
     max_length: int = number(512, ge=2, le=2**20)
     """Most tokens of a document."""
     too_long: str = choice("truncate", "drop")

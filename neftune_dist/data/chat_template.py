@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import json
 import re
+import string
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from functools import cached_property
 from typing import Any
 
-from transformers.utils.chat_template_utils import render_jinja_template
-
-from neftune_dist.config import UserError
+from neftune_dist.config import UserError, user_path
 from neftune_dist.config.limits import limited
 from neftune_dist.data import prompt_templates
-from neftune_dist.data.conversation import Conversation
+from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.errors import BadRow
 
 # Some templates write today's date, and the tokens would depend on the day (law 4). They get the
-# date that Llama 3's own template falls back on. The "+" keeps the template's first white space.
-_FIXED_DATE = (
-    "{% macro strftime_now(format) %}{{ format|replace('%d', '26')|replace('%m', '07')"
-    "|replace('%b', 'Jul')|replace('%B', 'July')|replace('%y', '24')|replace('%Y', '2024') }}"
-    "{% endmacro +%}"
-)
+# one that Llama 3's own template falls back on.
+_DATE = datetime(2024, 7, 26)
+_DATE_CODES = [f"%{flag}{code}" for flag in ("", "-") for code in string.ascii_letters]
 # Names of the field for reasoning, in the order in which they are tried.
 _REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking", "thought")
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Variables with which templates turn reasoning on and off.
+_SWITCHES = ("enable_thinking",)
+# At the end of the generation prompt of some reasoning models.
+OPENED_THOUGHT = re.compile(r"<think>\s*\Z")
+# Written in place of the tags of a thought that a template would take out, and replaced afterwards.
+_OPEN, _CLOSE = "Zq8vKopenWj", "Zq8vKcloseWj"
 
 # Limits for one conversation: a template is a program that came with a model.
 _SECONDS, _GIB, _CHARACTERS = 10.0, 1.0, 2**24
@@ -47,7 +49,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, source: str) -> None:
         self.given = source
-        self.source = _FIXED_DATE + source if "strftime_now" in source else source
+        self.source = _with_date(source) if "strftime_now" in source else source
         self.special = tuple(
             str(token) for token in tokenizer.added_tokens_decoder.values() if token.special
         )
@@ -55,41 +57,84 @@ class ChatTemplate:
 
     @cached_property
     def reasoning_field(self) -> str | None:
-        """The field of a message from which the template writes reasoning; None without one."""
-        asked, said = {"role": "user", "content": "A question."}, "Reasoning that reaches the text."
-        for field in _REASONING_FIELDS:
-            answer = {"role": "assistant", "content": "An answer.", field: said}
-            try:
-                if said in self.apply([asked, answer]):
-                    return field
-            except BadRow:
-                continue
-        return None
+        """The field of a message from which the template writes reasoning. "" where the generation
+        prompt opens a thought, which the template takes out of the answers (R1's); None where
+        reasoning has no place but the content."""
+        asked: Message = {"role": "user", "content": "A question."}
+        said = "Reasoning that reaches the text."
+        answer: Message = {"role": "assistant", "content": "An answer."}
+        calling = {"role": "assistant", "content": "", "tool_calls": [_call()]}
+        for kind in (answer, calling):  # Gemma 4's first one writes it before calls alone
+            for field in _REASONING_FIELDS:
+                with suppress(BadRow):
+                    if said in self.apply([asked, {**kind, field: said}]):
+                        return field
+        try:
+            answer["content"] = f"<think>\n{said}\n</think>\n\nAn answer."
+            takes_out = said not in self.apply([asked, answer])
+            opens = OPENED_THOUGHT.search(self.prompts([asked], None)[-1])
+        except BadRow:
+            return None
+        return "" if takes_out and opens else None
 
-    def messages(self, conversation: Conversation) -> list[Message]:
-        """The messages of a conversation, with reasoning under the template's own field: also
-        reasoning that the row has in the content, which such a template would write elsewhere.
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether contents must be lists of parts: those of some models of pictures and text."""
+        said = "A question that reaches the text."
+        for content in (said, [{"type": "text", "text": said}]):
+            with suppress(BadRow):
+                if said in self.apply([{"role": "user", "content": content}]):
+                    return isinstance(content, list)
+        return False
+
+    @cached_property
+    def _takes_text_arguments(self) -> bool:
+        """Whether the arguments of a call must be JSON text (DeepSeek's), not an object."""
+        asked = {"role": "user", "content": "A question."}
+        for arguments in ({"a": "b"}, '{"a": "b"}'):
+            calling = {"role": "assistant", "content": "", "tool_calls": [_call(arguments)]}
+            with suppress(BadRow):
+                self.apply([asked, calling])
+                return isinstance(arguments, str)
+        return False
+
+    def normalised(self, conversation: Conversation) -> Conversation:
+        """The conversation as the template takes it: an Alpaca row's context in its question, and
+        reasoning apart from the content where the template writes it from a field.
 
         Raises:
-            BadRow: the template has no field for reasoning that the row stores apart.
+            BadRow: the row stores reasoning apart, and the template has no place for it.
         """
-        messages = conversation.messages()
-        for number, (turn, message) in enumerate(zip(conversation.turns, messages, strict=True), 1):
+        contents = [str(message["content"]) for message in conversation.messages()]
+        turns = []
+        for number, (turn, content) in enumerate(zip(conversation.turns, contents, strict=True), 1):
             reasoning = turn.reasoning
-            if turn.role != "assistant" or not (reasoning or "</think>" in turn.content):
-                continue
-            if (field := self.reasoning_field) is None:
-                if not reasoning:
-                    continue
-                raise BadRow(
-                    f"turn {number} has reasoning, and the chat template writes none from a field: "
-                    "put it into the content, as <think>...</think>, or take a template that "
-                    f"writes one of {', '.join(_REASONING_FIELDS)}"
-                )
-            if not reasoning:
-                reasoning, message["content"] = split_reasoning(turn.content)
-            if reasoning:
-                message[field] = reasoning
+            if turn.role == "assistant" and (reasoning or "</think>" in content):
+                if reasoning and self.reasoning_field is None:
+                    raise BadRow(
+                        f"turn {number} has reasoning, and the chat template writes none from a "
+                        "field: put it into the content, as <think>...</think>, or take a template "
+                        f"that writes one of {', '.join(_REASONING_FIELDS)}"
+                    )
+                if not reasoning and self.reasoning_field is not None:
+                    reasoning, content = split_reasoning(content)
+            turns.append(Turn(turn.role, content, *turn[2:5], reasoning, turn.learned))
+        return Conversation(tuple(turns), tools=conversation.tools)
+
+    def messages(self, conversation: Conversation) -> list[Message]:
+        """The messages of a normalised conversation, with reasoning where the template takes it."""
+        messages = conversation.messages()
+        for turn, message in zip(conversation.turns, messages, strict=True):
+            if turn.reasoning and self.reasoning_field:
+                message[self.reasoning_field] = turn.reasoning
+            elif turn.reasoning and message is messages[-1]:
+                message["content"] = f"{_OPEN}\n{turn.reasoning}\n{_CLOSE}\n\n{turn.content}"
+            if turn.tool_calls and self._takes_text_arguments:
+                for call in message["tool_calls"]:
+                    arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+                    call["function"]["arguments"] = arguments
+            if self._takes_parts:
+                message["content"] = [{"type": "text", "text": message["content"]}]
         return messages
 
     def apply(self, messages: list[Message], tools: Tools = None, **switches: bool) -> str:
@@ -115,46 +160,25 @@ class ChatTemplate:
             raise
         except Exception as error:  # a template is a program, and can fail in any way
             raise BadRow(f"the chat template refuses the turns: {_shortened(error)}") from error
-        return text
+        return text.replace(_OPEN, "<think>").replace(_CLOSE, "</think>")
 
     def prompts(self, messages: list[Message], tools: Tools) -> list[str]:
-        """The prompts for an answer to the messages, the longest first. Reasoning models have a
-        second one, which holds the empty reasoning of an answer without reasoning."""
+        """The prompts for an answer to the messages, the longest first. Reasoning models have
+        several: one may hold the empty reasoning of an answer without reasoning."""
         prompts = {self.apply(messages, tools, add_generation_prompt=True)}
-        if "enable_thinking" in self.source:
-            switches = {"add_generation_prompt": True, "enable_thinking": False}
-            prompts.add(self.apply(messages, tools, **switches))
+        for switch in _SWITCHES:
+            if switch in self.source:
+                for value in (False, True):
+                    switches = {"add_generation_prompt": True, switch: value}
+                    prompts.add(self.apply(messages, tools, **switches))
         return sorted(prompts, key=len, reverse=True)
-
-    def prompt(self, conversation: Conversation) -> str:
-        """The prompt for the first answer, with an empty reasoning if the answer has none."""
-        messages, tools = self.messages(conversation), tools_of(conversation)
-        first = len(conversation.opening())
-        prompts = self.prompts(messages[:first], tools)
-        through = self.apply(messages[: first + 1], tools)
-        return next((prompt for prompt in prompts if through.startswith(prompt)), prompts[-1])
-
-    def generations(self, messages: list[Message], tools: Tools) -> list[tuple[int, int]]:
-        """Half-open character ranges that the template marks as generated; none without marks."""
-        if not _GENERATION.search(self.source):
-            return []
-        with bounded():
-            _, [marks] = render_jinja_template(
-                conversations=[messages],
-                tools=tools,
-                chat_template=self.source,
-                return_assistant_tokens_mask=True,
-                **self._tokenizer.special_tokens_map,
-            )
-        return list(marks)
 
     def expresses_system(self) -> bool:
         """Whether the text contains a system prompt before a question."""
         said = "A system prompt that must reach the text."
         try:
-            text = self.apply(
-                [{"role": "system", "content": said}, {"role": "user", "content": "A question."}]
-            )
+            turns = (Turn("system", said), Turn("user", "A question."))
+            text = self.apply(self.messages(Conversation(turns)))
         except BadRow:
             return False
         return said in text
@@ -191,6 +215,72 @@ def with_system(source: str, said: str) -> str:
     )
 
 
+def read_template(tokenizer: Any, template: str, name: str) -> str:
+    """The tokenizer's own template for `data.template=chat`, else that of the file.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    if template != "chat":
+        try:
+            with bounded():
+                # "sig": without a byte order mark
+                return user_path(template, "data.template").read_text(encoding="utf-8-sig")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"data.template={template} cannot be read: {reason}.") from error
+    own: str | dict[str, str] | None = tokenizer.chat_template
+    if isinstance(own, dict) and own:
+        return by_name(own, name)
+    if not own:
+        raise UserError(
+            f"The tokenizer {name} has no chat template: set data.template=alpaca, vicuna, llama2 "
+            "or the path of a .jinja file, or use a model that has one."
+        )
+    return str(own)
+
+
+def by_name(templates: dict[str, str], name: str) -> str:
+    """Templates of a tokenizer under names as one, which chooses by the row as transformers does.
+
+    Raises:
+        UserError: it would choose none of them.
+    """
+    names = ", ".join(sorted(templates))
+    if not {"default", "tool_use"} & templates.keys():
+        raise UserError(
+            f"The chat templates of the tokenizer {name} are {names}, none of them named default: "
+            "write the one to use into a .jinja file, and set data.template to that."
+        )
+    missing = prompt_templates.quoted(
+        f"the tokenizer's templates are {names}: none is the default, for rows without tools"
+    )
+    usual = templates.get("default", f"{{{{ raise_exception({missing}) }}}}")
+    if "tool_use" not in templates:
+        return usual
+    # Jinja drops the last line break of a template, and "+" keeps all other white space.
+    with_tools = templates["tool_use"].removesuffix("\n")
+    return (
+        f"{{%- if tools +%}}{with_tools}{{%+ else +%}}{usual.removesuffix(chr(10))}{{%+ endif %}}"
+    )
+
+
+def _with_date(source: str) -> str:
+    """The template, with a fixed date for every format code."""
+    codes = {code: _DATE.strftime(code) for code in _DATE_CODES}
+    filters = "".join(
+        f"|replace({prompt_templates.quoted(code)}, {prompt_templates.quoted(text)})"
+        for code, text in codes.items()
+        if text != code
+    )
+    # The "+" keeps the template's first white space.
+    percent = "|replace('%%', '\0')", "|replace('\0', '%')"
+    return (
+        "{%- macro strftime_now(format) %}{{ format"
+        f"{percent[0]}{filters}{percent[1]} }}}}{{% endmacro +%}}{source}"
+    )
+
+
 def split_reasoning(content: str) -> tuple[str, str]:
     """The reasoning at the head of a content, and the rest; "" where there is none. R1's answers
     begin inside it: the prompt opens it."""
@@ -199,6 +289,12 @@ def split_reasoning(content: str) -> tuple[str, str]:
     if "</think>" not in content or "<think>" in head + rest or "</think>" in rest:
         return "", content
     return head.strip("\n"), rest.lstrip("\n")
+
+
+def _call(arguments: Any = None) -> dict[str, Any]:
+    """A call for a probe."""
+    function = {"name": "look_up", "arguments": arguments or {"word": "tree"}}
+    return {"type": "function", "function": function}
 
 
 def tools_of(conversation: Conversation) -> Tools:

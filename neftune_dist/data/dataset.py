@@ -32,7 +32,7 @@ from neftune_dist.data.spans import Rendered
 from neftune_dist.data.split import Split, split_documents
 from neftune_dist.data.tokenize import ConversationTokenizer, Document
 
-_VERSION = 7  # raised when the same rows and settings become other documents
+_VERSION = 9  # raised when the same rows and settings become other documents
 # Tokenised together: many rows, unless they are long.
 _BATCH_ROWS, _BATCH_CHARACTERS = 1000, 2**22
 _PROGRESS_SECONDS = 5.0
@@ -41,6 +41,7 @@ _DECISIVE = (
     "ignored",
     "system_prompt",
     "supervise",
+    "split_conversations",
     "max_length",
     "too_long",
     "duplicates",
@@ -62,6 +63,7 @@ class Dataset:
         fingerprint: the name of the cache entry.
         identity: digests of what the entry was made from, for messages that name a difference.
         chat_template: in Jinja, for users of the trained model; None where there is none.
+        end_tokens: at which the trained model's generation is to stop.
     """
 
     train: Documents
@@ -71,6 +73,7 @@ class Dataset:
     fingerprint: str
     identity: dict[str, str] = field(default_factory=dict)
     chat_template: str | None = None
+    end_tokens: list[int] = field(default_factory=list)
 
     @property
     def content(self) -> str:
@@ -145,6 +148,7 @@ def prepare(
             "template": digest_of(template.identity()["chat_template"]),
         },
         chat_template=template.as_jinja(),
+        end_tokens=template.end_of_turn[0],
     )
     for source, counted in zip(given.sources, dataset.report.sources, strict=True):
         refuse_shares(source, counted, config)
@@ -252,7 +256,7 @@ class _Builder:
                 row = columns.apply(row)
                 found = detect_format(row, usual) if format_name == "auto" else format_name
                 conversation = to_conversation(row, found)
-                rendered = self.template.render(conversation)
+                documents = self.template.documents(conversation)
             except BadRow as error:
                 self.report.num_bad_rows += 1
                 own.num_bad_rows += 1
@@ -261,7 +265,10 @@ class _Builder:
                 continue
             usual = usual or found
             own.formats[found] = own.formats.get(found, 0) + 1
-            yield str(place), conversation, rendered
+            self.report.num_split += len(documents) > 1
+            self.report.num_added_by_split += len(documents) - 1
+            for part, rendered in documents:
+                yield str(place), part, rendered
 
     def _fit(
         self, document: Document, own: SourceReport, origin: tuple[int, str]
@@ -297,7 +304,11 @@ class _Builder:
         lengths = stats.lengths[split.train]
         report.num_tokens, report.longest_tokens = int(lengths.sum()), int(lengths.max())
         report.num_supervised_tokens = int(stats.num_supervised[split.train].sum())
-        report.audit = MaskAudit.of(stats.by_speaker[split.train], stats.end_learned[split.train])
+        report.audit = MaskAudit.of(
+            stats.by_speaker[split.train],
+            stats.end_learned[split.train],
+            self.template.end_of_turn[1],
+        )
         times = np.bincount(stats.source[split.train], minlength=len(report.sources))
         for own, number in zip(report.sources, times, strict=True):
             own.num_occurrences = int(number)

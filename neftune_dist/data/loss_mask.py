@@ -1,234 +1,328 @@
 """The spans of the turns in the text that a chat template renders, and with them the loss mask.
 
-A template does not say which part of its text belongs to which turn. An answer begins where the
-text of the turns before it ends, generation prompt included; it ends where the text of the turns up
-to it ends. Both are searched in the text of the whole conversation. Many templates write a turn
-differently once others follow (they drop an empty reasoning, or move the system prompt to the last
-question): then the template's own `{% generation %}` marks decide, then a search for the answer
-together with its question. A turn that is not found makes a bad row: the mask is never a guess.
+A template does not say which part of its text belongs to which turn. So it renders the conversation
+once with a mark in place of everything that is said: letters that occur nowhere else. Where the
+marks stand, which of them are missing and what lies between them depends on the shape of the
+conversation alone (roles, calls, tools, reasoning), so it is found once a shape and kept. The text
+of a row must then be that layout, with the row's words in place of the marks, character by
+character; else the row is refused: the mask is never a guess.
+
+An answer is what follows the generation prompt, up to the end of its turn, in the text that ends
+with it. Some templates write it differently once turns follow (they drop its reasoning, or end it
+with another token). Such an answer is learned in a document that ends with it.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 
-from neftune_dist.data.chat_template import ChatTemplate, tools_of
-from neftune_dist.data.conversation import Conversation
+from neftune_dist.data.chat_template import OPENED_THOUGHT, ChatTemplate, tools_of
+from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.errors import BadRow
+from neftune_dist.data.marks import (
+    CALL_MARK,
+    END,
+    MARK,
+    forms,
+    marked,
+    tool_marks,
+    turn_of,
+    with_functions,
+)
 from neftune_dist.data.spans import Chunk, Rendered, Span
 
-_THOUGHT = re.compile(r"</?think>")
-
-_Range = tuple[int, int]  # half-open, of characters
+_KEPT_SHAPES = 256  # with tools and calls, up to megabytes each
 
 
-def render(template: ChatTemplate, conversation: Conversation, supervise: str) -> Rendered:
-    """The text of a conversation with the spans of its turns.
+class LossMask:
+    """Renders conversations with a chat template.
 
     Args:
         template: renders the text.
-        conversation: with at least one answer.
-        supervise: as `data.supervise`. With "all" the caller learns every token, except those of
-            answers that are not to be learned.
-
-    Raises:
-        BadRow: the template refuses or leaves out a turn, or an answer to learn is changed or
-            cannot be told apart.
     """
-    text = _RenderedText(template, conversation)
-    learned = {i for i in text.answers if conversation.turns[i].learned}
-    whole = supervise == "all"
-    answers = set(text.answers) - learned if whole else learned
-    if supervise == "last":
-        answers = {max(learned)} if learned else set()
-    found: dict[int, Span] = {}
-    marks_end = whole and text.answers[-1] in learned
-    marks_end = marks_end and text.text.rstrip().endswith(template.special)
-    for i in sorted(answers):
-        after = max((span.end for span in found.values()), default=0)
-        span, is_marked = text.answer(i, after)
-        found[i] = Span(*span[:3], not whole)
-        marks_end = marks_end if whole else is_marked
-    spans = [Span(*span[:3], whole) for span in text.others(found)]
-    return Rendered((Chunk(text.text, (*spans, *found.values())),), marks_end)
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self._template = template
+        self._layout = lru_cache(_KEPT_SHAPES)(lambda shape: _Layout(template, shape))
+        self._missing = lru_cache(_KEPT_SHAPES)(lambda shape: _missing_function(template, shape))
+
+    def documents(
+        self, conversation: Conversation, supervise: str, may_split: bool = True
+    ) -> list[tuple[Conversation, Rendered]]:
+        """The documents that learn the answers of a conversation, in its order: the whole one, and
+        beginnings of it for answers that the template writes otherwise once turns follow.
+
+        Args:
+            conversation: with at least one answer.
+            supervise: as `data.supervise`. With "all" the caller learns every token, except those
+                of answers that are not to be learned.
+            may_split: False: refuse a conversation that needs several documents.
+
+        Raises:
+            BadRow: the template refuses, leaves out, repeats or changes a turn.
+        """
+        view = self._template.normalised(conversation)
+        left = [i for i, turn in enumerate(view.turns) if turn.role == "assistant" and turn.learned]
+        if supervise == "last":
+            left = left[-1:]
+        if supervise == "all":
+            return [(conversation, self._fit(view).rendered_whole(left))]
+        found = list[tuple[Conversation, Rendered]]()
+        while True:
+            fitted = self._fit(view)
+            here = [i for i in left if i < len(view.turns) and fitted.layout.place(i)]
+            left = [i for i in left if i not in here]
+            if left and not may_split:
+                raise BadRow(
+                    f"the chat template renders turn {left[0] + 1} differently once later turns "
+                    "follow: data.split_conversations=as_needed learns it in a document that ends "
+                    "with it, data.supervise=last learns the last answer alone"
+                )
+            if not left and not found:
+                return [(conversation, fitted.rendered(here))]
+            if here:
+                part = _learning(conversation, len(view.turns), here, first=not found)
+                found.append((part, fitted.rendered(here)))
+            if not left:
+                return found[::-1]
+            view = replace(view, turns=view.turns[: left[-1] + 1])
+
+    def prompt(self, conversation: Conversation) -> str:
+        """The text before the first answer, as a document that learns it begins."""
+        view = self._template.normalised(conversation)
+        first = next(i for i, turn in enumerate(view.turns) if turn.role == "assistant")
+        fitted = self._fit(replace(view, turns=view.turns[: first + 1]))
+        [cut] = fitted.rendered([first]).chunks[0].cuts
+        return fitted.text[:cut]
+
+    def _fit(self, view: Conversation) -> _Fitted:
+        """The text of a normalised conversation, compared with its layout."""
+        has_functions = view.tools or any(turn.tool_calls for turn in view.turns)
+        if has_functions and (found := self._missing(with_functions(marked(view)[0]))):
+            raise _missing_error(view, *found)
+        text = self._template.apply(self._template.messages(view), tools_of(view))
+        for fine in (False, True):
+            shape, pieces = marked(view, fine)
+            layout = _Layout(self._template, shape) if fine else self._layout(shape)
+            edges = layout.edges(text, pieces)
+            if len(edges) == len(layout.marks) and (edges or text == layout.text):
+                return _Fitted(view, text, layout, edges)
+        marks = layout.marks[len(edges) :] or layout.marks[-1:]
+        raise _changed(view.turns, turn_of(marks[0]) if marks else 0)
 
 
 @dataclass(frozen=True)
-class _AnswerText:
-    """The conversation up to an answer, rendered while that is the last turn.
+class _Fitted:
+    """A conversation, its text, and where the marks of its layout stand in that."""
 
-    Attributes:
-        text: up to the answer's end, end-of-turn token included.
-        prompts: the generation prompts that the text begins with, the longest first.
-        content: where the assistant's words begin.
-    """
-
+    view: Conversation
     text: str
-    prompts: tuple[str, ...]
-    content: int
+    layout: _Layout
+    edges: list[tuple[int, int]]
 
+    def rendered(self, learned: list[int]) -> Rendered:
+        """With the spans of the turns, and answers to learn, which must have a place."""
+        answers = [self._answer(i, True) for i in learned]
+        cuts = tuple(answer.begin for answer in answers)
+        return Rendered((Chunk(self.text, (*self._said(False), *answers), cuts=cuts),))
 
-class _RenderedText:
-    """A conversation and its text."""
+    def rendered_whole(self, learned: list[int]) -> Rendered:
+        """As `rendered`, with every turn learned but the other answers."""
+        for i in learned:
+            self.layout.check_whole(i)
+        turns = enumerate(self.view.turns)
+        others = [i for i, turn in turns if turn.role == "assistant" and i not in learned]
+        spans = (*self._said(True), *(self._answer(i, False) for i in others))
+        return Rendered((Chunk(self.text, spans),))
 
-    def __init__(self, template: ChatTemplate, conversation: Conversation) -> None:
-        self.template = template
-        self.messages, self.tools = template.messages(conversation), tools_of(conversation)
-        self.text = template.apply(self.messages, self.tools)
-        self.answers = [i for i, m in enumerate(self.messages) if m["role"] == "assistant"]
-        calls = [call for message in self.messages for call in message.get("tool_calls", [])]
-        called = [call["function"]["name"] for call in calls]
-        for tool in self.tools or []:
-            name = tool["function"]["name"]
-            # A call names the tool, too: that alone does not show its schema.
-            if self.text.count(name) <= called.count(name):
-                raise BadRow(f"the chat template leaves out the tools, such as {name}")
+    def _said(self, learned: bool) -> Iterator[Span]:
+        for mark, (begin, end) in zip(self.layout.marks, self.edges, strict=True):
+            yield Span(begin, end, self.view.turns[turn_of(mark)].role, learned)
 
-    def answer(self, i: int, after: int) -> tuple[Span, bool]:
-        """The span of message i, an answer after a place in the text, and whether a token marks
-        its end."""
-        turn, marked = self._answer_text(i)
-        if self.text.startswith(turn.text):
-            place: _Range | None = (len(turn.prompts[0]), len(turn.text))
-        else:
-            place = self._by_marks(i, turn) or self._by_question(i, turn, after)
+    def _answer(self, i: int, learned: bool) -> Span:
+        place = self.layout.place(i)
         if place is None:
             raise BadRow(
                 f"the chat template renders turn {i + 1} differently once later turns follow, so "
-                "what the assistant said in it cannot be told apart; data.supervise=last learns "
-                "the last answer alone"
+                "what the assistant said in it cannot be told apart"
             )
-        return Span(*place, "assistant", learned=True), marked
+        begin, end = (self.layout.at(edge, self.edges) for edge in place)
+        return Span(begin, end, "assistant", learned)
 
-    def others(self, found: dict[int, Span]) -> list[Span]:
-        """The spans of the other turns: between the answers around them, or wherever the template
-        has moved them. Raises `BadRow` where a turn is missing."""
-        spans: list[Span] = []
-        cursor = 0
-        for i, message in enumerate(self.messages):
-            if i in found:
-                cursor = found[i].end
-                continue
-            role, content = message["role"], message["content"].strip()
-            end = min((s.begin for s in found.values() if s.begin >= cursor), default=None)
-            place = self._find(content, cursor, end) or self._find(content, 0, None)
-            if place is None and role == "assistant":  # its reasoning may be dropped
-                place = self._find(_THOUGHT.split(content)[-1].strip(), cursor, end)
-            if place is None:
-                raise BadRow(
-                    f"the chat template leaves out or changes what the {role} says in turn {i + 1}"
-                )
-            self._check_calls(i, self.text[cursor:end])
-            cursor = max(cursor, place[1] if end is None or place[1] <= end else 0)
-            spans.append(Span(*place, role))
-        return spans
 
-    def _answer_text(self, i: int) -> tuple[_AnswerText, bool]:
-        message, is_last = self.messages[i], i == len(self.messages) - 1
-        through = self.text if is_last else self._apply(i + 1)
-        prompts = self.template.prompts(self.messages[:i], self.tools)
-        prompts = [prompt for prompt in prompts if through.startswith(prompt)]
-        if not prompts:
+def _learning(
+    conversation: Conversation, length: int, learned: list[int], first: bool
+) -> Conversation:
+    """The beginning of a conversation in which these answers alone are learned. The `first` one
+    counts the turns that the row left out."""
+    turns = tuple(
+        Turn(*turn[:-1], turn.role != "assistant" or i in learned)
+        for i, turn in enumerate(conversation.turns[:length])
+    )
+    left_out = conversation.num_left_out if first else 0
+    return replace(conversation, turns=turns, num_left_out=left_out)
+
+
+@dataclass(frozen=True)
+class _Generated:
+    """An answer while it is the last turn: the text before it, and what a model generates."""
+
+    prompt: str
+    said: str
+
+
+class _Layout:
+    """The text of a conversation of marks.
+
+    Attributes:
+        text: with marks.
+        marks: in the order in which they stand in the text.
+    """
+
+    def __init__(self, template: ChatTemplate, shape: Conversation) -> None:
+        self._template, self._shape, self._turns = template, shape, shape.turns
+        self._messages, self._tools = template.messages(shape), tools_of(shape)
+        self.text = template.apply(self._messages, self._tools)
+        parts = MARK.split(self.text)
+        self._frames, self.marks = parts[::2], parts[1::2]
+        # Where each frame begins in the text with marks.
+        self._begins = [0]
+        for frame, mark in zip(self._frames, self.marks, strict=False):
+            self._begins.append(self._begins[-1] + len(frame) + len(mark))
+        self._generated = cache(self._find_generated)
+        self._check_presence()
+
+    def place(self, i: int) -> tuple[int, int] | None:
+        """Half-open range of answer i in the text, None where it is not as a model generates it."""
+        answer = self._generated(i)
+        begin = len(answer.prompt)
+        is_here = self.text.startswith(answer.said, begin) and self.text.startswith(answer.prompt)
+        return (begin, begin + len(answer.said)) if is_here else None
+
+    def check_whole(self, i: int) -> None:
+        """Raise `BadRow` where the text lacks something of answer i."""
+        if any(mark not in self.text for mark in self._marks_of(i)):
             raise BadRow(
-                f"the chat template's generation prompt is not what turn {i + 1} begins with, "
-                "so what the assistant said in it cannot be told apart"
+                f"the chat template leaves out the reasoning of turn {i + 1} once turns follow: "
+                "data.supervise=assistant learns it as it is generated"
             )
-        place = _content(through, len(prompts[0]), message["content"])
-        if place is None:
-            raise BadRow(f"the chat template changes the assistant's text in turn {i + 1}")
-        reasoning = message.get(self.template.reasoning_field or "", "").strip()
-        if reasoning not in through[len(prompts[0]) :]:
+
+    def edges(self, text: str, pieces: dict[str, str]) -> list[tuple[int, int]]:
+        """The ranges in the text of a row that stand in place of the marks, up to the first
+        difference from the layout.
+
+        Args:
+            text: of a row of this shape.
+            pieces: what is said in place of each mark.
+        """
+        found: list[tuple[int, int]] = []
+        place = len(self._frames[0])
+        if not text.startswith(self._frames[0]):
+            return found
+        last = len(self.marks) - 1
+        for k, (mark, frame) in enumerate(zip(self.marks, self._frames[1:], strict=True)):
+            # A mark that is not of `pieces` is a row's own word.
+            for said in forms(pieces.get(mark, "")):
+                end = place + len(said)
+                is_here = text.startswith(said, place) and text.startswith(frame, end)
+                if is_here and (k < last or end + len(frame) == len(text)):
+                    break
+            else:
+                return found
+            found.append((place, end))
+            place = end + len(frame)
+        return found
+
+    def at(self, place: int, edges: list[tuple[int, int]]) -> int:
+        """The place in the text of a row, with its `edges`, for a place outside the marks."""
+        frame = bisect_right(self._begins, place) - 1
+        return place - self._begins[frame] + (edges[frame - 1][1] if frame else 0)
+
+    def _marks_of(self, i: int) -> list[str]:
+        return MARK.findall(self._turns[i].reasoning + self._turns[i].content)
+
+    def _check_presence(self) -> None:
+        """Raise `BadRow` where a turn is missing, or is there twice. An earlier answer may lose its
+        thoughts: its reasoning, or what stands beside a call."""
+        for i, turn in enumerate(self._turns):
+            number = {mark: self.text.count(mark) for mark in self._marks_of(i)}
+            if any(times > 1 for times in number.values()):
+                raise BadRow(
+                    f"the chat template writes what the {turn.role} says in turn {i + 1} "
+                    f"{max(number.values())} times"
+                )
+            needed = MARK.findall(turn.content)
+            if turn.role == "assistant" and i < len(self._turns) - 1:
+                needed = [] if turn.tool_calls else needed[-1:]
+            if any(number[mark] == 0 for mark in needed):
+                raise _changed(self._turns, i)
+
+    def _find_generated(self, i: int) -> _Generated:
+        """Answer i as the last turn. Raises `BadRow` where its beginning is not found, or
+        something of it is missing."""
+        messages = self._template.messages(replace(self._shape, turns=self._turns[: i + 1]))
+        is_last = i == len(self._turns) - 1
+        through = self.text if is_last else self._template.apply(messages, self._tools)
+        prompts = self._template.prompts(messages[:-1], self._tools)
+        prompt = next((prompt for prompt in prompts if through.startswith(prompt)), None)
+        marks = self._marks_of(i)
+        if prompt is None:
+            # Some prompts open a thought (R1's), and the answer has none.
+            prompt = OPENED_THOUGHT.sub("", prompts[-1])
+            opens = prompt != prompts[-1]
+            if not opens or not marks or not through.startswith(prompt + marks[0]):
+                raise BadRow(
+                    f"the chat template's generation prompt is not what turn {i + 1} begins with, "
+                    "so what the assistant said in it cannot be told apart"
+                )
+        said = through[len(prompt) :]
+        if any(mark not in said for mark in MARK.findall(self._turns[i].content)):
+            raise _changed(self._turns, i)
+        if any(mark not in said for mark in marks):
             raise BadRow(f"the chat template leaves out the reasoning of turn {i + 1}")
-        # The answer ends after the end-of-turn token and before the template's white space that
-        # leads to the next turn: no model generates that.
-        tail = self._end_of_turn(through[place[1] :].rstrip(), i, through)
-        calls = self._check_calls(i, tail)
-        marked = tail.endswith(self.template.special) if calls else bool(tail)
-        return _AnswerText(through[: place[1]] + tail, tuple(prompts), place[0]), marked
+        return _Generated(prompt, self._without_what_follows(prompt, said.rstrip(), i))
 
-    def _check_calls(self, i: int, said: str) -> bool:
-        """Whether message i calls tools. Raises `BadRow` where a call is missing in its text."""
-        calls = self.messages[i].get("tool_calls", [])
-        if any(call["function"]["name"] not in said for call in calls):
-            raise BadRow(f"the chat template leaves out what the assistant calls in turn {i + 1}")
-        return bool(calls)
-
-    def _end_of_turn(self, tail: str, i: int, through: str) -> str:
-        """The part of the text after an answer that stays when a turn follows: some templates
-        (Phi-3's) write the end of the turn, then that of the conversation."""
-        last = next((token for token in self.template.special if tail.endswith(token)), "")
-        own = tail.removesuffix(last).rstrip()
-        if not last or not own.endswith(self.template.special):
-            return tail
+    def _without_what_follows(self, prompt: str, said: str, i: int) -> str:
+        """The part of an answer that stays when a turn follows: some templates (Phi-3's) write the
+        end of the turn, then that of the conversation."""
+        last = END.search(said)
+        own = said[: last.start()].rstrip() if last else ""
+        if not END.search(own):
+            return said
         followed = self.text
-        if i == len(self.messages) - 1:
-            next_turn = {"role": "user", "content": "And?"}
-            followed = self.template.apply([*self.messages, next_turn], self.tools)
-        through = through.rstrip()
-        before = through[: len(through) - len(tail)]
-        stays = followed.startswith(through) or not followed.startswith(before + own)
-        return tail if stays else own
-
-    def _by_marks(self, i: int, turn: _AnswerText) -> _Range | None:
-        """The range of an answer by the template's `{% generation %}` marks, without the generation
-        prompt and the white space after the turn, which no model generates. Checked against the
-        content, because the ranges of marks inside a macro are wrong."""
-        marks = self.template.generations(self.messages, self.tools)
-        if len(marks) != len(self.answers):
-            return None
-        begin, end = marks[self.answers.index(i)]
-        marked, content = self.text[begin:end], self.messages[i]["content"]
-        said = _content(marked, 0, content) or _content(marked, 0, _THOUGHT.split(content)[-1])
-        if said is None:
-            return None
-        for prompt in turn.prompts:
-            shared = next(n for n in range(said[0], -1, -1) if prompt.endswith(marked[:n]))
-            if marked[:shared].strip():
-                begin += shared
-                break
-        tail = marked[said[1] :]
-        return begin, end - len(tail) + len(tail.rstrip())
-
-    def _by_question(self, i: int, turn: _AnswerText, after: int) -> _Range | None:
-        """The range of an answer that the template writes in full after its question, although
-        something else has changed: the first place with the question, the generation prompt, the
-        answer and its end."""
-        question = self.messages[i - 1]["content"].strip() if i else ""
-        for prompt in turn.prompts:
-            asked = prompt.rfind(question) if question else -1
-            if asked < 0:
-                continue
-            for begin in (len(prompt), turn.content):
-                place = self.text.find(prompt[asked:] + turn.text[begin:], after)
-                if place >= 0:
-                    place += len(prompt) - asked
-                    return place, place + len(turn.text) - begin
-        return None
-
-    def _find(self, content: str, begin: int, end: int | None) -> _Range | None:
-        """The range of a content, as it is or as a JSON string, as some templates write results."""
-        for said in (content, json.dumps(content, ensure_ascii=False)[1:-1]):
-            place = self.text.find(said, begin, end)
-            if place >= 0:
-                return place, place + len(said)
-        return None
-
-    def _apply(self, num_messages: int) -> str:
-        return self.template.apply(self.messages[:num_messages], self.tools)
+        if i == len(self._messages) - 1:
+            turns = (*self._turns, Turn("user", "And?"))
+            followed = self._template.apply(
+                self._template.messages(Conversation(turns)), self._tools
+            )
+        stays = followed.startswith(prompt + said) or not followed.startswith(prompt + own)
+        return said if stays else own
 
 
-def _content(text: str, start: int, content: str) -> _Range | None:
-    """The range of an answer in a text from `start` on: as it is, trimmed, or with other white
-    space between its reasoning and the rest."""
-    for said in (content, content.strip()):
-        place = text.find(said, start)
-        if place >= 0:
-            return place, place + len(said)
-    if "</think>" not in content:
-        return None
-    parts = [re.escape(part.strip()) for part in _THOUGHT.split(content) if part.strip()]
-    pattern = r"(?:<think>\s*)?" + r"\s*</?think>\s*".join(parts)
-    found = re.compile(pattern).search(text, start)
-    return found.span() if found else None
+def _missing_function(template: ChatTemplate, shape: Conversation) -> tuple[str, int] | None:
+    """The first of `_marked_functions` that the text lacks: ("tool", its index) or ("call", that
+    of its turn)."""
+    text = template.apply(template.messages(shape), tools_of(shape))
+    for k in range(len(tools_of(shape) or [])):
+        if any(mark not in text for mark in tool_marks(k)):
+            return "tool", k
+    for i, turn in enumerate(shape.turns):
+        if any(mark not in text for mark in CALL_MARK.findall(turn.tool_calls)):
+            return "call", i
+    return None
+
+
+def _missing_error(view: Conversation, kind: str, index: int) -> BadRow:
+    if kind == "tool":
+        name = (tools_of(view) or [])[index]["function"]["name"]
+        return BadRow(f"the chat template leaves out the tools, such as {name}")
+    return BadRow(f"the chat template leaves out what the assistant calls in turn {index + 1}")
+
+
+def _changed(turns: Sequence[Turn], i: int) -> BadRow:
+    return BadRow(
+        f"the chat template leaves out or changes what the {turns[i].role} says in turn {i + 1}"
+    )

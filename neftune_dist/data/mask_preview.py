@@ -27,20 +27,23 @@ class MaskAudit:
         num_tokens, num_supervised: all tokens, and the supervised ones.
         end_of_turn_learned: share of documents in which the end of the last supervised answer is
             supervised.
+        end_advice: why no end of turn can be learned; "" without a reason.
     """
 
     num_tokens: dict[str, int] = field(default_factory=dict)
     num_supervised: dict[str, int] = field(default_factory=dict)
     end_of_turn_learned: float = 0.0
+    end_advice: str = ""
 
     @staticmethod
-    def of(by_speaker: np.ndarray, end_learned: np.ndarray) -> MaskAudit:
+    def of(by_speaker: np.ndarray, end_learned: np.ndarray, end_advice: str = "") -> MaskAudit:
         """Sums over documents of the arrays `by_speaker` and `end_learned` of `DocumentStats`."""
         tokens, supervised = by_speaker.sum(axis=0, dtype=np.int64).T.tolist()
         return MaskAudit(
             dict(zip(SPEAKERS, tokens, strict=True)),
             dict(zip(SPEAKERS, supervised, strict=True)),
             float(end_learned.mean()),
+            end_advice,
         )
 
     def lines(self) -> list[str]:
@@ -54,9 +57,9 @@ class MaskAudit:
                 roles.append(f"{name} {tokens / total:.1%} ({part})")
         lines = [f"data: tokens by role: {'; '.join(roles)}"]
         if self.end_of_turn_learned == 0:
-            lines.append(
-                "data: warning: no end of turn is learned: the model will not learn to stop"
-            )
+            reason = f" ({self.end_advice})" if self.end_advice else ""
+            warning = "no end of turn is learned: the model will not learn to stop"
+            lines.append(f"data: warning: {warning}{reason}")
         elif self.end_of_turn_learned < _FEW_ENDS:
             lines.append(
                 f"data: warning: the end of turn is learned in {self.end_of_turn_learned:.1%} of "

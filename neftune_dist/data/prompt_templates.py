@@ -130,7 +130,7 @@ def render(template: str, conversation: Conversation, last_only: bool) -> Render
         )
         for i, parts in enumerate(exchanges)
     )
-    return Rendered(chunks, marks_end=bool(learned))
+    return Rendered(chunks)
 
 
 def check_tokenizer(template: str, name: str, end: str | None) -> None:
@@ -188,7 +188,8 @@ def _chunk(parts: list[_Part], *, learned: bool, starts: bool, ends: bool, liter
             is_learned = learned and speaker == "assistant"
             spans.append(Span(len(text), len(text) + len(said), speaker, is_learned))
         text += said
-    return Chunk(text, tuple(spans), starts, ends, literal)
+    cuts = tuple(span.begin for span in spans if span.learned)
+    return Chunk(text, tuple(spans), starts, ends, literal, cuts)
 
 
 def _alpaca(conversation: Conversation) -> list[list[_Part]]:

@@ -40,7 +40,8 @@ class SourceReport:
 class Report:
     """Counts over all sources.
 
-    num_rows is the sum of the different training documents, num_held_out and the rows left out:
+    num_rows, with num_added_by_split documents more of the num_split rows that became several, is
+    the sum of the different training documents, num_held_out and the rows left out:
     num_dropped_too_long, num_nothing_to_learn, num_bad_rows, num_dropped_duplicates, num_leaked,
     num_not_chosen. num_documents counts a document as often as an epoch has it; tokens and lengths
     are those of these occurrences. examples has the first of what a counter counts: the index of
@@ -64,6 +65,8 @@ class Report:
     num_not_chosen: int = 0
     num_plain_texts: int = 0
     num_turns_left_out: int = 0
+    num_split: int = 0
+    num_added_by_split: int = 0
     longest_tokens: int = 0
     examples: dict[str, tuple[int, str]] = field(default_factory=dict)
     audit: MaskAudit = field(default_factory=MaskAudit)
@@ -120,6 +123,8 @@ class Report:
             "num_not_chosen": "documents left out by weight or max_documents",
             "num_plain_texts": "documents of plain text, learned whole, without a template",
             "num_turns_left_out": "turns left out that nothing asks for or answers",
+            "num_split": f"rows became {self.num_split + self.num_added_by_split} documents, as the "
+            "chat template renders an earlier answer differently (data.split_conversations)",
         }
         return [
             f"data: {number} {kind}{self._example(name)}"

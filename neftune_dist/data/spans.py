@@ -30,6 +30,7 @@ class Chunk:
         starts: the tokenizer's own prefix (BOS) is put in front.
         ends: the end-of-sequence token is appended, as a part of the last span.
         literal: special tokens in the text are read as plain text.
+        cuts: where answers begin: no token has characters from both sides.
     """
 
     text: str
@@ -37,17 +38,14 @@ class Chunk:
     starts: bool = False
     ends: bool = False
     literal: bool = False
+    cuts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """The chunks of a conversation, in order.
-
-    marks_end: whether a supervised token marks the end of the last supervised answer.
-    """
+    """The chunks of a conversation, in order."""
 
     chunks: tuple[Chunk, ...]
-    marks_end: bool
 
     @property
     def text(self) -> str:

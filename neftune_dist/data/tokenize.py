@@ -7,6 +7,7 @@ equals the padding token.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,11 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from neftune_dist.config import DataConfig, UserError, user_path
-from neftune_dist.data import loss_mask, prompt_templates
-from neftune_dist.data.chat_template import ChatTemplate, bounded, with_system
+from neftune_dist.config import DataConfig, UserError
+from neftune_dist.data import prompt_templates
+from neftune_dist.data.backend import bare, prefix_ids, unknown_character
+from neftune_dist.data.chat_template import ChatTemplate, bounded, read_template, with_system
 from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.errors import BadRow
+from neftune_dist.data.loss_mask import LossMask
 from neftune_dist.data.spans import SPEAKERS, TEXT, Chunk, Rendered, Span
 
 # Conversations on which a fixed prompt in Jinja is compared with the tokens made here.
@@ -27,6 +30,7 @@ _EXCHANGE = (Turn("user", "What is 2 + 3?\nSay it."), Turn("assistant", "It is 5
 _TALK = (*_EXCHANGE, Turn("user", "And doubled?"), Turn("assistant", "10"))
 _Pieces = tuple[np.ndarray, np.ndarray]
 _ANY_ANSWER = "Yes."
+_TAG = re.compile(r"<[^<>\s]+>")  # as templates write special tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,16 +70,15 @@ class ConversationTokenizer:
                 f"The tokenizer {name} gives no character offsets, which the loss mask needs: use "
                 "a model with a tokenizer.json."
             )
-        self._backend = _bare(tokenizer.backend_tokenizer)
+        self._backend = bare(tokenizer.backend_tokenizer)
         # The tokens that the tokenizer puts before a text. A chat template writes its own.
-        probe = tokenizer("a", return_special_tokens_mask=True)
-        num_special = probe["special_tokens_mask"].index(0)
-        self._prefix = np.array(probe["input_ids"][:num_special], np.int32)
+        self._prefix = np.array(prefix_ids(tokenizer), np.int32)
         self._chat: ChatTemplate | None = None
         if prompt_templates.is_fixed(config.template):
             prompt_templates.check_tokenizer(config.template, name, tokenizer.eos_token)
             return
-        self._chat = ChatTemplate(tokenizer, _jinja(tokenizer, config.template, name))
+        self._chat = ChatTemplate(tokenizer, read_template(tokenizer, config.template, name))
+        self._mask = LossMask(self._chat)
         if config.system_prompt is not None and not self._chat.expresses_system():
             raise UserError(
                 f"data.system_prompt cannot be used: the chat template of {name} takes no system "
@@ -85,7 +88,7 @@ class ConversationTokenizer:
     @cached_property
     def _literal(self) -> Any:
         """The tokenizer that reads special tokens in a text as plain text."""
-        literal = _bare(self.tokenizer.backend_tokenizer)
+        literal = bare(self.tokenizer.backend_tokenizer)
         literal.encode_special_tokens = True
         return literal
 
@@ -99,16 +102,28 @@ class ConversationTokenizer:
             "special_tokens": {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()},
         }
 
-    def render(self, conversation: Conversation) -> Rendered:
-        """The text of a conversation with spans. Raises `BadRow` where the template cannot express
-        its turns."""
+    def documents(self, conversation: Conversation) -> list[tuple[Conversation, Rendered]]:
+        """The documents of a row, each with the conversation that it is: several where
+        `data.split_conversations` allows it and the template needs it.
+
+        Raises:
+            BadRow: the template cannot express the turns.
+        """
         if conversation.text:
             if self.tokenizer.eos_token_id is None:
                 raise BadRow("the tokenizer has no end-of-sequence token, with which a text ends")
             span = Span(0, len(conversation.text), TEXT, learned=True)
             chunk = Chunk(conversation.text, (span,), starts=True, ends=True)
-            return Rendered((chunk,), marks_end=True)
-        return self._render(conversation, self.config.supervise)
+            found = [(conversation, Rendered((chunk,)))]
+        else:
+            found = self._documents(conversation, self.config.supervise)
+        if unknown := unknown_character(self._backend, found[-1][1].text):
+            raise BadRow(f"the tokenizer has no token for {unknown!a}")
+        return found
+
+    def render(self, conversation: Conversation) -> Rendered:
+        """The text of the whole conversation with spans; `BadRow` as `documents`."""
+        return self.documents(conversation)[-1][1]
 
     def prompt(self, conversation: Conversation) -> str:
         """The prompt for the first answer, as text."""
@@ -153,10 +168,10 @@ class ConversationTokenizer:
         included. Raises `BadRow` where the template cannot express the turns."""
         conversation = Conversation((*turns, Turn("assistant", _ANY_ANSWER)))
         try:
-            rendered = self._render(conversation, "assistant")
+            documents = self._documents(conversation, "assistant")
         except BadRow:  # the span of an earlier answer is not found, and not needed here
-            rendered = self._render(conversation, "last")
-        [document] = self.encode([rendered])
+            documents = self._documents(conversation, "last")
+        [document] = self.encode([documents[-1][1]])
         answered = document.speakers == SPEAKERS.index("assistant")
         begins = np.flatnonzero(answered[1:] & ~answered[:-1]) + 1
         reply: list[int] = document.input_ids[: begins[-1]].tolist()
@@ -174,8 +189,47 @@ class ConversationTokenizer:
             if self.config.supervise == "all":
                 supervised |= speakers != SPEAKERS.index("assistant")
             supervised[:1] = 0  # no token precedes it that could predict it
-            documents.append(Document(ids, supervised, speakers, item.marks_end))
+            documents.append(
+                Document(ids, supervised, speakers, self._ends(ids, supervised, speakers))
+            )
         return documents
+
+    @cached_property
+    def end_of_turn(self) -> tuple[list[int], str]:
+        """The tokens at which generation is to stop (the end-of-sequence token, and the special
+        token with which the template ends an answer), and why it has none, else ""."""
+        own = [] if self.tokenizer.eos_token_id is None else [int(self.tokenizer.eos_token_id)]
+        if self._chat is None:
+            return own, ""
+        probe = Conversation((Turn("user", "Say yes."), Turn("assistant", _ANY_ANSWER)))
+        try:
+            [chunk] = self._documents(probe, "last")[-1][1].chunks
+        except BadRow:  # the rows are reported
+            return own, ""
+        begin, end = chunk.spans[-1][:2]
+        tail = chunk.text[begin:end].rpartition(_ANY_ANSWER)[2].strip()
+        [(ids, _)] = self._tokenize([tail], literal=False)
+        last, known = int(ids[-1]) if len(ids) else -1, self.tokenizer.added_tokens_decoder
+        if last in own or (last in known and known[last].special):
+            return sorted({*own, last}), ""
+        if not tail:
+            return own, "the chat template writes nothing after an answer"
+        tags = dict.fromkeys(_TAG.findall(chunk.text))
+        lacking = ",".join(tag for tag in tags if tag not in self.tokenizer.get_vocab())
+        advice = f": model.add_tokens='{lacking}' makes it one" if lacking else ""
+        return own, f"the chat template ends an answer with {tail}, which is no token{advice}"
+
+    def _ends(self, ids: np.ndarray, supervised: np.ndarray, speakers: np.ndarray) -> bool:
+        """Whether an end token is supervised at the end of the last supervised answer or text."""
+        learned = supervised.nonzero()[0]
+        if not len(learned):
+            return False
+        ends = self.end_of_turn[0]
+        if self.config.supervise != "all":
+            return int(ids[learned[-1]]) in ends
+        said = np.isin(speakers[learned], [SPEAKERS.index("assistant"), SPEAKERS.index(TEXT)])
+        tail = learned[said.nonzero()[0][-1] :] if said.any() else learned[:0]
+        return bool(np.isin(ids[tail], ends).any())
 
     def _is_made_by(self, source: str, conversation: Conversation) -> bool:
         [document] = self.encode([self.render(conversation)])
@@ -187,20 +241,27 @@ class ConversationTokenizer:
     def _prompt(self, conversation: Conversation) -> Chunk:
         conversation = self._with_system(conversation)
         if self._chat is not None:
-            return Chunk(self._chat.prompt(conversation), ())
+            with bounded():
+                return Chunk(self._mask.prompt(conversation), ())
         rendered = prompt_templates.render(self.config.template, conversation, last_only=False)
         first = rendered.chunks[0]
         begin = next(span.begin for span in first.spans if span.speaker == "assistant")
         return replace(first, text=first.text[:begin], spans=(), ends=False)
 
-    def _render(self, conversation: Conversation, supervise: str) -> Rendered:
-        conversation = self._with_system(conversation)
-        if self._chat is not None:
-            with bounded():  # over all renderings of one conversation
-                return loss_mask.render(self._chat, conversation, supervise)
-        return prompt_templates.render(
-            self.config.template, conversation, last_only=supervise == "last"
-        )
+    def _documents(
+        self, conversation: Conversation, supervise: str
+    ) -> list[tuple[Conversation, Rendered]]:
+        view = self._with_system(conversation)
+        if self._chat is None:
+            rendered = prompt_templates.render(
+                self.config.template, view, last_only=supervise == "last"
+            )
+            return [(conversation, rendered)]
+        may_split = self.config.split_conversations == "as_needed"
+        with bounded():  # over all renderings of one conversation
+            found = self._mask.documents(view, supervise, may_split)
+        added = len(view.turns) - len(conversation.turns)
+        return [(replace(part, turns=part.turns[added:]), item) for part, item in found]
 
     def _with_system(self, conversation: Conversation) -> Conversation:
         system = self.config.system_prompt
@@ -218,9 +279,7 @@ class ConversationTokenizer:
         }
         for chunk in chunks:
             ids, offsets = next(encoded[chunk.literal])
-            learned = () if self.config.supervise == "all" else chunk.spans
-            begins = sorted(span.begin for span in learned if span.learned)
-            cuts = [begin for begin in begins if _is_joined(chunk.text, offsets, begin)]
+            cuts = [begin for begin in chunk.cuts if _is_joined(chunk.text, offsets, begin)]
             if cuts:
                 ids, offsets = self._tokenize_in_pieces(chunk.text, cuts, chunk.literal)
             supervised, speakers = _masks(offsets, chunk.spans)
@@ -260,34 +319,6 @@ class ConversationTokenizer:
             ids.append(piece_ids)
             offsets.append(piece_offsets + first)
         return np.concatenate(ids), np.concatenate(offsets)
-
-
-def _bare(backend: Any) -> Any:
-    """The tokenizer without a post-processor: special tokens are added in this module, and some
-    post-processors strip spaces from the offsets, which would hide their speaker."""
-    bare = type(backend).from_str(backend.to_str())
-    bare.post_processor = None
-    bare.no_truncation()
-    bare.no_padding()
-    return bare
-
-
-def _jinja(tokenizer: Any, template: str, name: str) -> str:
-    if template != "chat":
-        try:
-            with bounded():
-                return user_path(template, "data.template").read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"data.template={template} cannot be read: {reason}.") from error
-    try:
-        own: str = tokenizer.get_chat_template()
-    except ValueError as error:
-        raise UserError(
-            f"The tokenizer {name} has no chat template: set data.template=alpaca, vicuna, llama2 "
-            "or the path of a .jinja file, or use a model that has one."
-        ) from error
-    return own
 
 
 def _inside_token(offsets: np.ndarray, place: int) -> bool:

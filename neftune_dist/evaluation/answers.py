@@ -124,7 +124,7 @@ def generate(
     out: Tensor = target.model.generate(
         ids.to(target.device),
         attention_mask=mask.to(target.device),
-        generation_config=target.generation_config(_room(width, target.config.evaluate, limit)),
+        **target.generation_settings(_room(width, target.config.evaluate, limit)),
     )
     return [_generated(row, target) for row in out[:, width:].tolist()]
 

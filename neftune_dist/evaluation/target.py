@@ -11,15 +11,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from neftune_dist.checkpoint import store
 from neftune_dist.checkpoint.merged import Content
@@ -31,8 +30,6 @@ from neftune_dist.checkpoint.run_files import (
 )
 from neftune_dist.compat.transformers import attention_name
 from neftune_dist.config import Config, ModelConfig, UserError, load_config, read_json, user_path
-from neftune_dist.data.conversation import Conversation, Turn
-from neftune_dist.data.errors import BadRow
 from neftune_dist.data.tokenize import ConversationTokenizer
 from neftune_dist.model import load, locate
 from neftune_dist.model.families import check_model
@@ -88,12 +85,8 @@ class EvaluationTarget:
             found = read_json(own, {"eos_token_id?": int | list | None}).get("eos_token_id")
         else:
             found = load.load_model_config(self.folder, self._plain).eos_token_id
-        ends = {*(found if isinstance(found, list) else [found]), self.tokenizer.eos_token_id}
-        ends.add(
-            _taught_end(
-                ConversationTokenizer(self.tokenizer, replace(self.config.data, supervise="last"))
-            )
-        )
+        ends = {*(found if isinstance(found, list) else [found])}
+        ends |= {*self.template.end_of_turn[0]}
         return sorted(ends - {None})
 
     @cached_property
@@ -110,16 +103,20 @@ class EvaluationTarget:
         model.generation_config = transformers.GenerationConfig()
         return model.requires_grad_(False).eval()
 
-    def generation_config(self, max_new_tokens: int, **sampling: Any) -> Any:
-        """transformers' settings of `generate`: greedy without `sampling`, the evaluation's
+    def generation_settings(self, max_new_tokens: int, **sampling: Any) -> dict[str, Any]:
+        """Arguments of transformers' `generate`: greedy without `sampling`, the evaluation's
         repetition penalty, and the target's end tokens."""
-        return transformers.GenerationConfig(
+        config = transformers.GenerationConfig(
             **(sampling or {"do_sample": False, "num_beams": 1}),
             max_new_tokens=max_new_tokens,
-            repetition_penalty=float(self.config.evaluate.repetition_penalty),
             eos_token_id=self.end_tokens or None,
             pad_token_id=self.end_tokens[0] if self.end_tokens else 0,
         )
+        penalty = _Penalty(float(self.config.evaluate.repetition_penalty), self.end_tokens)
+        return {
+            "generation_config": config,
+            "logits_processor": transformers.LogitsProcessorList([penalty]),
+        }
 
     @cached_property
     def identity(self) -> str:
@@ -181,6 +178,20 @@ class EvaluationTarget:
                 "incomplete, or of another model."
             )
         return model.to(self.device)
+
+
+class _Penalty(transformers.RepetitionPenaltyLogitsProcessor):  # type: ignore[misc]
+    """The repetition penalty, without the tokens that end an answer: a chat template's prompt holds
+    one for every turn, and a penalty on it keeps answers from ending."""
+
+    def __init__(self, penalty: float, exempt: list[int]) -> None:
+        super().__init__(penalty)
+        self._exempt = exempt
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        penalised: Tensor = super().__call__(input_ids, scores)
+        penalised[:, self._exempt] = scores[:, self._exempt]
+        return penalised
 
 
 def open_target(
@@ -272,15 +283,3 @@ def _model_fields(
 def _allocate(model: nn.Module, device: torch.device) -> None:
     """Give a model on the meta device memory without content; tied weights stay one."""
     replace_parameters(model, lambda p: nn.Parameter(torch.empty_like(p, device=device)))
-
-
-def _taught_end(template: ConversationTokenizer) -> int | None:
-    """The special token that ends an answer in this template; None without one."""
-    probe = Conversation((Turn("user", "Say yes."), Turn("assistant", "Yes.")))
-    try:
-        [document] = template.encode([template.render(probe)])
-    except BadRow as error:
-        raise UserError(f"data.template cannot be used: {error}.") from error
-    last = int(document.input_ids[np.flatnonzero(document.supervised)[-1]])
-    known = template.tokenizer.added_tokens_decoder
-    return last if last in known and known[last].special else None

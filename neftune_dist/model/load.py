@@ -6,7 +6,9 @@ read, a model that is not causal or whose state is not all parameters.
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +35,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # model.dtype
 
 def load_tokenizer(folder: Path, config: ModelConfig) -> Any:
     """The model's tokenizer, with `model.add_tokens`."""
+    if package := _missing_package(folder):
+        raise UserError(
+            f"The tokenizer in {folder} is a tokenizer.model alone, and reading it needs the "
+            f"package {package}: pip install {package}, or add its tokenizer.json."
+        )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=config.trust_remote_code
@@ -49,6 +56,18 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> Any:
         special_tokens=True,
     )
     return tokenizer
+
+
+def _missing_package(folder: Path) -> str | None:
+    """The package that reading the tokenizer needs and that is not installed; None without one."""
+    own = folder / "tokenizer.model"
+    if (folder / "tokenizer.json").exists() or not own.is_file():
+        return None
+    with own.open("rb") as file:
+        # tiktoken's lines are a token in base64 and its rank; sentencepiece's file is binary.
+        is_tiktoken = re.match(rb"[A-Za-z0-9+/=]+ \d+\n", file.read(256))
+    package = "tiktoken" if is_tiktoken else "sentencepiece"
+    return None if importlib.util.find_spec(package) else package
 
 
 def load_model_config(folder: Path, config: ModelConfig) -> Any:

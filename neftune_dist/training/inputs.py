@@ -108,8 +108,8 @@ def read_inputs(config: Config, run_dir: Path, world: World) -> Inputs:
         due = not world.from_first("recorded" if recorded else "")
     with world.agree():
         if world.is_first:
-            template = dataset.chat_template
-            write_run_files(run_dir, config, folder, tokenizer, model.config, template)
+            template, ends = dataset.chat_template, dataset.end_tokens
+            write_run_files(run_dir, config, folder, tokenizer, model.config, template, ends)
     return Inputs(
         dataset=dataset,
         sampler=sampler,

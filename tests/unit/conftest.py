@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -19,10 +17,9 @@ from neftune_dist.config import DataConfig
 from neftune_dist.model import pickles
 from tests.support import made_data, tiny_model
 from tests.support.interpreter import interpreting_process
-from tests.support.shared_data import shared
+from tests.support.shared_data import shared, smollm2_files
 
 ROOT = Path(__file__).parents[2]
-SMOLLM2 = Path.home() / ".cache" / "neftune_dist" / "smollm2-135m-instruct"
 
 
 @pytest.fixture(autouse=True)
@@ -110,14 +107,7 @@ def alpaca_eval() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
     """SmolLM2-135M-Instruct as a model directory, converted once into the user's cache."""
-    made = subprocess.run(
-        [sys.executable, str(ROOT / "launcher" / "smollm2.py"), str(SMOLLM2)],
-        capture_output=True,
-        text=True,
-    )
-    if made.returncode:
-        pytest.skip(f"SmolLM2 cannot be made: {made.stderr.strip()[-300:]}")
-    return SMOLLM2
+    return smollm2_files()
 
 
 @pytest.fixture(scope="session")

@@ -54,18 +54,19 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 def prompts() -> list[list[int]]:
     generator = torch.Generator().manual_seed(1)
     return [
-        torch.randint(3, 399, (length,), generator=generator).tolist()
+        [END, *torch.randint(3, 399, (length,), generator=generator).tolist()[1:]]
         for length in (5, 17, 2, 9, 30, 9, 1, 12, 26, 4)
     ]
 
 
 def by_hand(target: EvaluationTarget, prompt: list[int]) -> list[int]:
-    """Greedy decoding of one prompt with the penalty of CTRL, without cache or padding."""
+    """Greedy decoding of one prompt with the penalty of CTRL, without cache or padding; the
+    end of an answer is not penalised, although every prompt holds it."""
     config, ids = target.config.evaluate, list(prompt)
     for _ in range(config.max_new_tokens):
         with torch.no_grad():
             scores = target.model(torch.tensor([ids])).logits[0, -1]
-        for token in set(ids):
+        for token in set(ids) - {END}:
             factor = config.repetition_penalty
             scores[token] = scores[token] * factor if scores[token] < 0 else scores[token] / factor
         ids.append(int(scores.argmax()))

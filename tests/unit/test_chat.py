@@ -67,13 +67,18 @@ def test_real_talks(
     family = FAMILIES[name]
     tokenizer = family.tokenizer(request.getfixturevalue(kind))
     template = make(tokenizer)
-    documents = template.encode([template.render(talk) for talk in talks])
-    for talk, made in zip(talks, documents, strict=True):
+    for talk in talks:
+        documents = template.encode([rendered for _, rendered in template.documents(talk)])
         answers = [turn.content for turn in talk.turns if turn.role == "assistant"]
-        assert learned(tokenizer, made) == [family.learned(answer) for answer in answers]
-        assert made.end_learned
-        said = SPEAKERS.index("assistant")
-        assert np.array_equal(made.supervised == 1, made.speakers == said)
+        assert len(documents) == (len(answers) if name == "qwen-3" else 1)
+        texts = [text for made in documents for text in learned(tokenizer, made)]
+        assert texts == [family.learned(answer) for answer in answers]
+        made = documents[-1]
+        assert all(made.end_learned for made in documents)
+        said = made.speakers == SPEAKERS.index("assistant")
+        assert said[made.supervised == 1].all()
+        if len(documents) == 1:
+            assert np.array_equal(made.supervised == 1, said)
         if len(answers) == 1:
             prompt = template.prompt_ids(talk)
             assert made.input_ids[: len(prompt)].tolist() == prompt
@@ -91,7 +96,9 @@ def test_a_system_prompt(family: ChatFamily, tiny_tokenizer: Any) -> None:
     template = make(tokenizer, system_prompt=SYSTEM)
     made = document(template, TALK)
     assert template.render(TALK).text == family.text.replace("{s}", SYSTEM)
-    assert learned(tokenizer, made) == [family.learned(answer) for answer in ANSWERS]
+    parts = template.encode([rendered for _, rendered in template.documents(TALK)])
+    texts = [text for part in parts for text in learned(tokenizer, part)]
+    assert texts == [family.learned(answer) for answer in ANSWERS]
     system = made.input_ids[made.speakers == SPEAKERS.index("system")]
     assert decode(tokenizer, system).strip() == SYSTEM
     own = conversation(*(turn.content for turn in TALK.turns), system="Of my own.")
@@ -121,14 +128,44 @@ THOUGHT = "<think>\nHm.\n</think>\n\n"
 PENSIVE = conversation("a", THOUGHT + "one", "b", THOUGHT + "two")
 
 
-def test_reasoning_that_the_history_drops(tiny_tokenizer: Any) -> None:
-    """As in Qwen 3: refused by turn, unless the last answer alone is to be learned."""
+def pieces(tokenizer: Any, spoken: Conversation, **data: Any) -> list[tuple[str, list[str]]]:
+    """Of the documents of a conversation: the whole text, and what is learned."""
+    template = make(tokenizer, **data)
+    made = template.encode([rendered for _, rendered in template.documents(spoken)])
+    return [(decode(tokenizer, each.input_ids), learned(tokenizer, each)) for each in made]
+
+
+def test_reasoning_that_the_history_drops_is_learned_in_a_document_that_ends_with_it(
+    tiny_tokenizer: Any,
+) -> None:
     tokenizer = FAMILIES["qwen-3"].tokenizer(tiny_tokenizer)
+    head = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    (first, learned_first), (second, learned_second) = pieces(tokenizer, PENSIVE)
+    assert learned_first == [THOUGHT + "one<|im_end|>"]
+    assert first == head + THOUGHT + "one<|im_end|>\n"
+    assert learned_second == [THOUGHT + "two<|im_end|>"]
+    assert second == (
+        head + "one<|im_end|>\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n"
+        f"{THOUGHT}two<|im_end|>\n"
+    )
+    assert pieces(tokenizer, PENSIVE, supervise="last") == [(second, learned_second)]
     with pytest.raises(BadRow, match=r"turn 2 differently.*data\.supervise=last"):
-        make(tokenizer).render(PENSIVE)
-    made = document(make(tokenizer, supervise="last"), PENSIVE)
-    assert learned(tokenizer, made) == [THOUGHT + "two<|im_end|>"]
-    assert decode(tokenizer, made.input_ids).count("Hm.") == 1
+        make(tokenizer, split_conversations="never").render(PENSIVE)
+    with pytest.raises(BadRow, match=r"reasoning of turn 2.*data\.supervise=assistant"):
+        make(tokenizer, supervise="all").render(PENSIVE)
+
+
+def test_documents_of_a_row_say_what_they_learn_and_share_its_opening(tiny_tokenizer: Any) -> None:
+    tokenizer = FAMILIES["qwen-3"].tokenizer(tiny_tokenizer)
+    row = replace(PENSIVE, num_left_out=2)
+    parts = [part for part, _ in make(tokenizer, system_prompt=SYSTEM).documents(row)]
+    assert [len(part.turns) for part in parts] == [2, 4]
+    assert [[turn.learned for turn in part.turns[1::2]] for part in parts] == [
+        [True],
+        [False, True],
+    ]
+    assert [part.opening() for part in parts] == [row.opening()] * 2
+    assert sum(part.num_left_out for part in parts) == 2
 
 
 def test_reasoning_is_generated_where_the_answer_has_some(tiny_tokenizer: Any) -> None:
@@ -149,32 +186,24 @@ def test_reasoning_is_generated_where_the_answer_has_some(tiny_tokenizer: Any) -
     assert learned(tokenizer, loose) == [THOUGHT + "5<|im_end|>"]
 
 
-def test_the_template_s_own_marks(tiny_tokenizer: Any) -> None:
-    """They say what is left of an answer in the history; what no model generates is not learned,
-    although these hold it."""
+def test_thoughts_that_any_history_drops(tiny_tokenizer: Any) -> None:
+    """Whatever the template itself marks as generated."""
     tokenizer = with_template(tiny_tokenizer, MARKED)
-    made = document(make(tokenizer), PENSIVE)
-    assert learned(tokenizer, made) == ["\n\none</s>", THOUGHT + "two</s>"]
-    headed = MARKED.replace("<|{{ m.role }}|>\n{% if", "{% if").replace(
-        "{% generation %}", "{% generation %}<|assistant|>\n"
-    )
-    made = document(make(with_template(tiny_tokenizer, headed)), PENSIVE)
-    assert learned(tokenizer, made) == ["\n\none</s>", THOUGHT + "two</s>"]
-
-
-def test_marks_at_a_wrong_place_are_not_believed(tiny_tokenizer: Any) -> None:
-    """Those inside a macro are counted from its own beginning."""
-    inside = "{% macro all() %}" + MARKED + "{% endmacro %}{{ 'Once upon a time.' }}{{ all() }}"
-    with pytest.raises(BadRow, match="turn 2 differently"):
-        make(with_template(tiny_tokenizer, inside)).render(PENSIVE)
+    expected = [[THOUGHT + "one</s>"], [THOUGHT + "two</s>"]]
+    assert [said for _, said in pieces(tokenizer, PENSIVE)] == expected
 
 
 def test_an_answer_given_twice(tiny_tokenizer: Any) -> None:
-    """Each is found behind its own question, also where the system prompt moves."""
-    tokenizer = FAMILIES["mistral-v0.3"].tokenizer(tiny_tokenizer)
+    """Each follows its own question; where the system prompt moves to the last one, in a document
+    that ends with it."""
     spoken = conversation("a", "OK", "a", "OK", "OK", "OK", system="s")
-    made = document(make(tokenizer), spoken)
-    assert learned(tokenizer, made) == [" OK</s>"] * 3
+    tokenizer = FAMILIES["mistral-v0.3"].tokenizer(tiny_tokenizer)
+    made = pieces(tokenizer, spoken)
+    assert [said for _, said in made] == [[" OK</s>"]] * 3
+    assert [text.count(" OK</s>") for text, _ in made] == [1, 2, 3]
+    assert [text.count("s\n\n") for text, _ in made] == [1, 1, 1]
+    without = conversation("a", "OK", "a", "OK", "OK", "OK")
+    assert [said for _, said in pieces(tokenizer, without)] == [[" OK</s>"] * 3]
 
 
 # Turns that do not reach the text.

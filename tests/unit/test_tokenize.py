@@ -202,7 +202,7 @@ def test_a_beginning_stands_once(text: str, tiny_tokenizer: Any) -> None:
         single="<s> $A", special_tokens=[("<s>", 0)]
     )
     chunk = Chunk(text, (Span(0, len(text), "text", True),), starts=True)
-    [made] = make(adding).encode([Rendered((chunk,), marks_end=False)])
+    [made] = make(adding).encode([Rendered((chunk,))])
     assert made.input_ids[0] == 0 and made.input_ids.tolist().count(0) == 1
     assert decode(adding, made.input_ids[1:]) == "Hello"
 
@@ -211,7 +211,7 @@ def test_a_beginning_stands_once(text: str, tiny_tokenizer: Any) -> None:
 def test_an_end_stands_once(text: str, tiny_tokenizer: Any) -> None:
     """Whether the text ends with the end-of-sequence token or not."""
     chunk = Chunk(text, (Span(0, len(text), "text", True),), ends=True)
-    [made] = make(tiny_tokenizer).encode([Rendered((chunk,), marks_end=True)])
+    [made] = make(tiny_tokenizer).encode([Rendered((chunk,))])
     end = tiny_tokenizer.eos_token_id
     assert made.input_ids[-1] == end and made.input_ids.tolist().count(end) == 1
     assert made.supervised[-1] == 1
@@ -284,7 +284,9 @@ def test_a_template_without_an_end_of_turn_is_reported(tiny_tokenizer: Any) -> N
     assert not made.end_learned
 
 
-def test_a_template_that_shortens_earlier_turns_is_refused_by_turn(tiny_tokenizer: Any) -> None:
+def test_a_template_that_shortens_earlier_turns_learns_them_in_their_own_documents(
+    tiny_tokenizer: Any,
+) -> None:
     """As those of reasoning models do, which drop the reasoning of all turns but the last."""
     forgetting = with_template(
         tiny_tokenizer,
@@ -297,24 +299,43 @@ def test_a_template_that_shortens_earlier_turns_is_refused_by_turn(tiny_tokenize
     template = make(forgetting)
     thought = "<think>hm</think>yes"
     assert learned(forgetting, document(template, conversation("a", thought))) == [thought + "</s>"]
+    spoken = conversation("a", "b", "c", thought, "d", "e")
+    made = template.encode([rendered for _, rendered in template.documents(spoken)])
+    expected = [[thought + "</s>"], ["b</s>", "e</s>"]]
+    assert [learned(forgetting, each) for each in made] == expected
     with pytest.raises(BadRow, match="renders turn 4 differently once later turns follow"):
-        template.render(conversation("a", "b", "c", thought, "d", "e"))
+        make(forgetting, split_conversations="never").render(spoken)
 
 
 def test_a_generation_prompt_that_no_turn_begins_with_is_refused(tiny_tokenizer: Any) -> None:
     other = with_template(
-        tiny_tokenizer, TURNS + ASK.replace("<|assistant|>\n", "<|assistant|>\n<think>")
+        tiny_tokenizer, TURNS + ASK.replace("<|assistant|>\n", "<|assistant|>\nSure: ")
     )
     with pytest.raises(BadRow, match="generation prompt is not what turn 2 begins with"):
         make(other).render(conversation("a", "b"))
 
 
+def test_a_generation_prompt_may_open_a_thought(tiny_tokenizer: Any) -> None:
+    """As R1's: an answer without reasoning is learned as the template writes it, and reasoning that
+    the template takes out follows the prompt, as it is generated."""
+    taking = TURNS.replace("m['content']", "m['content'].split('</think>')[-1]")
+    ask = ASK.replace("<|assistant|>\n", "<|assistant|>\n<think>\n")
+    opening = with_template(tiny_tokenizer, taking + ask)
+    made = document(make(opening), conversation("a", "b"))
+    assert learned(opening, made) == ["b</s>"]
+    assert decode(opening, made.input_ids) == "<|user|>\na</s>\n<|assistant|>\nb</s>\n"
+    for said in ("<think>\nhm\n</think>\n\nb", "hm</think>b"):
+        made = document(make(opening), conversation("a", said))
+        assert learned(opening, made) == ["hm\n</think>\n\nb</s>"]
+        assert decode(opening, made.input_ids[made.supervised == 0]).endswith("\n<think>\n\n")
+
+
 def test_a_template_that_changes_the_answer_is_refused(tiny_tokenizer: Any) -> None:
-    shouting = with_template(
-        tiny_tokenizer, TURNS.replace("m['content']", "m['content'] | upper") + ASK
-    )
-    with pytest.raises(BadRow, match="changes the assistant's text"):
-        make(shouting).render(conversation("a", "b"))
+    for role, turn in (("user", 1), ("assistant", 2)):
+        shouted = f"m['content'] | upper if m['role'] == '{role}' else m['content']"
+        shouting = with_template(tiny_tokenizer, TURNS.replace("m['content']", shouted) + ASK)
+        with pytest.raises(BadRow, match=f"changes what the {role} says in turn {turn}"):
+            make(shouting).render(conversation("a", "b"))
 
 
 @pytest.mark.parametrize(

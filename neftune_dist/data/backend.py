@@ -1,0 +1,49 @@
+"""The tokenizer that a fast tokenizer wraps, apart from the tokens that it adds to a text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def bare(backend: Any) -> Any:
+    """The tokenizer without a post-processor: special tokens are added by `tokenize`, and some
+    post-processors strip spaces from the offsets, which would hide their speaker."""
+    made = type(backend).from_str(backend.to_str())
+    made.post_processor = None
+    made.no_truncation()
+    made.no_padding()
+    return made
+
+
+def prefix_ids(tokenizer: Any) -> list[int]:
+    """The tokens that the tokenizer puts before a text: a letter, or a token's text where it knows
+    no letter."""
+    for text in ("a", *(tokenizer.decode([i]) for i in range(min(1000, len(tokenizer))))):
+        probe = tokenizer(text, return_special_tokens_mask=True)
+        if 0 in probe["special_tokens_mask"]:
+            ids: list[int] = probe["input_ids"]
+            return ids[: probe["special_tokens_mask"].index(0)]
+    return []
+
+
+def unknown_character(backend: Any, text: str) -> str:
+    """The first character that the tokenizer would drop without a trace, which also shifts the
+    offsets of all that follow; "" without one."""
+    if not _drops_characters(backend):
+        return ""
+    for token in backend.get_added_tokens_decoder().values():
+        text = text.replace(token.content, "")
+    normalised = backend.normalizer.normalize_str(text) if backend.normalizer else text
+    splits = backend.pre_tokenizer is not None  # and drops white space itself
+    known = backend.get_vocab()
+    unknown = (c for c in normalised if c not in known and not (splits and c.isspace()))
+    return next(unknown, "")
+
+
+def _drops_characters(backend: Any) -> bool:
+    """Whether a character outside the vocabulary becomes no token: no unknown one, no bytes."""
+    model, before = backend.model, (str(backend.pre_tokenizer), str(backend.normalizer))
+    is_bpe = type(model).__name__ == "BPE"
+    has_bytes = model.byte_fallback if is_bpe else False
+    has_bytes = has_bytes or any("ByteLevel" in part for part in before)
+    return is_bpe and model.unk_token is None and not has_bytes
