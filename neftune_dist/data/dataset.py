@@ -32,7 +32,7 @@ from neftune_dist.data.spans import Rendered
 from neftune_dist.data.split import Split, split_documents
 from neftune_dist.data.tokenize import ConversationTokenizer, Document
 
-_VERSION = 9  # raised when the same rows and settings become other documents
+_VERSION = 8  # raised when the same rows and settings become other documents
 # Tokenised together: many rows, unless they are long.
 _BATCH_ROWS, _BATCH_CHARACTERS = 1000, 2**22
 _PROGRESS_SECONDS = 5.0

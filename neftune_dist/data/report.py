@@ -123,7 +123,7 @@ class Report:
             "num_not_chosen": "documents left out by weight or max_documents",
             "num_plain_texts": "documents of plain text, learned whole, without a template",
             "num_turns_left_out": "turns left out that nothing asks for or answers",
-            "num_split": f"rows became {self.num_split + self.num_added_by_split} documents, as the "
+            "num_split": f"rows became {self.num_split + self.num_added_by_split} documents: the "
             "chat template renders an earlier answer differently (data.split_conversations)",
         }
         return [
