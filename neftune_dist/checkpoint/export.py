@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from neftune_dist.checkpoint import marked_folder, store
+from neftune_dist.checkpoint import choice, marked_folder, store
 from neftune_dist.checkpoint.merged import Content, adapter_of
 from neftune_dist.checkpoint.run_files import (
     CHAT_TEMPLATE,
@@ -44,7 +44,7 @@ def export(
     run_dir: Path,
     output: Path | None = None,
     *,
-    step: int | None = None,
+    step: choice.StepChoice = None,
     dtype: str = "original",
     adapter: bool = False,
     log: Callable[[str], None] = print,
@@ -53,7 +53,7 @@ def export(
 
     Args:
         output: default RUN_DIR/export, or RUN_DIR/adapter. Replaced if it is an earlier export.
-        step: of the checkpoint; None: the newest complete one.
+        step: of the checkpoint; None: the newest complete one; "best": of the lowest held-out loss.
         dtype: original (the base model's), fp32, bf16 or fp16.
         adapter: write the trained adapter alone, as PEFT loads it.
         log: takes a line about what was written.
@@ -62,7 +62,7 @@ def export(
         UserError: no such checkpoint, a damaged one, frozen weights that are missing, or an
             `output` that cannot be written or holds files of others.
     """
-    checkpoint = store.choose(run_dir, step)
+    checkpoint = choice.choose(run_dir, step)
     state = checkpoint.trainer_state()
     check_sealed(run_dir)
     check_architecture(run_dir, state)

@@ -38,6 +38,7 @@ _MAY_CHANGE = (
     "engine.",
     *_LENGTH,
     "train.micro_batch_tokens",
+    "train.patience",
     "train.max_skipped_steps",
     "train.hang_minutes",
     "checkpoint.",

@@ -69,11 +69,14 @@ class Saver:
                 shards = engine.flat_state() if engine.is_saving_replica else []
                 self._copy = HostCopy(shards, self._world.device)
 
-    def save(self, step: int, engine: Engine, state: Mapping[str, Any]) -> None:
+    def save(
+        self, step: int, engine: Engine, state: Mapping[str, Any], best_step: int | None = None
+    ) -> None:
         """Save the engine's state as the checkpoint of `step`.
 
         Args:
             state: of the trainer; JSON-able, the same on every rank.
+            best_step: of the checkpoint that is kept as the best.
 
         Raises:
             UserError: this or the last save could not be written. Published checkpoints are
@@ -85,11 +88,11 @@ class Saver:
         text = json.dumps({"step": step, **state}, indent=1)
         self.prepare(engine)
         if self._copy is not None:
-            work = (step, self._copy.copy(shards), text)
+            work = (step, self._copy.copy(shards), text, best_step)
             self._thread = Thread(target=self._try, args=work, name="checkpoint", daemon=True)
             self._thread.start()
         else:
-            self._try(step, shards, text)
+            self._try(step, shards, text, best_step)
             self.wait()
         self.seconds_waited = time.perf_counter() - began
 
@@ -112,9 +115,9 @@ class Saver:
         if self._thread is not None:
             self._thread.join(_LAST_SAVE_SECONDS)
 
-    def _try(self, step: int, shards: list[FlatShard], state: str) -> None:
+    def _try(self, step: int, shards: list[FlatShard], state: str, best_step: int | None) -> None:
         try:
-            self._write(step, shards, state)
+            self._write(step, shards, state, best_step)
         except BaseException as error:
             # gloo's time-out is known by this text alone, as it has no class.
             if isinstance(error, TimeoutError) or "Timed out waiting" in str(error):
@@ -124,7 +127,7 @@ class Saver:
                 )
             self._error = error
 
-    def _write(self, step: int, shards: list[FlatShard], state: str) -> None:
+    def _write(self, step: int, shards: list[FlatShard], state: str, best_step: int | None) -> None:
         world = self._thread_world
         partial = self._run_dir / "checkpoints" / f"step_{step:08d}.partial"
         with world.agree():
@@ -142,7 +145,7 @@ class Saver:
             files |= of_rank
         with world.agree():
             if world.is_first:
-                store.publish(partial, state, files, self._settings)
+                store.publish(partial, state, files, self._settings, best_step)
 
     def _decide(self, shards: list[FlatShard]) -> bool:
         """Whether to copy and continue: as configured, or where every machine has the memory."""

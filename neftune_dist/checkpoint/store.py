@@ -112,7 +112,11 @@ def begin(run_dir: Path, step: int) -> Path:
 
 
 def publish(
-    partial: Path, state: str, files: Mapping[str, WrittenFile], settings: CheckpointConfig
+    partial: Path,
+    state: str,
+    files: Mapping[str, WrittenFile],
+    settings: CheckpointConfig,
+    best_step: int | None = None,
 ) -> None:
     """Publish the files of all ranks as a checkpoint, then prune older ones. Rank 0 alone.
 
@@ -121,6 +125,7 @@ def publish(
         state: of the trainer, JSON.
         files: of all ranks, by name; each is on the disk.
         settings: how many checkpoints to keep.
+        best_step: of one that is kept beside those.
 
     Raises:
         UserError: it could not be written; earlier checkpoints are unharmed. A failure to prune is
@@ -143,7 +148,7 @@ def publish(
         # The name is on the disk first: `latest` never names a folder that is not there.
         storage.write(root / "latest", f"{final.name}\n", durable=True)
     try:
-        _prune(root, step, settings)
+        _prune(root, step, settings, best_step)
         for path, why in odd_entries(root.parent):
             _warn_once(f"{path} is passed over: {why}.")
     except OSError as error:  # the checkpoint is there, and the next save tries again
@@ -154,33 +159,6 @@ def publish(
 def find_all(run_dir: Path) -> list[Checkpoint]:
     """Checkpoints whose files have their manifests' sizes, newest first."""
     return _complete(run_dir / "checkpoints")
-
-
-def choose(run_dir: Path, step: int | None) -> Checkpoint:
-    """Return the complete checkpoint of that step; None: the newest.
-
-    Raises:
-        UserError: there is none, or a damaged one is newer: an older model must not pass for the
-            newest.
-    """
-    found = find_all(run_dir)
-    broken = damaged_folders(run_dir)
-    if not found:
-        flaws = "".join(f"; {folder.name} is damaged: {flaw}" for folder, flaw in broken)
-        raise UserError(f"{run_dir} holds no complete checkpoint{flaws}.")
-    if step is None:
-        for folder, flaw in reversed(broken):
-            if (step_of(folder) or 0) > found[0].step:
-                raise UserError(
-                    f"The newest checkpoint {folder} is damaged: {flaw}. Choose the one before it "
-                    f"with --step {found[0].step}, or let the same train command go on from it."
-                )
-        return found[0]
-    for checkpoint in found:
-        if checkpoint.step == step:
-            return checkpoint
-    steps = ", ".join(str(c.step) for c in found)
-    raise UserError(f"{run_dir} has no complete checkpoint of step {step}; it has: {steps}.")
 
 
 def damage_error(checkpoint: Checkpoint, flaw: str) -> UserError:
@@ -310,14 +288,14 @@ def _clear(path: Path, aside_name: str) -> None:
     path.rename(aside)
 
 
-def _prune(root: Path, newest: int, settings: CheckpointConfig) -> None:
+def _prune(root: Path, newest: int, settings: CheckpointConfig, best_step: int | None) -> None:
     if not settings.keep:
         return
     every = settings.keep_every_steps
     # A checkpoint of a later step than the one just published was passed over as damaged: it must
     # not count as one of those to keep.
     for old in [c for c in _complete(root) if c.step <= newest][settings.keep :]:
-        if every and old.step % every == 0:
+        if old.step == best_step or (every and old.step % every == 0):
             continue
         if old.folder.is_symlink():
             old.folder.unlink()

@@ -112,7 +112,10 @@ def _unused(config: Config) -> Iterator[tuple[Iterable[str], str]]:
         yield ["logging.project", "logging.name"], "without logging.wandb or logging.mlflow"
     if not data.holds_out:
         keys = ["evaluate.every_steps", "evaluate.max_documents"]
+        keys += ["train.patience", "checkpoint.keep_best"]
         yield keys, "without held-out documents (data.num_held_out)"
+    elif not config.evaluate.every_steps:
+        yield ["train.patience", "checkpoint.keep_best"], "without evaluate.every_steps"
     if not config.evaluate.tasks:
         yield ["evaluate.max_task_items"], "without evaluate.tasks"
     if not judge.url and not judge.annotator:

@@ -258,6 +258,8 @@ class TrainConfig:
     """Documents per step over all ranks; an epoch's last step has the rest."""
     micro_batch_tokens: int = number(8192, ge=2, lt=2**31)
     """Most tokens, padding included, of one forward pass on one rank."""
+    patience: int = number(0, ge=0, le=2**32)
+    """End after so many evaluations in a row without a better held-out loss; 0: never."""
     max_skipped_steps: int = number(3, ge=0, le=2**32)
     """Consecutive steps with a non-finite loss or gradient to skip before the run stops."""
     hang_minutes: float = number(15.0, gt=0, le=2**20)
@@ -276,6 +278,8 @@ class CheckpointConfig:
     """Newest complete checkpoints to keep; 0: all."""
     keep_every_steps: int = number(0, ge=0, le=2**32)
     """Never delete the checkpoints of every so many steps; 0: none is exempt."""
+    keep_best: bool = False
+    """Save after an evaluation with the lowest held-out loss so far, and keep that checkpoint."""
     mode: str = choice("auto", "async", "sync")
     """async trains while it writes; auto: async if host memory holds a copy of the state."""
     timeout_minutes: float = number(120.0, gt=0, le=2**20)

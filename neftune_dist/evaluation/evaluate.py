@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from neftune_dist.checkpoint.choice import StepChoice
 from neftune_dist.config import UserError
 from neftune_dist.data.dataset import Dataset, prepare
 from neftune_dist.data.errors import BadRow
@@ -42,7 +43,7 @@ from neftune_dist.training.held_out import held_out_figures
 def evaluate(
     name: str | Path,
     *,
-    step: int | None = None,
+    step: StepChoice = None,
     config_file: str | Path | None = None,
     settings: Sequence[str] = (),
     output: Path | None = None,
@@ -51,7 +52,7 @@ def evaluate(
 
     Args:
         name: what `open_target` opens.
-        step: of the run's checkpoint; None: the newest.
+        step: of the run's checkpoint; None: the newest; "best": of the lowest held-out loss.
         config_file: of a model that belongs to no run.
         settings: `key=value` words.
         output: results folder; None: `evaluations/step_00000020` in the run's directory.

@@ -20,7 +20,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from neftune_dist.checkpoint import store
+from neftune_dist.checkpoint import choice, store
 from neftune_dist.checkpoint.merged import Content
 from neftune_dist.checkpoint.run_files import (
     MODEL_FOLDER,
@@ -63,7 +63,7 @@ class EvaluationTarget:
     part: tuple[int, int]
     run_dir: Path | None = None
     checkpoint: store.Checkpoint | None = None
-    step: int | None = None
+    step: choice.StepChoice = None
     alpha: float | None = None
 
     @cached_property
@@ -197,7 +197,7 @@ class _Penalty(transformers.RepetitionPenaltyLogitsProcessor):  # type: ignore[m
 def open_target(
     name: str | Path,
     *,
-    step: int | None = None,
+    step: choice.StepChoice = None,
     config_file: str | Path | None = None,
     settings: Sequence[str] = (),
     device: torch.device | None = None,
@@ -236,7 +236,7 @@ def open_target(
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{name} belongs to no run: {run_dir} has no config.yaml.")
     config = run_config(run_dir, settings)
-    chosen = store.choose(run_dir, step) if is_run else store.open_checkpoint(path)
+    chosen = choice.choose(run_dir, step) if is_run else store.open_checkpoint(path)
     state = chosen.trainer_state()
     check_architecture(run_dir, state)
     return EvaluationTarget(

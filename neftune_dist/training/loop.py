@@ -15,7 +15,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -52,6 +52,8 @@ class Progress:
         num_tokens, num_supervised_tokens: trained on.
         num_skipped_steps: without an update, as loss or gradient was not finite.
         num_skipped_in_a_row: the last steps, if they were skipped.
+        best_loss, best_step: the lowest held-out loss so far, and the step after which it was.
+        num_worse: evaluations since then.
     """
 
     step: int = 0
@@ -59,6 +61,9 @@ class Progress:
     num_supervised_tokens: int = 0
     num_skipped_steps: int = 0
     num_skipped_in_a_row: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    num_worse: int = 0
 
     @property
     def num_updates(self) -> int:
@@ -67,13 +72,24 @@ class Progress:
 
     def after(self, batch: StepBatch, updated: bool) -> Progress:
         """Return the progress after one more step."""
-        return Progress(
-            self.step + 1,
-            self.num_tokens + batch.num_tokens,
-            self.num_supervised_tokens + batch.num_supervised_tokens,
-            self.num_skipped_steps + (not updated),
-            0 if updated else self.num_skipped_in_a_row + 1,
+        return replace(
+            self,
+            step=self.step + 1,
+            num_tokens=self.num_tokens + batch.num_tokens,
+            num_supervised_tokens=self.num_supervised_tokens + batch.num_supervised_tokens,
+            num_skipped_steps=self.num_skipped_steps + (not updated),
+            num_skipped_in_a_row=0 if updated else self.num_skipped_in_a_row + 1,
         )
+
+    def evaluated(self, loss: float) -> Progress:
+        """Return the progress after an evaluation. A loss that is not finite is never the best."""
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
+            return replace(self, best_loss=loss, best_step=self.step, num_worse=0)
+        return replace(self, num_worse=self.num_worse + 1)
+
+    def lost_patience(self, patience: int) -> bool:
+        """Whether the held-out loss has not improved for so many evaluations; 0: never."""
+        return 0 < patience <= self.num_worse
 
 
 @dataclass
@@ -110,27 +126,31 @@ class Trainer:
         self.waited_seconds = self.step_seconds = 0.0  # totals of the slowest rank
 
     def run(self) -> bool:
-        """Train to the last step; return False where a stop was requested and saved instead.
+        """Train to the last step, or until the held-out loss no longer improves; return False where
+        a stop was requested and saved instead.
 
         Raises:
             Stopped: the request came before the first step.
             Diverged: more than `train.max_skipped_steps` consecutive steps were skipped.
         """
-        num_steps, save_every = self.loader.sampler.num_steps, self.config.checkpoint.every_steps
+        num_steps, saving = self.loader.sampler.num_steps, self.config.checkpoint
+        patience = self.config.train.patience
         if self.evaluation_due and not self.evaluate():
             raise Stopped
-        if save_every:
+        if saving.every_steps or saving.keep_best:
             self.saver.prepare(self.engine)
         evaluated = True
         for batch in self.batches():
             stopping = self.train_step(batch, num_steps)
             if self.progress.num_skipped_in_a_row > self.config.train.max_skipped_steps:
                 self.give_up()
-            step, last = self.progress.step, self.progress.step == num_steps
+            step = self.progress.step
             if evaluation_due(self.config.evaluate, step, num_steps):
                 evaluated = self.evaluate()
-            stopping = stopping or not evaluated
-            if last or stopping or (save_every and step % save_every == 0):
+            ended = step == num_steps or self.progress.lost_patience(patience)
+            stopping = stopping or not evaluated or ended
+            due = saving.every_steps > 0 and step % saving.every_steps == 0
+            if stopping or due or (saving.keep_best and self.progress.best_step == step):
                 self.save(self.progress)
                 # A save may take minutes, in which a request came.
                 stopping = stopping or self.world.any(self.stop_requested())
@@ -140,7 +160,8 @@ class Trainer:
         self.saver.wait()
         share = self.waited_seconds / max(self.waited_seconds + self.step_seconds, 1e-9)
         self.world.log(f"data: training waited for its batches {share:.2%} of the time")
-        return self.progress.step == num_steps and evaluated
+        ended = self.progress.step == num_steps or self.progress.lost_patience(patience)
+        return ended and evaluated
 
     def batches(self) -> Iterator[StepBatch]:
         """The loader's remaining steps; the watchdog limits the wait for each of them."""
@@ -260,6 +281,10 @@ class Trainer:
         if result is None:
             return False
         self.recorder.evaluation({"step": self.progress.step, **result})
+        updated = self.last_update is self.progress
+        self.progress = self.progress.evaluated(result["held_out_loss"])
+        if updated:
+            self.last_update = self.progress
         return True
 
     def evaluating(self) -> bool:
@@ -272,7 +297,8 @@ class Trainer:
         """Save a checkpoint of the engine's state as that of `progress`."""
         # Saving has its own limit, checkpoint.timeout_minutes.
         self.watchdog.at(self.progress.step, "saving", limited=False)
-        self.saver.save(progress.step, self.engine, self.trainer_state(progress))
+        best_step = progress.best_step if self.config.checkpoint.keep_best else None
+        self.saver.save(progress.step, self.engine, self.trainer_state(progress), best_step)
         self.saved_step = progress.step
         seconds = self.saver.seconds_waited
         self.world.log(f"checkpoint: step {self.saved_step}; training stood still {seconds:.2f} s")

@@ -64,8 +64,11 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
     loader = _make_loader(config, inputs, sharing, world)
     for line in data_lines(inputs.dataset, inputs.sampler, loader):
         world.log(line)
-    if inputs.progress.step >= num_steps and not inputs.evaluation_due:
-        world.log(f"done: {run_dir} has all {num_steps} steps; nothing is left to train")
+    patience = config.train.patience
+    if not inputs.evaluation_due and (
+        inputs.progress.step >= num_steps or inputs.progress.lost_patience(patience)
+    ):
+        world.log(f"done: {_end(inputs.progress, num_steps)}; nothing is left to train")
         return EXIT_DONE
     engine, noise = _make_engine(config, inputs, sharing, world, stop)
     inputs = replace(inputs, weights=None)  # frees the pages of the mapped files
@@ -109,11 +112,23 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
     finished = _run(trainer)
     lock.release()
     if finished:
-        world.log(f"done: {num_steps} steps; checkpoint in {run_dir / 'checkpoints'}")
+        end = _end(trainer.progress, num_steps)
+        world.log(f"done: {end}; checkpoint in {run_dir / 'checkpoints'}")
         return EXIT_DONE
     step = trainer.progress.step
     world.log(f"stopped at step {step}, saved; the same command continues from there")
     return EXIT_STOPPED
+
+
+def _end(progress: Progress, num_steps: int) -> str:
+    """How far a finished run has come, and where it was best."""
+    if progress.step >= num_steps:
+        return f"{num_steps} steps"
+    return (
+        f"ended at step {progress.step} of {num_steps}, after {progress.num_worse} evaluations "
+        f"without a better held-out loss than {progress.best_loss:.4f} of step "
+        f"{progress.best_step} (train.patience)"
+    )
 
 
 def _make_loader(config: Config, inputs: Inputs, sharing: Sharing, world: World) -> Loader:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from argparse import ArgumentTypeError
 from pathlib import Path
+from typing import Literal
 
 from neftune_dist.arguments import (
     CONFIG,
@@ -33,9 +34,19 @@ def _checkpoints(run_dir: Path, verify: bool) -> int:
     return outcome.EXIT_DONE
 
 
+_BEST = argument("--best", action="store_true", help="the checkpoint with the lowest held-out loss")
+
+
+def _chosen(step: int | None, best: bool) -> int | Literal["best"] | None:
+    if best and step is not None:
+        raise UserError("--best and --step name a checkpoint each: give one of them.")
+    return "best" if best else step
+
+
 @verb(
     RUN_DIR,
     STEP,
+    _BEST,
     OUTPUT(help="default: RUN_DIR/export, or RUN_DIR/adapter with --adapter"),
     argument(
         "--adapter", action="store_true", help="the adapter alone in PEFT's format, not merged"
@@ -47,11 +58,13 @@ def _checkpoints(run_dir: Path, verify: bool) -> int:
         help="of the weights; original: as in the model that was fine-tuned",
     ),
 )
-def _export(run_dir: Path, step: int | None, output: Path | None, adapter: bool, dtype: str) -> int:
+def _export(
+    run_dir: Path, step: int | None, best: bool, output: Path | None, adapter: bool, dtype: str
+) -> int:
     """Write a checkpoint as a Hugging Face model directory."""
     from neftune_dist.checkpoint.export import export
 
-    export(run_dir, output, step=step, dtype=dtype, adapter=adapter)
+    export(run_dir, output, step=_chosen(step, best), dtype=dtype, adapter=adapter)
     return outcome.EXIT_DONE
 
 
@@ -63,6 +76,7 @@ def _export(run_dir: Path, step: int | None, output: Path | None, adapter: bool,
     ),
     SETTINGS,
     STEP,
+    _BEST,
     argument("--config", help="YAML file, for a model that no run here has trained"),
     argument("--model", help="another model, under the configuration of the run TARGET"),
     OUTPUT(help="default: RUN_DIR/evaluations/step_00000020 or similar"),
@@ -71,6 +85,7 @@ def _evaluate(
     target: str,
     settings: Words,
     step: int | None,
+    best: bool,
     config: str | Path | None,
     model: str | None,
     output: Path | None,
@@ -91,7 +106,9 @@ def _evaluate(
     environment.find_place()
     from neftune_dist.evaluation.evaluate import evaluate
 
-    return evaluate(name, step=step, config_file=config, settings=settings, output=output)
+    return evaluate(
+        name, step=_chosen(step, best), config_file=config, settings=settings, output=output
+    )
 
 
 @verb(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from neftune_dist import cli
-from neftune_dist.checkpoint import flat, store
+from neftune_dist.checkpoint import choice, flat, store
 from neftune_dist.checkpoint.merged import Content
 from tests.support import tiny_model
 
@@ -58,14 +58,14 @@ def test_checkpoint_pruned_while_it_is_read_is_one_sentence(
         shutil.rmtree(own / "checkpoints/step_00000002", ignore_errors=True)
         return work(*arguments, **options)
 
-    real = store.choose
+    real = choice.choose
 
     def choose(*arguments: Any) -> store.Checkpoint:
         chosen = real(*arguments)  # it was there when it was chosen
         monkeypatch.setattr(owner, name, staticmethod(pruned) if moment == "content" else pruned)
         return chosen
 
-    monkeypatch.setattr(store, "choose", choose)
+    monkeypatch.setattr(choice, "choose", choose)
     with pytest.raises(SystemExit) as ended:
         cli.main([verb, str(own)])
     said = capfd.readouterr().err.splitlines()

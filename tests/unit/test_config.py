@@ -363,6 +363,11 @@ def test_unreadable_file_is_refused(path: str) -> None:
         ),
         (["data.held_out_revision=v1"], "data.held_out_revision=v1 has no effect without data."),
         (["evaluate.every_steps=5"], "evaluate.every_steps=5 has no effect without held-out doc"),
+        (["train.patience=5"], "train.patience=5 has no effect without held-out documents"),
+        (
+            ["checkpoint.keep_best=true", "data.num_held_out=5"],
+            "checkpoint.keep_best=true has no effect without evaluate.every_steps",
+        ),
         (["evaluate.max_documents=5"], "evaluate.max_documents=5 has no effect without held-out"),
         (
             ["optim.schedule=constant", "optim.final_fraction=0.1"],

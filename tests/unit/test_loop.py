@@ -45,6 +45,7 @@ class Parts:
     draws: list[int] = field(default_factory=list)
     alphas: list[float] = field(default_factory=list)
     signs: list[int] = field(default_factory=list)
+    held_out: list[float] = field(default_factory=lambda: [1.0])  # losses, the last one repeats
     num_forwards: int = 0
 
     def note(self, event: str) -> None:
@@ -55,7 +56,8 @@ class Parts:
 
     def evaluate(self, engine: Any, stop_requested: Any) -> dict[str, Any] | None:
         self.note("evaluate")
-        return None if stop_requested() else {"held_out_loss": 1.0}
+        loss = self.held_out[min(self.events.count("evaluate"), len(self.held_out)) - 1]
+        return None if stop_requested() else {"held_out_loss": loss}
 
     def forward(self, batch: MicroBatch) -> Tensor:
         self.draws.append(int(torch.randint(1 << 62, ())))
@@ -74,8 +76,8 @@ class Parts:
         count = self.events.count("update") - 1
         return self.grad_norms[min(count, len(self.grad_norms) - 1)]
 
-    def save(self, step: int, engine: Any, state: Any) -> None:
-        self.note(f"save {step}")
+    def save(self, step: int, engine: Any, state: Any, best_step: int | None = None) -> None:
+        self.note(f"save {step}" if best_step is None else f"save {step} best {best_step}")
 
     def wait(self) -> None:
         self.note("wait")
@@ -204,6 +206,31 @@ def test_evaluates_then_saves_when_due(words: list[str], expected: str) -> None:
     parts = Parts()
     assert make_trainer(parts, *words).run()
     assert numbered(parts.events) == expected
+
+
+def test_ends_when_the_held_out_loss_stays_worse() -> None:
+    parts = Parts(held_out=[3.0, 2.0, 2.0, 2.5, 1.0])
+    words = ["train.patience=2", "evaluate.every_steps=1", "checkpoint.every_steps=0"]
+    trainer = make_trainer(parts, *words, "data.num_held_out=1")
+    assert trainer.run()
+    assert [record["step"] for record in parts.records] == [1, 2, 3, 4]
+    assert parts.events[-2:] == ["save 4", "wait"]
+    assert trainer.progress.best_step == 2 and trainer.progress.num_worse == 2
+
+
+def test_saves_the_best_and_says_which_it_is() -> None:
+    parts = Parts(held_out=[3.0, math.nan, 2.0, 4.0])
+    words = ["checkpoint.keep_best=true", "evaluate.every_steps=1", "checkpoint.every_steps=0"]
+    assert make_trainer(parts, *words, "data.num_held_out=1").run()
+    saves = [event for event in parts.events if event.startswith("save")]
+    assert saves == ["save 1 best 1", "save 3 best 3", "save 6 best 3"]
+
+
+def test_resumed_run_keeps_its_patience() -> None:
+    words = ["train.patience=3", "evaluate.every_steps=1", "data.num_held_out=1"]
+    trainer = make_trainer(Parts(held_out=[2.0]), *words, step=2)
+    trainer.progress = replace(trainer.progress, best_loss=1.0, best_step=1, num_worse=1)
+    assert trainer.run() and trainer.progress.step == 4
 
 
 def numbered(events: list[str]) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import xxhash
 
-from neftune_dist.checkpoint import flat, marked_folder, store
+from neftune_dist.checkpoint import choice, flat, marked_folder, store
 from neftune_dist.checkpoint.flat import WrittenFile
 from neftune_dist.checkpoint.listing import listing
 from neftune_dist.config import CheckpointConfig, UserError
@@ -17,15 +19,50 @@ from neftune_dist.engine.base import MASTER, FlatShard
 from tests.support.disk_log import disk_log
 
 
-def publish(run_dir: Path, step: int, settings: CheckpointConfig) -> Path:
+def publish(
+    run_dir: Path,
+    step: int,
+    settings: CheckpointConfig,
+    best_step: int | None = None,
+    progress: dict[str, Any] | None = None,
+) -> Path:
     """A checkpoint of one file that tells the step; its folder."""
     run_dir.mkdir(parents=True, exist_ok=True)
     partial = store.begin(run_dir, step)
     content = f"all the tensors of step {step}".encode()
     (partial / "__0_0.distcp").write_bytes(content)
     written = WrittenFile(len(content), xxhash.xxh3_128(content).hexdigest())
-    store.publish(partial, f'{{"step": {step}}}', {"__0_0.distcp": written}, settings)
+    state: dict[str, Any] = {"step": step}
+    if progress is not None or best_step is not None:
+        state["progress"] = {"best_step": best_step} if progress is None else progress
+    files = {"__0_0.distcp": written}
+    store.publish(partial, json.dumps(state), files, settings, best_step)
     return partial.with_suffix("")
+
+
+def test_prune_keeps_the_best(tmp_path: Path) -> None:
+    settings = CheckpointConfig(keep=1)
+    for step, best in ((1, 1), (2, 2), (3, 2), (4, 2)):
+        publish(tmp_path, step, settings, best)
+    assert steps(tmp_path) == [4, 2]
+    publish(tmp_path, 5, settings, 5)
+    assert steps(tmp_path) == [5]
+
+
+def test_best_is_what_the_newest_checkpoint_says(tmp_path: Path) -> None:
+    settings = CheckpointConfig(keep=0)
+    for step, best in ((1, 1), (2, 1), (3, 1)):
+        publish(tmp_path, step, settings, best)
+    assert choice.choose(tmp_path, "best").step == 1
+
+
+@pytest.mark.parametrize("progress", [{}, {"best_step": None}, {"best_step": 0}])
+def test_run_without_a_better_evaluation_has_no_best(
+    progress: dict[str, Any], tmp_path: Path
+) -> None:
+    publish(tmp_path, 4, CheckpointConfig(), progress=progress)
+    with pytest.raises(UserError, match="up to step 4 no evaluation was better"):
+        choice.choose(tmp_path, "best")
 
 
 def steps(run_dir: Path) -> list[int]:
@@ -86,8 +123,8 @@ def test_shortened_file_makes_a_checkpoint_damaged(tmp_path: Path) -> None:
     assert [folder.name for folder, _ in store.damaged_folders(tmp_path)] == ["step_00000002"]
     # An older model must not pass for the newest.
     with pytest.raises(UserError, match="--step 1"):
-        store.choose(tmp_path, None)
-    assert store.choose(tmp_path, 1).step == 1
+        choice.choose(tmp_path, None)
+    assert choice.choose(tmp_path, 1).step == 1
 
 
 def test_manifest_of_another_step_is_refused(tmp_path: Path) -> None:

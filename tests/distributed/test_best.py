@@ -1,0 +1,89 @@
+"""The best checkpoint is kept, found and the same after a resume; a run without progress ends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from neftune_dist.checkpoint import choice, store
+from neftune_dist.cli import main
+from tests.support import tiny_model
+from tests.support.tiny_model import Forked
+
+# So large a rate that the held-out loss rises again within the run.
+_WORDS = ["optim.learning_rate=0.05", "evaluate.every_steps=1", "checkpoint.keep_best=true"]
+_WORDS += ["checkpoint.keep=1", "checkpoint.every_steps=4"]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model.make_config(tmp_path_factory.mktemp("best"))
+
+
+@pytest.fixture(scope="module")
+def run_dir(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("best-run") / "run"
+    train(config, run_dir, *_WORDS)
+    return run_dir
+
+
+def train(config: Path, run_dir: Path, *words: str) -> str:
+    done = Forked("train", config, f"run_dir={run_dir}", *words, ranks=1).wait()
+    assert done.returncode == 0, done.stdout
+    return str(done.stdout)
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    lines = (run_dir / "evaluations.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return {record["step"]: record["held_out_loss"] for record in records}
+
+
+def test_best_checkpoint_is_kept_beside_the_newest(run_dir: Path) -> None:
+    found = losses(run_dir)
+    best = min(found, key=lambda step: found[step])
+    assert 0 < best < 10  # else the case shows nothing
+    assert [checkpoint.step for checkpoint in store.find_all(run_dir)] == [10, best]
+    assert choice.choose(run_dir, "best").step == best
+
+
+def test_export_of_the_best_is_that_of_its_step(run_dir: Path, tmp_path: Path) -> None:
+    step = choice.choose(run_dir, "best").step
+    exports = {"--best": tmp_path / "best", f"--step={step}": tmp_path / "step"}
+    for word, output in exports.items():
+        with pytest.raises(SystemExit) as left:
+            main(["export", str(run_dir), word, f"--output={output}"])
+        assert left.value.code == 0
+    one, other = (load_file(output / "model.safetensors") for output in exports.values())
+    assert all(bool((one[name] == other[name]).all()) for name in one | other)
+
+
+def test_best_and_step_together_exit_2(run_dir: Path) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["export", str(run_dir), "--best", "--step=4"])
+    assert left.value.code == 2
+
+
+def test_resumed_run_finds_the_same_best(config: Path, run_dir: Path, tmp_path: Path) -> None:
+    resumed = tmp_path / "run"
+    train(config, resumed, *_WORDS, "train.max_steps=5", "optim.schedule=constant")
+    train(config, resumed, *_WORDS, "optim.schedule=constant")
+    whole = tmp_path / "whole"
+    train(config, whole, *_WORDS, "optim.schedule=constant")
+    states = [store.find_all(run)[0].trainer_state()["progress"] for run in (resumed, whole)]
+    assert states[0] == states[1] and states[0]["best_step"] is not None
+    assert losses(resumed) == losses(whole)
+
+
+def test_run_that_no_longer_improves_ends_as_done(config: Path, tmp_path: Path) -> None:
+    words = ["optim.learning_rate=0", "evaluate.every_steps=1", "train.patience=2"]
+    said = train(config, tmp_path / "run", *words)
+    assert "done: ended at step 2 of 10, after 2 evaluations" in said
+    again = train(config, tmp_path / "run", *words)
+    assert "ended at step 2 of 10" in again and "nothing is left to train" in again
+    more = train(config, tmp_path / "run", *words[:2], "train.patience=4")
+    assert "ended at step 4 of 10" in more
+    assert sorted(losses(tmp_path / "run")) == [0, 1, 2, 3, 4]
