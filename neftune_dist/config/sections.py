@@ -302,11 +302,11 @@ class LoggingConfig:
     """Where each step's figures go, besides metrics.jsonl."""
 
     tensorboard: bool = True
-    """Write TensorBoard files to run_dir/tensorboard."""
+    """Write TensorBoard files below run_dir/tensorboard."""
     wandb: bool = False
     """Log to Weights & Biases."""
     mlflow: bool = False
-    """Log to MLflow at MLFLOW_TRACKING_URI."""
+    """Log to MLflow at MLFLOW_TRACKING_URI, or without it to files in run_dir/mlflow."""
     project: str = "neftune_dist"
     """Project of wandb, experiment of mlflow."""
     name: str | None = None

@@ -171,7 +171,7 @@ class Recorder:
         """Record a step, see `step_record`."""
         if not self.active:
             return
-        self._write(STEPS, record, "train")
+        self._write(STEPS, record)
         self._seconds += record["step_seconds"]
         self._recorded += 1
         if self._bar is not None:
@@ -192,7 +192,7 @@ class Recorder:
         """Record an evaluation: `step` and its results."""
         if not self.active:
             return
-        self._write(EVALUATIONS, record, "evaluate")
+        self._write(EVALUATIONS, record)
         line = f"step {record['step']}: held-out loss {record['held_out_loss']:.4f} (noise off)"
         if self._bar is not None:
             self._bar.write(line)
@@ -212,7 +212,7 @@ class Recorder:
         if self._num_lost:
             raise UserError(f"{self._num_lost} records could not be written to {self._run_dir}.")
 
-    def _write(self, name: str, record: Mapping[str, Any], prefix: str) -> None:
+    def _write(self, name: str, record: Mapping[str, Any]) -> None:
         record = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
@@ -227,7 +227,7 @@ class Recorder:
             if not self._num_lost:
                 print(f"warning: {self._run_dir / name}: {error.strerror}", file=sys.stderr)
             self._num_lost += 1
-        self._trackers.record(prefix, record)
+        self._trackers.record(record)
 
     def _reopen(self, name: str) -> None:
         """Create a file again that was removed. Raises `UserError` if its directory is gone."""

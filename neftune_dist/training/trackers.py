@@ -14,9 +14,42 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from neftune_dist.config import LoggingConfig, UserError, require
 from neftune_dist.system.text import first_line
+
+# Figures of one group stand together in a tracker: `loss/held_out_loss`.
+_GROUPS = {
+    "loss": ("loss", "held_out_loss", "perplexity"),
+    "noise": ("noise_norm", "noise_law"),
+    "optim": ("learning_rate", "grad_norm", "num_skipped_steps"),
+    "speed": (
+        "step_seconds",
+        "tokens_per_second",
+        "mfu",
+        "mfu_6n",
+        "data_wait_seconds",
+        "num_compiled_graphs",
+        "world_size",
+    ),
+    "memory": ("memory_gib",),
+    "data": ("num_documents", "num_tokens", "num_supervised_tokens", "padding_fraction"),
+}
+# By which TensorBoard's HPARAMS compares runs, and the figures beside them.
+_COMPARED = (
+    "model.name_or_path",
+    "data.source",
+    "noise.alpha",
+    "noise.distribution",
+    "noise.length",
+    "noise.stream",
+    "optim.learning_rate",
+    "train.global_batch_size",
+    "train.seed",
+    "engine.name",
+)
+_RESULTS = ("loss/loss", "loss/held_out_loss", "noise/noise_norm", "speed/tokens_per_second")
 
 
 class Tracker(Protocol):
@@ -52,15 +85,15 @@ class Trackers:
             try:
                 self._running[name] = kind(run_dir, config, facts)
             except Exception as error:  # of whatever its client and its server raise
-                first = first_line(error)
-                if name == "mlflow" and not os.environ.get("MLFLOW_TRACKING_URI"):
-                    first = f"MLFLOW_TRACKING_URI is not set ({first})"
-                raise UserError(f"logging.{name}=true: it cannot begin a run: {first}") from error
+                raise UserError(
+                    f"logging.{name}=true: it cannot begin a run: {first_line(error)}"
+                ) from error
 
-    def record(self, prefix: str, record: Mapping[str, Any]) -> None:
-        """Record the numbers of a record, which has a `step`, as `prefix/name`."""
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Record the numbers of a step or of an evaluation, which has a `step`, as `group/name`."""
+        held_out = "held_out_loss" in record
         values = {
-            f"{prefix}/{key}": float(value)
+            figure_name(key, held_out): float(value)
             for key, value in record.items()
             if key != "step" and isinstance(value, (int, float))
         }
@@ -81,12 +114,28 @@ class Trackers:
             print(f"warning: {name} has failed and gets no more numbers: {error}", file=sys.stderr)
 
 
+def figure_name(key: str, held_out: bool = False) -> str:
+    """The name of a figure in a tracker: its group, and its key in the run's records. The counts of
+    an evaluation are told apart from a step's."""
+    group = next((name for name, keys in _GROUPS.items() if key in keys), "other")
+    return f"{group}/{'held_out_' if held_out and group == 'data' else ''}{key}"
+
+
 class _TensorBoard:
+    """TensorBoard calls a run by its folder, which is therefore called as the run's directory."""
+
     def __init__(self, run_dir: Path, facts: Mapping[str, Any], first_step: int) -> None:
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+        folder = run_dir / "tensorboard" / run_dir.resolve().name
+        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
         if not first_step:
-            lines = [f"    {key}: {value}" for key, value in _flat(facts).items()]
+            flat = _flat(facts)
+            lines = [f"    {key}: {value}" for key, value in flat.items()]
             self._writer.add_text("run", "\n".join(lines))
+            compared = {key: flat.get(f"config.{key}") for key in _COMPARED}
+            known = {key: value for key, value in compared.items() if value is not None}
+            assert self._writer.file_writer is not None
+            for summary in hparams(known, dict.fromkeys(_RESULTS, 0.0)):
+                self._writer.file_writer.add_summary(summary)
 
     def record(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
@@ -112,8 +161,8 @@ class _WandB:
             config=dict(facts),
         )
         kept.write_text(self._run.id)
-        for prefix in ("train", "evaluate"):
-            self._run.define_metric(f"{prefix}/*", step_metric="step")
+        for group in _GROUPS:
+            self._run.define_metric(f"{group}/*", step_metric="step")
 
     def record(self, values: Mapping[str, float], step: int) -> None:
         self._run.log({**values, "step": step})
@@ -124,8 +173,13 @@ class _WandB:
 
 class _MLflow:
     def __init__(self, run_dir: Path, config: LoggingConfig, facts: Mapping[str, Any]) -> None:
+        if not os.environ.get("MLFLOW_TRACKING_URI"):
+            # A store of files, which recent versions ask to be allowed.
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         import mlflow
 
+        if not os.environ.get("MLFLOW_TRACKING_URI"):
+            mlflow.set_tracking_uri((run_dir / "mlflow").resolve().as_uri())
         kept = run_dir / "mlflow_id.txt"
         mlflow.set_experiment(config.project)
         run = mlflow.start_run(

@@ -59,9 +59,9 @@ def test_non_finite_value_is_null_in_json_and_absent_from_tensorboard(
         text = (tmp_path / f"{name}.jsonl").read_text()
         assert not re.search("NaN|Infinity", text)
         assert [json.loads(line)[key] for line in text.splitlines()] == [None, None, 0.5]
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == [3]
-    assert [event.step for event in events.Scalars("train/tokens_per_second")] == [1, 2, 3]
+    events = EventAccumulator(str(tmp_path / "tensorboard" / tmp_path.name)).Reload()
+    assert [event.step for event in events.Scalars("loss/loss")] == [3]
+    assert [event.step for event in events.Scalars("speed/tokens_per_second")] == [1, 2, 3]
     out = capsys.readouterr().out
     assert "step 1/9  loss nan  grad_norm nan" in out
     assert "step 2: held-out loss inf" in out

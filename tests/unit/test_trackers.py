@@ -8,6 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
 
 from neftune_dist.config import LoggingConfig, UserError, load_config
 from neftune_dist.training.trackers import Trackers
@@ -47,6 +49,9 @@ class Mlflow:
     def __init__(self) -> None:
         self.told: list[tuple[Any, ...]] = []
 
+    def set_tracking_uri(self, uri: str) -> None:
+        self.told.append(("store", uri))
+
     def set_experiment(self, name: str) -> None:
         self.told.append(("experiment", name))
 
@@ -74,31 +79,40 @@ def test_wandb_run_goes_on_after_a_resume(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for first_step in (0, 3):
         trackers = Trackers(tmp_path, settings(wandb=True, name="mine"), FACTS, first_step)
-        trackers.record("train", RECORD)
+        trackers.record(RECORD)
         trackers.close(failed=first_step == 0)
     assert [run["id"] for run in wandb.begun] == [None, "abc"]
     assert wandb.begun[0]["config"] == FACTS
     assert (wandb.begun[0]["project"], wandb.begun[0]["name"]) == ("neftune_dist", "mine")
-    assert wandb.logged == [{"train/loss": 1.5, "train/num_tokens": 7.0, "step": 4}] * 2
+    assert wandb.logged == [{"loss/loss": 1.5, "data/num_tokens": 7.0, "step": 4}] * 2
     assert wandb.ended == [1, 0]
 
 
 def test_mlflow_run_goes_on_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = Mlflow()
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
     run = tmp_path / "run"
     run.mkdir()
     for first_step in (0, 3):
         trackers = Trackers(run, settings(mlflow=True), FACTS, first_step)
-        trackers.record("evaluate", RECORD)
+        trackers.record({**RECORD, "held_out_loss": 2.5})
         trackers.close(failed=first_step == 0)
-    values = {"evaluate/loss": 1.5, "evaluate/num_tokens": 7.0}
+    values = {
+        "loss/loss": 1.5,
+        "data/held_out_num_tokens": 7.0,
+        "loss/held_out_loss": 2.5,
+    }
+    store = ("store", (run / "mlflow").as_uri())
     assert mlflow.told == [
+        store,
         ("experiment", "neftune_dist"),
         ("start", None, "run"),
         ("params", {"config.noise.alpha": "5.0", "environment.torch": "2"}),
         ("metrics", values, 4),
         ("end", "FAILED"),
+        store,
         ("experiment", "neftune_dist"),
         ("start", "xyz", "run"),
         ("metrics", values, 4),
@@ -113,7 +127,7 @@ def test_failing_tracker_is_dropped_with_a_warning(
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     trackers = Trackers(tmp_path, settings(wandb=True), FACTS, 0)
     for step in (3, 4, 5):
-        trackers.record("train", {**RECORD, "step": step})
+        trackers.record({**RECORD, "step": step})
     trackers.close()
     assert [row["step"] for row in wandb.logged] == [3]
     assert capsys.readouterr().err == ("warning: wandb has failed and gets no more numbers: gone\n")
@@ -128,14 +142,42 @@ def test_tracker_that_cannot_start_is_refused(
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: 1 / 0))
     with pytest.raises(UserError, match="it cannot begin a run: division by zero"):
         Trackers(tmp_path, settings(wandb=True), FACTS, 0)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://taken")
 
     def set_experiment(_: str) -> None:
-        raise ImportError("no database", name="sqlalchemy")
+        raise ConnectionError("the port answers as another server")
 
     monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(set_experiment=set_experiment))
-    with pytest.raises(UserError, match=r"MLFLOW_TRACKING_URI is not set \(no database\)"):
+    with pytest.raises(UserError, match=r"logging\.mlflow=true: it cannot begin a run: the port"):
         Trackers(tmp_path, settings(mlflow=True), FACTS, 0)
+
+
+def test_tensorboard_names_the_run_groups_its_figures_and_compares_its_settings(
+    tmp_path: Path,
+) -> None:
+    facts = {"config": {"noise": {"alpha": 5.0}, "optim": {"learning_rate": 1e-4}}}
+    for name in ("alpha-0", "alpha-5"):
+        trackers = Trackers(tmp_path / name, LoggingConfig(), facts, 0)
+        trackers.record({**RECORD, "noise_norm": 2.9, "memory_gib": 1.0, "step_seconds": 2.0})
+        trackers.record({"step": 4, "held_out_loss": 2.5, "num_documents": 8})
+        trackers.close()
+        [run] = (tmp_path / name / "tensorboard").iterdir()
+        assert run.name == name
+        events = EventAccumulator(str(run)).Reload()
+        assert set(events.Tags()["scalars"]) == {
+            "loss/loss",
+            "loss/held_out_loss",
+            "noise/noise_norm",
+            "memory/memory_gib",
+            "speed/step_seconds",
+            "data/num_tokens",
+            "data/held_out_num_documents",
+        }
+        summary = events.SummaryMetadata("_hparams_/session_start_info")
+        start = plugin_data_pb2.HParamsPluginData.FromString(summary.plugin_data.content)
+        compared = start.session_start_info.hparams
+        assert compared["noise.alpha"].number_value == 5.0
+        assert compared["optim.learning_rate"].number_value == 1e-4
 
 
 @pytest.mark.parametrize("word", ["logging.project=x", "logging.name=x"])
