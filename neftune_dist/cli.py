@@ -18,7 +18,7 @@ from neftune_dist.system import children, console
 
 _RANK_0_FIRST_SECONDS = 5.0
 # Verbs whose purpose is their output: they have failed if it cannot be written.
-_PRINTING = ("config", "completion", "plan", "prepare", "checkpoints", "doctor")
+_PRINTING = ("config", "completion", "plan", "prepare", "watch", "checkpoints", "doctor")
 _WRITE_ELSEWHERE = "choose a place that may be written, or change who may"
 # Advice on errors of the operating system; other errors are bugs of this program.
 _ADVICE = {

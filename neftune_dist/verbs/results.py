@@ -23,6 +23,25 @@ from neftune_dist.distributed import environment, outcome
 
 
 @verb(
+    RUN_DIR,
+    argument("--once", action="store_true", help="print one screen, as without a terminal"),
+    argument(
+        "--every",
+        type=bounded(float, 0.1, 2**20),
+        default=5.0,
+        metavar="SECONDS",
+        help="between two screens; default: %(default)s",
+    ),
+)
+def _watch(run_dir: Path, once: bool, every: float) -> int:
+    """Show a run on one screen: its steps, loss, speed, time left, attempts, last warning."""
+    from neftune_dist.cluster.watch import watch
+
+    watch(run_dir, every, once)
+    return outcome.EXIT_DONE
+
+
+@verb(
     RUN_DIR, argument("--verify", action="store_true", help="read all files and compare checksums")
 )
 def _checkpoints(run_dir: Path, verify: bool) -> int:

@@ -1,0 +1,172 @@
+"""One screen of a run: how far, how fast, how it learns, what went wrong. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from neftune_dist.config import UserError
+from neftune_dist.distributed import outcome
+from neftune_dist.system.checkpoint_names import newest_step
+from neftune_dist.system.records import EVALUATIONS, STEPS, read_records
+from neftune_dist.system.text import duration_text
+
+_CURVE_ROWS = 8
+_SPEED_STEPS = 50  # over which speed and time left are averaged
+_LOG_BYTES = 2**20  # read at a log's end for the last warning
+_CLEAR = "\x1b[2J\x1b[H"
+# A cell of the curve is split into eight by the block characters.
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+def watch(run_dir: Path, every_seconds: float, once: bool) -> None:
+    """Print a run's screen, again and again in a terminal, until Ctrl-C.
+
+    Args:
+        every_seconds: between two screens.
+        once: print one screen; so it is without a terminal.
+
+    Raises:
+        UserError: no run directory.
+    """
+    if not (run_dir / STEPS).exists() and not (run_dir / "logs").is_dir():
+        raise UserError(f"{run_dir} is no run directory: it holds neither {STEPS} nor logs/.")
+    once = once or not sys.stdout.isatty()
+    while True:
+        width = shutil.get_terminal_size().columns
+        lines = screen_lines(run_dir, time.time(), width)
+        if once:
+            print("\n".join(lines), flush=True)
+            return
+        print(_CLEAR + "\n".join(line[:width] for line in lines), flush=True)
+        try:
+            time.sleep(every_seconds)
+        except KeyboardInterrupt:
+            return
+
+
+def screen_lines(run_dir: Path, now: float, width: int = 80) -> Iterator[str]:
+    """The lines of a run's screen at a time, in seconds since 1970."""
+    steps, evaluations = (_records(run_dir / name) for name in (STEPS, EVALUATIONS))
+    num_steps = _num_steps(run_dir)
+    yield f"{run_dir.resolve()}  {datetime.fromtimestamp(now):%Y-%m-%d %H:%M:%S}"
+    if not steps:
+        yield "no step is recorded yet"
+    else:
+        yield from _step_lines(run_dir, steps, evaluations, num_steps, now)
+        yield from _curve([row["loss"] for row in steps], width)
+    yield from _attempt_lines(run_dir)
+    if warning := _last_warning(run_dir):
+        yield f"last warning: {warning}"
+
+
+def _step_lines(
+    run_dir: Path,
+    steps: Sequence[dict[str, Any]],
+    evaluations: Sequence[dict[str, Any]],
+    num_steps: int | None,
+    now: float,
+) -> Iterator[str]:
+    last, recent = steps[-1], steps[-_SPEED_STEPS:]
+    step = last["step"]
+    of = f" of {num_steps} ({step / num_steps:.0%})" if num_steps else ""
+    seconds = sum(row["step_seconds"] for row in recent) / len(recent)
+    left = f"; {duration_text((num_steps - step) * seconds)} left" if num_steps else ""
+    age = duration_text(max(0.0, now - (run_dir / STEPS).stat().st_mtime))
+    yield f"step {step}{of}{left}; recorded {age} ago; newest checkpoint: {newest_step(run_dir)}"
+    held_out = [row for row in evaluations if _number(row.get("held_out_loss")) is not None]
+    line = f"loss {_shown(last['loss'])}"
+    if held_out:
+        best = min(held_out, key=lambda row: row["held_out_loss"])
+        line += (
+            f"; held out {held_out[-1]['held_out_loss']:.4f} (step {held_out[-1]['step']}), "
+            f"best {best['held_out_loss']:.4f} (step {best['step']})"
+        )
+    yield line
+    tokens = sum(row["num_tokens"] for row in recent) / (seconds * len(recent))
+    parts = [f"{tokens:,.0f} tokens/s, {seconds:.2f} s a step, world size {last['world_size']}"]
+    if _number(last.get("mfu")) is not None:
+        parts.append(f"MFU {last['mfu']:.1%}")
+    parts.append(f"memory {_shown(last.get('memory_gib'), 1)} GiB")
+    parts.append(f"padding {_shown(last.get('padding_fraction'), 3)}")
+    yield ", ".join(parts)
+    yield (
+        f"noise norm {_shown(last['noise_norm'])}, by the law {_shown(last.get('noise_law'))}; "
+        f"gradient norm {_shown(last['grad_norm'], 3)}; learning rate "
+        f"{last['learning_rate']:.3g}; skipped steps: {last.get('num_skipped_steps', 0)}"
+    )
+
+
+def _curve(losses: Sequence[float | None], width: int) -> Iterator[str]:
+    """The loss over the steps as block characters, a mean of neighbouring steps a column."""
+    found = [loss for loss in losses if _number(loss) is not None]
+    columns = min(len(found), max(10, width - 10))
+    if columns < 2:
+        return
+    means = []
+    for i in range(columns):
+        part = found[i * len(found) // columns : (i + 1) * len(found) // columns]
+        means.append(math.fsum(part) / len(part))  # type: ignore[arg-type]
+    low, high = min(means), max(means)
+    eighths = [round((mean - low) / ((high - low) or 1) * 8 * _CURVE_ROWS) for mean in means]
+    for row in reversed(range(_CURVE_ROWS)):
+        label = {_CURVE_ROWS - 1: f"{high:8.4f}", 0: f"{low:8.4f}"}.get(row, " " * 8)
+        cells = (_BLOCKS[min(8, max(0, value - 8 * row))] for value in eighths)
+        yield f"{label} {''.join(cells)}".rstrip()
+
+
+def _attempt_lines(run_dir: Path) -> Iterator[str]:
+    past = outcome.outcomes(run_dir)
+    first = max(0, len(past) - 5)
+    for number, attempt in enumerate(past[first:], first + 1):
+        error = f": {attempt.error}" if attempt.error else ""
+        at = f" at step {attempt.step}" if attempt.step else ""
+        yield f"attempt {number} of {len(past)}: {attempt.kind}{at}{error}"
+
+
+def _last_warning(run_dir: Path) -> str:
+    """The last line with a warning in the newest log of rank 0; "" where there is none."""
+    logs = sorted((run_dir / "logs").glob("attempt_*/console.log"))
+    for log in reversed(logs):
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _LOG_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+        for line in reversed(lines):
+            if "warning:" in line:
+                return "".join(c for c in line.strip() if c.isprintable())
+    return ""
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    numbers = ("loss", "step_seconds", "num_tokens") if path.name == STEPS else ()
+    try:
+        return read_records(path, numbers).rows
+    except FileNotFoundError:
+        return []
+
+
+def _num_steps(run_dir: Path) -> int | None:
+    """The run's length, from its newest checkpoint; None before there is one."""
+    folder = run_dir / "checkpoints" / f"step_{newest_step(run_dir):08d}"
+    try:
+        number = json.loads((folder / "trainer_state.json").read_text())["num_steps"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return number if isinstance(number, int) and number > 0 else None
+
+
+def _number(value: Any) -> float | None:
+    """A finite number; None for anything else."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and math.isfinite(value) else None
+
+
+def _shown(value: Any, digits: int = 4) -> str:
+    return "?" if _number(value) is None else f"{value:.{digits}f}"
