@@ -6,11 +6,22 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from neftune_dist.checkpoint import flat, store
+from neftune_dist.checkpoint import choice, flat, store
 from neftune_dist.config import UserError
 from neftune_dist.system.checkpoint_names import step_of
 from neftune_dist.system.text import duration_text, size_text
 
+# How torch alone reads a checkpoint, as `contents` prints it.
+_READING = """import json, torch, torch.distributed.checkpoint as dcp
+stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+state = {key: torch.empty(of.size, dtype=of.properties.dtype) for key, of in stored.items()}
+dcp.load(state, checkpoint_id=folder)  # every tensor is flat; its shape:
+shapes = json.load(open(f"{folder}/trainer_state.json"))["shapes"]"""
+_MEANINGS = {
+    "master": "weights in float32",
+    "exp_avg": "Adam's first moments",
+    "exp_avg_sq": "Adam's second moments",
+}
 _HEADS = ("step", "size", "age", "state", "saved by", "continues")
 
 
@@ -31,6 +42,25 @@ def listing(run_dir: Path, *, verify: bool) -> list[str]:
     table = [_HEADS, *rows.values()]
     widths = [max(len(row[i]) for row in table) for i in range(len(_HEADS))]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
+
+
+def contents(run_dir: Path) -> list[str]:
+    """Return lines that say what the newest checkpoint holds, and how torch alone reads it. Raises
+    `UserError`."""
+    checkpoint = choice.choose(run_dir, None)
+    kinds: dict[str, list[int]] = {}
+    for key, num_elements in flat.Reader(checkpoint.folder, alone=True).tensors.items():
+        kinds.setdefault(key.partition("/")[0], []).append(num_elements)
+    lines = [f"{checkpoint.folder} holds, in torch's distributed checkpoint format (DCP):"]
+    for kind, sizes in kinds.items():
+        meaning = f": {_MEANINGS[kind]}" if kind in _MEANINGS else ""
+        lines.append(f"  {kind}/NAME  {len(sizes)} tensors, {sum(sizes):,} elements{meaning}")
+    lines.append("NAME is the model's own. torch alone reads it:")
+    return [*lines, f"  folder = {str(checkpoint.folder)!r}", *_indented(_READING)]
+
+
+def _indented(text: str) -> list[str]:
+    return [f"  {line}" for line in text.splitlines()]
 
 
 def _complete(run_dir: Path, verify: bool) -> Iterator[tuple[Path, tuple[str, ...]]]:

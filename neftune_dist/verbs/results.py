@@ -42,13 +42,20 @@ def _watch(run_dir: Path, once: bool, every: float) -> int:
 
 
 @verb(
-    RUN_DIR, argument("--verify", action="store_true", help="read all files and compare checksums")
+    RUN_DIR,
+    argument("--verify", action="store_true", help="read all files and compare checksums"),
+    argument(
+        "--contents",
+        action="store_true",
+        help="say what the newest one holds, and how torch alone reads it",
+    ),
 )
-def _checkpoints(run_dir: Path, verify: bool) -> int:
+def _checkpoints(run_dir: Path, verify: bool, contents: bool) -> int:
     """List a run's checkpoints and what they can resume."""
-    from neftune_dist.checkpoint.listing import listing
+    from neftune_dist.checkpoint import listing
 
-    for line in listing(run_dir, verify=verify):
+    lines = listing.listing(run_dir, verify=verify)
+    for line in [*lines, *(listing.contents(run_dir) if contents else [])]:
         print(line)
     return outcome.EXIT_DONE
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 from neftune_dist.checkpoint import choice, store
+from neftune_dist.checkpoint.listing import contents
 from neftune_dist.cli import main
 from tests.support import tiny_model
 from tests.support.tiny_model import Forked
@@ -16,6 +18,7 @@ from tests.support.tiny_model import Forked
 # So large a rate that the held-out loss rises again within the run.
 _WORDS = ["optim.learning_rate=0.05", "evaluate.every_steps=1", "checkpoint.keep_best=true"]
 _WORDS += ["checkpoint.keep=1", "checkpoint.every_steps=4"]
+_READ_BY = "NAME is the model's own. torch alone reads it:"
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +62,22 @@ def test_export_of_the_best_is_that_of_its_step(run_dir: Path, tmp_path: Path) -
         assert left.value.code == 0
     one, other = (load_file(output / "model.safetensors") for output in exports.values())
     assert all(bool((one[name] == other[name]).all()) for name in one | other)
+
+
+def test_contents_say_how_torch_alone_reads_a_checkpoint(run_dir: Path) -> None:
+    """The printed lines are run as they stand."""
+    lines = contents(run_dir)
+    program = "\n".join(line.removeprefix("  ") for line in lines[lines.index(_READ_BY) + 1 :])
+    found: dict[str, Any] = {}
+    exec(program, found)
+    exported = run_dir / "read-by-torch"
+    with pytest.raises(SystemExit):
+        main(["export", str(run_dir), f"--output={exported}"])
+    weights = load_file(exported / "model.safetensors")
+    for name, weight in weights.items():
+        read = found["state"][f"master/{name}"].view(found["shapes"][name])
+        assert (read.to(weight.dtype) == weight).all(), name
+    assert len(found["state"]) == 3 * len(weights)
 
 
 def test_best_and_step_together_exit_2(run_dir: Path) -> None:
