@@ -366,7 +366,7 @@ def test_unreadable_file_is_refused(path: str) -> None:
         (["train.patience=5"], "train.patience=5 has no effect without held-out documents"),
         (
             ["checkpoint.keep_best=true", "data.num_held_out=5"],
-            "checkpoint.keep_best=true has no effect without evaluate.every_steps",
+            "checkpoint.keep_best=True has no effect without evaluate.every_steps",
         ),
         (["evaluate.max_documents=5"], "evaluate.max_documents=5 has no effect without held-out"),
         (

@@ -59,7 +59,7 @@ def accepts(schema: dict[str, Any], value: Any) -> bool:
         return all(key in known and accepts(known[key], item) for key, item in value.items())
     if isinstance(value, list):
         return all(accepts(schema["items"], item) for item in value)
-    if value is not None and not isinstance(value, (bool, str)):
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
         if not (schema.get("minimum", value) <= value <= schema.get("maximum", value)):
             return False
         if value <= schema.get("exclusiveMinimum", float("-inf")):
