@@ -99,10 +99,17 @@ class _Input:
         return _Input(tuple(sources), tuple(named.values()), len(config.sources))
 
     def identity(self) -> list[list[Any]]:
-        """The digest of every source, with its settings."""
+        """The digest of every source, with its settings, and whether it is trained on."""
         return [
-            [source.digest, setting.format, setting.columns, setting.weight, setting.max_documents]
-            for source, setting in zip(self.sources, self.settings, strict=True)
+            [
+                source.digest,
+                setting.format,
+                setting.columns,
+                setting.weight,
+                setting.max_documents,
+                i < self.num_training,
+            ]
+            for i, (source, setting) in enumerate(zip(self.sources, self.settings, strict=True))
         ]
 
 
