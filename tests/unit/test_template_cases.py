@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from neftune_dist.checkpoint.run_files import keep_end_tokens
 from neftune_dist.config import ModelConfig, UserError
 from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.dataset import prepare
@@ -271,3 +272,24 @@ def test_tokenizer_model_alone_names_the_package_that_reads_it(
     monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"pip install {package}"):
         load.load_tokenizer(tmp_path, ModelConfig())
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"generation_config.json": {"eos_token_id": 2, "top_p": 0.9}}, [2, 7]),
+        ({"generation_config.json": {"eos_token_id": [7, 2]}}, [7, 2]),
+        ({"config.json": {"eos_token_id": 2}}, [2, 7]),
+        ({"config.json": {}}, [7]),
+    ],
+)
+def test_generation_config_of_a_run_holds_the_end_of_a_turn(
+    files: dict[str, Any], expected: list[int], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    keep_end_tokens([7], tmp_path)
+    made = json.loads((folder / "generation_config.json").read_text())
+    assert made == {**files.get("generation_config.json", {}), "eos_token_id": expected}
