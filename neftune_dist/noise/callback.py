@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from neftune_dist.compat.transformers import call_first
+from neftune_dist.compat.trainer import call_first
 from neftune_dist.noise.handle import NEFTuneHandle
 from neftune_dist.noise.hook import NEFTune
 from neftune_dist.noise.law import expected_norm
