@@ -139,10 +139,9 @@ def _of_directory(path: Path, setting: str, split: str) -> SourceFiles:
     if named:
         chosen_split = _chosen(split, sorted({*named.values()}), setting)
         rows = [entry for entry in rows if named.get(entry) == chosen_split]
-    left_out = [entry for entry in entries if entry not in rows]
-    return SourceFiles(
-        tuple(rows), tuple(str(e.relative_to(path)) for e in left_out), has_splits=bool(named)
-    )
+    kept = {*rows}
+    left_out = tuple(str(entry.relative_to(path)) for entry in entries if entry not in kept)
+    return SourceFiles(tuple(rows), left_out, has_splits=bool(named))
 
 
 def _entries(path: Path) -> list[Path]:
