@@ -12,19 +12,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
 
 from neftune_dist.cluster.doctor import (
     collectives,
-    conflicts,
     findings,
     gpus,
     machine,
@@ -32,12 +29,13 @@ from neftune_dist.cluster.doctor import (
     run,
     software,
 )
-from neftune_dist.cluster.doctor import ranks as module_of_ranks
 from neftune_dist.cluster.doctor.findings import (
     OK,
     WARNING,
     WRONG,
+    Check,
     Finding,
+    Site,
     examine,
     table,
     together,
@@ -68,31 +66,37 @@ def only(found: Iterable[Finding]) -> Finding:
     return finding
 
 
-def by_check(found: Iterable[Finding]) -> dict[str, Finding]:
-    return {each.check: each for each in found}
+def found(name: str, run_dir: Path = Path("."), **fields: Any) -> list[Finding]:
+    """The findings of the check of this name in the doctor's table."""
+    (one,) = (check for check in run.CHECKS if check.name == name)
+    return examine([one], Site(run_dir, **fields), "n1", 60.0)
+
+
+def statuses(name: str, **fields: Any) -> list[str]:
+    return [finding.status for finding in found(name, **fields)]
 
 
 # The table
 
 
-def test_the_table_is_aligned_and_says_how_to_mend_what_is_not_ok() -> None:
+def test_table_is_aligned_and_gives_advice() -> None:
     rows = [
         Finding(OK, "clock", "right", "never shown"),
-        Finding(WRONG, "a long name", "broken", "mend it", ("n1",)),
+        Finding(WRONG, "a long name", "broken", "fix it", ("n1",)),
         Finding(WARNING, "b", "odd", "", ("n2",)),
     ]
     assert list(table(rows, ["n1", "n2"])) == [
         "status   check        host         seen, and -> how to fix it",
         "ok       clock        all 2 hosts  right",
         "wrong    a long name  n1           broken",
-        "                                   -> mend it",
+        "                                   -> fix it",
         "warning  b            n2           odd",
         "1 wrong, 1 warning",
     ]
     assert list(table(rows[:1], ["n1"]))[-1] == "all good"
 
 
-def test_what_all_hosts_share_is_one_row_and_comes_first() -> None:
+def test_equal_findings_of_all_hosts_are_one_row_and_come_first() -> None:
     hosts = ["n1", "n2", "n3"]
     found = [
         *(Finding(WRONG if h == "n2" else OK, "disk", "x", "m", (h,)) for h in hosts),
@@ -105,7 +109,7 @@ def test_what_all_hosts_share_is_one_row_and_comes_first() -> None:
     ]
 
 
-def test_quantities_that_differ_are_given_as_a_range_and_versions_are_not() -> None:
+def test_differing_quantities_become_a_range_and_versions_do_not() -> None:
     def rows(check: str, status: str, *texts: str) -> list[Finding]:
         return [
             Finding(status, check, text, hosts=(f"n{i}",)) for i, text in enumerate(texts, start=1)
@@ -118,56 +122,66 @@ def test_quantities_that_differ_are_given_as_a_range_and_versions_are_not() -> N
     assert len(together(rows("versions", OK, "torch 2.13.0, x", "torch 2.12.0, x"), hosts)) == 2
 
 
-def test_many_hosts_are_not_all_named() -> None:
+def test_names_of_many_hosts_are_shortened() -> None:
     assert findings.named([f"n{i}" for i in range(9)]) == "n0, n1, n2, n3 and 5 more"
     assert findings.named(["n0", "n1"], 2) == "all 2 hosts"
 
 
-def test_a_check_that_fails_or_hangs_is_a_row_and_the_others_go_on(
+def test_failing_or_hanging_check_is_a_row_and_the_others_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def broken() -> Iterator[Finding]:
-        yield Finding(OK, "never", "seen")
+    def broken(site: Site) -> Iterator[tuple[str, str]]:
+        yield OK, "never seen"
         raise RuntimeError("no driver\nand a long story")
 
     released = threading.Event()
 
-    def hanging() -> Iterator[Finding]:
+    def hanging(site: Site) -> Iterator[tuple[str, str]]:
         released.wait(60)
         yield from ()
 
+    def without_package(site: Site) -> Iterator[tuple[str, str]]:
+        raise ImportError("which the check of imports reports")
+
     monkeypatch.setattr(findings, "_SHORTEST_SECONDS", 0.2)
-    checks = {"a": broken, "b": hanging, "c": lambda: [Finding(OK, "c", "fine")]}
+    looks = {"a": broken, "b": hanging, "c": without_package, "d": lambda _: [(OK, "fine")]}
+    checks = [Check(name, "the check's advice", look) for name, look in looks.items()]
     began = time.monotonic()
-    found = examine(checks, "n1", 0.2)
+    rows = examine(checks, Site(Path()), "n1", 0.2)
     released.set()
     assert time.monotonic() - began < 10
-    assert [(f.status, f.check, f.hosts) for f in found] == [
+    assert [(f.status, f.check, f.hosts) for f in rows] == [
         (WRONG, "a", ("n1",)),
         (WRONG, "b", ("n1",)),
-        (OK, "c", ("n1",)),
+        (OK, "d", ("n1",)),
     ]
-    assert found[0].seen == "RuntimeError: no driver"
-    assert "no answer within" in found[1].seen
+    assert (rows[0].seen, rows[0].fix) == ("RuntimeError: no driver", "the check's advice")
+    assert "no answer within" in rows[1].seen and "waits for" in rows[1].fix
 
 
-def test_an_error_of_torch_is_told_without_its_stack() -> None:
+def test_errors_of_torch_are_cut_to_their_first_line() -> None:
     error = RuntimeError("Connection refused\nException raised from here at socket.cpp:1\n#0 x")
     assert findings.error_text(error) == "RuntimeError: Connection refused"
     assert findings.error_text(ValueError()) == "ValueError"
 
 
+def test_every_check_has_a_name_of_its_own_and_advice() -> None:
+    names = [check.name for check in run.CHECKS]
+    assert len(names) == len(set(names))
+    assert [check.name for check in run.CHECKS if not check.fix] == ["versions"]
+
+
 # Software
 
 
-def test_versions_are_named_in_one_row() -> None:
-    found = software.versions()
-    assert {"neftune-dist", "python", "torch", "transformers", "deepspeed"} <= set(found)
-    finding = only(software.check_versions(found))
+def test_versions_are_one_row_and_kept_for_the_comparison(tmp_path: Path) -> None:
+    kept: dict[str, str] = {}
+    finding = only(found("versions", versions=kept))
+    assert {"neftune-dist", "python", "torch", "transformers", "deepspeed"} <= set(kept)
     assert finding.status == OK and f"torch {torch.__version__}" in finding.seen
 
 
-def test_the_digest_of_the_sources_tells_an_edit(
+def test_digest_of_the_sources_changes_with_an_edit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "__init__.py").write_text("a = 1")
@@ -177,173 +191,140 @@ def test_the_digest_of_the_sources_tells_an_edit(
     assert software.versions()["neftune-dist"] != before
 
 
-def test_versions_that_differ_between_hosts_are_named() -> None:
+def test_differing_versions_are_named_with_their_hosts() -> None:
     of_hosts = {
         "n1": {"torch": "2.13.0", "driver": "570", "NCCL": "2.27.3"},
         "n2": {"torch": "2.12.0", "driver": "580"},
         "n3": {"torch": "2.13.0", "driver": "570", "NCCL": "2.27.3"},
     }
-    found = by_check(software.compare_versions(of_hosts))
-    assert {name: each.status for name, each in found.items()} == {
+    rows = {row.check: row for row in software.compare_versions(of_hosts)}
+    assert {name: row.status for name, row in rows.items()} == {
         "torch differs": WRONG,
         "driver differs": WARNING,
         "NCCL differs": WRONG,
     }
-    assert found["torch differs"].seen == "2.13.0 on n1, n3; 2.12.0 on n2"
-    assert found["NCCL differs"].seen == "2.27.3 on n1, n3; none on n2"
+    assert rows["torch differs"].seen == "2.13.0 on n1, n3; 2.12.0 on n2"
+    assert rows["NCCL differs"].seen == "2.27.3 on n1, n3; none on n2"
     assert not list(software.compare_versions({"n1": {"torch": "1"}, "n2": {"torch": "1"}}))
 
 
-class FakePackages:
-    """Installed packages by name: version, and what they need."""
-
-    def __init__(self, packages: dict[str, tuple[str, list[str]]], wheel: str = "") -> None:
-        self.packages, self.wheel = packages, wheel
-
-    def distribution(self, name: str) -> Any:
-        if name.lower() not in self.packages:
-            raise PackageNotFoundError(name)
-        version, requires = self.packages[name.lower()]
-        return SimpleNamespace(
-            version=version,
-            requires=requires,
-            metadata={"Name": name},
-            read_text=lambda _: self.wheel,
-        )
-
-    def distributions(self) -> list[Any]:
-        return [self.distribution(name) for name in self.packages]
-
-    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for module in (software, conflicts):
-            for name in ("distribution", "distributions"):
-                monkeypatch.setattr(module, name, getattr(self, name), raising=False)
-
-
-def test_packages_that_do_not_fit_each_other_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    packages = {
-        "neftune-dist": ("1", ["torch>=2", "a", 'z; extra == "x"', 'e; python_version < "3"']),
-        "torch": ("2.13.0+cpu", ["b<2"]),
-        "a": ("1", ["c>=1"]),
-        "b": ("1.5", []),
-        "c": ("1", ["not a requirement !"]),
-        "torchvision": ("0.28", ["torch==2.13.0", "absent"]),
-        "other": ("3", ["c>=9"]),  # which is nothing to us
-    }
-    FakePackages(packages).install(monkeypatch)
-    finding = only(software.check_requirements())
-    assert finding == Finding(OK, "requirements", "2 packages are there and fit each other")
-    packages |= {"b": ("2.1", []), "torchvision": ("0.20", ["torch==2.5.0"])}
-    del packages["c"]
-    found = list(software.check_requirements())
-    assert sorted((each.status, each.seen) for each in found) == [
-        (WARNING, "torchvision 0.20 needs torch==2.5.0, found 2.13.0+cpu"),
-        (WRONG, "a 1 needs c>=1, found none"),
-        (WRONG, "torch 2.13.0+cpu needs b<2, found 2.1"),
-    ]
-    assert "uninstall torchvision" in next(f for f in found if f.status == WARNING).fix
-
-
-@pytest.mark.parametrize("version", ["1.13.1", None])
-def test_an_old_or_missing_torch_is_wrong(
-    version: str | None, monkeypatch: pytest.MonkeyPatch
+def install(
+    folder: Path, name: str, version: str, *needed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    packages: dict[str, tuple[str, list[str]]] = {"neftune-dist": ("1", ["torch>=2.11"])}
-    if version:
-        packages["torch"] = (version, [])
-    FakePackages(packages).install(monkeypatch)
-    finding = only(software.check_requirements())
-    assert finding.status == WRONG and 'install "torch>=' in finding.fix
-    assert finding.seen.endswith(f"needs torch>=2.11, found {version or 'none'}")
+    """Put the record of a package where Python and pip find it first."""
+    record = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    record.mkdir()
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+    lines += [f"Requires-Dist: {text}" for text in needed]
+    (record / "METADATA").write_text("\n".join(lines) + "\n")
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.syspath_prepend(folder)
 
 
-def test_what_is_installed_here_satisfies_each_other() -> None:
-    assert [f.seen for f in software.check_requirements() if f.status == WRONG] == []
+def test_requirements_of_a_run_are_wrong_and_those_on_it_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def put(name: str, version: str, *needed: str) -> None:
+        install(tmp_path, name, version, *needed, monkeypatch=monkeypatch)
+
+    needed = ("torch>=2", "fits", 'extra-one; extra == "x"', 'old; python_version < "3"')
+    put("neftune-dist", "1", *needed)
+    put("torch", "2.13.0+cpu", "absent-one")
+    put("fits", "1", "fits-two<2")
+    put("fits-two", "2.1")
+    put("torchvision", "0.20", "torch==2.5.0")
+    put("other", "3", "fits-two>=9")  # which is nothing to us
+    rows = {row.seen: row.status for row in found("requirements")}
+    assert rows == {
+        "torch 2.13.0+cpu requires absent-one, which is not installed": WRONG,
+        "fits 1 has requirement fits-two<2, but you have fits-two 2.1": WRONG,
+        "torchvision 0.20 has requirement torch==2.5.0, but you have torch 2.13.0+cpu": WARNING,
+    }
 
 
-def test_a_package_that_cannot_be_imported_is_wrong(
+def test_old_torch_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, "torch", "1.13.1", monkeypatch=monkeypatch)
+    rows = [row.seen for row in found("requirements") if row.status == WRONG]
+    assert any("neftune-dist" in seen and "you have torch 1.13.1" in seen for seen in rows)
+
+
+def test_missing_pip_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = SimpleNamespace(stdout="", stderr="python: No module named pip", returncode=1)
+    monkeypatch.setattr(software.subprocess, "run", lambda *_, **__: answer)
+    finding = only(found("requirements"))
+    assert finding.status == OK and "no pip" in finding.seen
+
+
+def test_requirements_are_met_here() -> None:
+    assert [row.seen for row in found("requirements") if row.status == WRONG] == []
+
+
+def test_package_that_cannot_be_imported_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "good.py").write_text("print('noise')")
-    (tmp_path / "flash.py").write_text("raise ImportError('undefined symbol: _ZN3c10\\nmore')")
+    (tmp_path / "flash.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
     (tmp_path / "crashes.py").write_text("import os; os._exit(3)")
     (tmp_path / "hangs.py").write_text("import time; time.sleep(60)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(software, "_IMPORTED_IF_THERE", {})
-    monkeypatch.setattr(software, "_IMPORTED", ("good",))
-    assert only(software.check_imports()).status == OK
-    monkeypatch.setattr(software, "_SLOW_IMPORT_SECONDS", 0.0)
-    assert only(software.check_imports()).status == WARNING
-
     monkeypatch.setattr(software, "_IMPORTED_IF_THERE", {"pytest": "flash", "missing": "no"})
     monkeypatch.setattr(software, "_IMPORTED", ("good",))
-    finding = only(software.check_imports())
-    assert finding.status == WRONG and "uninstall pytest" in finding.fix
+    finding = only(found("imports"))
+    assert finding.status == WRONG and "uninstall" in finding.fix
     assert finding.seen == "flash cannot be imported: ImportError: undefined symbol: _ZN3c10"
 
     monkeypatch.setattr(software, "_IMPORTED_IF_THERE", {})
     monkeypatch.setattr(software, "_IMPORTED", ("good", "crashes", "flash"))
-    assert "crashes cannot be imported: the process ended with code 3" in {
-        each.seen for each in software.check_imports()
-    }
+    seen = {row.seen for row in found("imports")}
+    assert len(seen) == 2 and "crashes cannot be imported: exit code 3" in seen
+    monkeypatch.setattr(software, "_IMPORTED", ("good",))
+    assert statuses("imports") == [OK]
     monkeypatch.setattr(software, "_IMPORTED", ("good", "hangs"))
     monkeypatch.setattr(software, "_IMPORT_SECONDS", 1.0)
-    assert only(software.check_imports()).seen.startswith("hangs cannot be imported: it took more")
+    assert only(found("imports")).seen.startswith("hangs cannot be imported: it took more")
 
 
 # Known conflicts
 
 
-def conflict(found: Callable[[], str]) -> str:
-    """What a conflict's own function sees, which must be one of the table's."""
-    assert found in [each.found for each in conflicts.CONFLICTS]
-    return found()
-
-
-def test_no_conflict_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_nccl_packages_or_another_library_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages = {"nvidia-nccl-cu13": "2.27.7", "nvidia-nccl-cu12-stubs": "1"}
     monkeypatch.setattr(
-        conflicts, "CONFLICTS", (conflicts.Conflict("x", WRONG, lambda: "", "never"),)
+        software,
+        "distributions",
+        lambda: [SimpleNamespace(metadata={"Name": n}, version=v) for n, v in packages.items()],
     )
-    assert only(conflicts.check_conflicts()).status == OK
-
-
-def test_a_conflict_that_cannot_be_looked_for_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails() -> str:
-        raise OSError("no such library")
-
-    monkeypatch.setattr(conflicts, "CONFLICTS", (conflicts.Conflict("x", WRONG, fails, "mend"),))
-    assert only(conflicts.check_conflicts()).seen == "OSError: no such library"
-
-
-def test_nccl_twice_or_another_one_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    packages = {"nvidia-nccl-cu13": ("2.27.7", []), "nvidia-nccl-cu12-stubs": ("1", [])}
-    FakePackages(packages).install(monkeypatch)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 7))
-    assert not conflict(conflicts._two_nccls) and not conflict(conflicts._shadowed_nccl)
+    assert found("NCCL") == []
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 19, 3, "x"))
-    assert conflict(conflicts._shadowed_nccl) == (
-        "NCCL 2.19.3 is loaded instead of nvidia-nccl-cu13 2.27.7"
-    )
-    packages["nvidia-nccl-cu12"] = ("2.27.3", [])
-    assert "overwrite each other" in conflict(conflicts._two_nccls)
+    finding = only(found("NCCL"))
+    assert finding.status == WARNING
+    assert finding.seen == "NCCL 2.19.3 is loaded instead of nvidia-nccl-cu13 2.27.7"
+    packages["nvidia-nccl-cu12"] = "2.27.3"
+    finding = only(found("NCCL"))
+    assert finding.status == WRONG and "overwrite each other" in finding.seen
 
 
-def test_missing_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_compilers_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seen() -> list[tuple[str, str]]:
+        return [(row.status, row.seen) for row in found("compiler")]
+
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert conflict(conflicts._no_cxx) == "no c++ found"
+    assert seen() == [(WARNING, "no c++ found")]
     program(tmp_path / "mine", "")
     monkeypatch.setenv("CXX", "mine -O2")
-    assert not conflict(conflicts._no_cxx)
+    assert seen() == []
 
-    assert not conflict(conflicts._no_triton_compiler)  # there is no GPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert conflict(conflicts._no_triton_compiler) == "no gcc or clang found"
+    assert seen() == [(WRONG, "no gcc or clang found")]
     monkeypatch.setenv("CC", "mine -O2")
-    monkeypatch.setattr(conflicts.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
-    assert conflict(conflicts._no_triton_compiler) == f"no {tmp_path}/Python.h"
+    monkeypatch.setattr(software.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    assert seen() == [(WRONG, f"no {tmp_path}/Python.h")]
     (tmp_path / "Python.h").write_text("")
-    assert not conflict(conflicts._no_triton_compiler)
+    assert seen() == []
 
 
 @pytest.mark.parametrize(
@@ -357,19 +338,20 @@ def test_missing_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ("GLOO_SOCKET_IFNAME", "eth", True),
     ],
 )
-def test_an_interface_that_is_not_there(
+def test_unknown_interface_is_wrong(
     variable: str, value: str, is_one: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conflicts.socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
+    monkeypatch.setattr(software.socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
     monkeypatch.setenv(variable, value)
-    assert bool(conflict(conflicts._unknown_interface)) == is_one
+    assert statuses("interfaces") == ([WRONG] if is_one else [])
 
 
-def test_variables_that_slow_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_that_slow_a_run_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "0")
-    assert not conflict(conflicts._slowing_variables)
+    assert found("environment") == []
     monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
-    assert conflict(conflicts._slowing_variables) == "NCCL_P2P_DISABLE=1"
+    finding = only(found("environment"))
+    assert (finding.status, finding.seen) == (WARNING, "NCCL_P2P_DISABLE=1")
 
 
 # GPUs
@@ -393,99 +375,78 @@ def device(uuid: str, name: str = "NVIDIA H100", gib: int = 80, major: int = 9) 
     return SimpleNamespace(name=name, total_memory=gib * GIB, major=major, minor=0, uuid=uuid)
 
 
-def fake_smi(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: str = "", topology: str = ""
-) -> None:
-    (tmp_path / "gpus").write_text(gpus)
-    (tmp_path / "topology").write_text(topology)
-    script = f'case "$1" in topo) cat {tmp_path}/topology;; *) cat {tmp_path}/gpus;; esac'
-    program(tmp_path / "bin" / "nvidia-smi", script)
+def fake_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: str = "") -> None:
+    (tmp_path / "gpus").write_text(rows)
+    program(tmp_path / "bin" / "nvidia-smi", f"cat {tmp_path}/gpus")
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
 
 
-def test_gpus_of_a_kind_are_one_row_with_memory_and_bf16(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gpus_of_a_kind_are_one_row_with_memory_and_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpus(monkeypatch, device("a"), device("b"), device("c", "Old", 16, 7))
-    fake_smi(tmp_path, monkeypatch, "GPU-a, 4, 0\nGPU-b, 4, [N/A]\nGPU-c, 4, 0\n")
-    assert [(f.status, f.check, f.seen) for f in gpus.check_gpus(2)] == [
+    assert [(f.status, f.check, f.seen) for f in found("GPUs")] == [
         (OK, "GPUs", "2 x NVIDIA H100, 80 GiB, capability 9.0, bf16"),
         (WARNING, "GPUs", "1 x Old, 16 GiB, capability 7.0, no bf16"),
     ]
 
 
-def test_a_gpu_in_use_or_with_memory_errors_is_named(
+def test_gpus_in_use_or_with_memory_errors_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake_gpus(monkeypatch, device("a"), device("b"))
-    fake_smi(tmp_path, monkeypatch, "GPU-hidden, 9000, 9\nGPU-b, 20480, 0\nGPU-a, 4, 7\n")
-    found = by_check(gpus.check_gpus(2))
-    assert (found["GPU 1"].status, found["GPU 1"].seen) == (
-        WARNING,
-        "20.0 GiB are in use by another process",
-    )
-    assert found["GPU 0"].status == WRONG and found["GPU 0"].seen.startswith("7 uncorrected")
-    assert len(found) == 3
+    assert found("GPU state") == []  # no GPU
+    fake_gpus(monkeypatch, device("a"), device("b"), device("c"))
+    gpus_of_node = "GPU-hidden, 9000, 9\nGPU-b, 20480, 0\nGPU-a, 4, 7\nGPU-c, 4, [N/A]\n"
+    fake_smi(tmp_path, monkeypatch, gpus_of_node)
+    in_use, broken = found("GPU state")
+    assert in_use.status == WARNING
+    assert in_use.seen.startswith("GPU 1: 20.0 GiB are in use by another process")
+    assert broken.status == WRONG and broken.seen.startswith("GPU 0: 7 uncorrected")
 
 
-def test_more_ranks_than_gpus_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_more_ranks_than_gpus_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert found("GPU per rank", num_ranks=2) == []  # no GPU
     fake_gpus(monkeypatch, device("a"))
-    fake_smi(tmp_path, monkeypatch)
-    assert [f.status for f in gpus.check_gpus(2)] == [OK, WRONG]
+    assert found("GPU per rank", num_ranks=1) == []
+    assert statuses("GPU per rank", num_ranks=2) == [WRONG]
 
 
-def test_a_failing_nvidia_smi_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_failing_nvidia_smi_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake_gpus(monkeypatch, device("a"))
     message = "Failed to initialize NVML: Driver/library version mismatch"
     program(tmp_path / "bin" / "nvidia-smi", f"echo '{message}'; exit 18")
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    finding = by_check(gpus.check_gpus(1))["nvidia-smi"]
+    finding = only(found("GPU state"))
     assert finding.status == WRONG and message in finding.seen
     assert "driver" not in software.versions()
 
 
-def test_a_gpu_that_torch_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_that_torch_does_not_see_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gpus, "_DEVICE", tmp_path / "nvidia0")
-    assert only(gpus.check_gpus(1)).status == OK
+    assert statuses("GPUs") == [OK]
     (tmp_path / "nvidia0").write_text("")
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert only(gpus.check_gpus(1)).status == WARNING
+    assert statuses("GPUs") == [WARNING]
 
     def fails() -> None:
         raise RuntimeError("The NVIDIA driver on your system is too old")
 
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "init", fails)
-    finding = only(gpus.check_gpus(1))
+    finding = only(found("GPUs"))
     assert finding.status == WRONG and "driver on your system is too old" in finding.seen
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert only(gpus.check_gpus(1)).status == OK
+    assert statuses("GPUs") == [OK]
 
 
-TOPOLOGY = """\
-\t\x1b[4mGPU0\tGPU1\tGPU2\tNIC0\tCPU Affinity\tNUMA Affinity\x1b[0m
-GPU0\t X \tNV18\tSYS\tPIX\t0-31\t0
-GPU1\tNV18\t X \tSYS\tSYS\t0-31\t0
-GPU2\tSYS\tSYS\t X \tSYS\t32-63\t1
-NIC0\tPIX\tSYS\tSYS\t X \t\t
-
-Legend:
-  X    = Self
-"""
-
-
-def test_links_between_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert gpus.link_types(TOPOLOGY) == ["NV18", "SYS", "SYS"]
-    assert list(gpus.check_links()) == []  # no GPU
-    fake_smi(tmp_path, monkeypatch, topology=TOPOLOGY)
+def test_missing_peer_access_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert found("GPU links") == []  # no GPU
     fake_gpus(monkeypatch, device("a"), device("b"), device("c"))
-    finding = only(gpus.check_links())
-    assert finding.status == OK
-    assert finding.seen.startswith("NVLink (NV18) between 1 pairs, PCIe (SYS) between 2 pairs")
+    assert statuses("GPU links") == [OK]
     fake_gpus(monkeypatch, device("a"), device("b"), device("c"), peers=False)
-    finding = only(gpus.check_links())
+    finding = only(found("GPU links"))
     assert finding.status == WARNING
-    assert finding.seen.endswith("no peer access in 2: 0 and 2, 1 and 2")
+    assert finding.seen == "no peer access in 2 of 3 pairs: 0 and 2, 1 and 2"
 
 
 # Memory, cores, limits
@@ -507,10 +468,10 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str]
 
 
 def test_memory_of_the_machine(root: Callable[[str, str], None]) -> None:
-    finding = by_check(machine.check_memory(8))["host memory"]
+    finding = only(found("host memory", num_ranks=8))
     assert (finding.status, finding.seen) == (OK, "60.0 GiB of 64.0 GiB available")
     root("proc/meminfo", f"MemTotal: {64 * 2**20} kB\nMemAvailable: {7 * 2**20} kB\n")
-    assert by_check(machine.check_memory(8))["host memory"].status == WARNING
+    assert statuses("host memory", num_ranks=8) == [WARNING]
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -528,21 +489,21 @@ def test_memory_of_a_job_is_its_control_groups(
         root("sys/fs/cgroup/memory/memory.limit_in_bytes", str(2**63 - 4096))
     root(f"{base}/memory.{limit}", str(8 * GIB))
     root(f"{base}/memory.{used}", str(7 * GIB))
-    finding = by_check(machine.check_memory(2))["host memory"]
+    finding = only(found("host memory", num_ranks=2))
     assert finding.status == WARNING
     assert finding.seen == "1.0 GiB of 8.0 GiB available, the job's limit (of 64.0 GiB)"
     root(f"{base}/memory.stat", f"anon 1\n{free} {3 * GIB}\n")  # cached files can be dropped
-    finding = by_check(machine.check_memory(2))["host memory"]
+    finding = only(found("host memory", num_ranks=2))
     assert finding.status == OK and finding.seen.startswith("4.0 GiB of 8.0 GiB")
 
 
-def test_little_shared_memory_is_a_warning_for_several_ranks(
+def test_low_shared_memory_is_a_warning_for_several_ranks(
     root: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = SimpleNamespace(free=64 * 2**20, total=64 * 2**20)
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage)
-    assert by_check(machine.check_memory(1))["shared memory"].status == OK
-    finding = by_check(machine.check_memory(2))["shared memory"]
+    assert statuses("shared memory", num_ranks=1) == [OK]
+    finding = only(found("shared memory", num_ranks=2))
     assert finding.status == WARNING and "0.06 GiB" in finding.seen and "--shm-size" in finding.fix
 
 
@@ -573,11 +534,12 @@ def test_cores_are_those_this_process_may_use(
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     for path, text in files.items():
         root(path, text)
-    finding = only(machine.check_cores(1, 0))
+    finding = only(found("cores", num_ranks=1))
     assert (finding.status, finding.seen) == (OK, f"{quota or 4:g} of 64 for 1 rank")
-    assert only(machine.check_cores(2, 0)).status == (WARNING if quota else OK)
+    assert statuses("cores", num_ranks=2) == [WARNING if quota else OK]
     # srun without --cpus-per-task, before torchrun starts a process a GPU
-    finding = only(machine.check_cores(1, 8))
+    fake_gpus(monkeypatch, *map(device, "abcdefgh"))
+    finding = only(found("cores", num_ranks=1))
     assert finding.status == WARNING and "for 8 ranks" in finding.seen
 
 
@@ -586,72 +548,71 @@ def limits(monkeypatch: pytest.MonkeyPatch, files: int, locked: int) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda which: (values[which], values[which]))
 
 
-def test_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_files_of_a_large_world(monkeypatch: pytest.MonkeyPatch) -> None:
     limits(monkeypatch, 1024, 0)
-    assert only(machine.check_limits(8, 1)).status == OK
-    assert only(machine.check_limits(512, 1)).status == WARNING
+    assert statuses("open files", num_all_ranks=8) == [OK]
+    assert statuses("open files", num_all_ranks=512) == [WARNING]
     limits(monkeypatch, resource.RLIM_INFINITY, 0)
-    assert only(machine.check_limits(512, 1)).status == OK
+    assert statuses("open files", num_all_ranks=512) == [OK]
 
 
-def test_locked_memory_matters_where_infiniband_is(
+def test_locked_memory_matters_with_infiniband(
     root: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits(monkeypatch, 65536, 8 * 2**20)
-    found = by_check(machine.check_limits(8, 2))
-    assert set(found) == {"open files", "InfiniBand"} and found["InfiniBand"].status == OK
+    assert found("InfiniBand", num_hosts=1) == []
+    assert statuses("InfiniBand", num_hosts=2) == [OK]  # none
     port = "sys/class/infiniband/mlx5_0/ports/1"
     root(f"{port}/state", "1: DOWN\n")
     root(f"{port}/rate", "400 Gb/sec (4X NDR)\n")
-    assert by_check(machine.check_limits(8, 2))["InfiniBand"].status == WARNING
+    assert statuses("InfiniBand", num_hosts=2) == [WARNING]
     root(f"{port}/state", "4: ACTIVE\n")
-    found = by_check(machine.check_limits(8, 2))
-    assert found["InfiniBand"].seen == "mlx5_0 port 1 400 Gb/sec"
-    assert (found["locked memory"].status, found["locked memory"].seen) == (WARNING, "8 MiB")
+    card, locked = found("InfiniBand", num_hosts=2)
+    assert (card.status, card.seen) == (OK, "mlx5_0 port 1 400 Gb/sec")
+    assert locked.status == WARNING and "8 MiB" in locked.seen
     limits(monkeypatch, 65536, resource.RLIM_INFINITY)
-    assert by_check(machine.check_limits(8, 2))["locked memory"].status == OK
+    assert statuses("InfiniBand", num_hosts=2) == [OK]
 
 
 # The run directory
 
 
-def test_a_run_directory_below_a_file_is_wrong(tmp_path: Path) -> None:
+def test_run_directory_below_a_file_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    finding = only(machine.check_run_dir(tmp_path / "file" / "runs"))
+    finding = only(found("run directory", tmp_path / "file" / "runs"))
     assert finding.status == WRONG and "--run-dir" in finding.fix
 
 
-def test_the_probe_of_the_disk_is_synced_read_back_and_removed(
+def test_probe_of_the_disk_is_synced_read_back_and_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
     monkeypatch.setattr(os, "fsync", lambda number: sizes.append(os.fstat(number).st_size))
-    seen = only(machine.check_run_dir(tmp_path / "not" / "there")).seen
-    assert "MiB/s written" in seen and "MiB/s read" in seen
+    assert "MiB/s written" in only(found("run directory", tmp_path / "not" / "there")).seen
     assert sizes == [64 * 2**20]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_loses_data_is_slow_or_full(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("limit", ["_SLOW_DISK_MIB", "_LOW_DISK_GIB"])
+def test_slow_or_full_disk_is_a_warning(
+    limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "_SLOW_DISK_MIB", 10**9)
-    finding = only(machine.check_run_dir(tmp_path))
-    assert finding.status == WARNING and "minutes" in finding.fix
-    monkeypatch.setattr(machine, "_LOW_DISK_GIB", 10**9)
-    finding = only(machine.check_run_dir(tmp_path))
+    monkeypatch.setattr(machine, limit, 10**9)
+    finding = only(found("run directory", tmp_path))
     assert finding.status == WARNING and "plan" in finding.fix
 
+
+def test_disk_that_loses_data_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def loses(number: int, *_: int) -> None:
         os.pwrite(number, b"\0" * 64, 0)
 
     monkeypatch.setattr(os, "posix_fadvise", loses)
-    finding = only(machine.check_run_dir(tmp_path))
+    finding = only(found("run directory", tmp_path))
     assert finding.status == WRONG and "not what was written" in finding.seen
     assert list(tmp_path.iterdir()) == []
 
 
-# The hub
+# The model
 
 
 @pytest.fixture
@@ -661,88 +622,56 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_the_hub_is_not_asked_in_offline_mode(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
-    finding = by_check(machine.check_hub(None))["hub"]
-    assert finding.status == OK and "HF_HUB_OFFLINE" in finding.seen
+def test_model_is_a_directory_or_in_the_cache(cache: Path, tmp_path: Path) -> None:
+    assert found("model") == []
+    finding = only(found("model", model="a/b"))
+    assert finding.status == WRONG and "offline mode" in finding.seen
+    snapshot = cache / "models--a--b" / "snapshots" / "1234"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (cache / "models--a--b" / "refs").mkdir()
+    (cache / "models--a--b" / "refs" / "main").write_text("1234")
+    assert statuses("model", model="a/b") == [OK]
+    (tmp_path / "model").mkdir()
+    assert statuses("model", model=str(tmp_path / "model")) == [WRONG]
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert statuses("model", model=str(tmp_path / "model")) == [OK]
 
 
-@pytest.mark.parametrize(("answer", "status"), [(200, OK), (404, OK), (503, WARNING)])
-def test_a_hub_that_answers_is_reached(
+@pytest.mark.parametrize(("answer", "status"), [(200, OK), (404, WRONG), (401, WRONG)])
+def test_hub_is_asked_for_a_model_that_is_not_here(
     answer: int, status: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked: list[str] = []
+
     class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            body = b'{"id": "c/d"}'
             self.send_response(answer)
+            self.send_header("Content-Length", str(len(body)))
             self.end_headers()
+            self.wfile.write(body)
 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.handle_request, daemon=True)
         thread.start()
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        assert by_check(machine.check_hub(None))["hub"].status == status
+        assert statuses("model", model="c/d") == [status]
         thread.join(5)
+    assert asked == ["/api/models/c/d"]
 
 
-@pytest.mark.parametrize("listening", [True, False])
-def test_a_hub_that_is_silent_or_away_is_a_warning(
-    listening: bool, cache: Path, monkeypatch: pytest.MonkeyPatch
+def test_hub_that_is_away_is_wrong_for_a_model_that_is_not_here(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        if listening:
-            listener.listen()
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{listener.getsockname()[1]}")
-        monkeypatch.setattr(machine, "_HUB_SECONDS", 0.5)
-        finding = by_check(machine.check_hub(None))["hub"]
-    assert finding.status == WARNING and "not reached" in finding.seen
-
-
-def test_a_name_server_that_is_silent_is_not_waited_for(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    released = threading.Event()
-    session = SimpleNamespace(head=lambda url, timeout: released.wait(30))
-    monkeypatch.setattr(huggingface_hub, "get_session", lambda: session)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(machine, "_HUB_SECONDS", 0.5)
-    began = time.monotonic()
-    finding = by_check(machine.check_hub(None))["hub"]
-    released.set()
-    assert time.monotonic() - began < 10
-    assert finding.status == WARNING and "no answer" in finding.seen
-
-
-def test_the_cache_of_the_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "GiB free" in by_check(machine.check_hub(None))["hub cache"].seen
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    finding = by_check(machine.check_hub(None))["hub cache"]
-    assert finding.status == WARNING and "HF_HOME" in finding.fix
-
-
-def test_a_model_is_a_directory_or_cached_or_to_be_had(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def status(model: str) -> str:
-        return by_check(machine.check_hub(model))["model"].status
-
-    assert status("a/b") == WRONG  # offline
-    snapshot = cache / "models--a--b" / "snapshots" / "1234"
-    snapshot.mkdir(parents=True)
-    (snapshot / "config.json").write_text("{}")
-    (cache / "models--a--b" / "refs").mkdir()
-    (cache / "models--a--b" / "refs" / "main").write_text("1234")
-    assert status("a/b") == OK
-    (tmp_path / "model").mkdir()
-    assert status(str(tmp_path / "model")) == WRONG
-    (tmp_path / "model" / "config.json").write_text("{}")
-    assert status(str(tmp_path / "model")) == OK
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    session = SimpleNamespace(head=lambda url, timeout: SimpleNamespace(status_code=200))
-    monkeypatch.setattr(huggingface_hub, "get_session", lambda: session)
-    assert status("c/d") == OK
+        finding = only(found("model", model="c/d"))
+    assert finding.status == WRONG and "cache" in finding.fix
 
 
 # Where ranks meet
@@ -817,20 +746,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_ranks_that_do_not_come_are_not_waited_for_and_late_ones_are_told() -> None:
-    notices: list[str] = []
+def test_absent_ranks_are_not_waited_for_and_late_ones_are_refused() -> None:
     port = free_port()
-    ranks = meet(Place(0, 3, 0, 1, "127.0.0.1", port), 0.5, notices.append)
+    ranks = meet(Place(0, 3, 0, 1, "127.0.0.1", port), 0.5)
     assert list(ranks.host_of) == [0]
     with pytest.raises(TimeoutError, match="gone on without it"):
-        meet(Place(2, 3, 0, 1, "127.0.0.1", port), 0.5, notices.append)
-
-
-def test_ranks_that_are_waited_for_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module_of_ranks, "_NOTICE_SECONDS", 0.1)
-    notices: list[str] = []
-    meet(Place(0, 3, 0, 1, "127.0.0.1", free_port()), 0.5, notices.append)
-    assert set(notices) == {"waiting for ranks 1, 2"}
+        meet(Place(2, 3, 0, 1, "127.0.0.1", port), 0.5)
 
 
 def ranks_on(host_of: dict[int, str], rank: int = 0, size: int = 4) -> Ranks:
@@ -854,15 +775,15 @@ HOST_OF = {0: "n1", 1: "n1", 2: "n2", 3: "n3"}
     ("seen", "text"),
     [
         ({0: [0, 2, 3], 2: [0], 3: [0]}, ""),
-        ({0: [0, 2, 3], 2: [], 3: [0]}, "n2 does not see what n1 writes"),
-        ({0: [0, 2], 2: [0], 3: [0]}, "n1 does not see what n3 writes"),
-        ({0: [0], 2: []}, "n2, n3 do not see what n1 writes; n1 does not see what n2, n3 writes"),
+        ({0: [0, 2, 3], 2: [], 3: [0]}, "n2 cannot see files of n1"),
+        ({0: [0, 2], 2: [0], 3: [0]}, "n1 cannot see files of n3"),
+        ({0: [0], 2: []}, "n2, n3 cannot see files of n1; n1 cannot see files of n2, n3"),
     ],
 )
 def test_hosts_that_do_not_share_the_run_directory(
     seen: dict[int, list[int]], text: str, tmp_path: Path
 ) -> None:
-    finding = only(nodes._shared(tmp_path, ranks_on(HOST_OF), [0, 2, 3], seen))
+    finding = nodes._shared(tmp_path, HOST_OF, [0, 2, 3], seen)
     if text:
         assert finding.status == WRONG
         assert finding.seen == f"run_dir={tmp_path} is not shared: {text}"
@@ -871,63 +792,48 @@ def test_hosts_that_do_not_share_the_run_directory(
         assert finding.status == OK
 
 
-def test_a_file_with_other_content_is_not_seen(
+def test_files_that_do_not_appear_are_not_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nodes, "_SEEN_SECONDS", 0.3)
-    (tmp_path / "a").write_text("right")
-    (tmp_path / "b").write_text("wro")
-    sought = {
-        tmp_path / "a": (0, "right"),
-        tmp_path / "b": (1, "wrong"),
-        tmp_path / "c": (2, ""),
-    }
-    assert nodes._seen(sought) == [0]
+    monkeypatch.setattr(nodes, "_SEEN_SECONDS", 0.5)
+    (tmp_path / "a").touch()
+    threading.Timer(0.2, (tmp_path / "b").touch).start()
+    assert nodes._seen(tmp_path, {"a": 0, "b": 1, "c": 2}) == [0, 1]
 
 
-def result(**differences: Any) -> dict[str, Any]:
-    seconds = {"all_reduce": 0.01, "all_gather": 0.02}
-    return {"device": "cpu", "wrong": [], "seconds": seconds, "links": {}, **differences}
+def result(**seconds: float) -> dict[str, Any]:
+    return {"device": "cpu", "seconds": {"all_reduce": 0.01, "all_gather": 0.02, **seconds}}
 
 
-def judged(**of_ranks: Any) -> list[Finding]:
-    return list(
-        collectives._judge({int(name[1:]): each for name, each in of_ranks.items()}, HOST_OF)
-    )
+def judged(*results: dict[str, Any] | None) -> list[Finding]:
+    of_ranks = {rank: one for rank, one in enumerate(results) if one is not None}
+    return list(collectives._judge(of_ranks, HOST_OF))
 
 
-def test_collectives_and_their_bandwidth() -> None:
-    slow = result(seconds={"all_reduce": 0.08388608, "all_gather": 0.01})
-    finding = only(judged(r0=result(), r1=result(), r2=slow, r3=result()))
+def test_collectives_are_reported_with_the_slowest_ranks_bandwidth() -> None:
+    slow = result(all_reduce=0.08388608, all_gather=0.01)
+    finding = only(judged(result(), result(), slow, result()))
     assert finding.status == OK
     assert "4 ranks on cpu: all_reduce 0.10, all_gather 0.42 GB/s" in finding.seen
 
 
-def test_a_wrong_collective_names_rank_and_host() -> None:
-    wrong = result(wrong=["all_reduce"])
-    finding = only(judged(r0=result(), r1=result(), r2=wrong, r3=result()))
+def test_wrong_collective_names_rank_and_host() -> None:
+    wrong = {"error": "wrong result of all_reduce"}
+    finding = only(judged(result(), result(), wrong, result()))
     assert (finding.status, finding.hosts) == (WRONG, ("n2",))
-    assert finding.seen == "all_reduce is wrong on rank 2 (n2)"
+    assert finding.seen == "rank 2 (n2): wrong result of all_reduce"
 
 
-def test_ranks_that_fail_wait_or_go_away_are_told_apart() -> None:
-    error = {"error": "RuntimeError: refused"}
-    found = judged(r0={"stuck": 3.0}, r2=error, r3=error)
-    assert [each.seen for each in found] == [
-        "rank 2, 3 (n2, n3): RuntimeError: refused",
-        "rank 1 (n1) went away",
+def test_failed_late_and_absent_ranks_are_distinguished() -> None:
+    error, late = {"error": "RuntimeError: refused"}, {"error": "got no answer within 4 seconds"}
+    rows = judged(late, None, error, error)
+    assert [(row.seen, row.hosts) for row in rows] == [
+        ("rank 1 (n1): went away", ("n1",)),
+        ("rank 2, 3 (n2, n3): RuntimeError: refused", ("n2", "n3")),
     ]
-    found = judged(r0={"stuck": 3.0}, r1=result(), r2={"stuck": 4.0}, r3=result())
-    assert only(found).seen == "rank 0, 2 (n1, n2) got no answer within 4 seconds"
-    assert only(found).hosts == ("n1", "n2")
-
-
-def test_a_slow_link_is_named() -> None:
-    links = {"n1 to n2": 11.0, "n2 to n3": 1.2, "n3 to n1": 10.0}
-    finding = only(collectives._judge_links(links))
-    assert finding.status == WARNING
-    assert finding.seen == "n2 to n3 1.20 GB/s, the median is 10.00"
-    assert only(collectives._judge_links({"a": 2.0, "b": 1.5})).status == OK
+    finding = only(judged(late, result(), late, result()))
+    assert finding.seen == "rank 0, 2 (n1, n2): got no answer within 4 seconds"
+    assert finding.hosts == ("n1", "n2")
 
 
 def test_findings_can_be_sent() -> None:
@@ -936,7 +842,7 @@ def test_findings_can_be_sent() -> None:
     assert only(together([again], ["n1"])) == finding
 
 
-def test_hosts_that_did_not_come_or_not_report_are_named() -> None:
+def test_hosts_that_did_not_come_or_report_are_named() -> None:
     hosts = ("n1", "n2", "n3", "n4")
     missing, silent = run._absent(ranks_on(HOST_OF, size=5), hosts, {0: (), 2: ()})
     assert missing.hosts == ("n4",) and missing.seen.startswith("rank 4 (n4) did not come")

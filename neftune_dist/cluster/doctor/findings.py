@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TypeVar
 
 from neftune_dist.config import UserError
@@ -16,7 +17,6 @@ from neftune_dist.system.text import first_line
 OK, WARNING, WRONG = "ok", "warning", "wrong"
 _MOST_HOSTS_NAMED = 4
 _SHORTEST_SECONDS = 5.0  # that a check has, however late it is
-_LOOK_SECONDS, _GRACE_SECONDS = 0.05, 3.0
 # A measured quantity: a number that a unit follows. A version has no unit, a path no space.
 _QUANTITY = re.compile(r"(?<![\w.:/-])\d+(?:\.\d+)?(?= [A-Za-z])")
 T = TypeVar("T")
@@ -41,14 +41,55 @@ class Finding:
     hosts: tuple[str, ...] = ()
 
 
-def within(seconds: float, work: Callable[[], T], give_up: Callable[[], bool] | None = None) -> T:
+@dataclass(frozen=True)
+class Site:
+    """The run that a host is checked for.
+
+    Attributes:
+        run_dir: where it will write; need not exist.
+        model: a directory or a hub id, if any.
+        num_ranks: ranks on this host.
+        num_all_ranks: ranks on all hosts.
+        num_hosts: hosts of the run.
+        versions: filled by the check of versions; all hosts' are compared.
+    """
+
+    run_dir: Path
+    model: str | None = None
+    num_ranks: int = 1
+    num_all_ranks: int = 1
+    num_hosts: int = 1
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+Look = Callable[[Site], Iterable[tuple[str, str]]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check of one host.
+
+    Attributes:
+        name: a word or two.
+        fix: advice wherever the status is not ok.
+        look: yields a status and an observation for each thing it finds.
+    """
+
+    name: str
+    fix: str
+    look: Look
+
+
+def check(name: str, fix: str = "") -> Callable[[Look], Check]:
+    """Make a function the check of that name."""
+    return lambda look: Check(name, fix, look)
+
+
+def within(seconds: float, work: Callable[[], T]) -> T:
     """Return or raise what `work` does.
 
     It runs in a thread, because name look-ups, network file systems and collectives wait in native
     code that heeds no time limit. A thread that is late is left behind.
-
-    Args:
-        give_up: asked meanwhile; where it is true, `work` has a few seconds left.
 
     Raises:
         TimeoutError: `work` takes longer than `seconds`.
@@ -62,39 +103,38 @@ def within(seconds: float, work: Callable[[], T], give_up: Callable[[], bool] | 
             done.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    began, end = time.monotonic(), time.monotonic() + seconds
-    while not done.done() and time.monotonic() < end:
-        wait([done], min(_LOOK_SECONDS, end - time.monotonic()) if give_up else seconds)
-        if give_up and give_up():
-            end = min(end, time.monotonic() + _GRACE_SECONDS)
-            give_up = None
-    if not done.done():
-        raise TimeoutError(f"no answer within {time.monotonic() - began:.0f} seconds")
-    return done.result()
+    try:
+        return done.result(seconds)
+    except TimeoutError:
+        if done.done():  # the work's own
+            raise
+        raise TimeoutError(f"no answer within {seconds:.0f} seconds") from None
 
 
-def examine(
-    checks: Mapping[str, Callable[[], Iterable[Finding]]], host: str, seconds: float
-) -> list[Finding]:
+def examine(checks: Iterable[Check], site: Site, host: str, seconds: float) -> list[Finding]:
     """Run the checks one after the other; an error of a check is a finding, too.
 
     Args:
-        checks: by name.
-        host: to which findings apply that name none.
+        checks: those to run.
+        site: the run that they check `host` for.
+        host: to which the findings apply.
         seconds: for all of them.
     """
     deadline, found = time.monotonic() + seconds, list[Finding]()
-    for name, check in checks.items():
+    for item in checks:
         # No check may take the time of all others.
         limit = max(_SHORTEST_SECONDS, min(deadline - time.monotonic(), seconds / 2))
+        fix = item.fix
         try:
-            findings = within(limit, lambda check=check: list(check()))  # type: ignore[misc]
+            rows = within(limit, lambda look=item.look: list(look(site)))  # type: ignore[misc]
+        except ImportError:  # the check of imports names the package
+            continue
+        except TimeoutError as error:
+            rows = [(WRONG, str(error))]
+            fix = "see what this machine waits for: its disks, network file systems or driver"
         except Exception as error:  # of a broken environment, which is the finding
-            fix = "see that this works by itself"
-            if isinstance(error, TimeoutError):
-                fix = "see what this machine waits for: its disks, network file systems or driver"
-            findings = [Finding(WRONG, name, error_text(error), fix)]
-        found += [each if each.hosts else replace(each, hosts=(host,)) for each in findings]
+            rows = [(WRONG, error_text(error))]
+        found += [Finding(status, item.name, seen, fix, (host,)) for status, seen in rows]
     return found
 
 
@@ -110,27 +150,23 @@ def together(findings: Sequence[Finding], hosts: Sequence[str]) -> list[Finding]
     Measured quantities may differ between hosts: the row gives the least and the most.
     """
     groups: dict[tuple[str, ...], list[Finding]] = {}
-    for each in findings:
-        shape = _QUANTITY.sub("#", each.seen) if each.status == OK else each.seen
-        groups.setdefault((each.status, each.check, shape, each.fix), []).append(each)
+    for finding in findings:
+        shape = _QUANTITY.sub("#", finding.seen) if finding.status == OK else finding.seen
+        groups.setdefault((finding.status, finding.check, shape, finding.fix), []).append(finding)
     rows = []
     for group in groups.values():
-        named = {host for each in group for host in each.hosts}
-        shared = tuple(host for host in hosts if host in named)
+        on = {host for finding in group for host in finding.hosts}
+        shared = tuple(host for host in hosts if host in on)
         rows.append(replace(group[0], seen=_ranges(group), hosts=shared))
-    everywhere = [row for row in rows if len(row.hosts) == len(hosts)]
-    return everywhere + sorted(
-        (row for row in rows if row not in everywhere),
-        key=lambda row: hosts.index(row.hosts[0]) if row.hosts else len(hosts),
-    )
+    place = {host: i for i, host in enumerate(hosts)}
+    everywhere = len(hosts)
+    return sorted(rows, key=lambda row: -1 if len(row.hosts) == everywhere else place[row.hosts[0]])
 
 
 def _ranges(group: Sequence[Finding]) -> str:
-    columns = list(zip(*(_QUANTITY.findall(each.seen) for each in group), strict=True))
-    ranges = iter(
-        least if least == most else f"{least} to {most}"
-        for least, most in ((min(c, key=float), max(c, key=float)) for c in columns)
-    )
+    columns = zip(*(_QUANTITY.findall(finding.seen) for finding in group), strict=True)
+    limits = ((min(column, key=float), max(column, key=float)) for column in columns)
+    ranges = iter(least if least == most else f"{least} to {most}" for least, most in limits)
     return _QUANTITY.sub(lambda _: next(ranges), group[0].seen)
 
 
@@ -148,20 +184,27 @@ def table(findings: Sequence[Finding], hosts: Sequence[str], num_all: int = 0) -
     """Aligned lines: status, check, host, the observation, and below it the advice.
 
     Args:
-        hosts: that came. num_all: that were to come, where these are more.
+        findings: its rows.
+        hosts: that came.
+        num_all: the number of those expected, where these are more.
     """
     num_all = max(num_all, len(hosts))
-    rows = [
-        (each.status, each.check, named(each.hosts or hosts, num_all), each.seen)
-        for each in findings
+    rows = [("status", "check", "host", "seen, and -> how to fix it", "")]
+    rows += [
+        (
+            f.status,
+            f.check,
+            named(f.hosts or hosts, num_all),
+            f.seen,
+            f.fix if f.status != OK else "",
+        )
+        for f in findings
     ]
-    titles = ("status", "check", "host", "seen, and -> how to fix it")
-    widths = [max(len(row[i]) for row in (titles, *rows)) for i in range(3)]
-    for row, finding in [(titles, None), *zip(rows, findings, strict=True)]:
-        cells = [cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)]
-        yield "  ".join([*cells, row[3]])
-        if finding and finding.status != OK and finding.fix:
-            yield f"{' ' * (sum(widths) + 6)}-> {finding.fix}"
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    for *cells, seen, fix in rows:
+        yield "  ".join([*map(str.ljust, cells, widths), seen])
+        if fix:
+            yield f"{' ' * (sum(widths) + 6)}-> {fix}"
     num_wrong, num_warnings = (sum(f.status == s for f in findings) for s in (WRONG, WARNING))
     if num_wrong or num_warnings:
         yield f"{num_wrong} wrong, {num_warnings} warning{'' if num_warnings == 1 else 's'}"

@@ -6,8 +6,9 @@ The first rank of every host calls each check, in the same order; rank 0 gets th
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,53 +34,46 @@ def check_shared(ranks: Ranks, run_dir: Path) -> Iterator[Finding]:
         storage.write(folder / names[rank], ranks.host, durable=True)
     try:
         mailbox.post("written", (folder / names[rank]).exists())
-        written = mailbox.collect("written", names, _WRITE_SECONDS)
-        there = [r for r, is_written in written.items() if is_written]
-        sought = {r: ranks.host_of[r] for r in there if rank == 0 or r == 0}
-        mailbox.post("seen", _seen({folder / names[r]: (r, host) for r, host in sought.items()}))
-        seen = mailbox.collect("seen", there, 2 * _SEEN_SECONDS)
+        answers = mailbox.collect("written", names, _WRITE_SECONDS)
+        written = [r for r, is_written in answers.items() if is_written]
+        sought = [r for r in written if rank == 0 or r == 0]
+        mailbox.post("seen", _seen(folder, {names[r]: r for r in sought}))
+        seen = mailbox.collect("seen", written, 2 * _SEEN_SECONDS)
     finally:
         with suppress(OSError):
             (folder / names[rank]).unlink(missing_ok=True)
-    if rank == 0:
-        yield from _shared(run_dir, ranks, there, seen)
+    if rank == 0 and 0 in written and len(written) > 1:
+        yield _shared(run_dir, ranks.host_of, written, seen)
 
 
-def _seen(sought: Mapping[Path, tuple[int, str]]) -> list[int]:
-    """The ranks whose files can be read here, with the right content, before long."""
-    deadline, found = time.monotonic() + _SEEN_SECONDS, list[int]()
-    while len(found) < len(sought):
-        for path, (rank, content) in sought.items():
-            with suppress(OSError):
-                if rank not in found and path.read_text() == content:
-                    found.append(rank)
+def _seen(folder: Path, sought: Mapping[str, int]) -> list[int]:
+    """The ranks of the files that appear in the folder before long."""
+    deadline = time.monotonic() + _SEEN_SECONDS
+    # Listing a folder makes a network file system look again.
+    while missing := sought.keys() - set(os.listdir(folder)):
         if time.monotonic() > deadline:
             break
         time.sleep(0.05)
-    return found
+    return [rank for name, rank in sought.items() if name not in missing]
 
 
 def _shared(
-    run_dir: Path, ranks: Ranks, there: list[int], seen: Mapping[int, list[int]]
-) -> Iterator[Finding]:
-    first, others = ranks.host_of[0], [rank for rank in there if rank != 0]
-    if 0 not in there or not others:
-        return  # nothing was written: the check of the run directory says so
-    blind = [ranks.host_of[rank] for rank in others if 0 not in seen.get(rank, [])]
-    unseen = [ranks.host_of[rank] for rank in others if rank not in seen.get(0, [])]
-    problems = []
-    if blind:
-        verb = "does" if len(blind) == 1 else "do"
-        problems.append(f"{named(blind)} {verb} not see what {first} writes")
-    if unseen:
-        problems.append(f"{first} does not see what {named(unseen)} writes")
-    if problems:
-        text = f"run_dir={run_dir} is not shared: {'; '.join(problems)}"
-        fix = "choose a directory on the cluster's shared file system"
-        hosts = tuple(dict.fromkeys([*blind, *unseen]))
-        yield Finding(WRONG, "shared run dir", text, fix, hosts)
-    else:
-        yield Finding(OK, "shared run dir", f"{existing(run_dir)} is the same on all hosts")
+    run_dir: Path,
+    host_of: Mapping[int, str],
+    written: Sequence[int],
+    seen: Mapping[int, Sequence[int]],
+) -> Finding:
+    first, others = host_of[0], [rank for rank in written if rank != 0]
+    blind = [host_of[rank] for rank in others if 0 not in seen.get(rank, [])]
+    unseen = [host_of[rank] for rank in others if rank not in seen.get(0, [])]
+    problems = [f"{named(blind)} cannot see files of {first}"] if blind else []
+    problems += [f"{first} cannot see files of {named(unseen)}"] if unseen else []
+    if not problems:
+        return Finding(OK, "shared run dir", f"{existing(run_dir)} is the same on all hosts")
+    fix = "choose a directory on the cluster's shared file system"
+    hosts = tuple(dict.fromkeys([*blind, *unseen]))
+    text = f"run_dir={run_dir} is not shared: {'; '.join(problems)}"
+    return Finding(WRONG, "shared run dir", text, fix, hosts)
 
 
 def check_clocks(ranks: Ranks) -> Iterator[Finding]:
@@ -88,27 +82,23 @@ def check_clocks(ranks: Ranks) -> Iterator[Finding]:
     In each of a few rounds the hosts read their clocks when they hear from rank 0, later by the
     pause between two questions at most; the round with the least difference counts.
     """
-    mailbox, is_first = ranks.mailbox, ranks.place.rank == 0
-    firsts = ranks.firsts.values()
+    mailbox, firsts = ranks.mailbox, ranks.firsts.values()
     skews: dict[int, float] = {}
     for i in range(_NUM_ROUNDS):
         mailbox.post(f"ready {i}", True)
-        if is_first:
+        if ranks.place.rank == 0:
             mailbox.collect(f"ready {i}", firsts, _WRITE_SECONDS)
             mailbox.post(f"now {i}", True)
-        else:
-            mailbox.read(f"now {i}", 0, 2 * _WRITE_SECONDS)
+        mailbox.read(f"now {i}", 0, 2 * _WRITE_SECONDS)
         mailbox.post(f"clock {i}", time.time())
-        if is_first:
+        if ranks.place.rank == 0:
             clocks = mailbox.collect(f"clock {i}", firsts, _WRITE_SECONDS)
             for rank, clock in clocks.items():
                 skews[rank] = min(skews.get(rank, math.inf), clock - clocks[0], key=abs)
     fix = "set the clocks by NTP (chronyd): logs, checkpoints and time-outs go by them"
-    for rank, skew in skews.items():
-        if abs(skew) > _MOST_SKEW_SECONDS:
-            way = "ahead of" if skew > 0 else "behind"
-            seen = f"{abs(skew):.1f} seconds {way} {ranks.host_of[0]}"
-            yield Finding(WARNING, "clock", seen, fix, (ranks.host_of[rank],))
-    most = max(map(abs, skews.values()), default=math.inf)
-    if most <= _MOST_SKEW_SECONDS:
-        yield Finding(OK, "clock", f"at most {most * 1000:.0f} ms apart")
+    wrong = {rank: skew for rank, skew in skews.items() if abs(skew) > _MOST_SKEW_SECONDS}
+    for rank, skew in wrong.items():
+        seen = f"{abs(skew):.1f} seconds {'ahead of' if skew > 0 else 'behind'} {ranks.host_of[0]}"
+        yield Finding(WARNING, "clock", seen, fix, (ranks.host_of[rank],))
+    if skews and not wrong:
+        yield Finding(OK, "clock", f"at most {max(map(abs, skews.values())) * 1000:.0f} ms apart")

@@ -6,19 +6,16 @@ import itertools
 import os
 import re
 import socket
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from neftune_dist.cluster.doctor.findings import named
 from neftune_dist.config import UserError
 from neftune_dist.distributed.environment import Place, number
 
 if TYPE_CHECKING:
     from neftune_dist.distributed.mailbox import Mailbox
 
-_NOTICE_SECONDS = 10.0
 # Above the ports of runs (20000 to 32000), below those of most systems' outgoing connections.
 _PORTS = range(12000, 20000)
 
@@ -61,11 +58,8 @@ def host_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname().partition(".")[0]
 
 
-def meet(place: Place, seconds: float, notice: Callable[[str], None]) -> Ranks:
+def meet(place: Place, seconds: float) -> Ranks:
     """Wait until all ranks are here, or for so long.
-
-    Args:
-        notice: for lines about the ranks that rank 0 waits for.
 
     Raises:
         TimeoutError: rank 0 is not here, or went on without this rank.
@@ -79,28 +73,14 @@ def meet(place: Place, seconds: float, notice: Callable[[str], None]) -> Ranks:
     mailbox = Mailbox(store, place.rank, place.size)
     mailbox.post("here", host_name())
     if place.rank == 0:
-        came = _call(mailbox, seconds, notice)
+        came = mailbox.collect("here", range(place.size), seconds)
         mailbox.post("came", [list(came.items()), os.urandom(4).hex()])
     # Other ranks may have come earlier than rank 0, which counts from its own arrival.
     rows, token = mailbox.read("came", 0, 2 * seconds)
-    ranks = Ranks(place, mailbox, dict(sorted(map(tuple, rows))), token)
+    ranks = Ranks(place, mailbox, dict(map(tuple, rows)), token)
     if place.rank not in ranks.host_of:
         raise TimeoutError("came after rank 0 had gone on without it")
     return ranks
-
-
-def _call(mailbox: Mailbox, seconds: float, notice: Callable[[str], None]) -> dict[int, str]:
-    """The hosts of all ranks that come in time."""
-    deadline, came = time.monotonic() + seconds, dict[int, str]()
-    while True:
-        missing = [rank for rank in range(mailbox.size) if rank not in came]
-        left = deadline - time.monotonic()
-        if not missing or left <= 0:
-            return came
-        came |= mailbox.collect("here", missing, min(_NOTICE_SECONDS, left))
-        late = [str(rank) for rank in missing if rank not in came]
-        if late and left > _NOTICE_SECONDS:
-            notice(f"waiting for rank{'s' if len(late) > 1 else ''} {named(late)}")
 
 
 def slurm_step() -> tuple[dict[str, str], list[str]]:

@@ -1,7 +1,7 @@
 """`neftune-dist doctor`: each machine is checked by its first rank, then the ranks together.
 
     all ranks meet                      who does not come is named
-    the first of each host              software, GPUs, memory, disk, hub
+    the first of each host              CHECKS: software, GPUs, memory, disk, model
     the first of each host, together    shared run directory, clocks
     all ranks                           collectives
     rank 0                              the table and the exit code, with which all ranks leave
@@ -18,14 +18,15 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TextIO
 
-from neftune_dist.cluster.doctor import collectives, conflicts, gpus, machine, nodes, software
+from neftune_dist.cluster.doctor import collectives, gpus, machine, nodes, software
 from neftune_dist.cluster.doctor.findings import (
     WRONG,
     Finding,
+    Site,
     error_text,
     examine,
     named,
@@ -35,6 +36,26 @@ from neftune_dist.cluster.doctor.findings import (
 from neftune_dist.cluster.doctor.ranks import Ranks, host_name, meet, slurm_step
 from neftune_dist.distributed import environment
 
+CHECKS = (
+    software.check_versions,
+    software.check_requirements,
+    software.check_imports,
+    software.check_nccl,
+    software.check_compiler,
+    software.check_slowing,
+    software.check_interfaces,
+    gpus.check_gpus,
+    gpus.check_ranks,
+    gpus.check_states,
+    gpus.check_links,
+    machine.check_memory,
+    machine.check_shared_memory,
+    machine.check_cores,
+    machine.check_open_files,
+    machine.check_infiniband,
+    machine.check_run_dir,
+    machine.check_model,
+)
 _MEET_SECONDS = 120.0  # ranks may start this far apart
 _CHECKS_SECONDS = 240.0
 _LONGEST_SECONDS = 900.0  # more than all waits together
@@ -60,13 +81,13 @@ def doctor(run_dir: Path, model: str | None = None) -> int:
     try:
         variables, hosts = slurm_step()
         os.environ.update(variables)
-        ranks = meet(environment.find_place(), _MEET_SECONDS, _notice)
+        ranks = meet(environment.find_place(), _MEET_SECONDS)
     except Exception as error:  # no torch, no rank 0, no such address
         if environment.number("LOCAL_RANK", 0) == 0:
-            findings, _ = _check_machine(run_dir, model, 1, 1, 1)
+            findings = examine(CHECKS, Site(run_dir, model), host_name(), _CHECKS_SECONDS)
         return _alone(findings, error)
     try:
-        left_behind = _check(ranks, hosts, run_dir, model, findings)
+        left_behind = _check(ranks, hosts, Site(run_dir, model), findings)
         code = _conclude(ranks, max(len(hosts), len(ranks.firsts)), findings)
     except Exception as error:  # rank 0 has gone, or torchrun's agent, and the store with it
         code = _alone(findings, error)
@@ -78,70 +99,35 @@ def doctor(run_dir: Path, model: str | None = None) -> int:
     return code
 
 
-def _check(
-    ranks: Ranks, hosts: Sequence[str], run_dir: Path, model: str | None, findings: list[Finding]
-) -> bool:
+def _check(ranks: Ranks, hosts: Sequence[str], site: Site, findings: list[Finding]) -> bool:
     """Add rank 0's findings to `findings`; whether native code was left behind."""
-    mailbox, place, firsts = ranks.mailbox, ranks.place, ranks.firsts
-    if place.rank == 0:
-        _notice(f"{len(ranks.host_of)} of {place.size} ranks are here, on {named([*firsts])}")
-    if place.rank in firsts.values():
-        num_ranks = sum(host == ranks.host for host in ranks.host_of.values())
-        mine, versions = _check_machine(run_dir, model, num_ranks, place.size, len(firsts))
-        findings += mine
-        mailbox.post("report", [[asdict(finding) for finding in mine], versions])
-    if place.rank == 0:
+    mailbox, rank, firsts = ranks.mailbox, ranks.place.rank, ranks.firsts
+    _notice(rank, f"{len(ranks.host_of)} of {mailbox.size} ranks are here, on {named([*firsts])}")
+    if rank in firsts.values():
+        num_ranks = list(ranks.host_of.values()).count(ranks.host)
+        site = replace(site, num_ranks=num_ranks, num_all_ranks=mailbox.size, num_hosts=len(firsts))
+        findings += examine(CHECKS, site, ranks.host, _CHECKS_SECONDS)
+        mailbox.post("report", [[asdict(finding) for finding in findings], site.versions])
+    if rank == 0:
         reports = mailbox.collect("report", firsts.values(), 1.5 * _CHECKS_SECONDS)
         local = [Finding(**fields) for rows, _ in reports.values() for fields in rows]
         findings[:] = together(local, [*firsts])
         findings += _absent(ranks, hosts, reports)
         findings += software.compare_versions(
-            {ranks.host_of[rank]: versions for rank, (_, versions) in reports.items()}
+            {ranks.host_of[first]: versions for first, (_, versions) in reports.items()}
         )
-        mailbox.post("answering", [ranks.host_of[rank] for rank in reports])
+        mailbox.post("answering", [ranks.host_of[first] for first in reports])
     # Only now do the other ranks touch the GPUs, which had to be idle for the checks.
     present = ranks.of_hosts(mailbox.read("answering", 0, 2 * _CHECKS_SECONDS))
-    if place.rank in present.firsts.values() and len(present.firsts) > 1:
-        findings += _tried("shared run dir", lambda: nodes.check_shared(present, run_dir))
+    if rank in present.firsts.values() and len(present.firsts) > 1:
+        findings += _tried("shared run dir", lambda: nodes.check_shared(present, site.run_dir))
         findings += _tried("clock", lambda: nodes.check_clocks(present))
-    if len(present.host_of) < place.size:
+    if len(present.host_of) < mailbox.size:
         return False
-    if place.rank == 0:
-        _notice("each host has been checked; now the collectives of all ranks")
+    _notice(rank, "each host has been checked; now the collectives of all ranks")
     found, left_behind = collectives.check_collectives(present)
     findings += found
     return left_behind
-
-
-def _check_machine(
-    run_dir: Path, model: str | None, num_ranks: int, size: int, num_hosts: int
-) -> tuple[list[Finding], dict[str, str]]:
-    """Findings about this machine, and the versions by which machines are compared.
-
-    Args:
-        num_ranks: on this machine.
-        size: the number of all ranks.
-    """
-    versions: dict[str, str] = {}
-
-    def check_versions() -> Iterable[Finding]:
-        versions.update(software.versions())
-        return software.check_versions(versions)
-
-    checks: Mapping[str, Callable[[], Iterable[Finding]]] = {
-        "versions": check_versions,
-        "requirements": software.check_requirements,
-        "imports": software.check_imports,
-        "conflicts": conflicts.check_conflicts,
-        "GPUs": lambda: gpus.check_gpus(num_ranks),
-        "GPU links": gpus.check_links,
-        "host memory": lambda: machine.check_memory(max(num_ranks, gpus.count())),
-        "cores": lambda: machine.check_cores(num_ranks, gpus.count()),
-        "limits": lambda: machine.check_limits(size, num_hosts),
-        "run directory": lambda: machine.check_run_dir(run_dir),
-        "hub": lambda: machine.check_hub(model),
-    }
-    return examine(checks, host_name(), _CHECKS_SECONDS), versions
 
 
 def _absent(ranks: Ranks, expected: Sequence[str], reports: Mapping[int, object]) -> list[Finding]:
@@ -162,11 +148,11 @@ def _absent(ranks: Ranks, expected: Sequence[str], reports: Mapping[int, object]
     return found
 
 
-def _tried(check: str, run: Callable[[], Iterable[Finding]]) -> list[Finding]:
+def _tried(name: str, run: Callable[[], Iterable[Finding]]) -> list[Finding]:
     try:
         return list(run())
     except Exception as error:
-        return [Finding(WRONG, check, error_text(error), "see the other findings")]
+        return [Finding(WRONG, name, error_text(error), "see the other findings")]
 
 
 def _conclude(ranks: Ranks, num_hosts: int, findings: Sequence[Finding]) -> int:
@@ -185,16 +171,15 @@ def _conclude(ranks: Ranks, num_hosts: int, findings: Sequence[Finding]) -> int:
 
 def _alone(findings: Sequence[Finding], error: Exception | str) -> int:
     """Print the findings of this rank without the others: on standard error, but for rank 0."""
-    rank = environment.number("RANK", 0)
-    fix = "check MASTER_ADDR, MASTER_PORT, and the network between hosts"
-    if isinstance(error, ImportError):
-        fix = "install torch"
+    rank, host = environment.number("RANK", 0), host_name()
     seen = error if isinstance(error, str) else error_text(error)
     if environment.number("WORLD_SIZE", 1) > 1:
         seen = f"rank {rank}: {seen}"
+    fix = "check MASTER_ADDR, MASTER_PORT, and the network between hosts"
+    if isinstance(error, ImportError):
+        fix = "install torch"
     if rank and not isinstance(error, str):
         time.sleep(_LEAVE_SECONDS)
-    host = host_name()
     rows = [*findings, Finding(WRONG, "ranks", seen, fix, (host,))]
     return _print(rows, [host], file=sys.stderr if rank else sys.stdout)
 
@@ -212,6 +197,7 @@ def _give_up() -> None:
     os._exit(2)
 
 
-def _notice(line: str) -> None:
-    """Progress, apart from the table."""
-    print(f"neftune-dist: {line}", file=sys.stderr, flush=True)
+def _notice(rank: int, line: str) -> None:
+    """Progress on rank 0, apart from the table."""
+    if rank == 0:
+        print(f"neftune-dist: {line}", file=sys.stderr, flush=True)

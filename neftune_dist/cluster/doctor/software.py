@@ -6,43 +6,31 @@ Torch and the like are imported inside the checks, so that a broken one is a fin
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
+import re
 import shutil
+import socket
 import subprocess
 import sys
-import time
+import sysconfig
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from importlib.metadata import Distribution, PackageNotFoundError, distribution, distributions
+from importlib.metadata import PackageNotFoundError, distributions, requires, version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import neftune_dist
-from neftune_dist.cluster.doctor.findings import OK, WARNING, WRONG, Finding, named
-
-if TYPE_CHECKING:
-    from packaging.requirements import Requirement
+from neftune_dist.cluster.doctor.findings import OK, WARNING, WRONG, Finding, Site, check, named
 
 _NAMED = ("torch", "transformers", "deepspeed", "datasets")
 # By a run, or by transformers where they are installed.
 _IMPORTED = ("torch", "transformers.models.llama.modeling_llama", "deepspeed", "datasets")
 _IMPORTED_IF_THERE = {"flash-attn": "flash_attn", "torchvision": "torchvision"}
-_IMPORT_SECONDS = 100.0
-_SLOW_IMPORT_SECONDS = 60.0
-_IMPORTER = """
-import importlib, sys
-for name in sys.argv[1:]:
-    problem = ""
-    try:
-        importlib.import_module(name)
-    except BaseException as error:
-        lines = str(error).strip().splitlines()
-        problem = f"{type(error).__name__}: {lines[0] if lines else ''}"
-    print(f"\\ndoctor:{name}:{problem}", flush=True)
-"""
-_NVIDIA_SMI_SECONDS = 20.0
+_IMPORT_SECONDS, _PIP_SECONDS, _NVIDIA_SMI_SECONDS = 100.0, 60.0, 20.0
 # Other versions of these on another machine can train another model, or not talk to each other.
 _MUST_AGREE = {"neftune-dist", "torch", "CUDA of torch", "NCCL", "transformers", "deepspeed"}
+# Set once while debugging and forgotten since.
+_SLOWING = ("CUDA_LAUNCH_BLOCKING", "NCCL_P2P_DISABLE", "NCCL_IB_DISABLE", "NCCL_SHM_DISABLE")
 
 
 def versions() -> dict[str, str]:
@@ -51,22 +39,20 @@ def versions() -> dict[str, str]:
     found["python"] = platform.python_version()
     for name in _NAMED:
         with suppress(PackageNotFoundError):
-            found[name] = distribution(name).version
-    try:
+            found[name] = version(name)
+    with suppress(Exception):  # the check of imports says why
         import torch
-    except Exception:  # `check_imports` says why
-        return found
-    found["torch"] = torch.__version__
-    if torch.version.cuda:
-        found["CUDA of torch"] = torch.version.cuda
-        found["NCCL"] = nccl_version()
+
+        found["torch"] = torch.__version__
+        if torch.version.cuda:
+            found |= {"CUDA of torch": torch.version.cuda, "NCCL": _nccl_version()}
     with suppress(OSError, subprocess.SubprocessError):
-        driver = nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader").splitlines()
-        found |= {"driver": driver[0]} if driver else {}
+        driver = nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
+        found |= {"driver": driver.splitlines()[0]} if driver else {}
     return found
 
 
-def nccl_version() -> str:
+def _nccl_version() -> str:
     """The version of the loaded library, which need not be the one that was installed."""
     import torch
 
@@ -94,14 +80,8 @@ def nvidia_smi(*words: str) -> str:
         ["nvidia-smi", *words], capture_output=True, text=True, timeout=_NVIDIA_SMI_SECONDS
     )
     if done.returncode:
-        lines = (done.stdout + done.stderr).strip().splitlines()
-        raise subprocess.SubprocessError(lines[0] if lines else f"exit code {done.returncode}")
+        raise subprocess.SubprocessError(f"nvidia-smi: {(done.stdout + done.stderr).strip()}")
     return done.stdout.strip()
-
-
-def check_versions(found: Mapping[str, str]) -> Iterator[Finding]:
-    """All versions in one row."""
-    yield Finding(OK, "versions", ", ".join(f"{name} {text}" for name, text in found.items()))
 
 
 def compare_versions(of_hosts: Mapping[str, Mapping[str, str]]) -> Iterator[Finding]:
@@ -110,97 +90,115 @@ def compare_versions(of_hosts: Mapping[str, Mapping[str, str]]) -> Iterator[Find
         hosts_by_version: dict[str, list[str]] = {}
         for host, found in of_hosts.items():
             hosts_by_version.setdefault(found.get(name, "none"), []).append(host)
-        if len(hosts_by_version) == 1:
-            continue
-        rows = [f"{version} on {named(hosts)}" for version, hosts in hosts_by_version.items()]
-        fix = "use one environment on all hosts, such as one on a shared file system or one image"
-        if name == "driver":
-            fix = "have the same driver installed on all hosts"
-        status = WRONG if name in _MUST_AGREE else WARNING
-        yield Finding(status, f"{name} differs", "; ".join(rows), fix)
+        if len(hosts_by_version) > 1:
+            rows = [f"{text} on {named(hosts)}" for text, hosts in hosts_by_version.items()]
+            fix = "use one environment (and one driver) on all hosts: a shared disk, or one image"
+            status = WRONG if name in _MUST_AGREE else WARNING
+            yield Finding(status, f"{name} differs", "; ".join(rows), fix)
 
 
-def check_requirements() -> Iterator[Finding]:
-    """Whether the packages that neftune-dist requires are there, and fit each other and the rest.
-
-    As `pip check` does, but without pip, which not every environment has, and without the packages
-    that have nothing to do with these.
-    """
-    from packaging.utils import canonicalize_name
-
-    # Of two copies the first on the path is the one in use.
-    installed = {canonicalize_name(d.metadata["Name"] or ""): d for d in [*distributions()][::-1]}
-    ours = installed.get(canonicalize_name("neftune-dist"))
-    core = {canonicalize_name(needed.name) for needed in _requirements(ours)} if ours else set()
-    num_wrong = 0
-    for name, package in installed.items():
-        for requirement in _requirements(package):
-            wanted = canonicalize_name(requirement.name)
-            found = installed[wanted].version if wanted in installed else "none"
-            is_core = name in core or package is ours
-            if wanted in installed and requirement.specifier.contains(found, prereleases=True):
-                continue
-            who = f"{package.metadata['Name']} {package.version}"
-            seen = f"{who} needs {requirement.name}{requirement.specifier}, found {found}"
-            if is_core:
-                num_wrong += 1
-                yield Finding(WRONG, "requirements", seen, f'install "{requirement}"')
-            elif wanted in core and wanted in installed:
-                fix = f"uninstall {name}, or install the version that fits {wanted} {found}"
-                yield Finding(WARNING, "requirements", seen, fix)
-    if not num_wrong:
-        yield Finding(OK, "requirements", f"{len(core)} packages are there and fit each other")
+@check("versions")
+def check_versions(site: Site) -> Iterator[tuple[str, str]]:
+    """Show all versions in one row, and keep them for the comparison of hosts."""
+    site.versions.update(versions())
+    yield OK, ", ".join(f"{name} {text}" for name, text in site.versions.items())
 
 
-def _requirements(package: Distribution) -> Iterator[Requirement]:
-    """The requirements of an installed package without extras."""
-    from packaging.requirements import InvalidRequirement, Requirement
+@check("requirements", "install the version that is needed, or uninstall what needs it")
+def check_requirements(site: Site) -> Iterator[tuple[str, str]]:
+    """Run `pip check`; leave out packages that have nothing to do with those of a run."""
+    command = [sys.executable, "-m", "pip", "check"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_PIP_SECONDS)
+    if "No module named pip" in done.stderr:
+        yield OK, "not checked: this environment has no pip"
+        return
+    needed = [text for text in requires("neftune-dist") or () if "extra ==" not in text]
+    core = {"neftune-dist"}
+    core |= {re.split(r"[^\w.-]", text)[0].lower().replace("_", "-") for text in needed}
+    wrong = False
+    for line in done.stdout.splitlines():
+        package, *words = re.findall(r"[\w.-]*\w", line.lower())
+        wrong = wrong or package in core
+        if package in core or core & {*words}:
+            yield WRONG if package in core else WARNING, line.rstrip(".")
+    if not wrong:
+        yield OK, f"{len(core) - 1} packages are installed and fit each other"
 
-    for text in package.requires or ():
-        with suppress(InvalidRequirement):  # of a package older than the syntax
-            requirement = Requirement(text)
-            if not requirement.marker or requirement.marker.evaluate({"extra": ""}):
-                yield requirement
 
-
-def check_imports() -> Iterator[Finding]:
-    """Whether another process can import the libraries of a run, and how long that takes."""
-    names = dict.fromkeys(_IMPORTED, "")
+@check("imports", "install a build of it for this torch, or uninstall it where it is optional")
+def check_imports(site: Site) -> Iterator[tuple[str, str]]:
+    """Import the libraries of a run, each in a process that a broken one may crash or hang."""
+    names = [*_IMPORTED]
     for package, name in _IMPORTED_IF_THERE.items():
         with suppress(PackageNotFoundError):
-            distribution(package)
-            names[name] = package
-    began = time.monotonic()
-    problems = _import_problems(list(names))
-    seconds = time.monotonic() - began
-    for name, problem in problems.items():
-        fix = f"install {name.split('.')[0]} again"
-        if names[name]:
-            fix = f"uninstall {names[name]}, or install a build of it for this torch"
-        yield Finding(WRONG, "imports", f"{name} cannot be imported: {problem}", fix)
-    if not problems:
-        slow = seconds > _SLOW_IMPORT_SECONDS
-        seen = f"{', '.join(name.split('.')[0] for name in names)} in {seconds:.0f} seconds"
-        fix = "put the environment on a local disk, or into an image"
-        yield Finding(WARNING if slow else OK, "imports", seen, fix)
+            names += [name] if version(package) else []
+    broken = False
+    for name in names:
+        command = [sys.executable, "-c", f"import {name}"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_SECONDS)
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            problem = lines[-1] if done.returncode else ""
+        except subprocess.TimeoutExpired:
+            problem = f"it took more than {_IMPORT_SECONDS:.0f} seconds"
+        if problem:
+            broken = True
+            yield WRONG, f"{name} cannot be imported: {problem}"
+    if not broken:
+        yield OK, ", ".join(name.split(".")[0] for name in names)
 
 
-def _import_problems(names: list[str]) -> dict[str, str]:
-    """Why some of `names` cannot be imported."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", _IMPORTER, *names],
-            capture_output=True,
-            text=True,
-            timeout=_IMPORT_SECONDS,
-        )
-        output, end = done.stdout, f"the process ended with code {done.returncode}"
-    except subprocess.TimeoutExpired as error:
-        output = (error.stdout or b"").decode()
-        end = f"it took more than {_IMPORT_SECONDS:.0f} seconds"
-    results = dict(
-        line.split(":", 2)[1:] for line in output.splitlines() if line.startswith("doctor:")
-    )
-    problems = {name: problem for name, problem in results.items() if problem}
-    last = next((name for name in names if name not in results), None)
-    return problems | ({last: end} if last else {})
+# Known conflicts, each from the code or the issue threads of the packages that it names.
+
+
+@check("NCCL", "uninstall all NCCL packages, install torch again; see LD_LIBRARY_PATH")
+def check_nccl(site: Site) -> Iterator[tuple[str, str]]:
+    """Find two packages that overwrite each other, or a library that is not the package's."""
+    import torch
+
+    installed = {str(package.metadata["Name"]): package.version for package in distributions()}
+    packages = [name for name in installed if re.fullmatch(r"nvidia-nccl-cu\d+", name)]
+    if len(packages) > 1:  # one file, nvidia/nccl/lib/libnccl.so.2: the one installed last wins
+        yield WRONG, f"{' and '.join(packages)} overwrite each other"
+    elif packages and torch.version.cuda:
+        wanted, found = installed[packages[0]], _nccl_version()
+        if wanted.split(".")[:3] != found.split(".")[:3]:
+            yield WARNING, f"NCCL {found} is loaded instead of {packages[0]} {wanted}"
+
+
+@check("compiler", "install gcc, g++ and python3-dev, or set CC and CXX; model.compile needs them")
+def check_compiler(site: Site) -> Iterator[tuple[str, str]]:
+    """Find Triton's compiler on a GPU, where it is used first of all, torch.compile's on a CPU."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    given = os.environ.get("CC" if on_gpu else "CXX")
+    wanted = given.split()[:1] if given else ["gcc", "clang"] if on_gpu else ["c++"]
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton does
+    header = Path(sysconfig.get_paths(scheme=scheme)["include"]) / "Python.h"
+    if not any(map(shutil.which, wanted)):
+        yield WRONG if on_gpu else WARNING, f"no {' or '.join(wanted)} found"
+    elif on_gpu and not header.exists():
+        yield WRONG, f"no {header}"
+
+
+@check("environment", "unset the variables that make a run slow")
+def check_slowing(site: Site) -> Iterator[tuple[str, str]]:
+    """Find variables that were set for debugging."""
+    variables = [name for name in _SLOWING if os.environ.get(name, "0") != "0"]
+    if variables:
+        yield WARNING, ", ".join(f"{name}={os.environ[name]}" for name in variables)
+
+
+@check("interfaces", "name an interface that this machine has, or none")
+def check_interfaces(site: Site) -> Iterator[tuple[str, str]]:
+    """Find variables that name an interface that is not there."""
+    there = [name for _, name in socket.if_nameindex()]
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        value = os.environ.get(variable, "")
+        if not value or value.startswith("^"):  # NCCL: all but these
+            continue
+        nccl = variable.startswith("NCCL") and not value.startswith("=")  # names by their beginning
+        for name in value.lstrip("=").split(","):
+            if not any(n.startswith(name) if nccl else n == name for n in there):
+                yield WRONG, f"{variable}={value}, but this machine has {', '.join(there)}"
