@@ -13,16 +13,16 @@ from neftune_dist.system.records import STEPS, read_records
 def main(run_dir: Path, folder: Path, command: str) -> None:
     """Print the comparison of the evaluations in RUN_DIR/evaluations/before and `folder`."""
     folders = (run_dir / "evaluations" / "before", folder)
-    before, after = (json.loads((each / "summary.json").read_text()) for each in folders)
-    answers = [json.loads((each / "answers.json").read_text()) for each in folders]
+    before, after = (json.loads((path / "summary.json").read_text()) for path in folders)
+    answers = [json.loads((path / "answers.json").read_text()) for path in folders]
     if run_dir.is_relative_to(Path.cwd()):
         run_dir = run_dir.relative_to(Path.cwd())
     last = read_records(run_dir / STEPS).rows[-1]
     print()
     print(f"{'':24}{'before':>12}{'after':>12}")
-    losses = [each["losses"]["held_out_loss"] for each in (before, after)]
+    losses = [summary["losses"]["held_out_loss"] for summary in (before, after)]
     print(f"{'held-out loss':24}{losses[0]:12.4f}{losses[1]:12.4f}")
-    right = [each["answers"]["exact_match"] for each in (before, after)]
+    right = [summary["answers"]["exact_match"] for summary in (before, after)]
     if right[1] is not None:
         print(f"{'exact match':24}{right[0]:12.1%}{right[1]:12.1%}")
     number = after["losses"]["num_documents"]

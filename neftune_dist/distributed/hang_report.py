@@ -62,8 +62,8 @@ class Report:
     def __str__(self) -> str:
         text = f"{self.phase} for {self.seconds:.0f} s, at {self.place}"
         if self.waits_in:
-            each = self.waits_in
-            return f"{text}; waits in {each.name}, number {each.number} of group {each.group}"
+            waits = self.waits_in
+            return f"{text}; waits in {waits.name}, number {waits.number} of group {waits.group}"
         reached = ", ".join(f"number {n} of group {group}" for group, n in self.reached.items())
         return f"{text}; waits in no collective, came to {reached or 'none'}"
 
@@ -71,11 +71,12 @@ class Report:
 def observe(phase: str, seconds: float, main_thread: int) -> Report:
     """This process's report."""
     ranks_of = {
-        str(each.group_name): tuple(dist.get_process_group_ranks(each)) for each in process_groups()
+        str(group.group_name): tuple(dist.get_process_group_ranks(group))
+        for group in process_groups()
     }
     # Of the threads that Python started, such as the saver's, the main thread waits for none here;
     # for autograd's, which are not of them, it does.
-    aside = {str(each.ident) for each in threading.enumerate() if type(each) is threading.Thread}
+    aside = {str(t.ident) for t in threading.enumerate() if type(t) is threading.Thread}
     waits_in: Collective | None = None
     reached: dict[str, int] = {}
     # A record that another torch writes otherwise must not keep the rest from the report.
@@ -87,7 +88,7 @@ def observe(phase: str, seconds: float, main_thread: int) -> Report:
 def explain(reports: Mapping[int, Report], num_ranks: int) -> str:
     """The cause: ranks that do not answer; or ranks that did not come to what others wait in, and
     where they stand; or else where all stand."""
-    waits = {rank: each.waits_in for rank, each in reports.items() if each.waits_in}
+    waits = {rank: report.waits_in for rank, report in reports.items() if report.waits_in}
     silent = [rank for rank in range(num_ranks) if rank not in reports]
     missed: dict[int, str] = {}
     for collective in waits.values():
@@ -100,14 +101,16 @@ def explain(reports: Mapping[int, Report], num_ranks: int) -> str:
         to_blame = {}
         parts = [f"{name_ranks(silent, 'does', 'do')} not answer"]
     elif to_blame:
-        parts = [f"{name_ranks(each)} did not come to {name}" for name, each in _grouped(to_blame)]
+        parts = [
+            f"{name_ranks(ranks)} did not come to {name}" for name, ranks in _grouped(to_blame)
+        ]
         parts += _stands(reports, to_blame)
     elif waits:
         return "; ".join(["all ranks came, yet it does not end", *_stands(reports, reports)])
     else:
         return "; ".join(_stands(reports, reports))
-    names = {rank: each.name for rank, each in waits.items() if rank not in to_blame}
-    parts += [f"{name_ranks(each, 'waits', 'wait')} in {name}" for name, each in _grouped(names)]
+    names = {rank: collective.name for rank, collective in waits.items() if rank not in to_blame}
+    parts += [f"{name_ranks(ranks, 'waits', 'wait')} in {name}" for name, ranks in _grouped(names)]
     return "; ".join(parts)
 
 
@@ -123,13 +126,13 @@ def collectives(
     """
     waits_in: Collective | None = None
     reached: dict[str, int] = {}
-    for each in (each for backend in record.values() for each in backend["entries"]):
-        if each["is_p2p"] or each.get("thread_id") in aside:
+    for entry in (entry for backend in record.values() for entry in backend["entries"]):
+        if entry["is_p2p"] or entry.get("thread_id") in aside:
             continue
-        group, number = each["process_group"][0], each["collective_seq_id"]
+        group, number = entry["process_group"][0], entry["collective_seq_id"]
         reached[group] = max(number, reached.get(group, 0))
-        if waits_in is None and not each["retired"] and each["state"] != "completed":
-            name = each["profiling_name"].rpartition(":")[2].lstrip("_")
+        if waits_in is None and not entry["retired"] and entry["state"] != "completed":
+            name = entry["profiling_name"].rpartition(":")[2].lstrip("_")
             waits_in = Collective(name, number, group, ranks_of.get(group, ()))
     return waits_in, reached
 
@@ -146,11 +149,11 @@ def _place(thread: int) -> str:
 
 def _stands(reports: Mapping[int, Report], ranks: Iterable[int]) -> list[str]:
     places = {rank: f"{reports[rank].phase}, at {reports[rank].place}" for rank in ranks}
-    return [f"{name_ranks(each, 'stands', 'stand')} in {place}" for place, each in _grouped(places)]
+    return [f"{name_ranks(some, 'stands', 'stand')} in {place}" for place, some in _grouped(places)]
 
 
 def _grouped(words: Mapping[int, str]) -> list[tuple[str, list[int]]]:
-    """The words, each with the ranks that it is said of."""
+    """Ranks by what is said of them, in the order of the first such rank."""
     found: dict[str, list[int]] = {}
     for rank, word in sorted(words.items()):
         found.setdefault(word, []).append(rank)

@@ -82,7 +82,7 @@ def begin(run_dir: Path) -> Path:
     logs = run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     number = max(
-        (int(m[1]) for each in logs.iterdir() if (m := _NAME.fullmatch(each.name))), default=0
+        (int(m[1]) for path in logs.iterdir() if (m := _NAME.fullmatch(path.name))), default=0
     )
     while True:
         number += 1
@@ -170,26 +170,26 @@ def _cause(by_rank: dict[int, Outcome], error: str) -> tuple[str, str]:
     """The kind of the end, and its cause."""
     for kind in (FINAL, MISTAKE, LOST, FAILED):
         # The first is the cause, the others follow from it.
-        of_kind = [each for each in by_rank.values() if each.kind == kind]
+        of_kind = [end for end in by_rank.values() if end.kind == kind]
         if of_kind:
-            return kind, min(of_kind, key=lambda each: each.when).error
-    silent = [str(rank) for rank, each in by_rank.items() if each.kind == RUNNING]
+            return kind, min(of_kind, key=lambda end: end.when).error
+    silent = [str(rank) for rank, end in by_rank.items() if end.kind == RUNNING]
     if silent:
         who = f"rank{'s' if len(silent) > 1 else ''} {', '.join(silent)}"
         return FAILED, f"{who} died without a word: killed from outside, or crashed"
-    orphans = [each for each in by_rank.values() if each.kind == ORPHANED]
+    orphans = [end for end in by_rank.values() if end.kind == ORPHANED]
     if orphans:
         return FAILED, orphans[0].error
     if not by_rank:
         return LOST, error or "no rank was started"
     # All is saved. What the processes did as they left does not matter.
-    stopped = any(each.kind == STOPPED for each in by_rank.values())
+    stopped = any(end.kind == STOPPED for end in by_rank.values())
     return (STOPPED if stopped else DONE), ""
 
 
 def failed(folder: Path) -> bool:
     """Whether a rank has recorded a failure, which the others may not survive."""
-    return any(each.kind not in (RUNNING, DONE, STOPPED) for each in _by_rank(folder).values())
+    return any(end.kind not in (RUNNING, DONE, STOPPED) for end in _by_rank(folder).values())
 
 
 def outcomes(run_dir: Path, last: Path | None = None) -> list[Outcome]:
@@ -202,13 +202,13 @@ def outcomes(run_dir: Path, last: Path | None = None) -> list[Outcome]:
     logs = run_dir / "logs"
     if not logs.is_dir():
         return []
-    found = {int(m[1]): each for each in logs.iterdir() if (m := _NAME.fullmatch(each.name))}
+    found = {int(m[1]): path for path in logs.iterdir() if (m := _NAME.fullmatch(path.name))}
     numbers = sorted(found)
     if last is not None:
         own = _NAME.fullmatch(last.name)
         numbers = [number for number in numbers if own and number <= int(own[1])]
     folders = [found[number] for number in numbers]
-    return [_read(each / _OUTCOME) or Outcome(LOST) for each in folders]
+    return [_read(path / _OUTCOME) or Outcome(LOST) for path in folders]
 
 
 def verdict(past: Sequence[Outcome], max_restarts: int) -> Verdict:
@@ -220,7 +220,7 @@ def verdict(past: Sequence[Outcome], max_restarts: int) -> Verdict:
     that was refused, say nothing of the run.
     """
     last = past[-1]
-    past = [each for each in past[:-1] if each.kind != MISTAKE] + [last]
+    past = [attempt for attempt in past[:-1] if attempt.kind != MISTAKE] + [last]
     if last.kind == DONE:
         return Verdict(False, EXIT_DONE, "the run is done")
     if last.kind == MISTAKE:
@@ -238,7 +238,7 @@ def verdict(past: Sequence[Outcome], max_restarts: int) -> Verdict:
         return Verdict(False, code, f"{what}; twice the same, so it is not tried again")
     fruitless = 0
     for i in reversed(range(len(past))):
-        best = max((each.checkpoint for each in past[:i]), default=0)
+        best = max((attempt.checkpoint for attempt in past[:i]), default=0)
         if past[i].checkpoint > best:
             break
         fruitless += 1
@@ -262,12 +262,12 @@ def removed(run_dir: Path) -> UserError:
 
 def _by_rank(folder: Path) -> dict[int, Outcome]:
     try:
-        names = [each.name for each in folder.iterdir()]
+        names = [path.name for path in folder.iterdir()]
     except OSError:  # it has been removed, or its disk is away
         return {}
     found = (_RANK.fullmatch(name) for name in names)
     read = {int(m[1]): _read(folder / m[0]) for m in found if m}
-    return {rank: each for rank, each in sorted(read.items()) if each is not None}
+    return {rank: end for rank, end in sorted(read.items()) if end is not None}
 
 
 def _write(path: Path, outcome: Outcome) -> None:

@@ -123,4 +123,4 @@ def relative_speeds(seconds: Sequence[float]) -> list[float]:
     Of two ranks the faster one is the median.
     """
     typical = statistics.median_low(seconds)
-    return [typical / each for each in seconds]
+    return [typical / taken for taken in seconds]

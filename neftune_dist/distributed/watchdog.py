@@ -65,7 +65,7 @@ class Watchdog:
             raise UserError(f"{folder} cannot be written: {error.strerror or error}.") from error
         self._store = world.own_store("watchdog")
         works = [self._guard, self._listen] if self._size > 1 else [self._guard]
-        self._threads = [threading.Thread(target=each, daemon=True) for each in works]
+        self._threads = [threading.Thread(target=work, daemon=True) for work in works]
         self._wind_timer()
         for thread in self._threads:
             thread.start()

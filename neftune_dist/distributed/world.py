@@ -110,9 +110,12 @@ class Sharing:
 
 
 def _keep_freed_memory() -> None:
-    """Let malloc hand large tensors memory that it has, as the GPU's allocator does. glibc gives
-    each back to the system when it is freed, and the next one's pages are faulted in and cleared
-    again: that takes longer than to fill them. (Its own threshold for that ends at 32 MiB.)"""
+    """Let malloc keep the memory of large tensors for the next ones, as the GPU's allocator does.
+
+    glibc returns such memory to the system when it is freed, and the next tensor's pages are
+    faulted in and cleared again, which takes longer than to fill them. (glibc's threshold for this
+    ends at 32 MiB.)
+    """
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc's
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, _NEVER)
@@ -203,8 +206,8 @@ class World:
         set_collective_timeout(process_groups(), patience)
 
     def own_store(self, name: str) -> dist.Store:
-        """A connection to the rendezvous store for one thread alone, which waits behind no other's;
-        its keys are its own, too."""
+        """Return a connection to the rendezvous store for one thread alone: it waits for no other
+        thread's requests, and its keys are apart from theirs."""
         shared: Any = dist.PrefixStore(name, self._store)
         own: dist.Store = shared.clone()
         return own
@@ -316,7 +319,7 @@ class World:
             return [mine.tolist()]
         out = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(out, mine)
-        return [each.tolist() for each in torch.stack(out).cpu()]
+        return torch.stack(out).tolist()
 
     def gather_fields(self, mine: R) -> list[R]:
         """Every rank's instance of a dataclass of numbers, in the order of ranks: one small
@@ -329,7 +332,7 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether any rank's flag is set: one small collective."""
-        return any(each for (each,) in self.gather([float(flag)]))
+        return any(any(row) for row in self.gather([float(flag)]))
 
     def close(self) -> None:
         """Leave the process group; rank 0, whose process may host the store, leaves last."""

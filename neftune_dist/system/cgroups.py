@@ -56,7 +56,7 @@ def _control_groups(controller: str) -> Iterator[Path]:
             continue
         base = _ROOT / "sys/fs/cgroup" / controllers
         folder = base / path.lstrip("/")
-        yield from (each for each in (folder, *folder.parents) if each.is_relative_to(base))
+        yield from (group for group in (folder, *folder.parents) if group.is_relative_to(base))
 
 
 def _number(path: Path) -> int | None:

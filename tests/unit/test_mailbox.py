@@ -1,4 +1,4 @@
-"""What ranks tell each other over the rendezvous store; each rank has its own connection."""
+"""Messages of ranks over the rendezvous store; each rank has its own connection."""
 
 from __future__ import annotations
 
@@ -64,6 +64,14 @@ def test_connecting_does_not_wait_for_the_other_ranks() -> None:
         store = connect(place(0, port), 5.0)
         store.set("key", "value")
         assert late.result(20).get("key") == b"value"
+
+
+def test_ranks_of_torchrun_use_the_agents_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    agent.set("key", "the agent's")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    for rank in range(2):
+        assert connect(place(rank, agent.port), 5.0).get("key") == b"the agent's"
 
 
 def test_rank_0_that_never_listens_is_named() -> None:

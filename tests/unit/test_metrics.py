@@ -151,7 +151,8 @@ def test_last_records_are_read_without_a_cut_line(tmp_path: Path) -> None:
     whoever was killed is not lost, and one that lacks its end alone is there."""
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(10)))
-    assert [row["step"] for row in read_records(path, last_bytes=30).rows] == [8, 9]
+    found = read_records(path, last_bytes=30)
+    assert ([row["step"] for row in found.rows], found.num_lost) == ([8, 9], 0)
     for end, last in (('{"step": 10', 9), ('{"step": 10}', 10)):
         with path.open("a") as file:
             file.write(end)

@@ -1,4 +1,4 @@
-"""What the ranks leave of their end, and what is made of it."""
+"""Reports of how ranks ended, the outcome of an attempt, and the decision to restart."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from neftune_dist.distributed.outcome import (
 )
 
 
-def told(folder: Path, **ranks: tuple[str, str]) -> Outcome:
+def concluded(folder: Path, **ranks: tuple[str, str]) -> Outcome:
     """The attempt's outcome where its ranks, `r0` and so on, left these words."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(attempt.VARIABLE, str(folder))
@@ -54,21 +54,21 @@ def told(folder: Path, **ranks: tuple[str, str]) -> Outcome:
 def test_the_cause_of_an_end(
     ranks: dict[str, tuple[str, str]], kind: str, error: str, tmp_path: Path
 ) -> None:
-    outcome = told(tmp_path, **ranks)
+    outcome = concluded(tmp_path, **ranks)
     assert (outcome.kind, outcome.error) == (kind, error)
     assert (outcome.step, outcome.checkpoint) == (7, 5)
 
 
-def test_a_rank_without_a_last_word_is_the_cause(tmp_path: Path) -> None:
-    outcome = told(tmp_path, r0=(ORPHANED, "closed"), r1=(RUNNING, ""), r2=(RUNNING, ""))
+def test_rank_without_a_report_of_its_end_is_the_cause(tmp_path: Path) -> None:
+    outcome = concluded(tmp_path, r0=(ORPHANED, "closed"), r1=(RUNNING, ""), r2=(RUNNING, ""))
     assert outcome.kind == FAILED
     assert outcome.error == "ranks 1, 2 died without a word: killed from outside, or crashed"
 
 
-def test_the_first_word_of_an_end_stands(tmp_path: Path) -> None:
-    assert told(tmp_path, r0=(RUNNING, "")).error.startswith("rank 0 died")
-    assert told(tmp_path, r0=(FAILED, "boom")).error == "boom"
-    assert told(tmp_path, r0=(DONE, "")).error == "boom"
+def test_first_failure_of_a_rank_is_kept(tmp_path: Path) -> None:
+    assert concluded(tmp_path, r0=(RUNNING, "")).error.startswith("rank 0 died")
+    assert concluded(tmp_path, r0=(FAILED, "boom")).error == "boom"
+    assert concluded(tmp_path, r0=(DONE, "")).error == "boom"
 
 
 def test_without_a_launcher_nothing_is_written(
@@ -90,7 +90,7 @@ def test_without_a_launcher_nothing_is_written(
         (ConnectionResetError("by the other side"), ORPHANED),
     ],
 )
-def test_what_a_rank_says_of_its_end(
+def test_error_of_a_rank_is_reported_by_its_kind(
     error: Exception, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv(attempt.VARIABLE, str(tmp_path))
@@ -106,11 +106,11 @@ def test_attempts_are_numbered(tmp_path: Path) -> None:
     assert names == ["attempt_0001", "attempt_0002", "attempt_0003"]
     attempt.conclude(tmp_path / "logs" / "attempt_0002", 3, 2, "gone")
     # The batch script of the first died with its machine; the third goes on.
-    assert [each.kind for each in attempt.outcomes(tmp_path)] == [LOST, LOST, LOST]
+    assert [outcome.kind for outcome in attempt.outcomes(tmp_path)] == [LOST, LOST, LOST]
     assert attempt.outcomes(tmp_path)[1].checkpoint == 2
 
 
-def test_a_launcher_judges_its_own_attempt(tmp_path: Path) -> None:
+def test_launcher_judges_its_own_attempt(tmp_path: Path) -> None:
     """Another that was started meanwhile, and refused, has a later number."""
     own, other = (attempt.begin(tmp_path) for _ in range(2))
     attempt.conclude(own, 7, 5, "rank 1 died")
@@ -118,8 +118,8 @@ def test_a_launcher_judges_its_own_attempt(tmp_path: Path) -> None:
         patch.setenv(attempt.VARIABLE, str(other))
         attempt.tell(0, MISTAKE, error="run_dir is in use by another run.")
     attempt.conclude(other, 7, 5, "")
-    assert [each.kind for each in attempt.outcomes(tmp_path)] == [LOST, MISTAKE]
-    assert [each.kind for each in attempt.outcomes(tmp_path, own)] == [LOST]
+    assert [outcome.kind for outcome in attempt.outcomes(tmp_path)] == [LOST, MISTAKE]
+    assert [outcome.kind for outcome in attempt.outcomes(tmp_path, own)] == [LOST]
     assert verdict(attempt.outcomes(tmp_path, own), 3).again
 
 
@@ -140,7 +140,7 @@ def of(kind: str, checkpoint: int = 0, step: int = 0, error: str = "") -> Outcom
         ([of(FAILED, 5, 7, "boom"), of(FAILED, 5, 8, "boom")], True, 1),
         ([of(FAILED, 5, 7, "boom"), of(FAILED, 5, 7, "bang")], True, 1),
         ([of(LOST, 5, 7), of(LOST, 5, 7)], True, 1),
-        # Two restarts in a row without a new checkpoint are borne, not three.
+        # Two restarts in a row without a new checkpoint are allowed, not three.
         ([of(STOPPED, 5), of(STOPPED, 5), of(STOPPED, 5)], True, 75),
         ([of(STOPPED, 5), of(STOPPED, 5), of(STOPPED, 5), of(STOPPED, 5)], False, 1),
         ([of(LOST), of(LOST)], True, 1),
@@ -148,13 +148,14 @@ def of(kind: str, checkpoint: int = 0, step: int = 0, error: str = "") -> Outcom
         # What another launcher was refused counts for nothing.
         ([of(FAILED, 5, 7, "boom"), of(MISTAKE, 5), of(FAILED, 5, 7, "boom")], False, 1),
         ([of(STOPPED, 5), *[of(MISTAKE, 5)] * 9, of(STOPPED, 5)], True, 75),
-        # A new checkpoint starts the count anew, however long the history.
+        # A new checkpoint resets the count, however long the history.
         ([*[of(FAILED, 5, i) for i in range(9)], of(FAILED, 6, 9)], True, 1),
         # An older one does not: a run that was begun again in the same folder.
+        ([of(STOPPED, 9), of(STOPPED, 5), of(STOPPED, 6), of(STOPPED, 7)], False, 1),
         ([of(STOPPED, 9), of(FAILED, 5, 1), of(FAILED, 5, 2), of(FAILED, 5, 3)], False, 1),
     ],
 )
-def test_whether_to_start_again(past: list[Outcome], again: bool, code: int) -> None:
+def test_restart_needs_progress(past: list[Outcome], again: bool, code: int) -> None:
     decided = verdict(past, max_restarts=2)
     assert (decided.again, decided.code) == (again, code)
 

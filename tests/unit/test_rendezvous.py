@@ -42,7 +42,7 @@ def test_missing_nodes_are_named(tmp_path: Path) -> None:
         rendezvous.meet(tmp_path, HOSTS, 1, 0.3)
 
 
-def test_a_port_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_port_is_unused_or_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MASTER_PORT", raising=False)
     assert network.free_port() in range(20000, 32000)
     with socket.socket() as taken:
@@ -63,7 +63,7 @@ def test_a_port_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
         network.free_port()
 
 
-def test_the_interface_that_leads_to_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interface_that_leads_to_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
     assert network.address_towards("127.0.0.1") == "127.0.0.1"
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
@@ -76,7 +76,7 @@ def test_the_interface_that_leads_to_a_host(monkeypatch: pytest.MonkeyPatch) -> 
         network.address_towards("nowhere.invalid")
 
 
-def test_the_store_listens_at_one_address() -> None:
+def test_store_listens_at_one_address() -> None:
     """Not on every interface, as torch lets it: whoever reaches it can change what ranks agree."""
     port = network.free_port()
     place = RendezvousParameters("neftune_dist", f"127.0.0.1:{port}", "none", 1, 1, rank="0")

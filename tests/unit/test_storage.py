@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -30,7 +31,7 @@ def test_written_files_follow_the_umask(umask: int, mode: int, tmp_path: Path) -
     assert (tmp_path / "a.json").stat().st_mode & 0o777 == lock & 0o777 == mode
 
 
-def test_a_link_is_replaced_and_what_it_leads_to_is_not_written(tmp_path: Path) -> None:
+def test_link_is_replaced_and_its_target_not_written(tmp_path: Path) -> None:
     (tmp_path / "theirs").write_text("theirs")
     (tmp_path / "link").symlink_to("theirs")
     storage.write(tmp_path / "link", "ours", durable=True)
@@ -57,7 +58,7 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(
     assert (tmp_path / "a.json").read_text() == "old"
 
 
-def test_the_second_process_waits_then_is_refused_and_a_dead_one_lets_go(tmp_path: Path) -> None:
+def test_second_process_is_refused_and_a_dead_one_lets_go(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     code = (
         "import sys, time; from pathlib import Path; from neftune_dist.system import storage\n"
@@ -76,6 +77,22 @@ def test_the_second_process_waits_then_is_refused_and_a_dead_one_lets_go(tmp_pat
     assert not lock.exists()
 
 
+def test_removed_lock_file_is_not_held(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its last holder removes it between our opening and our locking it."""
+    lock, flock, calls = tmp_path / "lock", fcntl.flock, list[int]()
+
+    def late(descriptor: int, operation: int) -> None:
+        if not calls:
+            lock.unlink()
+        calls.append(operation)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(storage.fcntl, "flock", late)
+    with storage.hold(lock, "busy"), lock.open() as other, pytest.raises(BlockingIOError):
+        flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert len(calls) == 2
+
+
 def test_no_two_processes_hold_a_lock_at_once(tmp_path: Path) -> None:
     """Though each removes the lock's file when it lets go."""
     code = (
@@ -92,7 +109,7 @@ def test_no_two_processes_hold_a_lock_at_once(tmp_path: Path) -> None:
     assert (tmp_path / "number").read_text() == "600"
 
 
-def test_a_folder_with_foreign_files_is_not_claimed(tmp_path: Path) -> None:
+def test_folder_with_foreign_files_is_not_claimed(tmp_path: Path) -> None:
     folder = tmp_path / "project"
     folder.mkdir()
     (folder / "notes.txt").touch()

@@ -1,4 +1,4 @@
-"""What is made of the ranks' reports and measurements: pure functions, without processes."""
+"""Conclusions from the ranks' reports and measurements: pure functions, without processes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_ranks_that_do_not_answer_are_named_before_all_others() -> None:
     )
 
 
-def test_who_is_held_up_elsewhere_is_not_to_blame() -> None:
+def test_rank_held_up_elsewhere_is_not_blamed() -> None:
     """Rank 0 waits for 1, which waits for 3 in a group of their own."""
     pair = gather(7, "pair", (1, 3))
     reports = {
@@ -89,7 +89,7 @@ def test_all_came() -> None:
     )
 
 
-def test_without_a_flight_record_the_places_are_told() -> None:
+def test_places_are_reported_without_a_flight_record() -> None:
     stuck = report("step 5: waiting for data")
     assert explain({0: report(), 1: stuck}, 2) == (
         "rank 0 stands in step 5: updating, at here.py:1 in f; rank 1 stands in step 5: waiting "
@@ -97,7 +97,7 @@ def test_without_a_flight_record_the_places_are_told() -> None:
     )
 
 
-def test_the_cause_holds_neither_times_nor_counts() -> None:
+def test_cause_holds_neither_times_nor_counts() -> None:
     """It is compared with that of the next attempt, which began at another step."""
     late = Report("step 5: updating", 901.0, "here.py:1 in f", None, {"world": 11})
     again = Report("step 5: updating", 950.0, "here.py:1 in f", None, {"world": 3})
@@ -106,8 +106,8 @@ def test_the_cause_holds_neither_times_nor_counts() -> None:
 
 
 def test_reports_travel() -> None:
-    for each in (WAITING, report(world=3)):
-        assert Report.from_dict(json.loads(json.dumps(asdict(each)))) == each
+    for sent in (WAITING, report(world=3)):
+        assert Report.from_dict(json.loads(json.dumps(asdict(sent)))) == sent
 
 
 def entry(
@@ -138,7 +138,7 @@ def entry(
         ([entry(8, retired=True), entry(7, retired=True)], None, {"0": 8}),
     ],
 )
-def test_what_the_flight_record_says(
+def test_oldest_open_and_newest_reached_collective_of_a_record(
     entries: list[dict[str, Any]], waits_in: int | None, reached: dict[str, int]
 ) -> None:
     expected = None if waits_in is None else Collective("all_gather_base", waits_in, "0", ALL)
@@ -165,9 +165,9 @@ def test_speeds_are_the_median_ranks() -> None:
     assert relative_speeds([2.0, 2.0]) == [1.0, 1.0]
 
 
-def test_a_streak_is_told_once_when_it_is_long_enough() -> None:
+def test_streak_is_reported_once_when_it_is_long_enough() -> None:
     streaks = Streaks(2)
     slow = [True, True, True, True, False, True, True, False, True, True, True]
-    told = [streaks.lasting([False, now]) for now in slow]
-    assert [i for i, ranks in enumerate(told) if ranks] == [2, 10]
-    assert told[2] == told[10] == [1]
+    reported = [streaks.lasting([False, now]) for now in slow]
+    assert [i for i, ranks in enumerate(reported) if ranks] == [2, 10]
+    assert reported[2] == reported[10] == [1]

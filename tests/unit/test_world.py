@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +17,9 @@ from neftune_dist.config import UserError
 from neftune_dist.distributed import world as module
 from neftune_dist.distributed.world import Stopped, World
 
+# Of a rank for the others, which come at once: whatever goes wrong, the test ends.
+WAIT_SECONDS = 10.0
+
 
 def worlds(size: int) -> list[World]:
     store, made = dist.HashStore(), []
@@ -28,13 +30,13 @@ def worlds(size: int) -> list[World]:
         world.device = torch.device("cpu")
         world._store = dist.PrefixStore("run", store)
         world._phase = world._num_threads = 0
-        world._stop, world._patience_seconds = None, math.inf
+        world._stop, world._patience_seconds = None, WAIT_SECONDS
         made.append(world)
     return made
 
 
 def on_all(made: list[World], work: Callable[[World], Any]) -> list[Any]:
-    """What `work` returns or raises on each rank."""
+    """Results of `work`, or its errors, by rank."""
 
     def caught(world: World) -> Any:
         try:
@@ -60,7 +62,7 @@ def test_ranks_leave_a_block_when_the_last_one_has_come() -> None:
     assert on_all(worlds(3), work) == [None] * 3
 
 
-def test_an_error_reaches_ranks_that_wait_without_those_that_still_work() -> None:
+def test_error_reaches_waiting_ranks_before_busy_ones_come() -> None:
     made, release = worlds(3), threading.Event()
 
     def work(world: World) -> None:
@@ -89,7 +91,7 @@ def test_values_of_ranks_reach_all() -> None:
     assert on_all(made, lambda world: world.from_any(None)) == [None] * 3
 
 
-def test_the_first_rank_of_a_machine_works_before_the_others() -> None:
+def test_first_rank_of_a_machine_works_before_the_others() -> None:
     order: list[int] = []
 
     def work(world: World) -> int:
@@ -102,7 +104,7 @@ def test_the_first_rank_of_a_machine_works_before_the_others() -> None:
     assert order[0] == 0 and sorted(order) == [0, 1, 2]
 
 
-def test_a_rank_that_stops_ends_the_wait_of_the_others() -> None:
+def test_rank_that_stops_ends_the_wait_of_the_others() -> None:
     first, second = worlds(2)
 
     def wait() -> None:
@@ -118,7 +120,7 @@ def test_a_rank_that_stops_ends_the_wait_of_the_others() -> None:
             waiting.result(5)
 
 
-def test_a_rank_that_is_asked_to_stop_does_not_wait_for_ever(
+def test_rank_asked_to_stop_does_not_wait_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "_STOP_PATIENCE_SECONDS", 0.3)
@@ -132,7 +134,7 @@ def test_a_rank_that_is_asked_to_stop_does_not_wait_for_ever(
         raise Stopped
 
 
-def test_a_thread_agrees_by_itself_and_gives_up_on_missing_ranks() -> None:
+def test_thread_agrees_by_itself_and_gives_up_on_missing_ranks() -> None:
     made = worlds(2)
     threads = [world.for_thread(0.2) for world in made]
     assert on_all(threads, lambda world: world.from_first(str(world.rank))) == ["0", "0"]

@@ -118,4 +118,4 @@ def num_gpus() -> int:
     present = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
     if visible is None:
         return present
-    return min(present, len([each for each in visible.split(",") if each.strip()]))
+    return min(present, len([index for index in visible.split(",") if index.strip()]))

@@ -39,7 +39,7 @@ def meet(folder: Path, hosts: Sequence[str], index: int, seconds: float) -> tupl
     place, pause = folder / "rendezvous.json", _FIRST_PAUSE_SECONDS
     while time.monotonic() < deadline:
         # Listing a folder makes a network file system look again.
-        there = {each.name for each in folder.iterdir()}
+        there = {path.name for path in folder.iterdir()}
         if place.name in there:
             found = read_json(place, {"address": str, "port": int})
             return found["address"], found["port"]
@@ -68,5 +68,5 @@ def arrive(folder: Path, index: int) -> None:
 
 def missing_hosts(folder: Path, hosts: Sequence[str]) -> list[str]:
     """Return the hosts whose node has not started."""
-    there = {each.name for each in folder.iterdir()}
+    there = {path.name for path in folder.iterdir()}
     return [host for i, host in enumerate(hosts) if f"node_{i}" not in there]

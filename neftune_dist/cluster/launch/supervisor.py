@@ -1,4 +1,4 @@
-"""Looks after a run: starts it on this node, or on all nodes of a Slurm job, and starts it again.
+"""Looks after a run: starts it on this node, or on all nodes of a Slurm job, and restarts it.
 
 Owns requests to stop, and whether a run that ended goes on: here, later, or not at all. It imports
 no torch, so that it can stand outside the container that holds it.
@@ -267,7 +267,7 @@ def _attend(
         if requests.kill or late or (failed_at and now - failed_at > _END_SECONDS):
             _kill_all()
         time.sleep(_POLL_SECONDS)
-    _kill_all()  # what its end has left behind
+    _kill_all()  # processes that outlived it
     copying.join(10)
     if process.returncode == 0 or late:
         return late
@@ -297,15 +297,15 @@ def _unwritten(descriptor: int, block: bytes) -> int:
 
 def _ask_to_stop(pid: int, job: Job | None) -> None:
     # srun passes the signal on to all processes of the step.
-    for each in [pid] if job else list(_descendants()):
+    for process in [pid] if job else list(_descendants()):
         with contextlib.suppress(ProcessLookupError):
-            os.kill(each, signal.SIGUSR1)
+            os.kill(process, signal.SIGUSR1)
 
 
 def _kill_all() -> None:
-    for each in list(_descendants()):
+    for process in list(_descendants()):
         with contextlib.suppress(ProcessLookupError):
-            os.kill(each, signal.SIGKILL)
+            os.kill(process, signal.SIGKILL)
     with contextlib.suppress(ChildProcessError):  # adopted orphans want to be reaped
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
