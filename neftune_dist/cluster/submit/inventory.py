@@ -1,21 +1,16 @@
 """The model and the data of a run as they are on this machine, read without torch.
 
-Reads no more than takes an instant: headers of weights, numbers of rows, the hub's caches. A file
-that the job would miss is a `UserError` here.
+Reads no more than takes seconds: headers of weights, rows of files that are not long, the hub's
+caches. A file that the job would miss is a `UserError` here.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
-import importlib
-import io
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 from safetensors import safe_open
@@ -26,17 +21,16 @@ from neftune_dist.config import (
     ModelConfig,
     SourceConfig,
     UserError,
-    parse_json,
 )
-from neftune_dist.data import builtin, files
+from neftune_dist.data import files
+from neftune_dist.data.errors import BadRow
+from neftune_dist.data.sources import open_source
 from neftune_dist.model import locate
 from neftune_dist.system.model_files import weight_files
 from neftune_dist.system.text import first_line
 
 _TRUE = ("1", "ON", "YES", "TRUE")
-_COUNTED_BYTES = (
-    64 * 2**20
-)  # read in a fraction of a second; of a longer file, the rest is inferred
+_COUNTED_BYTES = 256 * 2**20  # read in seconds; rows of longer files are not counted
 
 
 @dataclass(frozen=True)
@@ -78,17 +72,6 @@ class Hub:
             return folder if kind == "dataset" and folder.is_dir() else None
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The number of rows of a source; `exact`: all were counted, none inferred."""
-
-    number: int
-    exact: bool = True
-
-    def __str__(self) -> str:
-        return f"{'' if self.exact else 'about '}{self.number} rows"
-
-
 def find_model(model: ModelConfig, hub: Callable[[], Hub]) -> Path | None:
     """Return the model's directory; None where the job has to download it. Raises `UserError`."""
     name = model.name_or_path
@@ -127,48 +110,49 @@ def _count_in_file(file: Path) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
-def count_rows(data: DataConfig, hub: Callable[[], Hub]) -> Rows | None:
-    """Documents of an epoch and those held out, if every row is one; None where that takes reading
-    a source whole. Raises `UserError`."""
-    counted = [_weighted(_count_source(each, key, hub), each) for key, each in data.sources.items()]
+def count_rows(data: DataConfig, hub: Callable[[], Hub]) -> int | None:
+    """Documents of an epoch and those held out, if every row is one; None where that takes long.
+
+    Args:
+        data: its sources.
+        hub: asked for only where a source is not local.
+
+    Raises:
+        UserError: a source is missing, or a file of it cannot be read.
+    """
+    numbers = []
+    for key, config in data.sources.items():
+        number = _count_source(config, key, hub)
+        if number is not None:
+            number = round(min(number, config.max_documents or number) * config.weight)
+        numbers.append(number)
     if data.held_out:
         _count_source(data.held_out, "data.held_out_source", hub)
-    known = [rows for rows in counted if rows]
-    if len(known) < len(counted):
-        return None
-    return Rows(sum(rows.number for rows in known), all(rows.exact for rows in known))
+    known = [number for number in numbers if number is not None]
+    return sum(known) if len(known) == len(numbers) else None
 
 
-def _weighted(rows: Rows | None, config: SourceConfig) -> Rows | None:
-    if rows is None:
-        return None
-    number = min(rows.number, config.max_documents or rows.number)
-    return Rows(round(number * config.weight), rows.exact and config.weight % 1 == 0)
-
-
-def _count_source(config: SourceConfig, key: str, hub: Callable[[], Hub]) -> Rows | None:
+def _count_source(config: SourceConfig, key: str, hub: Callable[[], Hub]) -> int | None:
     source = config.source
-    if source == BUILTIN_SOURCE:
-        return Rows(len(builtin.rows()))
-    if not files.is_local(source):
-        if not files.HUB_ID.fullmatch(source):
-            raise UserError(f"{key}={source} is neither a file nor a hub id such as org/name.")
-        _cached(key, "dataset", source, config.revision, hub())
-        return None
-    counted = []
-    for path in files.find_files(source, key, config.split).paths:
-        try:
-            counted.append(_count(path))
-        except (OSError, EOFError, ValueError, csv.Error) as error:  # pyarrow's are among them
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"{key}={path} cannot be read: {reason}.") from error
-    known = [rows for rows in counted if rows]
-    if len(known) < len(counted):
-        return None
-    rows = Rows(sum(rows.number for rows in known), all(rows.exact for rows in known))
-    if not rows.number:
-        raise UserError(f"{key}={source} is empty.")
-    return rows
+    if source == BUILTIN_SOURCE or files.is_local(source):
+        return _count(key, source, config.revision, config.split)
+    if not files.HUB_ID.fullmatch(source):
+        raise UserError(f"{key}={source} is neither a file nor a hub id such as org/name.")
+    _cached(key, "dataset", source, config.revision, hub())
+    return None
+
+
+@cache  # the tasks of an array read the same files
+def _count(key: str, source: str, revision: str | None, split: str) -> int | None:
+    if source != BUILTIN_SOURCE:
+        sizes = [path.stat().st_size for path in files.find_files(source, key, split).paths]
+        if sum(sizes) > _COUNTED_BYTES:
+            return None
+    opened = open_source(SourceConfig(source, revision=revision, split=split), key)
+    number = sum(not isinstance(row, BadRow) for _, row in opened.rows)
+    if not number:
+        raise UserError(f"{key}={source} has no row that can be read.")
+    return number
 
 
 def _cached(key: str, kind: str, name: str, revision: str | None, hub: Hub) -> Path | None:
@@ -179,44 +163,3 @@ def _cached(key: str, kind: str, name: str, revision: str | None, hub: Hub) -> P
             f"{hub.cache} does not hold it, and HF_HUB_OFFLINE keeps the job from asking the hub."
         )
     return found
-
-
-@cache  # the tasks of an array read the same file
-def _count(path: Path) -> Rows | None:
-    kind = files.file_kind(path)
-    if path.stat().st_size == 0:
-        return Rows(0)
-    if kind == "parquet":
-        try:
-            parquet = importlib.import_module("pyarrow.parquet")
-        except ImportError:  # a login node may lack it
-            return None
-        return Rows(parquet.read_metadata(path).num_rows)
-    if kind == "arrow" or path.suffix.lower() == ".zst":
-        return None
-    with path.open("rb") as raw, gzip.open(raw) as unzipped:
-        text: Any = unzipped if path.suffix.lower() == ".gz" else raw
-        if kind != "json":
-            return _count_table(text, "\t" if kind == "tsv" else ",")
-        head = text.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-        text.seek(0)
-        if head.startswith(b"["):
-            content = text.read(_COUNTED_BYTES + 1)
-            fits = len(content) <= _COUNTED_BYTES
-            return Rows(len(parse_json(content.decode("utf-8-sig"), list))) if fits else None
-        number = read = 0
-        for line in text:
-            number += not line.isspace()
-            read += len(line)
-            if read > _COUNTED_BYTES:
-                return Rows(round(number * path.stat().st_size / raw.tell()), exact=False)
-    return Rows(number)
-
-
-def _count_table(text: Any, delimiter: str) -> Rows | None:
-    content = text.read(_COUNTED_BYTES + 1)
-    if len(content) > _COUNTED_BYTES or (delimiter == "\t" and b'"' in content):
-        return None  # line breaks may stand within quotes, if they are quotes
-    csv.field_size_limit(_COUNTED_BYTES)
-    lines = io.StringIO(content.decode("utf-8-sig"), newline="")
-    return Rows(max(0, sum(1 for row in csv.reader(lines, delimiter=delimiter) if row) - 1))

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 
 from neftune_dist.cluster.submit import inventory
-from neftune_dist.cluster.submit.inventory import Hub, Rows
+from neftune_dist.cluster.submit.inventory import Hub
 from neftune_dist.config import (
     Config,
     DataConfig,
@@ -60,9 +60,9 @@ def anchor(config: Config) -> None:
     if model.weights is not None:
         model.weights = _absolute("model.weights", model.weights)
     named: list[DataConfig | SourceConfig] = [data, *data.mixture]
-    for each in named:
-        if files.is_local(each.source):
-            each.source = _absolute("data.source", each.source)
+    for source in named:
+        if files.is_local(source.source):
+            source.source = _absolute("data.source", source.source)
     if data.template.endswith(".jinja"):
         data.template = _absolute("data.template", data.template)
     if data.held_out_source and files.is_local(data.held_out_source):
@@ -101,7 +101,7 @@ def preflight(config: Config, world_size: int, hub: Callable[[], Hub]) -> Outloo
     length = "not known before the data is read" if steps is None else f"{about}{steps}"
     notes = (
         f"model: {config.model.name_or_path}, {size}{place}",
-        f"data: {_sources(config)}, {rows or 'rows not counted here'}",
+        f"data: {_sources(config)}, {f'{rows} rows' if rows else 'rows not counted here'}",
         f"steps: {length}" + (f", {left or 'none'} of them left" if made and steps else ""),
         f"disk: {disk}",
         f"time: {time}",
@@ -131,7 +131,7 @@ def _absolute(key: str, text: str) -> str:
 
 def _existing(path: Path) -> Path:
     """The path, or the nearest folder above it that is there."""
-    return next(each for each in (path, *path.parents) if os.path.lexists(each))
+    return next(place for place in (path, *path.parents) if os.path.lexists(place))
 
 
 def _check_run_dir(run_dir: Path, resume: str) -> None:
@@ -153,25 +153,25 @@ def _check_run_dir(run_dir: Path, resume: str) -> None:
         )
 
 
-def _num_steps(config: Config, rows: Rows | None) -> int | None:
+def _num_steps(config: Config, rows: int | None) -> int | None:
     """Steps of a run in which every row becomes a document; None: unknown. Refuses too few rows."""
     train, data = config.train, config.data
     held_out = data.num_held_out
-    if rows and data.held_out_fraction:
-        held_out = max(1, round(rows.number * data.held_out_fraction))
-    if rows and rows.exact and rows.number - held_out < train.global_batch_size:
+    if rows is None:
+        return train.max_steps
+    if data.held_out_fraction:
+        held_out = max(1, round(rows * data.held_out_fraction))
+    if rows - held_out < train.global_batch_size:
         raise UserError(
-            f"data.source={_sources(config)} has {rows.number} rows, too few for one step of "
+            f"data.source={_sources(config)} has {rows} rows, too few for one step of "
             f"train.global_batch_size={train.global_batch_size} beside "
             f"data.num_held_out={held_out}."
         )
-    if rows is None:
-        return train.max_steps
-    return num_steps(train, max(1, rows.number - held_out))
+    return num_steps(train, rows - held_out)
 
 
 def _sources(config: Config) -> str:
-    return " + ".join(each.source for each in config.data.sources.values())
+    return " + ".join(source.source for source in config.data.sources.values())
 
 
 def _num_checkpoints(config: Config, steps: int | None, made: int) -> int:
@@ -184,7 +184,7 @@ def _num_checkpoints(config: Config, steps: int | None, made: int) -> int:
     if for_good:
         most += max(0, total - keep * every) // for_good
     folders = (Path(config.run_dir) / "checkpoints").glob("step_*")
-    return max(1, most - sum(each.name.removeprefix("step_").isdigit() for each in folders))
+    return max(1, most - sum(path.name.removeprefix("step_").isdigit() for path in folders))
 
 
 def _predict(run_dir: Path, world_size: int, left: int | None) -> tuple[float | None, str]:
@@ -192,11 +192,12 @@ def _predict(run_dir: Path, world_size: int, left: int | None) -> tuple[float | 
     measured = _step_seconds(run_dir / STEPS, world_size)
     if not measured:
         return None, f"not known before the run has recorded a step on {world_size} ranks"
-    each = median(measured)
-    pace = f"{each:.3g} s a step (median of {len(measured)} on {world_size} ranks)"
+    pace_seconds = median(measured)
+    pace = f"{pace_seconds:.3g} s a step (median of {len(measured)} on {world_size} ranks)"
     if left is None:
         return None, pace
-    return each * left, f"about {duration_text(each * left)} for the steps left, {pace}"
+    seconds = pace_seconds * left
+    return seconds, f"about {duration_text(seconds)} for the steps left, {pace}"
 
 
 def _step_seconds(path: Path, world_size: int) -> Sequence[float]:

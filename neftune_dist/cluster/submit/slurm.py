@@ -79,7 +79,7 @@ def seconds(what: str, text: str) -> float:
 
 
 def indices(array: str) -> list[int]:
-    """The indices of an array: 0-3, 1,5 or 0-10:2, each with %N behind it or not."""
+    """The indices of an array: 0-3, 1,5 or 0-10:2, with or without %N at its end."""
     found: set[int] = set()
     for part in re.sub(r"%[1-9]\d*$", "", array).split(","):
         match = _RANGE.fullmatch(part)

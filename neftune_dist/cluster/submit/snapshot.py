@@ -21,7 +21,7 @@ from neftune_dist import __version__
 
 def next_folder(run_dir: Path) -> Path:
     """The folder of the next snapshot."""
-    taken = [int(each.name) for each in run_dir.glob("submit/*") if each.name.isdigit()]
+    taken = [int(path.name) for path in run_dir.glob("submit/*") if path.name.isdigit()]
     return run_dir / "submit" / f"{max(taken, default=0) + 1:04d}"
 
 
@@ -65,10 +65,10 @@ class Writer:
 
     def make(self, folder: Path) -> None:
         """A folder, and those above it. Raises `OSError`."""
-        for each in [*reversed(folder.parents), folder]:
-            if not each.is_dir():
-                each.mkdir(exist_ok=True)
-                self._above.append(each)
+        for above in [*reversed(folder.parents), folder]:
+            if not above.is_dir():
+                above.mkdir(exist_ok=True)
+                self._above.append(above)
 
     def write(self, folder: Path, files: Mapping[str, str]) -> None:
         """A new snapshot. Raises `OSError`, also where another submission has just made it."""

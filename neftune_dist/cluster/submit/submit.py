@@ -62,13 +62,15 @@ def main(words: list[str]) -> int:
         _check_options(given)
         tasks = _tasks(given)
         check_space((task.run_dir, task.outlook.num_bytes) for task in tasks)
-        behind = [] if given.dry_run and not shutil.which("sinfo") else _check_cluster(given, tasks)
+        waits_for = (
+            [] if given.dry_run and not shutil.which("sinfo") else _check_cluster(given, tasks)
+        )
         lines = _outlook(given, tasks)
         if given.dry_run:
             lines += _dry_run(given, tasks)
         else:
             kept = snapshot.next_folder(tasks[0].run_dir)
-            ids = _submit(given, tasks, behind, shlex.join(["launcher/submit.py", *words]))
+            ids = _submit(given, tasks, waits_for, shlex.join(["launcher/submit.py", *words]))
             lines = [f"job: {' '.join(ids)}, as kept in {kept}", *lines, *_handles(tasks, ids)]
     except (UserError, OSError) as error:
         print(f"submit: {error}", file=sys.stderr)
@@ -100,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--mail", metavar="ADDRESS", help="gets mail when the job begins, ends, fails, is requeued")
     add("--array", metavar="SPEC", help="one run an index (0-3, 1,5, 0-9%%2), put in place of {}")
     add("--dependency", metavar="LIST", help="afterok:123 and so on")
-    add("--chain", type=int, default=1, metavar="N", help="N jobs, each behind the one before")
+    add("--chain", type=int, default=1, metavar="N", help="N jobs, each after the one before")
     add("--signal-seconds", type=int, default=300, help="to save in; default: %(default)s")
     add("--max-restarts", type=MAX_RESTARTS, help="see `neftune-dist launch --help`")
     add("--rendezvous-minutes", type=RENDEZVOUS_MINUTES, help="see `neftune-dist launch --help`")
@@ -197,7 +199,7 @@ def _check_cluster(given: argparse.Namespace, tasks: list[Task]) -> list[str]:
         where = tasks[0].run_dir if len(tasks) == 1 else "A run directory"
         raise UserError(
             f"{where} is in use by job {shown}{' and others' if len(jobs) > 3 else ''}: cancel it, "
-            f"or queue behind it with --dependency={slurm.after(whole)}."
+            f"or queue after it with --dependency={slurm.after(whole)}."
         )
     return whole
 
@@ -283,7 +285,7 @@ def _dry_run(given: argparse.Namespace, tasks: list[Task]) -> list[str]:
 
 
 def _submit(
-    given: argparse.Namespace, tasks: list[Task], behind: list[str], command: str
+    given: argparse.Namespace, tasks: list[Task], waits_for: list[str], command: str
 ) -> list[str]:
     """Write the snapshots, queue the job or the chain of them; its ids. All of it, or nothing."""
     folders = [snapshot.next_folder(task.run_dir) for task in tasks]
@@ -295,7 +297,7 @@ def _submit(
         for task, folder in zip(tasks, folders, strict=True):
             writer.make(task.run_dir / "logs")
             writer.write(folder, {**files, "config.yaml": task.config.to_yaml()})
-        waits = given.dependency or (slurm.after(behind) if behind else None)
+        waits = given.dependency or (slurm.after(waits_for) if waits_for else None)
         for _ in range(given.chain):
             own = [f"--dependency={waits}"] if waits else []
             # The options also here, where they go before the user's SBATCH_ variables.
