@@ -1,7 +1,7 @@
 """The place of a process among the others, as its launcher wrote it into the environment.
 
-Owns the reading of torchrun's variables and of numbers in Slurm's. What they say in part, or what
-cannot be, is refused before anything waits for ranks that will not come. Imports no torch.
+Reads torchrun's variables and numbers in Slurm's. Incomplete or contradictory ones are refused
+before anything waits for ranks that will not come. Imports no torch.
 """
 
 from __future__ import annotations
@@ -23,8 +23,12 @@ class Place:
     """This process among those that were started together.
 
     Attributes:
-        rank, size: of all processes. local_rank, local_size: of those on this machine.
-        address, port: where rank 0 listens; empty and 0 for a process alone.
+        rank: index of this process.
+        size: number of all processes.
+        local_rank: index of this process on its machine.
+        local_size: number of processes on this machine.
+        address: where rank 0 listens; empty for a process alone.
+        port: where rank 0 listens; 0 for a process alone.
     """
 
     rank: int = 0
@@ -51,7 +55,7 @@ def find_place() -> Place:
     """This process's place, by torchrun's variables; alone where they are not set.
 
     Raises:
-        UserError: they are set in part, contradict each other, or name a machine nobody knows.
+        UserError: they are set in part, contradict each other, or name an unknown machine.
     """
     size = number("WORLD_SIZE", 1, least=1)
     rank, local_rank = number("RANK", 0), number("LOCAL_RANK", 0)

@@ -1,7 +1,7 @@
 """The report of a hang: where each rank stands, and which of them holds up the others.
 
-The words of a cause are the same whenever the cause is: no times, no counts of collectives, so that
-whoever starts the run again can tell that it met the same.
+The same cause gives the same text, without times or numbers of collectives, so that the launcher
+recognises a failure that repeats.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ import torch.distributed as dist
 
 from neftune_dist.compat.torch import flight_record, process_groups
 
-# Frames that tell how a rank waits, not for what.
+# Frames of these show how a rank waits, not for what it waits.
 _WAITING_MODULES = {*sys.stdlib_module_names, "torch"}
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One that was begun and has not ended.
+    """A collective that was begun and has not ended.
 
-    name: all_gather and so on. number: counts those of its group, from 1. group: its name.
-    ranks: all that must come to it.
+    Attributes:
+        name: all_gather and so on.
+        number: its place among those of its group, from 1.
+        group: the group's name.
+        ranks: all that must come to it.
     """
 
     name: str
@@ -41,9 +44,12 @@ class Collective:
 class Report:
     """The state of a rank.
 
-    phase: in its own words. seconds: that it has lasted. place: where its main thread stands.
-    waits_in: its oldest collective that has not ended, if any. reached: by group, the number of
-    the last collective that it came to.
+    Attributes:
+        phase: the current one, in the rank's own words.
+        seconds: since the phase began.
+        place: file, line and function of its main thread.
+        waits_in: its oldest collective that has not ended, if any.
+        reached: the number of the last collective that it came to, by group.
     """
 
     phase: str

@@ -1,8 +1,8 @@
 """One attempt at a run: the folder where its ranks leave their output and how they ended.
 
-A run is made in attempts: each start of its processes is one, under `RUN_DIR/logs/attempt_0001`
-and so on. What the ranks say of their end is written there, because torchrun turns every exit code
-into its own; from it `verdict` decides whether the run is to be started again. Imports no torch.
+Each start of a run's processes is an attempt, under `RUN_DIR/logs/attempt_0001` and so on. Ranks
+record there how they ended, because torchrun turns every exit code into its own; from the records
+`verdict` decides whether the run is started again. Imports no torch.
 """
 
 from __future__ import annotations
@@ -71,8 +71,10 @@ class Verdict:
 
 
 def folder_of_run(run_dir: Path) -> Path:
-    """Where this process may leave what is for people to read: its attempt's folder, or, where no
-    launcher made one, the run's `logs/`. It need not exist."""
+    """Return the folder for this process's logs and reports, which need not exist.
+
+    It is the attempt's, or the run's `logs/` where no launcher made one.
+    """
     given = os.environ.get(VARIABLE)
     return Path(given) if given else run_dir / "logs"
 
@@ -133,14 +135,14 @@ def reported() -> Iterator[Callable[[str], object]]:
     except BaseException as error:
         kind = _kind(error)
         if tell(rank, kind, error=f"{type(error).__name__}: {error}") and kind == ORPHANED:
-            # Not where this rank stood is of interest, but why the other one has gone.
+            # The cause is the other rank's end, so no traceback of this one is printed.
             print(f"neftune-dist: rank {rank} lost another: {error}", file=sys.stderr, flush=True)
             sys.exit(EXIT_FAILED)
         raise
 
 
 def _kind(error: BaseException) -> str:
-    # torch and gloo say by their words alone that it is the other side that has gone.
+    # torch and gloo mark the loss of the other side by the text of the error alone.
     lost = ("onnection closed by peer", "onnection reset by peer", "Broken pipe")
     if isinstance(error, ConnectionError) or any(words in str(error) for words in lost):
         return ORPHANED
@@ -148,11 +150,13 @@ def _kind(error: BaseException) -> str:
 
 
 def conclude(folder: Path, step: int, checkpoint: int, error: str) -> Outcome:
-    """Sum up what the ranks left, write it down, return it.
+    """Sum up the records of the ranks; write and return the outcome.
 
     Args:
+        folder: of the attempt.
         step: the last one that was recorded.
-        error: what the launcher saw go wrong; empty where its command ended well.
+        checkpoint: the newest published step.
+        error: the launcher's own observation; empty where its command ended well.
 
     Raises:
         UserError: somebody has removed the folder.
@@ -176,13 +180,13 @@ def _cause(by_rank: dict[int, Outcome], error: str) -> tuple[str, str]:
     silent = [str(rank) for rank, end in by_rank.items() if end.kind == RUNNING]
     if silent:
         who = f"rank{'s' if len(silent) > 1 else ''} {', '.join(silent)}"
-        return FAILED, f"{who} died without a word: killed from outside, or crashed"
+        return FAILED, f"{who} died without a report: killed from outside, or crashed"
     orphans = [end for end in by_rank.values() if end.kind == ORPHANED]
     if orphans:
         return FAILED, orphans[0].error
     if not by_rank:
         return LOST, error or "no rank was started"
-    # All is saved. What the processes did as they left does not matter.
+    # All is saved: the exit codes of the processes do not matter.
     stopped = any(end.kind == STOPPED for end in by_rank.values())
     return (STOPPED if stopped else DONE), ""
 

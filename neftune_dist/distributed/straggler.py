@@ -1,8 +1,8 @@
 """Stragglers: ranks that compute slower than the others, or wait for their data, named in the log.
 
-A step lasts as long for all ranks, so its time tells nothing. Each rank measures what is its own:
-every few steps how long a fixed piece of arithmetic takes on its device, and since then how much of
-its time it waited for its loader. Nothing here touches what is trained.
+A step takes the same time on all ranks, so its duration does not show who is slow. Every few steps
+each rank measures how long a fixed piece of arithmetic takes on its device, and the share of its
+time since then that it waited for its loader. Nothing here changes the training.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Stragglers:
         self._product = torch.empty_like(self._factor)
 
     def waited(self, seconds: float) -> None:
-        """This rank has waited for its loader."""
+        """Add time that this rank waited for its loader."""
         self._waited += seconds
 
     def measure(self, step: int) -> tuple[float, float]:
@@ -61,7 +61,8 @@ class Stragglers:
         """Name in the log the ranks that have become stragglers.
 
         Args:
-            seconds: of the fixed arithmetic, by rank. shares: of time waiting for data, by rank.
+            seconds: time of the fixed arithmetic, by rank.
+            shares: of time waiting for data, by rank.
         """
         if not self._world.is_first or not any(seconds):
             return
@@ -112,7 +113,7 @@ class Streaks:
         self._lengths = [0] * num_ranks
 
     def lasting(self, slow: Sequence[bool]) -> list[int]:
-        """The ranks whose streak this measurement, `slow` for each rank, makes long enough."""
+        """Take a measurement of every rank; return those whose streak has become long enough."""
         self._lengths = [n + 1 if now else 0 for n, now in zip(self._lengths, slow, strict=True)]
         return [rank for rank, length in enumerate(self._lengths) if length == _IN_A_ROW]
 

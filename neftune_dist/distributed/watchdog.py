@@ -1,11 +1,11 @@
 """The watchdog: a run that stands still ends by itself, and says which rank holds it up and where.
 
-The main thread says what it is at; what lasts longer than its limit has hung. Three clocks watch,
-each for what would stop the one before:
+The main thread reports each phase that it begins; one that exceeds the limit has hung. Three clocks
+watch, each in case the one before is stopped:
 
-- the listener, a thread that talks to the other ranks over the rendezvous store. Where one rank's
-  time is up, all tell what they are at, one of them says who holds up whom, all leave their stacks
-  and collectives in the run's folder, and all end;
+- the listener, a thread that talks to the other ranks over the rendezvous store. When one rank
+  exceeds its limit, all report their phase, one prints who holds up whom, all write their stacks
+  and collectives into the run's folder, and all end;
 - the guard, a thread that ends this process alone where the store or the disk does not answer;
 - faulthandler's timer, outside Python, where native code keeps every Python thread from running.
 """
@@ -30,9 +30,9 @@ from neftune_dist.distributed.world import World
 
 # How often a rank looks at its clock and asks the store; a tenth of the limit where that is less.
 _POLL_SECONDS = 2.0
-# How long the others have to say what they are at, before they count as frozen.
+# How long the others have to report their phase, before they count as frozen.
 _ANSWER_SECONDS = 10.0
-# How long after its time was up a rank that still lives ends alone.
+# How long after its limit a rank that still lives ends alone.
 _PATIENCE_SECONDS = 4 * _ANSWER_SECONDS
 _NO_STORE = (
     "the rendezvous store does not answer: what holds it, rank 0 or its launcher, is frozen or gone"
@@ -45,8 +45,9 @@ class Watchdog:
     def __init__(self, world: World, folder: Path, limit_minutes: float) -> None:
         """
         Args:
-            folder: for what a hang leaves; made if missing.
-            limit_minutes: of each thing that the main thread, which calls this, is at.
+            world: this rank among the others.
+            folder: for the report of a hang; made if missing.
+            limit_minutes: of each phase of the main thread, which calls this.
 
         Raises:
             UserError: the folder cannot be written.
@@ -71,8 +72,13 @@ class Watchdog:
             thread.start()
 
     def at(self, step: int, what: str, *, limited: bool = True) -> None:
-        """The main thread is now at `what` of `step`, and has the limit's time for it; with
-        `limited` False all time, where something else ends what hangs."""
+        """Begin the phase `what` of `step` of the main thread.
+
+        Args:
+            step: of the run.
+            what: the phase, for the report.
+            limited: False where something else ends a hang of this phase.
+        """
         self._mark = (step, f"step {step}: {what}", time.monotonic(), limited)
 
     def close(self) -> None:
@@ -96,7 +102,7 @@ class Watchdog:
         return time.monotonic() - since - self._limit if limited else -1.0
 
     def _wind_timer(self) -> None:
-        """Put off the end of this process by faulthandler; nobody does where Python stands still.
+        """Postpone the end of this process by faulthandler, which comes where Python stands still.
 
         It comes later than the others find that this rank does not answer, since it makes the
         launcher end them; and before the launcher, which sees the others end, kills this rank.
@@ -129,7 +135,7 @@ class Watchdog:
                         self._confer()
 
     def _confer(self) -> None:
-        """All ranks know of a hang: tell, dump, end."""
+        """Report a hang that all ranks know of, dump the stacks, and end."""
         store = self._store
         mailbox = Mailbox(store, self._rank, self._size)
         mailbox.post("report", asdict(self._report()))

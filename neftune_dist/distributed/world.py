@@ -46,8 +46,10 @@ _NEVER = -1
 
 
 class Stopped(BaseException):
-    """The process was asked to stop while nothing needed saving. No `Exception`, so that nobody
-    takes it for a failure of what it interrupts."""
+    """The process was asked to stop while nothing needed saving.
+
+    It is no `Exception`, so that the code it interrupts does not handle it as a failure.
+    """
 
 
 class StopSignal:
@@ -99,8 +101,11 @@ _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 class Sharing:
     """How ranks share the data: neighbours take slices of the same documents.
 
-    data_rank, data_size: of the groups that share no document. part: (index, count) of this rank's
-    slice. group: the ranks of its documents; None where it has them alone.
+    Attributes:
+        data_rank: index of this rank's group; groups share no document.
+        data_size: number of groups.
+        part: index of this rank's slice in its group, and their number.
+        group: the ranks of the same documents; None where this rank has them alone.
     """
 
     data_rank: int
@@ -147,7 +152,10 @@ class World:
     """This process among the others.
 
     Attributes:
-        rank, size: of all processes. local_rank, local_size: of those on this machine.
+        rank: index of this process.
+        size: number of all processes.
+        local_rank: index of this process on its machine.
+        local_size: number of processes on this machine.
         device: where this rank computes.
     """
 
@@ -184,8 +192,11 @@ class World:
         self._store = dist.PrefixStore("neftune_dist", default_store())
 
     def share(self, count: int) -> Sharing:
-        """Slices of `count` ranks each. A collective. Raises `UserError` where they do not come
-        out even."""
+        """Share documents among groups of `count` ranks: a collective.
+
+        Raises:
+            UserError: `count` does not divide the number of ranks.
+        """
         check_divides("engine.sequence_parallel", count, self.size)
         group = dist.new_subgroups(count)[0] if count > 1 else None
         return Sharing(self.rank // count, self.size // count, (self.rank % count, count), group)
@@ -213,9 +224,11 @@ class World:
         return own
 
     def for_thread(self, patience_seconds: float) -> World:
-        """This world for another thread: it agrees by itself, a request to stop does not hurry it,
-        and other ranks that do not come for so long are a `TimeoutError`. All ranks make theirs in
-        the same order."""
+        """Return this world for another thread, which agrees with the same thread of other ranks.
+
+        A request to stop does not end its waits; ranks that do not come within
+        `patience_seconds` are a `TimeoutError`. All ranks make theirs in the same order.
+        """
         other = copy.copy(self)
         self._num_threads += 1
         other._store = dist.PrefixStore(f"thread {self._num_threads}", self._store)

@@ -175,7 +175,7 @@ def _is_colourful() -> bool:
     argument("--model", help="also check that this model directory or hub id can be read here"),
 )
 def _doctor(run_dir: Path, model: str | None) -> int:
-    """Check this machine: versions, known conflicts, GPUs, memory, disk, hub. Under torchrun or
+    """Check this machine: versions, known conflicts, GPUs, memory, disk. Under torchrun or
     srun: all machines, and the run directory, clocks and collectives that they share."""
     from neftune_dist.cluster.doctor.run import doctor
 

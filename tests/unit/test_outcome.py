@@ -62,7 +62,7 @@ def test_the_cause_of_an_end(
 def test_rank_without_a_report_of_its_end_is_the_cause(tmp_path: Path) -> None:
     outcome = concluded(tmp_path, r0=(ORPHANED, "closed"), r1=(RUNNING, ""), r2=(RUNNING, ""))
     assert outcome.kind == FAILED
-    assert outcome.error == "ranks 1, 2 died without a word: killed from outside, or crashed"
+    assert outcome.error == "ranks 1, 2 died without a report: killed from outside, or crashed"
 
 
 def test_first_failure_of_a_rank_is_kept(tmp_path: Path) -> None:

@@ -37,11 +37,11 @@ from neftune_dist.system.records import STEPS, read_records
 _POLL_SECONDS = 0.2
 _SIGNAL_EVERY_SECONDS = 3.0
 _LOOK_EVERY_SECONDS = 5.0
-# What the processes have, once a rank has failed, before they are killed.
+# Time of the other processes, once a rank has failed, before they are killed.
 _END_SECONDS = 60.0
 # How long a batch script that was requeued waits to be ended by Slurm.
 _REQUEUED_SECONDS = 300.0
-# How long the nodes take to tell a controller that was away of what has ended.
+# How long the nodes take to report to a controller that was away which steps have ended.
 _SETTLE_SECONDS = 60.0
 _IGNORING_USR1 = ("bash", "-c", 'trap "" USR1; exec "$@"', "ignoring-usr1")
 
@@ -51,7 +51,8 @@ class Job:
     """The Slurm job whose batch script this process is.
 
     Attributes:
-        number: the job's id, an array task's own one included. hosts: of the nodes.
+        number: the job's id, or that of an array's task.
+        hosts: names of its nodes.
     """
 
     number: str
@@ -101,7 +102,8 @@ class Requests:
     """Signals to this process: the first asks for a save and a stop, a second Ctrl-C for the end.
 
     Attributes:
-        stop: asked to stop. requeue: by SIGUSR1, which Slurm sends before the time limit.
+        stop: asked to stop.
+        requeue: asked by SIGUSR1, which Slurm sends before the time limit.
         kill: asked to end at once.
     """
 
@@ -122,7 +124,8 @@ def launch(
     """Run `neftune-dist train` with `words` to its end; the exit code.
 
     Args:
-        config: what `words` say.
+        config: the configuration that `words` give.
+        words: arguments of `train`.
         num_processes: on each node; 0: one a GPU, or one where there is none.
         max_restarts: attempts in a row without a new checkpoint before it gives up.
         minutes: how long nodes wait for each other.
@@ -148,7 +151,7 @@ def _launch(
     words, going_on = [*words], environment.number("SLURM_RESTART_COUNT", 0) > 0
     while True:
         if going_on and newest_step(run_dir):
-            # What `never` or another run's checkpoint meant was the first start.
+            # `never`, or another run's checkpoint, applied to the first start.
             words.append("checkpoint.resume=auto")
         going_on = True
         with storage.writing(f"run_dir={run_dir}"):
@@ -226,7 +229,7 @@ def _attend(
     job: Job | None,
     seconds: float,
 ) -> str:
-    """Run `command` to its end, pass requests on; what went wrong, or nothing.
+    """Run `command` to its end and pass requests on; return the failure, empty where there is none.
 
     Args:
         seconds: in which all nodes must have started it.
