@@ -6,7 +6,6 @@ The first rank of every host calls each check, in the same order; rank 0 gets th
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -50,7 +49,7 @@ def _seen(folder: Path, sought: Mapping[str, int]) -> list[int]:
     """The ranks of the files that appear in the folder before long."""
     deadline = time.monotonic() + _SEEN_SECONDS
     # Listing a folder makes a network file system look again.
-    while missing := sought.keys() - set(os.listdir(folder)):
+    while missing := sought.keys() - {path.name for path in folder.glob("*")}:
         if time.monotonic() > deadline:
             break
         time.sleep(0.05)
