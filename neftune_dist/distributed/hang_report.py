@@ -144,7 +144,7 @@ def collectives(
 
 
 def _place(thread: int) -> str:
-    """File, line and function of the innermost frame of a thread that says what it waits for."""
+    """File, line and function of a thread's innermost frame outside of torch and the library."""
     innermost = sys._current_frames()[thread]
     frame: FrameType | None = innermost
     while frame and frame.f_globals.get("__name__", "").partition(".")[0] in _WAITING_MODULES:
@@ -159,7 +159,7 @@ def _stands(reports: Mapping[int, Report], ranks: Iterable[int]) -> list[str]:
 
 
 def _grouped(words: Mapping[int, str]) -> list[tuple[str, list[int]]]:
-    """Ranks by what is said of them, in the order of the first such rank."""
+    """Ranks grouped by their text, in the order of the first such rank."""
     found: dict[str, list[int]] = {}
     for rank, word in sorted(words.items()):
         found.setdefault(word, []).append(rank)

@@ -258,8 +258,8 @@ def verdict(past: Sequence[Outcome], max_restarts: int) -> Verdict:
 def removed(run_dir: Path) -> UserError:
     """For a run that finds its directory gone."""
     return UserError(
-        f"run_dir={run_dir} was removed or renamed while the run was going on: what was made since "
-        "its last checkpoint is lost; the same command begins again, or goes on where the "
+        f"run_dir={run_dir} was removed or renamed while the run was going on: all steps since "
+        "its last checkpoint are lost; the same command begins again, or goes on where the "
         "directory is back in its place."
     )
 

@@ -1,4 +1,4 @@
-"""What memory is for, said where it is made. `neftune-dist plan` splits a peak by it."""
+"""Tags for memory, set where it is allocated; `neftune-dist plan` splits a peak by them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _tag: ContextVar[str | None] = ContextVar("memory_tag", default=None)
 
 @contextmanager
 def memory_tag(kind: str) -> Iterator[None]:
-    """Say what the tensors are for that are made meanwhile: one of `planning.memory.KINDS`."""
+    """Tag the tensors that are made within the block with one of `planning.memory.KINDS`."""
     before = _tag.set(kind)
     try:
         yield

@@ -115,8 +115,8 @@ def hold(path: Path, busy: str, seconds: float = 10.0) -> Iterator[None]:
 
     Args:
         path: of the lock, a file that exists while it is held.
-        busy: what is wrong where another process keeps it.
-        seconds: to wait for that one.
+        busy: the error where another process keeps it.
+        seconds: to wait for that process.
 
     Raises:
         UserError: `busy`, or the file cannot be made.

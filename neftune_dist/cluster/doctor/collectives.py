@@ -25,7 +25,7 @@ _LATE = "got no answer"
 
 
 def check_collectives(ranks: Ranks) -> tuple[list[Finding], bool]:
-    """Whether all_reduce, all_gather and reduce_scatter are right on every rank, and how fast.
+    """Check all_reduce, all_gather and reduce_scatter on every rank, and time them.
 
     All ranks call it together, once all are here. On GPUs the collectives run over NCCL, and one
     small sum over gloo as well, which checkpoints need.

@@ -1,6 +1,6 @@
-"""The GPUs of one machine: what they are, who else uses them, their errors and their links.
+"""The GPUs of one machine: kinds, other users, memory errors and links.
 
-Torch says what a run will see; nvidia-smi, where it is installed, says what torch cannot.
+Torch shows the GPUs that a run will see; nvidia-smi, where it is installed, the rest.
 """
 
 from __future__ import annotations

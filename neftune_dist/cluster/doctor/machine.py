@@ -28,7 +28,7 @@ _HUB_SECONDS = 5.0
 
 @check("host memory", "ask for more, as with --mem: a rank takes 1 GiB before any model")
 def check_memory(site: Site) -> Iterator[tuple[str, str]]:
-    """Show what this process's control group and the machine can still give."""
+    """Show the free memory of this process's control group and of the machine."""
     available, limit, total = (size / 2**30 for size in cgroups.memory_bytes())
     low = available < _LOW_MEMORY_GIB * max(site.num_ranks, gpus.count())
     whose = "" if limit == total else f", the job's limit (of {total:.1f} GiB)"
@@ -92,7 +92,7 @@ def existing(run_dir: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
-@check("run directory", "choose another with --run-dir; `neftune-dist plan` says what it must hold")
+@check("run directory", "choose another with --run-dir; `neftune-dist plan` estimates the need")
 def check_run_dir(site: Site) -> Iterator[tuple[str, str]]:
     """Show free disk, and the speed of one fsynced file, which is read back and removed."""
     folder = existing(site.run_dir)
@@ -114,14 +114,14 @@ def check_run_dir(site: Site) -> Iterator[tuple[str, str]]:
     free = shutil.disk_usage(folder).free / 2**30
     seen = f"{folder}: {free:.1f} GiB free, {written:.0f} MiB/s written"
     if not same:
-        yield WRONG, f"{folder} loses data: what was read is not what was written"
+        yield WRONG, f"{folder} loses data: a file reads back otherwise than written"
     else:
         yield WARNING if free < _LOW_DISK_GIB or written < _SLOW_DISK_MIB else OK, seen
 
 
 @check("model", "name a model's directory, or fill the hub's cache on a machine that reaches it")
 def check_model(site: Site) -> Iterator[tuple[str, str]]:
-    """Find the model on this machine or on the hub; what the hub or its client refuses raises."""
+    """Find the model on this machine or on the hub; refusals of the hub are raised."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     from neftune_dist.model import locate

@@ -17,13 +17,13 @@ from neftune_dist.cluster.doctor.ranks import Ranks
 from neftune_dist.system import storage
 
 _WRITE_SECONDS = 60.0
-_SEEN_SECONDS = 15.0  # network file systems may keep what they know of a folder for some seconds
+_SEEN_SECONDS = 15.0  # network file systems may cache a folder's names for some seconds
 _MOST_SKEW_SECONDS = 1.0
 _NUM_ROUNDS = 4
 
 
 def check_shared(ranks: Ranks, run_dir: Path) -> Iterator[Finding]:
-    """Whether each host sees what rank 0 writes, and rank 0 what each host writes.
+    """Check that each host sees the file of rank 0, and rank 0 the file of each host.
 
     The files are removed.
     """
@@ -76,7 +76,7 @@ def _shared(
 
 
 def check_clocks(ranks: Ranks) -> Iterator[Finding]:
-    """How far each host's clock is from that of rank 0's host.
+    """Compare each host's clock with that of rank 0's host.
 
     In each of a few rounds the hosts read their clocks when they hear from rank 0, later by the
     pause between two questions at most; the round with the least difference counts.

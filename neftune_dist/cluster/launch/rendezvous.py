@@ -1,4 +1,4 @@
-"""How the nodes of a job find each other: in the attempt's folder, which all of them see.
+"""The rendezvous of a job's nodes, in the attempt's folder, which all of them see.
 
 Files serve here because there is no store yet: the nodes are about to learn where it listens. No
 port needs to be agreed on beforehand, so two jobs never share one; and the address is that of the

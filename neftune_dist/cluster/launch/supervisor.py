@@ -202,7 +202,7 @@ def _command(
         f"--nodes={number}",
         f"--ntasks={number}",
         "--ntasks-per-node=1",
-        # The ranks of the other nodes are let to say what they saw, but not for ever.
+        # The ranks of the other nodes may still report their error, but not for ever.
         "--kill-on-bad-exit=0",
         f"--wait={_END_SECONDS:.0f}",
         # The task is torchrun, whose ranks share the node's cores; Slurm would bind it to one.

@@ -78,7 +78,7 @@ def preflight(config: Config, world_size: int, hub: Callable[[], Hub]) -> Outloo
         hub: asked for only where the model or the data is not local.
 
     Raises:
-        UserError: the job would fail on what can be seen from here.
+        UserError: the job would fail.
     """
     run_dir = Path(config.run_dir)
     check_world_size(config, world_size)
@@ -188,7 +188,7 @@ def _num_checkpoints(config: Config, steps: int | None, made: int) -> int:
 
 
 def _predict(run_dir: Path, world_size: int, left: int | None) -> tuple[float | None, str]:
-    """Seconds for the steps left, and what is known of them in words."""
+    """Predict the seconds for the steps left, and describe the prediction."""
     measured = _step_seconds(run_dir / STEPS, world_size)
     if not measured:
         return None, f"not known before the run has recorded a step on {world_size} ranks"

@@ -1,7 +1,7 @@
-"""Slurm as seen from a login node: what its partitions have, which jobs are in the queue.
+"""Slurm as seen from a login node: partitions, and jobs in the queue.
 
-Owns the calls of its commands and the reading of what they write. A request that no partition can
-meet is a `UserError`. Imports no torch.
+Runs Slurm's commands and reads their output. A request that no partition can meet is a
+`UserError`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def indices(array: str) -> list[int]:
 
 
 def check_partition(partition: str | None, nodes: int, gpus: str | None, time: str) -> None:
-    """Refuse what no partition of those named, or the default one, can ever give.
+    """Refuse requests that no named partition, or the default one, can ever meet.
 
     Args:
         gpus: on each node: 8, or h100:8.
@@ -155,5 +155,5 @@ def after(ids: Sequence[str]) -> str:
 
 
 def filled(pattern: str, **symbols: str) -> str:
-    """The name of an output file, its symbols (%j, %a) replaced by what they stand for."""
+    """Fill in the symbols (%j, %a) of an output file's name."""
     return re.sub("%(.)", lambda match: {"%": "%", **symbols}.get(match[1], match[0]), pattern)

@@ -1,8 +1,8 @@
 """The snapshot of a submission: RUN_DIR/submit/0001, 0002 and so on.
 
-    config.yaml  resolved: what the job trains      code.txt    version, commit, changed files
-    words        the command                        code.patch  what the commit lacks
-    job.sbatch   what was submitted                 job         the ids of its jobs
+    config.yaml  resolved, as the job trains it     code.txt    version, commit, changed files
+    words        the command                        code.patch  uncommitted changes
+    job.sbatch   the script                         job         the ids of its jobs
 
 Imports no torch.
 """
@@ -57,7 +57,7 @@ def _git(root: Path, *words: str) -> str:
 
 
 class Writer:
-    """Writes snapshots, and takes back all it made where the submission fails."""
+    """Writes snapshots, and removes all of them where the submission fails."""
 
     def __init__(self) -> None:
         self._above: list[Path] = []  # in the order they were made
@@ -79,7 +79,7 @@ class Writer:
             (folder / name).write_text(content, "utf-8", "surrogateescape")
 
     def undo(self) -> None:
-        """Remove what was made, and no file of anyone else."""
+        """Remove the snapshots and folders that it made, and no other file."""
         for folder in self._snapshots:
             shutil.rmtree(folder, ignore_errors=True)
         for folder in reversed(self._above):
