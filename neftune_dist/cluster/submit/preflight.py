@@ -27,7 +27,7 @@ from neftune_dist.config import (
 from neftune_dist.data import files
 from neftune_dist.data.sampler import num_steps
 from neftune_dist.model import locate
-from neftune_dist.system.checkpoint_names import newest_step
+from neftune_dist.system.checkpoint_names import MANIFEST, newest_step
 from neftune_dist.system.records import STEPS, read_records
 from neftune_dist.system.text import duration_text, size_text
 
@@ -147,7 +147,7 @@ def _check_run_dir(run_dir: Path, resume: str) -> None:
             f"checkpoint.resume={resume}, but {run_dir} holds checkpoints: set another run_dir, or "
             "checkpoint.resume=auto."
         )
-    if resume != "never" and not (Path(resume) / "manifest.json").is_file():
+    if resume != "never" and not (Path(resume) / MANIFEST).is_file():
         raise UserError(
             f"checkpoint.resume={resume} is no complete checkpoint directory (step_00000020)."
         )
