@@ -101,6 +101,17 @@ def test_node_that_does_not_start_is_named_after_its_time(
     assert attend("import time; time.sleep(1)", tmp_path, job=job, seconds=0.1)[0] == ""
 
 
+def test_exit_code_of_a_killed_command_is_kept() -> None:
+    command = subprocess.Popen(["sleep", "30"])
+    for _ in range(2):  # the second time it is dead, and not yet reaped
+        supervisor._kill_all(command)
+        deadline = time.monotonic() + 10
+        while "(sleep) Z" not in Path(f"/proc/{command.pid}/stat").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert command.poll() == -signal.SIGKILL
+
+
 def test_orphans_of_the_command_are_killed(tmp_path: Path) -> None:
     supervisor.children.adopt_orphans()
     script = (

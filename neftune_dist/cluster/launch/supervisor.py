@@ -268,9 +268,9 @@ def _attend(
             if job and overdue and (missing := missing_hosts(folder, job.hosts)):
                 late = f"{', '.join(missing)} did not start within {seconds / 60:g} minutes"
         if requests.kill or late or (failed_at and now - failed_at > _END_SECONDS):
-            _kill_all()
+            _kill_all(process)
         time.sleep(_POLL_SECONDS)
-    _kill_all()  # processes that outlived it
+    _kill_all(process)  # processes that outlived it
     copying.join(10)
     if process.returncode == 0 or late:
         return late
@@ -305,13 +305,14 @@ def _ask_to_stop(pid: int, job: Job | None) -> None:
             os.kill(process, signal.SIGUSR1)
 
 
-def _kill_all() -> None:
+def _kill_all(command: subprocess.Popen[bytes]) -> None:
+    """Kill all descendants, and reap the adopted orphans among them."""
     for process in list(_descendants()):
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
-    with contextlib.suppress(ChildProcessError):  # adopted orphans want to be reaped
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+        if process != command.pid:  # whose exit code is read by `poll`, once
+            with contextlib.suppress(ChildProcessError):  # a child of another process
+                os.waitpid(process, os.WNOHANG)
 
 
 def _descendants() -> Iterator[int]:
