@@ -114,7 +114,7 @@ def test_rows_of_parquet_are_counted(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"data\.source=.*c\.parquet is not a readable Parquet file"
     ):
-        inventory.count_rows(DataConfig(source=str(tmp_path)), no_hub)
+        inventory.count_rows(DataConfig(source=str(path)), no_hub)
 
 
 def test_rows_of_a_mixture_are_counted(tmp_path: Path) -> None:
