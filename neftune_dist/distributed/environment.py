@@ -40,7 +40,16 @@ class Place:
 
 
 def number(name: str, usual: int, least: int = 0) -> int:
-    """A whole number out of the environment; `usual` where it is not set. Raises `UserError`."""
+    """Read a whole number from the environment.
+
+    Args:
+        name: of the variable.
+        usual: the result where it is not set.
+        least: the smallest number that is allowed.
+
+    Raises:
+        UserError: it is no such number.
+    """
     text = os.environ.get(name)
     if text is None:
         return usual

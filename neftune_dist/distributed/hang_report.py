@@ -75,7 +75,13 @@ class Report:
 
 
 def observe(phase: str, seconds: float, main_thread: int) -> Report:
-    """This process's report."""
+    """Make this process's report.
+
+    Args:
+        phase: the current one.
+        seconds: since it began.
+        main_thread: identifier of the main thread.
+    """
     ranks_of = {
         str(group.group_name): tuple(dist.get_process_group_ranks(group))
         for group in process_groups()
@@ -167,7 +173,13 @@ def _grouped(words: Mapping[int, str]) -> list[tuple[str, list[int]]]:
 
 
 def name_ranks(ranks: Sequence[int], one: str = "", several: str = "") -> str:
-    """`rank 1 does`, `ranks 0, 2 and 3 do`."""
+    """Name ranks: `rank 1 does`, `ranks 0, 2 and 3 do`.
+
+    Args:
+        ranks: at least one.
+        one: the verb for one rank.
+        several: the verb for several.
+    """
     *most, last = map(str, ranks)
     text = f"ranks {', '.join(most)} and {last} {several}" if most else f"rank {last} {one}"
     return text.strip()

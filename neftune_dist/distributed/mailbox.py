@@ -68,7 +68,13 @@ class Mailbox:
         self.store.set(f"{name}/{self.rank}", json.dumps(value))
 
     def collect(self, name: str, ranks: Iterable[int], seconds: float) -> dict[int, Any]:
-        """Return the values of those of `ranks` that post one within `seconds`, by rank."""
+        """Return the values that ranks post in time, by rank.
+
+        Args:
+            name: under which they post.
+            ranks: to wait for.
+            seconds: to wait at most, for all of them.
+        """
         deadline, found = time.monotonic() + seconds, dict[int, Any]()
         for rank in ranks:
             key = f"{name}/{rank}"
@@ -78,7 +84,16 @@ class Mailbox:
         return found
 
     def read(self, name: str, rank: int, seconds: float) -> Any:
-        """Return the value of one rank. Raises `TimeoutError`."""
+        """Return the value of one rank.
+
+        Args:
+            name: under which it posts.
+            rank: to wait for.
+            seconds: to wait at most.
+
+        Raises:
+            TimeoutError: it posts none.
+        """
         found = self.collect(name, [rank], seconds)
         if rank not in found:
             raise TimeoutError(f"rank {rank} did not answer within {seconds:.0f} seconds")

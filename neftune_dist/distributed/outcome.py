@@ -63,7 +63,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The decision after an attempt: start again, or end with `code`; the reason in a sentence."""
+    """The decision after an attempt.
+
+    Attributes:
+        again: start again.
+        code: the exit code otherwise.
+        reason: in a sentence.
+    """
 
     again: bool
     code: int
@@ -100,6 +106,12 @@ def tell(rank: int, kind: str, step: int = 0, error: str = "") -> bool:
     """Record where this rank is or how it ended, where a launcher asks for it.
 
     The record of a failure is not replaced.
+
+    Args:
+        rank: this process's.
+        kind: see `Outcome`.
+        step: updates made by now.
+        error: only its first line is kept.
 
     Returns:
         Whether a launcher asks for it.

@@ -1,7 +1,6 @@
 """The records of a run, one JSON object a line: metrics.jsonl and evaluations.jsonl.
 
-Owns their reading, whatever has become of a file: a line that is damaged is left out and counted,
-and takes none of the others with it. Imports no torch.
+A damaged line is left out and counted; the others are read all the same. Imports no torch.
 """
 
 from __future__ import annotations
@@ -41,7 +40,8 @@ def read_records(path: Path, numbers: Sequence[str] = (), last_bytes: int | None
     """Read a file of records. Raises `OSError`.
 
     Args:
-        numbers: what every record must have, beside its step, as a number or null.
+        path: of the file.
+        numbers: keys that every record must have, beside its step, as a number or null.
         last_bytes: read no more than so many, at the end of the file.
     """
     with path.open("rb") as file:

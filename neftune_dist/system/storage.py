@@ -31,6 +31,8 @@ def write(path: Path, content: str | bytes, *, durable: bool = False) -> None:
     A link in its place is replaced, not followed. The mode follows the umask.
 
     Args:
+        path: of the file.
+        content: text is written as UTF-8.
         durable: return when it is on the disk, its name included.
 
     Raises:
@@ -80,8 +82,17 @@ def writing(what: str) -> Iterator[None]:
 
 
 def claim(folder: Path, names: Sequence[str], mark: str, setting: str) -> None:
-    """Make `folder` where it is not there, and mark it as ours; the arguments are those of
-    `refuse_foreign`. Raises `UserError`."""
+    """Make a folder where it is missing, and mark it as ours.
+
+    Args:
+        folder: to be claimed.
+        names: see `refuse_foreign`.
+        mark: the file that says the folder is ours.
+        setting: that names the folder, such as `run_dir=runs/7b`.
+
+    Raises:
+        UserError: the folder holds what we would overwrite, or cannot be written.
+    """
     refuse_foreign(folder, names, mark, setting)
     with writing(setting):
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,6 +104,7 @@ def refuse_foreign(folder: Path, names: Sequence[str], mark: str, setting: str) 
     """Raise `UserError` where a folder without our mark holds what we would overwrite.
 
     Args:
+        folder: to be written into.
         names: of what would be overwritten, as glob patterns.
         mark: the file that says the folder is ours.
         setting: that names the folder, such as `run_dir=runs/7b`.

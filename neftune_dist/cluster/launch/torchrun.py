@@ -37,8 +37,9 @@ def torchrun(words: Sequence[str], address: str = LOOPBACK, port: int = 0, index
     """Run torchrun in this process.
 
     Args:
-        words: those of torchrun, without any about the rendezvous.
-        address, port: where node 0 listens; 0: at a free port.
+        words: of torchrun's command line, without any about the rendezvous.
+        address: where node 0 listens.
+        port: where node 0 listens; 0: a free one.
         index: of this node.
     """
     rendezvous_handler_registry.register(_BACKEND, _create)

@@ -35,7 +35,13 @@ _COUNTED_BYTES = 256 * 2**20  # read in seconds; rows of longer files are not co
 
 @dataclass(frozen=True)
 class Hub:
-    """The Hugging Face hub as the job will see it: whether it may be asked, and its caches."""
+    """The Hugging Face hub as the job will see it.
+
+    Attributes:
+        offline: the job may not ask it.
+        cache: folder of its models and datasets.
+        datasets: folder of the datasets that the package `datasets` has prepared.
+    """
 
     offline: bool
     cache: Path
@@ -43,7 +49,7 @@ class Hub:
 
     @staticmethod
     def of(environment: Mapping[str, str]) -> Hub:
-        """By the variables that the hub's clients read."""
+        """Read the variables that the hub's clients read."""
         home = environment.get("HF_HOME")
         if not home:
             home = (environment.get("XDG_CACHE_HOME") or "~/.cache") + "/huggingface"
@@ -55,7 +61,13 @@ class Hub:
         )
 
     def find(self, kind: str, name: str, revision: str | None) -> Path | None:
-        """Return the folder of a cached `model` or `dataset` (`kind`), or None."""
+        """Return the folder of what the cache holds, or None.
+
+        Args:
+            kind: model or dataset.
+            name: its id, such as org/name.
+            revision: a branch, tag or commit; None: main.
+        """
         cached = huggingface_hub.snapshot_download
         try:
             return Path(

@@ -72,9 +72,11 @@ def anchor(config: Config) -> None:
 
 
 def preflight(config: Config, world_size: int, hub: Callable[[], Hub]) -> Outlook:
-    """Check and predict a run of `config`, which is anchored, on `world_size` ranks.
+    """Check a run and predict its steps, disk and time.
 
     Args:
+        config: its paths are absolute.
+        world_size: ranks of the run.
         hub: asked for only where the model or the data is not local.
 
     Raises:

@@ -96,6 +96,8 @@ def check_partition(partition: str | None, nodes: int, gpus: str | None, time: s
     """Refuse requests that no named partition, or the default one, can ever meet.
 
     Args:
+        partition: one or several, separated by commas; None: the default one.
+        nodes: their number.
         gpus: on each node: 8, or h100:8.
         time: the limit asked for.
     """

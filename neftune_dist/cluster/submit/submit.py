@@ -41,6 +41,9 @@ class Task:
     """One run: the whole job's, or that of an array's task.
 
     Attributes:
+        index: of the array's task; None where there is no array.
+        config: with absolute paths.
+        outlook: its predictions.
         log: the file that Slurm writes, with Slurm's symbols for job and index.
     """
 
