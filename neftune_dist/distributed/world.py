@@ -11,13 +11,11 @@ import copy
 import ctypes
 import math
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -27,6 +25,7 @@ from neftune_dist.compat.torch import default_store, process_groups, set_collect
 from neftune_dist.config import UserError, check_divides
 from neftune_dist.distributed import environment, outcome
 from neftune_dist.distributed.mailbox import pauses, wait_until
+from neftune_dist.distributed.signals import Stopped, StopSignal
 from neftune_dist.system.text import first_line
 
 if TYPE_CHECKING:
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R", bound="DataclassInstance")
+_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 # How long a rank that was asked to stop goes on waiting for the others, which may be gone.
 _STOP_PATIENCE_SECONDS = 5.0
 # How long rank 0 waits at the end for the others, who may still be asking the store.
@@ -43,58 +43,6 @@ _STOPPED = "stopped"
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _NEVER = -1
-
-
-class Stopped(BaseException):
-    """The process was asked to stop while nothing needed saving.
-
-    It is no `Exception`, so that the code it interrupts does not handle it as a failure.
-    """
-
-
-class StopSignal:
-    """SIGTERM, SIGUSR1 or Ctrl-C: finish the step, save, exit 75. Calling it says whether one came.
-
-    Attributes:
-        since: monotonic time of the first signal, or None.
-    """
-
-    def __init__(self) -> None:
-        self.since: float | None = None
-        self._at_once = False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.since = self.since or time.monotonic()
-        if number == signal.SIGINT:  # a second Ctrl-C ends the process at once
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self._at_once:
-            self._at_once = False
-            raise Stopped
-
-    def __call__(self) -> bool:
-        return self.since is not None
-
-    def ignore(self) -> None:
-        """From here on signals change nothing: Python lets them end the process as it exits."""
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
-
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Within the block, which does long work on the host and has nothing to save, a signal
-        raises `Stopped` wherever it finds the main thread."""
-        self._at_once = True
-        try:
-            if self():
-                raise Stopped
-            yield
-        finally:
-            self._at_once = False
-
-
-_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)

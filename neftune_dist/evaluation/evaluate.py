@@ -21,7 +21,8 @@ from neftune_dist.data.dataset import Dataset, prepare
 from neftune_dist.data.errors import BadRow
 from neftune_dist.data.split import sample_documents
 from neftune_dist.distributed.outcome import EXIT_DONE, EXIT_STOPPED
-from neftune_dist.distributed.world import Stopped, StopSignal, World
+from neftune_dist.distributed.signals import Stopped, StopSignal
+from neftune_dist.distributed.world import World
 from neftune_dist.evaluation import text_statistics
 from neftune_dist.evaluation.answers import answer_all, remove_partial
 from neftune_dist.evaluation.instructions import (

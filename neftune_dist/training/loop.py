@@ -25,9 +25,10 @@ from neftune_dist.checkpoint.saver import Saver
 from neftune_dist.config import Config, EvaluateConfig
 from neftune_dist.data.loader import Loader, MicroBatch, StepBatch
 from neftune_dist.distributed.outcome import Final
+from neftune_dist.distributed.signals import Stopped
 from neftune_dist.distributed.straggler import Stragglers
 from neftune_dist.distributed.watchdog import Watchdog
-from neftune_dist.distributed.world import Stopped, World
+from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import Engine
 from neftune_dist.model.flops import ModelSize
 from neftune_dist.noise.handle import NEFTuneHandle

@@ -19,9 +19,10 @@ from neftune_dist.config import Config, UserError, check_packages, user_path
 from neftune_dist.data.loader import Loader
 from neftune_dist.distributed import outcome
 from neftune_dist.distributed.outcome import EXIT_DONE, EXIT_STOPPED
+from neftune_dist.distributed.signals import Stopped, StopSignal
 from neftune_dist.distributed.straggler import Stragglers
 from neftune_dist.distributed.watchdog import Watchdog
-from neftune_dist.distributed.world import Sharing, Stopped, StopSignal, World
+from neftune_dist.distributed.world import Sharing, World
 from neftune_dist.engine import make_engine
 from neftune_dist.engine.base import MASTER, Engine
 from neftune_dist.model.ulysses import share_sequences

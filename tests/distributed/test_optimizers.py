@@ -57,7 +57,8 @@ class Train:
 
     def train_all(self, _: Any) -> int:
         from neftune_dist.config import load_config
-        from neftune_dist.distributed.world import StopSignal, World
+        from neftune_dist.distributed.signals import StopSignal
+        from neftune_dist.distributed.world import World
         from neftune_dist.training import train
         from neftune_dist.training.loop import Trainer
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from neftune_dist.config import Config, UserError, load_config
 from neftune_dist.data.loader import MicroBatch, StepBatch
-from neftune_dist.distributed.world import Stopped
+from neftune_dist.distributed.signals import Stopped
 from neftune_dist.model.flops import ModelSize
 from neftune_dist.training.loop import Diverged, Progress, Trainer
 from neftune_dist.training.metrics import RankResult, step_record

@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from neftune_dist.config import UserError
 from neftune_dist.distributed import world as module
-from neftune_dist.distributed.world import Stopped, World
+from neftune_dist.distributed.signals import Stopped
+from neftune_dist.distributed.world import World
 
 # Of a rank for the others, which come at once: whatever goes wrong, the test ends.
 WAIT_SECONDS = 10.0
