@@ -3,9 +3,12 @@
 `World`, the watchdog and the doctor talk by this alone; files hold what outlives the processes.
 
 A rank that waits asks again and again: the store's own blocking wait heeds no signal, and prints
-warnings whenever its time is up. One process answers all ranks, some 13,000 requests a second. The
-pause between two questions therefore grows with the number of ranks, so that all of them together
-ask at most `_REQUESTS_PER_SECOND` (tests/benchmarks/waiting_ranks.py measures it).
+warnings whenever its time is up. One process answers all ranks, some 13,000 to 24,000 requests a
+second. The pause between two questions therefore grows with the number of ranks, so that all of
+them together ask at most `_REQUESTS_PER_SECOND`. `python tests/benchmarks/waiting_ranks.py`, 2
+cores, 2026-11-26: 512 waiting ranks make 5,017 requests a second, 2,048 make 4,972; a request of
+another rank meanwhile takes 0.1 and 0.2 ms, and all go on 0.13 and 0.99 s after the last one came
+(with a fixed pause of 50 ms: 23,394 requests, 25 ms, 0.70 s for 2,048).
 """
 
 from __future__ import annotations
