@@ -563,14 +563,20 @@ def test_paths_become_absolute_and_hub_ids_stay(site: Site) -> None:
     config.model.name_or_path, config.model.weights = "org/name", "w"
     config.data.source, config.checkpoint.resume = "tatsu-lab/alpaca", "old/step_00000005"
     config.data.template = "mine.jinja"
+    config.evaluate.instructions, config.judge.reference = "i.jsonl", "~/r.json"
     preflight.anchor(config)
+    assert config.evaluate.instructions == str(site.here / "i.jsonl")
+    assert config.judge.reference == str(Path.home() / "r.json")
     assert config.data.template == str(site.here / "mine.jinja")
     assert (config.model.name_or_path, config.data.source) == ("org/name", "tatsu-lab/alpaca")
     assert config.model.weights == str(site.here / "w")
     assert config.checkpoint.resume == str(site.here / "old" / "step_00000005")
     config.data.source, config.checkpoint.resume = "builtin", "auto"
     config.data.template = "vicuna"
+    (site.here / "vicuna").mkdir()  # not the template
+    config.evaluate.instructions, config.judge.reference = "held_out", None
     preflight.anchor(config)
+    assert (config.evaluate.instructions, config.judge.reference) == ("held_out", None)
     assert (config.data.source, config.checkpoint.resume) == ("builtin", "auto")
     assert config.data.template == "vicuna"
 

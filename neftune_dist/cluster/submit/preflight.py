@@ -10,29 +10,29 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from neftune_dist.cluster.submit import inventory
 from neftune_dist.cluster.submit.inventory import Hub
 from neftune_dist.config import (
     Config,
-    DataConfig,
-    SourceConfig,
     UserError,
     check_world_size,
     user_path,
 )
 from neftune_dist.data import files
 from neftune_dist.data.sampler import num_steps
-from neftune_dist.model import locate
 from neftune_dist.system.checkpoint_names import MANIFEST, newest_step
 from neftune_dist.system.records import STEPS, read_records
 from neftune_dist.system.text import duration_text, size_text
 
 CHECKPOINT_BYTES = 12  # a parameter: float32 master and two moments
 _RECENT_BYTES = 2**18  # of metrics.jsonl
+_WORDS = (None, "", "auto", "never", "held_out")  # in the place of paths
+_HUB_IDS = ("name_or_path", "source", "held_out_source")  # settings with an id or a path
 
 
 @dataclass(frozen=True)
@@ -50,25 +50,20 @@ class Outlook:
     seconds: float | None
 
 
-def anchor(config: Config) -> None:
-    """Make the paths absolute: the job starts in another directory."""
-    model, data, checkpoint = config.model, config.data, config.checkpoint
-    config.run_dir = _absolute("run_dir", config.run_dir)
-    data.cache_dir = _absolute("data.cache_dir", data.cache_dir)
-    if locate.is_path(model.name_or_path) or os.path.exists(model.name_or_path):
-        model.name_or_path = _absolute("model.name_or_path", model.name_or_path)
-    if model.weights is not None:
-        model.weights = _absolute("model.weights", model.weights)
-    named: list[DataConfig | SourceConfig] = [data, *data.mixture]
-    for source in named:
-        if files.is_local(source.source):
-            source.source = _absolute("data.source", source.source)
-    if data.template.endswith(".jinja"):
-        data.template = _absolute("data.template", data.template)
-    if data.held_out_source and files.is_local(data.held_out_source):
-        data.held_out_source = _absolute("data.held_out_source", data.held_out_source)
-    if checkpoint.resume not in ("auto", "never"):
-        checkpoint.resume = _absolute("checkpoint.resume", checkpoint.resume)
+def anchor(section: Any) -> None:
+    """Make the paths of a configuration absolute: the job starts in another directory."""
+    for value in vars(section).values():
+        for part in value if isinstance(value, list) else [value]:
+            if is_dataclass(part):
+                anchor(part)
+    for knob in fields(section):
+        value = getattr(section, knob.name)
+        if not knob.metadata.get("is_path") or value in _WORDS:
+            continue
+        is_id = knob.name in _HUB_IDS and not files.is_local(value)
+        is_template = knob.name == "template" and not value.endswith(".jinja")
+        if not is_id and not is_template:
+            setattr(section, knob.name, os.path.abspath(user_path(value, knob.name)))
 
 
 def preflight(config: Config, world_size: int, hub: Callable[[], Hub]) -> Outlook:
@@ -125,10 +120,6 @@ def check_space(needs: Iterable[tuple[Path, int]]) -> None:
                 f"The checkpoints need {size_text(needed)}, and {size_text(free)} are free on the "
                 f"disk of {place}: set a lower checkpoint.keep, or another run_dir."
             )
-
-
-def _absolute(key: str, text: str) -> str:
-    return os.path.abspath(user_path(text, key))
 
 
 def _existing(path: Path) -> Path:
