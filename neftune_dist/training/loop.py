@@ -5,8 +5,7 @@ number of supervised tokens over all ranks, which the sampler knows beforehand. 
 gradient is not finite changes nothing but the cursor; too many consecutive ones end the run.
 
 Only a model's own dropout depends on the layout, as it draws by step and rank: with another number
-of ranks, packing or micro-batches it drops other activations. A resume under the same layout is
-exact.
+of ranks, packing or micro-batches it drops other activations. The same layout resumes exactly.
 """
 
 from __future__ import annotations
