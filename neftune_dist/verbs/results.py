@@ -18,7 +18,7 @@ from neftune_dist.arguments import (
     bounded,
     verb,
 )
-from neftune_dist.config import UserError, user_path
+from neftune_dist.config import UserError, require, user_path
 from neftune_dist.distributed import environment, outcome
 
 
@@ -206,6 +206,8 @@ def _study(
     """
     if only is not None and report_only:
         raise UserError("--only makes a run and --report-only none: give one of them.")
+    for package in ("matplotlib", "markdown"):
+        require(package, "A study's report", "neftune-dist[reports]")
     from neftune_dist.study.run import study
 
     return study(

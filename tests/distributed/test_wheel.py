@@ -71,6 +71,13 @@ def test_missing_engine_is_one_sentence_before_anything_begins(site: Path, tmp_p
     assert "Traceback" not in said and not (tmp_path / "run").exists()
 
 
+def test_study_without_its_packages_is_one_sentence(site: Path, tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    said = run(site, tmp_path, "-m", "neftune_dist", "study", config, "run_dir=study", code=2)
+    assert "needs the package matplotlib: pip install 'neftune-dist[reports]'" in said
+    assert not (tmp_path / "study").exists()
+
+
 def test_hook_and_callback_are_imported_without_accelerate(site: Path, tmp_path: Path) -> None:
     program = (
         "from neftune_dist import NEFTune, NEFTuneCallback\n"
