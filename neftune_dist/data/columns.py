@@ -122,14 +122,17 @@ def suggestion(row: Mapping[str, Any]) -> str:
         asked = next((name for name in texts if _ASKED.search(name) and name != said), None)
         asked = asked or next(name for name in texts if name != said)
         said = said or next(name for name in texts if name != asked)
-        found = {"prompt": asked, "completion": said}
+        # An instruction's input or context is read without a mapping.
+        about = {"input", "context"} & row.keys() - {asked, said}
+        ours = ("instruction", "output") if about else ("prompt", "completion")
+        found = {ours[0]: asked, ours[1]: said}
     elif not found and texts and not (_SAID.search(texts[0]) or _ASKED.search(texts[0])):
         found = {"text": texts[0]}
     if not found:
         return ""
     used = {path.partition(".")[0] for path in found.values()}
     left = [name for name, value in row.items() if not fields.is_harmless(name, value)]
-    left = [name for name in left if name not in used]
+    left = [name for name in left if name not in used and name not in _OPTIONAL]
     mapped = ", ".join(f"{ours}: {theirs}" for ours, theirs in found.items())
     ignored = f" data.ignore_fields={','.join(left)}" if left else ""
     made = f"data.columns={{{mapped}}}{ignored}"

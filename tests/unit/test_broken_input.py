@@ -298,6 +298,11 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
         {"id": "x", "reply": "b", "q": "a", "hint": "h"},
         "set data.columns={prompt: q, completion: reply} data.ignore_fields=hint",
     ),
+    (
+        {"question": "a", "context": "c", "answers": {"text": ["b"], "start": [1]}, "id": "x"},
+        "set data.columns={instruction: question, output: answers.text.0}",
+    ),
+    ({"query": "a", "answers": "b", "tools": "[]"}, "{prompt: query, completion: answers}"),
     ({"data": ["a", "b", "c", "d"]}, "to read them so, set data.columns={conversations: data}"),
     ({"talk": turns(*MESSAGES)["messages"]}, "to read them so, set data.columns={messages: talk}"),
     ({"q": {"text": "a"}, "a": [{"text": "b"}]}, "{prompt: q.text, completion: a.0.text}"),
