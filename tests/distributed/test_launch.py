@@ -85,7 +85,9 @@ def same(run_dir: Path, untouched: Path) -> None:
     assert all((ours[key] == theirs[key]).all() for key in ours)
 
 
-def test_a_killed_worker(config: Path, untouched: Path, tmp_path: Path) -> None:
+def test_killed_rank_is_restarted_to_the_same_end(
+    config: Path, untouched: Path, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     # Which is said of the first start alone.
     with launched(config, run_dir, "checkpoint.resume=never", step_seconds=0.3) as process:
@@ -123,7 +125,7 @@ def test_ranks_end_with_a_launcher_that_is_killed(config: Path, tmp_path: Path) 
         process_of_rank(0, run_dir)
 
 
-def test_a_console_that_nobody_reads(config: Path, tmp_path: Path) -> None:
+def test_unread_console_does_not_end_a_run(config: Path, tmp_path: Path) -> None:
     """`launch | head -1`: it starts again after a death, saves when asked, says so by its code."""
     run_dir = tmp_path / "run"
     with launched(config, run_dir, step_seconds=0.3) as process:
@@ -139,7 +141,7 @@ def test_a_console_that_nobody_reads(config: Path, tmp_path: Path) -> None:
     assert "stopped at step" in (second / "console.log").read_text()
 
 
-def test_a_run_directory_that_is_removed(config: Path, tmp_path: Path) -> None:
+def test_removed_run_directory_is_one_sentence(config: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with launched(config, run_dir, ranks=1, step_seconds=0.3) as process:
         until(lambda: len(tiny_model.steps(run_dir)) >= 2)
@@ -172,7 +174,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(
     assert code == 0 and "nothing is left to train" in text
 
 
-def test_a_second_ctrl_c_ends_at_once(config: Path, tmp_path: Path) -> None:
+def test_second_ctrl_c_ends_at_once(config: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with launched(config, run_dir, ranks=1, step_seconds=100) as process:
         until(lambda: (run_dir / "evaluations.jsonl").exists())
@@ -185,9 +187,7 @@ def test_a_second_ctrl_c_ends_at_once(config: Path, tmp_path: Path) -> None:
         process_of_rank(0, run_dir)
 
 
-def test_a_failure_that_repeats_itself_is_not_tried_a_third_time(
-    config: Path, tmp_path: Path
-) -> None:
+def test_repeated_failure_is_not_tried_a_third_time(config: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with launched(config, run_dir, ranks=1, fail_at=5) as process:
         code, text = end(process)
@@ -206,7 +206,7 @@ def test_failures_without_progress_end_the_run(config: Path, tmp_path: Path) -> 
     assert kinds(run_dir) == ["failed", "failed"]
 
 
-def test_a_run_that_diverges_is_not_started_again(config: Path, tmp_path: Path) -> None:
+def test_diverged_run_is_not_restarted(config: Path, tmp_path: Path) -> None:
     with launched(config, tmp_path / "run", diverge=True) as process:
         code, text = end(process)
     assert code == 1, text
@@ -215,7 +215,7 @@ def test_a_run_that_diverges_is_not_started_again(config: Path, tmp_path: Path) 
     assert kinds(tmp_path / "run") == ["final"]
 
 
-def test_a_mistake_is_told_once(config: Path, tmp_path: Path) -> None:
+def test_mistake_is_printed_once(config: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with launched(config, run_dir, "data.source=/nowhere.jsonl") as process:
         code, text = end(process)

@@ -113,7 +113,7 @@ def run(config: Path, run_dir: Path, *words: str, **options: Any) -> Hang:
 
 
 @pytest.mark.parametrize("engine", FORWARD)
-def test_a_rank_that_does_not_come(engine: str, config: Path, tmp_path: Path) -> None:
+def test_rank_that_does_not_come_is_named(engine: str, config: Path, tmp_path: Path) -> None:
     """It is named, with what the others wait in and where it stands itself; the run goes on from
     its last checkpoint."""
     fault = Fault(1, FORWARD[engine], sleep_forever, first=6)
@@ -151,7 +151,7 @@ def test_one_rank_alone(config: Path, tmp_path: Path) -> None:
     assert ended.collectives(0)
 
 
-def test_a_loader_that_stalls(config: Path, tmp_path: Path) -> None:
+def test_stalled_loader_is_named(config: Path, tmp_path: Path) -> None:
     fault = Fault(1, "neftune_dist.data.loader:Loader.step", sleep_forever, first=5)
     ended = run(config, tmp_path / "run", ranks=2, before=fault)
     assert re.fullmatch(
@@ -162,7 +162,7 @@ def test_a_loader_that_stalls(config: Path, tmp_path: Path) -> None:
     assert "sleep_forever" in ended.stacks(1)
 
 
-def test_a_frozen_rank(config: Path, tmp_path: Path) -> None:
+def test_frozen_rank_is_named(config: Path, tmp_path: Path) -> None:
     fault = Fault(1, FORWARD["fsdp2"], freeze, first=6)
     ended = run(config, tmp_path / "run", ranks=3, before=fault, grace_seconds=1)
     assert re.fullmatch(r"rank 1 does not answer; ranks 0 and 2 wait in \w+", ended.cause)
@@ -171,7 +171,7 @@ def test_a_frozen_rank(config: Path, tmp_path: Path) -> None:
         assert ended.collectives(rank)
 
 
-def test_a_frozen_rank_that_holds_the_store(config: Path, tmp_path: Path) -> None:
+def test_frozen_rank_with_the_store_ends_the_run(config: Path, tmp_path: Path) -> None:
     """The others have nobody to ask, and end all the same."""
     fault = Fault(0, FORWARD["fsdp2"], freeze, first=6, patience_seconds=3)
     ended = run(config, tmp_path / "run", ranks=2, before=fault, grace_seconds=1)
@@ -179,7 +179,7 @@ def test_a_frozen_rank_that_holds_the_store(config: Path, tmp_path: Path) -> Non
     assert "in train_step" in ended.stacks(1)
 
 
-def test_a_rank_whose_threads_cannot_run(config: Path, tmp_path: Path) -> None:
+def test_rank_without_running_threads_ends(config: Path, tmp_path: Path) -> None:
     """Native code holds the interpreter: the rank answers nobody, and still leaves its stacks."""
     fault = Fault(1, FORWARD["fsdp2"], hold_the_interpreter, first=6)
     ended = run(config, tmp_path / "run", ranks=2, before=fault)
@@ -187,7 +187,7 @@ def test_a_rank_whose_threads_cannot_run(config: Path, tmp_path: Path) -> None:
     assert "hold_the_interpreter" in ended.stacks(1)
 
 
-def test_the_launcher_hears_of_it(config: Path, tmp_path: Path) -> None:
+def test_hang_is_reported_to_the_launcher(config: Path, tmp_path: Path) -> None:
     """Under torchrun, which ends all ranks as soon as one has ended; and the words are the same
     when the same happens again, so that it is not tried a third time."""
     (tmp_path / "sitecustomize.py").write_text(
@@ -312,7 +312,9 @@ def train(config: Path, run_dir: Path, before: Callable[[], None], *words: str) 
 
 
 @pytest.mark.parametrize("engine", FORWARD)
-def test_an_ordinary_run_is_what_it_was(engine: str, config: Path, tmp_path: Path) -> None:
+def test_watchdog_does_not_change_an_ordinary_run(
+    engine: str, config: Path, tmp_path: Path
+) -> None:
     """To the last bit; no word of stragglers, no files; and the collectives' own time-out, of all
     groups but the saver's, comes after the watchdog."""
     words = [*drill.ENGINES[engine], "train.hang_minutes=50"]

@@ -98,7 +98,7 @@ def test_three_nodes_train_what_one_does(slurm: Cluster, config: Path) -> None:
     assert_same_run(run_dir, one_node)
 
 
-def test_a_node_that_does_not_come_is_named(slurm: Cluster) -> None:
+def test_node_that_does_not_come_is_named(slurm: Cluster) -> None:
     """A node that does not see the run directory writes into its own: it is not there."""
     folder = slurm.folder / "rendezvous"
     folder.mkdir()

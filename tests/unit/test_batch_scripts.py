@@ -77,7 +77,7 @@ def test_batch_scripts_are_sound_and_work_unedited() -> None:
         (2, {"ALPHAS": "5.0 0", "SEEDS": "3 4"}, 5.0, 4),
     ],
 )
-def test_the_sweep_trains_the_runs_of_the_study(
+def test_sweep_trains_the_runs_of_the_study(
     batch: Callable[..., Any],
     tmp_path: Path,
     index: int,
@@ -94,7 +94,7 @@ def test_the_sweep_trains_the_runs_of_the_study(
     assert done.stdout == marked("-m", "neftune_dist", "launch", "run.yaml", *wanted, *options)
 
 
-def test_the_study_evaluates_the_run_that_the_sweep_trained(batch: Callable[..., Any]) -> None:
+def test_study_evaluates_the_run_that_the_sweep_trained(batch: Callable[..., Any]) -> None:
     words = ("x.yaml", "train.seed=3", "--alphas", "0,5", "--seeds", "2")
     task = batch("study.sbatch", *words, SLURM_ARRAY_TASK_ID="2")
     study = ("--cpu-bind=none", "python3", "-m", "neftune_dist", "study", *words)
@@ -105,7 +105,7 @@ def test_the_study_evaluates_the_run_that_the_sweep_trained(batch: Callable[...,
     assert pairs([0, 5], [3, 4])[2] == (0, 4)
 
 
-def test_the_default_array_of_the_sweep_is_all_its_runs(batch: Callable[..., Any]) -> None:
+def test_default_array_of_the_sweep_is_all_its_runs(batch: Callable[..., Any]) -> None:
     assert "--array=0-11" in tokens((ROOT / "slurm" / "sweep.sbatch").read_text())
     done = batch("sweep.sbatch", "x.yaml", SLURM_ARRAY_TASK_ID="12")
     assert (done.returncode, done.stdout) == (2, "")
@@ -120,7 +120,7 @@ def test_the_default_array_of_the_sweep_is_all_its_runs(batch: Callable[..., Any
         (("none.yaml",), {"ALPHAS": "x"}, "sweep: could not convert string to float: 'x'"),
     ],
 )
-def test_the_sweep_refuses_in_one_sentence(
+def test_sweep_refuses_in_one_sentence(
     batch: Callable[..., Any], words: tuple[str, ...], variables: dict[str, str], sentence: str
 ) -> None:
     done = batch("sweep.sbatch", *words, SLURM_ARRAY_TASK_ID="0", **variables)

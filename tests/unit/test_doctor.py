@@ -697,7 +697,7 @@ def place(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Place:
         return find_place()
 
 
-def test_a_place_under_torchrun_in_a_step_and_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_place_under_torchrun_in_a_step_and_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "_check_address", lambda address, port: None)
     monkeypatch.setattr(socket, "gethostname", lambda: "laptop.local")
     assert place(monkeypatch) == Place() and host_name() == "laptop"
@@ -721,7 +721,7 @@ def test_steps_have_ports_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(ports) == 6 and all(12000 <= port < 20000 for port in ports)
 
 
-def test_a_batch_script_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_script_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     script = {k: v for k, v in STEP.items() if "STEP" not in k} | {"SLURM_PROCID": "0"}
     assert place(monkeypatch, **script).size == 1
     assert place(monkeypatch, **{**STEP, "SLURM_STEP_NUM_TASKS": "1"}).size == 1
@@ -760,7 +760,7 @@ def ranks_on(host_of: dict[int, str], rank: int = 0, size: int = 4) -> Ranks:
     return Ranks(here, Mailbox(store, rank, size), host_of, "token")
 
 
-def test_the_first_rank_of_each_host() -> None:
+def test_first_rank_of_each_host_is_its_lowest() -> None:
     ranks = ranks_on({0: "n1", 1: "n1", 2: "n2", 3: "n2"})
     assert list(ranks.firsts.items()) == [("n1", 0), ("n2", 2)]
     assert ranks.of_hosts(["n2"]).firsts == {"n2": 2}

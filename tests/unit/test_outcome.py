@@ -51,7 +51,7 @@ def concluded(folder: Path, **ranks: tuple[str, str]) -> Outcome:
         ({}, LOST, "srun ended with code 1"),
     ],
 )
-def test_the_cause_of_an_end(
+def test_cause_is_the_gravest_and_earliest_failure(
     ranks: dict[str, tuple[str, str]], kind: str, error: str, tmp_path: Path
 ) -> None:
     outcome = concluded(tmp_path, **ranks)

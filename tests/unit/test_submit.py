@@ -272,11 +272,11 @@ def test_nodes_with_enough_gpus_are_counted_over_all_kinds(site: Site) -> None:
     site.ok("run.yaml", "--nodes", 2, *size)
 
 
-def test_a_limit_may_be_the_partitions_own(site: Site) -> None:
+def test_limit_may_be_the_partitions_own(site: Site) -> None:
     site.ok("run.yaml", *SIZE[:4], "--time", "24:00:00")
 
 
-def test_a_folder_that_cannot_be_written_is_refused(
+def test_folder_that_cannot_be_written_is_refused(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: path != site.here)  # root may all
@@ -294,7 +294,7 @@ def test_options_are_required_in_one_sentence(site: Site) -> None:
 
 
 @pytest.mark.parametrize("resume", ["never", "elsewhere"])
-def test_a_run_that_the_job_would_not_continue_is_refused(site: Site, resume: str) -> None:
+def test_run_that_the_job_would_not_continue_is_refused(site: Site, resume: str) -> None:
     with_checkpoint(site.here / "runs" / "one")
     done = site.run("run.yaml", *SIZE, f"checkpoint.resume={resume}")
     assert done.code == 2
@@ -342,7 +342,7 @@ def test_checkpoints_must_fit(site: Site, monkeypatch: pytest.MonkeyPatch) -> No
     site.ok("run.yaml", *SIZE, "run_dir=other")
 
 
-def test_the_tasks_of_an_array_share_the_space(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_of_an_array_share_the_space(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     disk(2 * 36_000 - 1, monkeypatch)
     words = ("run.yaml", *SIZE, "run_dir=runs/{}", "--array")
     assert site.run(*words, "0-1").code == 2
@@ -396,7 +396,7 @@ finally:
     assert len(site.asked("sbatch")) == 1
 
 
-def test_an_old_python_can_read_the_launcher() -> None:
+def test_old_python_can_read_the_launcher() -> None:
     """Up to where it starts a newer one, or says that it is too old."""
     text = SUBMIT.read_text()
     ast.parse(text, feature_version=(3, 6))
@@ -437,7 +437,7 @@ def executed(script: str, folder: Path, **variables: str) -> list[str]:
     return done.stdout.split("\0")[:-1]
 
 
-def test_the_script_is_train_sbatch_with_its_words_fixed(site: Site, tmp_path: Path) -> None:
+def test_script_is_train_sbatch_with_fixed_arguments(site: Site, tmp_path: Path) -> None:
     out = site.ok("run.yaml", *SIZE, f"run_dir=runs/{ODD}", "--max-restarts", "7")
     run_dir = site.here / "runs" / ODD
     kept = run_dir / "submit" / "0001"
@@ -496,7 +496,7 @@ def test_gpus_reach_slurm_and_the_launcher(site: Site) -> None:
     assert "--processes 8" in Path(asked[-1]).read_text()
 
 
-def test_a_job_does_not_take_itself_for_a_step_of_the_one_it_was_submitted_from(
+def test_job_does_not_inherit_the_step_it_was_submitted_from(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_STEP_ID", "0")
@@ -511,7 +511,7 @@ def test_a_job_does_not_take_itself_for_a_step_of_the_one_it_was_submitted_from(
 # --- the dry run ----------------------------------------------------------------------------------
 
 
-def test_a_dry_run_prints_the_script_and_writes_and_queues_nothing(site: Site) -> None:
+def test_dry_run_prints_the_script_and_writes_and_queues_nothing(site: Site) -> None:
     site.answer("sbatch", "", 0, "sbatch: Job 7 to start at 2030-01-01T00:00:00")
     before = site.tree()
     out = site.ok("run.yaml", *SIZE, "--dry-run", "--account", "mine")
@@ -531,7 +531,7 @@ def test_dry_run_shows_the_answer_of_slurm(site: Site) -> None:
     assert "Slurm: would not start it now: allocation failure: Invalid account.\n" in out
 
 
-def test_a_dry_run_works_where_there_is_no_slurm(
+def test_dry_run_works_without_slurm(
     site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
@@ -543,7 +543,7 @@ def test_a_dry_run_works_where_there_is_no_slurm(
 # --- the snapshot ---------------------------------------------------------------------------------
 
 
-def test_the_snapshot_is_the_configuration_whatever_is_edited_later(site: Site) -> None:
+def test_snapshot_does_not_follow_later_edits(site: Site) -> None:
     site.ok("run.yaml", *SIZE, "noise.alpha=7", "data.cache_dir=~/x")
     wanted = load_config("run.yaml", ["noise.alpha=7"])
     wanted.run_dir = str(site.here / "runs" / "one")
@@ -595,7 +595,7 @@ def test_snapshots_are_numbered(site: Site) -> None:
 # --- the queue, chains, arrays --------------------------------------------------------------------
 
 
-def test_a_run_directory_in_use_is_refused_unless_the_job_waits(site: Site) -> None:
+def test_run_directory_in_use_is_refused_unless_the_job_waits(site: Site) -> None:
     site.ok("run.yaml", *SIZE)
     site.answer("squeue", "100 RUNNING")
     done = site.run("run.yaml", *SIZE)
@@ -617,7 +617,7 @@ def test_jobs_that_slurm_no_longer_knows_are_no_hindrance(site: Site) -> None:
     assert "squeue failed" in site.run("run.yaml", *SIZE).err
 
 
-def test_the_links_of_a_chain_wait_for_each_other(site: Site) -> None:
+def test_jobs_of_a_chain_wait_for_each_other(site: Site) -> None:
     out = site.ok("run.yaml", *SIZE, "--chain", 3, "--dependency", "afterok:9")
     asked = site.asked("sbatch")
     waits = [[w for w in words if w.startswith("--dependency")] for words in asked]
@@ -643,7 +643,7 @@ def test_chain_waits_for_the_job_that_uses_the_run_directory(site: Site) -> None
     assert "--dependency=afterany:102" in site.asked("sbatch")[3]
 
 
-def test_a_chain_is_queued_whole_or_not_at_all(site: Site) -> None:
+def test_chain_is_queued_whole_or_not_at_all(site: Site) -> None:
     (site.answers / "sbatch").write_text(
         'case "$*" in *--dependency*) echo "error: Too many." >&2; code=1 ;; *) echo 55 ;; esac'
     )
@@ -749,7 +749,7 @@ def test_finished_run_has_no_steps_left(site: Site) -> None:
 
 
 @pytest.mark.parametrize("reference", [True, False])
-def test_a_cached_model_is_found_offline(site: Site, tmp_path: Path, reference: bool) -> None:
+def test_cached_model_is_found_offline(site: Site, tmp_path: Path, reference: bool) -> None:
     commit = "0123456789" * 4
     root = tmp_path / "hub" / "hub" / "models--org--name"
     folder = root / "snapshots" / commit
@@ -765,21 +765,23 @@ def test_a_cached_model_is_found_offline(site: Site, tmp_path: Path, reference: 
     assert "model: org/name, 2.0 M parameters\n" in site.ok(*words)
 
 
-def test_a_cached_dataset_is_found_offline(site: Site, tmp_path: Path) -> None:
+def test_cached_dataset_is_found_offline(site: Site, tmp_path: Path) -> None:
     words = ("run.yaml", *SIZE, "--dry-run", "data.source=org/rows", "train.max_steps=3")
     assert site.run(*words).code == 2
     (tmp_path / "hub" / "datasets" / "org___rows").mkdir(parents=True)
     assert "data: org/rows, rows not counted here" in site.ok(*words)
 
 
-def test_the_job_downloads_what_is_not_there(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_and_data_of_the_hub_are_left_to_the_job(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE")
     out = site.ok("run.yaml", *SIZE, "model.name_or_path=org/name", "data.source=org/rows")
     assert "model: org/name, size not known from here, which the job takes from the hub" in out
     assert "disk: not checked" in out
 
 
-def test_the_sites_settings_count(
+def test_hub_is_read_from_the_sites_settings(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE")

@@ -33,7 +33,7 @@ def gather(number: int, group: str = "world", ranks: tuple[int, ...] = ALL) -> C
 WAITING = report(waits=gather(41), world=41)
 
 
-def test_a_rank_that_did_not_come_is_named() -> None:
+def test_rank_that_did_not_come_is_named() -> None:
     late = report("step 5: waiting for data", world=40)
     assert explain({0: WAITING, 1: late, 2: WAITING, 3: WAITING}, 4) == (
         "rank 1 did not come to all_gather; rank 1 stands in step 5: waiting for data, at "
@@ -75,7 +75,7 @@ def test_ranks_that_wait_for_each_other_are_all_named() -> None:
     assert explain(reports, 2).startswith("ranks 0 and 1 did not come to all_gather; ")
 
 
-def test_a_group_counts_its_own_collectives() -> None:
+def test_group_counts_its_own_collectives() -> None:
     """A rank of another group has come to none of this one's, and is not missed."""
     pair = gather(7, "pair", (0, 1))
     reports = {0: report(waits=pair, pair=7), 1: report(pair=6), 2: report(), 3: report()}
