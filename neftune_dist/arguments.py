@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn, TypeVar
@@ -94,6 +95,9 @@ def parse(words: Sequence[str] | None = None) -> dict[str, Any]:
         added = parsers.add_parser(name, help=summary, description=summary, epilog=notes)
         for names, options in arguments:
             added.add_argument(*names, **options)
+    given_words = list(sys.argv[1:] if words is None else words)
+    if given_words[:1] == ["submit"]:  # it has a parser of its own, with sbatch's options
+        return {"verb": "submit", "words": given_words[1:]}
     # argparse takes key=value words in one place only; here they may stand behind options, too.
     given, rest = parser.parse_known_args(words)
     late = [word for word in rest if "=" in word and not word.startswith("-")]

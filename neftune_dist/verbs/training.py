@@ -76,6 +76,14 @@ def _launch(
     )
 
 
+@verb(argument("words", nargs="*", metavar="CONFIG --nodes N ..."))
+def _submit(words: list[str]) -> int:
+    """Submit a training run to Slurm, after every check that a login node can make."""
+    from neftune_dist.cluster.submit.submit import main
+
+    return main(words, "neftune-dist submit")
+
+
 @verb(
     *_LAUNCH,
     argument("folder", type=partial(user_path, key="FOLDER")),

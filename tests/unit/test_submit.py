@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import pytest
 
+from neftune_dist import cli
 from neftune_dist.cluster.submit import preflight, slurm, snapshot, submit
 from neftune_dist.cluster.submit.inventory import Hub
 from neftune_dist.config import Config, load_config
@@ -792,3 +793,24 @@ def test_hub_is_read_from_the_sites_settings(
     )
     hub = submit._hub()
     assert hub == Hub(True, Path("/shared/hf/hub"), Path("/shared/hf/datasets"))
+
+
+def test_verb_submit_does_what_the_script_does(site: Site) -> None:
+    words = ["run.yaml", *SIZE, "--dry-run"]
+    script = site.run(*words)
+    with pytest.raises(SystemExit) as left:
+        cli.main(["submit", *words])
+    assert left.value.code == script.code == 0
+    assert site.capture.readouterr().out == script.out
+
+
+def test_folder_without_the_batch_scripts_is_refused(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the package was installed from a wheel."""
+    monkeypatch.setattr(submit, "ROOT", site.here)
+    done = site.run("run.yaml", *SIZE)
+    assert done.code == 2 and "neftune-dist init --slurm" in done.err
+    with pytest.raises(SystemExit):
+        cli.main(["init", "--slurm"])
+    assert site.run("run.yaml", *SIZE, "--dry-run").code == 0

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -20,18 +19,19 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NoReturn
 
 from neftune_dist import __version__
-from neftune_dist.arguments import MAX_RESTARTS, RENDEZVOUS_MINUTES, bounded
 from neftune_dist.cluster.submit import slurm, snapshot
 from neftune_dist.cluster.submit.inventory import Hub
+from neftune_dist.cluster.submit.options import PASSED_ON, check_options, make_parser
 from neftune_dist.cluster.submit.preflight import Outlook, anchor, check_space, preflight
 from neftune_dist.config import Config, UserError, load_config
 
-# The repository, which holds slurm/ and which the nodes see, too.
-ROOT = Path(__file__).resolve().parents[3]
-PASSED_ON = ("cpus-per-task", "mem", "partition", "account", "qos", "constraint", "exclude")
+# The folder that holds slurm/ and that the nodes see, too: the repository, or where the package was
+# installed without one the user's own.
+_CHECKOUT = Path(__file__).resolve().parents[3]
+_SITE = Path("slurm", "site.sh")
+ROOT = _CHECKOUT if (_CHECKOUT / _SITE).is_file() else Path.cwd()
 INDEX = "{}"  # in a word: an array task's index
 MARK = "index-of-the-task"
 
@@ -58,11 +58,20 @@ class Task:
         return Path(self.config.run_dir)
 
 
-def main(words: list[str]) -> int:
-    """Check, submit, say how to watch and to stop; the exit code."""
+def main(words: list[str], program: str = "launcher/submit.py") -> int:
+    """Check, submit, say how to watch and to stop.
+
+    Args:
+        program: how it was called.
+
+    Returns:
+        The exit code.
+    """
     try:
-        given = _parser().parse_intermixed_args(words)
-        _check_options(given)
+        given = make_parser(program).parse_intermixed_args(words)
+        if not (ROOT / _SITE).is_file():
+            raise UserError(f"{ROOT} has no {_SITE}: neftune-dist init --slurm writes it.")
+        check_options(given)
         tasks = _tasks(given)
         check_space((task.run_dir, task.outlook.num_bytes) for task in tasks)
         waits_for = (
@@ -73,73 +82,13 @@ def main(words: list[str]) -> int:
             lines += _dry_run(given, tasks)
         else:
             kept = snapshot.next_folder(tasks[0].run_dir)
-            ids = _submit(given, tasks, waits_for, shlex.join(["launcher/submit.py", *words]))
+            ids = _submit(given, tasks, waits_for, shlex.join([*program.split(), *words]))
             lines = [f"job: {' '.join(ids)}, as kept in {kept}", *lines, *_handles(tasks, ids)]
     except (UserError, OSError) as error:
         print(f"submit: {error}", file=sys.stderr)
         return 2
     print("\n".join(lines))
     return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the options).")
-
-
-def _parser() -> argparse.ArgumentParser:
-    about = "Submit a training run to Slurm, after every check that a login node can make."
-    parser = _Parser(prog="submit.py", description=about, allow_abbrev=False)
-    add = parser.add_argument
-    add("config", help="YAML file; see configs/")
-    add("settings", nargs="*", metavar="key=value", help="such as noise.alpha=5")
-    add("--nodes", type=int, required=True, metavar="N")
-    ranks = parser.add_mutually_exclusive_group(required=True)
-    ranks.add_argument("--gpus-per-node", metavar="[TYPE:]G", help="one rank a GPU")
-    processes = bounded(int, 1, 2**12)
-    ranks.add_argument("--processes", type=processes, metavar="P", help="CPU ranks on each node")
-    add("--time", required=True, metavar="HH:MM:SS", help="the limit, at which the run saves")
-    for name in PASSED_ON:
-        add(f"--{name}", help="as sbatch has it")
-    add("--job-name", help="default: the run directory's name")
-    add("--mail", metavar="ADDRESS", help="gets mail when the job begins, ends, fails, is requeued")
-    add("--array", metavar="SPEC", help="one run an index (0-3, 1,5, 0-9%%2), put in place of {}")
-    add("--dependency", metavar="LIST", help="afterok:123 and so on")
-    add("--chain", type=int, default=1, metavar="N", help="N jobs, each after the one before")
-    add("--signal-seconds", type=int, default=300, help="to save in; default: %(default)s")
-    add("--max-restarts", type=MAX_RESTARTS, help="see `neftune-dist launch --help`")
-    add("--rendezvous-minutes", type=RENDEZVOUS_MINUTES, help="see `neftune-dist launch --help`")
-    add("--sbatch", action="append", default=[], metavar="OPTION", help="any other: exclusive, a=b")
-    add("--dry-run", action="store_true", help="check and print; write and queue nothing")
-    return parser
-
-
-def _check_options(given: argparse.Namespace) -> None:
-    """Refuse values that make no sense; adds `per_node`, the ranks on each node."""
-    for name in ("nodes", "chain"):
-        value = getattr(given, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name}={value} must be 1 or more.")
-    gpus = given.gpus_per_node
-    if gpus is not None and not re.fullmatch(r"([\w.-]+:)?[1-9]\d{0,3}", gpus, re.ASCII):
-        raise UserError(f"--gpus-per-node={gpus} is not of the form 8 or h100:8.")
-    for name in (*PASSED_ON, "job-name", "mail", "array", "dependency"):
-        if getattr(given, name.replace("-", "_")) == "":
-            raise UserError(f"--{name} is empty: give it a value, or leave it out.")
-    given.per_node = given.processes or int(given.gpus_per_node.rpartition(":")[2])
-    if not 1 <= given.signal_seconds < slurm.seconds("--time", given.time):
-        raise UserError(
-            f"--signal-seconds={given.signal_seconds}, in which the run saves before its limit, "
-            f"must be 1 or more and less than --time={given.time}."
-        )
-    own = {name.replace("_", "-") for name in vars(given)}
-    own |= {"ntasks-per-node", "signal", "open-mode", "output", "chdir", "mail-user"}
-    for option in given.sbatch:
-        match = re.fullmatch(r"(?:--)?([a-z][a-z-]*)(=.*)?", option)
-        if not match:
-            raise UserError(f"--sbatch={option} is no long option such as exclusive or mem=0.")
-        if match[1] in own:
-            raise UserError(f"--sbatch={option}: --{match[1]} is an option of submit.py itself.")
 
 
 def _tasks(given: argparse.Namespace) -> list[Task]:

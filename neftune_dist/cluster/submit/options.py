@@ -1,0 +1,73 @@
+"""The options of a submission: those of sbatch that are passed on, and those of the run."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import NoReturn
+
+from neftune_dist.arguments import MAX_RESTARTS, RENDEZVOUS_MINUTES, bounded
+from neftune_dist.cluster.submit import slurm
+from neftune_dist.config import UserError
+
+PASSED_ON = ("cpus-per-task", "mem", "partition", "account", "qos", "constraint", "exclude")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the options).")
+
+
+def make_parser(program: str) -> argparse.ArgumentParser:
+    about = "Submit a training run to Slurm, after every check that a login node can make."
+    parser = _Parser(prog=program, description=about, allow_abbrev=False)
+    add = parser.add_argument
+    add("config", help="YAML file, or the name of a shipped one, such as alpaca-7b")
+    add("settings", nargs="*", metavar="key=value", help="such as noise.alpha=5")
+    add("--nodes", type=int, required=True, metavar="N")
+    ranks = parser.add_mutually_exclusive_group(required=True)
+    ranks.add_argument("--gpus-per-node", metavar="[TYPE:]G", help="one rank a GPU")
+    processes = bounded(int, 1, 2**12)
+    ranks.add_argument("--processes", type=processes, metavar="P", help="CPU ranks on each node")
+    add("--time", required=True, metavar="HH:MM:SS", help="the limit, at which the run saves")
+    for name in PASSED_ON:
+        add(f"--{name}", help="as sbatch has it")
+    add("--job-name", help="default: the run directory's name")
+    add("--mail", metavar="ADDRESS", help="gets mail when the job begins, ends, fails, is requeued")
+    add("--array", metavar="SPEC", help="one run an index (0-3, 1,5, 0-9%%2), put in place of {}")
+    add("--dependency", metavar="LIST", help="afterok:123 and so on")
+    add("--chain", type=int, default=1, metavar="N", help="N jobs, each after the one before")
+    add("--signal-seconds", type=int, default=300, help="to save in; default: %(default)s")
+    add("--max-restarts", type=MAX_RESTARTS, help="see `neftune-dist launch --help`")
+    add("--rendezvous-minutes", type=RENDEZVOUS_MINUTES, help="see `neftune-dist launch --help`")
+    add("--sbatch", action="append", default=[], metavar="OPTION", help="any other: exclusive, a=b")
+    add("--dry-run", action="store_true", help="check and print; write and queue nothing")
+    return parser
+
+
+def check_options(given: argparse.Namespace) -> None:
+    """Refuse values that make no sense; adds `per_node`, the ranks on each node."""
+    for name in ("nodes", "chain"):
+        value = getattr(given, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name}={value} must be 1 or more.")
+    gpus = given.gpus_per_node
+    if gpus is not None and not re.fullmatch(r"([\w.-]+:)?[1-9]\d{0,3}", gpus, re.ASCII):
+        raise UserError(f"--gpus-per-node={gpus} is not of the form 8 or h100:8.")
+    for name in (*PASSED_ON, "job-name", "mail", "array", "dependency"):
+        if getattr(given, name.replace("-", "_")) == "":
+            raise UserError(f"--{name} is empty: give it a value, or leave it out.")
+    given.per_node = given.processes or int(given.gpus_per_node.rpartition(":")[2])
+    if not 1 <= given.signal_seconds < slurm.seconds("--time", given.time):
+        raise UserError(
+            f"--signal-seconds={given.signal_seconds}, in which the run saves before its limit, "
+            f"must be 1 or more and less than --time={given.time}."
+        )
+    own = {name.replace("_", "-") for name in vars(given)}
+    own |= {"ntasks-per-node", "signal", "open-mode", "output", "chdir", "mail-user"}
+    for option in given.sbatch:
+        match = re.fullmatch(r"(?:--)?([a-z][a-z-]*)(=.*)?", option)
+        if not match:
+            raise UserError(f"--sbatch={option} is no long option such as exclusive or mem=0.")
+        if match[1] in own:
+            raise UserError(f"--sbatch={option}: --{match[1]} is an option of submit.py itself.")
