@@ -123,6 +123,39 @@ def test_documents_are_those_written_by_hand(
     assert marked(smollm2, spoken, template=template_file(name)) == EXPECTED[case]
 
 
+def test_split_rows_are_counted_and_held_out_whole(
+    tiny_tokenizer: Any, write: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "t.jinja"
+    path.write_text(TEMPLATES["06_last_ends_otherwise"].replace("<|im_end|>", "</s>"))
+    roles = ("user", "assistant", "user", "assistant")
+    rows = [
+        {
+            "messages": [
+                {"role": role, "content": f"{n} {word}"}
+                for role, word in zip(roles, "abcd", strict=True)
+            ]
+        }
+        for n in range(10)
+    ]
+    config = write(rows, template=str(path), num_held_out=4)
+    dataset = prepare(config, tiny_tokenizer)
+    report = dataset.report
+    assert (report.num_rows, report.num_split, report.num_added_by_split) == (10, 10, 10)
+    assert report.num_documents + report.num_held_out == 20 and report.num_held_out == 4
+    assert any("10 rows became 20 documents" in line for line in report.lines())
+    held_out = [dataset.held_out_conversations[i] for i in range(4)]
+    assert sorted(len(each.turns) for each in held_out) == [2, 2, 4, 4]
+    assert len({each.turns[0].content for each in held_out}) == 2
+    for each, i in zip(held_out, range(4), strict=True):
+        ids, supervised = dataset.held_out[i]
+        expected = f"{each.turns[-1].content}<|endoftext|>"
+        assert decode(tiny_tokenizer, ids[supervised == 1]) == expected
+    never = write(rows, template=str(path), split_conversations="never")
+    with pytest.raises(UserError, match="turn 2 differently"):
+        prepare(never, tiny_tokenizer)
+
+
 def test_half_of_an_equal_exchange_is_missed(template_file: Any, smollm2: Any) -> None:
     """19: whatever the words are."""
     spoken = conversation("Next.", "Go left.", "Next.", "Go left.")
