@@ -103,7 +103,9 @@ def write_run_files(
         keep_small_files(model_folder, run_dir)
         if config.model.add_tokens:
             keep_vocabulary(tokenizer, model_config.vocab_size, run_dir)
-        if config.data.template != "chat" or config.data.system_prompt is not None:
+        own = config.data.template == "chat" and config.data.system_prompt is None
+        # Templates in a folder are not copied: one file chooses between them as they are chosen.
+        if not own or (model_folder / "additional_chat_templates").is_dir():
             keep_template(chat_template, run_dir)
         keep_end_tokens(end_tokens, run_dir)
         seal(run_dir)

@@ -6,18 +6,20 @@ import copy
 import json
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from neftune_dist.checkpoint.run_files import keep_end_tokens
-from neftune_dist.config import ModelConfig, UserError
+from neftune_dist.checkpoint.run_files import keep_end_tokens, write_run_files
+from neftune_dist.config import Config, ModelConfig, UserError
 from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.dataset import prepare
 from neftune_dist.data.errors import BadRow
 from neftune_dist.model import load
+from tests.support import tiny_model
 from tests.support.documents import conversation, decode, document, learned, make, with_template
 from tests.support.shared_data import shared
 
@@ -226,6 +228,26 @@ def test_template_is_chosen_by_the_row_s_tools(smollm2: Any) -> None:
         make(named).render(TALK)
     with pytest.raises(UserError, match=r"are rag, none of them named default.*data\.template"):
         make(with_template(smollm2, {"rag": with_tools}))
+
+
+def test_run_keeps_a_folder_of_templates_as_one(tmp_path: Path) -> None:
+    model = tiny_model.make_model(tmp_path / "base")
+    (model / "additional_chat_templates").mkdir()
+    with_tools = "{{ tools | tojson }}\n" + CHATML
+    (model / "additional_chat_templates" / "tool_use.jinja").write_text(with_tools)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert set(tokenizer.chat_template) == {"default", "tool_use"}
+    write_run_files(
+        tmp_path, Config(), model, tokenizer, SimpleNamespace(), make(tokenizer).as_jinja()
+    )
+    kept = AutoTokenizer.from_pretrained(tmp_path / "model")
+    messages = TALK.messages()
+    for tools in (None, [{"type": "function", "function": {"name": "f"}}]):
+        before, after = (
+            each.apply_chat_template(messages, tools=tools, tokenize=False)
+            for each in (tokenizer, kept)
+        )
+        assert before == after
 
 
 def test_arguments_are_text_where_the_template_takes_text(smollm2: Any) -> None:
