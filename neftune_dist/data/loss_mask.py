@@ -15,9 +15,9 @@ with another token). Such an answer is learned in a document that ends with it.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cached_property, lru_cache
 
 from neftune_dist.data.chat_template import OPENED_THOUGHT, ChatTemplate, tools_of
 from neftune_dist.data.conversation import Conversation, Turn
@@ -34,7 +34,7 @@ from neftune_dist.data.marks import (
 )
 from neftune_dist.data.spans import Chunk, Rendered, Span
 
-_KEPT_SHAPES = 256  # with tools and calls, up to megabytes each
+_KEPT_SHAPES = 1024  # a few kilobytes each; with calls, those of the row, too
 
 
 class LossMask:
@@ -46,8 +46,11 @@ class LossMask:
 
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
-        self._layout = lru_cache(_KEPT_SHAPES)(lambda shape: _Layout(template, shape))
+        self._layout = lru_cache(_KEPT_SHAPES)(self._new_layout)
         self._missing = lru_cache(_KEPT_SHAPES)(lambda shape: _missing_function(template, shape))
+
+    def _new_layout(self, shape: Conversation) -> _Layout:
+        return _Layout(self._template, shape, self._layout)
 
     def documents(
         self, conversation: Conversation, supervise: str, may_split: bool = True
@@ -106,7 +109,7 @@ class LossMask:
         text = self._template.apply(self._template.messages(view), tools_of(view))
         for fine in (False, True):
             shape, pieces = marked(view, fine)
-            layout = _Layout(self._template, shape) if fine else self._layout(shape)
+            layout = self._new_layout(shape) if fine else self._layout(shape)
             edges = layout.edges(text, pieces)
             if len(edges) == len(layout.marks) and (edges or text == layout.text):
                 return _Fitted(view, text, layout, edges)
@@ -177,13 +180,24 @@ class _Generated:
 class _Layout:
     """The text of a conversation of marks.
 
+    Args:
+        template: renders the text.
+        shape: the conversation.
+        layout_of: the layout of another, perhaps a known one.
+
     Attributes:
         text: with marks.
         marks: in the order in which they stand in the text.
     """
 
-    def __init__(self, template: ChatTemplate, shape: Conversation) -> None:
+    def __init__(
+        self,
+        template: ChatTemplate,
+        shape: Conversation,
+        layout_of: Callable[[Conversation], _Layout],
+    ) -> None:
         self._template, self._shape, self._turns = template, shape, shape.turns
+        self._layout_of = layout_of
         self._messages, self._tools = template.messages(shape), tools_of(shape)
         self.text = template.apply(self._messages, self._tools)
         parts = MARK.split(self.text)
@@ -192,12 +206,14 @@ class _Layout:
         self._begins = [0]
         for frame, mark in zip(self._frames, self.marks, strict=False):
             self._begins.append(self._begins[-1] + len(frame) + len(mark))
-        self._generated = cache(self._find_generated)
         self._check_presence()
 
     def place(self, i: int) -> tuple[int, int] | None:
         """Half-open range of answer i in the text, None where it is not as a model generates it."""
-        answer = self._generated(i)
+        ending = self
+        if i < len(self._turns) - 1:
+            ending = self._layout_of(replace(self._shape, turns=self._turns[: i + 1]))
+        answer = ending.last_answer
         begin = len(answer.prompt)
         is_here = self.text.startswith(answer.said, begin) and self.text.startswith(answer.prompt)
         return (begin, begin + len(answer.said)) if is_here else None
@@ -260,13 +276,12 @@ class _Layout:
             if any(number[mark] == 0 for mark in needed):
                 raise _changed(self._turns, i)
 
-    def _find_generated(self, i: int) -> _Generated:
-        """Answer i as the last turn. Raises `BadRow` where its beginning is not found, or
-        something of it is missing."""
-        messages = self._template.messages(replace(self._shape, turns=self._turns[: i + 1]))
-        is_last = i == len(self._turns) - 1
-        through = self.text if is_last else self._template.apply(messages, self._tools)
-        prompts = self._template.prompts(messages[:-1], self._tools)
+    @cached_property
+    def last_answer(self) -> _Generated:
+        """The last turn, an answer. Raises `BadRow` where its beginning is not found, or something
+        of it is missing."""
+        i, through = len(self._turns) - 1, self.text
+        prompts = self._template.prompts(self._messages[:-1], self._tools)
         prompt = next((prompt for prompt in prompts if through.startswith(prompt)), None)
         marks = self._marks_of(i)
         if prompt is None:
@@ -283,21 +298,17 @@ class _Layout:
             raise _changed(self._turns, i)
         if any(mark not in said for mark in marks):
             raise BadRow(f"the chat template leaves out the reasoning of turn {i + 1}")
-        return _Generated(prompt, self._without_what_follows(prompt, said.rstrip(), i))
+        return _Generated(prompt, self._without_what_follows(prompt, said.rstrip()))
 
-    def _without_what_follows(self, prompt: str, said: str, i: int) -> str:
+    def _without_what_follows(self, prompt: str, said: str) -> str:
         """The part of an answer that stays when a turn follows: some templates (Phi-3's) write the
         end of the turn, then that of the conversation."""
         last = END.search(said)
         own = said[: last.start()].rstrip() if last else ""
         if not END.search(own):
             return said
-        followed = self.text
-        if i == len(self._messages) - 1:
-            turns = (*self._turns, Turn("user", "And?"))
-            followed = self._template.apply(
-                self._template.messages(Conversation(turns)), self._tools
-            )
+        turns = (*self._turns, Turn("user", "And?"))
+        followed = self._template.apply(self._template.messages(Conversation(turns)), self._tools)
         stays = followed.startswith(prompt + said) or not followed.startswith(prompt + own)
         return said if stays else own
 
