@@ -314,7 +314,7 @@ class _Layout:
 
 
 def _missing_function(template: ChatTemplate, shape: Conversation) -> tuple[str, int] | None:
-    """The first of `_marked_functions` that the text lacks: ("tool", its index) or ("call", that
+    """The first of the functions of `marks.with_functions` that the text lacks: ("tool", its index) or ("call", that
     of its turn)."""
     text = template.apply(template.messages(shape), tools_of(shape))
     for k in range(len(tools_of(shape) or [])):
