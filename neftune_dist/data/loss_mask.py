@@ -314,8 +314,8 @@ class _Layout:
 
 
 def _missing_function(template: ChatTemplate, shape: Conversation) -> tuple[str, int] | None:
-    """The first of the functions of `marks.with_functions` that the text lacks: ("tool", its index) or ("call", that
-    of its turn)."""
+    """The first function that the text of `with_functions` lacks: ("tool", its index) or ("call",
+    the index of its turn)."""
     text = template.apply(template.messages(shape), tools_of(shape))
     for k in range(len(tools_of(shape) or [])):
         if any(mark not in text for mark in tool_marks(k)):
