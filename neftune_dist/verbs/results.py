@@ -83,14 +83,31 @@ def _chosen(step: int | None, best: bool) -> int | Literal["best"] | None:
         default="original",
         help="of the weights; original: as in the model that was fine-tuned",
     ),
+    argument(
+        "--push-to-hub",
+        metavar="ORG/NAME",
+        help="also upload it, to a repository that is made private where it is missing",
+    ),
 )
 def _export(
-    run_dir: Path, step: int | None, best: bool, output: Path | None, adapter: bool, dtype: str
+    run_dir: Path,
+    step: int | None,
+    best: bool,
+    output: Path | None,
+    adapter: bool,
+    dtype: str,
+    push_to_hub: str | None,
 ) -> int:
     """Write a checkpoint as a Hugging Face model directory."""
+    chosen = _chosen(step, best)
+    from neftune_dist.checkpoint import hub
     from neftune_dist.checkpoint.export import export
 
-    export(run_dir, output, step=_chosen(step, best), dtype=dtype, adapter=adapter)
+    if push_to_hub is not None:
+        hub.reserve(push_to_hub)
+    made = export(run_dir, output, step=chosen, dtype=dtype, adapter=adapter)
+    if push_to_hub is not None:
+        hub.push(made, push_to_hub)
     return outcome.EXIT_DONE
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from safetensors.torch import load_file
 
@@ -78,6 +79,45 @@ def test_contents_say_how_torch_alone_reads_a_checkpoint(run_dir: Path) -> None:
         read = found["state"][f"master/{name}"].view(found["shapes"][name])
         assert (read.to(weight.dtype) == weight).all(), name
     assert len(found["state"]) == 3 * len(weights)
+
+
+def test_push_reserves_first_then_uploads_the_export(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub is a double of its client's two functions."""
+    calls: list[tuple[str, Any]] = []
+
+    def create(repository: str, *, private: bool, exist_ok: bool) -> None:
+        assert private and exist_ok and not output.exists()
+        calls.append(("create", repository))
+
+    def upload(*, repo_id: str, folder_path: Path, ignore_patterns: list[str], **_: Any) -> str:
+        kept = {path.name for path in folder_path.iterdir()} - {*ignore_patterns}
+        assert {"model.safetensors", "config.json", "README.md"} <= kept
+        assert "neftune_export.json" not in kept
+        calls.append(("upload", repo_id))
+        return "the commit"
+
+    output = tmp_path / "pushed"
+    monkeypatch.setattr(huggingface_hub, "create_repo", create)
+    monkeypatch.setattr(huggingface_hub, "upload_folder", upload)
+    words = ["export", str(run_dir), f"--output={output}", "--push-to-hub=me/tuned"]
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    assert left.value.code == 0
+    assert calls == [("create", "me/tuned"), ("upload", "me/tuned")]
+
+
+@pytest.mark.parametrize("name", ["me/tuned", "tuned", "a/b/c"])
+def test_push_that_the_hub_refuses_writes_nothing(
+    name: str, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """In tests the hub is out of reach, which is a refusal like that of a token without rights."""
+    output = tmp_path / "pushed"
+    with pytest.raises(SystemExit) as left:
+        main(["export", str(run_dir), f"--output={output}", f"--push-to-hub={name}"])
+    assert left.value.code == 2 and not output.exists()
+    assert f"--push-to-hub={name}" in capsys.readouterr().err
 
 
 def test_best_and_step_together_exit_2(run_dir: Path) -> None:
