@@ -103,8 +103,10 @@ class LossMask:
 
     def _fit(self, view: Conversation) -> _Fitted:
         """The text of a normalised conversation, compared with its layout."""
-        has_functions = view.tools or any(turn.tool_calls for turn in view.turns)
-        if has_functions and (found := self._missing(with_functions(marked(view)[0]))):
+        functions = view.tools + "".join(turn.tool_calls for turn in view.turns)
+        if MARK.search(functions):
+            raise BadRow("a tool or a call has words with which chat templates are checked")
+        if functions and (found := self._missing(with_functions(marked(view)[0]))):
             raise _missing_error(view, *found)
         text = self._template.apply(self._template.messages(view), tools_of(view))
         for fine in (False, True):
@@ -240,8 +242,7 @@ class _Layout:
             return found
         last = len(self.marks) - 1
         for k, (mark, frame) in enumerate(zip(self.marks, self._frames[1:], strict=True)):
-            # A mark that is not of `pieces` is a row's own word.
-            for said in forms(pieces.get(mark, "")):
+            for said in forms(pieces[mark]):
                 end = place + len(said)
                 is_here = text.startswith(said, place) and text.startswith(frame, end)
                 if is_here and (k < last or end + len(frame) == len(text)):

@@ -202,6 +202,31 @@ def test_words_of_a_turn_do_not_matter(smollm2: Any) -> None:
     assert learned(smollm2, made) == [f"{said}<|im_end|>" for said in ("assistant", "a", "user")]
 
 
+def test_words_like_marks_are_words(smollm2: Any) -> None:
+    """Also where they stand in tools, which are rendered as they are."""
+    mark = "Zq8vK1c0Wj"
+    made = document(make(smollm2), conversation(mark, f"{mark}Zq8vK0c0Wj", "a", mark))
+    assert learned(smollm2, made) == [f"{mark}Zq8vK0c0Wj<|im_end|>", f"{mark}<|im_end|>"]
+    schema = {"type": "object", "properties": {"x": {"type": "string"}}}
+    tool = {"type": "function", "function": {"name": mark, "parameters": schema}}
+    template = make(
+        with_template(smollm2, "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML)
+    )
+    for name in (mark, "Zq8vK9c9Wj"):
+        tool["function"] = {"name": name, "parameters": schema}
+        spoken = Conversation(TALK.turns, tools=json.dumps([tool]))
+        with pytest.raises(BadRow, match="words with which chat templates are checked"):
+            template.render(spoken)
+
+
+def test_long_conversation_takes_linear_time(smollm2: Any) -> None:
+    """A template that changes every earlier answer, within the limit of one conversation."""
+    ending = TEMPLATES["06_last_ends_otherwise"]
+    spoken = conversation(*(f"{i} words of a turn" for i in range(160)))
+    documents = make(with_template(smollm2, ending)).documents(spoken)
+    assert [len(part.turns) for part, _ in documents] == list(range(2, 161, 2))
+
+
 def test_template_is_chosen_by_the_row_s_tools(smollm2: Any) -> None:
     """25 and 16."""
     with_tools = "Tools: {{ tools | tojson }}\n" + CHATML.replace(
