@@ -103,7 +103,7 @@ class LossMask:
 
     def _fit(self, view: Conversation) -> _Fitted:
         """The text of a normalised conversation, compared with its layout."""
-        functions = view.tools + "".join(turn.tool_calls for turn in view.turns)
+        functions = view.tools + "".join("".join(turn[2:5]) for turn in view.turns)
         if MARK.search(functions):
             raise BadRow("a tool or a call has words with which chat templates are checked")
         if functions and (found := self._missing(with_functions(marked(view)[0]))):
