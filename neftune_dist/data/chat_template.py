@@ -23,8 +23,8 @@ _DATE = datetime(2024, 7, 26)
 _DATE_CODES = [f"%{flag}{code}" for flag in ("", "-") for code in string.ascii_letters]
 # Names of the field for reasoning, in the order in which they are tried.
 _REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking", "thought")
-# Variables with which templates turn reasoning on and off.
-_SWITCHES = ("enable_thinking",)
+# The variable with which templates turn reasoning on and off.
+_SWITCH = "enable_thinking"
 # At the end of the generation prompt of some reasoning models.
 OPENED_THOUGHT = re.compile(r"<think>\s*\Z")
 # Written in place of the tags of a thought that a template would take out, and replaced afterwards.
@@ -44,15 +44,11 @@ class ChatTemplate:
     Attributes:
         given: the template as it was written.
         source: the template as it is run, with a fixed date.
-        special: the texts of the special tokens.
     """
 
     def __init__(self, tokenizer: Any, source: str) -> None:
         self.given = source
         self.source = _with_date(source) if "strftime_now" in source else source
-        self.special = tuple(
-            str(token) for token in tokenizer.added_tokens_decoder.values() if token.special
-        )
         self._tokenizer = tokenizer
 
     @cached_property
@@ -166,11 +162,9 @@ class ChatTemplate:
         """The prompts for an answer to the messages, the longest first. Reasoning models have
         several: one may hold the empty reasoning of an answer without reasoning."""
         prompts = {self.apply(messages, tools, add_generation_prompt=True)}
-        for switch in _SWITCHES:
-            if switch in self.source:
-                for value in (False, True):
-                    switches = {"add_generation_prompt": True, switch: value}
-                    prompts.add(self.apply(messages, tools, **switches))
+        for value in (False, True) if _SWITCH in self.source else ():
+            switches = {"add_generation_prompt": True, _SWITCH: value}
+            prompts.add(self.apply(messages, tools, **switches))
         return sorted(prompts, key=len, reverse=True)
 
     def expresses_system(self) -> bool:
