@@ -56,22 +56,30 @@ class ChatTemplate:
         """The field of a message from which the template writes reasoning. "" where the generation
         prompt opens a thought, which the template takes out of the answers (R1's); None where
         reasoning has no place but the content."""
-        asked: Message = {"role": "user", "content": "A question."}
-        said = "Reasoning that reaches the text."
-        answer: Message = {"role": "assistant", "content": "An answer."}
-        calling = {"role": "assistant", "content": "", "tool_calls": [_call()]}
-        for kind in (answer, calling):  # Gemma 4's first one writes it before calls alone
-            for field in _REASONING_FIELDS:
-                with suppress(BadRow):
-                    if said in self.apply([asked, {**kind, field: said}]):
-                        return field
-        try:
-            answer["content"] = f"<think>\n{said}\n</think>\n\nAn answer."
-            takes_out = said not in self.apply([asked, answer])
+        usual = self._reasoning_of_answers
+        # Gemma 4's first template writes it before calls alone.
+        return self._field_of({"content": "", "tool_calls": [_call()]}) if usual is None else usual
+
+    @cached_property
+    def _reasoning_of_answers(self) -> str | None:
+        """As `reasoning_field`, of answers that call nothing."""
+        if (field := self._field_of({"content": "An answer."})) is not None:
+            return field
+        said, asked = "Reasoning that reaches the text.", {"role": "user", "content": "A question."}
+        answer = {"role": "assistant", "content": f"<think>\n{said}\n</think>\n\nAn answer."}
+        with suppress(BadRow):
             opens = OPENED_THOUGHT.search(self.prompts([asked], None)[-1])
-        except BadRow:
-            return None
-        return "" if takes_out and opens else None
+            return "" if opens and said not in self.apply([asked, answer]) else None
+        return None
+
+    def _field_of(self, more: Message) -> str | None:
+        said, asked = "Reasoning that reaches the text.", {"role": "user", "content": "A question."}
+        for field in _REASONING_FIELDS:
+            answer = {"role": "assistant", **more, field: said}
+            with suppress(BadRow):
+                if said in self.apply([asked, answer]):
+                    return field
+        return None
 
     @cached_property
     def _takes_parts(self) -> bool:
@@ -112,7 +120,7 @@ class ChatTemplate:
                         "field: put it into the content, as <think>...</think>, or take a template "
                         f"that writes one of {', '.join(_REASONING_FIELDS)}"
                     )
-                if not reasoning and self.reasoning_field is not None:
+                if not reasoning and self._reasoning_of_answers is not None:
                     reasoning, content = split_reasoning(content)
             turns.append(Turn(turn.role, content, *turn[2:5], reasoning, turn.learned))
         return Conversation(tuple(turns), tools=conversation.tools)
