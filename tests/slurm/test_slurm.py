@@ -49,7 +49,7 @@ def limited(slurm: Cluster, config: Path) -> Job:
     return slurm.sbatch(
         "--nodes=2",
         "--time=1",
-        "--signal=B:USR1@10",
+        "--signal=B:USR1@20",  # up to half a minute earlier; then the run has to end
         TRAIN,
         config,
         f"run_dir={slurm.folder / 'limited'}",
