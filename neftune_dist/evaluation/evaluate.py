@@ -234,13 +234,8 @@ class _Evaluation:
                 return {}, {}
             self.results.put_answers(rows)
             values = text_statistics.per_answer(rows)
-            right = [row["correct"] for row in rows if row["correct"] is not None]
-            figures = {
-                "num": len(rows),
-                "exact_match": sum(right) / len(right) if right else None,
-                **text_statistics.statistics(rows, values),
-            }
-        return figures, {"answers": values}
+            figures = text_statistics.statistics(rows, values)
+        return {"num": len(rows), "exact_match": None, **figures}, {"answers": values}
 
     def _tasks(self, words: list[TaskWord]) -> None:
         evaluate = self.config.evaluate

@@ -124,20 +124,13 @@ class Results:
                 stored = self._settings.setdefault("answers", dict(settings))
                 other = [key for key in settings if stored.get(key) != settings[key]]
                 if other:
-                    values = [f" (then {stored.get(k)}, now {settings[k]})" for k in other]
-                    shown = ", ".join(
-                        key + ("" if key == "prompts" else both)
-                        for key, both in zip(other, values, strict=True)
-                    )
+                    both = {k: f"{k} (then {stored.get(k)}, now {settings[k]})" for k in other}
+                    shown = ", ".join(k if k == "prompts" else both[k] for k in other)
                     raise UserError(f"{self.folder} holds answers made with other {shown}: {_FIX}.")
                 self._write("settings.json", self._settings)
 
     def make(
-        self,
-        part: str,
-        settings: Mapping[str, Any],
-        compute: Callable[[], Found],
-        keep: bool = True,
+        self, part: str, settings: Settings, compute: Callable[[], Found], keep: bool = True
     ) -> None:
         """Compute a part and write it, unless it is there; log its figures. All ranks call it.
 

@@ -82,8 +82,8 @@ def statistics(
     were not counted.
 
     Args:
-        answers: rows of `answers.json`; `output` is needed, `reference`, `num_tokens` and
-            `finished` are used where present.
+        answers: rows of `answers.json`; `output` is needed, `reference`, `num_tokens`,
+            `finished` and `correct` are used where present.
         values: of `per_answer`; None: computed here.
 
     Raises:
@@ -113,7 +113,7 @@ def per_answer(answers: Sequence[Mapping[str, Any]]) -> Values:
       letters and digits, not stemmed (rouge-score); `bleu`: of up to 4-grams, smoothed by
       sacrebleu's `exp`, its 13a words, no order above the answer's length. Both 0 .. 1;
     - `empty`: 1 where the answer is white space alone; `cut`: 1 where the answer reached the limit
-      of new tokens.
+      of new tokens; `exact_match`: 1 where it was marked right, 0 where wrong.
     """
     check_installed()
     _check_outputs(answers)
@@ -122,7 +122,7 @@ def per_answer(answers: Sequence[Mapping[str, Any]]) -> Values:
     for answer in answers:
         text, reference = answer["output"], answer.get("reference")
         words = text.split()
-        tokens, finished = answer.get("num_tokens"), answer.get("finished")
+        tokens, finished, right = map(answer.get, ("num_tokens", "finished", "correct"))
         row: dict[str, float | None] = {
             "characters": float(len(text)),
             "words": float(len(words)),
@@ -132,6 +132,7 @@ def per_answer(answers: Sequence[Mapping[str, Any]]) -> Values:
             "bleu": None,
             "empty": float(not words),
             "cut": None if finished is None else float(not finished),
+            "exact_match": None if right is None else float(right),
         }
         if reference is not None:
             row["rouge_l"] = float(rouge.score(reference, text)["rougeL"].fmeasure)

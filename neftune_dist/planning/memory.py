@@ -176,8 +176,7 @@ class Memory(TorchDispatchMode):
             share: the part of their bytes that counts.
         """
         for tensor in _tensors(where):
-            storage = self._live.get(id(tensor.untyped_storage()))
-            if storage is not None:
+            if storage := self._find(tensor):
                 storage.kind, storage.on_host, storage.share = kind, on_host, share
 
     def peak(self) -> Peak:
@@ -211,13 +210,15 @@ class Memory(TorchDispatchMode):
             for tensor in _tensors((kwargs, args)):
                 self._rename(tensor, "activations", "collectives")
 
+    def _find(self, tensor: Tensor) -> _Storage | None:
+        return self._live.get(id(tensor.untyped_storage()))
+
     def _kind(self, tensor: Tensor) -> str | None:
-        storage = self._live.get(id(tensor.untyped_storage()))
+        storage = self._find(tensor)
         return storage.kind if storage else None
 
     def _copy_inside(self, like: Tensor) -> None:
-        known = self._live.get(id(like.untyped_storage()))
-        passing = _Storage(0, known.kind if known else self.default)
+        passing = _Storage(0, self._kind(like) or self.default)
         self._change(passing, like.nbytes)
         self._change(passing, 0)
 
@@ -226,8 +227,7 @@ class Memory(TorchDispatchMode):
         storage.nbytes = nbytes
 
     def _rename(self, tensor: Tensor, old: str, new: str) -> None:
-        storage = self._live.get(id(tensor.untyped_storage()))
-        if storage is not None and storage.kind == old:
+        if (storage := self._find(tensor)) and storage.kind == old:
             storage.kind = new
 
 

@@ -120,8 +120,6 @@ def _items(run: Run, name: str) -> np.ndarray | None:
         return np.array([sums / np.maximum(tokens, 1), tokens])
     if name.startswith(TASK):
         rows = run.items.get("tasks", {}).get(name.removeprefix(TASK), [])
-    elif name == "exact_match":
-        rows = [answer["correct"] for answer in run.answers]
     else:
         rows = run.items.get("answers", {}).get(name, [])
     values = np.array(rows, dtype=float)  # None: NaN

@@ -34,6 +34,13 @@ def test_lengths_cut_and_empty_shares() -> None:
     assert text_statistics.per_answer(answers)["characters"] == [9, 2, 3]
 
 
+def test_exact_match_is_the_share_of_marked_answers_that_are_right() -> None:
+    answers = [row("a", correct=True), row("b", correct=False), row("c", correct=None), row("d")]
+    assert text_statistics.per_answer(answers)["exact_match"] == [1, 0, None, None]
+    assert text_statistics.statistics(answers)["exact_match"] == 0.5
+    assert "exact_match" not in text_statistics.statistics(answers[2:])
+
+
 def test_repetition_uses_the_first_50_words() -> None:
     """48 2-grams of 50 words are counted, as in the released code: here three of them recur."""
     words = distinct(46) + distinct(4)
