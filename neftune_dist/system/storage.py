@@ -63,6 +63,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def existing(path: Path) -> Path:
+    """Return the path, made absolute, or the nearest folder above it that exists."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if os.path.lexists(place))
+
+
 def remove(path: Path) -> None:
     """Remove a folder with all that it holds, or a file; of a link, the link alone. Raises
     `OSError`."""

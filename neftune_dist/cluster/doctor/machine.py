@@ -14,6 +14,7 @@ from neftune_dist.cluster.doctor import gpus
 from neftune_dist.cluster.doctor.findings import OK, WARNING, WRONG, Site, check
 from neftune_dist.config import ModelConfig
 from neftune_dist.system import cgroups
+from neftune_dist.system.storage import existing
 
 _ROOT = Path("/")
 _PROBE_MIB = 64
@@ -84,12 +85,6 @@ def check_infiniband(site: Site) -> Iterator[tuple[str, str]]:
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     if active and locked != resource.RLIM_INFINITY:
         yield WARNING, f"only {locked / 2**20:.0f} MiB of memory may be locked"
-
-
-def existing(run_dir: Path) -> Path:
-    """The run directory, or the folder above it that exists."""
-    path = run_dir.absolute()
-    return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 @check("run directory", "choose another with --run-dir; `neftune-dist plan` estimates the need")

@@ -12,9 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from neftune_dist.cluster.doctor.findings import OK, WARNING, WRONG, Finding, named
-from neftune_dist.cluster.doctor.machine import existing
 from neftune_dist.cluster.doctor.ranks import Ranks
-from neftune_dist.system import storage
+from neftune_dist.system.storage import existing, write
 
 _WRITE_SECONDS = 60.0
 _SEEN_SECONDS = 15.0  # network file systems may cache a folder's names for some seconds
@@ -30,7 +29,7 @@ def check_shared(ranks: Ranks, run_dir: Path) -> Iterator[Finding]:
     mailbox, rank, folder = ranks.mailbox, ranks.place.rank, existing(run_dir)
     names = {r: f".doctor-{ranks.token}-{r}" for r in ranks.firsts.values()}
     with suppress(OSError):  # the check of the run directory says that it cannot be written
-        storage.write(folder / names[rank], ranks.host, durable=True)
+        write(folder / names[rank], ranks.host, durable=True)
     try:
         mailbox.post("written", (folder / names[rank]).exists())
         answers = mailbox.collect("written", names, _WRITE_SECONDS)

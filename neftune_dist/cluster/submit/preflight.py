@@ -27,6 +27,7 @@ from neftune_dist.data import files
 from neftune_dist.data.sampler import num_steps
 from neftune_dist.system.checkpoint_names import MANIFEST, newest_step
 from neftune_dist.system.records import STEPS, read_records
+from neftune_dist.system.storage import existing
 from neftune_dist.system.text import duration_text, size_text
 
 CHECKPOINT_BYTES = 12  # a parameter: float32 master and two moments
@@ -110,7 +111,7 @@ def check_space(needs: Iterable[tuple[Path, int]]) -> None:
     """Refuse where new checkpoints of so many bytes do not fit where their run directories are."""
     disks: dict[int, list[tuple[Path, int]]] = {}
     for run_dir, num_bytes in needs:
-        place = _existing(run_dir)
+        place = existing(run_dir)
         disks.setdefault(place.stat().st_dev, []).append((place, num_bytes))
     for runs in disks.values():
         place, needed = runs[0][0], sum(num_bytes for _, num_bytes in runs)
@@ -122,13 +123,8 @@ def check_space(needs: Iterable[tuple[Path, int]]) -> None:
             )
 
 
-def _existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
-    return next(place for place in (path, *path.parents) if os.path.lexists(place))
-
-
 def _check_run_dir(run_dir: Path, resume: str) -> None:
-    place = _existing(run_dir)
+    place = existing(run_dir)
     if not place.is_dir():
         raise UserError(f"run_dir={run_dir} cannot be made: {place} is no directory.")
     if not os.access(place, os.W_OK | os.X_OK):
