@@ -48,8 +48,8 @@ def limited(slurm: Cluster, config: Path) -> Job:
     """
     return slurm.sbatch(
         "--nodes=2",
-        "--time=1",
-        "--signal=B:USR1@20",  # up to half a minute earlier; then the run has to end
+        "--time=2",  # with one, starting took all of it on a busy machine
+        "--signal=B:USR1@30",  # up to half a minute earlier; then the run has to end
         TRAIN,
         config,
         f"run_dir={slurm.folder / 'limited'}",
