@@ -98,7 +98,7 @@ def parse(words: Sequence[str] | None = None) -> dict[str, Any]:
     given_words = list(sys.argv[1:] if words is None else words)
     if given_words[:1] == ["submit"]:  # it has a parser of its own, with sbatch's options
         return {"verb": "submit", "words": given_words[1:]}
-    # argparse takes key=value words in one place only; here they may stand behind options, too.
+    # argparse takes key=value words in one place only; here they may stand after options, too.
     given, rest = parser.parse_known_args(words)
     late = [word for word in rest if "=" in word and not word.startswith("-")]
     if late != rest or (late and not hasattr(given, "settings")):

@@ -80,7 +80,7 @@ def storage_id(tensor: Tensor) -> int:
 
 
 def move_forward_hook_last(module: nn.Module, hook_id: int) -> None:
-    """Let a forward hook run behind those that were registered after it."""
+    """Let a forward hook run after those that were registered after it."""
     hooks = module._forward_hooks
     hooks[hook_id] = hooks.pop(hook_id)
 

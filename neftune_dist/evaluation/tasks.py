@@ -8,8 +8,8 @@ A word is the name of a task, group or tag of lm-eval, with the shots and the me
 Leaderboard where `PUBLISHED` has it, else with lm-eval's own; or NAME=FILE, without shots, since a
 file holds no examples beside its items. The fields of a file's rows decide its kind:
 
-    query, choices, gold        the choice that is likeliest behind the query; a query that begins
-                                with "Question:" is asked as lm-eval asks: "\\nAnswer:" behind it
+    query, choices, gold        the choice that is likeliest after the query; a query that begins
+                                with "Question:" is asked as lm-eval asks: "\\nAnswer:" after it
     context, continuation       whether greedy decoding gives the continuation (LAMBADA)
     Question, Correct Answers,  TruthfulQA's own table: mc2 (mc1 offers some of the wrong answers
     Incorrect Answers           only, and the table does not say which)

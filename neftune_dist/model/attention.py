@@ -1,4 +1,4 @@
-"""Attention within documents that lie packed behind each other in one row.
+"""Attention within documents that lie packed one after another in one row.
 
 Registered with transformers' attention interface under `VARLEN` and `FLEX`; where the documents
 begin and end comes down to it as arguments of the model's forward (`packed_arguments`). No mask of

@@ -6,7 +6,7 @@ weight, sharded or tied, as for any other.
 
 The factor of the loss (the world size, over the step's supervised tokens) must not reach the
 gradient of bf16 logits: that is -1 at nearly every target, and a factor rounded to bf16 would make
-all of them too large or too small alike, by up to 0.4 %. It is multiplied into the gradients behind
+all of them too large or too small alike, by up to 0.4 %. It is multiplied into the gradients after
 the projection, in float32.
 """
 
@@ -134,7 +134,7 @@ def _losses_of_logits(
     def keep_supervised(_: Any, args: tuple[Tensor]) -> tuple[Tensor]:
         return (args[0].flatten(0, 1)[positions][None],)
 
-    with head.register_forward_pre_hook(keep_supervised), _scaled_behind(head) as scale:
+    with head.register_forward_pre_hook(keep_supervised), _scaled_after(head) as scale:
         logits = forward()
     loss = F.cross_entropy(logits[0].float(), targets, reduction=reduction)
     return _KeepScale.apply(loss, scale) if reduction == "sum" else loss
@@ -195,7 +195,7 @@ def _forward_of(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterato
 
 
 @contextmanager
-def _scaled_behind(head: Any) -> Iterator[list[Tensor]]:
+def _scaled_after(head: Any) -> Iterator[list[Tensor]]:
     """Multiply the projection's gradients by the factor that `_KeepScale` stores in the yielded
     list. (Where the head is no plain matrix, the logits' gradient has that factor.)"""
     scale: list[Tensor] = []

@@ -44,11 +44,11 @@ def input_embedding(model: nn.Module) -> nn.Module:
 
 
 def check_embedding(embedding: nn.Module) -> None:
-    """Refuse an embedding that is more than a lookup and a factor (Inkling's). A norm behind it
+    """Refuse an embedding that is more than a lookup and a factor (Inkling's). A norm after it
     (Bloom's) does no harm: that takes the noise for a part of the embedding."""
     if any("norm" in type(module).__name__.lower() for module in embedding.modules()):
         raise ValueError(
-            f"{type(embedding).__name__} normalises what it looks up: behind it NEFTune's noise "
+            f"{type(embedding).__name__} normalises what it looks up: after it NEFTune's noise "
             "would have another size relative to the embedding than the paper's."
         )
 
@@ -78,6 +78,6 @@ def local_activation(output: Tensor) -> Tensor:
     if not all(isinstance(placement, Replicate) for placement in output.placements):
         raise ValueError(
             f"The input embedding gives {output.placements}: NEFTune needs whole activations "
-            "behind it (output_layouts=Replicate())."
+            "after it (output_layouts=Replicate())."
         )
     return output.to_local()

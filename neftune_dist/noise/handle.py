@@ -1,7 +1,7 @@
 """The hooks that add the noise to a model, and the handle that a training loop steers them by.
 
 The hooks stand around the model's forward, where they read the batch's layout off the arguments,
-and behind the input embedding, where they add the noise in place to its fresh output. They are put
+and after the input embedding, where they add the noise in place to its fresh output. They are put
 on before a model is sharded or wrapped, and need nothing of the engine. Only training forwards get
 noise: in `eval()` mode and where gradients are off (`generate`, reference passes) they do nothing.
 
@@ -64,7 +64,7 @@ class NEFTuneHandle:
         parameters = inspect.signature(model.forward).parameters
         self._names = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
         self._tensor_parallel = getattr(model, "tp_size", None) not in (None, 1)
-        # Where documents are packed without a mask, it fills the row behind the last one.
+        # Where documents are packed without a mask, it fills the row after the last one.
         self.padding_token: int | None = padding_token(model)
         self._rank = _data_parallel_rank() if neftune.rank is None else neftune.rank
 
@@ -84,10 +84,10 @@ class NEFTuneHandle:
         setattr(embedding, _MARK, self)
         self._removers = []
         if neftune.alpha:
-            behind_embedding = embedding.register_forward_hook(self._after_embedding)
-            self._hook_id = behind_embedding.id
+            after_embedding = embedding.register_forward_hook(self._after_embedding)
+            self._hook_id = after_embedding.id
             self._removers = [
-                behind_embedding,
+                after_embedding,
                 model.register_forward_pre_hook(self._before_model, with_kwargs=True),
                 model.register_forward_hook(self._after_model),
             ]

@@ -181,7 +181,7 @@ class TokenLayout:
         input_ids = given.get("input_ids")
         if input_ids is None:
             raise ValueError(
-                "NEFTune adds its noise behind the embedding lookup: call the model with "
+                "NEFTune adds its noise after the embedding lookup: call the model with "
                 "input_ids, or describe the batch to the handle."
             )
         cu_seq_lens = given.get("cu_seq_lens_q")

@@ -62,7 +62,7 @@ def add_noise_(
         return launch(x, scale, words, seed, distribution)
     squares = torch.zeros(x.shape[0] * x.shape[1], dtype=torch.float32, device=x.device)
     columns = x.shape[1]
-    if x.stride(0) == columns * x.stride(1):  # the rows lie behind each other: one long row
+    if x.stride(0) == columns * x.stride(1):  # the rows lie one after another: one long row
         x = x.as_strided((1, x.shape[0] * columns, x.shape[2]), (0, *x.stride()[1:]))
         columns = x.shape[1]
     blocks = -(-x.shape[2] // 4)

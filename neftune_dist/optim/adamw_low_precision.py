@@ -1,6 +1,6 @@
 """AdamW whose moments are kept in bfloat16 or in 8 bits, and computed in float32.
 
-The optimizer's tensors are shards, or under ZeRO many parameters' shards behind each other; the
+The optimizer's tensors are shards, or under ZeRO many parameters' shards one after another; the
 rounding, though, belongs to an element of a whole parameter. So it works on parameter slices, which
 say what lies where, and on no more of one at a time than a cache holds.
 """

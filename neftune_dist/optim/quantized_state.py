@@ -187,7 +187,7 @@ class QuantizedMoment:
         self.store(first, first + len(values), memory, torch.empty_like(memory, dtype=torch.int32))
 
     def _row(self, row: int) -> tuple[int, int]:
-        """The range of elements that lie in a block: the first, and the one behind the last."""
+        """The range of elements that lie in a block: the first, and the one after the last."""
         return max(0, row * BLOCK - self.lead), min(self._numel, (row + 1) * BLOCK - self.lead)
 
     def _rows(self, first: int, stop: int) -> tuple[int, int]:

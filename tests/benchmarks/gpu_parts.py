@@ -107,7 +107,7 @@ class RandomDocuments:
         self._vocabulary = vocabulary
 
     def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """input_ids int32 and supervised uint8, each (num_tokens,), one document behind another."""
+        """input_ids int32 and supervised uint8, each (num_tokens,), one document after another."""
         lengths = self.lengths[indices]
         ids = np.random.default_rng(int(indices[0])).integers(
             0, self._vocabulary, lengths.sum(), np.int32

@@ -1,6 +1,6 @@
 """Laws 1 and 2 over real processes: the noise is that of one process, however the model is split.
 
-Tensor parallel: added once, behind the sum over the vocabulary's shards, the same on every peer.
+Tensor parallel: added once, after the sum over the vocabulary's shards, the same on every peer.
 Sequence parallel: each slice its part of the whole. Sharded by either engine, under
 `noise.stream=sample`: to each document of each step what `law.draw` says, in every training run.
 """

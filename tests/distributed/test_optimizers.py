@@ -150,7 +150,7 @@ def tensors(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def moments(folder: Path, name: str) -> Tensor:
-    """All moments behind each other."""
+    """All moments one after another."""
     found = tensors(folder, name)
     return torch.cat([found[key] for key in sorted(found) if not key.startswith("master/")])
 

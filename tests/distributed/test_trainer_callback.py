@@ -83,7 +83,7 @@ def assert_law(forward: Forward, alpha: float) -> None:
 
 
 def uniforms(forward: Forward, alpha: float) -> Tensor:
-    """The draws between -1 and 1 behind the noise, (num_tokens, hidden_size)."""
+    """The draws between -1 and 1 that make the noise, (num_tokens, hidden_size)."""
     lengths = forward.lengths.repeat_interleave(forward.lengths)
     return forward.draws * torch.sqrt(lengths * HIDDEN)[:, None] / alpha
 

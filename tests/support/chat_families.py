@@ -151,7 +151,7 @@ FAMILIES = {
         "<|im_end|>",
         ("<|im_start|>", "<|endoftext|>"),
     ),
-    "qwen-3": ChatFamily(  # reasoning, even an empty one, stands behind the last question only
+    "qwen-3": ChatFamily(  # reasoning, even an empty one, stands after the last question only
         "{% set last = namespace(question=0) %}{% for m in messages %}{% if m.role == 'user' %}"
         "{% set last.question = loop.index0 %}{% endif %}{% endfor %}"
         + _QWEN_CALLS
@@ -264,7 +264,7 @@ FAMILIES = {
         "</s>",
         begin="<s>",
     ),
-    "tulu": ChatFamily(  # OLMo, too; no line break behind the last answer
+    "tulu": ChatFamily(  # OLMo, too; no line break after the last answer
         "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}"
         "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
         "{% if not (loop.last and m.role == 'assistant') %}{{ '\n' }}{% endif %}{% endfor %}"

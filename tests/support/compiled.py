@@ -52,7 +52,7 @@ def compile_kernel(
     """Compile a kernel as a launch would.
 
     Args:
-        arguments: types by name, as Triton writes them (`*bf16`, `i32`); a `!` behind says that
+        arguments: types by name, as Triton writes them (`*bf16`, `i32`); a `!` at the end says that
             16 divides the value, or the address.
         constants: what is known when it is compiled: `tl.constexpr` arguments, None, and integers
             that are 1.

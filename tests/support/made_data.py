@@ -47,7 +47,7 @@ _LINES = ("Tell me more.", "Why?", "And then?", "Write it again, shorter.", "¿E
 
 
 def _text(draw: random.Random) -> str:
-    """One to five sentences; now and then something else in front, behind or instead."""
+    """One to five sentences; now and then something else in front, after or instead."""
     sentences = [
         " ".join(map(draw.choice, (_SUBJECTS, _VERBS, _OBJECTS))) + draw.choice(_ENDS)
         for _ in range(draw.randint(1, 5))

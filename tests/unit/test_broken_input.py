@@ -150,7 +150,7 @@ def test_a_glob_of_what_cannot_be_read(tmp_path: Path) -> None:
     assert f"matches {tmp_path}/a.md, which cannot be read" in sentence(f"{tmp_path}/a.*")
 
 
-def test_damage_behind_good_rows_is_placed(tmp_path: Path) -> None:
+def test_damage_after_good_rows_is_placed(tmp_path: Path) -> None:
     """What was read before the damage must not pass for the whole."""
     (tmp_path / "a.jsonl").write_bytes(lines(ROWS))
     content = gzip.compress(lines([{"n": i, "text": "x" * 97} for i in range(9000)]))[:-40]

@@ -93,7 +93,7 @@ def test_other_content_or_tokenizer_has_another_fingerprint(
         prepare(write(numbered(10)), tiny_tokenizer),
         *(prepare(write(numbered(9)), other) for other in (chatty, renamed, grown)),
     ]
-    assert len({each.fingerprint for each in made}) == 5
+    assert len({dataset.fingerprint for dataset in made}) == 5
 
 
 def test_how_the_tokenizer_was_called_does_not_matter(
@@ -166,7 +166,7 @@ def test_a_damaged_entry_is_made_again(
     config = write(numbered(20), num_held_out=3)
     made = prepare(config, tiny_tokenizer)
     entry = Path(config.cache_dir) / "corpora" / made.fingerprint
-    assert sorted(each.name for each in entry.iterdir()) == sorted(FILES)
+    assert sorted(path.name for path in entry.iterdir()) == sorted(FILES)
     expected = texts(made.train, tiny_tokenizer), texts(made.held_out, tiny_tokenizer)
     told: list[str] = []
     for name in FILES:
@@ -278,7 +278,7 @@ def test_processes_at_once_make_one_entry(
 def test_an_entry_appears_whole_or_not_at_all(
     write: Callable[..., DataConfig], tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its name is given by one rename, behind which nothing is written."""
+    """Its name is given by one rename, after which nothing is written."""
     config = write(numbered(20), num_held_out=3)
     seen = []
 

@@ -132,7 +132,9 @@ def pieces(tokenizer: Any, spoken: Conversation, **data: Any) -> list[tuple[str,
     """Of the documents of a conversation: the whole text, and what is learned."""
     template = make(tokenizer, **data)
     made = template.encode([rendered for _, rendered in template.documents(spoken)])
-    return [(decode(tokenizer, each.input_ids), learned(tokenizer, each)) for each in made]
+    return [
+        (decode(tokenizer, document.input_ids), learned(tokenizer, document)) for document in made
+    ]
 
 
 def test_reasoning_that_the_history_drops_is_learned_in_a_document_that_ends_with_it(

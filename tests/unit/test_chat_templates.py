@@ -28,7 +28,7 @@ TALKS = (
 @pytest.fixture
 def once_spaced(llama2: Any) -> Any:
     """The Llama-2 tokenizer in its newer form: the space comes in front of a whole text only, not
-    behind every special token."""
+    after every special token."""
     stored = json.loads(llama2.backend_tokenizer.to_str())
     spaces = {"replacement": "▁", "prepend_scheme": "first", "split": False}
     stored |= {"normalizer": None, "pre_tokenizer": {"type": "Metaspace", **spaces}}
@@ -134,7 +134,7 @@ def test_a_system_prompt_in_front_of_a_template(tiny_tokenizer: Any, tmp_path: P
 
 
 def test_a_tokenizer_that_no_program_suits(llama2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It reads a text behind a special token otherwise than the text alone, whatever is between."""
+    """It reads a text after a special token otherwise than the text alone, whatever is between."""
     apply = type(llama2).apply_chat_template
     monkeypatch.setattr(type(llama2), "apply_chat_template", lambda *a, **k: [0, *apply(*a, **k)])
     assert make(llama2, template="llama2").as_jinja() is None

@@ -454,7 +454,7 @@ def test_a_source_of_its_own_is_held_out_and_leaks_nothing(
     assert not any(
         "Count to 3." in text or "NOW" in text for text in texts(made.train, tiny_tokenizer)
     )
-    assert [each.turns[1].content for each in made.held_out_conversations] == [
+    assert [conversation.turns[1].content for conversation in made.held_out_conversations] == [
         "Three.",
         "Four.",
         "Else.",
@@ -483,13 +483,13 @@ def test_a_held_out_source_does_not_decide_the_order_of_training(
             ([], [{"prompt": "Why?", "completion": "So."}], numbered(40)[20:])
         )
     ]
-    assert len({each.fingerprint for each in made}) == 3
-    assert [len(each.held_out) for each in made] == [0, 1, 20]
+    assert len({dataset.fingerprint for dataset in made}) == 3
+    assert [len(dataset.held_out) for dataset in made] == [0, 1, 20]
     orders = {
-        tuple(make_sampler(TrainConfig(global_batch_size=20), 20, each.content).documents(0)[0])
-        for each in made
+        tuple(make_sampler(TrainConfig(global_batch_size=20), 20, dataset.content).documents(0)[0])
+        for dataset in made
     }
-    assert len({each.content for each in made}) == len(orders) == 1
+    assert len({dataset.content for dataset in made}) == len(orders) == 1
 
 
 @pytest.mark.parametrize("fate", ["held out", "dropped", "not chosen"])
@@ -669,9 +669,13 @@ def test_a_weight_is_the_times_that_a_document_occurs(
     assert {*found["B"].values()} == {1} and abs(found["B"].total() - 50) < 25
     assert {*found["C"].values()} == {1} and len(found["C"]) == 300
     report = made.report
-    assert report.num_documents == len(made.train) == sum(each.total() for each in found.values())
-    assert [each.num_documents for each in report.sources] == [100, 200, 300]
-    assert [each.num_occurrences for each in report.sources] == [
+    assert (
+        report.num_documents
+        == len(made.train)
+        == sum(counted.total() for counted in found.values())
+    )
+    assert [source.num_documents for source in report.sources] == [100, 200, 300]
+    assert [source.num_occurrences for source in report.sources] == [
         found[letter].total() for letter in "ABC"
     ]
     assert report.num_not_chosen == 200 - len(found["B"])
@@ -704,7 +708,7 @@ def test_a_mixture_holds_out_before_it_repeats(
 ) -> None:
     config = mixed(write, {"weight": 3.0}, {"max_documents": 50}, num_held_out=60)
     made = prepare(config, tiny_tokenizer)
-    train, held_out = ({*prompts(each, tiny_tokenizer)} for each in (made.train, made.held_out))
+    train, held_out = ({*prompts(part, tiny_tokenizer)} for part in (made.train, made.held_out))
     assert not train & held_out and len(held_out) == len(made.held_out) == 60
     assert (
         made.report.num_documents == 3 * (100 - sum(" A" in p or "\nA" in p for p in held_out)) + 50
@@ -721,7 +725,7 @@ def test_a_sample_is_of_different_documents_of_all_sources(
     config.mixture.append(SourceConfig(copies))
     train = prepare(config, tiny_tokenizer).train
     found = {number: sample_documents(train, number) for number in (50, 120, 10**6)}
-    assert [len(each) for each in found.values()][:2] == [50, 120]
+    assert [len(chosen) for chosen in found.values()][:2] == [50, 120]
     assert {*found[50]} < {*found[120]} < {*found[10**6]}
     for indices in found.values():
         assert (np.diff(indices) > 0).all()
@@ -804,7 +808,7 @@ def test_alpaca_in_seconds(real_alpaca: Path, smollm2: Any, tmp_path: Path) -> N
     report = made.report
     assert report.num_rows == 15_130 and report.num_bad_rows == 9
     assert report.num_documents + report.num_nothing_to_learn == 15_121
-    assert all(": the answer is empty" in each for each in report.bad_rows)
+    assert all(": the answer is empty" in row for row in report.bad_rows)
     assert report.audit.end_of_turn_learned == 1 - report.num_truncated / report.num_documents
     assert seconds < 30  # about 6 of one core
 

@@ -404,7 +404,7 @@ def check_read_whole(path: Path, format_name: str, num_rows: int, num_bad: int) 
                 assert call["function"] == json.loads(spoken["value"])
             else:
                 assert turn.content == spoken["value"] and not turn.tool_calls
-        listed = [each["function"] for each in json.loads(made.tools or "[]")]
+        listed = [tool["function"] for tool in json.loads(made.tools or "[]")]
         assert listed == json.loads(row.get("tools", "[]"))
     assert len(raw) == num_rows and len(bad) == num_bad
-    assert all(each.endswith(": the answer is empty") for each in bad)
+    assert all(reason.endswith(": the answer is empty") for reason in bad)

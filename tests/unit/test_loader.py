@@ -122,7 +122,7 @@ def test_packed_and_padded_learn_the_same(dataset: Dataset, packing: bool) -> No
     indices = np.arange(40)
     batch = collate(dataset.train, indices, np.zeros(40, np.int64), packing)
     flat = batch.input_ids.flatten()
-    # The token behind the one that predicts is the target, and never a document's first.
+    # The token after the one that predicts is the target, and never a document's first.
     assert torch.equal(flat[batch.positions + 1], batch.targets)
     assert (batch.position_ids.flatten()[batch.positions + 1] > 0).all()
     assert len(batch.targets) == dataset.train.num_supervised[indices].sum()
@@ -366,7 +366,7 @@ def test_rows_are_filled_to_a_multiple(
         real = [token_layout(part).length > 0 for part in parts]
         assert int(torch.cat(real).sum()) == int(plain.lengths.sum())
         assert not torch.cat(real)[int(plain.lengths.sum()) :].any()
-        assert len({len(each) for each in real}) == 1
+        assert len({len(group) for group in real}) == 1
     else:
         assert int((token_layout(batch).length > 0).sum()) == int(plain.lengths.sum())
 
@@ -447,11 +447,14 @@ def test_float8_fills_the_batches_of_a_run(dataset: Dataset, packing: bool) -> N
     sampler = make_sampler(config.train, len(dataset.train), dataset.content)
     loader = Loader(dataset.train, sampler, config, 0, 1, QUADRATIC_TOKENS)
     batch = loader.step(0)
-    computed = sum(each.input_ids.numel() for each in batch.micro_batches)
+    computed = sum(micro_batch.input_ids.numel() for micro_batch in batch.micro_batches)
     assert computed == batch.num_computed_tokens
     indices = np.arange(len(dataset.held_out))
     held_out = evaluation_batches(dataset.held_out, indices, config, 0, 1, QUADRATIC_TOKENS)
-    assert all(each.input_ids.shape[1] % 16 == 0 for each in [*batch.micro_batches, *held_out])
+    assert all(
+        micro_batch.input_ids.shape[1] % 16 == 0
+        for micro_batch in [*batch.micro_batches, *held_out]
+    )
 
 
 def test_tokens_are_read_by_memory_map(dataset: Dataset, tmp_path: Path) -> None:

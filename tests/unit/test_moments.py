@@ -52,7 +52,7 @@ class Training:
         self.gradients = [torch.randn(NUMEL, generator=draw) * 1e-2 for _ in range(6)]
         ends = [0, *cuts, NUMEL]
         ranges = list(itertools.pairwise(ends))
-        if together:  # behind each other, and something else before them
+        if together:  # one after another, and something else before them
             flat_one = torch.nn.Parameter(torch.cat([torch.ones(7), whole]))
             self.tensors = [flat_one] * len(ranges)
             self.parts = [slice(7 + a, 7 + b) for a, b in ranges]
@@ -445,7 +445,7 @@ def test_a_value_that_is_not_finite_spoils_its_block_only() -> None:
 
 
 def test_a_copy_on_the_host_is_the_same_and_of_the_same_size() -> None:
-    """Tensors and blocks, one behind the other in one mapping; a later copy replaces the first."""
+    """Tensors and blocks, one after the other in one mapping; a later copy replaces the first."""
     blocks, plain = QuantizedMoment(100, 1000, False, CPU), torch.randn(777)
     blocks.copy_(hard(1000)["spread"])
     shards = [

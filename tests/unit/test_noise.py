@@ -112,7 +112,7 @@ def test_noise_keeps_its_size_relative_to_a_scaled_embedding(row_length: int | N
         assert torch.equal(plain, expected.expand(7))
 
 
-def test_rows_that_do_not_lie_behind_each_other_are_noised_in_place() -> None:
+def test_rows_that_do_not_lie_one_after_another_are_noised_in_place() -> None:
     """A view of some columns of each row, next to what must stay as it is."""
     x = torch.randn(3, 9, 8)
     whole, layout = x.clone(), TokenLayout.from_lengths(torch.tensor([5, 5, 5]))

@@ -278,7 +278,7 @@ def test_a_checkpoint_around_a_compiled_model_raises() -> None:
 
 
 class CheckpointedLayer(Small):
-    """The layer behind the embedding is computed again in the backward pass."""
+    """The layer after the embedding is computed again in the backward pass."""
 
     def forward(self, input_ids: Tensor, **_: Any) -> Tensor:
         hidden = checkpoint(self.layer, self.embedding(input_ids), use_reentrant=False)

@@ -2,7 +2,7 @@
 
 The reference passes `inputs_embeds`: the embedding's own output plus the law's noise, drawn here by
 `law.draw`. Losses and all gradients are equal to the bit, so the noise is the law's, is added once,
-behind the lookup and before anything else, and the gradient passes through it unchanged.
+after the lookup and before anything else, and the gradient passes through it unchanged.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def test_an_embedding_that_normalises_is_refused() -> None:
     NEFTune(0.0).attach(model).remove()  # without noise there is nothing to refuse
 
 
-def test_a_norm_behind_the_embedding_takes_the_noise_for_a_part_of_it() -> None:
+def test_a_norm_after_the_embedding_takes_the_noise_for_a_part_of_it() -> None:
     """Bloom's: the noise is added to what was looked up, in front of the norm."""
     model = make("bloom", hidden_dropout=0.0, attention_dropout=0.0)
     expected = by_hand(model, law(32))
@@ -350,7 +350,7 @@ def test_a_checkpointed_model_is_recomputed_under_its_own_noise(
 
 
 class CheckpointedStem(nn.Module):
-    """The embedding and the layer behind it are computed again in the backward pass."""
+    """The embedding and the layer after it are computed again in the backward pass."""
 
     def __init__(self, use_reentrant: bool | None) -> None:
         super().__init__()

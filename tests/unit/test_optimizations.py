@@ -117,7 +117,7 @@ def test_selective_computes_no_product_twice() -> None:
         calls[mode] = counted.calls
     products = {mode: calls[mode][torch.ops.aten.mm.default] for mode in calls}
     assert products["selective"] == products["none"]
-    # The last product of a block need not be made again: nothing behind it wants its input.
+    # The last product of a block need not be made again: nothing after it wants its input.
     assert products["full"] == products["none"] + 6 * 2
     assert [calls[mode].get(VARLEN_OPERATOR, 0) for mode in calls] == [0, 0, 2]
     silu = torch.ops.aten.silu.default

@@ -48,7 +48,7 @@ def plain(llama2: Any) -> Any:
 
 def meta(plain: Any, spoken: Conversation, system: str) -> tuple[list[int], list[int]]:
     """input_ids and mask by Meta's reference: exchanges are encoded one by one between the two
-    tokens, as plain text; what stands behind [/INST] is learned, the end token too."""
+    tokens, as plain text; what stands after [/INST] is learned, the end token too."""
     contents = [turn.content for turn in spoken.turns]
     if system:
         contents[0] = f"<<SYS>>\n{system}\n<</SYS>>\n\n{contents[0]}"
@@ -72,12 +72,12 @@ def test_llama2_is_meta_s(where: str, talks: list[Conversation], llama2: Any, pl
     system = "" if where == "nowhere" else SYSTEM
     in_row = where == "in the row"
     template = make(llama2, template="llama2", system_prompt=None if in_row else system or None)
-    for each in talks:
-        spoken = each
+    for talk in talks:
+        spoken = talk
         if in_row:
-            spoken = Conversation((Turn("system", system), *each.turns))
+            spoken = Conversation((Turn("system", system), *talk.turns))
         made = document(template, spoken)
-        ids, mask = meta(plain, each, system)
+        ids, mask = meta(plain, talk, system)
         assert made.input_ids.tolist() == ids
         assert made.supervised.tolist() == mask
         assert made.end_learned
@@ -93,7 +93,7 @@ def fastchat_reference(
 ) -> tuple[list[int], list[int]]:
     """input_ids and mask as FastChat makes them: the whole text is tokenised at once; its turns
     are counted token by token, two of them for what the tokenizer puts in front and the space
-    behind "ASSISTANT:"."""
+    after "ASSISTANT:"."""
     text = system
     for i, turn in enumerate(spoken.turns):
         name, mark = (" USER", "") if i % 2 == 0 else (" ASSISTANT", "</s>")
@@ -112,12 +112,12 @@ def fastchat_reference(
 @pytest.mark.parametrize("system", ["", SYSTEM])
 def test_vicuna_is_fastchat_s(system: str, talks: list[Conversation], llama2: Any) -> None:
     template = make(llama2, template="vicuna", system_prompt=system or None)
-    for each in talks[:-2]:
-        made = document(template, each)
-        ids, mask = fastchat_reference(llama2, each, system or VICUNA)
+    for talk in talks[:-2]:
+        made = document(template, talk)
+        ids, mask = fastchat_reference(llama2, talk, system or VICUNA)
         assert made.input_ids.tolist() == ids
         assert made.supervised.tolist() == mask
-        assert template.prompt_ids(each) == ids[: mask.index(1)]
+        assert template.prompt_ids(talk) == ids[: mask.index(1)]
 
 
 @pytest.mark.parametrize("kind", ["tiny_tokenizer", "smollm2"])
@@ -130,12 +130,12 @@ def test_other_tokenizers(
     end = tokenizer.eos_token
     for name, said in (("vicuna", " {}" + end), ("llama2", " {} " + end)):
         template = make(tokenizer, template=name)
-        for each in [*talks[:20], *talks[-22:-2]]:
-            made = document(template, each)
-            answers = [turn.content for turn in each.turns if turn.role == "assistant"]
+        for talk in [*talks[:20], *talks[-22:-2]]:
+            made = document(template, talk)
+            answers = [turn.content for turn in talk.turns if turn.role == "assistant"]
             answers = [answer.strip() if name == "llama2" else answer for answer in answers]
             assert learned(tokenizer, made) == [said.format(answer) for answer in answers]
-            prompt = template.prompt_ids(each)
+            prompt = template.prompt_ids(talk)
             assert made.input_ids[: len(prompt)].tolist() == prompt
             assert np.flatnonzero(made.supervised)[0] == len(prompt)
 

@@ -79,7 +79,7 @@ def test_every_container_gives_the_same_rows(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_of_text_give_the_same_rows(name: str, tmp_path: Path) -> None:
-    """A row's number is that of its first line, behind the header."""
+    """A row's number is that of its first line, after the header."""
     (tmp_path / name).write_bytes(TABLES[name])
     read_rows = read(tmp_path / name)
     assert [row for _, row in read_rows] == ROWS

@@ -46,7 +46,7 @@ class Asked:
         return run_tasks(self.model, self.tokenizer, config, lambda _: None)
 
     def log_likelihood(self, context: str, answer: str, longest: int = 10**9) -> tuple[float, bool]:
-        """Of the answer's tokens behind the context's, which may be cut on the left; and whether
+        """Of the answer's tokens after the context's, which may be cut on the left; and whether
         they are the likeliest."""
         whole, before = (self.tokenizer(text).input_ids for text in (context + answer, context))
         ids = torch.tensor([whole[-longest - 1 :]])
@@ -90,7 +90,7 @@ def rows(tmp_path: Path) -> Callable[..., str]:
 
 def choice(number: int, **changed: Any) -> dict[str, Any]:
     choices = [str(number + k) for k in (1, 10, 100)]
-    query = f"Question: What comes behind {number}?"
+    query = f"Question: What comes after {number}?"
     return {"query": query, "choices": choices, "gold": number % 3, **changed}
 
 

@@ -147,11 +147,11 @@ def test_split_rows_are_counted_and_held_out_whole(
     assert report.num_documents + report.num_held_out == 20 and report.num_held_out == 4
     assert any("10 rows became 20 documents" in line for line in report.lines())
     held_out = [dataset.held_out_conversations[i] for i in range(4)]
-    assert sorted(len(each.turns) for each in held_out) == [2, 2, 4, 4]
-    assert len({each.turns[0].content for each in held_out}) == 2
-    for each, i in zip(held_out, range(4), strict=True):
+    assert sorted(len(talk.turns) for talk in held_out) == [2, 2, 4, 4]
+    assert len({talk.turns[0].content for talk in held_out}) == 2
+    for talk, i in zip(held_out, range(4), strict=True):
         ids, supervised = dataset.held_out[i]
-        expected = f"{each.turns[-1].content}<|endoftext|>"
+        expected = f"{talk.turns[-1].content}<|endoftext|>"
         assert decode(tiny_tokenizer, ids[supervised == 1]) == expected
     never = write(rows, template=str(path), split_conversations="never")
     with pytest.raises(UserError, match="turn 2 differently"):
@@ -269,8 +269,8 @@ def test_run_keeps_a_folder_of_templates_as_one(tmp_path: Path) -> None:
     messages = TALK.messages()
     for tools in (None, [{"type": "function", "function": {"name": "f"}}]):
         before, after = (
-            each.apply_chat_template(messages, tools=tools, tokenize=False)
-            for each in (tokenizer, kept)
+            loaded.apply_chat_template(messages, tools=tools, tokenize=False)
+            for loaded in (tokenizer, kept)
         )
         assert before == after
 

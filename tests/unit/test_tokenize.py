@@ -122,13 +122,13 @@ def test_real_answers(
         tokenizer = with_template(llama2, LLAMA2_CHAT)
     template = make(tokenizer, template="alpaca" if "alpaca" in how else "chat")
     spoken = rows(request.getfixturevalue(source), 400)
-    documents = template.encode([template.render(each) for each in spoken])
-    for each, made in zip(spoken, documents, strict=True):
-        answer = each.turns[-1].content
+    documents = template.encode([template.render(talk) for talk in spoken])
+    for talk, made in zip(spoken, documents, strict=True):
+        answer = talk.turns[-1].content
         expected = f" {answer} </s>" if how == "llama2 chat" else answer + tokenizer.eos_token
         assert learned(tokenizer, made) == [expected]
         assert made.end_learned
-        prompt = template.prompt_ids(each)
+        prompt = template.prompt_ids(talk)
         assert made.input_ids[: len(prompt)].tolist() == prompt
         assert np.flatnonzero(made.supervised)[0] == len(prompt)
 
@@ -175,7 +175,7 @@ def test_spaces_left_out_of_offsets_are_learned(smollm2: Any) -> None:
     assert learned(trimming, made) == [answer + END, answer + END]
 
 
-def test_an_end_that_the_tokenizer_adds_stands_once_and_not_behind_a_prompt(
+def test_an_end_that_the_tokenizer_adds_stands_once_and_not_after_a_prompt(
     tiny_tokenizer: Any,
 ) -> None:
     adding = copy.deepcopy(tiny_tokenizer)
@@ -270,7 +270,7 @@ def test_a_template_that_trims(tiny_tokenizer: Any) -> None:
     assert made.end_learned
 
 
-def test_white_space_behind_the_end_is_not_learned(tiny_tokenizer: Any) -> None:
+def test_white_space_after_the_end_is_not_learned(tiny_tokenizer: Any) -> None:
     made = document(make(with_template(tiny_tokenizer, TURNS + ASK)), conversation("a", "b"))
     assert decode(tiny_tokenizer, made.input_ids).endswith("</s>\n")
     assert made.supervised[-1] == 0
@@ -302,7 +302,7 @@ def test_a_template_that_shortens_earlier_turns_learns_them_in_their_own_documen
     spoken = conversation("a", "b", "c", thought, "d", "e")
     made = template.encode([rendered for _, rendered in template.documents(spoken)])
     expected = [[thought + "</s>"], ["b</s>", "e</s>"]]
-    assert [learned(forgetting, each) for each in made] == expected
+    assert [learned(forgetting, document) for document in made] == expected
     with pytest.raises(BadRow, match="renders turn 4 differently once later turns follow"):
         make(forgetting, split_conversations="never").render(spoken)
 
