@@ -95,7 +95,9 @@ def test_model_without_a_chat_template_needs_a_prompt_template(
     done = tiny_model.run_forked("train", *words)
     assert done.returncode == 2
     assert "no chat template" in done.stderr
-    done = tiny_model.run_forked("train", *words, "data.template=alpaca", "train.max_steps=1")
+    done = tiny_model.run_forked(
+        "train", *words, "data.template=alpaca", "data.max_length=160", "train.max_steps=1"
+    )
     assert done.returncode == 0, done.stderr
 
 
