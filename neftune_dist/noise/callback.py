@@ -155,7 +155,7 @@ class NEFTuneCallback(TrainerCallback):
         if any(self._alphas) and not num_documents:
             warnings.warn(
                 f"NEFTuneCallback: no forward pass up to step {state.global_step} got noise: "
-                "the model's input embedding was not used in training mode.",
+                "the model was not in training mode.",
                 stacklevel=2,
             )
         self._alphas.clear()

@@ -79,9 +79,15 @@ def _launch(
 @verb(argument("words", nargs="*", metavar="CONFIG --nodes N ..."))
 def _submit(words: list[str]) -> int:
     """Submit a training run to Slurm, after every check that a login node can make."""
+    program = "neftune-dist submit"
+    if {"-h", "--help"} & {*words}:  # answered before the checks are imported
+        from neftune_dist.cluster.submit.options import make_parser
+
+        make_parser(program).print_help()
+        return outcome.EXIT_DONE
     from neftune_dist.cluster.submit.submit import main
 
-    return main(words, "neftune-dist submit")
+    return main(words, program)
 
 
 @verb(

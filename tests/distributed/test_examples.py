@@ -32,7 +32,7 @@ def test_every_example_is_run() -> None:
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_example_trains_with_the_laws_noise(name: str, tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
-    number = 240 if name == "sft.py" else 32  # packed, they are few rows
+    number = 240 if name == "sft.py" else 64  # packed, they are few rows
     texts = [" ".join(map(str, range(i, i + 3 + 5 * i % 40))) for i in range(number)]
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
