@@ -16,6 +16,12 @@ from neftune_dist.data.errors import BadRow
 # Fields that a row may lack.
 _OPTIONAL = ("system", "input", "context", "tools")
 _LISTS = ("messages", "conversations", "conversation", "prompt", "completion")
+# The fields of ours for lists of turns, by the keys of a turn.
+_TURNS = (
+    ("messages", {"role", "content"}),
+    ("conversations", {"from", "value"}),
+    ("conversations", {"input", "output"}),
+)
 _ASKED = re.compile("question|instruction|prompt|query|problem|request|user|human|input|ask", re.I)
 _SAID = re.compile("answer|response|completion|output|reply|solution|assistant|target|gpt", re.I)
 
@@ -144,14 +150,16 @@ def _turns_in(value: Any) -> str:
     if not isinstance(value, list) or len(value) < 2:
         return ""
     if isinstance(value[0], dict):
-        return "messages" if {"role", "content"} <= value[0].keys() else "conversations"
+        return next((field for field, keys in _TURNS if value[0].keys() >= keys), "")
     return "conversations" if all(isinstance(item, str) for item in value) else ""
 
 
 def _texts_in(path: str, value: Any) -> list[str]:
-    """Paths of the texts in a value, of a list's first alone."""
+    """Paths of the texts in a value: of a list of texts the first (alternatives), of a list of
+    several objects none, since the others would be lost."""
     if isinstance(value, str):
         return [path] if value else []
     parts = list(value.items()) if isinstance(value, dict) else []
-    parts = list(enumerate(value[:1])) if isinstance(value, list) else parts
+    if isinstance(value, list) and (len(value) == 1 or all(isinstance(v, str) for v in value)):
+        parts = list(enumerate(value[:1]))
     return [text for name, part in parts for text in _texts_in(f"{path}.{name}", part)]

@@ -305,6 +305,8 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     ({"query": "a", "answers": "b", "tools": "[]"}, "{prompt: query, completion: answers}"),
     ({"data": ["a", "b", "c", "d"]}, "to read them so, set data.columns={conversations: data}"),
     ({"talk": turns(*MESSAGES)["messages"]}, "to read them so, set data.columns={messages: talk}"),
+    # Of no form of turns that is read: no mapping is suggested that would be refused in its turn.
+    ({"data": [{"text": "a"}, {"text": "b"}]}, "the fields data are of no known format (messages;"),
     ({"q": {"text": "a"}, "a": [{"text": "b"}]}, "{prompt: q.text, completion: a.0.text}"),
     ({"instruction\u200b": "a", "output": 1}, r"the fields instruction\u200b, output are of no kn"),
     ({}, "the fields (none) are of no known format (messages; conversations; instruction, out"),
