@@ -142,7 +142,7 @@ class Speaker:
     @torch.no_grad()
     def _generate(self, ids: list[int], most: int, pieces: _Pieces) -> None:
         sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0}
-        settings = self.target.generation_settings(most, **(sampling if self.temperature else {}))
+        settings = self.target.generator.arguments(most, **(sampling if self.temperature else {}))
         given = torch.tensor([ids], device=self.target.device)
         mask = torch.ones_like(given)
         self.target.model.generate(given, attention_mask=mask, streamer=pieces, **settings)

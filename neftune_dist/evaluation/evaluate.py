@@ -19,19 +19,19 @@ from neftune_dist.checkpoint.choice import StepChoice
 from neftune_dist.config import UserError
 from neftune_dist.data.dataset import Dataset, prepare
 from neftune_dist.data.errors import BadRow
-from neftune_dist.data.split import sample_documents
-from neftune_dist.distributed.outcome import EXIT_DONE, EXIT_STOPPED
-from neftune_dist.distributed.signals import Stopped, StopSignal
-from neftune_dist.distributed.world import World
-from neftune_dist.evaluation import text_statistics
-from neftune_dist.evaluation.answers import answer_all, remove_partial
-from neftune_dist.evaluation.instructions import (
+from neftune_dist.data.instructions import (
     HELD_OUT,
     Instruction,
     checkable,
     held_out_instructions,
     read_instructions,
 )
+from neftune_dist.data.split import sample_documents
+from neftune_dist.distributed.outcome import EXIT_DONE, EXIT_STOPPED
+from neftune_dist.distributed.signals import Stopped, StopSignal
+from neftune_dist.distributed.world import World
+from neftune_dist.evaluation import text_statistics
+from neftune_dist.evaluation.answers import answer_all, remove_partial
 from neftune_dist.evaluation.judge import compare
 from neftune_dist.evaluation.losses import Losses, document_losses
 from neftune_dist.evaluation.results import Found, Results

@@ -29,8 +29,7 @@ from neftune_dist.data.loader import MicroBatch, collate
 from neftune_dist.data.packing import assign_documents
 from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import batch_losses
-from neftune_dist.evaluation.target import attention_of
-from neftune_dist.model.attention import implementation
+from neftune_dist.model.attention import attention_of, implementation
 from neftune_dist.model.families import check_lengths, check_model
 from neftune_dist.model.loss import resolve_loss
 from neftune_dist.noise.handle import NEFTuneHandle

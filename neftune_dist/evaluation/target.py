@@ -9,8 +9,7 @@ that do not fill the model.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 from neftune_dist.checkpoint import choice, store
 from neftune_dist.checkpoint.merged import Content
@@ -28,11 +27,11 @@ from neftune_dist.checkpoint.run_files import (
     check_sealed,
     run_config,
 )
-from neftune_dist.compat.transformers import attention_name
 from neftune_dist.config import Config, ModelConfig, UserError, load_config, read_json, user_path
 from neftune_dist.data.tokenize import ConversationTokenizer
 from neftune_dist.model import load, locate
 from neftune_dist.model.families import check_model
+from neftune_dist.model.generation import Generator
 from neftune_dist.model.modules import replace_parameters
 from neftune_dist.system.text import first_line
 
@@ -103,20 +102,12 @@ class EvaluationTarget:
         model.generation_config = transformers.GenerationConfig()
         return model.requires_grad_(False).eval()
 
-    def generation_settings(self, max_new_tokens: int, **sampling: Any) -> dict[str, Any]:
-        """Arguments of transformers' `generate`: greedy without `sampling`, the evaluation's
-        repetition penalty, and the target's end tokens."""
-        config = transformers.GenerationConfig(
-            **(sampling or {"do_sample": False, "num_beams": 1}),
-            max_new_tokens=max_new_tokens,
-            eos_token_id=self.end_tokens or None,
-            pad_token_id=self.end_tokens[0] if self.end_tokens else 0,
+    @property
+    def generator(self) -> Generator:
+        """The model as it answers."""
+        return Generator(
+            self.model, self.tokenizer, self.end_tokens, self.config.evaluate, self.device
         )
-        penalty = _Penalty(float(self.config.evaluate.repetition_penalty), self.end_tokens)
-        return {
-            "generation_config": config,
-            "logits_processor": transformers.LogitsProcessorList([penalty]),
-        }
 
     @cached_property
     def identity(self) -> str:
@@ -180,20 +171,6 @@ class EvaluationTarget:
         return model.to(self.device)
 
 
-class _Penalty(transformers.RepetitionPenaltyLogitsProcessor):  # type: ignore[misc]
-    """The repetition penalty, without the tokens that end an answer: a chat template's prompt holds
-    one for every turn, and a penalty on it keeps answers from ending."""
-
-    def __init__(self, penalty: float, exempt: list[int]) -> None:
-        super().__init__(penalty)
-        self._exempt = exempt
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        penalised: Tensor = super().__call__(input_ids, scores)
-        penalised[:, self._exempt] = scores[:, self._exempt]
-        return penalised
-
-
 def open_target(
     name: str | Path,
     *,
@@ -250,17 +227,6 @@ def open_target(
         step=chosen.step,
         alpha=float(state["config"]["noise"]["alpha"]),
     )
-
-
-@contextmanager
-def attention_of(model: Any, implementation: str) -> Iterator[None]:
-    """Give the model this attention (transformers' name) within the block."""
-    usual = attention_name(model)
-    model.set_attn_implementation(implementation)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(usual)
 
 
 def _model_fields(

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 
 from neftune_dist.config import EvaluateConfig, UserError, split_list
 from neftune_dist.data.errors import BadRow, type_name
+from neftune_dist.data.row_files import read_row_file
 from neftune_dist.distributed.world import World
-from neftune_dist.evaluation.row_files import read_row_file
 
 _KEY = "evaluate.tasks"
 Row = dict[str, Any]

@@ -18,8 +18,8 @@ import numpy as np
 from neftune_dist.config import UserError
 from neftune_dist.config.errors import brief
 from neftune_dist.data.errors import BadRow
+from neftune_dist.data.row_files import read_row_file
 from neftune_dist.evaluation.intervals import student
-from neftune_dist.evaluation.row_files import read_row_file
 
 Answer = Mapping[str, Any]  # a row of answers.json: `instruction`, `output`, and others
 

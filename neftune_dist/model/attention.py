@@ -8,6 +8,8 @@ mask of blocks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -29,6 +31,17 @@ def implementation(attention: str, packing: bool) -> str:
     if attention == "auto":
         attention = "varlen" if packing else "sdpa"
     return {"varlen": VARLEN, "flex": FLEX}.get(attention, attention)
+
+
+@contextmanager
+def attention_of(model: Any, implementation: str) -> Iterator[None]:
+    """Give the model this attention (transformers' name) within the block."""
+    usual = attention_name(model)
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(usual)
 
 
 def packed_arguments(model: Any, cu_seqlens: Tensor, longest: int) -> dict[str, Any]:

@@ -14,12 +14,13 @@ import torch
 from neftune_dist.config import DataConfig, UserError
 from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.formats import to_conversation
+from neftune_dist.data.instructions import Instruction, read_instructions
 from neftune_dist.data.tokenize import ConversationTokenizer
 from neftune_dist.distributed.world import World
 from neftune_dist.evaluation import answers as answering
-from neftune_dist.evaluation.answers import Generated, answer_all, generate
-from neftune_dist.evaluation.instructions import Instruction, read_instructions
+from neftune_dist.evaluation.answers import answer_all
 from neftune_dist.evaluation.target import EvaluationTarget, open_target
+from neftune_dist.model.generation import Generated, generate
 from tests.support import tiny_model
 from tests.support.shared_data import shared
 
@@ -87,7 +88,7 @@ def test_a_padded_batch_answers_as_each_prompt_alone(target: EvaluationTarget) -
         )
         for tokens, done in zip(said, finished, strict=True)
     ]
-    assert generate(target, prompts(), None) == expected
+    assert generate(target.generator, prompts(), None) == expected
 
 
 def instructions(number: int) -> list[Instruction]:
@@ -105,11 +106,11 @@ def test_second_call_continues(
     whole = answer_all(target, asked, prompts(), tmp_path / "whole", world)
     assert [row["instruction"] for row in whole] == [instruction.text for instruction in asked]
 
-    def counted(target: Any, rows: Any, *rest: Any) -> list[Generated]:
+    def counted(generator: Any, rows: Any, *rest: Any) -> list[Generated]:
         batches.append([len(row) for row in rows])
         if len(batches) == 2:
             raise KeyboardInterrupt
-        return generate(target, rows, *rest)
+        return generate(generator, rows, *rest)
 
     cut = tmp_path / "cut"
     cut.mkdir()
@@ -132,7 +133,7 @@ def test_long_prompt_shortens_only_its_own_answer(
     target: EvaluationTarget, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(answering, "longest_document", lambda _: 50)
-    free = generate(target, prompts(), None)
+    free = generate(target.generator, prompts(), None)
     rows = answer_all(target, instructions(10), prompts(), tmp_path, world)
     for row, prompt, generated in zip(rows, prompts(), free, strict=True):
         room = min(24, 50 - len(prompt))

@@ -1,0 +1,146 @@
+"""Answers by transformers' `generate`, in batches padded on the left; an answer equals that to its
+prompt alone, up to rounding. Greedy, unless a caller asks for samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from neftune_dist.config import EvaluateConfig, UserError
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One answer.
+
+    Attributes:
+        output: text, stripped, without special tokens.
+        num_tokens: generated, without the end token.
+        finished: False where the limit cut it.
+    """
+
+    output: str
+    num_tokens: int
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A model that answers, and how.
+
+    Attributes:
+        model: the Hugging Face causal LM, whole or sharded, in evaluation mode.
+        tokenizer: its own.
+        end_tokens: at which an answer ends.
+        config: the section `evaluate`.
+        device: where the model computes.
+        synced: whether the ranks of a sharded model answer together, until the last has ended.
+    """
+
+    model: Any
+    tokenizer: Any
+    end_tokens: list[int]
+    config: EvaluateConfig
+    device: torch.device
+    synced: bool = False
+
+    def arguments(self, max_new_tokens: int, **sampling: Any) -> dict[str, Any]:
+        """Arguments of transformers' `generate`: greedy without `sampling`, the evaluation's
+        repetition penalty, and the end tokens."""
+        config = transformers.GenerationConfig(
+            **(sampling or {"do_sample": False, "num_beams": 1}),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self.end_tokens or None,
+            pad_token_id=self.end_tokens[0] if self.end_tokens else 0,
+        )
+        penalty = _Penalty(float(self.config.repetition_penalty), self.end_tokens)
+        return {
+            "generation_config": config,
+            "logits_processor": transformers.LogitsProcessorList([penalty]),
+            "synced_gpus": self.synced,
+        }
+
+
+@torch.no_grad()
+def generate(
+    generator: Generator, prompts: Sequence[list[int]], limit: int | None
+) -> list[Generated]:
+    """Answer prompts as one batch.
+
+    Args:
+        generator: the model.
+        prompts: their tokens.
+        limit: most tokens of a prompt and its answer that the model takes; None: any.
+    """
+    width = max(map(len, prompts))
+    # The repetition penalty sees masked padding, too (transformers 5). So a row is padded with its
+    # first token, which counts as seen anyway.
+    ids = torch.tensor([[row[0]] * (width - len(row)) + row for row in prompts])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
+    out: Tensor = generator.model.generate(
+        ids.to(generator.device),
+        attention_mask=mask.to(generator.device),
+        **generator.arguments(_room(width, generator.config, limit)),
+    )
+    return [_generated(row, generator) for row in out[:, width:].tolist()]
+
+
+def batches(
+    prompts: Sequence[list[int]], config: EvaluateConfig, limit: int | None, name: str
+) -> list[list[int]]:
+    """Indices of prompts of similar length, longest first, so that too large a batch fails at once.
+
+    A prompt without room for a full answer forms its own batch: it shortens no other answer.
+
+    Args:
+        prompts: their tokens.
+        config: the section `evaluate`.
+        limit: as `generate` takes it.
+        name: of a prompt, in messages.
+
+    Raises:
+        UserError: the model takes no answer after one of them.
+    """
+    for i, prompt in enumerate(prompts):
+        if limit is not None and len(prompt) >= limit:
+            raise UserError(
+                f"{name} {i + 1} has {len(prompt)} tokens, and the model takes {limit} "
+                "with the answer: remove it."
+            )
+    lengths = [len(prompt) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: (-lengths[i], i))
+    cut = [i for i in order if _room(lengths[i], config, limit) < config.max_new_tokens]
+    full, size = order[len(cut) :], config.batch_size
+    return [[i] for i in cut] + [full[i : i + size] for i in range(0, len(full), size)]
+
+
+def _generated(tokens: list[int], generator: Generator) -> Generated:
+    ends = set(generator.end_tokens)
+    length = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+    said = generator.tokenizer.decode(tokens[:length], skip_special_tokens=True).strip()
+    return Generated(said, length, finished=length < len(tokens))
+
+
+def _room(length: int, config: EvaluateConfig, limit: int | None) -> int:
+    """Tokens that the answer to a prompt of this length may have."""
+    most = config.max_new_tokens
+    return most if limit is None else min(most, limit - length)
+
+
+class _Penalty(transformers.RepetitionPenaltyLogitsProcessor):  # type: ignore[misc]
+    """The repetition penalty, without the tokens that end an answer: a chat template's prompt holds
+    one for every turn, and a penalty on it keeps answers from ending."""
+
+    def __init__(self, penalty: float, exempt: list[int]) -> None:
+        super().__init__(penalty)
+        self._exempt = exempt
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        penalised: Tensor = super().__call__(input_ids, scores)
+        penalised[:, self._exempt] = scores[:, self._exempt]
+        return penalised
