@@ -116,6 +116,11 @@ def _unused(config: Config) -> Iterator[tuple[Iterable[str], str]]:
         yield keys, "without held-out documents (data.num_held_out)"
     elif not config.evaluate.every_steps:
         yield ["train.patience", "checkpoint.keep_best"], "without evaluate.every_steps"
+    if not config.evaluate.instructions:
+        yield ["evaluate.samples", "evaluate.temperature"], "without evaluate.instructions"
+    if not config.evaluate.temperature:
+        reason = "with evaluate.temperature=0, whose greedy answers are all alike"
+        yield ["evaluate.samples"], reason
     if not config.evaluate.tasks:
         yield ["evaluate.max_task_items"], "without evaluate.tasks"
     if not judge.url and not judge.annotator:

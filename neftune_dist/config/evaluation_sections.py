@@ -24,7 +24,11 @@ class EvaluateConfig:
     max_new_tokens: int = number(512, ge=1, le=2**20)
     """Most tokens of an answer."""
     repetition_penalty: float = number(1.2, gt=0, le=100)
-    """Repetition penalty of greedy decoding, as in the paper, except on end tokens; 1: none."""
+    """Repetition penalty of answers, as in the paper, except on end tokens; 1: none."""
+    samples: int = number(1, ge=1, le=2**16)
+    """Answers to each instruction, drawn at evaluate.temperature; figures are means over them."""
+    temperature: float = number(0.0, ge=0, le=100)
+    """Temperature of the answers of `evaluate`; 0: greedy decoding."""
     batch_size: int = number(32, ge=1, le=2**16)
     """Prompts that a rank answers at once."""
     tasks: str | None = None

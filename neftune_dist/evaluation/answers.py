@@ -1,18 +1,27 @@
-"""Greedy answers to instructions, in batches padded on the left; a stopped call is continued.
+"""Answers to instructions, in batches padded on the left; a stopped call is continued.
 
 Batches depend on the prompts and `evaluate.batch_size` alone, and ranks share whole batches: the
 number of ranks changes no answer. Each rank appends a finished batch to its own file; a batch that
 was incomplete when a process died is answered again. An answer equals that to its prompt alone, up
 to rounding.
+
+Where answers are sampled, their draws are a pure function of the prompt and the number of the
+sample (`Draws`): no batch, rank or other prompt changes them, and two models are compared with the
+same draws. Torch's generators are neither read nor moved.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
 
 from neftune_dist.data import builtin
 from neftune_dist.data.instructions import Instruction
@@ -21,8 +30,38 @@ from neftune_dist.evaluation.journal import Journal, read_rows
 from neftune_dist.evaluation.target import EvaluationTarget
 from neftune_dist.model.families import longest_document
 from neftune_dist.model.generation import Generated, batches, generate
+from neftune_dist.noise.philox import philox4x32
 
 _PARTIAL = re.compile(r"answers\d*\.jsonl")  # of all ranks that ever worked on it
+
+
+class Draws(transformers.LogitsProcessor):  # type: ignore[misc]
+    """Noise on the scores, with which the greatest is a draw from softmax(scores / temperature).
+
+    The noise is temperature times Gumbel's, -ln(-ln(1 - u)) (the Gumbel-max trick; Maddison et al.,
+    arXiv 1411.0030, section 2), with u in (0, 1) from Philox4x32-10 at the counter (block of four
+    tokens of the vocabulary, position in the answer, 64 bits of the digest of prompt and sample).
+    """
+
+    def __init__(
+        self, prompts: Sequence[list[int]], samples: Sequence[int], temperature: float
+    ) -> None:
+        keys = [repr((prompt, s)).encode() for prompt, s in zip(prompts, samples, strict=True)]
+        digests = [hashlib.sha256(key).digest() for key in keys]
+        halves = [[int.from_bytes(d[:4], "big"), int.from_bytes(d[4:8], "big")] for d in digests]
+        self._streams = torch.tensor(halves)  # (num_prompts, 2), 32-bit words
+        self._width, self._temperature = max(map(len, prompts)), temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        vocabulary, device = scores.shape[1], scores.device
+        blocks = torch.arange(-(-vocabulary // 4), device=device)[None]
+        position = torch.full_like(blocks, input_ids.shape[1] - self._width)
+        one, two = self._streams.to(device)[:, :, None].unbind(1)
+        words = philox4x32((blocks, position, one, two), key=(0, 0))
+        units = (torch.stack(words, dim=-1).flatten(1)[:, :vocabulary] + 0.5) * 2.0**-32
+        # The greatest noise comes from small u, which float32 holds finely; none may round to 1.
+        units = units.clamp_(max=1 - 2.0**-24)
+        return scores - self._temperature * torch.log(-torch.log1p(-units))
 
 
 def answer_all(
@@ -38,7 +77,7 @@ def answer_all(
 
     Args:
         target: the model.
-        instructions: what `answers.json` will hold, in order.
+        instructions: what `answers.json` will hold, in order, `evaluate.samples` rows of each.
         prompts: tokens of the instructions.
         folder: for the answers so far, from which a second call continues.
         world: the ranks.
@@ -53,6 +92,8 @@ def answer_all(
     config = target.config.evaluate
     with world.agree():
         limit = longest_document(target.model.config)
+        num, samples = len(prompts), config.samples
+        prompts = [*prompts] * samples  # number `sample * num + i`
         of_prompts = batches(prompts, config, limit, "Instruction")
         done = _read_partial(folder)
     # All ranks must have read what is there before any of them appends.
@@ -67,7 +108,8 @@ def answer_all(
         of_all = f", this rank's share of {len(prompts)}" if share < len(prompts) else ""
         for batch in mine:
             rows = [prompts[i] for i in batch]
-            generated = generate(target.generator, rows, limit)
+            draws = [Draws(rows, [i // num for i in batch], config.temperature)]
+            generated = generate(target.generator, rows, limit, draws if config.temperature else ())
             journal.append([{"index": i, **vars(g)} for i, g in zip(batch, generated, strict=True)])
             answered += len(batch)
             world.log(f"answers: {answered} of {share}{of_all}")
@@ -75,7 +117,10 @@ def answer_all(
         return []
     done = _read_partial(folder)
     return [
-        _row(target, instruction, done[i], checked) for i, instruction in enumerate(instructions)
+        _row(target, instruction, done[sample * num + i], checked)
+        | ({"sample": sample} if samples > 1 else {})
+        for i, instruction in enumerate(instructions)
+        for sample in range(samples)
     ]
 
 

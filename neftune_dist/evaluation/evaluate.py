@@ -216,6 +216,8 @@ class _Evaluation:
             "prompts": _digest([self.prompts, [i.reference for i in self.instructions]]),
             "evaluate.max_new_tokens": evaluate.max_new_tokens,
             "evaluate.repetition_penalty": evaluate.repetition_penalty,
+            "evaluate.samples": evaluate.samples,
+            "evaluate.temperature": evaluate.temperature,
             "model.dtype": self.config.model.dtype,
         }
         self.results.begin_answers(settings)
@@ -235,7 +237,9 @@ class _Evaluation:
             self.results.put_answers(rows)
             values = text_statistics.per_answer(rows)
             figures = text_statistics.statistics(rows, values)
-        return {"num": len(rows), "exact_match": None, **figures}, {"answers": values}
+        num, samples = len(self.instructions), self.config.evaluate.samples
+        counts = {"num": num} if samples == 1 else {"num": num, "num_samples": samples}
+        return {**counts, "exact_match": None, **figures}, {"answers": values}
 
     def _tasks(self, words: list[TaskWord]) -> None:
         evaluate = self.config.evaluate

@@ -59,7 +59,10 @@ FORMS = {
         "judge?": [float | None],
     },
     "answers.json": [
-        {"instruction": str, "output": str, "generator": str, "num_tokens?": int, "finished?": bool}
+        {
+            **{"instruction": str, "output": str, "generator": str},
+            **{"num_tokens?": int, "finished?": bool, "sample?": int},
+        }
     ],
     "settings.json": {"subject": str, "answers_sha256?": str, **{f"{p}?": dict for p in PARTS}},
 }
@@ -102,6 +105,12 @@ class Results:
                 f"{self.folder} holds the evaluation of another model than {target.name}, or "
                 f"its weights have changed since: {_FIX}."
             )
+        if "answers" in stored:  # of earlier versions: greedy, one to an instruction
+            stored["answers"] = {
+                "evaluate.samples": 1,
+                "evaluate.temperature": 0.0,
+                **stored["answers"],
+            }
         self._settings = stored
         if (self.folder / "summary.json").exists():
             self.summary |= self.read("summary.json")

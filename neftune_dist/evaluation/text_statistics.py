@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from neftune_dist.config import UserError
@@ -37,7 +38,8 @@ _GREATEST_LOG_DIVERSITY = 20.0
 
 # Keys of `statistics` and how people read them.
 LABELS = {
-    "num": "answers",
+    "num": "instructions answered",
+    "num_samples": "answers to each",
     "characters": "length (characters)",
     "words": "length (words)",
     "tokens": "length (tokens)",
@@ -70,13 +72,16 @@ def check_installed() -> None:
 def statistics(
     answers: Sequence[Mapping[str, Any]], values: Values | None = None
 ) -> dict[str, float]:
-    """Means of `per_answer` over the answers, and three statistics of the whole set:
+    """Means of `per_answer` over the answers, and three statistics of the whole set.
+
+    Where there are several answers to each instruction, numbered by `sample`, a mean is over the
+    instructions' means over their answers. The three are:
 
     - `num_chunks`: answers of at least 50 words, over which repetition and log-diversity are taken;
     - `num_references`: answers with an expected one, over which ROUGE-L and BLEU are taken;
     - `self_bleu`: mean BLEU of an answer with the others as its references (Zhu et al., arXiv
-      1802.01886), on 50 answers evenly spaced over the set, the first 200 words of each; higher
-      is less diverse.
+      1802.01886), on 50 answers evenly spaced over the first to every instruction, the first 200
+      words of each; higher is less diverse.
 
     A statistic without data is left out: `rouge_l` without expected answers, `tokens` where they
     were not counted.
@@ -91,12 +96,14 @@ def statistics(
     """
     values = per_answer(answers) if values is None else values
     result = {}
+    num_samples = 1 + max((answer.get("sample", 0) for answer in answers), default=0)
     for name, of_answers in values.items():
-        known = [value for value in of_answers if value is not None]
-        result[name] = sum(known) / len(known)
+        by_item = [of_answers[i : i + num_samples] for i in range(0, len(answers), num_samples)]
+        known = [[value for value in item if value is not None] for item in by_item]
+        result[name] = fmean(fmean(item) for item in known if item)
     for name, of in (("num_chunks", "log_diversity"), ("num_references", "rouge_l")):
         result[name] = sum(value is not None for value in values.get(of, ()))
-    texts = [answer["output"] for answer in answers]
+    texts = [answer["output"] for answer in answers[::num_samples]]
     if len(texts) > 1:
         result["self_bleu"] = _self_bleu(texts)
     return result

@@ -36,6 +36,7 @@ class Judgement:
         their_length: in characters.
         orders: the preference with theirs shown first, then with ours first; empty where unknown.
         failed: a request failed after all retries.
+        sample: number of our answer among those to the instruction, which follow each other.
     """
 
     instruction: str
@@ -44,12 +45,15 @@ class Judgement:
     their_length: int
     orders: tuple[float | None, ...] = ()
     failed: bool = False
+    sample: int = 0
 
     @classmethod
     def of(cls, ours: Answer, theirs: Answer, preference: float | None, **others: Any) -> Judgement:
         """The judgement of two answers to one instruction."""
         lengths = len(ours["output"]), len(theirs["output"])
-        return cls(ours["instruction"], preference, *lengths, **others)
+        return cls(
+            ours["instruction"], preference, *lengths, sample=ours.get("sample", 0), **others
+        )
 
 
 @dataclass(frozen=True)
@@ -108,21 +112,27 @@ def win_rate(judgements: Sequence[Judgement]) -> WinRate:
     instructions weigh alike, and b has a normal prior of variance 1, which matters for few
     judgements alone. Its figures and these are close, not equal.
 
-    Intervals are Student's with n - 1 degrees of freedom: of the mean, clipped to 0 .. 100 %; of a
-    with its sandwich variance, s taken as known. None with fewer than two judgements.
+    Intervals are Student's with n - 1 degrees of freedom, over n instructions, since several
+    answers to one are not independent: of the mean, clipped to 0 .. 100 %; of a with its sandwich
+    variance, s taken as known. None with fewer than two instructions.
     """
     judged = [j for j in judgements if j.preference is not None]
+    _, item = np.unique(_known_items(judgements), return_inverse=True)
+    num_items = len(set(item.tolist()))
     num_failed = sum(j.failed for j in judgements if j.preference is None)
     n, won, x = len(judged), _won(judged), _length_feature(judged)
     agreement, first_shown = _orders(judgements)
     rate = 100 * float(won.mean()) if n else None
     a, influences = _fit(won, x)
     error = interval = controlled_interval = None
-    if rate is not None and n > 1:
-        t, _ = student(0.0, n - 1)
-        error = 100 * float(won.std(ddof=1)) / math.sqrt(n)
+    if rate is not None and num_items > 1:
+        t, _ = student(0.0, num_items - 1)
+        error, of_a = (
+            math.sqrt(num_items / (num_items - 1) * (np.bincount(item, by_judgement) ** 2).sum())
+            for by_judgement in (100 * (won - won.mean()) / n, influences)
+        )
         interval = max(0.0, rate - t * error), min(100.0, rate + t * error)
-        reach = t * math.sqrt(n / (n - 1) * (influences**2).sum())
+        reach = t * of_a
         controlled_interval = 100 * _sigmoid(a - reach), 100 * _sigmoid(a + reach)
     return WinRate(
         win_rate=rate,
@@ -144,14 +154,19 @@ def win_rate(judgements: Sequence[Judgement]) -> WinRate:
 
 
 def length_controlled_influences(judgements: Sequence[Judgement]) -> np.ndarray:
-    """Each judgement's influence on the length-controlled rate in percent, 0 without a preference:
-    (num_judgements,)."""
+    """Each instruction's influence on the length-controlled rate in percent, 0 without a
+    preference: (num_instructions,)."""
     judged = [j for j in judgements if j.preference is not None]
     a, influences = _fit(_won(judged), _length_feature(judged))
-    result = np.zeros(len(judgements))
+    num_items = sum(j.sample == 0 for j in judgements)
+    summed = np.bincount(_known_items(judgements), influences, minlength=num_items)
+    return np.asarray(100 * _sigmoid(a) * (1 - _sigmoid(a)) * summed)
+
+
+def _known_items(judgements: Sequence[Judgement]) -> np.ndarray:
+    """Number of the instruction of each judgement with a preference, (num_judged,)."""
     known = [j.preference is not None for j in judgements]
-    result[known] = 100 * _sigmoid(a) * (1 - _sigmoid(a)) * influences
-    return result
+    return (np.cumsum([j.sample == 0 for j in judgements], dtype=int) - 1)[known]
 
 
 def _won(judged: Sequence[Judgement]) -> np.ndarray:
@@ -202,7 +217,8 @@ def _sigmoid(a: float) -> float:
 
 def pair(ours: Sequence[Answer], theirs: Sequence[Answer]) -> list[tuple[Answer, Answer]]:
     """Pair our answers, in order, with theirs to the same instruction. Theirs may have more; equal
-    instructions are paired in their order.
+    instructions are paired in their order. Samples of ours are all paired with their one answer,
+    or with their samples in order.
 
     Raises:
         UserError: naming the first of our instructions that they have no answer to.
@@ -210,8 +226,12 @@ def pair(ours: Sequence[Answer], theirs: Sequence[Answer]) -> list[tuple[Answer,
     left: dict[str, list[Answer]] = defaultdict(list)
     for answer in reversed(theirs):
         left[answer["instruction"]].append(answer)
-    pairs = []
+    pairs: list[tuple[Answer, Answer]] = []
+    are_samples = any(answer.get("sample") for answer in theirs)
     for i, answer in enumerate(ours):
+        if answer.get("sample") and not are_samples:
+            pairs.append((answer, pairs[-1][1]))
+            continue
         if not left[answer["instruction"]]:
             raise UserError(
                 f"The two sets of answers are over different instructions: of {len(ours)} and "

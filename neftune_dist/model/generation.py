@@ -68,7 +68,10 @@ class Generator:
 
 @torch.no_grad()
 def generate(
-    generator: Generator, prompts: Sequence[list[int]], limit: int | None
+    generator: Generator,
+    prompts: Sequence[list[int]],
+    limit: int | None,
+    processors: Sequence[transformers.LogitsProcessor] = (),
 ) -> list[Generated]:
     """Answer prompts as one batch.
 
@@ -76,16 +79,18 @@ def generate(
         generator: the model.
         prompts: their tokens.
         limit: most tokens of a prompt and its answer that the model takes; None: any.
+        processors: change the scores of the next token after the repetition penalty; the greatest
+            is taken.
     """
     width = max(map(len, prompts))
     # The repetition penalty sees masked padding, too (transformers 5). So a row is padded with its
     # first token, which counts as seen anyway.
     ids = torch.tensor([[row[0]] * (width - len(row)) + row for row in prompts])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
+    arguments = generator.arguments(_room(width, generator.config, limit))
+    arguments["logits_processor"].extend(processors)
     out: Tensor = generator.model.generate(
-        ids.to(generator.device),
-        attention_mask=mask.to(generator.device),
-        **generator.arguments(_room(width, generator.config, limit)),
+        ids.to(generator.device), attention_mask=mask.to(generator.device), **arguments
     )
     return [_generated(row, generator) for row in out[:, width:].tolist()]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from neftune_dist.data.instructions import Instruction, read_instructions
 from neftune_dist.data.tokenize import ConversationTokenizer
 from neftune_dist.distributed.world import World
 from neftune_dist.evaluation import answers as answering
-from neftune_dist.evaluation.answers import answer_all
+from neftune_dist.evaluation.answers import Draws, answer_all
 from neftune_dist.evaluation.target import EvaluationTarget, open_target
 from neftune_dist.model.generation import Generated, generate
 from tests.support import tiny_model
@@ -127,6 +129,48 @@ def test_second_call_continues(
     (cut / "answers.jsonl").rename(cut / "answers3.jsonl")
     assert answer_all(target, asked, prompts(), cut, world) == whole
     assert len(batches) == 4
+
+
+def test_draws_have_the_softmax_of_the_scores_at_the_temperature() -> None:
+    scores, temperature, num = torch.tensor([1.0, 0.0, -1.0, 2.0, 0.5]), 0.7, 20_000
+    draws = Draws([[5]] * num, range(num), temperature)
+    state = torch.random.get_rng_state()
+    found = draws(torch.zeros(num, 3), scores.expand(num, -1)).argmax(dim=1)
+    assert torch.equal(state, torch.random.get_rng_state())
+    share = torch.bincount(found, minlength=5) / num
+    expected = (scores / temperature).softmax(dim=0)
+    # Four standard errors of a share.
+    assert ((share - expected).abs() < 4 * (expected * (1 - expected) / num).sqrt()).all()
+    # Over as many draws as a long answer takes, none is infinite.
+    noise = Draws([[5]] * 400, range(400), 1.0)(torch.zeros(400, 1), torch.zeros(400, 50_001))
+    assert noise.isfinite().all() and noise.mean() == pytest.approx(0.5772, abs=0.002)
+
+
+def test_sampled_answers_depend_on_prompt_and_sample_alone(
+    target: EvaluationTarget, world: World, tmp_path: Path
+) -> None:
+    config = copy.deepcopy(target.config)
+    config.evaluate.samples, config.evaluate.temperature = 3, 1.0
+    sampling = replace(target, config=config)
+    vars(sampling).update({name: vars(target)[name] for name in ("model", "end_tokens")})
+    for name in ("four", "alone", "fewer"):
+        (tmp_path / name).mkdir()
+    four = answer_all(sampling, instructions(10), prompts(), tmp_path / "four", world)
+    assert [(row["instruction"], row["sample"]) for row in four] == [
+        (f"Number {i}?", sample) for i in range(10) for sample in range(3)
+    ]
+    outputs = [row["output"] for row in four]
+    assert sum(len({*outputs[i : i + 3]}) == 3 for i in range(0, 30, 3)) > 8
+    config.evaluate.batch_size = 1
+    assert answer_all(sampling, instructions(10), prompts(), tmp_path / "alone", world) == four
+    config.evaluate.samples, config.evaluate.batch_size = 2, 5
+    fewer = answer_all(sampling, instructions(3), prompts()[4:7], tmp_path / "fewer", world)
+    assert [row["output"] for row in fewer] == [
+        outputs[3 * i + sample] for i in (4, 5, 6) for sample in range(2)
+    ]
+    # Near temperature 0 they are the greedy answers.
+    greedy = generate(target.generator, prompts(), None)
+    assert generate(target.generator, prompts(), None, [Draws(prompts(), [7] * 10, 1e-6)]) == greedy
 
 
 def test_long_prompt_shortens_only_its_own_answer(

@@ -364,6 +364,11 @@ def test_unreadable_file_is_refused(path: str) -> None:
         (["data.held_out_revision=v1"], "data.held_out_revision=v1 has no effect without data."),
         (["evaluate.every_steps=5"], "evaluate.every_steps=5 has no effect without held-out doc"),
         (["train.patience=5"], "train.patience=5 has no effect without held-out documents"),
+        (["evaluate.samples=4"], "evaluate.samples=4 has no effect with evaluate.temperature=0"),
+        (
+            ["evaluate.temperature=1", "evaluate.instructions=null"],
+            "evaluate.temperature=1.0 has no effect without evaluate.instructions",
+        ),
         (
             ["checkpoint.keep_best=true", "data.num_held_out=5"],
             "checkpoint.keep_best=True has no effect without evaluate.every_steps",

@@ -215,3 +215,33 @@ def test_answers_keep_their_other_fields(tmp_path: Path) -> None:
     rows = [{"instruction": "i", "output": "\x1b[1m", "generator": "g"}]
     (tmp_path / "a.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
     assert read_answers(str(tmp_path / "a.json.gz")) == rows
+
+
+def test_samples_of_an_answer_are_one_item_of_the_interval() -> None:
+    rng = np.random.default_rng(4)
+    once = [
+        judged(2.0 if rng.random() < 0.6 else 1.0, int(rng.integers(50, 150)), 100)
+        for _ in range(60)
+    ]
+    four = [replace(j, sample=sample) for j in once for sample in range(4)]
+    one, several = win_rate(once), win_rate(four)
+    assert several.win_rate == pytest.approx(one.win_rate) and several.num == 240
+    assert several.standard_error == pytest.approx(one.standard_error)
+    assert several.interval == pytest.approx(one.interval)
+    # Four times the judgements shrink b a little less towards 0.
+    assert several.length_controlled_interval == pytest.approx(
+        one.length_controlled_interval, abs=0.1
+    )
+    # A sample without a verdict does not join the instruction after it to the one before.
+    four[4] = replace(four[4], preference=None)
+    assert win_rate(four).standard_error == pytest.approx(one.standard_error, rel=0.02)
+
+
+def test_samples_are_paired_with_the_only_answer_of_the_other_side() -> None:
+    ours = [{**row, "sample": s} for row in answers("a", "a", "b") for s in range(2)]
+    theirs = answers("a", "b", "a")
+    assert [other["output"] for _, other in pair(ours, theirs)] == ["0", "0", "2", "2", "1", "1"]
+    sampled = [{**row, "sample": s, "output": f"{s}"} for row in answers("a") for s in range(2)]
+    assert [other["output"] for _, other in pair(sampled, sampled)] == ["0", "1"]
+    with pytest.raises(UserError, match="number 3 of the first"):
+        pair(ours, theirs[:1])
