@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import platform
+import subprocess
+from contextlib import suppress
+from functools import cache
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,20 +94,39 @@ def noise_lines(config: Config) -> list[str]:
 
 def environment(world: World) -> dict[str, Any]:
     """The machine and versions, recorded with the run."""
-    on_gpu = world.device.type == "cuda"
     return {
         **versions(),
         "host": platform.node(),
-        "device": torch.cuda.get_device_name(world.device) if on_gpu else platform.machine(),
+        "device": device_name(world.device),
         "world_size": world.size,
     }
 
 
+def device_name(device: torch.device) -> str:
+    """The name of the GPU, or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with suppress(OSError):  # Linux alone has the file
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+@cache
 def versions() -> dict[str, str]:
-    """Versions of the packages that affect a run's results."""
+    """The code's commit, "" where it is no checkout, and versions of the packages that affect a
+    run's results."""
     packages = ("torch", "transformers", "deepspeed", "datasets")
+    root = Path(__file__).parents[2]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = ""
+    if (root / ".git").exists():
+        with suppress(OSError):  # no git
+            commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return {
         "neftune_dist": __version__,
+        "commit": commit,
         "python": platform.python_version(),
         "cuda": str(torch.version.cuda),
         **{name: version(name) for name in packages},

@@ -33,7 +33,13 @@ from neftune_dist.training.inputs import Inputs, read_inputs
 from neftune_dist.training.loop import Progress, Trainer
 from neftune_dist.training.metrics import Recorder
 from neftune_dist.training.noise import attach_noise
-from neftune_dist.training.startup_report import compute_line, data_lines, environment, versions
+from neftune_dist.training.startup_report import (
+    compute_line,
+    data_lines,
+    device_name,
+    environment,
+    versions,
+)
 
 
 def train(config: Config) -> int:
@@ -210,4 +216,5 @@ def _trainer_state(
         "config": config.to_dict(),
         "world_size": world.size,
         "versions": versions(),
+        "device": device_name(world.device),
     }
