@@ -41,6 +41,22 @@ TIMINGS = (
     "num_compiled_graphs",
 )
 DEADLINE_SECONDS = 240
+# What ranks import by the time they train. A module that another version lacks is passed over.
+_IMPORTED = (
+    "neftune_dist.training.train",
+    "neftune_dist.engine.fsdp2",
+    "neftune_dist.engine.deepspeed",
+    "neftune_dist.cli",
+    "datasets",
+    "tensorboard.plugins.hparams.api_pb2",
+    "torch.utils.tensorboard",
+    "torch._inductor.compile_fx",  # DeepSpeed compiles an optimizer that is never used
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",
+)
 
 
 def make_tokenizer(folder: Path) -> Any:
@@ -256,12 +272,7 @@ def run_forked(
 @cache
 def _forkserver() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        [
-            f"neftune_dist.{name}"
-            for name in ("training.train", "engine.fsdp2", "engine.deepspeed", "cli")
-        ]
-    )
+    context.set_forkserver_preload([*_IMPORTED, "tests.support.freeze"])
     with unittest.mock.patch.dict(os.environ, environment()):
         multiprocessing.forkserver.ensure_running()
     return context
