@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
@@ -155,7 +156,7 @@ def collate(
     within = token - np.repeat(ends - lengths, lengths)
     # The place of every token among the flattened rows, (num_tokens,).
     rows = 1 if packing else len(lengths)
-    width = _row_width(lengths, packing, slices, multiple)
+    width = int(_row_width(lengths.sum() if packing else lengths.max(), slices * multiple))
     tail = width - len(ids) if packing else 0
     place = token if packing else np.repeat(np.arange(rows) * width, lengths) + within
     input_ids, position_ids, mask, segment, token_length = np.zeros((5, rows * width), np.int64)
@@ -182,10 +183,9 @@ def collate(
     )
 
 
-def _row_width(lengths: np.ndarray, packing: bool, slices: int, multiple: int) -> int:
-    """Tokens of a row, padding counted."""
-    tokens = int(lengths.sum() if packing else lengths.max())
-    return tokens + -tokens % (slices * multiple)
+def _row_width(tokens: Any, multiple: int) -> Any:
+    """Tokens of a row, or of many, padded to a multiple."""
+    return tokens + -tokens % multiple
 
 
 @dataclass(frozen=True)
@@ -219,13 +219,18 @@ class _Assembler:
         batch = collate(self.documents, indices, epochs, packing, self.part[1], multiple)
         return batch if self.part[1] == 1 else batch.slice(*self.part)
 
-    def num_computed_tokens(self, lengths: np.ndarray) -> int:
-        """Tokens of the micro-batch of some documents over all slices, padding included."""
-        packing, slices = self.config.data.packing, self.part[1]
-        if len(lengths) == 0:
-            lengths = np.array([_EMPTY_TOKENS * slices])
-        width = _row_width(lengths, packing, slices, token_multiple(self.config))
-        return width if packing else len(lengths) * width
+    def num_computed_tokens(self, lengths: np.ndarray, rounds: Rounds) -> int:
+        """Tokens of all ranks' micro-batches of documents of these lengths, padding included."""
+        groups = [group for ranks in rounds for group in ranks]
+        rows = np.array([len(group) for group in groups])
+        documents = np.fromiter(chain.from_iterable(groups), np.int64, len(lengths))
+        batch = np.repeat(np.arange(len(groups)), rows)
+        tokens = np.zeros(len(groups), np.int64)
+        gather = np.add if self.config.data.packing else np.maximum
+        gather.at(tokens, batch, lengths[documents])
+        tokens[rows == 0] = _EMPTY_TOKENS * self.part[1]
+        widths = _row_width(tokens, self.part[1] * token_multiple(self.config))
+        return int((widths if self.config.data.packing else widths * np.maximum(rows, 1)).sum())
 
 
 class Loader:
@@ -262,18 +267,13 @@ class Loader:
         lengths = self.documents.lengths[indices]
         rounds = assembler.assign(indices)
         own = [np.array(groups[assembler.rank], dtype=np.int64) for groups in rounds]
-        computed = (
-            assembler.num_computed_tokens(lengths[list(group)])
-            for groups in rounds
-            for group in groups
-        )
         return StepBatch(
             step=step,
             micro_batches=[assembler.micro_batch(indices[g], epochs[g]) for g in own],
             num_documents=len(indices),
             num_tokens=int(lengths.sum()),
             num_supervised_tokens=int(self.documents.num_supervised[indices].sum()),
-            num_computed_tokens=sum(computed),
+            num_computed_tokens=assembler.num_computed_tokens(lengths, rounds),
             sum_squared_lengths=int((lengths**2).sum()),
         )
 

@@ -14,6 +14,7 @@ import pytest
 
 from neftune_dist.config import UserError
 from neftune_dist.data.packing import Rounds, _pairs, assign_documents
+from tests.support import reference_packing
 
 QUADRATIC_TOKENS = 2e4  # of a model of 7B
 
@@ -80,6 +81,28 @@ def test_every_document_once_within_capacity_all_ranks_in_step() -> None:
         assert all(len(ranks) == world_size for ranks in rounds)
         assert all(cost(lengths, g, packing) <= capacity for ranks in rounds for g in ranks)
         assert len(rounds) >= 1
+
+
+def test_layout_equals_the_reference_implementation() -> None:
+    random = np.random.default_rng(5)
+    for lengths, world_size, capacity, packing in cases():
+        quadratic_tokens = float(random.choice([100, QUADRATIC_TOKENS]))
+        given = lengths, world_size, capacity, packing, quadratic_tokens
+        assert assign_documents(*given) == reference_packing.assign_documents(*given)
+
+
+@pytest.mark.parametrize(
+    ("num_documents", "world_size", "capacity"),
+    [(16_384, 4096, 4096), (16_384, 4096, 1024), (4096, 512, 2048), (2048, 64, 32_768)],
+)
+@pytest.mark.parametrize("packing", [True, False])
+def test_layout_of_many_ranks_equals_the_reference_implementation(
+    num_documents: int, world_size: int, capacity: int, packing: bool
+) -> None:
+    draws = np.random.default_rng(6).normal(5.3, 0.8, num_documents)
+    lengths = np.clip(np.exp(draws).astype(np.int64), 2, 1024)
+    given = lengths, world_size, capacity, packing, QUADRATIC_TOKENS
+    assert assign_documents(*given) == reference_packing.assign_documents(*given)
 
 
 def test_no_round_is_empty() -> None:
