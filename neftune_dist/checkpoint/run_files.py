@@ -31,13 +31,13 @@ from neftune_dist.config import (
 from neftune_dist.distributed.world import World
 from neftune_dist.model import load
 from neftune_dist.system import storage
-from neftune_dist.system.records import EVALUATIONS, STEPS
+from neftune_dist.system.records import EVALUATIONS, SAMPLES, STEPS
 
 MODEL_FOLDER = "model"
 CHAT_TEMPLATE = "chat_template.jinja"
 _MARK, _CONFIG, _SEAL = "neftune_run.json", "config.yaml", "files.json"
 # What a run replaces in its directory.
-_REPLACED = (_CONFIG, MODEL_FOLDER, STEPS, EVALUATIONS)
+_REPLACED = (_CONFIG, MODEL_FOLDER, STEPS, EVALUATIONS, SAMPLES)
 # Everything in a model directory that is not weights: configuration, tokenizer, code.
 _SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
 _AGAIN = "the same train command writes it again"

@@ -15,7 +15,7 @@ from typing import Any
 from neftune_dist.config import UserError
 from neftune_dist.distributed import outcome
 from neftune_dist.system.checkpoint_names import newest_step
-from neftune_dist.system.records import EVALUATIONS, STEPS, read_records
+from neftune_dist.system.records import EVALUATIONS, SAMPLES, STEPS, read_records
 from neftune_dist.system.text import duration_text
 
 _CURVE_ROWS = 8
@@ -62,6 +62,10 @@ def screen_lines(run_dir: Path, now: float, width: int = 80) -> Iterator[str]:
     else:
         yield from _step_lines(run_dir, steps, evaluations, num_steps, now)
         yield from _curve([row["loss"] for row in steps], width)
+    if samples := _records(run_dir / SAMPLES):
+        last = samples[-1]
+        said = " ".join(f"{last.get('instruction')} -> {last.get('output')}".split())
+        yield f"sample of step {last['step']}: {_printable(said)}"
     yield from _attempt_lines(run_dir)
     if warning := _last_warning(run_dir):
         yield f"last warning: {warning}"
@@ -140,8 +144,13 @@ def _last_warning(run_dir: Path) -> str:
             lines = file.read().decode(errors="replace").splitlines()
         for line in reversed(lines):
             if "warning:" in line:
-                return "".join(c for c in line.strip() if c.isprintable())
+                return _printable(line.strip())
     return ""
+
+
+def _printable(text: str) -> str:
+    """The text without control characters, which a terminal would obey."""
+    return "".join(c for c in text if c.isprintable())
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

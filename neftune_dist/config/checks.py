@@ -111,8 +111,8 @@ def _unused(config: Config) -> Iterator[tuple[Iterable[str], str]]:
     if not (config.logging.wandb or config.logging.mlflow):
         yield ["logging.project", "logging.name"], "without logging.wandb or logging.mlflow"
     if not data.holds_out:
-        keys = ["evaluate.every_steps", "evaluate.max_documents"]
-        keys += ["train.patience", "checkpoint.keep_best"]
+        keys = ["evaluate.max_documents", "train.patience", "checkpoint.keep_best"]
+        keys += [] if config.evaluate.sample_prompts else ["evaluate.every_steps"]
         yield keys, "without held-out documents (data.num_held_out)"
     elif not config.evaluate.every_steps:
         yield ["train.patience", "checkpoint.keep_best"], "without evaluate.every_steps"
@@ -121,6 +121,8 @@ def _unused(config: Config) -> Iterator[tuple[Iterable[str], str]]:
     if not config.evaluate.temperature:
         reason = "with evaluate.temperature=0, whose greedy answers are all alike"
         yield ["evaluate.samples"], reason
+    if not config.evaluate.every_steps:
+        yield ["evaluate.sample_prompts"], "without evaluate.every_steps"
     if not config.evaluate.tasks:
         yield ["evaluate.max_task_items"], "without evaluate.tasks"
     if not judge.url and not judge.annotator:

@@ -31,6 +31,9 @@ class EvaluateConfig:
     """Temperature of the answers of `evaluate`; 0: greedy decoding."""
     batch_size: int = number(32, ge=1, le=2**16)
     """Prompts that a rank answers at once."""
+    sample_prompts: str | None = path(None)
+    """Prompts to answer while training, every evaluate.every_steps: a .txt file with one a line, or
+    a file as evaluate.instructions; null: none."""
     tasks: str | None = None
     """Tasks of lm-eval, with a file of items where one is given: mmlu,arc_easy=arc.jsonl.gz."""
     max_task_items: int = number(0, ge=0)

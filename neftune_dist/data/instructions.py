@@ -21,7 +21,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from neftune_dist.config import BUILTIN_SOURCE, Config
+from neftune_dist.config import BUILTIN_SOURCE, Config, UserError
 from neftune_dist.data import fields
 from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.dataset import Dataset
@@ -71,15 +71,41 @@ def held_out_instructions(dataset: Dataset, number: int) -> list[Instruction]:
     return found
 
 
-def read_instructions(name: str, number: int) -> tuple[list[Instruction], int]:
+def read_instructions(name: str, number: int, key: str = KEY) -> tuple[list[Instruction], int]:
     """Read the first `number` instructions of a file (0: all); also return how many it has.
+
+    Args:
+        key: the setting that names the file.
 
     Raises:
         UserError: there is no such file, or one of its rows lacks what must be asked.
     """
     file = Path(name).name.partition(".")[0]
-    found = read_row_file(name, KEY, lambda row: _instruction(row, file))
+    found = read_row_file(name, key, lambda row: _instruction(row, file))
     return found[: number or None], len(found)
+
+
+def read_prompts(name: str, key: str) -> list[Instruction]:
+    """Read all instructions of a file; of a .txt file every line that is not blank is one.
+
+    Args:
+        key: the setting that names the file.
+
+    Raises:
+        UserError: as `read_instructions`.
+    """
+    path = Path(name)
+    if path.suffix != ".txt":
+        return read_instructions(name, 0, key)[0]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:  # not UTF-8
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise UserError(f"{key}={name} cannot be read: {reason}.") from error
+    rows = [{"instruction": line} for line in lines if line]
+    if not rows:
+        raise UserError(f"{key}={name} holds no prompt.")
+    return [_instruction(row, path.stem) for row in rows]
 
 
 def checkable(config: Config) -> bool:

@@ -71,6 +71,7 @@ class Engine(Protocol):
     """What the loop, evaluation and checkpoints use of an engine."""
 
     device: torch.device  # of this rank's computation
+    model: Any  # the Hugging Face model given to `setup`, its parameters sharded
     loss: str  # plain, chunked or liger: `model.loss`, with `auto` resolved by `setup`
 
     def setup(self, model: Any, make_optimizer: MakeOptimizer) -> None:

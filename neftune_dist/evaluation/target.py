@@ -27,11 +27,11 @@ from neftune_dist.checkpoint.run_files import (
     check_sealed,
     run_config,
 )
-from neftune_dist.config import Config, ModelConfig, UserError, load_config, read_json, user_path
+from neftune_dist.config import Config, ModelConfig, UserError, load_config, user_path
 from neftune_dist.data.tokenize import ConversationTokenizer
 from neftune_dist.model import load, locate
 from neftune_dist.model.families import check_model
-from neftune_dist.model.generation import Generator
+from neftune_dist.model.generation import Generator, end_tokens
 from neftune_dist.model.modules import replace_parameters
 from neftune_dist.system.text import first_line
 
@@ -77,16 +77,9 @@ class EvaluationTarget:
 
     @cached_property
     def end_tokens(self) -> list[int]:
-        """Tokens that end an answer: those of the model's files, and the one that ends an answer in
-        the template (a base model's files do not name it)."""
-        own = self.folder / "generation_config.json"
-        if own.exists():
-            found = read_json(own, {"eos_token_id?": int | list | None}).get("eos_token_id")
-        else:
-            found = load.load_model_config(self.folder, self._plain).eos_token_id
-        ends = {*(found if isinstance(found, list) else [found])}
-        ends |= {*self.template.end_of_turn[0]}
-        return sorted(ends - {None})
+        """Tokens that end an answer."""
+        hf_config = load.load_model_config(self.folder, self._plain)
+        return end_tokens(self.folder, hf_config, self.template.end_of_turn[0])
 
     @cached_property
     def model(self) -> Any:

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
-from neftune_dist.config import EvaluateConfig, UserError
+from neftune_dist.config import EvaluateConfig, UserError, read_json
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,23 @@ class Generator:
             "logits_processor": transformers.LogitsProcessorList([penalty]),
             "synced_gpus": self.synced,
         }
+
+
+def end_tokens(folder: Path, hf_config: Any, of_template: Sequence[int]) -> list[int]:
+    """Tokens that end an answer: those of the model's files, and the one that ends an answer in the
+    template (a base model's files do not name it).
+
+    Args:
+        folder: the model's files.
+        hf_config: its configuration.
+        of_template: as `ConversationTokenizer.end_of_turn` gives them.
+    """
+    own = folder / "generation_config.json"
+    found = hf_config.eos_token_id
+    if own.exists():
+        found = read_json(own, {"eos_token_id?": int | list | None}).get("eos_token_id")
+    ends = {*(found if isinstance(found, list) else [found]), *of_template}
+    return sorted(ends - {None})
 
 
 @torch.no_grad()

@@ -33,8 +33,7 @@ from neftune_dist.model import load
 from neftune_dist.model.ulysses import share_sequences
 from neftune_dist.optim import MakeOptimizer, QuantizedMoment
 from neftune_dist.planning.memory import Memory, Peak
-from neftune_dist.training.loop import token_layout
-from neftune_dist.training.noise import attach_noise
+from neftune_dist.training.noise import attach_noise, token_layout
 
 # On each rank DeepSpeed's stage 3 handles every partition of every tensor by itself: no more of
 # them than this are simulated, and the size of a partition is scaled.

@@ -1,4 +1,4 @@
-"""The records of a run, one JSON object a line: metrics.jsonl and evaluations.jsonl.
+"""The records of a run, one JSON object a line: metrics.jsonl, evaluations.jsonl, samples.jsonl.
 
 A damaged line is left out and counted; the others are read all the same. Imports no torch.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-STEPS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
+STEPS, EVALUATIONS, SAMPLES = "metrics.jsonl", "evaluations.jsonl", "samples.jsonl"
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Records:
     """The records of a file.
 
     Attributes:
-        rows: each with a `step`; one a step, the last that was written, in order.
+        rows: each with a `step`; one a step (of samples: a step and `index`), the last that was
+            written, in order.
         num_lost: lines that are no records. A last line without an end is not counted: whoever
             wrote it was killed meanwhile, and that step has not been saved.
     """
@@ -58,7 +59,8 @@ def read_records(path: Path, numbers: Sequence[str] = (), last_bytes: int | None
     if lines and (row := _record(lines[-1], numbers)) is not None:
         found.append(row)
     found.sort(key=lambda row: row["step"])
-    return Records(list({row["step"]: row for row in found}.values()), lost)
+    unique = {(row["step"], str(row.get("index"))): row for row in found}
+    return Records(list(unique.values()), lost)
 
 
 def _record(line: bytes, numbers: Sequence[str]) -> dict[str, Any] | None:

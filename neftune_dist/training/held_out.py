@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from neftune_dist.config import Config
+from neftune_dist.config import Config, EvaluateConfig
 from neftune_dist.data.documents import Documents
 from neftune_dist.data.loader import evaluation_batches
 from neftune_dist.data.split import sample_documents
@@ -76,3 +76,9 @@ def held_out_figures(loss: float | None, num_documents: int, num_tokens: int) ->
         "num_documents": num_documents,
         "num_supervised_tokens": num_tokens,
     }
+
+
+def evaluation_due(config: EvaluateConfig, step: int, num_steps: int) -> bool:
+    """Whether held-out documents are evaluated after `step`, which is 0 at a run's start."""
+    every = config.every_steps
+    return step in (0, num_steps) or (every > 0 and step < num_steps and step % every == 0)

@@ -18,8 +18,10 @@ from neftune_dist.distributed.world import World
 from neftune_dist.model import load, locate
 from neftune_dist.model.families import check_lengths
 from neftune_dist.model.flops import ModelSize, model_size
-from neftune_dist.system.records import EVALUATIONS, STEPS
-from neftune_dist.training.loop import Progress, evaluation_due
+from neftune_dist.system.records import EVALUATIONS, SAMPLES, STEPS
+from neftune_dist.training import samples
+from neftune_dist.training.held_out import evaluation_due
+from neftune_dist.training.loop import Progress
 from neftune_dist.training.metrics import is_evaluated
 from neftune_dist.training.startup_report import dropout_lines, noise_lines
 
@@ -38,6 +40,7 @@ class Inputs:
         progress: how far the run has come.
         evaluation_due: whether to evaluate before the next step.
         weights: the base model's files; None where a checkpoint holds all that is needed.
+        prompts: to answer while training; None: none.
         changes: settings that differ from the checkpoint's.
     """
 
@@ -50,6 +53,7 @@ class Inputs:
     progress: Progress
     evaluation_due: bool
     weights: load.Weights | None
+    prompts: samples.Prompts | None
     changes: list[str]
 
     def recorded(self, config: Config) -> Collection[str]:
@@ -83,6 +87,7 @@ def read_inputs(config: Config, run_dir: Path, world: World) -> Inputs:
         model = load.build(folder, config.model, config.data.packing, config.adapter)
         check_vocabulary(model, tokenizer)
         check_lengths(model.config, dataset.report.longest_tokens)
+        prompts = samples.read(config, folder, tokenizer, model.config)
         identity = {
             **dataset.identity,
             "data": dataset.content,
@@ -102,9 +107,10 @@ def read_inputs(config: Config, run_dir: Path, world: World) -> Inputs:
             changes = resume.check_same_run(found, state, identity, config)
             progress = Progress(**state["progress"])
     due = evaluation_due(config.evaluate, progress.step, sampler.num_steps)
-    due = due and len(dataset.held_out) > 0
+    due = due and (len(dataset.held_out) > 0 or prompts is not None)
     if due and found:  # then only where a stop cut that evaluation short
-        recorded = world.is_first and is_evaluated(run_dir, progress.step)
+        last = EVALUATIONS if len(dataset.held_out) else SAMPLES
+        recorded = world.is_first and is_evaluated(run_dir, progress.step, last)
         due = not world.from_first("recorded" if recorded else "")
     with world.agree():
         if world.is_first:
@@ -120,6 +126,7 @@ def read_inputs(config: Config, run_dir: Path, world: World) -> Inputs:
         progress=progress,
         evaluation_due=due,
         weights=weights,
+        prompts=prompts,
         changes=changes,
     )
 

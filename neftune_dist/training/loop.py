@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from neftune_dist.checkpoint.saver import Saver
-from neftune_dist.config import Config, EvaluateConfig
-from neftune_dist.data.loader import Loader, MicroBatch, StepBatch
+from neftune_dist.config import Config
+from neftune_dist.data.loader import Loader, StepBatch
 from neftune_dist.distributed.outcome import Final
 from neftune_dist.distributed.signals import Stopped
 from neftune_dist.distributed.straggler import Stragglers
@@ -31,11 +31,11 @@ from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import Engine
 from neftune_dist.model.flops import ModelSize
 from neftune_dist.noise.handle import NEFTuneHandle
-from neftune_dist.noise.layout import TokenLayout
 from neftune_dist.optim import learning_rate
-from neftune_dist.training.held_out import HeldOut
+from neftune_dist.training.held_out import HeldOut, evaluation_due
 from neftune_dist.training.metrics import RankResult, Recorder, memory_gib, step_record
-from neftune_dist.training.noise import noise_alpha, noise_signs, num_passes
+from neftune_dist.training.noise import noise_alpha, noise_signs, num_passes, token_layout
+from neftune_dist.training.samples import SampleAnswers
 
 
 class Diverged(Final):
@@ -111,6 +111,7 @@ class Trainer:
     recorder: Recorder
     size: ModelSize
     held_out: HeldOut | None
+    samples: SampleAnswers | None
     saver: Saver
     watchdog: Watchdog
     stragglers: Stragglers
@@ -273,14 +274,23 @@ class Trainer:
         )
 
     def evaluate(self) -> bool:
-        """Record the held-out loss, where documents are held out. False, and no record, where a
-        stop was requested meanwhile."""
-        if self.held_out is None:
-            return True
-        result = self.held_out.evaluate(self.engine, self.evaluating)
+        """Record sample answers and the held-out loss, where they are asked for. False, and no
+        record, where a stop was requested meanwhile."""
+        step, rows, result = self.progress.step, None, None
+        if self.samples:
+            rows = self.samples.answer(self.engine, step, self.evaluating)
+            if rows is None:
+                return False
+        if self.held_out:
+            result = self.held_out.evaluate(self.engine, self.evaluating)
+            if result is None:
+                return False
+        if rows:
+            self.recorder.samples(rows)
         if result is None:
-            return False
-        self.recorder.evaluation({"step": self.progress.step, **result})
+            return True
+        # Last, because a run that is resumed asks whether this record is there.
+        self.recorder.evaluation({"step": step, **result})
         updated = self.last_update is self.progress
         self.progress = self.progress.evaluated(result["held_out_loss"])
         if updated:
@@ -326,25 +336,3 @@ class Trainer:
 def dropout_seed(seed: int, step: int, rank: int) -> int:
     """Return the seed of torch's generators at a step, below 2^63, different on every rank."""
     return random.Random(f"{seed}/{step}/{rank}").getrandbits(63)
-
-
-def evaluation_due(config: EvaluateConfig, step: int, num_steps: int) -> bool:
-    """Whether held-out documents are evaluated after `step`, which is 0 at a run's start."""
-    every = config.every_steps
-    return step in (0, num_steps) or (every > 0 and step < num_steps and step % every == 0)
-
-
-def token_layout(batch: MicroBatch) -> TokenLayout:
-    """Return the noise's description of a micro-batch's tokens, without waiting for the device."""
-    if len(batch.documents) == 0:  # an empty micro-batch holds padding alone
-        return TokenLayout.padding(batch.input_ids.numel(), batch.input_ids.device)
-    own, segment = len(batch.segment), batch.segment
-    first = batch.part[0] * own  # of a slice, within the whole
-    return TokenLayout(
-        token=torch.arange(first, first + own, device=segment.device),
-        length=batch.token_length,
-        position=batch.position_ids.flatten(),
-        segment=segment,
-        document=batch.documents[segment],
-        epoch=batch.epochs[segment],
-    )

@@ -1,4 +1,4 @@
-"""A run's metrics: metrics.jsonl, evaluations.jsonl, trackers, a progress bar.
+"""A run's metrics: metrics.jsonl, evaluations.jsonl, samples.jsonl, trackers, a progress bar.
 
 Rank 0 alone writes them. A resumed run first drops the records beyond its checkpoint, so that the
 files read as if the run had never stopped. A number that is not finite is written as null, as JSON
@@ -30,7 +30,7 @@ from neftune_dist.model.flops import ModelSize, peak_flops
 from neftune_dist.model.optimizations import num_compiled_graphs
 from neftune_dist.noise.law import expected_norm
 from neftune_dist.system import storage
-from neftune_dist.system.records import EVALUATIONS, STEPS, Records, read_records
+from neftune_dist.system.records import EVALUATIONS, SAMPLES, STEPS, Records, read_records
 from neftune_dist.system.text import duration_text
 from neftune_dist.training.noise import num_passes
 from neftune_dist.training.trackers import Trackers
@@ -131,6 +131,7 @@ class Recorder:
         first_step: the last step made so far; 0 at a run's start.
         active: False on ranks other than 0: nothing is written.
         expected: the files in which this run has recorded something up to `first_step`.
+        samples: whether sample prompts are answered.
     """
 
     def __init__(
@@ -142,6 +143,7 @@ class Recorder:
         num_steps: int,
         active: bool,
         expected: Collection[str] = (),
+        samples: bool = False,
     ) -> None:
         self.active = active
         if not active:
@@ -149,7 +151,8 @@ class Recorder:
         try:
             # From the start a run evaluates at step 0 again; resumed, it does not.
             _keep_until(run_dir, first_step if first_step else -1, expected)
-            self._files = {n: (run_dir / n).open("a") for n in (STEPS, EVALUATIONS)}
+            names = (STEPS, EVALUATIONS, *([SAMPLES] if samples else []))
+            self._files = {name: (run_dir / name).open("a") for name in names}
             self._trackers = Trackers(run_dir, config, facts, first_step)
         except OSError as error:
             where = error.filename or f"run_dir={run_dir}"
@@ -171,7 +174,7 @@ class Recorder:
         """Record a step, see `step_record`."""
         if not self.active:
             return
-        self._write(STEPS, record)
+        self._record(STEPS, record)
         self._seconds += record["step_seconds"]
         self._recorded += 1
         if self._bar is not None:
@@ -192,8 +195,18 @@ class Recorder:
         """Record an evaluation: `step` and its results."""
         if not self.active:
             return
-        self._write(EVALUATIONS, record)
-        line = f"step {record['step']}: held-out loss {record['held_out_loss']:.4f} (noise off)"
+        self._record(EVALUATIONS, record)
+        self._say(f"step {record['step']}: held-out loss {record['held_out_loss']:.4f} (noise off)")
+
+    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Record the answers to all sample prompts after a step, see `SampleAnswers`."""
+        if not self.active or not rows:
+            return
+        self._write(SAMPLES, rows)
+        self._trackers.samples(rows)
+        self._say(f"step {rows[0]['step']}: {len(rows)} sample answers, in {SAMPLES}")
+
+    def _say(self, line: str) -> None:
         if self._bar is not None:
             self._bar.write(line)
         else:
@@ -212,22 +225,26 @@ class Recorder:
         if self._num_lost:
             raise UserError(f"{self._num_lost} records could not be written to {self._run_dir}.")
 
-    def _write(self, name: str, record: Mapping[str, Any]) -> None:
+    def _record(self, name: str, record: Mapping[str, Any]) -> None:
         record = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
+        self._write(name, [record])
+        self._trackers.record(record)
+
+    def _write(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
+        lines = [json.dumps(record) for record in records]
         try:
             if not os.fstat(self._files[name].fileno()).st_nlink:
                 self._reopen(name)
-            self._files[name].write(json.dumps(record) + "\n")
+            self._files[name].write("".join(f"{line}\n" for line in lines))
             self._files[name].flush()
         except OSError as error:
             # A full disk must not end the run on one rank alone: the next save ends it on all.
             if not self._num_lost:
                 print(f"warning: {self._run_dir / name}: {error.strerror}", file=sys.stderr)
-            self._num_lost += 1
-        self._trackers.record(record)
+            self._num_lost += len(lines)
 
     def _reopen(self, name: str) -> None:
         """Create a file again that was removed. Raises `UserError` if its directory is gone."""
@@ -239,10 +256,12 @@ class Recorder:
         print(f"warning: {self._run_dir / name} was removed; it begins again", file=sys.stderr)
 
 
-def is_evaluated(run_dir: Path, step: int) -> bool:
-    """Whether the evaluation after `step` is in the records."""
+def is_evaluated(run_dir: Path, step: int, name: str = EVALUATIONS) -> bool:
+    """Whether the evaluation after `step` is in the records, the last of which are those in
+    `name`."""
+    numbers = ("held_out_loss",) if name == EVALUATIONS else ()
     try:
-        rows = read_records(run_dir / EVALUATIONS, ("held_out_loss",)).rows
+        rows = read_records(run_dir / name, numbers).rows
     except OSError:
         return False
     return any(row["step"] == step for row in rows)
@@ -258,7 +277,7 @@ def memory_gib(device: torch.device) -> float:
 def _keep_until(run_dir: Path, step: int, expected: Collection[str]) -> None:
     """Keep one record of each step up to `step`, and warn of lost ones."""
     began_here = False  # False for a run that began from another run's checkpoint
-    for name in (STEPS, EVALUATIONS):
+    for name in (STEPS, EVALUATIONS, SAMPLES):
         path = run_dir / name
         exists = path.exists()
         found = read_records(path) if exists else Records([], 0)

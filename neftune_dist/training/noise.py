@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.distributed import ProcessGroup
 
 from neftune_dist.config import Config, NoiseConfig, UserError
+from neftune_dist.data.loader import MicroBatch
 from neftune_dist.noise.handle import NEFTuneHandle
 from neftune_dist.noise.hook import NEFTune
 from neftune_dist.noise.law import SIGNS
+from neftune_dist.noise.layout import TokenLayout
 from neftune_dist.optim.schedule import Schedule
 
 
@@ -61,3 +64,19 @@ def noise_signs(noise: NoiseConfig) -> tuple[int, ...]:
 def num_passes(noise: NoiseConfig) -> int:
     """Return the number of forward passes of each micro-batch."""
     return len(noise_signs(noise))
+
+
+def token_layout(batch: MicroBatch) -> TokenLayout:
+    """Return the noise's description of a micro-batch's tokens, without waiting for the device."""
+    if len(batch.documents) == 0:  # an empty micro-batch holds padding alone
+        return TokenLayout.padding(batch.input_ids.numel(), batch.input_ids.device)
+    own, segment = len(batch.segment), batch.segment
+    first = batch.part[0] * own  # of a slice, within the whole
+    return TokenLayout(
+        token=torch.arange(first, first + own, device=segment.device),
+        length=batch.token_length,
+        position=batch.position_ids.flatten(),
+        segment=segment,
+        document=batch.documents[segment],
+        epoch=batch.epochs[segment],
+    )

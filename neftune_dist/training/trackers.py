@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -100,6 +101,12 @@ class Trackers:
         for name in list(self._running):
             self._try(name, lambda tracker: tracker.record(values, record["step"]))
 
+    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Record the answers to sample prompts, as text: in TensorBoard alone."""
+        tracker = self._running.get("tensorboard")
+        if isinstance(tracker, _TensorBoard):
+            self._try("tensorboard", lambda _: tracker.samples(rows))
+
     def close(self, failed: bool = False) -> None:
         """Flush and close all trackers."""
         for name in list(self._running):
@@ -140,6 +147,13 @@ class _TensorBoard:
     def record(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+
+    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        for row in rows:
+            # Indented, so that TensorBoard shows the text as it is and reads no Markdown in it.
+            texts = (textwrap.indent(str(row[key]), "    ") for key in ("instruction", "output"))
+            text = "\n\nanswer:\n\n".join(texts)
+            self._writer.add_text(f"samples/{row['index'] + 1}", text, row["step"])
 
     def close(self, failed: bool) -> None:
         self._writer.close()

@@ -33,6 +33,7 @@ from neftune_dist.training.inputs import Inputs, read_inputs
 from neftune_dist.training.loop import Progress, Trainer
 from neftune_dist.training.metrics import Recorder
 from neftune_dist.training.noise import attach_noise
+from neftune_dist.training.samples import SampleAnswers
 from neftune_dist.training.startup_report import (
     compute_line,
     data_lines,
@@ -93,6 +94,7 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
             num_steps,
             world.is_first,
             inputs.recorded(config),
+            samples=inputs.prompts is not None,
         )
     world.raise_collective_timeout(config.train.hang_minutes)
     saver = Saver(run_dir, config.checkpoint, world)
@@ -108,6 +110,7 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
         recorder=recorder,
         size=inputs.size,
         held_out=_make_held_out(config, inputs, sharing, world),
+        samples=SampleAnswers(inputs.prompts, config, world) if inputs.prompts else None,
         saver=saver,
         watchdog=watchdog,
         stragglers=stragglers,

@@ -34,7 +34,7 @@ from neftune_dist.noise.law import RankStream, scalar, scales
 from neftune_dist.noise.layout import TokenLayout
 from neftune_dist.noise.op import add_noise, add_noise_
 from neftune_dist.optim import MakeOptimizer
-from neftune_dist.training.loop import token_layout
+from neftune_dist.training.noise import token_layout
 
 GIB = 2**30
 # Tokens at these shares of the documents, the least and the most included. Alpaca's as Llama-2's

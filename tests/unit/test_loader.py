@@ -19,7 +19,8 @@ from neftune_dist.data.documents import Documents
 from neftune_dist.data.loader import Loader, MicroBatch, collate, evaluation_batches
 from neftune_dist.data.sampler import make_sampler
 from neftune_dist.noise.layout import TokenLayout
-from neftune_dist.training.loop import dropout_seed, token_layout
+from neftune_dist.training.loop import dropout_seed
+from neftune_dist.training.noise import token_layout
 
 QUADRATIC_TOKENS = 2e4
 

@@ -174,6 +174,7 @@ def make_trainer(parts: Parts, *words: str, step: int = 0, due: bool = False) ->
         "recorder": recorder,
         "size": ModelSize(8, 8, 8, 8, 1, 2),
         "held_out": SimpleNamespace(evaluate=parts.evaluate),
+        "samples": None,
         "saver": saver,
         "watchdog": SimpleNamespace(at=lambda step, phase, limited=True: None),
         "stragglers": stragglers,

@@ -90,6 +90,15 @@ def test_screen_survives_what_a_kill_leaves(run_dir: Path) -> None:
     assert "step 22; recorded" in screen and "loss ?" in screen and "by the law ?" in screen
 
 
+def test_screen_shows_the_last_sample_answer_in_one_line(run_dir: Path) -> None:
+    rows = [
+        {"step": 10, "index": i, "instruction": f"Say\n{i}.", "output": "a\tb\x1b[2J"}
+        for i in (0, 1)
+    ]
+    write(run_dir / "samples.jsonl", rows)
+    assert "sample of step 10: Say 1. -> a b[2J" in list(screen_lines(run_dir, 0.0))
+
+
 def test_other_folder_exits_2(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as left:
         main(["watch", str(tmp_path)])
