@@ -106,11 +106,8 @@ class Results:
                 f"its weights have changed since: {_FIX}."
             )
         if "answers" in stored:  # of earlier versions: greedy, one to an instruction
-            stored["answers"] = {
-                "evaluate.samples": 1,
-                "evaluate.temperature": 0.0,
-                **stored["answers"],
-            }
+            stored["answers"].setdefault("evaluate.samples", 1)
+            stored["answers"].setdefault("evaluate.temperature", 0.0)
         self._settings = stored
         if (self.folder / "summary.json").exists():
             self.summary |= self.read("summary.json")
@@ -214,9 +211,10 @@ def _judge_line(figures: Mapping[str, Any]) -> str:
     for label, rate, interval in (
         ("win rate", "win_rate", "interval"),
         ("win rate at equal lengths", "length_controlled", "length_controlled_interval"),
+        ("over pairs of like lengths", "length_matched", ""),
     ):
-        if figures[rate] is not None:
-            ends = figures[interval]
+        if figures.get(rate) is not None:
+            ends = figures.get(interval)
             bounds = f" ({ends[0]:.1f} to {ends[1]:.1f})" if ends else ""
             rates.append(f"{label} {figures[rate]:.1f} %{bounds}")
     unclear = figures["num_unparsed"] + figures["num_failed"]

@@ -1,4 +1,5 @@
-"""Win rates from pairwise judgements: raw, as in AlpacaEval 1, and at equal lengths.
+"""Win rates from pairwise judgements: raw, as in AlpacaEval 1, and at equal lengths, by a model or
+by leaving out the pairs of unlike lengths.
 
 Also the judgements themselves, AlpacaEval's files, and the pairing of answers by instruction. A
 judgement without a preference is counted, and enters no rate.
@@ -21,6 +22,7 @@ from neftune_dist.data.errors import BadRow
 from neftune_dist.data.row_files import read_row_file
 from neftune_dist.evaluation.intervals import student
 
+_MATCHED = 0.1
 Answer = Mapping[str, Any]  # a row of answers.json: `instruction`, `output`, and others
 
 
@@ -47,6 +49,12 @@ class Judgement:
     failed: bool = False
     sample: int = 0
 
+    @property
+    def is_length_matched(self) -> bool:
+        """Whether the lengths differ by at most a tenth of the longer one."""
+        shorter, longer = sorted((self.our_length, self.their_length))
+        return longer - shorter <= _MATCHED * longer
+
     @classmethod
     def of(cls, ours: Answer, theirs: Answer, preference: float | None, **others: Any) -> Judgement:
         """The judgement of two answers to one instruction."""
@@ -66,6 +74,8 @@ class WinRate:
         interval: of `win_rate`.
         length_controlled: at equal lengths.
         length_controlled_interval: of `length_controlled`.
+        length_matched: over the `num_length_matched` judgements whose answers' lengths differ by at
+            most a tenth of the longer one: no model, but fewer pairs.
         num: judgements; `num_wins + num_losses + num_ties` of them have a preference, `num_failed`
             failed and `num_unparsed` hold no verdict.
         num_wins: judgements with ours better.
@@ -85,6 +95,8 @@ class WinRate:
     interval: tuple[float, float] | None
     length_controlled: float | None
     length_controlled_interval: tuple[float, float] | None
+    length_matched: float | None
+    num_length_matched: int
     num: int
     num_wins: int
     num_losses: int
@@ -123,6 +135,7 @@ def win_rate(judgements: Sequence[Judgement]) -> WinRate:
     n, won, x = len(judged), _won(judged), _length_feature(judged)
     agreement, first_shown = _orders(judgements)
     rate = 100 * float(won.mean()) if n else None
+    matched = won[[j.is_length_matched for j in judged]] if n else won
     a, influences = _fit(won, x)
     error = interval = controlled_interval = None
     if rate is not None and num_items > 1:
@@ -140,6 +153,8 @@ def win_rate(judgements: Sequence[Judgement]) -> WinRate:
         interval=interval,
         length_controlled=100 * _sigmoid(a) if n else None,
         length_controlled_interval=controlled_interval,
+        length_matched=100 * float(matched.mean()) if len(matched) else None,
+        num_length_matched=len(matched),
         num=len(judgements),
         num_wins=int((won > 0.5).sum()),
         num_losses=int((won < 0.5).sum()),

@@ -13,6 +13,10 @@ freedom, or Satterthwaite's for the sum.
 
 Under 3 seeds their spread cannot be estimated. The interval is then over items alone, holds for
 these very runs, and `Difference.over` says so.
+
+Where an item has several answers, its figure is their mean, and the variance over items has two
+parts (the law of total variance; Wang, arXiv 2512.21326): prediction noise, by which answers of one
+model to one item differ, which falls with the number of answers; and item noise, which does not.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from neftune_dist.evaluation.intervals import LEVEL, student
+from neftune_dist.evaluation.intervals import LEVEL, smallest_visible, student
 
 FEWEST_SEEDS = 3  # for an interval over seeds
 FEWEST_ITEMS = 8  # for an interval over items
@@ -46,6 +50,10 @@ class Difference:
         p: two-sided p-value of no difference; NaN without an interval.
         over: what the interval covers: "seeds and items", "seeds", "items", or "" without one.
         num_items: how many different items were compared; 0 for a value of the whole run.
+        error: standard error of the mean difference; NaN without an interval.
+        visible: the smallest true difference that 4 of 5 such studies would see.
+        item_error: the part of `error` that is item noise; NaN with one answer to an item.
+        prediction_error: the part that is prediction noise; NaN with one answer to an item.
         p_holm: `p` corrected for the number of comparisons.
     """
 
@@ -59,6 +67,10 @@ class Difference:
     p: float
     over: str
     num_items: int
+    error: float = math.nan
+    visible: float = math.nan
+    item_error: float = math.nan
+    prediction_error: float = math.nan
     p_holm: float = math.nan
 
     @property
@@ -70,6 +82,15 @@ class Difference:
     def excludes_0(self) -> bool:
         """Whether there is an interval and it excludes 0."""
         return self.low > 0 or self.high < 0
+
+    @property
+    def why_untested(self) -> str:
+        """The reason where there is no interval; empty with one."""
+        if self.over:
+            return ""
+        if self.num_items:
+            return f"{count(self.num_items, 'item')}, at least {FEWEST_ITEMS} needed"
+        return f"{count(len(self.by_seed), 'seed')}, at least {FEWEST_SEEDS} needed"
 
     @property
     def is_significant(self) -> bool:
@@ -86,7 +107,8 @@ def paired(
         measure: its name. Losses are continuous: documents with equal losses at every seed are
             copies of one, and count as one item.
         alpha: of `values`.
-        values: (num_seeds, num_items), the mean over each item's own weight.
+        values: (num_seeds, num_items), the mean over each item's own weight, or (num_seeds,
+            num_items, num_answers).
         base: the same at the base.
         weights: the same shape: supervised tokens of a document, 1 for an answer, 0 where either
             run has no value; `values` and `base` may be NaN there.
@@ -94,20 +116,32 @@ def paired(
     Returns:
         The difference; None where a seed has no item with a value.
     """
+    values, base, weights = np.atleast_3d(values), np.atleast_3d(base), np.atleast_3d(weights)
     known = weights > 0
-    if not known.any(axis=1).all():
+    if not known.any(axis=(1, 2)).all():
         return None
-    values, base = np.where(known, values, 0.0), np.where(known, base, 0.0)
+    differences = np.where(known, values - base, 0.0)  # of answers
+    of_item = known / np.maximum(known.sum(axis=2, keepdims=True), 1)  # an answer's share
+    values, base = ((np.where(known, side, 0.0) * of_item).sum(axis=2) for side in (values, base))
+    weights = weights.max(axis=2)
     shares = weights / weights.sum(axis=1, keepdims=True)
     means, base_means = (values * shares).sum(axis=1), (base * shares).sum(axis=1)
     by_seed = means - base_means
     influences = (shares * (values - base - by_seed[:, None])).mean(axis=0)
+    # The mean over seeds first: answers to an item have the same draws at all seeds.
+    within = differences - (values - base)[:, :, None]
+    deviations = (shares[:, :, None] * of_item * within).mean(axis=0)  # (num_items, num_answers)
+    num_answers = deviations.shape[1]
+    prediction = (
+        num_answers / (num_answers - 1) * (deviations**2).sum() if num_answers > 1 else math.nan
+    )
+    is_known = known.any(axis=(0, 2))  # (num_items,)
     if measure in (HELD_OUT, TRAIN):
         columns = np.concatenate([values, base, weights])
         _, document = np.unique(columns, axis=1, return_inverse=True)
         influences = np.bincount(document.ravel(), influences)
-        known = np.bincount(document.ravel(), known.any(axis=0))[None] > 0
-    return difference(measure, alpha, means, base_means, influences[known.any(axis=0)])
+        is_known = np.bincount(document.ravel(), is_known) > 0
+    return difference(measure, alpha, means, base_means, influences[is_known], prediction)
 
 
 def difference(
@@ -116,6 +150,7 @@ def difference(
     values: np.ndarray,
     base: np.ndarray,
     influences: np.ndarray = _NO_ITEMS,
+    prediction: float = math.nan,
 ) -> Difference:
     """Put an interval around the mean difference over the seeds.
 
@@ -126,6 +161,7 @@ def difference(
         base: the same at the base.
         influences: (num_items,), each item's share in the deviation of the mean; empty where the
             measure has no items.
+        prediction: the part of the variance over items that is prediction noise.
     """
     by_seed, num_items = values - base, len(influences)
     sources = {}  # name: variance of the mean, degrees of freedom
@@ -134,15 +170,19 @@ def difference(
     if num_items >= FEWEST_ITEMS:
         variance = num_items / (num_items - 1) * (influences**2).sum()
         sources["items"] = variance, num_items - 1
-    low = high = p = math.nan
+    low = high = p = error = visible = of_items = math.nan
     mean = float(by_seed.mean())
     variance = float(sum(of for of, _ in sources.values()))
     if variance:
         degrees = variance**2 / sum(of**2 / free for of, free in sources.values())
-        factor, p = student(abs(mean) / variance**0.5, degrees)
-        low, high = mean - factor * variance**0.5, mean + factor * variance**0.5
+        error = math.sqrt(variance)
+        factor, p = student(abs(mean) / error, degrees)
+        low, high = mean - factor * error, mean + factor * error
+        visible = smallest_visible(degrees) * error
     elif sources:  # the same difference everywhere
         low, high, p = mean, mean, float(mean == 0)
+    if "items" in sources:
+        of_items = math.sqrt(max(0.0, sources["items"][0] - prediction))
     return Difference(
         measure,
         alpha,
@@ -154,7 +194,16 @@ def difference(
         p=p,
         over=" and ".join(sources),
         num_items=num_items,
+        error=error,
+        visible=visible,
+        item_error=math.nan if math.isnan(prediction) else of_items,
+        prediction_error=math.sqrt(prediction),
     )
+
+
+def count(number: int, noun: str) -> str:
+    """A number of things: 1 seed, 2 seeds."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def corrected(differences: Sequence[Difference]) -> list[Difference]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from neftune_dist.study.compare import FEWEST_SEEDS, LEVEL, Difference
+from neftune_dist.study.compare import FEWEST_SEEDS, LEVEL, Difference, count
 from neftune_dist.study.grid import plain
-from neftune_dist.study.measures import LENGTH, LENGTH_CONTROLLED, RAW, measure
+from neftune_dist.study.measures import LENGTH, LENGTH_CONTROLLED, LENGTH_MATCHED, RAW, measure
 
+# Win rates in which a judge's preference for length may be: like lengths are not equal ones.
+_WITH_LENGTH = (RAW, LENGTH_MATCHED)
 _GROUPS = {"losses": "Losses", "answers": "Answers", "judged": "Judged", "abilities": "Abilities"}
 
 
@@ -17,12 +19,14 @@ def conclusion(differences: Sequence[Difference], num_seeds: int) -> str:
         return "Only one alpha was studied: there is nothing to compare."
     parts = []
     if num_seeds < FEWEST_SEEDS:
-        parts.append(
-            f"**No effect of alpha is claimed: {_seeds(num_seeds)} too few to tell it from "
-            "chance.** Intervals "
-            "cover items alone (documents, instructions, task items): they hold for the models of "
-            "these runs, not for other seeds."
-        )
+        seeds = f"{count(num_seeds, 'seed')} {'is' if num_seeds == 1 else 'are'}"
+        text = f"**No effect of alpha is claimed: {seeds} too few to tell it from chance.**"
+        if any(d.over for d in differences):
+            text += (
+                " Intervals cover items alone (documents, instructions, task items): they hold for "
+                "the models of these runs, not for other seeds."
+            )
+        parts.append(text)
     for alpha in dict.fromkeys(d.alpha for d in differences):
         these = [d for d in differences if d.alpha == alpha]
         lines = [f"**alpha {plain(alpha)}**: {_verdict(these)}", ""]
@@ -38,9 +42,8 @@ def conclusion(differences: Sequence[Difference], num_seeds: int) -> str:
 def sentence(difference: Difference) -> str:
     """One difference in words, with its interval; without a full stop."""
     kind, low, high = measure(difference.measure), difference.low, difference.high
-    if not difference.over:
-        seeds = _seeds(len(difference.by_seed))
-        return f"no difference seen in {kind.label}: {seeds} too few to tell noise from effect"
+    if why := difference.why_untested:
+        return f"{kind.label} not tested: {why}"
     bounds = kind.shown_range(low, high)
     if not difference.excludes_0:
         if kind.group == "abilities" and low < 0:
@@ -72,7 +75,7 @@ def warnings(differences: Sequence[Difference]) -> list[str]:
             f"the gain in win rate ({kind.shown(raw.value)} %) disappears once length is "
             f"controlled ({kind.shown(controlled.value)} %, {place})."
         )
-    gains = [d for d in differences if _is_gain(d) and d.measure != RAW]
+    gains = [d for d in differences if _is_gain(d) and d.measure not in _WITH_LENGTH]
     if length and length.excludes_0 and length.mean > 0 and not gains:
         found.append(
             f"the answers only became longer, by {measure(LENGTH).shown(length.mean)} characters: "
@@ -88,7 +91,10 @@ def _is_gain(difference: Difference) -> bool:
 def _verdict(differences: Sequence[Difference]) -> str:
     """A sentence or two about one alpha."""
     few = not any("seeds" in d.over for d in differences)
+    tested = [d for d in differences if d.over]
     seen = [d for d in differences if d.excludes_0]
+    if not tested:
+        return "nothing could be tested."
     if not seen:
         return "no difference seen."
     claimed = [d for d in seen if few or d.is_significant]
@@ -97,7 +103,8 @@ def _verdict(differences: Sequence[Difference]) -> str:
     only_length = not any(_is_gain(d) for d in differences if d.measure == LENGTH_CONTROLLED)
     for d in claimed:
         kind = measure(d.measure)
-        better = 0 if d.measure == RAW and _is_gain(d) and only_length else kind.better
+        is_length = d.measure in _WITH_LENGTH and _is_gain(d) and only_length
+        better = 0 if is_length else kind.better
         if better:
             labels["better" if d.mean * better > 0 else "worse"].append(kind.label)
         else:
@@ -106,8 +113,8 @@ def _verdict(differences: Sequence[Difference]) -> str:
     parts = parts or ["no significant difference"]
     if maybe := [measure(d.measure).label for d in seen if d not in claimed]:
         parts.append(f"perhaps by chance: {', '.join(maybe)}")
-    if rest := len(differences) - len(seen):
-        parts.append(f"no difference seen in the other {rest} of {len(differences)} measures")
+    if rest := len(tested) - len(seen):
+        parts.append(f"no difference seen in the other {rest} of {len(tested)} measures")
     return f"{'in these runs alone, ' if few else ''}{'; '.join(parts)}."
 
 
@@ -121,7 +128,3 @@ def _comparisons(differences: Sequence[Difference]) -> str:
         f"{outside} exclude 0, {standing} of them after Holm's correction for the number of "
         "comparisons."
     )
-
-
-def _seeds(number: int) -> str:
-    return "1 seed is" if number == 1 else f"{number} seeds are"

@@ -66,6 +66,11 @@ def evaluation_folder(run: Path, step: int) -> Path:
     return run / "evaluations" / f"step_{step:08d}"
 
 
+def is_finished(run: Path) -> bool:
+    """Whether a run has been evaluated."""
+    return any(run.glob("evaluations/*/summary.json"))
+
+
 def perform(train: Sequence[str], evaluate: Sequence[str], num_ranks: int) -> tuple[int, str]:
     """Train and evaluate one run; finished parts are skipped.
 

@@ -14,11 +14,13 @@ import numpy as np
 
 from neftune_dist.evaluation.win_rate import Judgement, length_controlled_influences, win_rate
 from neftune_dist.study.compare import HELD_OUT, TRAIN, Difference, corrected, difference, paired
+from neftune_dist.study.grid import plain
 from neftune_dist.study.results import Run, alphas_of, seeds_of
 
 Judged = Mapping[tuple[float, int], Sequence[Judgement]]  # by alpha and seed, against the base
 
 TASK, RAW, LENGTH_CONTROLLED = "task ", "win_rate", "win_rate_length_controlled"
+LENGTH_MATCHED = "win_rate_length_matched"
 LENGTH = "characters"
 
 
@@ -67,6 +69,9 @@ _FIXED = {
     "exact_match": Measure("exact match", 1, "answers", 2, " points", scale=100.0),
     RAW: Measure("win rate", 1, "judged", 2, " points", scale=100.0),
     LENGTH_CONTROLLED: Measure("win rate at equal lengths", 1, "judged", 2, " points"),
+    LENGTH_MATCHED: Measure(
+        "win rate over pairs of like lengths", 1, "judged", 2, " points", scale=100.0
+    ),
 }
 
 
@@ -81,10 +86,8 @@ def measure(name: str) -> Measure:
 def differences(runs: Sequence[Run], judged: Judged) -> list[Difference]:
     """Differences of every alpha from the least one in all measures that all runs have, with Holm's
     correction."""
-    alphas, seeds = alphas_of(runs), seeds_of(runs)
+    alphas, seeds, names = alphas_of(runs), seeds_of(runs), _names(runs)
     by_place = {(run.alpha, run.seed): run for run in runs}
-    tasks = dict.fromkeys(TASK + task for run in runs for task in run.figures("tasks"))
-    names = [name for name in [*_FIXED, *tasks] if measure(name).group != "judged"]
     found: list[Difference | None] = []
     for alpha in alphas[1:]:
         ours, theirs = ([by_place[a, seed] for seed in seeds] for a in (alpha, alphas[0]))
@@ -95,12 +98,35 @@ def differences(runs: Sequence[Run], judged: Judged) -> list[Difference]:
     return corrected([d for d in found if d is not None])
 
 
+def untested(runs: Sequence[Run], found: Sequence[Difference]) -> list[str]:
+    """Why measures that some runs have are not among the differences, a line each."""
+    compared = {(d.measure, d.alpha) for d in found}
+    lines = []
+    for name in _names(runs):
+        having = sum(_items(run, name) is not None for run in runs)
+        missing = [a for a in alphas_of(runs)[1:] if (name, a) not in compared]
+        if having and missing:
+            why = f"{having} of {len(runs)} runs have values"
+            if having == len(runs):
+                why = "at a seed, no item has a value in both runs"
+            lines.append(f"{measure(name).label}, alpha {', '.join(map(plain, missing))}: {why}.")
+    return lines
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """Measures of the evaluations, without those of the judge."""
+    tasks = dict.fromkeys(TASK + task for run in runs for task in run.figures("tasks"))
+    return [name for name in [*_FIXED, *tasks] if measure(name).group != "judged"]
+
+
 def _difference(
     name: str, alpha: float, ours: Sequence[Run], theirs: Sequence[Run]
 ) -> Difference | None:
     items = [_items(run, name) for run in (*ours, *theirs)]
     if all(item is not None for item in items):
-        stacked = np.array(items).reshape(2, len(ours), 2, -1)  # side, seed, value or weight, item
+        num_answers = ours[0].num_samples if measure(name).group == "answers" else 1
+        # Side, seed, value or weight, item, answer.
+        stacked = np.array(items).reshape(2, len(ours), 2, -1, num_answers)
         (values, base), weights = measure(name).scale * stacked[:, :, 0], stacked[:, :, 1]
         return paired(name, alpha, values, base, weights.min(axis=0))
     if name != HELD_OUT:
@@ -128,15 +154,22 @@ def _items(run: Run, name: str) -> np.ndarray | None:
 
 
 def _won(alpha: float, judgements: Sequence[Sequence[Judgement]]) -> list[Difference | None]:
-    """Win rates against the base, less one half: raw, and at equal lengths."""
+    """Win rates against the base, less one half: raw, at equal lengths, and over pairs of like
+    lengths."""
     scale = measure(RAW).scale
-    preferences = np.array([[j.preference for j in of_seed] for of_seed in judgements], dtype=float)
+    shape = len(judgements), -1, 1 + max(j.sample for j in judgements[0])  # seed, item, answer
+    preferences = np.array([j.preference for of in judgements for j in of], float).reshape(shape)
+    matched = np.array([j.is_length_matched for of in judgements for j in of]).reshape(shape)
     half, known = np.full_like(preferences, scale / 2), ~np.isnan(preferences)
-    raw = paired(RAW, alpha, scale * (preferences - 1), half, known.astype(float))
+    raw, like = (
+        paired(name, alpha, scale * (preferences - 1), half, weights.astype(float))
+        for name, weights in ((RAW, known), (LENGTH_MATCHED, known & matched))
+    )
     controlled = np.array([win_rate(of).length_controlled for of in judgements], dtype=float)
     if np.isnan(controlled).any():
         return [raw]
     # The same instructions are judged at all seeds: their errors are correlated.
     influences = np.mean([length_controlled_influences(of) for of in judgements], axis=0)
-    influences = influences[known.any(axis=0)]
-    return [raw, difference(LENGTH_CONTROLLED, alpha, controlled, half[:, 0], influences)]
+    influences = influences[known.any(axis=(0, 2))]
+    halves = half[:, 0, 0]
+    return [raw, difference(LENGTH_CONTROLLED, alpha, controlled, halves, influences), like]

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from neftune_dist.evaluation.results import LABELS
 from neftune_dist.study.compare import Difference
 from neftune_dist.study.grid import plain
-from neftune_dist.study.measures import Measure, measure
+from neftune_dist.study.measures import measure
 from neftune_dist.study.results import Run, alphas_of, seeds_of
 
 _GREY = "#808080"  # of text and axes, on a transparent ground
@@ -49,17 +49,14 @@ _DRAWN = (
 
 def plots(runs: Sequence[Run], differences: Sequence[Difference]) -> dict[str, bytes]:
     """Draw the SVG plots that there is data for: training_loss, held_out_loss, losses, answers,
-    tasks, win_rates, differences."""
-    judged = [d for d in differences if measure(d.measure).group == "judged"]
-    others = [d for d in differences if d not in judged]
+    tasks, forest."""
     made: dict[str, bytes] = {}
     with matplotlib.rc_context(_STYLE):
         for name, figure in (
             ("training_loss", _curves(runs, _training_curve, "loss, noise on")),
             ("held_out_loss", _curves(runs, _held_out_curve, "held-out loss, noise off")),
             *((part, _panels(runs, part)) for part in ("losses", "answers", "tasks")),
-            ("win_rates", _differences(judged, rates=True)),
-            ("differences", _differences(others)),
+            ("forest", _forest(differences)),
         ):
             if figure is not None:
                 file = io.BytesIO()
@@ -126,29 +123,33 @@ def _panels(runs: Sequence[Run], part: str) -> Figure | None:
     return figure
 
 
-def _differences(differences: Sequence[Difference], rates: bool = False) -> Figure | None:
-    """A panel for each measure: by alpha the mean and its interval; win rates themselves, in place
-    of their difference from one half."""
-    if not differences:
+def _forest(differences: Sequence[Difference]) -> Figure | None:
+    """All differences in units of their standard error, with their 95 % intervals, a row for each
+    measure and alpha; filled where significant after Holm's correction."""
+    drawn = [d for d in differences if d.error > 0]
+    if not drawn:
         return None
-    names = list(dict.fromkeys(d.measure for d in differences))
-    alphas = list(dict.fromkeys(d.alpha for d in differences))
-    figure, panels = _grid([_title(measure(name), rates) for name in names], alphas)
-    for axes, name in zip(panels, names, strict=True):
-        for d in (d for d in differences if d.measure == name):
-            i, base = alphas.index(d.alpha), d.base if rates else 0.0
-            colour = _COLOURS[(i + 1) % len(_COLOURS)]
-            axes.plot(i, base + d.mean, "o", color=colour, markersize=4)
-            if d.over:
-                axes.vlines(i, base + d.low, base + d.high, color=colour, linewidth=1.8)
-        axes.axhline(50.0 if rates else 0.0, color=_GREY, linewidth=0.6, linestyle="--")
+    names = list(dict.fromkeys(d.measure for d in drawn))
+    alphas = list(dict.fromkeys(d.alpha for d in drawn))
+    step = 0.7 / len(alphas)
+    figure = Figure(figsize=(7.0, 1.2 + len(names) * (0.16 + 0.13 * len(alphas))), layout="tight")
+    axes: Any = figure.add_subplot()
+    for i, alpha in enumerate(alphas):
+        colour = _COLOURS[(i + 1) % len(_COLOURS)]
+        for d in (d for d in drawn if d.alpha == alpha):
+            y = names.index(d.measure) + (i - (len(alphas) - 1) / 2) * step
+            axes.hlines(y, d.low / d.error, d.high / d.error, color=colour, linewidth=1.4)
+            face = colour if d.is_significant else "none"
+            axes.plot(d.mean / d.error, y, "o", color=colour, markerfacecolor=face, markersize=4.5)
+        axes.plot([], [], "o-", color=colour, markersize=4.5, label=f"alpha {plain(alpha)}")
+    axes.axvline(0.0, color=_GREY, linewidth=0.8, linestyle="--")
+    axes.set_yticks(range(len(names)), [measure(name).label for name in names])
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(names) - 0.4, -0.6)  # the first on top
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel("difference from the base, in standard errors, and its 95 % interval")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(alphas))
     return figure
-
-
-def _title(kind: Measure, rates: bool) -> str:
-    if rates:
-        return f"{kind.label} (%)"
-    return f"{kind.label}, difference" + (f" ({kind.unit.strip()})" if kind.unit else "")
 
 
 def _grid(titles: Sequence[str], alphas: Sequence[float]) -> tuple[Figure, list[Any]]:

@@ -18,11 +18,13 @@ import markdown
 
 from neftune_dist.evaluation.results import LABELS
 from neftune_dist.evaluation.win_rate import win_rate
+from neftune_dist.study.answers import NUM_SHOWN, side_by_side
 from neftune_dist.study.compare import FEWEST_SEEDS, Difference
 from neftune_dist.study.conclusion import conclusion
 from neftune_dist.study.grid import plain
-from neftune_dist.study.measures import Judged, differences, measure
+from neftune_dist.study.measures import Judged, differences, measure, untested
 from neftune_dist.study.plots import plots
+from neftune_dist.study.provenance import provenance, shown_name
 from neftune_dist.study.results import Run, alphas_of, seeds_of
 from neftune_dist.system import storage
 
@@ -41,7 +43,15 @@ it covers items alone, and describes the trained models, not the effect of alpha
 
 `p` is the p-value of no difference; `p (Holm)` is corrected for all comparisons of this report. A
 win rate is compared with one half. Win rates at equal lengths come from a logistic regression on
-the difference in characters, in the manner of AlpacaEval 2."""
+the difference in characters, in the manner of AlpacaEval 2; those over pairs of like lengths leave
+out pairs whose lengths differ by more than a tenth of the longer one.
+
+"Visible from" is the smallest true difference that 4 of 5 such studies would see: (t at 97.5 % + t
+at 80 %) standard errors (Bloom, Evaluation Review 1995), for one comparison alone.
+
+Where an instruction has several answers, its figure is their mean. Prediction noise is the standard
+error of a difference that comes from which answers were drawn, item noise the one from which
+instructions were asked (Wang, arXiv 2512.21326); more answers to each reduce the first alone."""
 
 # Patterns of Markdown that become HTML which does more than show text.
 _ACTIVE_PATTERNS = (
@@ -53,38 +63,48 @@ _STYLE = """\
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; display: block; overflow-x: auto; font-size: 14px; }
-th, td { padding: .2rem .6rem; border-bottom: 1px solid #8884; }
+th, td { padding: .2rem .6rem; border-bottom: 1px solid #8884; vertical-align: top; }
+#answers ~ table td { min-width: 15rem; }
 img { max-width: 100%; }"""
+_ANSWERS_TITLE = "Answers side by side"
 
 
-def write(folder: Path, runs: Sequence[Run], judged: Judged, notes: Sequence[str]) -> str:
-    """Write plots/*.svg, report.md and report.html into `folder`; return the Markdown.
+def write(
+    folder: Path, runs: Sequence[Run], judged: Judged, notes: Sequence[str], power: str = ""
+) -> str:
+    """Write plots/*.svg, report and answers (.md and .html) into `folder`; return the report's
+    Markdown.
 
     Args:
         folder: of the study.
         runs: all of them.
         judged: judgements of answers against those of the least alpha.
         notes: why something is missing, for the reader.
+        power: what the design could see, as it was said before the runs.
 
     Raises:
         UserError: the folder cannot be written.
     """
     found = differences(runs, judged)
     pictures = plots(runs, found)
-    text = _markdown(runs, judged, found, list(pictures), notes)
+    text = _markdown(runs, judged, found, list(pictures), [*notes, *untested(runs, found)], power)
+    pages = {"report": text}
+    if answers := side_by_side(runs):
+        pages["answers"] = f"# {_ANSWERS_TITLE}\n\n{answers}\n"
     with storage.writing(str(folder)):
         (folder / "plots").mkdir(exist_ok=True)
         for name, svg in pictures.items():
             storage.write(folder / "plots" / f"{name}.svg", svg)
-        for name, content in (("report.md", text), ("report.html", _html(text, pictures))):
-            storage.write(folder / name, content)
+        for name, content in pages.items():
+            storage.write(folder / f"{name}.md", content)
+            storage.write(folder / f"{name}.html", _html(content, pictures))
     return text
 
 
 def claim(folder: Path) -> None:
     """Mark `folder` as a study's. Raises `UserError` where it holds another's report, or cannot be
     written."""
-    names = ("report.md", "report.html", "plots", "judgements")
+    names = ("report.md", "report.html", "answers.md", "answers.html", "plots", "judgements")
     storage.claim(folder, names, "neftune_study.json", f"run_dir={folder}")
 
 
@@ -94,6 +114,7 @@ def _markdown(
     found: Sequence[Difference],
     pictures: Sequence[str],
     notes: Sequence[str],
+    power: str,
 ) -> str:
     def pictured(*names: str) -> str:
         made = [name for name in names if name in pictures]
@@ -105,24 +126,29 @@ def _markdown(
     against_base = _win_rates({key: asdict(win_rate(of)) for key, of in judged.items()})
     if against_base:
         base = f"Against the answers of alpha {plain(alphas[0])} at the same seed."
-        against_base = f"{base}\n\n{against_base}{pictured('win_rates')}"
+        against_base = f"{base}\n\n{against_base}"
     # Where `judge.reference` names answers, `evaluate` has compared those of each run with them.
     against_reference = {(r.alpha, r.seed): f for r in runs if (f := r.figures("judge"))}
     sections = {
         "Conclusion": conclusion(found, len(seeds)),
         "Not measured": "\n".join(f"- {note}" for note in notes),
-        "Paired differences": _differences(by_measure, alphas[0]) + pictured("differences"),
+        "Paired differences": pictured("forest") + "\n\n" + _differences(by_measure, alphas[0]),
+        "Noise of the answers": _noises(by_measure),
+        "Power": _power(power, found),
         "By seed": _by_seed(by_measure, seeds),
         "Losses": _losses(runs) + pictured("training_loss", "held_out_loss", "losses"),
         "Answers": _means(runs, "answers") + pictured("answers"),
         "Abilities": _means(runs, "tasks") + pictured("tasks"),
         "Judged": against_base,
         "Judged against the reference": _win_rates(against_reference),
+        _ANSWERS_TITLE: _shown_answers(runs),
+        "Provenance": _table(["", ""], list(provenance(runs).items())),
         "Method": _METHOD,
     }
-    parts = [f"## {title}\n\n{text.strip()}" for title, text in sections.items() if text]
+    parts = [f"## {title}\n\n{text.strip()}" for title, text in sections.items() if text.strip()]
     summary = (
-        f"{len(runs)} runs of {len(runs[0].steps)} steps: `{runs[0].config.model.name_or_path}`; "
+        f"{len(runs)} runs of {len(runs[0].steps)} steps: "
+        f"`{shown_name(runs[0].config.model.name_or_path)}`; "
         f"alpha {', '.join(map(plain, alphas))}; seeds {', '.join(map(str, seeds))}."
     )
     return "\n\n".join(["# Study of noise.alpha", summary, *parts]) + "\n"
@@ -130,7 +156,7 @@ def _markdown(
 
 def _differences(found: Sequence[Difference], base: float) -> str:
     heads = ["measure", "alpha", f"at alpha {plain(base)}", "at alpha", "difference"]
-    heads += ["95 % interval", "over", "items", "p", "p (Holm)"]
+    heads += ["95 % interval", "visible from", "over", "items", "p", "p (Holm)"]
     rows = []
     for d in found:
         kind = measure(d.measure)
@@ -139,13 +165,47 @@ def _differences(found: Sequence[Difference], base: float) -> str:
                 f"{kind.label} ({kind.unit.strip()})" if kind.unit else kind.label,
                 plain(d.alpha),
                 *(kind.shown(d.base), kind.shown(d.value), kind.shown(d.mean, True)),
-                kind.shown_range(d.low, d.high) if d.over else "too few seeds",
+                kind.shown_range(d.low, d.high) if d.over else f"not tested: {d.why_untested}",
+                "" if math.isnan(d.visible) else kind.shown(d.visible),
                 d.over,
                 str(d.num_items or ""),
                 *map(_p_value, (d.p, d.p_holm)),
             ]
         )
     return _table(heads, rows)
+
+
+def _power(power: str, found: Sequence[Difference]) -> str:
+    """What the design could see, as said before the runs and as measured after them."""
+    visible = [d for d in found if not math.isnan(d.visible)]
+    widest = {d.measure: 0.0 for d in visible}
+    for d in visible:
+        widest[d.measure] = max(widest[d.measure], d.visible)
+    measured = "; ".join(
+        f"{measure(name).label} {measure(name).shown(v)}{measure(name).unit}"
+        for name, v in widest.items()
+    )
+    before = f"Before the runs: {power}." if power else ""
+    after = f"After them, at the alpha with the widest interval: {measured}." if measured else ""
+    return f"{before}\n\n{after}".strip()
+
+
+def _noises(found: Sequence[Difference]) -> str:
+    """Standard errors of differences by source, of measures with several answers to an item."""
+    rows = []
+    for d in found:
+        kind = measure(d.measure)
+        if not math.isnan(d.prediction_error + d.item_error):
+            errors = kind.shown(d.prediction_error), kind.shown(d.item_error)
+            rows.append([kind.label, plain(d.alpha), *errors])
+    table = _table(["measure", "alpha", "prediction noise", "item noise"], rows)
+    return f"Standard errors of the differences.\n\n{table}" if table else ""
+
+
+def _shown_answers(runs: Sequence[Run]) -> str:
+    shown = side_by_side(runs, NUM_SHOWN)
+    why = f"The {NUM_SHOWN} instructions whose SHA-256 is least. [All of them](answers.md), whole."
+    return f"{why} {shown}" if shown else ""
 
 
 def _by_seed(found: Sequence[Difference], seeds: Sequence[int]) -> str:
@@ -157,36 +217,56 @@ def _by_seed(found: Sequence[Difference], seeds: Sequence[int]) -> str:
 
 
 def _losses(runs: Sequence[Run]) -> str:
-    heads = ["alpha", "held-out loss before", "held-out loss after"]
-    heads += ["training loss, last tenth of steps, noise on", "noise norm", "noise law"]
-    rows = []
-    for alpha in alphas_of(runs):
-        these = [
-            (r.first, r.last, r.training, r.mean("noise_norm"), r.mean("noise_law"))
-            for r in runs
-            if r.alpha == alpha
-        ]
-        rows.append([plain(alpha), *(f"{v:.4f}" for v in map(fmean, zip(*these, strict=True)))])
-    return f"Means over the seeds.\n\n{_table(heads, rows)}\n\n{_means(runs, 'losses')}".strip()
+    names = ["held-out loss before training", "held-out loss after"]
+    names += ["training loss, last tenth of steps, noise on", "noise norm", "noise norm by the law"]
+    values = [
+        (r.first, r.last, r.training, r.mean("noise_norm"), r.mean("noise_law")) for r in runs
+    ]
+    columns = [
+        [v for run, v in zip(runs, values, strict=True) if run.alpha == alpha]
+        for alpha in alphas_of(runs)
+    ]
+    rows = [
+        [name, *(f"{fmean(of_run[i] for of_run in column):.4f}" for column in columns)]
+        for i, name in enumerate(names)
+    ]
+    table = _by_alpha(runs, rows)
+    return f"Means over the seeds.\n\n{table}\n\n{_means(runs, 'losses')}".strip()
 
 
 def _means(runs: Sequence[Run], part: str) -> str:
     """Means over the seeds of the numbers in a part of the evaluations' summaries."""
     keys = list(dict.fromkeys(key for run in runs for key in run.figures(part)))
-    rows = []
-    for alpha in alphas_of(runs):
-        these = [run.figures(part) for run in runs if run.alpha == alpha]
-        values = [[of_run[key] for of_run in these if key in of_run] for key in keys]
-        rows.append([plain(alpha), *map(_mean, values)])
-    name = "Accuracy after" if part == "tasks" else "After"
-    table = _table(["alpha", *(LABELS.get(key, key) for key in keys)], rows)
-    return f"{name} training; means over the seeds.\n\n{table}" if keys else ""
+    alphas = alphas_of(runs)
+    rows = [
+        [
+            LABELS.get(key, f"accuracy on {key}"),
+            *(
+                _mean(
+                    [r.figures(part)[key] for r in runs if r.alpha == a and key in r.figures(part)]
+                )
+                for a in alphas
+            ),
+        ]
+        for key in keys
+    ]
+    return f"After training; means over the seeds.\n\n{_by_alpha(runs, rows)}" if keys else ""
+
+
+def _by_alpha(runs: Sequence[Run], rows: Sequence[Sequence[str]]) -> str:
+    return _table(["", *(f"alpha {plain(alpha)}" for alpha in alphas_of(runs))], rows)
 
 
 def _win_rates(rates: Mapping[tuple[float, int], Mapping[str, Any]]) -> str:
     """A table of `WinRate`s by alpha and seed."""
     percents = {"win_rate": "win rate", "length_controlled": "at equal lengths"}
-    counts = {"num_wins": "wins", "num_losses": "losses", "num_ties": "ties"}
+    percents |= {"length_matched": "over pairs of like lengths"}
+    counts = {
+        "num_length_matched": "such pairs",
+        "num_wins": "wins",
+        "num_losses": "losses",
+        "num_ties": "ties",
+    }
     counts |= {"num_unparsed": "not parsed", "num_failed": "request failed"}
     rows = [
         [
@@ -217,8 +297,8 @@ def _mean(values: Sequence[float]) -> str:
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; nothing without rows."""
-    lines = [heads, ["---:"] * len(heads), *rows] if rows else []
+    """A table in Markdown, its first column left-aligned; nothing without rows."""
+    lines = [heads, [":---", *["---:"] * (len(heads) - 1)], *rows] if rows else []
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -238,6 +318,11 @@ def _html(text: str, pictures: dict[str, bytes]) -> str:
         return f'<img alt="{match[1]}" src="data:image/svg+xml;base64,{svg}" />'
 
     body = re.sub(r"!\[([\w ]+)\]\(plots/(\w+)\.svg\)", inline, body)
+    # Of links and tags, those that this module writes.
+    body = body.replace("[All of them](answers.md)", '<a href="answers.html">All of them</a>')
+    body = body.replace("&lt;br&gt;", "<br>")
+    body = body.replace(f"<h2>{_ANSWERS_TITLE}", f'<h2 id="answers">{_ANSWERS_TITLE}')
+    body = body.replace(f"<h1>{_ANSWERS_TITLE}", f'<h1 id="answers">{_ANSWERS_TITLE}')
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width">\n'

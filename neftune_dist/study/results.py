@@ -24,6 +24,7 @@ _FREE = (
 )
 _FREE_SECTIONS = ("logging.", "checkpoint.", "evaluate.", "judge.")
 _NUMBERS = ("loss", "num_tokens", "num_supervised_tokens", "noise_norm", "noise_law")  # of a step
+_STATE = {"versions?": {str: str}, "device?": str, "identity?": dict, "world_size?": int}
 _SAME_LOSS = 1e-3  # relative, before training: other hardware, not other weights
 
 
@@ -41,6 +42,8 @@ class Run:
         summary: summary.json of the evaluation at its last step; empty without one.
         items: its items.json.
         answers: its answers.json.
+        settings: its settings.json.
+        state: trainer_state.json of the last step's checkpoint; empty where it was removed.
     """
 
     alpha: float
@@ -52,6 +55,8 @@ class Run:
     summary: dict[str, Any] = field(default_factory=dict)
     items: dict[str, Any] = field(default_factory=dict)
     answers: list[dict[str, Any]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
 
     @property
     def first(self) -> float:
@@ -69,6 +74,11 @@ class Run:
         tail = self.steps[-max(1, len(self.steps) // 10) :]
         losses = [step["loss"] for step in tail if step["loss"] is not None]
         return fmean(losses) if losses else math.nan
+
+    @property
+    def num_samples(self) -> int:
+        """Answers to each instruction."""
+        return int(self.figures("answers").get("num_samples", 1))
 
     def mean(self, key: str) -> float:
         """Mean of a record's key over the steps: `noise_norm`, `noise_law`."""
@@ -111,7 +121,17 @@ def read_run(folder: Path, alpha: float, seed: int) -> Run:
         if step <= last
     ]
     evaluation = _evaluation(evaluation_folder(folder, last))
-    run = Run(alpha, seed, folder, run_config(folder), steps, losses, **evaluation)
+    state = folder / "checkpoints" / evaluation_folder(folder, last).name / "trainer_state.json"
+    run = Run(
+        alpha,
+        seed,
+        folder,
+        run_config(folder),
+        steps,
+        losses,
+        **evaluation,
+        state=read_json(state, _STATE) if state.exists() else {},
+    )
     if math.isnan(run.first + run.last + run.training):
         raise UserError(f"{folder} has no finite loss before or after its training.")
     return run
@@ -158,10 +178,10 @@ _EVALUATED: dict[str, Callable[[Run], Any]] = {
 
 
 def _evaluation(folder: Path) -> dict[str, Any]:
-    """summary, items and answers of an evaluation; answers.json may be missing, or all of them."""
-    names = ["summary", "items", "answers"] if (folder / "summary.json").exists() else []
-    if not (folder / "answers.json").exists():
-        names = names[:2]
+    """summary, items, answers and settings of an evaluation; the last two may be missing, or all of
+    them."""
+    names = ["summary", "items"] if (folder / "summary.json").exists() else []
+    names += [n for n in ("answers", "settings") if names and (folder / f"{n}.json").exists()]
     fix = "remove the folder, and the study's command evaluates that run again"
     files = {name: f"{name}.json" for name in names}
     return {name: read_json(folder / f, FORMS[f], fix=fix) for name, f in files.items()}

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 
 from neftune_dist.config import Config, UserError, load_config, user_path
 from neftune_dist.evaluation.judge import compare
 from neftune_dist.evaluation.win_rate import Judgement
 from neftune_dist.study import report
+from neftune_dist.study.design import check_items, power_line
 from neftune_dist.study.grid import (
     EXIT_STOPPED,
     evaluation_words,
+    is_finished,
     noise_words,
     pairs,
     perform,
@@ -29,6 +33,7 @@ from neftune_dist.study.grid import (
 from neftune_dist.study.measures import Judged
 from neftune_dist.study.results import Run, alphas_of, check_comparable, read_run
 from neftune_dist.system import storage
+from neftune_dist.system.text import duration_text
 
 
 def study(
@@ -68,34 +73,70 @@ def study(
         raise UserError(
             "data.num_held_out=0, but a study compares held-out losses: set it above 0."
         )
+    check_items(config)
     folder = user_path(config.run_dir, "run_dir")
     seeds = range(config.train.seed, config.train.seed + num_seeds)
     numbered = list(enumerate(pairs(alphas, seeds)))
     if only is not None and not 0 <= only < len(numbered):
         raise UserError(f"--only={only}: the runs of this study are 0 to {len(numbered) - 1}.")
+    power = power_line(config, num_seeds)
     if not report_only:
         report.claim(folder)  # before hours of training
-    for number, (alpha, seed) in numbered:
-        if report_only or only not in (None, number):
-            continue
-        shown = f"study: run {number + 1} of {len(numbered)} (alpha {plain(alpha)}, seed {seed})"
-        print(shown, flush=True)
-        train = [str(config_path), *run_words(settings, folder, alpha, seed)]
-        evaluate = [str(run_dir(folder, alpha, seed)), *evaluation_words(config)]
-        code, last = perform(train, evaluate, num_ranks)
-        if code:
-            outcome = f"failed with exit code {code}: {last}"
-            if code == EXIT_STOPPED:
-                outcome = "stopped; the same command continues"
-            print(f"{shown} {outcome}", file=sys.stderr, flush=True)
-            return max(code, 1)  # a run that a signal ended has a code below 0
+        print(f"study: {power}", flush=True)
+        asked = [number for number in range(len(numbered)) if only in (None, number)]
+
+        def run(alpha: float, seed: int) -> tuple[int, str]:
+            train = [str(config_path), *run_words(settings, folder, alpha, seed)]
+            evaluate = [str(run_dir(folder, alpha, seed)), *evaluation_words(config)]
+            return perform(train, evaluate, num_ranks)
+
+        if code := _make(asked, [place for _, place in numbered], folder, run):
+            return code
     if only is not None:
         return 0
     runs = [read_run(run_dir(folder, alpha, seed), alpha, seed) for _, (alpha, seed) in numbered]
     check_comparable(runs)
     report.claim(folder)
     with storage.hold(folder / ".lock", f"{folder} is being reported on by another study."):
-        _report(runs, config, folder)
+        _report(runs, config, folder, power)
+    return 0
+
+
+def _make(
+    asked: Sequence[int],
+    places: Sequence[tuple[float, int]],
+    folder: Path,
+    run: Callable[[float, int], tuple[int, str]],
+) -> int:
+    """Make the runs with the numbers `asked`, one after another; stop at the first that fails.
+
+    Args:
+        asked: numbers of runs.
+        places: alpha and seed of all runs of the study.
+        folder: of the study.
+        run: makes one; returns its exit code and the last line that it said.
+
+    Returns:
+        Exit code: 0, or of the run that stopped or failed.
+    """
+    left = [number for number in asked if not is_finished(run_dir(folder, *places[number]))]
+    seconds: list[float] = []  # that each of the runs made so far took
+    for number in asked:
+        alpha, seed = places[number]
+        shown = f"study: run {number + 1} of {len(places)} (alpha {plain(alpha)}, seed {seed})"
+        time_left = f", about {duration_text(fmean(seconds) * len(left))} left" if seconds else ""
+        print(f"{shown}{time_left if left else ''}", flush=True)
+        begin = time.monotonic()
+        code, last = run(alpha, seed)
+        if code:
+            outcome = f"failed with exit code {code}: {last}"
+            if code == EXIT_STOPPED:
+                outcome = "stopped; the same command continues"
+            print(f"{shown} {outcome}", file=sys.stderr, flush=True)
+            return max(code, 1)  # a run that a signal ended has a code below 0
+        if number in left:
+            left.remove(number)
+            seconds.append(time.monotonic() - begin)
     return 0
 
 
@@ -109,7 +150,7 @@ def _check(alphas: Sequence[float], num_seeds: int, num_ranks: int) -> None:
         raise UserError(f"--alphas={','.join(map(plain, alphas))}: the values must be distinct.")
 
 
-def _report(runs: Sequence[Run], config: Config, folder: Path) -> None:
+def _report(runs: Sequence[Run], config: Config, folder: Path, power: str) -> None:
     notes = _missing(runs, config)
     judged: Judged = {}
     failure = None
@@ -118,7 +159,7 @@ def _report(runs: Sequence[Run], config: Config, folder: Path) -> None:
     except UserError as error:  # what has been measured is reported all the same
         failure = error
         notes.append(f"Win rates: the judge was not available. {error}")
-    text = report.write(folder, runs, judged, notes)
+    text = report.write(folder, runs, judged, notes, power)
     where = f"{folder / 'report.md'} and report.html"
     print(f"\n{text}\nstudy: done, the report is {where}", flush=True)
     if failure:

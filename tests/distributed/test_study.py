@@ -79,6 +79,8 @@ def test_every_run_has_its_alpha_seed_and_steps(finished: Path) -> None:
         "plots",
         "report.md",
         "report.html",
+        "answers.md",
+        "answers.html",
     }
     for name in RUNS:
         alpha, seed = float(name.split("_")[1]), int(name.split("_")[3])
@@ -113,6 +115,7 @@ def test_runs_of_one_seed_differ_in_noise_alone(finished: Path) -> None:
 def test_the_report_holds_what_the_runs_recorded(finished: Path) -> None:
     text = (finished / "report.md").read_text()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    columns = []
     for alpha in (0, 5):
         folders = [finished / f"alpha_{alpha}_seed_{seed}" for seed in (0, 1)]
         figures = [
@@ -122,7 +125,12 @@ def test_the_report_holds_what_the_runs_recorded(finished: Path) -> None:
             [statistics.fmean(s["noise_norm"] for s in tiny_model.steps(f)) for f in folders],
             [alpha / math.sqrt(3)],
         ]
-        assert [str(alpha), *(f"{statistics.fmean(values):.4f}" for values in figures)] in rows
+        columns.append([f"{statistics.fmean(values):.4f}" for values in figures])
+    [first] = [i for i, row in enumerate(rows) if row[0] == "held-out loss before training"]
+    assert [row[1:] for row in rows[first : first + 5]] == [
+        list(row) for row in zip(*columns, strict=True)
+    ]
+    assert rows[first - 2] == ["", "alpha 0", "alpha 5"]
     by_seed = []
     for seed in (0, 1):
         sums = [evaluated(finished / f"alpha_{a}_seed_{seed}", "items")["held_out"] for a in (5, 0)]

@@ -3,6 +3,7 @@ not, and the intervals hold what they promise."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -14,12 +15,15 @@ import numpy as np
 import pytest
 
 from neftune_dist.config import Config, UserError
-from neftune_dist.evaluation.intervals import student
-from neftune_dist.evaluation.win_rate import Judgement
-from neftune_dist.study import report
+from neftune_dist.evaluation.intervals import quantile, smallest_visible, student
+from neftune_dist.evaluation.win_rate import Judgement, win_rate
+from neftune_dist.study import plots, report
+from neftune_dist.study import run as verb
+from neftune_dist.study.answers import side_by_side
 from neftune_dist.study.compare import Difference, corrected, difference, paired
 from neftune_dist.study.conclusion import conclusion
-from neftune_dist.study.measures import differences
+from neftune_dist.study.design import check_items, power_line
+from neftune_dist.study.measures import differences, untested
 from neftune_dist.study.results import Run, check_comparable, read_run
 
 NUM_STEPS, NUM_ITEMS = 20, 120
@@ -191,7 +195,7 @@ def test_few_seeds_claim_no_effect(tmp_path: Path, num_seeds: int) -> None:
 )
 def test_unmeasured_parts_have_no_section(tmp_path: Path, without: str, absent: list[str]) -> None:
     text = written(tmp_path, make_runs(tmp_path, {}, 3, f"judge,{without}"))
-    for part in [*absent, "## Judged", "plots/win_rates.svg"]:
+    for part in [*absent, "## Judged", "| win rate |"]:
         assert part not in text
     assert "## Not measured\n\n- Something: not asked for." in text
     assert "plots/held_out_loss.svg" in text
@@ -209,7 +213,8 @@ def test_runs_without_an_evaluation_are_compared_by_their_own_held_out_loss(
         [five.last - zero.last for zero, five in zip(runs[::2], runs[1::2], strict=True)]
     )
     few = [run for run in runs if run.seed in (1, 2)]
-    assert "2 seeds are too few to tell noise from effect" in concluded(few)
+    assert "held-out loss not tested: 2 seeds, at least 3 needed" in concluded(few)
+    assert "**alpha 5**: nothing could be tested." in concluded(few)
 
 
 def test_html_embeds_the_plots_of_the_markdown(tmp_path: Path) -> None:
@@ -217,9 +222,9 @@ def test_html_embeds_the_plots_of_the_markdown(tmp_path: Path) -> None:
     text = written(tmp_path, runs, judgements(runs, 0.3, 0.3))
     page = (tmp_path / "report.html").read_text()
     names = re.findall(r"!\[[\w ]+\]\(plots/(\w+)\.svg\)", text)
-    assert {"training_loss", "held_out_loss", "answers", "tasks", "win_rates"} < set(names)
+    assert {"training_loss", "held_out_loss", "answers", "tasks", "forest"} < set(names)
     assert len(re.findall('src="data:image/svg[+]xml;base64,', page)) == len(names)
-    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert re.findall(r'(?:src|href)="(?!data:)([^"]*)', page) == ["answers.html"]
     assert "| 5 | 1 | 51.0 % | 49.0 % |" in text
     assert "<script" not in page and "<table>" in page
     before = {path: path.read_bytes() for path in tmp_path.glob("plots/*.svg")}
@@ -378,3 +383,213 @@ def test_html_in_names_is_shown_as_text() -> None:
     assert re.findall(r"<img [^>]*>", body) == [
         '<img alt="losses" src="data:image/svg+xml;base64,PHN2Zy8+" />'
     ]
+
+
+def test_prediction_noise_and_item_noise_are_told_apart() -> None:
+    """Over many sets of answers to the same items the mean moves by the prediction noise alone, and
+    over sets of items by both. Draws are shared by all seeds, as those of `evaluate` are."""
+    draw, num_items, num_answers = np.random.default_rng(3), 60, 4
+
+    def study(item: np.ndarray) -> Difference:
+        shared = 2.0 * draw.normal(size=(1, num_items, num_answers))
+        values = item[None, :, None] + shared + 0.1 * draw.normal(size=(2, num_items, num_answers))
+        found = paired("rouge_l", 5, values, np.zeros_like(values), np.ones_like(values))
+        assert found is not None and found.num_items == num_items
+        return found
+
+    same = draw.normal(size=num_items)
+    of_answers = [study(same) for _ in range(400)]
+    of_items = [study(draw.normal(size=num_items)) for _ in range(400)]
+    prediction = np.sqrt(np.mean([d.prediction_error**2 for d in of_answers]))
+    assert prediction == pytest.approx(np.std([d.mean for d in of_answers]), rel=0.08)
+    errors = np.mean([[d.error**2, d.item_error**2] for d in of_items], axis=0) ** 0.5
+    assert errors[0] == pytest.approx(np.std([d.mean for d in of_items]), rel=0.08)
+    assert errors[1] == pytest.approx(1 / math.sqrt(num_items), rel=0.1)
+    once = paired("rouge_l", 5, same[None], 0 * same[None], np.ones((1, num_items)))
+    assert once and math.isnan(once.prediction_error) and math.isnan(once.item_error)
+
+
+def test_answer_without_a_value_leaves_the_items_mean_to_the_others() -> None:
+    values = np.array([[[1.0, 3.0], [np.nan, 5.0]] * 4])
+    base = np.array([[[0.0, 0.0], [0.0, 1.0]] * 4])
+    found = paired("x", 5, values, base, 1.0 - np.isnan(values))
+    assert found and (found.value, found.base) == ((2 + 5) / 2, (0 + 1) / 2)
+    assert found.num_items == 8
+
+
+@pytest.mark.parametrize("num_seeds", [3, 8])
+def test_smallest_visible_difference_is_seen_in_4_of_5_studies(num_seeds: int) -> None:
+    draw, seen = np.random.default_rng(5), 0
+    true = smallest_visible(num_seeds - 1) / math.sqrt(num_seeds)
+    for by_seed in true + draw.normal(size=(2000, num_seeds)):
+        seen += difference("x", 5, by_seed, np.zeros(num_seeds)).excludes_0
+    assert seen / 2000 == pytest.approx(0.8, abs=0.04)
+    # 4.303 + 1.061, as tables of Student's distribution have them.
+    assert smallest_visible(2) == pytest.approx(5.364, abs=2e-3)
+    assert quantile(0.8, 2) == pytest.approx(1.0607, abs=1e-3)
+    found = difference("x", 5, np.array([0.1, 0.4, 0.7]), np.zeros(3))
+    assert found.visible == pytest.approx(smallest_visible(2) * found.error)
+
+
+def test_report_has_the_reason_where_nothing_was_compared(tmp_path: Path) -> None:
+    runs = make_runs(tmp_path, {}, 2)
+    for run in runs:
+        answers = run.items["answers"]
+        answers["repetition_2_percent"] = [1.0] * 4 + [None] * (NUM_ITEMS - 4)
+        answers["log_diversity"] = [None] * (NUM_ITEMS - 9)
+        answers["log_diversity"] += (
+            [9.0, None] * 4 + [None] if run.alpha else [None, 9.0] * 4 + [None]
+        )
+    del runs[0].items["answers"]["rouge_l"]
+    text = written(tmp_path, runs)
+    reason = "not tested: 4 items, at least 8 needed"
+    assert f"repetition of 2-grams {reason}" in text and f"| {reason} |" in text
+    assert "- ROUGE-L, alpha 5: 3 of 4 runs have values." in text
+    assert "- log-diversity, alpha 5: at a seed, no item has a value in both runs." in text
+    assert "no difference seen in repetition" not in text
+    assert untested(make_runs(tmp_path / "whole", {}, 2), differences(runs, {}))
+
+
+def test_forest_plot_shows_every_difference_in_its_standard_errors(tmp_path: Path) -> None:
+    found = differences(make_runs(tmp_path, {"held_out_loss": -0.1, "characters": 50}), {})
+    figure = plots._forest(found)
+    assert figure is not None
+    (axes,) = figure.axes
+    labels = [tick.get_text() for tick in axes.get_yticklabels()]
+    assert labels[:2] == ["held-out loss", "length of answers"] and len(labels) == len(found)
+    points = [
+        line for line in axes.lines if line.get_marker() == "o" and len(line.get_xdata()) == 1
+    ]
+    assert [point.get_xdata()[0] for point in points] == [d.mean / d.error for d in found]
+    filled = [point.get_markerfacecolor() != "none" for point in points]
+    assert filled == [d.is_significant for d in found] and {True, False} == set(filled)
+    ends = [part.get_segments()[0][:, 0].tolist() for part in axes.collections]
+    assert ends == [[d.low / d.error, d.high / d.error] for d in found]
+
+
+def test_answers_shown_are_those_of_the_least_hashes_as_text(tmp_path: Path) -> None:
+    runs = make_runs(tmp_path, {}, 2)
+    hashes = {hashlib.sha256(f"Say {i}.".encode()).hexdigest(): i for i in range(NUM_ITEMS)}
+    first = hashes[min(hashes)]
+    for run in runs:
+        run.answers[first]["output"] = "<b>1 | 2</b>\n\n* [a](http://x) " + f"of {run.alpha:g}"
+    text = written(tmp_path, runs)
+    shown = [int(number) for number in re.findall(r"^\*\*\d\.\*\* Say (\d+)", text, re.M)]
+    assert shown == [hashes[key] for key in sorted(hashes)[:5]]
+    assert r"&lt;b&gt;1 \| 2&lt;/b&gt;<br>\* \[a\]\(http&#58;//x\) of 0 | " in text
+    page = (tmp_path / "report.html").read_text()
+    cell = "<td{}>&lt;b&gt;1 | 2&lt;/b&gt;<br>* [a](http&#58;//x) of {}</td>"
+    aligned = ' style="text-align: left;"'
+    assert cell.format(aligned, 0) in page and cell.format(aligned, 5) in page
+    every = (tmp_path / "answers.md").read_text()
+    assert len(re.findall(r"^\*\*\d+\.\*\* Say", every, re.M)) == NUM_ITEMS
+    assert (tmp_path / "answers.html").exists() and "[All of them](answers.md)" in text
+    assert side_by_side([run for run in runs if run.alpha]).count("alpha 0") == 0
+    runs[0].answers.clear()
+    assert side_by_side(runs).startswith("Seed 1.")
+
+
+def test_report_says_what_was_run_on_what(tmp_path: Path) -> None:
+    runs = make_runs(tmp_path, {}, 2)
+    for run in runs:
+        run.config.data.source = "/home/me/rows.json"
+        run.state.update(
+            versions={"neftune_dist": "1.2", "commit": "abc", "torch": f"2.{run.seed}"},
+            device="A processor",
+            identity={"dataset": "f00d"},
+            world_size=2,
+        )
+        run.settings["answers"] = {"prompts": "x", "evaluate.samples": 4}
+    text = written(tmp_path, runs)
+    table = dict(
+        re.findall(r"^\| (\w[\w ]*) \| (.*) \|$", text.partition("## Provenance")[2], re.M)
+    )
+    assert table["code"] == "neftune_dist 1.2, commit abc"
+    assert table["versions"] == "torch 2.0 and 2.1"
+    assert table["data"].startswith("rows.json; fingerprint f00d")
+    assert table["answers"] == "samples 4" and table["seeds"] == "0, 1"
+    assert table["device"].startswith("A processor; ranks: 2; ")
+    assert table["learning rate"].startswith("5e-05") and table["steps"] == str(NUM_STEPS)
+    assert re.match(r"20\d\d-\d\d-\d\d", table["made"]) and "/home/me" not in text
+
+
+def test_power_is_stated_before_the_runs(tmp_path: Path) -> None:
+    config = Config()
+    config.data.num_held_out, config.evaluate.max_instructions = 100, 40
+    config.evaluate.max_documents = 64
+    line = power_line(config, 3)
+    assert "3.10 over 3 seeds; 0.36 over 64 held-out documents; 0.45 over 40 instr" in line
+    assert "seeds remain unknown" in power_line(config, 2) and "over 2 seeds" not in power_line(
+        config, 2
+    )
+    text = report.write(tmp_path, make_runs(tmp_path, {}, 3), {}, [], line)
+    assert line in text and re.search(r"widest interval: held-out loss 0\.\d{4}", text)
+
+
+@pytest.mark.parametrize(
+    ("key", "number"),
+    [
+        ("data.num_held_out", 1),
+        ("evaluate.max_documents", 1),
+        ("evaluate.train_documents", 7),
+        ("evaluate.max_instructions", 1),
+        ("evaluate.max_task_items", 1),
+    ],
+)
+def test_study_of_too_few_items_is_refused(key: str, number: int) -> None:
+    config = Config()
+    config.data.num_held_out = 100
+    check_items(config)
+    section, name = key.split(".")
+    setattr(getattr(config, section), name, number)
+    with pytest.raises(UserError, match=rf"{key}={number}: .*{number} item.*at least 8"):
+        check_items(config)
+
+
+def test_study_of_one_instruction_in_a_file_is_refused(tmp_path: Path) -> None:
+    config = Config()
+    config.evaluate.instructions = str(tmp_path / "asked.json")
+    (tmp_path / "asked.json").write_text(json.dumps([{"instruction": "A"}]))
+    with pytest.raises(UserError, match=r"evaluate\.instructions=.*asked\.json: .*1 item "):
+        check_items(config)
+
+
+def test_time_left_is_that_of_the_runs_made_so_far(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = [(0.0, 0), (5.0, 0), (0.0, 1), (5.0, 1)]
+    now = 0.0
+    monkeypatch.setattr(verb.time, "monotonic", lambda: now)
+    kept = tmp_path / "alpha_5_seed_0" / "evaluations" / "step_00000001"
+    kept.mkdir(parents=True)
+    (kept / "summary.json").touch()
+
+    def run(alpha: float, seed: int) -> tuple[int, str]:
+        nonlocal now
+        now += 1.0 if (alpha, seed) == (5.0, 0) else 360.0
+        return 0, ""
+
+    assert verb._make(range(4), places, tmp_path, run) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "study: run 1 of 4 (alpha 0, seed 0)",
+        "study: run 2 of 4 (alpha 5, seed 0), about 12 min left",
+        "study: run 3 of 4 (alpha 0, seed 1), about 12 min left",
+        "study: run 4 of 4 (alpha 5, seed 1), about 6 min left",
+    ]
+
+
+def test_win_rate_over_like_lengths_leaves_out_the_other_pairs() -> None:
+    rows = [Judgement("i", 2.0, 100, 100)] * 9 + [Judgement("i", 1.0, 100, 112)] * 9
+    rows += [Judgement("i", 1.0, 100, 110)] * 3
+    found = win_rate(rows)
+    assert (found.length_matched, found.num_length_matched) == (75.0, 12)
+    assert win_rate([Judgement("i", 1.0, 9, 99)]).length_matched is None
+
+
+def test_like_lengths_are_compared_beside_the_other_win_rates(tmp_path: Path) -> None:
+    runs = make_runs(tmp_path, {}, 1)
+    found = {d.measure: d for d in differences(runs, judgements(runs, 1.0, 0.0))}
+    matched, raw = found["win_rate_length_matched"], found["win_rate"]
+    rates = [win_rate(of).length_matched for of in judgements(runs, 1.0, 0.0).values()]
+    assert matched.value == pytest.approx(np.mean(rates))
+    assert matched.num_items < raw.num_items == NUM_ITEMS
