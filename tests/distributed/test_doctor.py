@@ -21,6 +21,8 @@ from tests.support import tiny_model
 PROMPT_SECONDS = 60
 LOCAL = ["versions", "requirements", "imports", "GPUs", "host memory", "shared memory", "cores"]
 LOCAL += ["open files", "run directory"]
+# In place of seconds of imports and of `pip check`, which test_alone waits for.
+QUICK = {"_IMPORTED": ("json",), "_PIP_CHECK": ("-c", "")}
 BETWEEN = ["InfiniBand", "shared run dir", "clock"]
 
 
@@ -85,7 +87,8 @@ class Host:
         rank = int(os.environ["RANK"])
         if self.apart:
             os.environ["SLURMD_NODENAME"] = f"n{rank + 1}"
-        software._IMPORTED = ("json",)
+        for name, value in QUICK.items():
+            setattr(software, name, value)
         # The tests of the disk are others; here it need not be written twice.
         for name, values in {"machine": {"_PROBE_MIB": 1}, **self.limits}.items():
             module = importlib.import_module(f"neftune_dist.cluster.doctor.{name}")
@@ -122,8 +125,17 @@ def test_without_torch(tmp_path: Path) -> None:
     assert of(rows, "ranks")[0].fix == "install torch"
 
 
+def under_torchrun(tmp_path: Path, run_dir: Path) -> subprocess.CompletedProcess[str]:
+    """On two ranks."""
+    (tmp_path / "site").mkdir()
+    code = f"from neftune_dist.cluster.doctor import software; vars(software).update({QUICK})"
+    (tmp_path / "site" / "sitecustomize.py").write_text(code)
+    path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
+    return tiny_model.run("doctor", "--run-dir", run_dir, ranks=2, PYTHONPATH=path)
+
+
 def test_machine_is_checked_once_under_torchrun(tmp_path: Path) -> None:
-    done = tiny_model.run("doctor", "--run-dir", tmp_path, ranks=2)
+    done = under_torchrun(tmp_path, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = table(done.stdout)
     assert [row.check for row in rows] == [*LOCAL, "collectives"]
@@ -133,7 +145,7 @@ def test_machine_is_checked_once_under_torchrun(tmp_path: Path) -> None:
 
 def test_all_ranks_exit_2_under_torchrun(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    done = tiny_model.run("doctor", "--run-dir", tmp_path / "file" / "runs", ranks=2)
+    done = under_torchrun(tmp_path, tmp_path / "file" / "runs")
     assert done.returncode != 0
     assert [row.check for row in wrong(table(done.stdout))] == ["run directory"]
     assert "neftune_dist/cluster/doctor" not in done.stderr  # torchrun reports no traceback
@@ -290,7 +302,7 @@ def start(code: str, run_dir: Path, **variables: str) -> subprocess.Popen[str]:
     script = (
         "import sys; from pathlib import Path;"
         "from neftune_dist.cluster.doctor import collectives, machine, run, software;"
-        f"software._IMPORTED = ('json',); machine._PROBE_MIB = 1; {code};"
+        f"vars(software).update({QUICK}); machine._PROBE_MIB = 1; {code};"
         "sys.exit(run.doctor(Path(sys.argv[1])))"
     )
     return subprocess.Popen(

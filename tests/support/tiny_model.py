@@ -47,7 +47,6 @@ _IMPORTED = (
     "neftune_dist.engine.fsdp2",
     "neftune_dist.engine.deepspeed",
     "neftune_dist.cli",
-    "datasets",
     "tensorboard.plugins.hparams.api_pb2",
     "torch.utils.tensorboard",
     "torch._inductor.compile_fx",  # DeepSpeed compiles an optimizer that is never used

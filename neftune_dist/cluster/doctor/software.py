@@ -26,6 +26,7 @@ _NAMED = ("torch", "transformers", "deepspeed", "datasets")
 # By a run, or by transformers where they are installed.
 _IMPORTED = ("torch", "transformers.models.llama.modeling_llama", "deepspeed", "datasets")
 _IMPORTED_IF_THERE = {"flash-attn": "flash_attn", "torchvision": "torchvision"}
+_PIP_CHECK = ("-m", "pip", "check")
 _IMPORT_SECONDS, _PIP_SECONDS, _NVIDIA_SMI_SECONDS = 100.0, 60.0, 20.0
 # Other versions of these on another machine can train another model, or not talk to each other.
 _MUST_AGREE = {"neftune-dist", "torch", "CUDA of torch", "NCCL", "transformers", "deepspeed"}
@@ -107,7 +108,7 @@ def check_versions(site: Site) -> Iterator[tuple[str, str]]:
 @check("requirements", "install the version that is needed, or uninstall what needs it")
 def check_requirements(site: Site) -> Iterator[tuple[str, str]]:
     """Run `pip check`; leave out packages that have nothing to do with those of a run."""
-    command = [sys.executable, "-m", "pip", "check"]
+    command = [sys.executable, *_PIP_CHECK]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_PIP_SECONDS)
     if "No module named pip" in done.stderr:
         yield OK, "not checked: this environment has no pip"
