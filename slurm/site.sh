@@ -10,10 +10,17 @@
 export PATH
 
 # With a container, the ranks run inside it and the batch script outside, whose own Python (>= 3.11)
-# needs omegaconf alone. One of these two, and the container's Python:
-# export NEFTUNE_DIST_SRUN_OPTIONS="--container-image=/images/neftune.sqsh --container-mounts=$PWD --container-workdir=$PWD"  # Enroot/Pyxis
-# export NEFTUNE_DIST_CONTAINER="apptainer exec --nv --bind $PWD /images/neftune.sif"                     # Apptainer
-# export NEFTUNE_DIST_PYTHON=python3
+# needs omegaconf alone. The image is made by Dockerfile (.sqsh, for Enroot and Pyxis) or by
+# apptainer.def (.sif), both beside this file; the code is that of this repository, as without one.
+# image=/images/neftune.sif
+mounts="$PWD:$PWD" # what it sees; further folders (models, data, runs) after commas
+case "${image:-}" in
+*.sqsh) NEFTUNE_DIST_SRUN_OPTIONS="--container-image=$image --container-mounts=$mounts --container-workdir=$PWD" ;;
+*.sif) NEFTUNE_DIST_CONTAINER="apptainer exec --nv --bind $mounts --pwd $PWD $image" ;;
+?*) echo "slurm/site.sh: image=$image is neither .sqsh nor .sif" >&2 && exit 2 ;;
+esac
+[ -z "${image:-}" ] || NEFTUNE_DIST_PYTHON=python3
+export NEFTUNE_DIST_SRUN_OPTIONS NEFTUNE_DIST_CONTAINER NEFTUNE_DIST_PYTHON
 
 # The network interface of the nodes' fast network, where the one on the route between them is not
 # it. (InfiniBand is found by NCCL itself.)

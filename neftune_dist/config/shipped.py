@@ -13,6 +13,7 @@ from pathlib import Path
 from neftune_dist.config.errors import UserError
 from neftune_dist.config.paths import user_path
 
+_RECIPES = ("Dockerfile", "apptainer.def")  # they build from the repository
 SHIPPED = Path(__file__).resolve().parents[1] / "shipped"
 
 
@@ -41,15 +42,29 @@ def find_config(given: str | os.PathLike[str]) -> Path:
 
 
 def copy_batch_scripts(output: Path | None) -> list[Path]:
-    """Copy the batch scripts and `site.sh` into a folder; None: slurm. Raises `UserError` where one
-    of them exists."""
+    """Copy the batch scripts and `site.sh`, and make the folder of their output.
+
+    Args:
+        output: the folder, which must be called slurm; None: that of the current one.
+
+    Raises:
+        UserError: one of them exists, or the folder has another name.
+    """
     folder = output or Path("slurm")
-    files = [path for path in sorted((SHIPPED / "slurm").iterdir()) if path.is_file()]
+    if folder.absolute().name != "slurm":
+        raise UserError(
+            f"--output={output} must be a folder called slurm, such as {folder / 'slurm'}: the "
+            "scripts read slurm/site.sh below the folder they are submitted from."
+        )
+    files = [p for p in sorted((SHIPPED / "slurm").iterdir()) if p.is_file()]
+    files = [path for path in files if path.name not in _RECIPES]
     for file in files:
         if (folder / file.name).exists():
             raise UserError(
                 f"{folder / file.name} exists and is not overwritten: choose another folder with "
                 "--output."
             )
-    folder.mkdir(parents=True, exist_ok=True)
+    logs = folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)  # Slurm makes none
+    (logs / ".gitignore").write_text("*\n")
     return [Path(shutil.copy(file, folder / file.name)) for file in files]

@@ -50,7 +50,7 @@ def _config(key: str, schema: bool) -> int:
         help="of the run, or a shipped configuration to begin from; see configs/README.md",
     ),
     SETTINGS,
-    OUTPUT(help="default: NAME.yaml, or the folder slurm with --slurm"),
+    OUTPUT(help="default: NAME.yaml; with --slurm the folder slurm"),
     argument(
         "--slurm", action="store_true", help="write the batch scripts for Slurm and site.sh instead"
     ),

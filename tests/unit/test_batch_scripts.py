@@ -66,6 +66,9 @@ def test_batch_scripts_are_sound_and_work_unedited() -> None:
             assert line in text, script
         names = {token.partition("=")[0] for token in tokens(text)}
         assert {"--job-name", "--nodes", "--output"} <= names
+        # Not among the files of the root; and Slurm makes no folder.
+        [output] = [Path(token[9:]) for token in tokens(text) if token.startswith("--output=")]
+        assert str(output.parent) == "slurm/logs" and (ROOT / output.parent).is_dir()
 
 
 @pytest.mark.parametrize(

@@ -223,10 +223,23 @@ def test_init_slurm_copies_the_batch_scripts(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert ended("init", "--slurm") == 0
+    assert Path("slurm/logs").is_dir()  # Slurm makes no folder for a job's output
     for file in (ROOT / "slurm").iterdir():
+        if file.is_dir() or file.name in ("Dockerfile", "apptainer.def"):  # of the repository
+            assert file.name == "logs" or not (Path("slurm") / file.name).exists()
+            continue
         copied = Path("slurm") / file.name
         assert copied.read_bytes() == file.read_bytes()
         assert copied.stat().st_mode == file.stat().st_mode
+
+
+def test_init_slurm_into_a_folder_of_another_name_exits_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert ended("init", "--slurm", f"--output={tmp_path / 'jobs'}") == 2
+    assert not (tmp_path / "jobs").exists()
+    assert "must be a folder called slurm" in capsys.readouterr().err
+    assert ended("init", "--slurm", f"--output={tmp_path / 'slurm'}") == 0
 
 
 @pytest.mark.parametrize("words", [(), ("mine", "--slurm")])
