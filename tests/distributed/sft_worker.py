@@ -1,14 +1,10 @@
-"""Trainers with `NEFTuneCallback`, one after the other, and what their models saw: CASE_RANK.pt.
-
-usage: torchrun --standalone --nproc_per_node 2 -m tests.distributed.sft_worker CASE FOLDER
-CASE: `train`, or `resume` from the checkpoint that `train` left. FOLDER holds the tiny model.
-"""
+"""Trainers with `NEFTuneCallback`, one after the other, and what their models saw: CASE_RANK.pt."""
 
 from __future__ import annotations
 
 import faulthandler
-import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -149,13 +145,21 @@ def run_resume(folder: Path) -> dict[str, Any]:
     return {"resumed": train(partial(padded, folder), resume_from_checkpoint=checkpoint)}
 
 
-def main(case: str, folder: Path) -> None:
-    faulthandler.dump_traceback_later(DEADLINE_SECONDS, exit=True)  # a hang is a failure
-    results = {"train": run_train, "resume": run_resume}[case](folder)
-    torch.save(results, folder / f"{case}_{torch.distributed.get_rank()}.pt")
-    torch.distributed.barrier()  # none leaves while another still talks to it
-    torch.distributed.destroy_process_group()
+@dataclass(frozen=True)
+class Worker:
+    """What a rank does.
 
+    Attributes:
+        case: `train`, or `resume` from the checkpoint that `train` left.
+        folder: holds the tiny model.
+    """
 
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    case: str
+    folder: Path
+
+    def __call__(self) -> None:
+        faulthandler.dump_traceback_later(DEADLINE_SECONDS, exit=True)  # a hang is a failure
+        results = {"train": run_train, "resume": run_resume}[self.case](self.folder)
+        torch.save(results, self.folder / f"{self.case}_{torch.distributed.get_rank()}.pt")
+        torch.distributed.barrier()  # none leaves while another still talks to it
+        torch.distributed.destroy_process_group()

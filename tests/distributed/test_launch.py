@@ -128,11 +128,11 @@ def test_ranks_end_with_a_launcher_that_is_killed(config: Path, tmp_path: Path) 
 def test_unread_console_does_not_end_a_run(config: Path, tmp_path: Path) -> None:
     """`launch | head -1`: it starts again after a death, saves when asked, says so by its code."""
     run_dir = tmp_path / "run"
-    with launched(config, run_dir, step_seconds=0.3) as process:
+    with launched(config, run_dir, ranks=1, step_seconds=0.3) as process:
         assert process.stdout and process.stdout.readline()
         process.stdout.close()
         until(lambda: len(tiny_model.steps(run_dir)) >= 4)
-        os.kill(process_of_rank(1, run_dir), signal.SIGKILL)
+        os.kill(process_of_rank(0, run_dir), signal.SIGKILL)
         second = run_dir / "logs" / "attempt_0002"
         until(lambda: second.exists() and len(tiny_model.steps(run_dir)) >= 6)
         process.terminate()

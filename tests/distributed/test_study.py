@@ -178,12 +178,11 @@ def test_alpha_0_is_reproducible_bit_for_bit(config: Path, finished: Path) -> No
 
 @pytest.mark.parametrize(("ranks", "code"), [(1, 2), (2, 1)])  # torchrun makes any failure 1
 def test_failed_run_stops_the_study_and_is_named(
-    ranks: int, code: int, config: Path, tmp_path: Path
+    ranks: int, code: int, config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    words = (f"run_dir={tmp_path}", "data.source=/no/such.jsonl", f"--ranks={ranks}")
-    done = tiny_model.run("study", config, *words, "--alphas=0,5")
-    assert done.returncode == code
-    last = done.stderr.strip().splitlines()[-1]
+    words = [f"run_dir={tmp_path}", "data.source=/no/such.jsonl"]
+    assert study(config, words, alphas=[0, 5], num_seeds=1, num_ranks=ranks) == code
+    last = capfd.readouterr().err.strip().splitlines()[-1]
     assert last.startswith(f"study: run 1 of 2 (alpha 0, seed 0) failed with exit code {code}: ")
     assert "data.source=/no/such.jsonl" in last
     assert not (tmp_path / "alpha_5_seed_0").exists()

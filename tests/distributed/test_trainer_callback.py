@@ -6,8 +6,6 @@ The noise is measured from outside: what the model's first layer received, less 
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,15 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def launch(case: str, folder: Path) -> Results:
     """Run the worker on two ranks; what each saw."""
-    words = ["--standalone", "--nproc_per_node", "2", "-m", sft_worker.__name__, case, folder]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *map(str, words)],
-        env=tiny_model.environment(),
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=sft_worker.DEADLINE_SECONDS + 20,  # the ranks end themselves first
-    )
+    done = tiny_model.call_forked(sft_worker.Worker(case, folder), ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     return [torch.load(folder / f"{case}_{rank}.pt") for rank in (0, 1)]
 

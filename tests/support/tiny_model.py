@@ -175,18 +175,15 @@ class Forked:
     """
 
     def __init__(
-        self,
-        verb: str,
-        *words: object,
-        ranks: int = 1,
-        before: Callable[[], None] | None = None,
+        self, *words: object, ranks: int = 1, before: Callable[[], None] | None = None
     ) -> None:
         """Start the ranks.
 
         Args:
+            words: the verb and its words; without a verb, ranks do nothing after `before`.
             before: called in each rank first; it must pickle.
         """
-        self._words = [verb, *map(str, words)]
+        self._words = [str(word) for word in words]
         self._folder = tempfile.TemporaryDirectory()
         self._files = [Path(self._folder.name) / name for name in ("out", "err")]
         self._deadline = time.monotonic() + DEADLINE_SECONDS
@@ -268,6 +265,11 @@ def run_forked(
     return Forked(verb, *words, ranks=ranks, before=before).wait(grace_seconds)
 
 
+def call_forked(function: Callable[[], None], ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """Call a function, which must pickle, in forked processes; see `Forked`."""
+    return Forked(ranks=ranks, before=function).wait()
+
+
 @cache
 def _forkserver() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
@@ -292,7 +294,8 @@ def _rank(
 
     if before is not None:
         before()
-    main(words)
+    if words:
+        main(words)
 
 
 def train(config: Path, run_dir: Path, *words: str, ranks: int = 1) -> list[dict[str, Any]]:
