@@ -37,7 +37,7 @@ _STYLE = {
     "ytick.color": _GREY,
     "legend.frameon": False,
 }
-_PANELS_A_ROW = 3
+_PANELS_A_ROW = 2
 _SMOOTHED_SHARE = 50  # of the steps: a mean over each fiftieth of them
 # Figures of an evaluation that are drawn; those of tasks all are.
 _DRAWN = (
@@ -109,7 +109,7 @@ def _panels(runs: Sequence[Run], part: str) -> Figure | None:
     if not keys:
         return None
     alphas, seeds = alphas_of(runs), seeds_of(runs)
-    figure, panels = _grid([LABELS.get(key, f"accuracy, {key}") for key in keys], alphas)
+    figure, panels = _grid([LABELS.get(key, f"accuracy on {key}") for key in keys], alphas)
     for axes, key in zip(panels, keys, strict=True):
         for i, alpha in enumerate(alphas):
             these = [run for run in runs if run.alpha == alpha and key in run.figures(part)]
@@ -132,7 +132,7 @@ def _forest(differences: Sequence[Difference]) -> Figure | None:
     names = list(dict.fromkeys(d.measure for d in drawn))
     alphas = list(dict.fromkeys(d.alpha for d in drawn))
     step = 0.7 / len(alphas)
-    figure = Figure(figsize=(7.0, 1.2 + len(names) * (0.16 + 0.13 * len(alphas))), layout="tight")
+    figure = Figure(figsize=(6.4, 1.2 + len(names) * (0.16 + 0.13 * len(alphas))), layout="tight")
     axes: Any = figure.add_subplot()
     for i, alpha in enumerate(alphas):
         colour = _COLOURS[(i + 1) % len(_COLOURS)]
@@ -147,7 +147,7 @@ def _forest(differences: Sequence[Difference]) -> Figure | None:
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(names) - 0.4, -0.6)  # the first on top
     axes.spines["left"].set_visible(False)
-    axes.set_xlabel("difference from the base, in standard errors, and its 95 % interval")
+    axes.set_xlabel("difference in standard errors, with its 95 % interval")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(alphas))
     return figure
 
@@ -156,12 +156,14 @@ def _grid(titles: Sequence[str], alphas: Sequence[float]) -> tuple[Figure, list[
     """A figure with a panel for each title, all over the alphas."""
     columns = min(len(titles), _PANELS_A_ROW)
     rows = -(-len(titles) // columns)
-    figure = Figure(figsize=(3.3 * columns, 2.3 * rows), layout="tight")
+    figure = Figure(figsize=(3.2 * columns, 2.0 * rows), layout="tight")
     panels = [figure.add_subplot(rows, columns, i + 1, title=t) for i, t in enumerate(titles)]
     for axes in panels:
         axes.set_xticks(range(len(alphas)), list(map(plain, alphas)))
         axes.set_xlim(-0.6, len(alphas) - 0.4)
         axes.set_xlabel("alpha")
+        axes.margins(y=0.12)
+        axes.ticklabel_format(axis="y", useOffset=False)
     return figure, panels
 
 

@@ -64,8 +64,11 @@ _STYLE = """\
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; display: block; overflow-x: auto; font-size: 14px; }
 th, td { padding: .2rem .6rem; border-bottom: 1px solid #8884; vertical-align: top; }
-#answers ~ table td { min-width: 15rem; }
-img { max-width: 100%; }"""
+th + th, td + td { white-space: nowrap; }
+td:first-child { min-width: 10rem; }
+#answers ~ table td { min-width: 12rem; white-space: normal; }
+p { overflow-x: auto; }
+img { max-width: 100%; min-width: 27rem; }"""
 _ANSWERS_TITLE = "Answers side by side"
 
 
@@ -132,7 +135,7 @@ def _markdown(
     sections = {
         "Conclusion": conclusion(found, len(seeds)),
         "Not measured": "\n".join(f"- {note}" for note in notes),
-        "Paired differences": pictured("forest") + "\n\n" + _differences(by_measure, alphas[0]),
+        "Paired differences": _forest(pictured("forest")) + _differences(by_measure, alphas[0]),
         "Noise of the answers": _noises(by_measure),
         "Power": _power(power, found),
         "By seed": _by_seed(by_measure, seeds),
@@ -152,6 +155,11 @@ def _markdown(
         f"alpha {', '.join(map(plain, alphas))}; seeds {', '.join(map(str, seeds))}."
     )
     return "\n\n".join(["# Study of noise.alpha", summary, *parts]) + "\n"
+
+
+def _forest(picture: str) -> str:
+    caption = "Filled: significant after Holm's correction. Base: the least alpha."
+    return f"{picture}\n\n{caption}\n\n" if picture else ""
 
 
 def _differences(found: Sequence[Difference], base: float) -> str:
@@ -240,7 +248,7 @@ def _means(runs: Sequence[Run], part: str) -> str:
     alphas = alphas_of(runs)
     rows = [
         [
-            LABELS.get(key, f"accuracy on {key}"),
+            f"accuracy on {key}" if part == "tasks" else LABELS.get(key, key),
             *(
                 _mean(
                     [r.figures(part)[key] for r in runs if r.alpha == a and key in r.figures(part)]

@@ -129,12 +129,13 @@ def test_figures_are_means_over_instructions_of_means_over_their_samples() -> No
     words = " ".join(distinct(50))
     answers = [
         row(words, sample=0, correct=True),
-        row("short", sample=1, correct=False),
+        row("short", sample=1),
         row("a b", sample=0, correct=False),
         row("a b c d", sample=1, correct=False),
     ]
     found = text_statistics.statistics(answers)
     assert found["words"] == ((50 + 1) / 2 + (2 + 4) / 2) / 2
-    assert (found["exact_match"], found["num_chunks"]) == (0.25, 1)
+    # The answer that was not marked leaves its item's mean to the other.
+    assert (found["exact_match"], found["num_chunks"]) == (0.5, 1)
     assert found["log_diversity"] == 20  # the only sample of 50 words
     assert found["self_bleu"] == text_statistics.statistics(answers[::2])["self_bleu"]
