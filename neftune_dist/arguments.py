@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -110,14 +111,20 @@ def parse(words: Sequence[str] | None = None) -> dict[str, Any]:
     return vars(given)
 
 
-def completion(shell: str) -> str:
-    """A script for bash or zsh that completes verbs, then options, settings and files."""
+def completion(shell: str, help_of_submit: str) -> str:
+    """A script for bash or zsh that completes verbs, then options, settings and files.
+
+    Args:
+        shell: bash or zsh.
+        help_of_submit: of its own parser, whose options it lists.
+    """
     settings = " ".join(f"{key}=" for key in KNOBS if "[]" not in key)
     options = {
         name: [word for names, _ in arguments for word in names if word.startswith("-")]
         for name, (_, arguments) in VERBS.items()
     }
-    takes_settings = {
+    options["submit"] = sorted({*re.findall(r"--[a-z][a-z-]*", help_of_submit)} - {"--help"})
+    takes_settings = {"submit"} | {
         name for name, (_, arguments) in VERBS.items() if any("settings" in a for a, _ in arguments)
     }
     cases = "\n".join(

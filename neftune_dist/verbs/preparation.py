@@ -77,7 +77,9 @@ def _init(name: str | None, settings: Words, output: Path | None, slurm: bool) -
 def _completion(shell: str) -> int:
     """Print a script that completes verbs, options and settings in a shell: in ~/.bashrc,
     eval "$(neftune-dist completion bash)"."""
-    print(completion(shell))
+    from neftune_dist.cluster.submit.options import make_parser
+
+    print(completion(shell, make_parser("neftune-dist submit").format_help()))
     return outcome.EXIT_DONE
 
 

@@ -269,6 +269,9 @@ def test_setting_written_as_an_option_is_shown_as_it_should_be(
         (["train", "x.yaml", "noise.al"], {"noise.alpha="}),
         (["plan", "--wo"], {"--world-size"}),
         (["checkpoints", "noise.al"], set()),
+        (["submit", "x.yaml", "--gpus"], {"--gpus-per-node"}),
+        (["submit", "x.yaml", "--dry"], {"--dry-run"}),
+        (["submit", "x.yaml", "noise.al"], {"noise.alpha="}),
     ],
 )
 def test_bash_completes_verbs_options_and_settings(
