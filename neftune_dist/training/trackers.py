@@ -20,8 +20,9 @@ from torch.utils.tensorboard.summary import hparams
 from neftune_dist.config import LoggingConfig, UserError, require
 from neftune_dist.system.text import first_line
 
-# Figures of one group stand together in a tracker: `loss/held_out_loss`.
-_GROUPS = {
+# Figures of one group stand together in a tracker: `loss/held_out_loss`. Trackers sort groups by
+# name, and the loss is to come first.
+GROUPS = {
     "loss": ("loss", "held_out_loss", "perplexity"),
     "noise": ("noise_norm", "noise_law"),
     "optim": ("learning_rate", "grad_norm", "num_skipped_steps"),
@@ -35,7 +36,7 @@ _GROUPS = {
         "world_size",
     ),
     "memory": ("memory_gib",),
-    "data": ("num_documents", "num_tokens", "num_supervised_tokens", "padding_fraction"),
+    "tokens": ("num_documents", "num_tokens", "num_supervised_tokens", "padding_fraction"),
 }
 # By which TensorBoard's HPARAMS compares runs, and the figures beside them.
 _COMPARED = (
@@ -124,8 +125,8 @@ class Trackers:
 def figure_name(key: str, held_out: bool = False) -> str:
     """The name of a figure in a tracker: its group, and its key in the run's records. The counts of
     an evaluation are told apart from a step's."""
-    group = next((name for name, keys in _GROUPS.items() if key in keys), "other")
-    return f"{group}/{'held_out_' if held_out and group == 'data' else ''}{key}"
+    group = next((name for name, keys in GROUPS.items() if key in keys), "other")
+    return f"{group}/{'held_out_' if held_out and group == 'tokens' else ''}{key}"
 
 
 class _TensorBoard:
@@ -175,7 +176,7 @@ class _WandB:
             config=dict(facts),
         )
         kept.write_text(self._run.id)
-        for group in _GROUPS:
+        for group in GROUPS:
             self._run.define_metric(f"{group}/*", step_metric="step")
 
     def record(self, values: Mapping[str, float], step: int) -> None:

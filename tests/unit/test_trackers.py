@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 from neftune_dist.config import LoggingConfig, UserError, load_config
-from neftune_dist.training.trackers import Trackers
+from neftune_dist.training.trackers import GROUPS, Trackers
 
 FACTS = {"config": {"noise": {"alpha": 5.0}}, "environment": {"torch": "2"}}
 RECORD = {"step": 4, "loss": 1.5, "mfu": None, "num_tokens": 7}
@@ -84,7 +84,7 @@ def test_wandb_run_goes_on_after_a_resume(tmp_path: Path, monkeypatch: pytest.Mo
     assert [run["id"] for run in wandb.begun] == [None, "abc"]
     assert wandb.begun[0]["config"] == FACTS
     assert (wandb.begun[0]["project"], wandb.begun[0]["name"]) == ("neftune_dist", "mine")
-    assert wandb.logged == [{"loss/loss": 1.5, "data/num_tokens": 7.0, "step": 4}] * 2
+    assert wandb.logged == [{"loss/loss": 1.5, "tokens/num_tokens": 7.0, "step": 4}] * 2
     assert wandb.ended == [1, 0]
 
 
@@ -101,7 +101,7 @@ def test_mlflow_run_goes_on_after_a_resume(tmp_path: Path, monkeypatch: pytest.M
         trackers.close(failed=first_step == 0)
     values = {
         "loss/loss": 1.5,
-        "data/held_out_num_tokens": 7.0,
+        "tokens/held_out_num_tokens": 7.0,
         "loss/held_out_loss": 2.5,
     }
     store = ("store", (run / "mlflow").as_uri())
@@ -170,8 +170,8 @@ def test_tensorboard_names_the_run_groups_its_figures_and_compares_its_settings(
             "noise/noise_norm",
             "memory/memory_gib",
             "speed/step_seconds",
-            "data/num_tokens",
-            "data/held_out_num_documents",
+            "tokens/num_tokens",
+            "tokens/held_out_num_documents",
         }
         summary = events.SummaryMetadata("_hparams_/session_start_info")
         start = plugin_data_pb2.HParamsPluginData.FromString(summary.plugin_data.content)
@@ -185,3 +185,8 @@ def test_name_without_a_tracker_is_refused(word: str) -> None:
     with pytest.raises(UserError, match="has no effect without logging"):
         load_config(None, ["model.name_or_path=m", word])
     load_config(None, ["model.name_or_path=m", word, "logging.mlflow=true"])
+
+
+def test_loss_is_the_first_group_by_name() -> None:
+    """TensorBoard and W&B sort groups by name."""
+    assert min(GROUPS) == "loss" == min([*GROUPS, "samples", "other"])
