@@ -37,7 +37,7 @@ _STYLE = {
     "ytick.color": _GREY,
     "legend.frameon": False,
 }
-_PANELS_A_ROW = 2
+_COLUMNS = 2  # of panels: legible on a narrow screen, too
 _SMOOTHED_SHARE = 50  # of the steps: a mean over each fiftieth of them
 # Figures of an evaluation that are drawn; those of tasks all are.
 _DRAWN = (
@@ -154,10 +154,9 @@ def _forest(differences: Sequence[Difference]) -> Figure | None:
 
 def _grid(titles: Sequence[str], alphas: Sequence[float]) -> tuple[Figure, list[Any]]:
     """A figure with a panel for each title, all over the alphas."""
-    columns = min(len(titles), _PANELS_A_ROW)
-    rows = -(-len(titles) // columns)
-    figure = Figure(figsize=(3.2 * columns, 2.0 * rows), layout="tight")
-    panels = [figure.add_subplot(rows, columns, i + 1, title=t) for i, t in enumerate(titles)]
+    rows = -(-len(titles) // _COLUMNS)
+    figure = Figure(figsize=(3.2 * _COLUMNS, 2.0 * rows), layout="tight")
+    panels = [figure.add_subplot(rows, _COLUMNS, i + 1, title=t) for i, t in enumerate(titles)]
     for axes in panels:
         axes.set_xticks(range(len(alphas)), list(map(plain, alphas)))
         axes.set_xlim(-0.6, len(alphas) - 0.4)

@@ -16,7 +16,8 @@ def provenance(runs: Sequence[Run]) -> dict[str, str]:
     config = runs[0].config
     data, optim, noise = config.data, config.optim, config.noise
     versions = [run.state.get("versions", {}) for run in runs]
-    packages = [name for name in versions[0] if name not in ("neftune_dist", "commit")]
+    others = ("neftune_dist", "commit")
+    packages = [n for n, v in versions[0].items() if n not in others and v != "None"]
     dates = sorted((run.folder / STEPS).stat().st_mtime for run in runs)
     days = dict.fromkeys(
         f"{datetime.fromtimestamp(d, UTC):%Y-%m-%d}" for d in dates[:1] + dates[-1:]

@@ -145,7 +145,7 @@ def _markdown(
         "Judged": against_base,
         "Judged against the reference": _win_rates(against_reference),
         _ANSWERS_TITLE: _shown_answers(runs),
-        "Provenance": _table(["", ""], list(provenance(runs).items())),
+        "Provenance": "\n".join(f"- {name}: {text}" for name, text in provenance(runs).items()),
         "Method": _METHOD,
     }
     parts = [f"## {title}\n\n{text.strip()}" for title, text in sections.items() if text.strip()]

@@ -501,9 +501,7 @@ def test_report_says_what_was_run_on_what(tmp_path: Path) -> None:
         )
         run.settings["answers"] = {"prompts": "x", "evaluate.samples": 4}
     text = written(tmp_path, runs)
-    table = dict(
-        re.findall(r"^\| (\w[\w ]*) \| (.*) \|$", text.partition("## Provenance")[2], re.M)
-    )
+    table = dict(re.findall(r"^- (\w[\w ]*): (.*)$", text.partition("## Provenance")[2], re.M))
     assert table["code"] == "neftune_dist 1.2, commit abc"
     assert table["versions"] == "torch 2.0 and 2.1"
     assert table["data"].startswith("rows.json; fingerprint f00d")
