@@ -53,7 +53,7 @@ MASK[1, 7:] = 0
 
 def on_ranks(function: Callable[..., Any], number: int, folder: Path) -> list[Any]:
     """What `function(folder)` returns on each of so many processes that gloo joins."""
-    tiny_model._forkserver()
+    tiny_model.forkserver()
     context = torch.multiprocessing.start_processes(
         _on_rank, (number, function, folder), number, join=False, start_method="forkserver"
     )

@@ -46,7 +46,9 @@ _IMPORTED = (
     "neftune_dist.training.train",
     "neftune_dist.engine.fsdp2",
     "neftune_dist.engine.deepspeed",
+    "neftune_dist.evaluation.evaluate",
     "neftune_dist.cli",
+    "peft",
     "tensorboard.plugins.hparams.api_pb2",
     "torch.utils.tensorboard",
     "torch._inductor.compile_fx",  # DeepSpeed compiles an optimizer that is never used
@@ -201,7 +203,7 @@ class Forked:
                 "MASTER_PORT": port,
             }
             variables = {key: str(value) for key, value in own.items()} if ranks > 1 else {}
-            process = _forkserver().Process(
+            process = forkserver().Process(
                 target=_rank, args=(variables, self._words, *self._files, before)
             )
             process.start()
@@ -271,7 +273,8 @@ def call_forked(function: Callable[[], None], ranks: int = 1) -> subprocess.Comp
 
 
 @cache
-def _forkserver() -> multiprocessing.context.ForkServerContext:
+def forkserver() -> multiprocessing.context.ForkServerContext:
+    """The process that has imported everything, as a context of `multiprocessing`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*_IMPORTED, "tests.support.freeze"])
     with unittest.mock.patch.dict(os.environ, environment()):

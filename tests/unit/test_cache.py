@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import os
 import signal
 import time
@@ -20,6 +19,7 @@ from neftune_dist.config import DataConfig, SourceConfig, UserError
 from neftune_dist.data import dataset
 from neftune_dist.data.dataset import prepare
 from neftune_dist.data.sources import open_source
+from tests.support import tiny_model
 from tests.support.corpora import entries, numbered, texts
 
 DEADLINE_SECONDS = 60
@@ -216,7 +216,7 @@ def test_a_process_that_reads_an_entry_keeps_it_while_it_is_made_again(
 
 
 def start(target: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, Any]:
-    context = multiprocessing.get_context("spawn")
+    context = tiny_model.forkserver()
     told = context.Queue()
     process = context.Process(target=target, args=(*arguments, told), daemon=True)
     process.start()
@@ -262,7 +262,7 @@ def test_processes_at_once_make_one_entry(
     write: Callable[..., DataConfig], tiny_tokenizer: Any
 ) -> None:
     config = write(numbered(300), num_held_out=20)
-    barrier = multiprocessing.get_context("spawn").Barrier(3)
+    barrier = tiny_model.forkserver().Barrier(3)
     started = [
         start(prepare_together, config, tiny_tokenizer.name_or_path, barrier) for _ in range(3)
     ]

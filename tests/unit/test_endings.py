@@ -319,11 +319,14 @@ def test_output_is_drained_when_disk_or_reader_fails(
     assert b"bytes of output are missing here" in text and text.endswith(b"and on it goes\n")
 
 
-@pytest.mark.parametrize("place", ["/dev/full", "pipe", "closed"])
-def test_broken_console_does_not_end_a_verb(place: str, tmp_path: Path) -> None:
-    """`checkpoints` to a full disk, to a reader that has gone, and without any."""
+@pytest.mark.parametrize(
+    ("verb", "place"), [("checkpoints", "/dev/full"), ("config", "pipe"), ("config", "closed")]
+)
+def test_broken_console_does_not_end_a_verb(verb: str, place: str, tmp_path: Path) -> None:
+    """To a full disk, to a reader that has gone, and without any."""
     (tmp_path / "checkpoints").mkdir()
-    command = [sys.executable, "-m", "neftune_dist", "checkpoints", str(tmp_path)]
+    word = str(tmp_path) if verb == "checkpoints" else "noise.alpha"
+    command = [sys.executable, "-m", "neftune_dist", verb, word]
     if place == "closed":
         command = ["bash", "-c", 'exec "$@" >&-', "_", *command]
         out: Any = None

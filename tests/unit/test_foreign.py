@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +22,42 @@ from neftune_dist.model import foreign, load
 from neftune_dist.model.weights import WeightFiles
 from tests.support import tiny_model
 
-# Trains one step, so that the masters are no bf16 values, and saves as DeepSpeed does.
-TRAIN = """
-import os, sys
-import deepspeed, torch, transformers
-folder = sys.argv[1]
-# Two minutes of compiling, for inference alone.
-sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
-deepspeed.init_distributed("gloo")
-for stage in (1, 2, 3):
-    path = folder + "/model"
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}]),
-        config={
-            "train_micro_batch_size_per_gpu": 1,
-            "bf16": {"enabled": True},
-            "zero_optimization": {"stage": stage},
-            "zero_allow_untested_optimizer": True,
-        },
-    )
-    ids = torch.arange(20)[None]
-    engine.backward(engine(input_ids=ids, labels=ids).loss)
-    engine.step()
-    engine.save_checkpoint(f"{folder}/zero_{stage}")
-torch.distributed.barrier()
-os._exit(0)  # threads of DeepSpeed's and gloo's may crash an interpreter that ends
-"""
+
+@dataclass(frozen=True)
+class Train:
+    """In every rank: train one step, so that the masters are no bf16 values, and save as DeepSpeed
+    does."""
+
+    folder: Path
+
+    def __call__(self) -> None:
+        import deepspeed
+
+        # Two minutes of compiling, for inference alone.
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+        deepspeed.init_distributed("gloo")
+        for stage in (1, 2, 3):
+            path = self.folder / "model"
+            model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+            decayed = [p for p in model.parameters() if p.dim() > 1]
+            others = [p for p in model.parameters() if p.dim() < 2]
+            groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+            engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=torch.optim.AdamW(groups),
+                config={
+                    "train_micro_batch_size_per_gpu": 1,
+                    "bf16": {"enabled": True},
+                    "zero_optimization": {"stage": stage},
+                    "zero_allow_untested_optimizer": True,
+                },
+            )
+            ids = torch.arange(20)[None]
+            engine.backward(engine(input_ids=ids, labels=ids).loss)
+            engine.step()
+            engine.save_checkpoint(f"{self.folder}/zero_{stage}")
+        torch.distributed.barrier()
+        os._exit(0)  # threads of DeepSpeed's and gloo's may crash an interpreter that ends
 
 
 @pytest.fixture(scope="module")
@@ -76,16 +84,7 @@ def assert_ranges(weights: WeightFiles, shapes: dict[str, tuple[int, ...]], expe
 @pytest.fixture(scope="module")
 def zero_checkpoints(folder: Path) -> Path:
     """Folder of one checkpoint of each stage, by 2 ranks."""
-    script = folder / "train.py"
-    script.write_text(TRAIN)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launcher, str(script), str(folder)],
-        env=tiny_model.environment(DS_ACCELERATOR="cpu"),
-        capture_output=True,
-        text=True,
-        timeout=tiny_model.DEADLINE_SECONDS,
-    )
+    done = tiny_model.call_forked(Train(folder), ranks=2)
     assert done.returncode == 0, done.stderr
     return folder
 
