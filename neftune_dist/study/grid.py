@@ -90,7 +90,7 @@ def perform(train: Sequence[str], evaluate: Sequence[str], num_ranks: int) -> tu
 
 def execute(command: Sequence[str]) -> tuple[int, str]:
     """Run a command, passing stop signals on as SIGTERM. Return its exit code (75: stopped) and the
-    last line of standard error."""
+    last line of standard error, or which signal ended it."""
     # In a new session the run gets Ctrl-C from this process alone, not from the terminal, too.
     process = Popen(
         command,
@@ -118,6 +118,9 @@ def execute(command: Sequence[str]) -> tuple[int, str]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if code < 0:
+        memory = ", perhaps out of memory" if -code == signal.SIGKILL else ""
+        last_line = f"ended by {signal.Signals(-code).name}{memory}"
     return EXIT_STOPPED if stopped else code, last_line
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 from neftune_dist.config import Config, UserError
 from neftune_dist.evaluation.intervals import quantile, smallest_visible, student
 from neftune_dist.evaluation.win_rate import Judgement, win_rate
-from neftune_dist.study import plots, report
+from neftune_dist.study import grid, plots, report
 from neftune_dist.study import run as verb
 from neftune_dist.study.answers import side_by_side
 from neftune_dist.study.compare import Difference, corrected, difference, paired
@@ -591,3 +592,11 @@ def test_like_lengths_are_compared_beside_the_other_win_rates(tmp_path: Path) ->
     rates = [win_rate(of).length_matched for of in judgements(runs, 1.0, 0.0).values()]
     assert matched.value == pytest.approx(np.mean(rates))
     assert matched.num_items < raw.num_items == NUM_ITEMS
+
+
+def test_run_that_a_signal_ended_is_said_to_be(capfd: pytest.CaptureFixture[str]) -> None:
+    script = "import os, sys; print('a warning', file=sys.stderr); os.kill(os.getpid(), {})"
+    killed = grid.execute([sys.executable, "-c", script.format(9)])
+    assert killed == (-9, "ended by SIGKILL, perhaps out of memory")
+    assert grid.execute([sys.executable, "-c", script.format(11)]) == (-11, "ended by SIGSEGV")
+    assert capfd.readouterr().err.count("a warning") == 2
