@@ -76,10 +76,10 @@ def test_torchrun_reports_it_once(config: Path, tmp_path: Path) -> None:
 
 
 def test_alone_the_exit_code_is_2_and_there_is_no_traceback(config: Path, tmp_path: Path) -> None:
-    for name in ("bad rows", "tensor missing"):
+    for name, start in (("bad rows", tiny_model.run), ("tensor missing", tiny_model.run_forked)):
         words, needle = CASES[name]
         words = [word.format(config.parent) for word in words]
-        done = tiny_model.run("train", config, f"run_dir={tmp_path / 'run'}", *words)
+        done = start("train", config, f"run_dir={tmp_path / 'run'}", *words)
         assert done.returncode == 2
         assert needle in done.stderr
         assert "Traceback" not in done.stderr

@@ -11,7 +11,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ import pytest
 import torch
 
 from neftune_dist.checkpoint import store
+from tests.distributed import drill
 from tests.support import tiny_model
 from tests.support.tiny_model import Forked
 
@@ -252,20 +252,8 @@ def test_full_disk_exits_2_and_keeps_last_checkpoint(config: Path, tmp_path: Pat
     """The largest file allowed is smaller than a checkpoint: every write of one fails."""
     run_dir = tmp_path / "run"
     tiny_model.train(config, run_dir, "train.max_steps=3", "optim.schedule=constant")
-    words = tiny_model.command(
-        "train",
-        config,
-        f"run_dir={run_dir}",
-        "optim.schedule=constant",
-        "logging.tensorboard=false",
-    )
-    done = subprocess.run(
-        ["bash", "-c", 'ulimit -f 200; exec "$@"', "bash", *words],
-        env=tiny_model.environment(),
-        capture_output=True,
-        text=True,
-        timeout=tiny_model.DEADLINE_SECONDS,
-    )
+    words = (f"run_dir={run_dir}", "optim.schedule=constant", "logging.tensorboard=false")
+    done = tiny_model.run_forked("train", config, *words, before=drill.SmallFiles(200 * 1024))
     assert done.returncode == 2, done.stderr
     assert "could not be written" in done.stderr
     assert "Traceback" not in done.stderr

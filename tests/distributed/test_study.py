@@ -159,11 +159,14 @@ def test_finished_study_is_reported_without_running(
     assert [file.stat().st_mtime_ns for file in summaries] == times and len(times) == len(RUNS)
 
 
-def test_alpha_0_is_reproducible_bit_for_bit(config: Path, finished: Path) -> None:
+def test_alpha_0_is_reproducible_bit_for_bit(
+    config: Path, finished: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     again = config.parent / "again"
-    done = tiny_model.run("study", config, f"run_dir={again}", "--alphas=0")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Only one alpha was studied" in done.stdout
+    code = study(config, [f"run_dir={again}"], alphas=[0], num_seeds=1, num_ranks=1)
+    said = capfd.readouterr()
+    assert code == 0, said
+    assert "Only one alpha was studied" in said.out
     one, two = finished / "alpha_0_seed_0", again / "alpha_0_seed_0"
     assert len(tiny_model.steps(one)) == NUM_STEPS
     assert tiny_model.untimed(tiny_model.steps(one)) == tiny_model.untimed(tiny_model.steps(two))

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from neftune_dist.cluster.launch import supervisor
+from neftune_dist.config import Config
 from neftune_dist.distributed import outcome
 
 
@@ -23,6 +24,15 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "_POLL_SECONDS", 0.02)
     monkeypatch.setattr(supervisor, "_LOOK_EVERY_SECONDS", 0.1)
     monkeypatch.setattr(supervisor, "_SIGNAL_EVERY_SECONDS", 0.1)
+
+
+@pytest.fixture(autouse=True)
+def children_of_this_test_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher kills all its descendants; those of earlier tests are not the launcher's."""
+    descendants, earlier = supervisor._descendants, set(supervisor._descendants())
+    monkeypatch.setattr(
+        supervisor, "_descendants", lambda: (p for p in descendants() if p not in earlier)
+    )
 
 
 def requests(**flags: bool) -> Any:
@@ -85,6 +95,26 @@ def test_processes_that_survive_a_failed_rank_are_killed(
     began = time.monotonic()
     error, _ = attend("import time; time.sleep(60)", tmp_path)
     assert 0.4 < time.monotonic() - began < 20 and "code -9" in error
+
+
+def test_failures_without_progress_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each attempt fails with another error, so that none is the repetition of the one before."""
+    script = (
+        "import sys, time\n"
+        "from neftune_dist.distributed import outcome\n"
+        "outcome.tell(0, outcome.FAILED, error=f'now it is {time.time()}')\n"
+        "sys.exit(1)"
+    )
+    monkeypatch.setattr(supervisor, "_command", lambda *_: [sys.executable, "-c", script])
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    config, run_dir = Config(), tmp_path / "run"
+    config.run_dir = str(run_dir)
+    code = supervisor.launch(config, [], num_processes=1, max_restarts=1, minutes=1)
+    assert code == outcome.EXIT_FAILED
+    assert "the last 2 attempts published no new checkpoint" in capfd.readouterr().out
+    assert [attempt.kind for attempt in outcome.outcomes(run_dir)] == [outcome.FAILED] * 2
 
 
 def test_node_that_does_not_start_is_named_after_its_time(

@@ -6,7 +6,6 @@ A JSON object.
     wait_at         steps before which every rank waits until a stop is requested
     fail_at         the step that fails
     nan_at          the step whose loss is NaN
-    fail_with_time  every step fails, each time with another message
     diverge         every step diverges
     signal_in       phases, one for each attempt of the job: when it begins, rank 0 has its batch
                     script signalled by USR1, and waits `phase_seconds`
