@@ -34,6 +34,7 @@ _MAY_CHANGE = (
     "data.held_out_source",
     "data.packing",
     "data.cache_dir",
+    "data.num_workers",
     "data.max_bad_fraction",
     "engine.",
     *_LENGTH,

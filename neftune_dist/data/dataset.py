@@ -8,8 +8,9 @@ once. Nothing here is a collective.
 from __future__ import annotations
 
 import json
+import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,22 +20,17 @@ import numpy as np
 from neftune_dist.config import DataConfig, SourceConfig, UserError, user_path
 from neftune_dist.data import cache
 from neftune_dist.data.acceptance import refuse_shares, refuse_useless
-from neftune_dist.data.columns import Columns
-from neftune_dist.data.conversation import Conversation
 from neftune_dist.data.documents import Conversations, Documents, DocumentStats, DocumentWriter
-from neftune_dist.data.errors import BadRow
-from neftune_dist.data.formats import detect_format, to_conversation
 from neftune_dist.data.hashing import digest_of
 from neftune_dist.data.mask_preview import MaskAudit
-from neftune_dist.data.report import NAMED_ROWS, Report, SourceReport
+from neftune_dist.data.report import Report, SourceReport
+from neftune_dist.data.shard_pool import ShardPool
+from neftune_dist.data.shards import ShardMaker
 from neftune_dist.data.sources import Source, open_source
-from neftune_dist.data.spans import Rendered
 from neftune_dist.data.split import Split, split_documents
-from neftune_dist.data.tokenize import ConversationTokenizer, Document
+from neftune_dist.data.tokenize import ConversationTokenizer
 
 _VERSION = 8  # raised when the same rows and settings become other documents
-# Tokenised together: many rows, unless they are long.
-_BATCH_ROWS, _BATCH_CHARACTERS = 1000, 2**22
 _PROGRESS_SECONDS = 5.0
 # Settings that decide an entry's content, beside those of the sources and the template.
 _DECISIVE = (
@@ -48,8 +44,6 @@ _DECISIVE = (
     "num_held_out",
     "held_out_fraction",
 )
-
-_Row = tuple[str, Conversation, Rendered]  # its place in the source first
 
 
 @dataclass(frozen=True)
@@ -138,15 +132,16 @@ def prepare(
         }
     )
     root = user_path(config.cache_dir, "data.cache_dir") / "corpora"
+    builder = _Builder(config, given, template, root / f"{fingerprint}.shards", progress)
     try:
-        folder = cache.open_or_make(
-            root, fingerprint, _Builder(config, given, template, progress).build, progress
-        )
+        folder = cache.open_or_make(root, fingerprint, builder.build, progress)
     except (OSError, NotImplementedError) as error:  # the second from a disk without file locks
         raise UserError(
             f"The tokenised data cannot be written to data.cache_dir={config.cache_dir}: "
             f"{getattr(error, 'strerror', None) or error}."
         ) from error
+    if builder.finished:
+        shutil.rmtree(builder.shards, ignore_errors=True)
     dataset = replace(
         load(folder, given.sources),
         identity={
@@ -171,10 +166,9 @@ def load(folder: Path, given: Sequence[Source]) -> Dataset:
     """
     try:
         stored = json.loads((folder / "report.json").read_text())
-        sources = [SourceReport(**source) for source in stored.pop("sources")]
-        for source, now in zip(sources, given, strict=True):
+        report = Report.of_stored(stored)
+        for source, now in zip(report.sources, given, strict=True):
             source.name, source.left_out = now.name, [*now.left_out]
-        report = Report(sources, audit=MaskAudit(**stored.pop("audit")), **stored)
         train, held_out = (Documents(folder, part) for part in ("train", "held_out"))
         conversations = Conversations(folder)
         if len(conversations) != len(held_out):
@@ -195,10 +189,11 @@ class _Builder:
         config: DataConfig,
         given: _Input,
         template: ConversationTokenizer,
+        shards: Path,
         progress: Callable[[str], None],
     ) -> None:
-        self.config, self.given, self.template = config, given, template
-        self.progress = progress
+        self.config, self.given, self.template, self.shards = config, given, template, shards
+        self.progress, self.finished = progress, False
         self.report = Report([SourceReport(s.name, left_out=[*s.left_out]) for s in given.sources])
 
     def build(self, folder: Path) -> None:
@@ -214,88 +209,34 @@ class _Builder:
         self.report.content = writer.digest()
         self._count(stats, split, writer)
         (folder / "report.json").write_text(json.dumps(asdict(self.report), indent=1))
+        self.finished = True
 
     def _write_documents(self, writer: DocumentWriter) -> None:
         """Write all documents of all sources."""
         report, config, reported = self.report, self.config, time.monotonic()
         ignored: set[str] = set()
-        for i, (source, own) in enumerate(zip(self.given.sources, report.sources, strict=True)):
-            # Any document may be held out, unless there is a source for that.
-            keep = i >= self.given.num_training if config.held_out_source else config.holds_out
-            setting = self.given.settings[i]
-            columns = Columns(setting.columns, config.ignored)
-            for batch in _batches(self._rendered(source, setting.format, columns, own)):
-                documents = self.template.encode([rendered for _, _, rendered in batch])
-                for (place, conversation, _), document in zip(batch, documents, strict=True):
-                    fitted = self._fit(document, own, (i, place))
-                    if fitted is None:
-                        continue
-                    own.num_documents += 1
-                    report.num_plain_texts += bool(conversation.text)
-                    report.num_turns_left_out += conversation.num_left_out
-                    if conversation.num_left_out:
-                        report.examples.setdefault("num_turns_left_out", (i, place))
-                    writer.add(fitted, conversation, i, place, keep)
-                if time.monotonic() - reported > _PROGRESS_SECONDS:
-                    reported = time.monotonic()
-                    self.progress(f"data: {report.num_rows} rows tokenised")
-            refuse_useless(source, own, report, config)
-            ignored |= columns.ignored
-            if columns.missing:
-                raise UserError(
-                    f"{source.key}={source.name}: no row has {min(columns.missing)!a}, which "
-                    "data.columns names."
-                )
+        with ShardPool(self.shards, self.template) as pool:
+            for i, (source, own) in enumerate(zip(self.given.sources, report.sources, strict=True)):
+                # Any document may be held out, unless there is a source for that.
+                keep = i >= self.given.num_training if config.held_out_source else config.holds_out
+                maker = ShardMaker(config, i, self.given.settings[i], keep)
+                missing: set[str] | None = None
+                for shard in pool.shards(maker, source.rows):
+                    writer.append(shard.arrays, i)
+                    report.add(i, shard.report)
+                    ignored |= shard.ignored
+                    missing = shard.missing if missing is None else missing & shard.missing
+                    if time.monotonic() - reported > _PROGRESS_SECONDS:
+                        reported = time.monotonic()
+                        self.progress(f"data: {report.num_rows} rows tokenised")
+                refuse_useless(source, own, report, config)
+                if missing:
+                    raise UserError(
+                        f"{source.key}={source.name}: no row has {min(missing)!a}, which "
+                        "data.columns names."
+                    )
         if never := sorted(set(config.ignored) - ignored):
             raise UserError(f"data.ignore_fields: no row has {never[0]!a}: leave it out.")
-
-    def _rendered(
-        self, source: Source, format_name: str, columns: Columns, own: SourceReport
-    ) -> Iterator[_Row]:
-        """The good rows. Plain texts and conversations do not mix in a source."""
-        usual = ""
-        for place, row in source.rows:
-            self.report.num_rows += 1
-            own.num_rows += 1
-            try:
-                if isinstance(row, BadRow):
-                    raise row
-                row = columns.apply(row)
-                found = detect_format(row, usual) if format_name == "auto" else format_name
-                conversation = to_conversation(row, found)
-                documents = self.template.documents(conversation)
-            except BadRow as error:
-                self.report.num_bad_rows += 1
-                own.num_bad_rows += 1
-                if len(own.bad_rows) < NAMED_ROWS:
-                    own.bad_rows.append(f"{place}: {error}")
-                continue
-            usual = usual or found
-            own.formats[found] = own.formats.get(found, 0) + 1
-            self.report.num_split += len(documents) > 1
-            self.report.num_added_by_split += len(documents) - 1
-            for part, rendered in documents:
-                yield str(place), part, rendered
-
-    def _fit(
-        self, document: Document, own: SourceReport, origin: tuple[int, str]
-    ) -> Document | None:
-        """The document within `data.max_length`; None where it is dropped."""
-        max_length, report = self.config.max_length, self.report
-        length = len(document.input_ids)
-        own.num_too_long += length > max_length
-        own.longest_tokens = max(own.longest_tokens, length)
-        if length > max_length and self.config.too_long == "drop":
-            outcome = "num_dropped_too_long"
-        elif not document.supervised[:max_length].any():
-            outcome = "num_nothing_to_learn"
-        elif length > max_length:
-            outcome = "num_truncated"
-        else:
-            return document
-        setattr(report, outcome, getattr(report, outcome) + 1)
-        report.examples.setdefault(outcome, origin)
-        return document.cut(max_length) if outcome == "num_truncated" else None
 
     def _count(self, stats: DocumentStats, split: Split, writer: DocumentWriter) -> None:
         """Report what is trained on and what is left out."""
@@ -319,15 +260,3 @@ class _Builder:
         times = np.bincount(stats.source[split.train], minlength=len(report.sources))
         for own, number in zip(report.sources, times, strict=True):
             own.num_occurrences = int(number)
-
-
-def _batches(rendered: Iterator[_Row]) -> Iterator[list[_Row]]:
-    batch, characters = [], 0
-    for row in rendered:
-        batch.append(row)
-        characters += len(row[2].text)
-        if len(batch) == _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch

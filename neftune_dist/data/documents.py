@@ -1,8 +1,9 @@
-"""Tokenised documents on disk: written one by one, split, read by memory map.
+"""Tokenised documents on disk: written in their order, split, read by memory map.
 
 The files of a cache entry. The tokens of all documents lie in two flat files. An index for either
 part (train, held out) names the ranges that are its documents, in order and with repetitions, so
-that a split copies no token. Memory holds some 50 bytes for a document, not the document.
+that a split copies no token. A reader maps all of it: its memory does not depend on the number of
+documents. The writer holds some 100 bytes for a document, not the document.
 """
 
 from __future__ import annotations
@@ -10,22 +11,35 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from array import array
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
 from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.spans import SPEAKERS
-from neftune_dist.data.tokenize import Document
 
+_CHECKED = 2**16  # documents whose ends are compared at once
 _FILES = {"input_ids.bin": np.int32, "supervised.bin": np.uint8}
 _CONVERSATIONS = "conversations.jsonl"  # those that may be held out, removed after the split
 _HELD_OUT = "held_out.jsonl"
 _ORIGINS = "origins.jsonl"
+# The files of a shard's flat arrays, and the types of its columns.
+_FLAT = dict(zip(("input_ids", "supervised"), _FILES, strict=True))
+_FLAT |= {"conversations": _CONVERSATIONS, "origins": _ORIGINS}
+_CONVERSATION_BYTES = "conversation_bytes"
+_COLUMNS = {
+    "lengths": np.int64,
+    "num_supervised": np.int64,
+    "content": np.uint64,
+    "prompt": np.uint64,
+    "end_learned": np.bool_,
+    "by_speaker": np.int32,
+    _CONVERSATION_BYTES: np.int64,
+}
 
 
 class Documents:
@@ -41,11 +55,13 @@ class Documents:
         self._ids, self._supervised = (
             np.memmap(folder / name, dtype, mode="r") for name, dtype in _FILES.items()
         )
-        index = np.load(folder / f"{part}.npy")
+        index = np.load(folder / f"{part}.npy", mmap_mode="r")
         self.starts, self.lengths, self.num_supervised, self._numbers, content = index
         self.content = content.view(np.uint64)
         self._folder = folder
-        end = int((self.starts + self.lengths).max(initial=0))
+        pieces = (slice(i, i + _CHECKED) for i in range(0, len(self.lengths), _CHECKED))
+        ends = ((self.starts[p] + self.lengths[p]).max() for p in pieces)
+        end = int(max(ends, default=0))
         if not end <= len(self._ids) == len(self._supervised):
             raise ValueError(f"{end} tokens are needed, of {len(self._ids)}")
 
@@ -116,60 +132,34 @@ class DocumentStats:
 
 
 class DocumentWriter:
-    """Writes documents one by one into a new folder, then the index of either part."""
+    """Writes documents in their order into a new folder, then the index of either part."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
         self._folder = folder
-        names = (*_FILES, _CONVERSATIONS, _ORIGINS)
-        self._files: dict[str, IO[bytes]] = {name: (folder / name).open("wb") for name in names}
-        self._columns = {name: array("q") for name in ("lengths", "num_supervised", "source")}
-        self._columns |= {name: array("Q") for name in ("content", "prompt")}
-        self._end_learned = bytearray()
-        self._by_speaker = array("i")
-        self._lines = array("q")  # where a conversation begins; -1: not kept
-
-    def add(
-        self, document: Document, conversation: Conversation, source: int, place: str, keep: bool
-    ) -> None:
-        """Write a document.
-
-        Args:
-            document, conversation: the tokens, and what they were made from.
-            source, place: the index of the source, and the place of the row in it.
-            keep: store the conversation too, because it may be held out.
-        """
-        for name, values in zip(_FILES, (document.input_ids, document.supervised), strict=True):
-            self._files[name].write(values.tobytes())
-        row = {
-            "lengths": len(document.input_ids),
-            "num_supervised": int(document.supervised.sum()),
-            "source": source,
-            "content": _digest(
-                [conversation.turns, conversation.context, conversation.tools, conversation.text]
-            ),
-            "prompt": _digest(_normalised_prompt(conversation)),
+        self._files: dict[str, IO[bytes]] = {
+            array: (folder / name).open("wb") for array, name in _FLAT.items()
         }
-        for name, value in row.items():
-            self._columns[name].append(value)
-        self._end_learned.append(document.end_learned)
-        self._by_speaker.extend(_tokens_by_speaker(document))
-        self._files[_ORIGINS].write(json.dumps([source, place]).encode() + b"\n")
-        self._lines.append(self._files[_CONVERSATIONS].tell() if keep else -1)
-        if keep:
-            line = json.dumps(asdict(conversation)).encode() + b"\n"
-            self._files[_CONVERSATIONS].write(line)
+        self._columns = {name: bytearray() for name in (*_COLUMNS, "source")}
+
+    def append(self, arrays: Mapping[str, np.ndarray], source: int) -> None:
+        """Write the arrays of a `Shard` of this source."""
+        for name, file in self._files.items():
+            file.write(arrays[name].data)
+        for name, dtype in _COLUMNS.items():
+            self._columns[name] += arrays[name].astype(dtype).tobytes()
+        self._columns["source"] += np.full(len(arrays["lengths"]), source).tobytes()
 
     def stats(self) -> DocumentStats:
         """The columns of all documents; no more can be added."""
         self.close()
-        columns = {
-            name: np.frombuffer(column, np.uint64 if column.typecode == "Q" else np.int64)
+        columns: dict[str, np.ndarray] = {
+            name: np.frombuffer(column, _COLUMNS.get(name, np.int64))
             for name, column in self._columns.items()
+            if name != _CONVERSATION_BYTES
         }
-        by_speaker = np.frombuffer(self._by_speaker, np.int32).reshape(-1, len(SPEAKERS), 2)
-        end_learned = np.frombuffer(self._end_learned, np.bool_)
-        return DocumentStats(**columns, end_learned=end_learned, by_speaker=by_speaker)
+        columns["by_speaker"] = columns["by_speaker"].reshape(-1, len(SPEAKERS), 2)
+        return DocumentStats(**columns)
 
     def write_parts(self, stats: DocumentStats, train: np.ndarray, held_out: np.ndarray) -> None:
         """Write the index of either part: int64 indices of documents, with repetitions."""
@@ -179,10 +169,12 @@ class DocumentWriter:
         for part, chosen in (("train", train), ("held_out", held_out)):
             np.save(self._folder / f"{part}.npy", np.stack([column[chosen] for column in columns]))
         stored = self._folder / _CONVERSATIONS
+        lines = np.frombuffer(self._columns[_CONVERSATION_BYTES], np.int64)
+        begins = np.cumsum(lines) - lines
         with stored.open("rb") as every, (self._folder / _HELD_OUT).open("wb") as kept:
             for i in held_out:
-                every.seek(self._lines[i])
-                kept.write(every.readline())
+                every.seek(begins[i])
+                kept.write(every.read(lines[i]))
         stored.unlink()
 
     def origin(self, index: int) -> tuple[int, str]:
@@ -212,22 +204,3 @@ def _origin(folder: Path, number: int) -> tuple[int, str]:
     with (folder / _ORIGINS).open(encoding="utf-8") as file:
         source, place = json.loads(next(islice(file, number, None)))
     return source, place
-
-
-def _tokens_by_speaker(document: Document) -> list[int]:
-    """Tokens and supervised tokens of every speaker, alternating."""
-    pairs = document.speakers * 2 + document.supervised
-    kinds = np.bincount(pairs, minlength=2 * len(SPEAKERS)).reshape(-1, 2)
-    counts: list[int] = np.stack([kinds.sum(axis=1), kinds[:, 1]], axis=1).ravel().tolist()
-    return counts
-
-
-def _normalised_prompt(conversation: Conversation) -> list[str]:
-    """What is asked; not the system prompt, under which the same question is the same."""
-    said = [m for m in conversation.opening() if m["role"] != "system"]
-    opening = [str(message["content"]) for message in said]
-    return [" ".join(text.split()).casefold() for text in opening or [conversation.text]]
-
-
-def _digest(value: Any) -> int:
-    return int.from_bytes(hashlib.sha256(json.dumps(value).encode()).digest()[:8], "big")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from neftune_dist.data.mask_preview import MaskAudit
 
@@ -83,6 +84,17 @@ class Report:
             return self.sources[0].bad_rows
         return [f"{source.name}, {row}" for source in self.sources for row in source.bad_rows]
 
+    @staticmethod
+    def of_stored(stored: dict[str, Any]) -> Report:
+        """The report that `asdict` made plain values of."""
+        sources = [SourceReport(**source) for source in stored["sources"]]
+        return Report(**{**stored, "sources": sources, "audit": MaskAudit(**stored["audit"])})
+
+    def add(self, index: int, more: Report) -> None:
+        """Add the counts of further rows of the source `index`, the only one of `more`."""
+        _add(self.sources[index], more.sources[0])
+        _add(self, more)
+
     def lines(self) -> list[str]:
         """The report as printed lines."""
         supervised = self.num_supervised_tokens / max(1, self.num_tokens)
@@ -148,3 +160,19 @@ class Report:
             if source.num_bad_rows > len(source.bad_rows):
                 lines.append(f"data:   and {source.num_bad_rows - len(source.bad_rows)} more")
         return lines
+
+
+def _add(total: SourceReport | Report, more: SourceReport | Report) -> None:
+    """Add counts; the longest and the first of anything stay."""
+    for name, value in vars(more).items():
+        known = getattr(total, name)
+        if name == "longest_tokens":
+            setattr(total, name, max(known, value))
+        elif isinstance(value, int):
+            setattr(total, name, known + value)
+        elif name == "formats":
+            known |= {kind: known.get(kind, 0) + number for kind, number in value.items()}
+        elif name == "examples":
+            known |= {kind: place for kind, place in value.items() if kind not in known}
+        elif name == "bad_rows":
+            known += value[: NAMED_ROWS - len(known)]

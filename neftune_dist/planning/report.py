@@ -164,7 +164,7 @@ def _log_work(
         log(line)
     passes, epochs = num_passes(config.noise), sampler.total_documents / sampler.num_documents
     tokens = dataset.report.num_tokens * epochs
-    squares = float((dataset.train.lengths.astype(np.float64) ** 2).sum()) * epochs
+    squares = float(np.dot(dataset.train.lengths, dataset.train.lengths)) * epochs
     flops = passes * size.training_flops(round(tokens), round(squares))
     log(
         f"steps: {sampler.num_steps} of {sampler.global_batch_size} documents, about "

@@ -19,7 +19,7 @@ import pytest
 
 from neftune_dist import cli
 from neftune_dist.config import DataConfig, SourceConfig, TrainConfig, UserError
-from neftune_dist.data import builtin, dataset
+from neftune_dist.data import builtin, shard_pool
 from neftune_dist.data.conversation import Turn
 from neftune_dist.data.dataset import prepare
 from neftune_dist.data.documents import Documents
@@ -775,7 +775,7 @@ def test_memory_does_not_grow_with_the_rows(
 ) -> None:
     """But for digests and the like. Python's memory and numpy's; the tokenizer's own is that of a
     batch."""
-    monkeypatch.setattr(dataset, "_BATCH_ROWS", 50)
+    monkeypatch.setattr(shard_pool, "_SHARD_ROWS", 50)
     peaks = []
     for number in (100, 400, 2_000):  # the first fills what is made once
         path = tmp_path / f"{number}.jsonl"
@@ -848,3 +848,32 @@ def test_the_command_line_reports_what_it_prepared(
         cli.main(["prepare", str(config), f"data.cache_dir={tmp_path}", "data.num_held_out=9"])
     assert left.value.code == 0
     assert "3000 rows, 2991 documents to train on, 9 held out" in capsys.readouterr().out
+
+
+def test_open_documents_hold_no_column_in_memory(tmp_path: Path) -> None:
+    """Memory of a rank does not grow with the number of documents."""
+    number = 200_000
+    np.zeros(number, np.int32).tofile(tmp_path / "input_ids.bin")
+    np.zeros(number, np.uint8).tofile(tmp_path / "supervised.bin")
+    index = np.ones((5, number), np.int64)
+    index[0] = np.arange(number)
+    np.save(tmp_path / "train.npy", index)
+    tracemalloc.start()
+    documents = Documents(tmp_path, "train")
+    ids, _ = documents.gather(np.array([5, number - 1]))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(documents) == number and len(ids) == 2
+    assert peak < index.nbytes / 6
+
+
+def test_document_outside_of_the_tokens_is_seen_at_opening(tmp_path: Path) -> None:
+    number = 70_000  # more than are compared at once
+    np.zeros(number, np.int32).tofile(tmp_path / "input_ids.bin")
+    np.zeros(number, np.uint8).tofile(tmp_path / "supervised.bin")
+    index = np.ones((5, number), np.int64)
+    index[0] = np.arange(number)
+    index[0, -1] += 1
+    np.save(tmp_path / "train.npy", index)
+    with pytest.raises(ValueError, match="70001 tokens are needed, of 70000"):
+        Documents(tmp_path, "train")
