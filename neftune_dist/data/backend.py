@@ -27,10 +27,8 @@ def prefix_ids(tokenizer: Any) -> list[int]:
 
 
 def unknown_character(backend: Any, text: str) -> str:
-    """The first character that the tokenizer would drop without a trace, which also shifts the
-    offsets of all that follow; "" without one."""
-    if not _drops_characters(backend):
-        return ""
+    """The first character outside the vocabulary, for a tokenizer that drops such characters
+    without a trace, which also shifts the offsets of all that follow; "" without one."""
     for token in backend.get_added_tokens_decoder().values():
         text = text.replace(token.content, "")
     normalised = backend.normalizer.normalize_str(text) if backend.normalizer else text
@@ -40,7 +38,7 @@ def unknown_character(backend: Any, text: str) -> str:
     return next(unknown, "")
 
 
-def _drops_characters(backend: Any) -> bool:
+def drops_characters(backend: Any) -> bool:
     """Whether a character outside the vocabulary becomes no token: no unknown one, no bytes."""
     model, before = backend.model, (str(backend.pre_tokenizer), str(backend.normalizer))
     is_bpe = type(model).__name__ == "BPE"

@@ -109,6 +109,9 @@ class ChatTemplate:
         Raises:
             BadRow: the row stores reasoning apart, and the template has no place for it.
         """
+        is_plain = not any(turn.reasoning or "</think>" in turn.content for turn in conversation.turns)
+        if is_plain and not conversation.context:
+            return conversation
         contents = [str(message["content"]) for message in conversation.messages()]
         turns = []
         for number, (turn, content) in enumerate(zip(conversation.turns, contents, strict=True), 1):

@@ -61,9 +61,10 @@ class Conversation:
             message: dict[str, Any] = {"role": turn.role, "content": turn.content}
             if turn.tool_calls:
                 message["tool_calls"] = json.loads(turn.tool_calls)
-            message |= {
-                key: value for key in ("tool_call_id", "name") if (value := getattr(turn, key))
-            }
+            if turn.tool_call_id:
+                message["tool_call_id"] = turn.tool_call_id
+            if turn.name:
+                message["name"] = turn.name
             messages.append(message)
         if self.context:
             asked = next(message for message in messages if message["role"] == "user")

@@ -18,7 +18,7 @@ import numpy as np
 
 from neftune_dist.config import DataConfig, UserError
 from neftune_dist.data import prompt_templates
-from neftune_dist.data.backend import bare, prefix_ids, unknown_character
+from neftune_dist.data.backend import bare, drops_characters, prefix_ids, unknown_character
 from neftune_dist.data.chat_template import ChatTemplate, bounded, read_template, with_system
 from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.errors import BadRow
@@ -71,6 +71,7 @@ class ConversationTokenizer:
                 "a model with a tokenizer.json."
             )
         self._backend = bare(tokenizer.backend_tokenizer)
+        self._drops_characters = drops_characters(self._backend)
         # The tokens that the tokenizer puts before a text. A chat template writes its own.
         self._prefix = np.array(prefix_ids(tokenizer), np.int32)
         self._chat: ChatTemplate | None = None
@@ -117,8 +118,10 @@ class ConversationTokenizer:
             found = [(conversation, Rendered((chunk,)))]
         else:
             found = self._documents(conversation, self.config.supervise)
-        if unknown := unknown_character(self._backend, found[-1][1].text):
-            raise BadRow(f"the tokenizer has no token for {unknown!a}")
+        if self._drops_characters:
+            unknown = unknown_character(self._backend, found[-1][1].text)
+            if unknown:
+                raise BadRow(f"the tokenizer has no token for {unknown!a}")
         return found
 
     def render(self, conversation: Conversation) -> Rendered:
@@ -260,8 +263,9 @@ class ConversationTokenizer:
         may_split = self.config.split_conversations == "as_needed"
         with bounded():  # over all renderings of one conversation
             found = self._mask.documents(view, supervise, may_split)
-        added = len(view.turns) - len(conversation.turns)
-        return [(replace(part, turns=part.turns[added:]), item) for part, item in found]
+        if view is conversation:
+            return found
+        return [(replace(part, turns=part.turns[1:]), item) for part, item in found]
 
     def _with_system(self, conversation: Conversation) -> Conversation:
         system = self.config.system_prompt
