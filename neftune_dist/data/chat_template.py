@@ -109,12 +109,13 @@ class ChatTemplate:
         Raises:
             BadRow: the row stores reasoning apart, and the template has no place for it.
         """
-        is_plain = not any(turn.reasoning or "</think>" in turn.content for turn in conversation.turns)
-        if is_plain and not conversation.context:
+        turns = conversation.turns
+        has_thoughts = any(turn.reasoning or "</think>" in turn.content for turn in turns)
+        if not has_thoughts and not conversation.context:
             return conversation
         contents = [str(message["content"]) for message in conversation.messages()]
-        turns = []
-        for number, (turn, content) in enumerate(zip(conversation.turns, contents, strict=True), 1):
+        made = []
+        for number, (turn, content) in enumerate(zip(turns, contents, strict=True), 1):
             reasoning = turn.reasoning
             if turn.role == "assistant" and (reasoning or "</think>" in content):
                 if reasoning and self.reasoning_field is None:
@@ -125,8 +126,8 @@ class ChatTemplate:
                     )
                 if not reasoning and self._reasoning_of_answers is not None:
                     reasoning, content = split_reasoning(content)
-            turns.append(Turn(turn.role, content, *turn[2:5], reasoning, turn.learned))
-        return Conversation(tuple(turns), tools=conversation.tools)
+            made.append(Turn(turn.role, content, *turn[2:5], reasoning, turn.learned))
+        return Conversation(tuple(made), tools=conversation.tools)
 
     def messages(self, conversation: Conversation) -> list[Message]:
         """The messages of a normalised conversation, with reasoning where the template takes it."""
