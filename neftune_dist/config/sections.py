@@ -35,8 +35,9 @@ class ModelConfig:
     """Branch, tag or commit of a hub id."""
     add_tokens: str | None = None
     """Special tokens to add to the tokenizer, separated by commas: <|a|>,<|b|>."""
-    dtype: str = choice("bf16", "fp32")
-    """Precision of the computation; master weights are always float32."""
+    dtype: str = choice("bf16", "fp32", "auto")
+    """Precision of the computation; auto: bf16 where the device has instructions for it, else fp32.
+    Master weights are always float32."""
     attention: str = choice("auto", "varlen", "flex", "sdpa", "eager")
     """Attention kernel: varlen or flex for packed documents, sdpa or eager for padded rows."""
     loss: str = choice("auto", "plain", "chunked", "liger")

@@ -33,6 +33,7 @@ from neftune_dist.model import load, locate
 from neftune_dist.model.families import check_model
 from neftune_dist.model.generation import Generator, end_tokens
 from neftune_dist.model.modules import replace_parameters
+from neftune_dist.model.precision import fast_dtype, with_dtype
 from neftune_dist.system.text import first_line
 
 # Keys that describe the configuration's own model, not the one to evaluate.
@@ -196,6 +197,7 @@ def open_target(
         raise UserError(f"--step={step} has no effect: {name} is {kind}.")
     if not is_run and not is_checkpoint:
         found = _model_fields(str(name), path, config_file, settings)
+        found["config"] = with_dtype(found["config"], fast_dtype(device))
         return EvaluationTarget(**found, device=device, part=part)
     if config_file is not None:
         raise UserError(
@@ -205,7 +207,7 @@ def open_target(
     run_dir = path if is_run else path.resolve().parents[1]
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{name} belongs to no run: {run_dir} has no config.yaml.")
-    config = run_config(run_dir, settings)
+    config = with_dtype(run_config(run_dir, settings), fast_dtype(device))
     chosen = choice.choose(run_dir, step) if is_run else store.open_checkpoint(path)
     state = chosen.trainer_state()
     check_architecture(run_dir, state)

@@ -20,6 +20,7 @@ from neftune_dist.data.sampler import Sampler, make_sampler
 from neftune_dist.model import load, locate
 from neftune_dist.model.families import check_lengths
 from neftune_dist.model.flops import ModelSize, known_gpus, model_size, peak_flops
+from neftune_dist.model.precision import with_dtype
 from neftune_dist.planning.batches import fullest, heaviest, sampled_steps
 from neftune_dist.planning.memory import Peak
 from neftune_dist.planning.simulate import simulate, simulated_settings
@@ -138,7 +139,7 @@ def plan(
     log(f"GPUs: time on {world_size}, at an assumed {mfu:.0%} of the data-sheet rate")
     for name in [gpu] if gpu else gpus:
         fits = "fits" if needed(peak) <= gpus[name] * GIB else "does not fit"
-        rate = peak_flops(name, config.model.dtype)
+        rate = peak_flops(name, with_dtype(config, "bf16").model.dtype)
         time = duration_text(flops / (mfu * rate * world_size)) if flops and rate else "-"
         log(f"  {name:<10}{gpus[name]:5} GiB  {fits:<13}{time:>11}")
     if gpu is not None and needed(peak) > gpus[gpu] * GIB:

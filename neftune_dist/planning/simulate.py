@@ -30,6 +30,7 @@ from neftune_dist.distributed.world import World
 from neftune_dist.engine import make_engine
 from neftune_dist.engine.base import MASTER
 from neftune_dist.model import load
+from neftune_dist.model.precision import with_dtype
 from neftune_dist.model.ulysses import share_sequences
 from neftune_dist.optim import MakeOptimizer, QuantizedMoment
 from neftune_dist.planning.memory import Memory, Peak
@@ -169,7 +170,8 @@ class _EngineState:
 
 
 def simulated_settings(config: Config) -> Config:
-    """Return the configuration without compilation, fused kernels and float8."""
+    """Return the configuration as on a GPU, without compilation, fused kernels and float8."""
+    config = with_dtype(config, "bf16")
     model = replace(config.model, compile=False, kernels="torch", float8="none")
     if model.loss == "liger":
         model.loss = "chunked"

@@ -72,7 +72,9 @@ class Inputs:
         return lines
 
 
-def read_inputs(config: Config, run_dir: Path, world: World) -> Inputs:
+def read_inputs(
+    config: Config, run_dir: Path, found: store.Checkpoint | None, world: World
+) -> Inputs:
     """Find, tokenise, build and check; then write the run's files beside its checkpoints.
 
     Nothing in the run directory changes before every check has passed.
@@ -80,7 +82,6 @@ def read_inputs(config: Config, run_dir: Path, world: World) -> Inputs:
     folder = world.local_rank_zero_first(lambda: locate.find(config.model))
     tokenizer = world.local_rank_zero_first(lambda: load.load_tokenizer(folder, config.model))
     dataset = world.local_rank_zero_first(lambda: prepare(config.data, tokenizer, world.log))
-    found = resume.find(run_dir, config, world)
     adapted = config.adapter.method != "none"
     with world.agree():
         sampler = make_sampler(config.train, len(dataset.train), dataset.content)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from neftune_dist.checkpoint import flat
+from neftune_dist.checkpoint import flat, resume, store
 from neftune_dist.checkpoint.run_files import claim
 from neftune_dist.checkpoint.saver import Saver
 from neftune_dist.config import Config, UserError, check_packages, user_path
@@ -25,6 +25,7 @@ from neftune_dist.distributed.watchdog import Watchdog
 from neftune_dist.distributed.world import Sharing, World
 from neftune_dist.engine import make_engine
 from neftune_dist.engine.base import MASTER, Engine
+from neftune_dist.model.precision import fast_dtype, with_dtype
 from neftune_dist.model.ulysses import share_sequences
 from neftune_dist.noise.handle import NEFTuneHandle
 from neftune_dist.optim import MakeOptimizer
@@ -64,7 +65,9 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
     run_dir = user_path(config.run_dir, "run_dir")
     lock = claim(run_dir, world)
     with stop.at_once():
-        inputs = read_inputs(config, run_dir, world)
+        found = resume.find(run_dir, config, world)
+        config = _with_dtype(config, found, world)
+        inputs = read_inputs(config, run_dir, found, world)
     num_steps = inputs.sampler.num_steps
     with world.agree():
         sharing = world.share(config.engine.sequence_parallel)
@@ -128,6 +131,18 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
     step = trainer.progress.step
     world.log(f"stopped at step {step}, saved; the same command continues from there")
     return EXIT_STOPPED
+
+
+def _with_dtype(config: Config, found: store.Checkpoint | None, world: World) -> Config:
+    """The configuration with `model.dtype=auto` decided: once for a run, for all its ranks."""
+    if config.model.dtype != "auto":
+        return config
+    with world.agree():
+        saved = found.trainer_state()["config"]["model"]["dtype"] if found else None
+    dtype = saved or world.from_first(fast_dtype(world.device))
+    why = "as the checkpoint" if saved else f"the faster one on {device_name(world.device)}"
+    world.log(f"model.dtype=auto: {dtype}, {why}")
+    return with_dtype(config, dtype)
 
 
 def _end(progress: Progress, num_steps: int) -> str:
