@@ -42,6 +42,7 @@ _MAY_CHANGE = (
     "train.patience",
     "train.max_skipped_steps",
     "train.hang_minutes",
+    "train.profile_steps",
     "checkpoint.",
     "logging.",
     "evaluate.",

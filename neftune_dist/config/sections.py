@@ -265,6 +265,8 @@ class TrainConfig:
     """End after so many evaluations in a row without a better held-out loss; 0: never."""
     max_skipped_steps: int = number(3, ge=0, le=2**32)
     """Consecutive steps with a non-finite loss or gradient to skip before the run stops."""
+    profile_steps: int = number(0, ge=0, le=100)
+    """Profile so many steps after the second: a trace and a table in run_dir/profile; 0: none."""
     hang_minutes: float = number(15.0, gt=0, le=2**20)
     """Stop the run if one phase of a step, such as a forward pass, takes longer."""
     seed: int = number(0, ge=0, le=_MAX_SEED)

@@ -33,8 +33,9 @@ from neftune_dist.model.flops import ModelSize
 from neftune_dist.noise.handle import NEFTuneHandle
 from neftune_dist.optim import learning_rate
 from neftune_dist.training.held_out import HeldOut, evaluation_due
-from neftune_dist.training.metrics import RankResult, Recorder, memory_gib, step_record
+from neftune_dist.training.metrics import RankResult, Recorder, Totals, memory_gib, step_record
 from neftune_dist.training.noise import noise_alpha, noise_signs, num_passes, token_layout
+from neftune_dist.training.profiling import StepProfiler
 from neftune_dist.training.samples import SampleAnswers
 
 
@@ -115,6 +116,7 @@ class Trainer:
     saver: Saver
     watchdog: Watchdog
     stragglers: Stragglers
+    profiler: StepProfiler
     trainer_state: Callable[[Progress], dict[str, Any]]
     stop_requested: Callable[[], bool]
     progress: Progress
@@ -124,7 +126,7 @@ class Trainer:
         self.saved_step = self.progress.step  # of the newest checkpoint; 0: there is none
         self.last_update = self.progress  # right after the newest update
         self.wait_seconds = 0.0  # this rank's wait for the current batch
-        self.waited_seconds = self.step_seconds = 0.0  # totals of the slowest rank
+        self.totals = Totals()
 
     def run(self) -> bool:
         """Train to the last step, or until the held-out loss no longer improves; return False where
@@ -142,7 +144,8 @@ class Trainer:
             self.saver.prepare(self.engine)
         evaluated = True
         for batch in self.batches():
-            stopping = self.train_step(batch, num_steps)
+            with self.profiler.step(batch.step + 1):
+                stopping = self.train_step(batch, num_steps)
             if self.progress.num_skipped_in_a_row > self.config.train.max_skipped_steps:
                 self.give_up()
             step = self.progress.step
@@ -159,8 +162,8 @@ class Trainer:
                 break
         self.watchdog.at(self.progress.step, "saving", limited=False)
         self.saver.wait()
-        share = self.waited_seconds / max(self.waited_seconds + self.step_seconds, 1e-9)
-        self.world.log(f"data: training waited for its batches {share:.2%} of the time")
+        for line in self.totals.lines():
+            self.world.log(line)
         ended = self.progress.step == num_steps or self.progress.lost_patience(patience)
         return ended and evaluated
 
@@ -215,8 +218,7 @@ class Trainer:
             self.last_update = self.progress
         else:
             self.warn_of_skip(batch, record)
-        self.waited_seconds += record["data_wait_seconds"]
-        self.step_seconds += record["step_seconds"]
+        self.totals.add(record)
         self.recorder.step(record)
         return any(rank.stop_requested for rank in ranks)
 

@@ -123,6 +123,34 @@ def _utilization(
     return {"mfu": flops * share, "mfu_6n": size.six_n_flops(batch.num_tokens) * share}
 
 
+class Totals:
+    """Sums over the steps of this process, of the slowest rank."""
+
+    def __init__(self) -> None:
+        self._waited = self._seconds = self._tokens = 0.0
+        self._at_peak = {"mfu": 0.0, "mfu_6n": 0.0}  # seconds at the device's peak rate
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Count a step, see `step_record`."""
+        self._waited += record["data_wait_seconds"]
+        self._seconds += record["step_seconds"]
+        self._tokens += record["num_tokens"]
+        for name in self._at_peak:
+            self._at_peak[name] += (record[name] or 0.0) * record["step_seconds"]
+
+    def lines(self) -> list[str]:
+        """Lines for the end of a run; none without a step."""
+        total = self._waited + self._seconds
+        if not total:
+            return []
+        speed = f"speed: {self._tokens / total:.0f} tokens/s"
+        if self._at_peak["mfu"]:
+            mfu, six_n = (seconds / total for seconds in self._at_peak.values())
+            speed += f", {mfu:.1%} of the device's peak rate (MFU; {six_n:.1%} by 6N)"
+        waited = f"data: training waited for its batches {self._waited / total:.2%} of the time"
+        return [speed, waited]
+
+
 class Recorder:
     """Records steps and evaluations.
 

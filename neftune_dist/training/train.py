@@ -34,6 +34,7 @@ from neftune_dist.training.inputs import Inputs, read_inputs
 from neftune_dist.training.loop import Progress, Trainer
 from neftune_dist.training.metrics import Recorder
 from neftune_dist.training.noise import attach_noise
+from neftune_dist.training.profiling import StepProfiler
 from neftune_dist.training.samples import SampleAnswers
 from neftune_dist.training.startup_report import (
     compute_line,
@@ -117,6 +118,9 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
         saver=saver,
         watchdog=watchdog,
         stragglers=stragglers,
+        profiler=StepProfiler(
+            run_dir, config.train.profile_steps if world.is_first else 0, world.device, world.log
+        ),
         trainer_state=lambda now: _trainer_state(now, config, engine, inputs, world),
         stop_requested=stop,
         progress=inputs.progress,
@@ -218,6 +222,7 @@ def _run(trainer: Trainer) -> bool:
         raise
     trainer.watchdog.close()
     with trainer.world.agree():
+        trainer.profiler.close()
         trainer.recorder.close()
     return finished
 
