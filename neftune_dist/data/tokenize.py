@@ -118,10 +118,9 @@ class ConversationTokenizer:
             found = [(conversation, Rendered((chunk,)))]
         else:
             found = self._documents(conversation, self.config.supervise)
-        if self._drops_characters:
-            unknown = unknown_character(self._backend, found[-1][1].text)
-            if unknown:
-                raise BadRow(f"the tokenizer has no token for {unknown!a}")
+        text = found[-1][1].text
+        if self._drops_characters and (unknown := unknown_character(self._backend, text)):
+            raise BadRow(f"the tokenizer has no token for {unknown!a}")
         return found
 
     def render(self, conversation: Conversation) -> Rendered:

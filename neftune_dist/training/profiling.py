@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from neftune_dist.config import UserError
+from neftune_dist.distributed.world import World
 
 _WARM_UP_STEPS = 2  # the second still touches memory for the first time
 _FOLDER = "profile"
@@ -39,18 +39,16 @@ class StepProfiler:
 
     Args:
         run_dir: gets the folder `profile`.
-        num_steps: to profile.
-        device: of the process.
-        log: called with the lines of the result.
+        num_steps: to profile, on rank 0.
+        world: of the run.
     """
 
-    def __init__(
-        self, run_dir: Path, num_steps: int, device: torch.device, log: Callable[[str], None]
-    ) -> None:
-        self._folder, self._num_steps, self._log = run_dir / _FOLDER, num_steps, log
-        self._on_gpu = device.type == "cuda"
+    def __init__(self, run_dir: Path, num_steps: int, world: World) -> None:
+        self._folder, self._log = run_dir / _FOLDER, world.log
+        self._num_steps = num_steps if world.is_first else 0
+        self._on_gpu = world.device.type == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_gpu else [])]
-        self._profile = profile(activities=activities) if num_steps else None
+        self._profile = profile(activities=activities) if self._num_steps else None
         self._num_before = 0  # steps of this process before the first that is profiled
         self._profiled: list[int] = []
 

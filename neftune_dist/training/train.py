@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -66,9 +67,7 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
     run_dir = user_path(config.run_dir, "run_dir")
     lock = claim(run_dir, world)
     with stop.at_once():
-        found = resume.find(run_dir, config, world)
-        config = _with_dtype(config, found, world)
-        inputs = read_inputs(config, run_dir, found, world)
+        config, inputs = _read(config, run_dir, world)
     num_steps = inputs.sampler.num_steps
     with world.agree():
         sharing = world.share(config.engine.sequence_parallel)
@@ -102,7 +101,6 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
         )
     world.raise_collective_timeout(config.train.hang_minutes)
     saver = Saver(run_dir, config.checkpoint, world)
-    stragglers = Stragglers(world)
     with world.agree():
         watchdog = Watchdog(world, outcome.folder_of_run(run_dir), config.train.hang_minutes)
     trainer = Trainer(
@@ -117,10 +115,8 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
         samples=SampleAnswers(inputs.prompts, config, world) if inputs.prompts else None,
         saver=saver,
         watchdog=watchdog,
-        stragglers=stragglers,
-        profiler=StepProfiler(
-            run_dir, config.train.profile_steps if world.is_first else 0, world.device, world.log
-        ),
+        stragglers=Stragglers(world),
+        profiler=StepProfiler(run_dir, config.train.profile_steps, world),
         trainer_state=lambda now: _trainer_state(now, config, engine, inputs, world),
         stop_requested=stop,
         progress=inputs.progress,
@@ -135,6 +131,13 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
     step = trainer.progress.step
     world.log(f"stopped at step {step}, saved; the same command continues from there")
     return EXIT_STOPPED
+
+
+def _read(config: Config, run_dir: Path, world: World) -> tuple[Config, Inputs]:
+    """The configuration with nothing left to decide, and what the run starts from."""
+    found = resume.find(run_dir, config, world)
+    config = _with_dtype(config, found, world)
+    return config, read_inputs(config, run_dir, found, world)
 
 
 def _with_dtype(config: Config, found: store.Checkpoint | None, world: World) -> Config:
