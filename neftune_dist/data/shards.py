@@ -160,7 +160,7 @@ class _Making:
         said = [conversation.turns, conversation.context, conversation.tools, conversation.text]
         kept = b""
         if self.maker.keep:
-            kept = json.dumps(asdict(conversation)).encode() + b"\n"
+            kept = json.dumps(vars(conversation)).encode() + b"\n"
         self.documents.append(fitted)
         self.values.append((_digest(said), _digest(_normalised_prompt(conversation)), len(kept)))
         self.conversations += kept
