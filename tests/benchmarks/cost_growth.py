@@ -1,0 +1,158 @@
+"""How cost grows: a step's host work with the ranks, preparation with processes, memory with data.
+
+    python tests/benchmarks/cost_growth.py [ranks|prepare|documents ...]
+
+ranks: CPU milliseconds of one thread. `layout` assigns 4 documents a rank (lengths log-normal, mean
+280, at most 1,024 tokens; micro-batches of 4,096), `reference` is the first implementation of it;
+both run in the loader's thread while the step before is trained. `results` reads what a step's one
+collective has gathered, in the main thread: a `RankResult` of each rank, and the comparison of
+stragglers. Nothing is sent: ranks are simulated.
+
+prepare: rows of an instruction and an answer of 60 words, byte tokens, by 1 to all processes, with
+the CPU seconds of the process that reads and writes, and of those that it starts.
+
+documents: a set without content on disk (sparse files), opened by one rank of 8; the most memory of
+Python and numpy while it opens the set and makes a step of 128 documents, and the CPU milliseconds
+of a step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from neftune_dist.config import Config, DataConfig, TrainConfig
+from neftune_dist.data.dataset import prepare
+from neftune_dist.data.documents import Documents
+from neftune_dist.data.loader import Loader
+from neftune_dist.data.packing import assign_documents
+from neftune_dist.data.sampler import make_sampler
+from neftune_dist.distributed.straggler import Streaks, relative_speeds
+from neftune_dist.distributed.world import World
+from neftune_dist.training.metrics import RankResult
+from tests.support import golden_model, reference_packing
+
+QUADRATIC_TOKENS = 2e4
+NUM_ROWS = 60_000
+WHO = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+
+
+def milliseconds(work: Callable[[], Any], times: int = 3) -> float:
+    """The least CPU time of this thread, of some calls."""
+    found = []
+    for _ in range(times):
+        began = time.thread_time()
+        work()
+        found.append(time.thread_time() - began)
+    return 1000 * min(found)
+
+
+def ranks() -> None:
+    print(f"{'ranks':>6} {'documents':>10} {'layout':>11} {'reference':>14} {'results, ms':>12}")
+    for world_size in (1, 8, 64, 512, 4096):
+        draws = np.random.default_rng(0).normal(5.3, 0.8, 4 * world_size)
+        lengths = np.clip(np.exp(draws).astype(np.int64), 2, 1024)
+        given = (lengths, world_size, 4096, True, QUADRATIC_TOKENS)
+        layout = milliseconds(lambda: assign_documents(*given))  # noqa: B023
+        reference = milliseconds(lambda: reference_packing.assign_documents(*given), 1)  # noqa: B023
+        mine = RankResult(*(0.5,) * 3, False, False, *(0.5,) * 4)
+        world: Any = World.__new__(World)
+        world.gather = lambda row: [row] * world_size  # noqa: B023
+        streaks = Streaks(world_size)
+
+        def results() -> None:
+            found = World.gather_fields(world, mine)  # noqa: B023
+            speeds = relative_speeds([rank.probe_seconds for rank in found])
+            streaks.lasting([speed < 0.5 for speed in speeds])  # noqa: B023
+
+        print(
+            f"{world_size:6,} {len(lengths):10,} {layout:11.1f} {reference:14.1f} "
+            f"{milliseconds(results):12.1f}",
+            flush=True,
+        )
+
+
+def preparation() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        tokenizer = AutoTokenizer.from_pretrained(golden_model.make(root / "model"))
+        with (root / "rows.jsonl").open("w") as file:
+            for i in range(NUM_ROWS):
+                row = {"instruction": f"Count to {i}.", "output": f"{i} and more " * 20}
+                file.write(json.dumps(row) + "\n")
+        print(
+            f"{'processes':>9} {'rows':>8} {'seconds':>8} {'rows/s':>8} {'CPU, here':>9} "
+            f"{'others':>11}"
+        )
+        number = 1
+        while number <= max(2, len(os.sched_getaffinity(0))):
+            config = DataConfig(
+                source=str(root / "rows.jsonl"),
+                template="alpaca",
+                cache_dir=str(root / str(number)),
+                num_workers=number,
+            )
+            began, used = time.perf_counter(), [_cpu_seconds(who) for who in WHO]
+            prepare(config, tokenizer)
+            seconds = time.perf_counter() - began
+            usage = [_cpu_seconds(who) - at for who, at in zip(WHO, used, strict=True)]
+            print(
+                f"{number:9} {NUM_ROWS:8,} {seconds:8.1f} {NUM_ROWS / seconds:8,.0f} "
+                f"{usage[0]:9.1f} {usage[1]:11.1f}",
+                flush=True,
+            )
+            number *= 2
+
+
+def _cpu_seconds(who: int) -> float:
+    used = resource.getrusage(who)
+    return used.ru_utime + used.ru_stime
+
+
+def documents() -> None:
+    print(f"{'documents':>12} {'peak, MiB':>9} {'ms a step':>10}")
+    for number in (10**5, 10**6, 10**7, 10**8):
+        with tempfile.TemporaryDirectory() as folder:
+            _sparse_set(Path(folder), number)
+            tracemalloc.start()
+            config = Config(train=TrainConfig(max_steps=10**5))
+            sampler = make_sampler(config.train, number, "x")
+            loader = Loader(Documents(Path(folder), "train"), sampler, config, 0, 8, 2e4)
+            loader.step(99_000)
+            peak = tracemalloc.get_traced_memory()[1] / 2**20
+            tracemalloc.stop()
+            took = milliseconds(lambda: loader.step(99_000), 10)  # noqa: B023
+            print(f"{number:12,} {peak:9.1f} {took:10.2f}", flush=True)
+
+
+def _sparse_set(folder: Path, number: int, length: int = 64) -> None:
+    """Documents of `length` tokens in files of holes; offsets and lengths are written."""
+    index = np.lib.format.open_memmap(folder / "train.npy", "w+", np.int64, (5, number))
+    for first in range(0, number, 2**20):
+        part = slice(first, first + 2**20)
+        index[0, part] = np.arange(first, min(first + 2**20, number)) * length
+        index[1, part] = length
+        index[2, part] = length // 2
+    index.flush()
+    for name, size in (("input_ids.bin", 4), ("supervised.bin", 1)):
+        with (folder / name).open("wb") as file:
+            file.truncate(number * length * size)
+
+
+PARTS = {"ranks": ranks, "prepare": preparation, "documents": documents}
+
+if __name__ == "__main__":
+    for word in sys.argv[1:] or PARTS:
+        PARTS[word]()
+        print()
