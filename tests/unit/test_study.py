@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from neftune_dist.config import Config, UserError
 from neftune_dist.evaluation.intervals import quantile, smallest_visible, student
@@ -26,6 +28,7 @@ from neftune_dist.study.conclusion import conclusion
 from neftune_dist.study.design import check_items, power_line
 from neftune_dist.study.measures import differences, untested
 from neftune_dist.study.results import Run, check_comparable, read_run
+from neftune_dist.training.startup_report import device_name, versions
 
 NUM_STEPS, NUM_ITEMS = 20, 120
 Effects = dict[str, float]
@@ -600,3 +603,13 @@ def test_run_that_a_signal_ended_is_said_to_be(capfd: pytest.CaptureFixture[str]
     assert killed == (-9, "ended by SIGKILL, perhaps out of memory")
     assert grid.execute([sys.executable, "-c", script.format(11)]) == (-11, "ended by SIGSEGV")
     assert capfd.readouterr().err.count("a warning") == 2
+
+
+def test_commit_and_processor_are_known_to_the_runs() -> None:
+    root = Path(__file__).parents[2]
+    command = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
+    if not (root / ".git").exists():
+        pytest.skip("no checkout")
+    commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    assert versions()["commit"].removesuffix("-dirty") == commit
+    assert device_name(torch.device("cpu")).strip()
