@@ -64,6 +64,28 @@ class Tracker(Protocol):
         """End the record, of a run that failed or finished."""
 
 
+def check_store(run_dir: Path, config: LoggingConfig) -> None:
+    """Refuse an MLflow server that does not answer, or a store that cannot be written, before
+    anything is read. Raises `UserError`."""
+    if not config.mlflow:
+        return
+    # By itself the client tries for minutes, which is right for a run under way.
+    variable = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+    given = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        _mlflow(run_dir).search_experiments(max_results=1)
+    except Exception as error:  # of whatever its client and its server raise
+        where = os.environ.get("MLFLOW_TRACKING_URI") or run_dir / "mlflow"
+        raise UserError(
+            f"logging.mlflow=true: the store {where} does not answer: {first_line(error)}"
+        ) from error
+    finally:
+        os.environ.pop(variable)
+        if given is not None:
+            os.environ[variable] = given
+
+
 class Trackers:
     """The trackers that `logging` asks for.
 
@@ -186,15 +208,21 @@ class _WandB:
         self._run.finish(exit_code=int(failed))
 
 
+def _mlflow(run_dir: Path) -> Any:
+    """MLflow's client with its store: MLFLOW_TRACKING_URI, or files in the run's directory."""
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        # A store of files, which recent versions ask to be allowed.
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+    import mlflow
+
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        mlflow.set_tracking_uri((run_dir / "mlflow").resolve().as_uri())
+    return mlflow
+
+
 class _MLflow:
     def __init__(self, run_dir: Path, config: LoggingConfig, facts: Mapping[str, Any]) -> None:
-        if not os.environ.get("MLFLOW_TRACKING_URI"):
-            # A store of files, which recent versions ask to be allowed.
-            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-        import mlflow
-
-        if not os.environ.get("MLFLOW_TRACKING_URI"):
-            mlflow.set_tracking_uri((run_dir / "mlflow").resolve().as_uri())
+        mlflow = _mlflow(run_dir)
         kept = run_dir / "mlflow_id.txt"
         mlflow.set_experiment(config.project)
         run = mlflow.start_run(

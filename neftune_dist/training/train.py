@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from torch import Tensor
 
 from neftune_dist.checkpoint import flat, resume, store
@@ -44,6 +45,7 @@ from neftune_dist.training.startup_report import (
     environment,
     versions,
 )
+from neftune_dist.training.trackers import check_store
 
 
 def train(config: Config) -> int:
@@ -65,7 +67,7 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
     with world.agree():
         check_packages(config)
     run_dir = user_path(config.run_dir, "run_dir")
-    lock = claim(run_dir, world)
+    lock = _claim(config, run_dir, world)
     with stop.at_once():
         config, inputs = _read(config, run_dir, world)
     num_steps = inputs.sampler.num_steps
@@ -131,6 +133,16 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
     step = trainer.progress.step
     world.log(f"stopped at step {step}, saved; the same command continues from there")
     return EXIT_STOPPED
+
+
+def _claim(config: Config, run_dir: Path, world: World) -> FileLock:
+    """Hold the run's directory, and refuse a tracker that does not answer before anything is
+    read."""
+    lock = claim(run_dir, world)
+    with world.agree():
+        if world.is_first:
+            check_store(run_dir, config.logging)
+    return lock
 
 
 def _read(config: Config, run_dir: Path, world: World) -> tuple[Config, Inputs]:

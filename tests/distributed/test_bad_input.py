@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -130,3 +132,22 @@ def _hurry() -> None:
     from neftune_dist.checkpoint import run_files
 
     run_files._CLAIM_SECONDS = 2.0
+
+
+def taken_store() -> None:
+    """A client of MLflow whose server is another one."""
+
+    def search_experiments(max_results: int) -> None:
+        raise ConnectionError("taken")
+
+    stub = types.ModuleType("mlflow")
+    vars(stub)["search_experiments"] = search_experiments
+    vars(stub)["set_tracking_uri"] = print
+    sys.modules["mlflow"] = stub
+
+
+def test_tracker_that_does_not_answer_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    words = ["model.name_or_path=absent", "logging.mlflow=true", f"run_dir={tmp_path / 'run'}"]
+    done = tiny_model.run_forked("train", "debug", *words, before=taken_store)
+    assert done.returncode == 2 and "logging.mlflow=true: the store" in done.stderr
+    assert not (tmp_path / "run" / "config.yaml").exists()

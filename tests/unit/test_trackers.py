@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 from neftune_dist.config import LoggingConfig, UserError, load_config
-from neftune_dist.training.trackers import GROUPS, Trackers
+from neftune_dist.training.trackers import GROUPS, Trackers, check_store
 
 FACTS = {"config": {"noise": {"alpha": 5.0}}, "environment": {"torch": "2"}}
 RECORD = {"step": 4, "loss": 1.5, "mfu": None, "num_tokens": 7}
@@ -150,6 +151,31 @@ def test_tracker_that_cannot_start_is_refused(
     monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(set_experiment=set_experiment))
     with pytest.raises(UserError, match=r"logging\.mlflow=true: it cannot begin a run: the port"):
         Trackers(tmp_path, settings(mlflow=True), FACTS, 0)
+
+
+def test_store_that_does_not_answer_is_refused_after_one_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[str | None] = []
+
+    def search_experiments(max_results: int) -> None:
+        tries.append(os.environ.get(variable))
+        raise ConnectionError("the port answers as another server")
+
+    variable = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://taken")
+    monkeypatch.setitem(
+        sys.modules, "mlflow", SimpleNamespace(search_experiments=search_experiments)
+    )
+    for given in (None, "4"):
+        if given:
+            monkeypatch.setenv(variable, given)
+        with pytest.raises(UserError, match=r"logging\.mlflow=true: the store http://taken does"):
+            check_store(tmp_path, settings(mlflow=True))
+        assert os.environ.get(variable) == given
+    assert tries == ["1", "1"]
+    check_store(tmp_path, settings())
+    assert len(tries) == 2
 
 
 def test_tensorboard_names_the_run_groups_its_figures_and_compares_its_settings(
