@@ -148,7 +148,7 @@ class DataConfig:
     """Refuse to train if a larger fraction of the rows cannot be read."""
     cache_dir: str = field(default_factory=_cache_dir, metadata={"is_path": True})
     """Folder for tokenised data."""
-    num_workers: int = number(0, ge=0, le=1024)
+    num_workers: int = number(1, ge=0, le=1024)
     """Processes that tokenise more than 20,000 rows; 0: one for every core, at most 16."""
 
     @property

@@ -30,7 +30,7 @@ from neftune_dist.system.children import end_with_parent
 _SHARD_ROWS, _SHARD_BYTES = 1000, 2**22
 # Rows that are tokenised without other processes: these take seconds to start.
 _ALONE_ROWS = 20_000
-_MOST_WORKERS = 16  # chosen by default; each holds some 0.5 GiB
+_MOST_WORKERS = 16  # chosen for data.num_workers=0; each holds some 0.5 GiB
 
 
 class ShardPool:
