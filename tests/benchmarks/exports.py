@@ -233,7 +233,7 @@ def _gguf(folder: Path, _: Path, expected: dict[str, Any]) -> dict[str, np.ndarr
         words = [sys.executable, "-m", "convert_hf_to_gguf", str(folder), "--outtype", "f32"]
         subprocess.run([*words, "--outfile", str(file)], check=True, stdout=subprocess.DEVNULL)
         model = transformers.AutoModelForCausalLM.from_pretrained(output, gguf_file=file.name)
-        return _answers_of(model.float().eval(), _prompts(folder))
+        return _answers_of(model.eval(), _prompts(folder))
 
 
 # By name: the distribution whose version is shown, and what runs it.
