@@ -16,8 +16,8 @@ from pathlib import Path
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from neftune_dist.config import UserError
 from neftune_dist.distributed.world import World
+from neftune_dist.system.text import first_line
 
 _WARM_UP_STEPS = 2  # the second still touches memory for the first time
 _FOLDER = "profile"
@@ -86,8 +86,8 @@ class StepProfiler:
             self._folder.mkdir(exist_ok=True)
             profiled.export_chrome_trace(str(self._folder / f"{name}.json.gz"))
             (self._folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
-        except OSError as error:
-            raise UserError(f"{self._folder} cannot be written: {error.strerror}.") from error
+        except (OSError, RuntimeError) as error:  # the run is worth more than its profile
+            self._log(f"warning: {self._folder} cannot be written: {first_line(error)}")
         kinds = lines[: len({kind for kind, _, _, _ in rows}) + 1]
         self._log(f"profile: steps {first} to {last} of rank 0, in {self._folder}/{name}.*")
         for line in kinds:
