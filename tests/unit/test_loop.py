@@ -4,6 +4,7 @@ stops, skips and gives up, and what each step draws by."""
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -178,6 +179,7 @@ def make_trainer(parts: Parts, *words: str, step: int = 0, due: bool = False) ->
         "saver": saver,
         "watchdog": SimpleNamespace(at=lambda step, phase, limited=True: None),
         "stragglers": stragglers,
+        "profiler": SimpleNamespace(step=lambda number: nullcontext()),
         "trainer_state": vars,
         "stop_requested": parts.stopped,
         "progress": Progress(step=step),
