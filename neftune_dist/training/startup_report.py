@@ -22,6 +22,7 @@ from neftune_dist.engine.base import Engine
 from neftune_dist.model.attention import VARLEN, implementation
 from neftune_dist.model.optimizations import drops
 from neftune_dist.model.varlen import varlen_kernel
+from neftune_dist.system.processor import processor_name
 
 
 def data_lines(dataset: Dataset, sampler: Sampler, loader: Loader) -> list[str]:
@@ -106,11 +107,7 @@ def device_name(device: torch.device) -> str:
     """The name of the GPU, or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    with suppress(OSError):  # Linux alone has the file
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
+    return processor_name()
 
 
 @cache

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from neftune_dist.config import load_config
+from neftune_dist.system.processor import processor_name
 
 ROOT = Path(__file__).parents[2]
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -162,7 +162,7 @@ def environment_line(packages: Sequence[str]) -> str:
     """Date, machine and versions."""
     found = ", ".join(f"{name} {version(name)}" for name in packages)
     cores = len(os.sched_getaffinity(0))
-    return f"{time.strftime('%Y-%m-%d')}, {_processor()}, {cores} cores, {found}"
+    return f"{time.strftime('%Y-%m-%d')}, {processor_name()}, {cores} cores, {found}"
 
 
 def show(rows: Mapping[str, Sequence[object]], heads: Sequence[str]) -> None:
@@ -172,15 +172,6 @@ def show(rows: Mapping[str, Sequence[object]], heads: Sequence[str]) -> None:
     for name, *cells in lines:
         line = "".join(f"  {c:>{w}}" for c, w in zip(cells, widths[1:], strict=True))
         print(f"{name:{widths[0]}}{line}")
-
-
-def _processor() -> str:
-    names = [
-        line.split(":")[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return names[0] if names else platform.machine()
 
 
 def _busy_seconds() -> float:

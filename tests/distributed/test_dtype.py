@@ -9,6 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from neftune_dist.model import precision
+from neftune_dist.system import processor
 from tests.support import tiny_model
 
 AUTO = "model.dtype=auto"
@@ -59,5 +60,5 @@ def test_processor_without_bf16_instructions_computes_float32(
     file = tmp_path / "cpuinfo"
     if listed is not None:
         file.write_text(listed)
-    monkeypatch.setattr(precision, "_CPU_INFO", file)
+    monkeypatch.setattr(processor, "_CPU_INFO", file)
     assert precision.fast_dtype(torch.device("cpu")) == dtype
