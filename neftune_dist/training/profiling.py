@@ -72,7 +72,10 @@ class StepProfiler:
         if running is None:
             return
         if not self._profiled:
-            self._log(f"profile: none, as no step came after the first {_WARM_UP_STEPS}")
+            self._log(
+                "warning: train.profile_steps: nothing was profiled, because only steps after the "
+                f"first {_WARM_UP_STEPS} are"
+            )
             return
         running.stop()
         self._write(running)
@@ -88,6 +91,7 @@ class StepProfiler:
             (self._folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
         except (OSError, RuntimeError) as error:  # the run is worth more than its profile
             self._log(f"warning: {self._folder} cannot be written: {first_line(error)}")
+            return
         kinds = lines[: len({kind for kind, _, _, _ in rows}) + 1]
         self._log(f"profile: steps {first} to {last} of rank 0, in {self._folder}/{name}.*")
         for line in kinds:

@@ -67,4 +67,4 @@ def test_short_run_writes_the_steps_that_there_were(
     words = ["train.profile_steps=10", f"train.max_steps={steps}"]
     said, files = profiled(config, tmp_path / "run", *words)
     assert [file.name for file in files] == names
-    assert ("profile: none" in said) == (not names)
+    assert ("nothing was profiled" in said) == (not names)
