@@ -91,11 +91,13 @@ def test_killed_rank_is_restarted_to_the_same_end(
     run_dir = tmp_path / "run"
     # Which is said of the first start alone.
     with launched(config, run_dir, "checkpoint.resume=never", step_seconds=0.3) as process:
-        until(lambda: len(tiny_model.steps(run_dir)) >= 5)
-        # Another launcher is refused, and its end is not taken for this one's.
+        # Another launcher is refused, and its end is not taken for this one's. It starts while this
+        # one's ranks do, so that the run cannot end meanwhile.
+        until(lambda: (run_dir / "logs" / "attempt_0001").exists())
         with launched(config, run_dir) as second:
             code, text = end(second)
         assert code == 2 and "is in use by another launch" in text and "Traceback" not in text
+        until(lambda: len(tiny_model.steps(run_dir)) >= 5)
         os.kill(process_of_rank(1, run_dir), signal.SIGKILL)
         code, text = end(process)
     assert code == 0, text
