@@ -49,7 +49,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Parse the command line, run its verb, exit."""
     console.protect()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank of torchrun's, which may be killed
-        children.end_with_parent()
+        children.end_with_parent(os.getppid())
     verb = ""
     try:
         arguments = parse(words)

@@ -102,7 +102,7 @@ class ShardPool:
                 self.num_workers,
                 get_context("spawn"),
                 _enter_worker,
-                (self.template.tokenizer, self.template.config),
+                (os.getpid(), self.template.tokenizer, self.template.config),
             )
         future = self._executor.submit(_make, maker, rows, path)
 
@@ -145,9 +145,9 @@ def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
 _worker: ConversationTokenizer  # of a process of the pool
 
 
-def _enter_worker(tokenizer: Any, config: DataConfig) -> None:
+def _enter_worker(parent: int, tokenizer: Any, config: DataConfig) -> None:
     global _worker
-    end_with_parent()
+    end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C, too
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has its process
     _worker = ConversationTokenizer(tokenizer, config)

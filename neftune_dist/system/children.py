@@ -17,18 +17,19 @@ def ended_with_parent() -> Callable[[], None]:
     the thread that starts it has ended."""
     parent = os.getpid()
 
-    def prepare() -> None:
-        end_with_parent()
-        if os.getppid() != parent:  # it has died in between
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return prepare
+    return lambda: end_with_parent(parent)
 
 
-def end_with_parent() -> None:
-    """Have the system send this process SIGTERM when its parent has died."""
+def end_with_parent(parent: int) -> None:
+    """Have the system send this process SIGTERM when its parent has died.
+
+    Args:
+        parent: its process number. Where it has died already, the signal is sent at once.
+    """
     if sys.platform == "linux":
         _LIBC.prctl(_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def adopt_orphans() -> None:

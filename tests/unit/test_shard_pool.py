@@ -212,23 +212,35 @@ def children_of(process: int) -> list[int]:
     return [int(child) for child in found]
 
 
+def is_alive(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"  # dead, and not yet reaped
+
+
+@pytest.mark.parametrize("num_shards", [0, 4])
 def test_a_killed_preparation_leaves_no_process_and_is_continued(
-    write: Callable[..., DataConfig], tiny_tokenizer: Any, made_rows: list[int]
+    num_shards: int, write: Callable[..., DataConfig], tiny_tokenizer: Any, made_rows: list[int]
 ) -> None:
+    """Also where its processes have not finished their start."""
     config = write(numbered(1000), num_workers=2)
     process = multiprocessing.get_context("spawn").Process(
         target=prepare_slowly, args=(config, tiny_tokenizer.name_or_path)
     )
     process.start()
     corpora, deadline = Path(config.cache_dir) / "corpora", time.time() + DEADLINE_SECONDS
-    while len(list(corpora.glob("*.shards/*.npz"))) < 4:
+    assert process.pid is not None
+    while (
+        len(workers := children_of(process.pid)) < config.num_workers
+        or len(list(corpora.glob("*.shards/*.npz"))) < num_shards
+    ):
         assert time.time() < deadline and process.is_alive()
         time.sleep(0.05)
-    assert process.pid is not None
-    workers = children_of(process.pid)
     os.kill(process.pid, signal.SIGKILL)
     process.join(DEADLINE_SECONDS)
-    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+    while any(map(is_alive, workers)):
         assert time.time() < deadline
         time.sleep(0.05)
     kept = len(list(corpora.glob("*.shards/*.npz")))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 from neftune_dist.cluster.launch import supervisor
 from neftune_dist.config import Config
 from neftune_dist.distributed import outcome
+from neftune_dist.system import children
 
 
 @pytest.fixture(autouse=True)
@@ -142,8 +144,17 @@ def test_exit_code_of_a_killed_command_is_kept() -> None:
     assert command.poll() == -signal.SIGKILL
 
 
+@pytest.fixture
+def adopting() -> Iterator[None]:
+    """Orphans become children of this process, until the test's end: nobody would reap those of
+    other tests."""
+    children.adopt_orphans()
+    yield
+    children._LIBC.prctl(children._SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+@pytest.mark.usefixtures("adopting")
 def test_orphans_of_the_command_are_killed(tmp_path: Path) -> None:
-    supervisor.children.adopt_orphans()
     script = (
         "import subprocess, sys\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'],\n"
