@@ -1,7 +1,9 @@
 """A checkpoint as a Hugging Face model directory, made on one machine without a GPU.
 
 Tensors stream from the checkpoint into safetensors files; the peak of host memory is near the size
-of one file. Adapters are merged into the base weights, or written alone for PEFT.
+of one file. Their names and shapes are those of the base's own files (experts by their number), or
+what `save_pretrained` would write where the base was a trainer's checkpoint. Adapters are merged
+into the base weights, or written alone for PEFT.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from neftune_dist.checkpoint.run_files import (
 from neftune_dist.config import AdapterConfig, UserError, read_json
 from neftune_dist.engine.base import dtype_name
 from neftune_dist.model.adapters import peft_name, peft_settings
+from neftune_dist.model.stored_tensors import split
 from neftune_dist.system import storage
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -152,8 +155,10 @@ def _write_weights(content: Content, output: Path, dtype: torch.dtype) -> None:
             else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         )
         # Tied weights are stored once, as transformers does.
-        tensors = {name: content.read(name).to(dtype) for name in names}
-        weight_map.update(dict.fromkeys(names, file))
+        tensors: dict[str, torch.Tensor] = {}
+        for name in names:
+            tensors |= split(content.read(name).to(dtype), content.layout[name])
+        weight_map.update(dict.fromkeys(tensors, file))
         _save(tensors, output / file)
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}

@@ -21,15 +21,23 @@ from neftune_dist.config import AdapterConfig, ModelConfig, UserError
 from neftune_dist.engine.base import MASTER, FlatShard
 from neftune_dist.model import load, locate
 from neftune_dist.model.adapters import merged, quantized_names
+from neftune_dist.model.stored_tensors import Layout, from_record
 from neftune_dist.model.weights import weights_folder
 
 
 @dataclass(frozen=True)
 class Content:
-    """A model's tensors: `shapes` by name, in order, and `read`, which gives one whole, float."""
+    """A model's tensors.
+
+    Attributes:
+        shapes: of the parameters by name, in order.
+        read: gives one whole, float.
+        layout: the stored tensors that an export writes for each.
+    """
 
     shapes: dict[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
+    layout: Layout
 
     @staticmethod
     def trained(folder: Path, state: Mapping[str, Any]) -> Content:
@@ -52,7 +60,7 @@ class Content:
                 reader.read([FlatShard(MASTER, name, 0, tensor, numel)])
             return tensor.view(shapes[name])
 
-        return Content(shapes, read)
+        return Content(shapes, read, from_record(state.get("stored", {}), shapes))
 
     @staticmethod
     def of(folder: Path, state: Mapping[str, Any]) -> Content:
@@ -84,7 +92,7 @@ class Content:
             weight = files.read(name, 0, math.prod(shapes[name])).view(shapes[name])
             return merged(name, weight, parts, adapter, name in in_4_bits)
 
-        return Content(shapes, merge)
+        return Content(shapes, merge, from_record(state.get("stored", {}), shapes))
 
 
 @contextmanager

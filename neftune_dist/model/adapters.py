@@ -22,6 +22,7 @@ from neftune_dist.config import AdapterConfig, UserError, require, split_list
 from neftune_dist.model import nf4
 from neftune_dist.model.modules import replace_parameters
 from neftune_dist.model.optimizations import blocks
+from neftune_dist.model.stored_tensors import Layout
 from neftune_dist.model.weights import WeightFiles
 
 _LORA_A, _LORA_B = "lora_A.default.weight", "lora_B.default.weight"
@@ -134,6 +135,10 @@ class AdaptedWeights:
     def digest(self, part: tuple[int, int] = (0, 1)) -> int:
         """The digest of the plain model's weights, see `WeightFiles.digest`."""
         return self._files.digest(part)
+
+    def export_layout(self) -> Layout:
+        """See `WeightFiles.export_layout`."""
+        return self._files.export_layout()
 
     def _by_row(
         self,

@@ -7,8 +7,7 @@ test proves every row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from neftune_dist.compat.transformers import attention_name
@@ -27,7 +26,6 @@ class Family:
             its lookup by; the first that it has.
         logits: setting of config.json that changes the logits after their projection.
         attention_cap: setting of config.json that caps the logits of attention.
-        earlier_names: tensors' names, and those in the files of earlier transformers.
     """
 
     packs: bool = True
@@ -35,7 +33,6 @@ class Family:
     embedding_scale: tuple[str, ...] = ()
     logits: str | None = None
     attention_cap: str | None = None
-    earlier_names: Mapping[str, str] = field(default_factory=dict)
 
 
 # By transformers' model_type. To add a family, add a row: the tests take it up by its name. A quirk
@@ -62,7 +59,7 @@ FAMILIES: dict[str, Family] = {
     "glm4": Family(),
     "gpt2": Family(learned_positions=True),
     "gpt_bigcode": Family(learned_positions=True),
-    "gpt_neox": Family(earlier_names={"lm_head.weight": "embed_out.weight"}),
+    "gpt_neox": Family(),
     "granite": Family(logits="logits_scaling"),
     "helium": Family(),
     "hunyuan_v1_dense": Family(),
@@ -86,9 +83,6 @@ PACKING_FAMILIES = frozenset(name for name, family in FAMILIES.items() if family
 EMBEDDING_SCALES = tuple(
     dict.fromkeys(name for family in FAMILIES.values() for name in family.embedding_scale)
 )
-EARLIER_NAMES = {
-    name: earlier for family in FAMILIES.values() for name, earlier in family.earlier_names.items()
-}
 _LOGITS = sorted({family.logits for family in FAMILIES.values() if family.logits})
 _CAPS = sorted({family.attention_cap for family in FAMILIES.values() if family.attention_cap})
 

@@ -27,6 +27,7 @@ from neftune_dist.model.families import check_model, check_packable
 from neftune_dist.model.loss import resolve_loss
 from neftune_dist.model.modules import own_buffers, own_parameters
 from neftune_dist.model.optimizations import configure
+from neftune_dist.model.stored_tensors import Layout
 from neftune_dist.model.weights import GrownWeights, WeightFiles, weights_folder
 from neftune_dist.system.text import first_line
 
@@ -96,10 +97,12 @@ def build(
         UserError: transformers cannot build it, or this package cannot train it as it should.
     """
     hf_config = load_model_config(folder, config)
-    if getattr(hf_config, "quantization_config", None):
+    if quantization := getattr(hf_config, "quantization_config", None):
+        named = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise UserError(
-            f"The weights in {folder} are quantized: training needs plain ones (adapter.base=nf4 "
-            "quantises them as they are read)."
+            f"The weights in {folder} are quantized{f' ({named})' if named else ''}: training "
+            "needs plain ones, the model's bf16 copy (adapter.base=nf4 quantises them as they are "
+            "read)."
         )
     if packing:
         check_packable(hf_config)
@@ -141,6 +144,9 @@ class Weights(Protocol):
     def digest(self, part: tuple[int, int] = (0, 1)) -> int:
         """A digest of all parameters, see `WeightFiles.digest`."""
 
+    def export_layout(self) -> Layout:
+        """The stored tensors that an export writes for each parameter."""
+
 
 def open_weights(model: Any, folder: Path, config: ModelConfig, seed: int) -> Weights:
     """The first content of a new run's parameters, frozen ones included.
@@ -168,7 +174,8 @@ def open_weights(model: Any, folder: Path, config: ModelConfig, seed: int) -> We
         for name, parameter in model.named_parameters():
             if id(parameter) in grown:
                 in_files[name] = (min(rows, shapes[name][0]), *shapes[name][1:])
-    files = WeightFiles(weights_folder(config, folder), aliases, in_files, model.base_model_prefix)
+    place, prefix = weights_folder(config, folder), model.base_model_prefix
+    files = WeightFiles(place, aliases, in_files, prefix, model)
     if in_files != shapes:
         return GrownWeights(files, in_files)
     if len(aliases) == len(parameter_aliases(model)):

@@ -19,9 +19,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from neftune_dist.config import ModelConfig, UserError, user_path
-from neftune_dist.model.families import EARLIER_NAMES
-from neftune_dist.model.foreign import open_weights
+from neftune_dist.model.foreign import ForeignWeights, open_weights
 from neftune_dist.model.pickles import load_tensors
+from neftune_dist.model.stored_tensors import (
+    Layout,
+    StoredTensor,
+    converted_layout,
+    joined_shape,
+    saved_layout,
+)
 from neftune_dist.system.model_files import weight_files
 from neftune_dist.system.text import first_line
 
@@ -47,6 +53,11 @@ class WeightFiles:
         aliases: of the model's parameters, from `parameter_aliases`.
         shapes: of the model's parameters, by first name.
         prefix: the model's `base_model_prefix`, which older files leave out or put on.
+        model: the transformers model, which says how other tensors become its parameters; None:
+            the files hold its parameters by name.
+
+    Attributes:
+        layout: the stored tensors that each parameter is, or is made of.
 
     Raises:
         UserError: no weights, a tensor missing or of another shape.
@@ -58,26 +69,57 @@ class WeightFiles:
         aliases: Mapping[str, list[str]],
         shapes: Mapping[str, tuple[int, ...]],
         prefix: str,
+        model: Any = None,
     ) -> None:
-        self._folder = folder
+        self._folder, self._model, self._shapes = folder, model, shapes
         self._file_of = _index(folder)
-        self._source: dict[str, str] = {}
+        self.layout: Layout = {}
         for name, names in aliases.items():
             found = [c for c in _candidates(names, prefix) if c in self._file_of]
-            if not found:
-                raise UserError(
-                    f"The weights in {folder} lack {name}: they are incomplete, of another model, "
-                    "or laid out otherwise than its parameters."
-                )
-            self._source[name] = found[0]
-            for source in found:
-                self._check(source, tuple(shapes[name]))
+            tensors = [StoredTensor(source, self._shape(source)) for source in found]
+            for tensor in tensors:
+                self._check(name, [tensor])
             for source in found[1:]:
                 self._check_same(found[0], source, math.prod(shapes[name]))
+            self.layout[name] = tensors[:1]
+        self._convert({name: names for name, names in aliases.items() if not self.layout[name]})
+
+    def _convert(self, missing: Mapping[str, list[str]]) -> None:
+        """Find the tensors of parameters whose names the files do not have."""
+        converted: Layout = {}
+        if missing and self._model is not None:
+            stored = {name: self._shape(name) for name in self._file_of}
+            converted = converted_layout(self._model, stored, missing)
+        for name in missing:
+            if name not in converted:
+                raise UserError(
+                    f"The weights in {self._folder} lack {name}: they are incomplete, of another "
+                    "model, or laid out otherwise than its parameters."
+                )
+            self._check(name, converted[name])
+        self.layout |= converted
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened parameter, 1-D, in the file's dtype."""
-        return self._read(self._source[name], start, stop)
+        pieces: list[Tensor] = []
+        begin = 0
+        for tensor in self.layout[name]:
+            numel = math.prod(tensor.shape)
+            first, last = max(start - begin, 0), min(stop - begin, numel)
+            if first < last:
+                pieces.append(self._read(tensor.name, first, last))
+            begin += numel
+        if not pieces:
+            return self._read(self.layout[name][0].name, 0, 0)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def export_layout(self) -> Layout:
+        """The layout for an export: that of these files, or, where they are a trainer's
+        checkpoint, what `save_pretrained` would write."""
+        is_foreign = any(isinstance(file, ForeignWeights) for file in self._file_of.values())
+        if is_foreign and self._model is not None:
+            return saved_layout(self._model, self._shapes)
+        return self.layout
 
     def digest(self, part: tuple[int, int] = (0, 1)) -> int:
         """A 128-bit digest of every parameter's name, shape, dtype and content. The digests of the
@@ -86,17 +128,15 @@ class WeightFiles:
         It reads everything once: 3 GB/s measured on one core with the files in memory, so 5 s for
         13 GB; n parts on n ranks take an n-th of that."""
         total, (index, count) = 0, part
-        largest_first = sorted(
-            self._source, key=lambda name: -math.prod(self._shape(self._source[name]))
-        )
+        shapes = {name: tuple(self._shapes[name]) for name in self.layout}
+        largest_first = sorted(shapes, key=lambda name: -math.prod(shapes[name]))
         for name in largest_first[index::count]:
-            source = self._source[name]
-            shape = self._shape(source)
-            found = xxhash.xxh3_128(f"{name} {shape} {self._read(source, 0, 1).dtype}".encode())
+            shape = shapes[name]
+            found = xxhash.xxh3_128(f"{name} {shape} {self.read(name, 0, 1).dtype}".encode())
             row, numel = math.prod(shape[1:]), math.prod(shape)
             step = max(1, _DIGESTED_ELEMENTS // max(1, row)) * row
             for start in range(0, numel, step):
-                values = self._read(source, start, min(numel, start + step))
+                values = self.read(name, start, min(numel, start + step))
                 found.update(values.contiguous().view(torch.uint8).numpy().data)
             total ^= found.intdigest()
         return total
@@ -119,19 +159,25 @@ class WeightFiles:
             return tuple(file[source].shape)
         return tuple(file.get_slice(source).get_shape())
 
-    def _check(self, source: str, shape: tuple[int, ...]) -> None:
-        found = self._shape(source)
-        if found != shape:
+    def _check(self, name: str, tensors: list[StoredTensor]) -> None:
+        shape = tuple(self._shapes[name])
+        found = joined_shape(tensors, shape)
+        if found is None or found != shape:
             raise UserError(
-                f"{source} in {self._folder} has shape {found}, the model's configuration says "
-                f"{shape}."
+                f"{tensors[0].name} in {self._folder} has shape {tensors[0].shape}, the model's "
+                f"configuration says {shape}."
+                if len(tensors) == 1
+                else f"The weights in {self._folder} hold {len(tensors)} tensors of {name}, "
+                f"{tensors[0].name} and others, which do not make up the shape {shape} that the "
+                "model's configuration says."
             )
-        dtype = self._read(source, 0, 1).dtype
-        if not dtype.is_floating_point or dtype.itemsize < 2:
-            raise UserError(
-                f"{source} in {self._folder} is stored as {dtype}: quantized weights cannot be "
-                "fine-tuned."
-            )
+        for tensor in tensors:
+            dtype = self._read(tensor.name, 0, 1).dtype
+            if not dtype.is_floating_point or dtype.itemsize < 2:
+                raise UserError(
+                    f"{tensor.name} in {self._folder} is stored as {dtype}: quantized weights "
+                    "cannot be fine-tuned."
+                )
 
     def _check_same(self, one: str, other: str, numel: int) -> None:
         """Refuse tied weights that the files hold under both names with different content."""
@@ -174,6 +220,10 @@ class GrownWeights:
         """The digest of the files, see `WeightFiles.digest`."""
         return self._files.digest(part)
 
+    def export_layout(self) -> Layout:
+        """See `WeightFiles.export_layout`."""
+        return self._files.export_layout()
+
     def _mean(self, name: str) -> Tensor:
         if name not in self._means:
             rows, width = self._shapes[name][0], math.prod(self._shapes[name][1:])
@@ -192,7 +242,6 @@ def _candidates(names: list[str], prefix: str) -> list[str]:
         *names,
         *[n.removeprefix(dotted) for n in names if n.startswith(dotted)],
         *[dotted + n for n in names if not n.startswith(dotted)],
-        *[EARLIER_NAMES[n] for n in names if n in EARLIER_NAMES],
     ]
 
 

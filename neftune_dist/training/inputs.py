@@ -18,6 +18,7 @@ from neftune_dist.distributed.world import World
 from neftune_dist.model import load, locate
 from neftune_dist.model.families import check_lengths
 from neftune_dist.model.flops import ModelSize, model_size
+from neftune_dist.model.stored_tensors import to_record
 from neftune_dist.system.records import EVALUATIONS, SAMPLES, STEPS
 from neftune_dist.training import samples
 from neftune_dist.training.held_out import evaluation_due
@@ -36,6 +37,7 @@ class Inputs:
         size: of the model, for FLOPs.
         identity: data, tokenizer and architecture (with adapters also the frozen weights), which
             a checkpoint must share to be resumed.
+        stored: how the base's files name and cut the parameters, for an export.
         found: the checkpoint to resume from; None: the run begins.
         progress: how far the run has come.
         evaluation_due: whether to evaluate before the next step.
@@ -49,6 +51,7 @@ class Inputs:
     model: Any
     size: ModelSize
     identity: dict[str, Any]
+    stored: dict[str, Any]
     found: store.Checkpoint | None
     progress: Progress
     evaluation_due: bool
@@ -97,6 +100,7 @@ def read_inputs(
         weights = None
         if not found or adapted:
             weights = load.open_weights(model, folder, config.model, config.train.seed)
+        stored = to_record(weights.export_layout()) if weights else {}
         digest = weights.digest((world.rank, world.size)) if weights and adapted else 0
     if adapted:
         identity["base"] = _xor_over_ranks(digest, world)
@@ -107,6 +111,7 @@ def read_inputs(
             state = found.trainer_state()
             changes = resume.check_same_run(found, state, identity, config)
             progress = Progress(**state["progress"])
+            stored = state.get("stored", {})
     due = evaluation_due(config.evaluate, progress.step, sampler.num_steps)
     due = due and (len(dataset.held_out) > 0 or prompts is not None)
     if due and found:  # then only where a stop cut that evaluation short
@@ -123,6 +128,7 @@ def read_inputs(
         model=model,
         size=model_size(model),
         identity=identity,
+        stored=stored,
         found=found,
         progress=progress,
         evaluation_due=due,

@@ -251,6 +251,7 @@ def _trainer_state(
         "num_steps": inputs.sampler.num_steps,
         "identity": inputs.identity,
         "shapes": {name: list(shape) for name, shape in engine.shapes.items()},
+        "stored": inputs.stored,
         "config": config.to_dict(),
         "world_size": world.size,
         "versions": versions(),

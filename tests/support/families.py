@@ -24,8 +24,11 @@ _COMMON: dict[str, Any] = {
 _WINDOW: dict[str, Any] = {"sliding_window": 5}
 _MIXED = {**_WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 _OPTIONAL = {**_MIXED, "use_sliding_window": True, "max_window_layers": 1}
+_EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_LOCAL_EXPERTS = {"num_local_experts": 5, "num_experts_per_tok": 2}
 _OWN: dict[str, dict[str, Any]] = {
     "cohere2": _MIXED,
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24},
     "exaone4": _MIXED,
     "gemma2": _MIXED,
     "gemma3_text": _MIXED,
@@ -34,15 +37,23 @@ _OWN: dict[str, dict[str, Any]] = {
     "gpt_neox": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     },
+    "gpt_oss": {**_MIXED, **_LOCAL_EXPERTS, "rope_parameters": {"rope_type": "default"}},
     "gptj": {"rotary_dim": 4},
+    "granitemoe": _LOCAL_EXPERTS,
+    "jamba": {"num_experts": 4},
     "codegen": {"rotary_dim": 4},
     "ministral": _MIXED,
     "mistral": _WINDOW,
+    "mixtral": {**_WINDOW, **_LOCAL_EXPERTS},
+    "olmoe": _EXPERTS,
     "olmo3": _MIXED,
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16, "init_std": 0.3, "dropout": 0.0},
     "phi3": _WINDOW,
+    "phimoe": {**_WINDOW, **_LOCAL_EXPERTS},
     "qwen2": _OPTIONAL,
+    "qwen2_moe": {**_OPTIONAL, **_EXPERTS, "shared_expert_intermediate_size": 24},
     "qwen3": _OPTIONAL,
+    "qwen3_moe": {**_OPTIONAL, **_EXPERTS},
     "smollm3": {**_OPTIONAL, "no_rope_layers": [1, 0]},
     "starcoder2": _WINDOW,
 }

@@ -84,7 +84,8 @@ def build(folder: Path, **settings: Any) -> Any:
 
 def files_of(model: Any, folder: Path) -> WeightFiles:
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    return WeightFiles(folder, load.parameter_aliases(model), shapes, model.base_model_prefix)
+    aliases, prefix = load.parameter_aliases(model), model.base_model_prefix
+    return WeightFiles(folder, aliases, shapes, prefix, model)
 
 
 @torch.no_grad()
@@ -214,9 +215,9 @@ def test_quantized_weights_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"up_proj.*quantized"):
             files_of(build(folder), folder)
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8"}
+    config["quantization_config"] = {"quant_method": "mxfp4"}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="quantized"):
+    with pytest.raises(UserError, match=r"quantized \(mxfp4\).*bf16 copy"):
         build(folder)
 
 
