@@ -333,6 +333,24 @@ def test_learned_positions_reach_to_the_limit_and_no_further(model_type: str) ->
         packed(model, (torch.full((1, limit + 1), 5),))
 
 
+@pytest.mark.parametrize("window", [0, 30])
+def test_gradients_of_bfloat16_are_as_exact_as_it_is(window: int) -> None:
+    """Of documents that the backward computes in float32, and of one that it does not."""
+    lengths, generator = (50, 3, varlen._FLOAT32_LENGTH + 20), torch.Generator().manual_seed(0)
+    shapes = [(sum(lengths), heads, 64) for heads in (4, 2, 2, 4)]
+    given = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+
+    def gradients(dtype: torch.dtype) -> list[Tensor]:
+        *qkv, grad = [tensor.to(dtype).requires_grad_() for tensor in given]
+        out, _ = VARLEN_OPERATOR(*qkv, ends(lengths), max(lengths), 0.125, window)
+        return [one.double() for one in torch.autograd.grad(out, qkv, grad)]
+
+    found, exact = gradients(torch.bfloat16), gradients(torch.float64)
+    for one, other in zip(found, exact, strict=True):
+        for a, b in zip(one.split(lengths), other.split(lengths), strict=True):
+            assert float((a - b).norm() / b.norm()) < 0.01  # a bfloat16 is within 1/256
+
+
 @pytest.mark.parametrize("layout", ["tokens outside", "heads outside"])
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
 def test_results_lie_as_a_compiled_block_is_promised(layout: str, heads: tuple[int, int]) -> None:
