@@ -49,6 +49,7 @@ _MAY_CHANGE = (
     "judge.",
 )
 
+_FIRST_ORDER = "sorted"  # of versions that recorded no order: documents sorted by a hash
 _FIX = "set another run_dir, or restore the configuration that made it."
 
 
@@ -152,6 +153,13 @@ def check_same_run(
     }
     if from_file:
         ways = {"template": f"made with another text in data.template={template}", **ways}
+    order = state["identity"].get("order", _FIRST_ORDER)
+    if order != identity["order"]:
+        raise UserError(
+            f"The checkpoint {found.folder} was made by a version of neftune_dist that takes the "
+            f"documents in another order ({order}, now {identity['order']}): set another run_dir, "
+            "or resume with that version."
+        )
     for key, way in ways.items():
         # Earlier versions recorded no template, and base is recorded with adapters only.
         default = identity.get(key) if key in ("template", "base") else None

@@ -13,7 +13,7 @@ from neftune_dist.checkpoint import resume, store
 from neftune_dist.checkpoint.run_files import write_run_files
 from neftune_dist.config import Config, UserError
 from neftune_dist.data.dataset import Dataset, prepare
-from neftune_dist.data.sampler import Sampler, make_sampler
+from neftune_dist.data.sampler import ORDER, Sampler, make_sampler
 from neftune_dist.distributed.world import World
 from neftune_dist.model import load, locate
 from neftune_dist.model.families import check_lengths
@@ -35,8 +35,8 @@ class Inputs:
         dataset, sampler: the documents, and which of them form each step.
         model: on the meta device.
         size: of the model, for FLOPs.
-        identity: data, tokenizer and architecture (with adapters also the frozen weights), which
-            a checkpoint must share to be resumed.
+        identity: data, their order, tokenizer and architecture (with adapters also the frozen
+            weights), which a checkpoint must share to be resumed.
         stored: how the base's files name and cut the parameters, for an export.
         found: the checkpoint to resume from; None: the run begins.
         progress: how far the run has come.
@@ -95,6 +95,7 @@ def read_inputs(
         identity = {
             **dataset.identity,
             "data": dataset.content,
+            "order": ORDER,
             "architecture": load.architecture(model.config),
         }
         weights = None

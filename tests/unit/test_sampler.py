@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 
 import numpy as np
 import pytest
 
 from neftune_dist.config import TrainConfig, UserError
-from neftune_dist.data.sampler import Sampler, make_sampler
+from neftune_dist.data.sampler import ORDER, Sampler, make_sampler
 
 
 def sampler(num_documents: int = 100, fingerprint: str = "data", **train: object) -> Sampler:
@@ -24,33 +26,109 @@ def all_steps(made: Sampler) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_the_order_never_changes_silently() -> None:
-    """Golden: a change here makes every run of the past irreproducible."""
+    """Golden: where this changes, so must `ORDER`, and no run of the past can be resumed."""
+    assert ORDER == "feistel-1"
     made = sampler(20, "neftune", global_batch_size=8, num_epochs=2, seed=0)
     assert [made.documents(step)[0].tolist() for step in range(5)] == [
-        [12, 4, 17, 15, 13, 7, 0, 1],
-        [11, 2, 16, 8, 3, 19, 10, 6],
-        [18, 14, 5, 9],
-        [11, 9, 3, 17, 10, 0, 13, 2],
-        [7, 14, 6, 4, 15, 1, 5, 18],
+        [13, 19, 1, 18, 5, 10, 16, 2],
+        [17, 0, 14, 9, 7, 4, 15, 6],
+        [11, 3, 12, 8],
+        [4, 6, 9, 5, 8, 17, 18, 12],
+        [15, 7, 11, 2, 10, 19, 3, 0],
     ]
     large = sampler(1_000_003, "neftune", global_batch_size=8, max_steps=3, seed=2**63 - 1)
     assert large.documents(2)[0].tolist() == [
-        210514, 445608, 571568, 367924, 884347, 403125, 837355, 244159,
-    ]  # fmt: skip
+        52332,
+        126025,
+        758242,
+        435108,
+        909795,
+        486152,
+        167341,
+        643118,
+    ]
 
 
-def test_the_order_is_that_of_splitmix64() -> None:
-    """The same order from plain integers, so that no library's overflow decides it."""
-    made = sampler(50, "f", global_batch_size=50, num_epochs=1, seed=7)
-    key = int.from_bytes(hashlib.sha256(b"f/7/0").digest()[:8], "little")
+def permuted(index: int, num_documents: int, key: str) -> int:
+    """The order in plain integers, from the two papers."""
+    mask = 2**64 - 1
 
-    def splitmix64(index: int) -> int:
-        z = (key + (index + 1) * 0x9E3779B97F4A7C15) % 2**64
-        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    def splitmix64(z: int) -> int:
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
         return z ^ (z >> 31)
 
-    assert made.documents(0)[0].tolist() == sorted(range(50), key=splitmix64)
+    gamma, start = 0x9E3779B97F4A7C15, hashlib.sha256(key.encode()).digest()[:8]
+    keys = [splitmix64(int.from_bytes(start, "little") + k * gamma & mask) for k in range(12)]
+    left = math.ceil(math.sqrt(num_documents))
+    right = math.ceil(num_documents / left)
+    while True:
+        a, b = divmod(index, right)
+        for k in range(0, 12, 2):
+            a = (a + splitmix64(keys[k] + b * gamma & mask)) % left
+            b = (b + splitmix64(keys[k + 1] + a * gamma & mask)) % right
+        index = a * right + b
+        if index < num_documents:
+            return index
+
+
+@pytest.mark.parametrize("num_documents", [1, 2, 3, 50, 101, 4097, 10**8])
+def test_the_order_is_that_of_plain_integers(num_documents: int) -> None:
+    """No library's overflow decides it."""
+    batch = min(50, num_documents)
+    made = sampler(num_documents, "f", global_batch_size=batch, max_steps=1, seed=7)
+    expected = [permuted(i, num_documents, "f/7/0") for i in range(batch)]
+    assert made.documents(0)[0].tolist() == expected
+
+
+@pytest.mark.parametrize("num_documents", [*range(1, 70), 127, 1000, 1023, 1024, 1025, 99_991])
+def test_an_epoch_is_a_permutation(num_documents: int) -> None:
+    made = sampler(num_documents, global_batch_size=num_documents, num_epochs=2)
+    for step in range(2):
+        assert sorted(made.documents(step)[0].tolist()) == list(range(num_documents))
+
+
+def test_all_orders_of_few_documents_are_equally_frequent() -> None:
+    """Chi-squared over the 120 orders of 5 documents."""
+    counts = Counter(
+        tuple(sampler(5, global_batch_size=5, seed=seed).documents(0)[0].tolist())
+        for seed in range(4800)
+    )
+    assert len(counts) == 120
+    # 119 degrees of freedom: mean 119, standard deviation 15.4.
+    assert sum((count - 40) ** 2 / 40 for count in counts.values()) < 181
+
+
+@pytest.mark.parametrize("num_documents", [7, 64, 1000])
+def test_every_document_is_equally_frequent_at_every_place(num_documents: int) -> None:
+    places = min(num_documents, 16)
+    counts = np.zeros((places, num_documents))
+    num_seeds = 40 * num_documents if num_documents < 100 else 2 * num_documents
+    for seed in range(num_seeds):
+        made = sampler(num_documents, global_batch_size=places, seed=seed)
+        counts[np.arange(places), made.documents(0)[0]] += 1
+    expected, degrees = num_seeds / num_documents, places * (num_documents - 1)
+    chi_squared = ((counts - expected) ** 2 / expected).sum()
+    assert abs(chi_squared - degrees) < 5 * (2 * degrees) ** 0.5
+
+
+def test_neighbours_are_independent() -> None:
+    """Successive places, and successive documents, show no correlation over an epoch."""
+    number = 100_003
+    order = sampler(number, global_batch_size=number).documents(0)[0]
+    for values in (order, np.argsort(order)):
+        correlation = np.corrcoef(values[:-1], values[1:])[0, 1]
+        assert abs(correlation) < 4 / number**0.5
+
+
+def test_a_step_takes_no_memory_that_grows_with_the_documents() -> None:
+    made = sampler(10**12, global_batch_size=128, max_steps=10**6)
+    tracemalloc.start()
+    indices = made.documents(999_999)[0]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(np.unique(indices)) == 128 and indices.max() < 10**12
+    assert peak < 2**17
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3.0])
