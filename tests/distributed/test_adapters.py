@@ -42,7 +42,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapters")
     path = tiny_model.make_config(
         folder,
-        train={"max_steps": STEPS},
+        # Its gradients are not near zero, where the first update of Adam is their sign: the plain
+        # loop in float32 is within 2e-7 of float64 (with seed 0, and NF4, within 1.5e-5).
+        train={"max_steps": STEPS, "seed": 1},
         optim={"learning_rate": 1e-2},
         checkpoint={"every_steps": 3, "keep": 0},
     )

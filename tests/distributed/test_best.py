@@ -17,7 +17,12 @@ from tests.support import tiny_model
 from tests.support.tiny_model import Forked
 
 # So large a rate that the held-out loss rises again within the run.
-_WORDS = ["optim.learning_rate=0.05", "evaluate.every_steps=1", "checkpoint.keep_best=true"]
+_WORDS = [
+    "optim.learning_rate=0.2",
+    "optim.schedule=constant",
+    "evaluate.every_steps=1",
+    "checkpoint.keep_best=true",
+]
 _WORDS += ["checkpoint.keep=1", "checkpoint.every_steps=4"]
 _READ_BY = "NAME is the model's own. torch alone reads it:"
 
