@@ -76,6 +76,11 @@ def storage_id(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+def version(tensor: Tensor) -> int:
+    """Return how often a tensor, or one that shares its memory, has been changed in place."""
+    return int(tensor._version)
+
+
 # --------------------------------------------------------------------------------------- modules
 
 

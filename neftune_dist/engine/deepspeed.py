@@ -88,9 +88,8 @@ class DeepSpeedEngine:
                 )
                 # A block's weights are gathered together, by hooks on the block alone: fewer and
                 # larger messages, and no hook inside code that is compiled or recomputed.
-                deepspeed.utils.set_z3_leaf_modules(
-                    model, list({type(block) for block in blocks(model)})
-                )
+                if units := blocks(model):
+                    deepspeed.utils.set_z3_leaf_modules(model, list({type(b) for b in units}))
             else:
                 list(whole.parameters())
             self.named, self.frozen = trained_and_frozen(model)

@@ -8,13 +8,14 @@ are reduced and accumulated in float32, as shards, after every micro-batch. With
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -25,7 +26,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from neftune_dist.compat.torch import local_shape_and_offset
-from neftune_dist.config import Config, check_divides
+from neftune_dist.config import Config, UserError, check_divides
 from neftune_dist.data.loader import MicroBatch
 from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import (
@@ -85,6 +86,7 @@ class FSDP2Engine:
 
     def setup(self, model: Any, make_optimizer: MakeOptimizer) -> None:
         """See `Engine.setup`."""
+        _refuse_scalars(model)
         self.shapes = trained_shapes(model)
         self.loss = resolve_loss(self.loss, model)
         policy = MixedPrecisionPolicy(
@@ -95,7 +97,7 @@ class FSDP2Engine:
             "mp_policy": policy,
             "offload_policy": self.offload or OffloadPolicy(),
         }
-        units: list[Any] = blocks(model)
+        units: list[Any] = _separate(blocks(model), model)
         for block in units:
             # The backward begins with the last block, whose weights are still gathered.
             reshard = self.reshard_after_forward and block is not units[-1]
@@ -192,3 +194,26 @@ class FSDP2Engine:
             "gradients reduced and accumulated in float32",
             describe_state(self.flat_state()),
         ]
+
+
+def _separate(units: list[nn.Module], model: nn.Module) -> list[nn.Module]:
+    """The units without those that share a parameter with the rest of the model (Zamba's): FSDP2
+    shards a parameter once."""
+    names: dict[int, int] = Counter(
+        id(p) for _, p in model.named_parameters(remove_duplicate=False)
+    )
+
+    def is_separate(unit: nn.Module) -> bool:
+        own = Counter(id(p) for _, p in unit.named_parameters(remove_duplicate=False))
+        return all(names[key] == count for key, count in own.items())
+
+    return [unit for unit in units if is_separate(unit)]
+
+
+def _refuse_scalars(model: nn.Module) -> None:
+    scalars = [name for name, parameter in model.named_parameters() if not parameter.dim()]
+    if scalars:
+        raise UserError(
+            f"{type(model).__name__} has the scalar parameter {scalars[0]}, which FSDP2 cannot "
+            "shard: set engine.name=deepspeed (or single)."
+        )

@@ -120,7 +120,7 @@ class EvaluationTarget:
         eager = self.config.model.attention == "eager"
         return ModelConfig(
             dtype=self.config.model.dtype,
-            attention="eager" if eager else "sdpa",
+            attention="eager" if eager else "auto",
             add_tokens=None if self.checkpoint else self.config.model.add_tokens,
             trust_remote_code=self.config.model.trust_remote_code,
         )
@@ -145,14 +145,18 @@ class EvaluationTarget:
         return model
 
     def _of_files(self) -> Any:
-        try:
-            model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        def make(attention: str) -> Any:
+            return transformers.AutoModelForCausalLM.from_pretrained(
                 self.folder,
-                attn_implementation=self._plain.attention,
+                attn_implementation=attention,
                 dtype=load.DTYPES[self._plain.dtype],
                 trust_remote_code=self._plain.trust_remote_code,
                 output_loading_info=True,
             )
+
+        hf_config = load.load_model_config(self.folder, self._plain)
+        try:
+            model, loaded = load.with_attention(make, hf_config, self._plain.attention)
         except Exception as error:  # transformers raises whatever its parsers do
             raise UserError(
                 f"The model in {self.folder} cannot be loaded: {first_line(error)}"

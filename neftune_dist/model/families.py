@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import transformers
+
 from neftune_dist.compat.transformers import attention_name
 from neftune_dist.config import UserError
 
@@ -83,6 +85,16 @@ PACKING_FAMILIES = frozenset(name for name, family in FAMILIES.items() if family
 EMBEDDING_SCALES = tuple(
     dict.fromkeys(name for family in FAMILIES.values() for name in family.embedding_scale)
 )
+# Settings by which a model without `is_decoder` says that its tokens see later ones (XLM, XLNet).
+_BIDIRECTIONAL = (("causal", False), ("attn_type", "bi"))
+# Configurations within a configuration that describe the blocks (MPT, DBRX), not another model.
+_PARTS_OF_BLOCKS = ("attn_config", "ffn_config")
+_OTHER = {
+    "cpmant": "it puts tokens of its own in front of each document",
+    "prophetnet": "padding changes what its tokens see",
+}
+# By sdpa, transformers' sparse attention of these sees other tokens where documents are padded.
+_EAGER = ("deepseek_v32", "glm_moe_dsa")
 _LOGITS = sorted({family.logits for family in FAMILIES.values() if family.logits})
 _CAPS = sorted({family.attention_cap for family in FAMILIES.values() if family.attention_cap})
 
@@ -93,15 +105,60 @@ def changed_logits(hf_config: Any) -> str | None:
     return next((name for name in _LOGITS if getattr(config, name, None) is not None), None)
 
 
+def caps_attention(hf_config: Any) -> bool:
+    """Whether the model caps the logits of its attention, which only eager attention does."""
+    return any(getattr(hf_config, name, None) is not None for name in _CAPS)
+
+
+def needs_eager(hf_config: Any) -> bool:
+    """Whether only eager attention computes a padded model as its documents one by one."""
+    return caps_attention(hf_config) or hf_config.model_type in _EAGER
+
+
 def context_length(hf_config: Any) -> int | None:
     """Tokens that the model's positions were made for, or None where config.json says nothing."""
-    length: int | None = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
-    return length
+    length = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
+    return length if length and length > 0 else None  # XLNet's -1: without end
+
+
+def check_config(hf_config: Any) -> None:
+    """Raise `UserError` where config.json describes another kind of model than is trained here."""
+    if reason := _why_other(hf_config):
+        raise UserError(
+            f"The model is of type {hf_config.model_type}, which is no plain causal language "
+            f"model: {reason}."
+        )
+
+
+def _why_other(hf_config: Any) -> str | None:
+    """The reason why this is no plain causal language model, or None."""
+    parts = [
+        name
+        for name in getattr(hf_config, "sub_configs", {})
+        if getattr(hf_config, name, None) is not None and name not in _PARTS_OF_BLOCKS
+    ]
+    if parts:
+        return f"its language model is a part of it ({', '.join(sorted(parts))})"
+    if getattr(hf_config, "is_encoder_decoder", False):
+        return "it is an encoder and a decoder"
+    is_remote = "AutoModelForCausalLM" in (getattr(hf_config, "auto_map", None) or {})
+    if not is_remote and type(hf_config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return "transformers has no causal language model of that type"
+    sees_later = [
+        f"{name}={value}" for name, value in _BIDIRECTIONAL if _has(hf_config, name, value)
+    ]
+    if sees_later:
+        return f"its tokens see later ones ({', '.join(sees_later)})"
+    return _OTHER.get(hf_config.model_type)
+
+
+def _has(hf_config: Any, name: str, value: Any) -> bool:
+    return bool(getattr(hf_config, name, None) == value)
 
 
 def check_packable(hf_config: Any) -> None:
     """Raise `UserError` unless the model's packed documents compute what they compute alone."""
-    if _caps_attention(hf_config):
+    if caps_attention(hf_config):
         raise UserError(
             f"The model ({hf_config.model_type}) caps its attention logits, which packed attention "
             "does not do: set data.packing=false model.attention=eager."
@@ -123,14 +180,23 @@ def check_model(model: Any, packing: bool) -> None:
                 f"{name} is code of its own, which is not known to keep packed documents apart: "
                 "set data.packing=false."
             )
-    elif _caps_attention(model.config) and attention_name(model) != "eager":
-        raise UserError(f"{name} caps its attention logits: set model.attention=eager.")
+    elif needs_eager(model.config) and attention_name(model) != "eager":
+        why = "caps its attention logits" if caps_attention(model.config) else "picks its tokens"
+        raise UserError(
+            f"{name} {why}, rightly by eager attention alone: set model.attention=eager."
+        )
     causal = {m.is_causal for m in model.modules() if isinstance(m.__dict__.get("is_causal"), bool)}
     decoder = getattr(model.config, "is_decoder", True)
     if False in causal or (not causal and not decoder):
         raise UserError(
             f"{name} lets tokens see later ones, or other inputs than text: it is no plain causal "
             "language model."
+        )
+    dropped = [d for m in model.modules() if (d := vars(m).get("layerdrop"))]
+    if dropped:
+        raise UserError(
+            f"{name} leaves out whole blocks at random, other ones on each rank "
+            f"(layerdrop={dropped[0]}): set layerdrop to 0 in its config.json."
         )
     saved = model.state_dict().keys()
     state = [buffer for buffer, _ in model.named_buffers() if buffer in saved]
@@ -169,7 +235,3 @@ def check_lengths(hf_config: Any, longest: int) -> None:
             f"The longest document has {longest} tokens, and the model takes {limit} at most: set "
             f"data.max_length={limit}."
         )
-
-
-def _caps_attention(hf_config: Any) -> bool:
-    return any(getattr(hf_config, name, None) is not None for name in _CAPS)

@@ -69,7 +69,7 @@ class ModelSize:
         num_matrix_parameters: those that multiply activations.
         num_trained, num_trained_matrix: the same, without frozen ones.
         num_layers: transformer blocks.
-        attention_width: num_heads * head_dim.
+        attention_width: num_heads * head_dim; 0 for a recurrent model.
     """
 
     num_parameters: int
@@ -88,6 +88,8 @@ class ModelSize:
     @property
     def quadratic_tokens(self) -> float:
         """The length at which a document's attention costs as much as its matrix products."""
+        if not self.attention_width:
+            return math.inf
         return self._per_token / (6.0 * self.num_layers * self.attention_width)
 
     @property
@@ -117,14 +119,15 @@ def model_size(model: Any) -> ModelSize:
         is_head = head is not None and parameter is head.weight
         multiplies = is_head or (len(shape) >= 2 and id(parameter) not in tables)
         sizes.append((math.prod(shape), multiplies, parameter.requires_grad))
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_heads = getattr(config, "num_attention_heads", 0)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(1, num_heads)
     return ModelSize(
         num_parameters=sum(n for n, _, _ in sizes),
         num_matrix_parameters=sum(n for n, multiplies, _ in sizes if multiplies),
         num_trained=sum(n for n, _, trained in sizes if trained),
         num_trained_matrix=sum(n for n, multiplies, trained in sizes if multiplies and trained),
         num_layers=config.num_hidden_layers,
-        attention_width=config.num_attention_heads * head_dim,
+        attention_width=num_heads * head_dim,
     )
 
 

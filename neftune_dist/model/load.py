@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +23,12 @@ from neftune_dist.compat.transformers import mark_initialized
 from neftune_dist.config import AdapterConfig, ModelConfig, UserError, split_list
 from neftune_dist.model import adapters
 from neftune_dist.model.attention import implementation
-from neftune_dist.model.families import check_model, check_packable
+from neftune_dist.model.families import (
+    check_config,
+    check_model,
+    check_packable,
+    needs_eager,
+)
 from neftune_dist.model.loss import resolve_loss
 from neftune_dist.model.modules import own_buffers, own_parameters
 from neftune_dist.model.optimizations import configure
@@ -31,6 +36,7 @@ from neftune_dist.model.stored_tensors import Layout
 from neftune_dist.model.weights import GrownWeights, WeightFiles, weights_folder
 from neftune_dist.system.text import first_line
 
+_NO_ARCHITECTURE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # model.dtype
 
 
@@ -104,16 +110,21 @@ def build(
             "needs plain ones, the model's bf16 copy (adapter.base=nf4 quantises them as they are "
             "read)."
         )
+    check_config(hf_config)
     if packing:
         check_packable(hf_config)
+
+    def make(attention: str) -> Any:
+        return transformers.AutoModelForCausalLM.from_config(
+            hf_config,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=config.trust_remote_code,
+        )
+
     try:
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(
-                hf_config,
-                dtype=dtype,
-                attn_implementation=implementation(config.attention, packing),
-                trust_remote_code=config.trust_remote_code,
-            )
+            model = with_attention(make, hf_config, config.attention, packing)
     except Exception as error:  # transformers raises whatever its parsers do
         raise UserError(
             f"{folder} holds no causal language model that transformers can build: "
@@ -127,6 +138,30 @@ def build(
     configure(model, config)
     resolve_loss(config.loss, model)
     return model.train()
+
+
+def with_attention(
+    make: Callable[[str], Any], hf_config: Any, attention: str, packing: bool = False
+) -> Any:
+    """Make a model with `model.attention`; auto, padded, is the first of sdpa and eager that the
+    model computes rightly.
+
+    Args:
+        make: makes it with an attention of that name of transformers.
+        hf_config: the model's own configuration.
+        attention, packing: the settings.
+    """
+    name = implementation(attention, packing)
+    if attention != "auto" or packing:
+        return make(name)
+    if needs_eager(hf_config):
+        return make("eager")
+    try:
+        return make(name)
+    except ValueError as error:
+        if "attn_implementation=" not in str(error):
+            raise
+        return make("eager")
 
 
 def _make_room(model: Any, num_tokens: int) -> None:
@@ -239,13 +274,16 @@ def parameter_aliases(model: nn.Module) -> dict[str, list[str]]:
 
 def architecture(hf_config: Any) -> dict[str, Any]:
     """The model's configuration as JSON, without settings that do not change its parameters."""
-    plain = {
-        key: value
-        for key, value in hf_config.to_dict().items()
-        if key not in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
-    }
+    plain = _without(hf_config.to_dict(), _NO_ARCHITECTURE)
     found: dict[str, Any] = json.loads(json.dumps(plain, sort_keys=True, default=str))
     return found
+
+
+def _without(settings: Any, names: Collection[str]) -> Any:
+    """Leave settings out, also of configurations within (MPT's `attn_config`)."""
+    if not isinstance(settings, dict):
+        return settings
+    return {key: _without(value, names) for key, value in settings.items() if key not in names}
 
 
 def _plain(error: Exception, config: ModelConfig) -> str:

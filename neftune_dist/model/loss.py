@@ -26,6 +26,8 @@ from neftune_dist.config import UserError
 from neftune_dist.model.attention import packed_arguments
 from neftune_dist.model.families import changed_logits
 from neftune_dist.model.liger import LossSum, liger_cross_entropy
+from neftune_dist.model.modules import forward_of
+from neftune_dist.model.projection import keeps_projection
 from neftune_dist.system.memory_tag import memory_tag
 
 # Float32 logits in memory at a time. Large enough that the matrix products run at full rate, small
@@ -58,6 +60,8 @@ def _why_plain(model: Any) -> str | None:
         return f"changes its logits after their projection ({setting})"
     if type(model.get_output_embeddings()) is not nn.Linear:
         return "has no plain matrix as its output embedding"
+    if keeps_projection(model) is False:
+        return "changes its logits after their projection"
     return None
 
 
@@ -79,7 +83,7 @@ def token_losses(
     Args:
         model: the causal LM as its engine wraps it. It is called like the plain one.
         kind: plain (all logits at once), chunked or liger, see `resolve_loss`.
-        input_ids, position_ids: (batch, sequence).
+        input_ids, position_ids: (batch, sequence); positions count where documents are packed.
         attention_mask: (batch, sequence); None where one row holds packed documents.
         cu_seqlens: int32 (num_documents + 1,), the packed documents' cumulative lengths.
         longest: their greatest length.
@@ -91,20 +95,20 @@ def token_losses(
         float32: their sum (), 0 without targets; or by target (num_supervised,), without gradient.
 
     Raises:
-        RuntimeError: the model changes its logits after their projection, so that the loss cannot
+        UserError: the model changes its logits after their projection, so that the loss cannot
             stand in for them.
     """
     head = model.get_output_embeddings()
     if attention_mask is None:
         assert cu_seqlens is not None
         arguments = packed_arguments(head_owner(model), cu_seqlens, longest)
+        arguments["position_ids"] = position_ids
     else:
+        # Padded on the right, so that positions are the model's own: RoBERTa's do not begin at 0.
         arguments = {"attention_mask": attention_mask}
 
     def forward() -> Tensor:
-        logits: Tensor = model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False, **arguments
-        ).logits
+        logits: Tensor = model(input_ids=input_ids, use_cache=False, **arguments).logits
         return logits
 
     if kind == "plain":
@@ -114,7 +118,7 @@ def token_losses(
         loss_of = liger_cross_entropy() if kind == "liger" else chunked_cross_entropy
     loss = _loss_in_place_of_logits(head, forward, loss_of, positions, targets)
     if loss is None or loss.numel() != (1 if reduction == "sum" else len(targets)):
-        raise RuntimeError(
+        raise UserError(
             f"{type(head_owner(model)).__name__} changes its logits after their projection: set "
             "model.loss=plain."
         )
@@ -176,22 +180,8 @@ def _loss_as_logits(
         # No view: FSDP2 warns of those, which an operation in place would take from its hooks.
         return loss_of(supervised, head.weight, head.bias, targets).view(1, -1, 1).clone()
 
-    with _forward_of(head, forward):
+    with forward_of(head, forward):
         yield
-
-
-@contextmanager
-def _forward_of(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Replace a module's forward."""
-    usual = head.__dict__.get("forward")
-    head.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        if usual is None:
-            del head.forward
-        else:
-            head.forward = usual  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -207,7 +197,7 @@ def _scaled_after(head: Any) -> Iterator[list[Tensor]]:
         given = (hidden, head.weight, head.bias)
         return F.linear(*(x if x is None else _Scale.apply(x, scale) for x in given))
 
-    with _forward_of(head, forward):
+    with forward_of(head, forward):
         yield scale
 
 

@@ -31,9 +31,23 @@ _KEPT_BY_SELECTIVE = {*COMPUTE_BOUND_OPERATORS, VARLEN_OPERATOR}
 
 
 def blocks(model: Any) -> list[nn.Module]:
-    """The repeated transformer blocks, in order: the units of sharding, recomputing, compiling."""
+    """The repeated transformer blocks, in order: the units of sharding, recomputing, compiling.
+
+    The members of a model's lists whose classes it names as blocks (it names parts of them, too,
+    and embeddings); where it names none, of its largest list.
+    """
     names = block_class_names(model)
-    return [module for module in model.modules() if type(module).__name__ in names]
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    named = [block for members in lists for block in members if type(block).__name__ in names]
+    if not named and lists:
+        largest: nn.ModuleList = max(lists, key=_numel)
+        named = list(largest)
+    inner = {id(part) for block in named for part in block.modules() if part is not block}
+    return [block for block in dict.fromkeys(named) if id(block) not in inner]
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def configure(model: Any, config: ModelConfig) -> None:

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from neftune_dist import __version__
+from neftune_dist.compat.transformers import attention_name
 from neftune_dist.config import Config
 from neftune_dist.data.dataset import Dataset
 from neftune_dist.data.loader import Loader
 from neftune_dist.data.sampler import Sampler
 from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import Engine
-from neftune_dist.model.attention import VARLEN, implementation
+from neftune_dist.model.attention import VARLEN
 from neftune_dist.model.optimizations import drops
 from neftune_dist.model.varlen import varlen_kernel
 from neftune_dist.system.processor import processor_name
@@ -45,15 +46,15 @@ def data_lines(dataset: Dataset, sampler: Sampler, loader: Loader) -> list[str]:
     return lines
 
 
-def compute_line(engine: Engine, config: Config, model_config: Any) -> str:
+def compute_line(engine: Engine, config: Config) -> str:
     """How the model's layers are computed, with each `auto` resolved."""
     model = config.model
-    attention = implementation(model.attention, config.data.packing)
+    attention = attention_name(engine.model)
     if attention == VARLEN:
-        windowed = bool(getattr(model_config.get_text_config(), "sliding_window", None))
+        windowed = bool(getattr(engine.model.config.get_text_config(), "sliding_window", None))
         attention = varlen_kernel(engine.device, model.dtype, windowed)
     parts = [
-        f"attention {attention}",
+        f"attention {attention.removeprefix('neftune_dist_')}",
         f"loss {engine.loss}",
         f"activation checkpointing {model.activation_checkpointing}",
         f"blocks {'compiled' if model.compile else 'not compiled'}",

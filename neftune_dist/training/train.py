@@ -87,7 +87,7 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
     inputs = replace(inputs, weights=None)  # frees the pages of the mapped files
     world.stop_together()
     engine.after_load(inputs.progress.num_updates)
-    compute = compute_line(engine, config, inputs.model.config)
+    compute = compute_line(engine, config)
     for line in [*engine.describe(), compute, *inputs.lines(config)]:
         world.log(line)
     with world.agree():

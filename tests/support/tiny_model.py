@@ -177,18 +177,23 @@ class Forked:
     """
 
     def __init__(
-        self, *words: object, ranks: int = 1, before: Callable[[], None] | None = None
+        self,
+        *words: object,
+        ranks: int = 1,
+        before: Callable[[], None] | None = None,
+        seconds: float = DEADLINE_SECONDS,
     ) -> None:
         """Start the ranks.
 
         Args:
             words: the verb and its words; without a verb, ranks do nothing after `before`.
             before: called in each rank first; it must pickle.
+            seconds: after them `until` and `wait` fail.
         """
         self._words = [str(word) for word in words]
         self._folder = tempfile.TemporaryDirectory()
         self._files = [Path(self._folder.name) / name for name in ("out", "err")]
-        self._deadline = time.monotonic() + DEADLINE_SECONDS
+        self._deadline = time.monotonic() + seconds
         self.ranks: list[multiprocessing.context.ForkServerProcess] = []
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

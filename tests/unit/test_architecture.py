@@ -99,6 +99,7 @@ PRIVATE_NAMES = {
         "_sequence_nr",
         "_set_pg_timeout",
         "_utils",
+        "_version",
         "_world",
     },
     "compat/transformers": {"_attn_implementation", "_is_hf_initialized", "_no_split_modules"},
@@ -112,7 +113,7 @@ PATCHES = {
         "get_grad_norm_direct",
     },
     "compat/fake_tensors": {"_propagate_tensor_meta_non_cached", "resize_"},
-    "model/loss": {"forward"},  # the projection gives the loss, so no logits come to be
+    "model/modules": {"forward"},  # within a block: the projection gives the loss, no logits
     "model/optimizations": {"forward"},  # a block recomputes, or is compiled
     "planning/simulate": {"step"},
 }

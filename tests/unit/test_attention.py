@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
+from neftune_dist.compat.transformers import attention_name
 from neftune_dist.config import ModelConfig, UserError
 from neftune_dist.model import varlen
 from neftune_dist.model.attention import (
@@ -167,11 +168,17 @@ def test_capped_logits_are_refused_or_computed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.packing=false model\.attention=eager"):
         build(folder, ModelConfig(), packing=True)
     with pytest.raises(UserError, match=r"model\.attention=eager"):
-        build(folder, ModelConfig(), packing=False)
-    build(folder, ModelConfig(attention="eager"), packing=False)
+        build(folder, ModelConfig(attention="sdpa"), packing=False)
+    for attention in ("eager", "auto"):
+        model = build(folder, ModelConfig(attention=attention), packing=False)
+        assert attention_name(model) == "eager"
     uncapped = folder_of(family("gemma3_text", attn_logit_softcapping=30.0), tmp_path)
     with pytest.raises(UserError, match="caps"):
         build(uncapped, ModelConfig(), packing=True)
+    with pytest.raises(UserError, match="caps"):
+        build(uncapped, ModelConfig(attention="sdpa"), packing=False)
+    # transformers would compute it by sdpa, without the cap.
+    assert attention_name(build(uncapped, ModelConfig(), packing=False)) == "eager"
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "rembert", "gemma3", "bart"])
@@ -184,8 +191,10 @@ def test_models_that_see_later_tokens_are_refused(model_type: str, tmp_path: Pat
 def test_a_missing_attention_is_named(tmp_path: Path) -> None:
     folder = folder_of(family("gptj"), tmp_path)
     with pytest.raises(UserError, match=r"model\.attention=eager"):
-        build(folder, ModelConfig(), packing=False)
-    build(folder, ModelConfig(attention="eager"), packing=False)
+        build(folder, ModelConfig(attention="sdpa"), packing=False)
+    for attention in ("eager", "auto"):
+        model = build(folder, ModelConfig(attention=attention), packing=False)
+        assert attention_name(model) == "eager"
 
 
 def test_bidirectional_settings_are_refused(tmp_path: Path) -> None:

@@ -5,20 +5,26 @@ That rows which pack do so is proven in `test_attention.py`, row by row.
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 
+from neftune_dist.config import UserError
 from neftune_dist.model.families import (
     FAMILIES,
     changed_logits,
+    check_config,
+    check_model,
     context_length,
     longest_document,
 )
+from neftune_dist.model.optimizations import blocks
 from neftune_dist.noise.embedding import embedding_scale
 from tests.support.families import family
+from tests.support.shrunk import shrunk
 
 # Not from the table: a row that lost its quirk must fail.
 LOGITS = {"logit_scale", "logits_scaling", "final_logit_softcapping"}
@@ -53,3 +59,53 @@ def test_a_quirk_that_one_row_names_is_looked_for_in_every_model() -> None:
     assert embedding_scale(scaled) == 3.0
     scaled.scalar_embed_scale = 2.0  # the number; the other one is rounded to the weight's dtype
     assert embedding_scale(scaled) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("llama4", "a part of it (text_config, vision_config)"),
+        ("gemma3", "a part of it (text_config, vision_config)"),
+        ("moshi", "a part of it (audio_encoder_config, depth_decoder_config)"),
+        ("t5", "an encoder and a decoder"),
+        ("bart", "an encoder and a decoder"),
+        ("vit", "transformers has no causal language model of that type"),
+        ("xlnet", "see later ones (attn_type=bi)"),
+        ("xlm", "see later ones (causal=False)"),
+        ("cpmant", "tokens of its own"),
+    ],
+)
+def test_other_kinds_of_models_are_refused_by_what_they_are(model_type: str, reason: str) -> None:
+    with pytest.raises(UserError, match=f"of type {model_type}, .*{re.escape(reason)}"):
+        check_config(transformers.AutoConfig.for_model(model_type))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mpt", "dbrx", "mamba", "rwkv", "gemma3_text"])
+def test_plain_language_models_are_not_refused(model_type: str) -> None:
+    check_config(transformers.AutoConfig.for_model(model_type))
+
+
+def test_blocks_left_out_at_random_are_refused() -> None:
+    config = shrunk("biogpt")
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    check_model(model, packing=False)
+    model.biogpt.layerdrop = 0.1
+    with pytest.raises(UserError, match=r"layerdrop=0\.1"):
+        check_model(model, packing=False)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expected"),
+    [
+        ("biogpt", "BioGptDecoderLayer"),  # it names no blocks
+        ("openai-gpt", "Block"),
+        ("ctrl", "EncoderLayer"),
+        ("mamba", "MambaBlock"),  # it names a part of them, too
+        ("bert", "BertLayer"),  # it names the embeddings, too
+    ],
+)
+def test_blocks_are_the_members_of_a_list(model_type: str, expected: str) -> None:
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(shrunk(model_type))
+    assert [type(block).__name__ for block in blocks(model)] == [expected, expected]

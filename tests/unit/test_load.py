@@ -565,7 +565,7 @@ def test_broken_configuration_is_refused(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", ["t5", "clip", "vit"])
 def test_encoders_are_no_language_models(model_type: str, tmp_path: Path) -> None:
     transformers.AutoConfig.for_model(model_type).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no causal language model"):
+    with pytest.raises(UserError, match=f"{model_type}, which is no plain causal language model"):
         build(tmp_path)
 
 

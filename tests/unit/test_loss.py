@@ -22,8 +22,10 @@ from neftune_dist.model.loss import (
     resolve_loss,
     token_cross_entropies,
 )
+from neftune_dist.model.projection import keeps_projection
 from tests.support.corpora import documents_of
 from tests.support.families import family
+from tests.support.shrunk import shrunk
 
 # Positional, tied, scaled or capped: each touches the hidden states or logits in its own way.
 FAMILIES = ["llama", "mistral", "gpt2", "opt", "cohere", "granite", "gemma3_text"]
@@ -264,9 +266,42 @@ def test_scaled_logits_are_not_lost(model_type: str) -> None:
     with pytest.raises(UserError, match=r"changes its logits.*model.loss=plain"):
         resolve_loss("chunked", model)
     model.set_attn_implementation(VARLEN)
-    with pytest.raises(RuntimeError, match="changes its logits"):
+    with pytest.raises(UserError, match=r"changes its logits.*model.loss=plain"):
         batch_loss_sum(model, batch(packing=True), "chunked")
     assert resolve_loss("auto", make("llama")) == "chunked"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kept"),
+    [
+        ("llama", True),
+        ("gpt2", True),
+        ("opt", True),  # a projection lies between its hidden states and its head
+        ("falcon_h1", False),  # by a setting that no row of the table names
+        ("nanochat", False),
+        ("xlstm", False),  # output_logit_soft_cap
+    ],
+)
+def test_changed_logits_are_found_by_running(model_type: str, kept: bool) -> None:
+    """On the meta device, under whatever name the setting goes."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(shrunk(model_type))
+    assert keeps_projection(model) is kept
+    assert resolve_loss("auto", model) == ("chunked" if kept else "plain")
+
+
+def test_logits_changed_in_place_are_found() -> None:
+    model = make("llama")
+    usual = model.lm_head.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        found = type(model).forward(model, *args, **kwargs)
+        found.logits.mul_(0.5)
+        return found
+
+    model.forward = forward
+    assert keeps_projection(model) is False
+    assert model.lm_head.forward == usual
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1.0), (torch.bfloat16, 1.5)])

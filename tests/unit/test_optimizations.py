@@ -217,6 +217,6 @@ def test_float8_is_for_the_products_of_the_blocks() -> None:
 
 def test_models_without_blocks_are_refused() -> None:
     model = make()
-    model._no_split_modules = []
+    model.model.layers = torch.nn.Sequential(*model.model.layers)
     with pytest.raises(UserError, match="names no repeated blocks"):
         configure(model, ModelConfig(compile=True))
