@@ -82,6 +82,7 @@ def export(
         for file in files_within(run_dir / MODEL_FOLDER):
             shutil.copyfile(file, folder / file.name)
         chosen = _set_dtype(folder / "config.json", dtype)
+        _add_earlier_names(folder)
         if adapter:
             (folder / "config.json").unlink()
             _write_adapter(checkpoint.folder, state, folder, adapted)
@@ -133,11 +134,30 @@ def _set_dtype(path: Path, dtype: str) -> torch.dtype:
         chosen = getattr(torch, name)
     else:
         chosen = DTYPES[dtype]
-    config.pop("torch_dtype", None)
-    config["dtype"] = dtype_name(chosen)
+    config["dtype"] = config["torch_dtype"] = dtype_name(chosen)
     path.write_text(json.dumps(config, indent=2) + "\n")
     assert isinstance(chosen, torch.dtype)
     return chosen
+
+
+def _add_earlier_names(folder: Path) -> None:
+    """Say under the names of transformers 4, too, what version 5 has renamed: version 4 and other
+    tools would silently rotate by their default frequencies, and not find the tokenizer's class."""
+    path = folder / "config.json"
+    config = read_json(path)
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:  # not one for each type of layer
+        moved = ("rope_theta", "partial_rotary_factor")
+        earlier = {key: rope[key] for key in moved if key in rope}
+        if rope.get("rope_type", "default") != "default":
+            earlier["rope_scaling"] = {k: v for k, v in rope.items() if k not in moved}
+        path.write_text(json.dumps({**earlier, **config}, indent=2) + "\n")
+    path = folder / "tokenizer_config.json"
+    if path.exists():
+        settings = read_json(path)
+        if settings.get("tokenizer_class") == "TokenizersBackend":
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+            path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _write_weights(content: Content, output: Path, dtype: torch.dtype) -> None:

@@ -58,6 +58,9 @@ def test_export_is_complete_with_model_card(run_dir: Path, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "e")
     assert model.dtype == torch.bfloat16
+    config = json.loads((tmp_path / "e" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"  # of transformers 5, and of 4
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
     stored = load_file(tmp_path / "e" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "e")
