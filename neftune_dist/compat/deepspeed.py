@@ -32,6 +32,17 @@ import deepspeed
 # that module is hidden by torch itself.)
 sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
 
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    product: Tensor = torch.ops.aten.linear.default(input, weight, bias)
+    return product
+
+
+# Stage 3's own `linear` adds the bias to its product in place. Selective recomputation keeps that
+# product, and would add the bias once more.
+_ZERO_LINEAR = import_module("deepspeed.runtime.zero.linear").LinearFunctionForZeroStage3
+_ZERO_LINEAR.forward = staticmethod(_linear)
+
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
 

@@ -45,6 +45,7 @@ FAMILIES: dict[str, Family] = {
     "cohere2": Family(logits="logit_scale"),
     "ernie4_5": Family(),
     "exaone4": Family(),
+    "flex_olmo": Family(),
     "gemma": Family(embedding_scale=("scalar_embed_scale", "embed_scale")),
     "gemma2": Family(
         packs=False,
@@ -63,20 +64,25 @@ FAMILIES: dict[str, Family] = {
     "gpt_bigcode": Family(learned_positions=True),
     "gpt_neox": Family(),
     "granite": Family(logits="logits_scaling"),
+    "granitemoe": Family(logits="logits_scaling"),
     "helium": Family(),
     "hunyuan_v1_dense": Family(),
+    "hunyuan_v1_moe": Family(),
     "llama": Family(),
     "ministral": Family(),
     "mistral": Family(),
+    "mixtral": Family(),
     "olmo": Family(),
     "olmo2": Family(),
     "olmo3": Family(),
+    "olmoe": Family(),
     "opt": Family(learned_positions=True),
     "persimmon": Family(),
     "phi": Family(),
     "phi3": Family(),
     "qwen2": Family(),
     "qwen3": Family(),
+    "qwen3_moe": Family(),
     "seed_oss": Family(),
     "smollm3": Family(),
     "starcoder2": Family(),
@@ -197,6 +203,12 @@ def check_model(model: Any, packing: bool) -> None:
         raise UserError(
             f"{name} leaves out whole blocks at random, other ones on each rank "
             f"(layerdrop={dropped[0]}): set layerdrop to 0 in its config.json."
+        )
+    frozen = [key for key, parameter in model.named_parameters() if not parameter.requires_grad]
+    if frozen:
+        raise UserError(
+            f"{name} keeps parameters that are never trained, which are not checkpointed: "
+            f"{', '.join(frozen[:3])}."
         )
     saved = model.state_dict().keys()
     state = [buffer for buffer, _ in model.named_buffers() if buffer in saved]

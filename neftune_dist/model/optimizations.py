@@ -114,11 +114,14 @@ def _kept(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> Checkpoi
 
 
 def drops(model: nn.Module) -> bool:
-    """Whether the model has dropout, by modules or by functions, whose probabilities its modules
-    hold under some name (OPT's `dropout`). Then it draws from torch's generators."""
+    """Whether the model has dropout, or noise in its routers, by modules or by functions, whose
+    probabilities its modules hold under some name (OPT's `dropout`, Mixtral's `jitter_noise`).
+    Then it draws from torch's generators."""
     return any(
         isinstance(value, float) and value > 0
         for module in model.modules()
         for name, value in vars(module).items()
-        if "drop" in name or (name == "p" and "drop" in type(module).__name__.lower())
+        if "drop" in name
+        or "jitter" in name
+        or (name == "p" and "drop" in type(module).__name__.lower())
     )

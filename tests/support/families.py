@@ -28,8 +28,8 @@ _EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size":
 _LOCAL_EXPERTS = {"num_local_experts": 5, "num_experts_per_tok": 2}
 _OWN: dict[str, dict[str, Any]] = {
     "cohere2": _MIXED,
-    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24},
     "exaone4": _MIXED,
+    "flex_olmo": _EXPERTS,
     "gemma2": _MIXED,
     "gemma3_text": _MIXED,
     "gpt2": {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
@@ -40,6 +40,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "gpt_oss": {**_MIXED, **_LOCAL_EXPERTS, "rope_parameters": {"rope_type": "default"}},
     "gptj": {"rotary_dim": 4},
     "granitemoe": _LOCAL_EXPERTS,
+    "hunyuan_v1_moe": {"num_experts": 5, "moe_topk": 2},
     "jamba": {"num_experts": 4},
     "codegen": {"rotary_dim": 4},
     "ministral": _MIXED,

@@ -24,6 +24,7 @@ import torch
 import transformers
 
 from neftune_dist.data import builtin
+from tests.support.families import family
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}"
@@ -97,6 +98,17 @@ def make_model(folder: Path, *, tied: bool = True, seed: int = 0, intermediate: 
     return folder
 
 
+def make_family(folder: Path, model_type: str, **settings: Any) -> Path:
+    """A tiny model of a family (`families.family`), saved in float32 with its tokenizer."""
+    size = len(make_tokenizer(folder)) + 3
+    torch.manual_seed(0)
+    ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+    config = family(model_type, vocab_size=size, max_position_embeddings=256, **ends, **settings)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    return folder
+
+
 def make_rows(path: Path, number: int = 80) -> Path:
     """Rows of very different length, so that layouts differ."""
     rows = [
@@ -111,10 +123,17 @@ def make_rows(path: Path, number: int = 80) -> Path:
     return path
 
 
-def make_config(folder: Path, **sections: dict[str, Any]) -> Path:
-    """A model, rows and a configuration file in `folder`; the sections override its own."""
+def make_config(
+    folder: Path, *, make: Callable[[Path], Path] | None = None, **sections: dict[str, Any]
+) -> Path:
+    """A model, rows and a configuration file in `folder`; the sections override its own.
+
+    Args:
+        make: of the model, in the folder that it is given.
+    """
+    model = (make or make_model)(folder / "model")
     base: dict[str, dict[str, Any]] = {
-        "model": {"name_or_path": str(make_model(folder / "model")), "dtype": "fp32"},
+        "model": {"name_or_path": str(model), "dtype": "fp32"},
         "data": {
             "source": str(make_rows(folder / "rows.jsonl")),
             "max_length": 96,

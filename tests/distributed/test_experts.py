@@ -1,0 +1,130 @@
+"""Mixtures of experts train as in the plain loop, and are saved and exported as the base was."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from neftune_dist.checkpoint import store
+from neftune_dist.checkpoint.export import export
+from neftune_dist.config import load_config
+from tests.support import reference_loop, tiny_model
+from tests.support.reference_loop import TOLERANCE
+
+STEPS = 4
+# More experts than a short document's tokens choose: in most micro-batches some have no token.
+MANY = {"num_experts_per_tok": 1, "num_experts": 24, "norm_topk_prob": False}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt_oss": {},
+    "mixtral": {},
+    "olmoe": MANY,
+    "qwen3_moe": {},
+}
+SETTINGS = {"gpt_oss": ["data.packing=false", "model.attention=eager"]}
+LAYOUTS = {
+    "single, padded": (1, ["engine.name=single", "data.packing=false"]),
+    "fsdp2 x1": (1, []),
+    "fsdp2 x2, padded, many micro-batches": (
+        2,
+        ["data.packing=false", "train.micro_batch_tokens=96"],
+    ),
+    # Stage 3 has a product with a bias of its own, which the recomputation must not add twice.
+    "zero-3 x2, selective": (
+        2,
+        ["engine.name=deepspeed", "model.activation_checkpointing=selective"],
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A configuration, and what the plain loop makes of it."""
+
+    config: Path
+    words: list[str]
+    records: list[dict[str, Any]]
+    parameters: dict[str, torch.Tensor]
+
+
+def make_config(kind: str, folder: Path) -> Path:
+    return tiny_model.make_config(
+        folder,
+        make=partial(tiny_model.make_family, model_type=kind, **FAMILIES[kind]),
+        train={"max_steps": STEPS, "global_batch_size": 3},
+        # Without it Adam makes a step of full size of the rounding error of a gradient near 0.
+        optim={"epsilon": 1e-4},
+        checkpoint={"every_steps": 2},
+    )
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def expected(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Expected:
+    kind = request.param
+    config = make_config(kind, tmp_path_factory.mktemp(kind))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        config.parent / "model", dtype=torch.float32
+    )
+    words = SETTINGS.get(kind, [])
+    records = reference_loop.train(model, load_config(config, words))
+    return Expected(config, words, records, dict(model.named_parameters()))
+
+
+def assert_exported_as_the_base(run_dir: Path, base: Path, output: Path) -> None:
+    """The tensors of the base's files by name and shape, and transformers reads them as trained."""
+    export(run_dir, output, log=lambda _: None)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (output, base))
+    assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
+    trained = tiny_model.checkpoint_tensors(store.find_all(run_dir)[0].folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(output)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.flatten(), trained[f"master/{name}"]), name
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_experts_train_the_same(name: str, expected: Expected, tmp_path: Path) -> None:
+    """Every parameter: those of experts without tokens decay, and move no more than that."""
+    ranks, words = LAYOUTS[name]
+    run_dir, config = tmp_path / "run", expected.config
+    records = tiny_model.train(config, run_dir, *words, *expected.words, ranks=ranks)
+    assert len(records) == STEPS
+    for one, other in zip(records, expected.records, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert one[key] == pytest.approx(other[key], rel=TOLERANCE), (one["step"], key)
+    tensors = tiny_model.checkpoint_tensors(store.find_all(run_dir)[0].folder)
+    for key, parameter in expected.parameters.items():
+        found = tensors[f"master/{key}"].view_as(parameter)
+        torch.testing.assert_close(found, parameter.detach(), atol=1e-6, rtol=1e-5)
+    if ranks == 2:
+        assert_exported_as_the_base(run_dir, config.parent / "model", tmp_path / "export")
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "olmoe"])
+def test_experts_resume_bitwise_and_under_another_engine(kind: str, tmp_path: Path) -> None:
+    config, words = make_config(kind, tmp_path), SETTINGS.get(kind, [])
+    whole = tmp_path / "whole"
+    tiny_model.train(config, whole, *words, ranks=2)
+    for engine in ("fsdp2", "deepspeed"):
+        half = tmp_path / engine
+        shutil.copytree(whole, half)
+        shutil.rmtree(half / "checkpoints" / f"step_{STEPS:08d}")
+        tiny_model.train(config, half, f"engine.name={engine}", *words, ranks=2)
+        one, other = (tiny_model.untimed(tiny_model.steps(run)) for run in (half, whole))
+        tensors = [
+            tiny_model.checkpoint_tensors(store.find_all(run)[0].folder) for run in (half, whole)
+        ]
+        if engine == "fsdp2":
+            assert one == other
+            assert all(torch.equal(t, tensors[1][key]) for key, t in tensors[0].items())
+        for mine, theirs in zip(one, other, strict=True):
+            assert mine["loss"] == pytest.approx(theirs["loss"], rel=TOLERANCE)
+        for key, tensor in tensors[0].items():
+            torch.testing.assert_close(tensor, tensors[1][key], atol=1e-6, rtol=1e-4)
+        assert_exported_as_the_base(half, tmp_path / "model", tmp_path / f"{engine}_export")
