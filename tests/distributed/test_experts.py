@@ -28,7 +28,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmoe": MANY,
     "qwen3_moe": {},
 }
-SETTINGS = {"gpt_oss": ["data.packing=false", "model.attention=eager"]}
+SETTINGS = {"gpt_oss": ["data.packing=false"]}
 LAYOUTS = {
     "single, padded": (1, ["engine.name=single", "data.packing=false"]),
     "fsdp2 x1": (1, []),
