@@ -110,6 +110,7 @@ PATCHES = {
         "_apply",
         "build_shm_op",
         "complete_grad_norm_calculation_for_cpu_offload",
+        "forward",
         "get_grad_norm_direct",
     },
     "compat/fake_tensors": {"_propagate_tensor_meta_non_cached", "resize_"},
