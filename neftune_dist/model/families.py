@@ -134,6 +134,12 @@ def check_config(hf_config: Any) -> None:
             f"The model is of type {hf_config.model_type}, which is no plain causal language "
             f"model: {reason}."
         )
+    if getattr(hf_config, "output_router_logits", False):
+        raise UserError(
+            "config.json asks for a loss that balances the experts (output_router_logits), which "
+            "depends on how documents are laid out: it is not computed here; set "
+            "output_router_logits to false there."
+        )
 
 
 def _why_other(hf_config: Any) -> str | None:

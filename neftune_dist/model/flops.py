@@ -2,11 +2,12 @@
 
 Convention: 2 operations for a multiply-add; the backward counts twice the forward; recomputation
 under activation checkpointing is not counted. Weights: 6 per token and matrix parameter, 4 where it
-is frozen (the embedding lookup is free; the output projection counts for every token). Attention:
-causal, over each document's own tokens: 6 * layers * width * L^2 for a document of L tokens.
+is frozen (the embedding lookup is free; the output projection counts for every token; of a layer's
+experts, those that a token chooses). Attention: causal, over each document's own tokens: 6 * layers
+* width * L^2 for a document of L tokens.
 
-Beside it stands `6 N`: 6 per token and parameter (4 where it is frozen), embedding and all, and
-nothing for attention. It is what most others report, and the figure to compare with theirs.
+Beside it stands `6 N`: 6 per token and active parameter (4 where it is frozen), embedding and all,
+and nothing for attention. It is what most others report, and the figure to compare with theirs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from neftune_dist.model.adapters import plain_name, plain_shapes
+from neftune_dist.model.modules import own_parameters
 
 # Dense bf16 tensor-core rates by the vendors' data sheets, in FLOP/s; by words of the device name,
 # the first that are in it.
@@ -66,10 +68,11 @@ class ModelSize:
 
     Attributes:
         num_parameters: all, tied ones once.
-        num_matrix_parameters: those that multiply activations.
+        num_matrix_parameters: those that multiply the activations of one token.
         num_trained, num_trained_matrix: the same, without frozen ones.
         num_layers: transformer blocks.
         attention_width: num_heads * head_dim; 0 for a recurrent model.
+        num_idle, num_trained_idle: of the first and third, experts that a token does not choose.
     """
 
     num_parameters: int
@@ -78,12 +81,18 @@ class ModelSize:
     num_trained_matrix: int
     num_layers: int
     attention_width: int
+    num_idle: int = 0
+    num_trained_idle: int = 0
 
     def in_words(self) -> str:
         """The number of parameters, for people."""
-        frozen = self.num_trained < self.num_parameters
-        trained = f", {self.num_trained / 1e6:.1f} M of them trained" if frozen else ""
-        return f"{self.num_parameters / 1e6:.1f} M parameters{trained}"
+        words, active = f"{self.num_parameters / 1e6:.1f} M parameters", self.num_parameters
+        if self.num_idle:
+            active -= self.num_idle
+            words += f", {active / 1e6:.1f} M of them active for a token"
+        if self.num_trained < self.num_parameters:
+            words += f", {self.num_trained / 1e6:.1f} M of them trained"
+        return words
 
     @property
     def quadratic_tokens(self) -> float:
@@ -104,7 +113,11 @@ class ModelSize:
 
     def six_n_flops(self, num_tokens: int) -> float:
         """6 N D: operations by the convention that ignores attention and counts the lookup."""
-        return (4.0 * self.num_parameters + 2.0 * self.num_trained) * num_tokens
+        active, trained = (
+            self.num_parameters - self.num_idle,
+            self.num_trained - self.num_trained_idle,
+        )
+        return (4.0 * active + 2.0 * trained) * num_tokens
 
 
 def model_size(model: Any) -> ModelSize:
@@ -113,22 +126,47 @@ def model_size(model: Any) -> ModelSize:
     shapes = plain_shapes(model)
     head = model.get_output_embeddings()
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    sizes = []  # of each parameter: elements, whether it multiplies activations, whether trained
+    active = _active_shares(model)
+    sizes = []  # of each parameter: elements, active ones, whether they multiply, whether trained
     for name, parameter in model.named_parameters():
         shape = shapes.get(plain_name(name), tuple(parameter.shape))  # in 4 bits it is another
+        numel, (chosen, experts) = math.prod(shape), active.get(id(parameter), (1, 1))
         is_head = head is not None and parameter is head.weight
-        multiplies = is_head or (len(shape) >= 2 and id(parameter) not in tables)
-        sizes.append((math.prod(shape), multiplies, parameter.requires_grad))
+        dims = len(shape) - (experts > 1)  # experts' matrices and biases are stacked
+        multiplies = is_head or (dims >= 2 and id(parameter) not in tables)
+        sizes.append((numel, numel // experts * chosen, multiplies, parameter.requires_grad))
     num_heads = getattr(config, "num_attention_heads", 0)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(1, num_heads)
     return ModelSize(
-        num_parameters=sum(n for n, _, _ in sizes),
-        num_matrix_parameters=sum(n for n, multiplies, _ in sizes if multiplies),
-        num_trained=sum(n for n, _, trained in sizes if trained),
-        num_trained_matrix=sum(n for n, multiplies, trained in sizes if multiplies and trained),
+        num_parameters=sum(n for n, *_ in sizes),
+        num_matrix_parameters=sum(n for _, n, multiplies, _ in sizes if multiplies),
+        num_trained=sum(n for n, _, _, trained in sizes if trained),
+        num_trained_matrix=sum(n for _, n, multiplies, trained in sizes if multiplies and trained),
         num_layers=config.num_hidden_layers,
         attention_width=num_heads * head_dim,
+        num_idle=sum(n - used for n, used, *_ in sizes),
+        num_trained_idle=sum(n - used for n, used, _, trained in sizes if trained),
     )
+
+
+def _active_shares(model: Any) -> dict[int, tuple[int, int]]:
+    """The experts that a token chooses and those that there are, by the id of a parameter that
+    stacks them. A router and its experts lie in one module."""
+    shares: dict[int, tuple[int, int]] = {}
+    for module in model.modules():
+        inside = [module, *module.children()]
+        chosen = [m.top_k for m in inside if isinstance(getattr(m, "top_k", None), int)]
+        for part in inside if chosen else []:
+            for _, parameter in own_parameters(part):
+                experts = getattr(part, "num_experts", None)
+                if isinstance(experts, int) and parameter.shape[0] == experts and _stacks(part):
+                    shares[id(parameter)] = (chosen[0], experts)
+    return shares
+
+
+def _stacks(module: nn.Module) -> bool:
+    """Whether a module holds matrices of several experts, not a router's one."""
+    return any(parameter.dim() >= 3 for _, parameter in own_parameters(module))
 
 
 def peak_flops(device_name: str | None, dtype: str) -> float | None:

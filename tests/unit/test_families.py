@@ -109,3 +109,9 @@ def test_blocks_are_the_members_of_a_list(model_type: str, expected: str) -> Non
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(shrunk(model_type))
     assert [type(block).__name__ for block in blocks(model)] == [expected, expected]
+
+
+def test_loss_that_balances_experts_is_refused() -> None:
+    check_config(family("olmoe"))
+    with pytest.raises(UserError, match="output_router_logits"):
+        check_config(family("olmoe", output_router_logits=True))

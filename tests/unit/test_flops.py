@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from neftune_dist.model.flops import ModelSize, model_size, peak_flops
 from tests.support.families import family
+from tests.support.published import published
 
 
 def on_meta(config: Any) -> Any:
@@ -51,12 +52,16 @@ def test_llama_2_7bs_count_is_the_published_one() -> None:
 
 
 @pytest.mark.parametrize(
-    "model_type", ["llama", "gpt2", "opt", "gpt_neox", "gemma3_text", "phi3", "qwen3", "cohere"]
-)
+    "model_type",
+    ["llama", "gpt2", "opt", "gpt_neox", "gemma3_text", "phi3", "qwen3", "cohere",
+     "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"],
+)  # fmt: skip
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_count_is_what_torch_counts(model_type: str, tied: bool) -> None:
     config = family(model_type, tie_word_embeddings=tied)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    if hasattr(model, "set_experts_implementation"):  # whose grouped products are not counted
+        model.set_experts_implementation("eager")
     length = 16
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, length, dtype=torch.int64), use_cache=False)
@@ -65,6 +70,26 @@ def test_the_count_is_what_torch_counts(model_type: str, tied: bool) -> None:
     expected = size.training_flops(length, 2 * length**2) / 3
     rotary = counter.get_total_flops() - expected  # frequencies times positions, by matmul
     assert 0 <= rotary < 0.01 * expected
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "active"),
+    [
+        ("allenai/OLMoE-1B-7B-0924", 6.92, 1.28),
+        ("Qwen/Qwen3-30B-A3B", 30.5, 3.35),
+        ("mistralai/Mixtral-8x7B-v0.1", 46.7, 12.9),
+    ],
+)
+def test_experts_count_as_far_as_a_token_chooses_them(
+    name: str, billions: float, active: float
+) -> None:
+    size = model_size(on_meta(published(name)))
+    assert size.num_parameters == pytest.approx(billions * 1e9, rel=2e-3)
+    assert size.num_trained == size.num_parameters
+    assert size.six_n_flops(1) == pytest.approx(6 * active * 1e9, rel=2e-3)
+    idle = size.num_parameters - size.six_n_flops(1) / 6
+    assert size.num_matrix_parameters < size.num_parameters - idle < size.num_parameters
+    assert f"{size.six_n_flops(1) / 6e6:.1f} M of them active" in size.in_words()
 
 
 def test_embeddings_are_not_multiplied() -> None:

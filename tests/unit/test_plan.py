@@ -28,6 +28,7 @@ from neftune_dist.planning.report import plan, read
 from neftune_dist.planning.suggestions import suggest_changes
 from tests.support import tiny_model
 from tests.support.corpora import documents_of
+from tests.support.published import published
 
 MIB = 2**20
 
@@ -195,6 +196,19 @@ def test_heaviest_micro_batches_are_those_of_most_tokens(
     found = heaviest(documents_of(rows), sampler, config, 1, given.model)
     assert [batch.input_ids.numel() for batch in found[:2]] == [max(sizes[0]), max(sizes[1])]
     assert len(sizes[1]) > 2 and len(found) == 3 and found[2] is found[1]
+
+
+def test_memory_is_that_of_all_experts(tmp_path: Path) -> None:
+    tiny_model.make_tokenizer(tmp_path)
+    model = published("allenai/OLMoE-1B-7B-0924")
+    model.num_hidden_layers = 2
+    model.save_pretrained(tmp_path)
+    config = load_config("quickstart", [f"model.name_or_path={tmp_path}", "engine.name=fsdp2"])
+    given = read(config, with_data=False)
+    peak = given.peak(config, 8)
+    share = 4 * given.size.num_parameters / 8
+    assert peak.parts["weights"] == pytest.approx(share, rel=1e-3)
+    assert peak.parts["optimizer"] == pytest.approx(2 * share, rel=1e-3)
 
 
 def test_without_data_micro_batches_are_full() -> None:
