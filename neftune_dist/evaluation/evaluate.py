@@ -189,9 +189,11 @@ class _Evaluation:
             "noise": [asdict(config.noise), config.noise_seed] if numbers["train"] else None,
         }
 
+        names = ("held_out", "train", "train_noisy")
+
         def compute() -> Found:
             model, found = self._load(), {}
-            for name in ("held_out", "train", "train_noisy"):
+            for name in names:
                 part = name.removesuffix("_noisy")
                 if numbers[part]:
                     found[name] = document_losses(
@@ -203,7 +205,9 @@ class _Evaluation:
                         noisy=name != part,
                         progress=partial(self._log_progress, name),
                     )
-            return _loss_figures(found), {name: losses.items() for name, losses in found.items()}
+            # Empty where there are none: an earlier evaluation's may have had some.
+            items = {name: found[name].items() if name in found else [] for name in names}
+            return _loss_figures(found), items
 
         self.results.make("losses", settings, compute)
 

@@ -103,13 +103,16 @@ def untested(runs: Sequence[Run], found: Sequence[Difference]) -> list[str]:
     compared = {(d.measure, d.alpha) for d in found}
     lines = []
     for name in _names(runs):
-        having = sum(_items(run, name) is not None for run in runs)
+        items = [_items(run, name) for run in runs]
+        having = sum(item is not None and item.size > 0 for item in items)
         missing = [a for a in alphas_of(runs)[1:] if (name, a) not in compared]
         if having and missing:
             why = f"{having} of {len(runs)} runs have values"
             if having == len(runs):
                 why = "at a seed, no item has a value in both runs"
-            lines.append(f"{measure(name).label}, alpha {', '.join(map(plain, missing))}: {why}.")
+            label = measure(name).label
+            alphas = ", ".join(map(plain, missing))
+            lines.append(f"{label[0].upper()}{label[1:]}, alpha {alphas}: {why}.")
     return lines
 
 

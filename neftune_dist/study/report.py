@@ -61,7 +61,7 @@ _ACTIVE_PATTERNS = (
 
 _STYLE = """\
 :root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; display: block; overflow-x: auto; font-size: 14px; }
 th, td { padding: .2rem .6rem; border-bottom: 1px solid #8884; vertical-align: top; }
 th + th, td + td { white-space: nowrap; }

@@ -199,11 +199,11 @@ def _missing(runs: Sequence[Run], config: Config) -> list[str]:
             "the same command without --report-only makes."
         ]
     notes = {
-        "Losses of training documents: set `evaluate.train_documents`.": not all(
+        "Losses of training documents: set `evaluate.train_documents`.": not any(
             "train_loss" in run.figures("losses") for run in runs
         ),
-        "Answers: set `evaluate.instructions`.": not all(run.figures("answers") for run in runs),
-        "Abilities: `evaluate.tasks` names none.": not all(run.figures("tasks") for run in runs),
+        "Answers: set `evaluate.instructions`.": not any(run.figures("answers") for run in runs),
+        "Abilities: `evaluate.tasks` names none.": not any(run.figures("tasks") for run in runs),
         "Win rates: no judge is configured (`judge.url`), so no answers were judged.": (
             not _has_judge(config)
         ),

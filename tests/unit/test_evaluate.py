@@ -302,6 +302,9 @@ def test_results_folder_is_written_kept_and_protected(
     code, said = run_evaluate(*words, "evaluate.train_documents=3")  # losses are computed again
     assert code == 0, said
     assert len(json.loads((out / "items.json").read_text())["train"]) == 3
+    assert run_evaluate(*words, "evaluate.train_documents=0")[0] == 0
+    items = json.loads((out / "items.json").read_text())
+    assert [len(items[part]) for part in ("held_out", "train", "train_noisy")] == [5, 0, 0]
 
 
 def test_unavailable_judge_leaves_other_parts_intact(

@@ -449,7 +449,7 @@ def test_report_has_the_reason_where_nothing_was_compared(tmp_path: Path) -> Non
     reason = "not tested: 4 items, at least 8 needed"
     assert f"repetition of 2-grams {reason}" in text and f"| {reason} |" in text
     assert "- ROUGE-L, alpha 5: 3 of 4 runs have values." in text
-    assert "- log-diversity, alpha 5: at a seed, no item has a value in both runs." in text
+    assert "- Log-diversity, alpha 5: at a seed, no item has a value in both runs." in text
     assert "no difference seen in repetition" not in text
     assert untested(make_runs(tmp_path / "whole", {}, 2), differences(runs, {}))
 
