@@ -177,7 +177,9 @@ def _write_weights(content: Content, output: Path, dtype: torch.dtype) -> None:
         # Tied weights are stored once, as transformers does.
         tensors: dict[str, torch.Tensor] = {}
         for name in names:
-            tensors |= split(content.read(name).to(dtype), content.layout[name])
+            tensor = content.read(name)
+            tensor = tensor if name in content.constants else tensor.to(dtype)
+            tensors |= split(tensor, content.layout[name])
         weight_map.update(dict.fromkeys(tensors, file))
         _save(tensors, output / file)
     if len(files) > 1:

@@ -33,11 +33,13 @@ class Content:
         shapes: of the parameters by name, in order.
         read: gives one whole, float.
         layout: the stored tensors that an export writes for each.
+        constants: those that are as in the base model's files, in their dtype.
     """
 
     shapes: dict[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
     layout: Layout
+    constants: frozenset[str] = frozenset()
 
     @staticmethod
     def trained(folder: Path, state: Mapping[str, Any]) -> Content:
@@ -64,35 +66,49 @@ class Content:
 
     @staticmethod
     def of(folder: Path, state: Mapping[str, Any]) -> Content:
-        """The plain model, with adapters merged into their frozen weights.
+        """The plain model, with adapters merged into their frozen weights, and with what the base
+        model's files hold beside trained parameters.
 
         Raises:
             UserError: the frozen weights are missing, or have changed.
         """
         trained = Content.trained(folder, state)
-        adapter = adapter_of(state)
-        if adapter.method == "none":
+        adapter, known = adapter_of(state), state["identity"].get("base")
+        if adapter.method == "none" and known is None:
             return trained
         kept = ("name_or_path", "weights", "revision", "trust_remote_code")
         config = ModelConfig(**{key: state["config"]["model"][key] for key in kept})
         base, packing = locate.find(config), state["config"]["data"]["packing"]
         plain = load.build(base, config, packing)
         files = load.open_weights(plain, base, config, seed=0)
-        known = state["identity"].get("base")
         if known is not None and known != f"{files.digest():032x}":
             raise UserError(
-                f"The adapter in {folder} was trained beside other weights than those now in "
+                f"The checkpoint {folder} was trained beside other weights than those now in "
                 f"{weights_folder(config, base)}: restore them there."
             )
+        shapes = load.stored_shapes(plain)
+
+        def of_files(name: str) -> Tensor:
+            return files.read(name, 0, math.prod(shapes[name])).view(shapes[name])
+
+        if adapter.method == "none":
+            constants = frozenset(shapes.keys() - trained.shapes.keys())
+            shapes |= trained.shapes  # with rows for new tokens
+            layout = from_record(state.get("stored", {}), shapes)
+
+            def read(name: str) -> Tensor:
+                return of_files(name) if name in constants else trained.read(name)
+
+            return Content(shapes, read, layout, constants)
         in_4_bits = quantized_names(load.build(base, config, packing, adapter))
         parts = {name: trained.read(name) for name in trained.shapes}
-        shapes = {name: tuple(p.shape) for name, p in plain.named_parameters()}
 
         def merge(name: str) -> Tensor:
-            weight = files.read(name, 0, math.prod(shapes[name])).view(shapes[name])
-            return merged(name, weight, parts, adapter, name in in_4_bits)
+            return merged(name, of_files(name), parts, adapter, name in in_4_bits)
 
-        return Content(shapes, merge, from_record(state.get("stored", {}), shapes))
+        layout = from_record(state.get("stored", {}), shapes)
+        buffers = frozenset(name for name, _ in load.stored_buffers(plain))
+        return Content(shapes, merge, layout, buffers)
 
 
 @contextmanager

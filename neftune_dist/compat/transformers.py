@@ -78,3 +78,14 @@ def saved_shapes(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     saved = revert_weight_conversion(model, tensors)
     return {name: tuple(tensor.shape) for name, tensor in saved.items()}
+
+
+def initialize_weights(model: Any) -> None:
+    """Run the model's own initialisation, as for transformers' code where FSDP2 has replaced the
+    class by one of torch's: of foreign code, it passes over modules without parameters."""
+    own: Any = next(c for c in type(model).__mro__ if not c.__module__.startswith("torch."))
+    model.is_custom_code = own.is_custom_code
+    try:
+        model.initialize_weights()
+    finally:
+        del model.is_custom_code

@@ -17,6 +17,7 @@ from contextlib import redirect_stdout
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from neftune_dist.compat.deepspeed import (
@@ -47,6 +48,7 @@ from neftune_dist.optim import (
     MakeOptimizer,
     ParamSlice,
     initialize_state,
+    local,
     set_learning_rate,
     set_updates,
     squared_norm,
@@ -90,6 +92,8 @@ class DeepSpeedEngine:
                 # larger messages, and no hook inside code that is compiled or recomputed.
                 if units := blocks(model):
                     deepspeed.utils.set_z3_leaf_modules(model, list({type(b) for b in units}))
+                for block in units:
+                    block.register_forward_hook(_without_list)
             else:
                 list(whole.parameters())
             self.named, self.frozen = trained_and_frozen(model)
@@ -114,6 +118,27 @@ class DeepSpeedEngine:
         self.masters = masters(self.zero)
         self.pieces = list(self._pieces())
         initialize_state(self.zero.optimizer, self.masters, self.pieces)
+        self._watch_gradients()
+
+    def _watch_gradients(self) -> None:
+        """Note which parameters get a gradient: others are left alone, as by the other engines.
+
+        To ZeRO the gradient of an unused parameter is zero, and weight decay would shrink it.
+        """
+        self.received: set[str] = set()
+        self.unused = [name for name, _ in self.named]
+        for name, parameter in self.named:
+            parameter.register_post_accumulate_grad_hook(
+                lambda _, name=name: self.received.add(name)
+            )
+
+    def _find_unused(self) -> None:
+        """Take the parameters to which some rank has made a gradient off `unused`."""
+        flags = torch.tensor([float(name in self.received) for name in self.unused])
+        flags = flags.to(self.device)
+        dist.all_reduce(flags)
+        left = zip(self.unused, flags.tolist(), strict=True)
+        self.unused = [name for name, received in left if not received]
 
     def after_load(self, num_updates: int) -> None:
         """See `Engine.after_load`: the compute copies are made from the masters."""
@@ -136,6 +161,10 @@ class DeepSpeedEngine:
     def step(self, learning_rate: float) -> float:
         """See `Engine.step`."""
         set_learning_rate(self.zero.optimizer, learning_rate)
+        if self.unused:
+            self._find_unused()
+        masters = [local(p.tensor)[p.part] for p in self.pieces if p.name in self.unused]
+        before = [master.clone() for master in masters]
         # Where the norm is not finite it updates nothing, and reports the norm as infinite.
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())
@@ -143,6 +172,10 @@ class DeepSpeedEngine:
             # Offloaded, stages 1 and 2 would add the next step's gradient to this one.
             kept = getattr(self.zero, "averaged_gradients", {})
             kept.update(dict.fromkeys(kept))
+        if self.unused:
+            for master, content in zip(masters, before, strict=True):
+                master.copy_(content)
+            copy_masters_to_compute(self.zero, self.stage)
         return norm
 
     def flat_state(self) -> list[FlatShard]:
@@ -248,6 +281,11 @@ def _sizes(model: nn.Module, stage: int) -> dict[str, int]:
 
 def _require_gradient(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
     return output.requires_grad_()
+
+
+def _without_list(_module: nn.Module, _args: Any, output: Any) -> Any:
+    """Torch's hooks on the backward, by which DeepSpeed follows it, pass over lists (GPT-1's)."""
+    return tuple(output) if isinstance(output, list) else output
 
 
 class _Materializer(nn.Module):

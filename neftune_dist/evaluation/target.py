@@ -132,16 +132,15 @@ class EvaluationTarget:
         dtype = load.DTYPES[self._plain.dtype]
         model = load.build(self.folder, self._plain, packing=False, dtype=dtype)
         content = Content.of(self.checkpoint.folder, self.checkpoint.trainer_state())
-        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        if shapes != content.shapes:
+        if load.stored_shapes(model) != content.shapes:
             raise UserError(
                 f"The checkpoint {self.checkpoint.folder} is of another model than {self.folder}."
             )
         _allocate(model, self.device)
         load.initialize_buffers(model, self.device)
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(content.read(name))
+            for name, held in [*model.named_parameters(), *load.stored_buffers(model)]:
+                held.copy_(content.read(name))
         return model
 
     def _of_files(self) -> Any:

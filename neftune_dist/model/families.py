@@ -210,18 +210,21 @@ def check_model(model: Any, packing: bool) -> None:
             f"{name} leaves out whole blocks at random, other ones on each rank "
             f"(layerdrop={dropped[0]}): set layerdrop to 0 in its config.json."
         )
-    frozen = [key for key, parameter in model.named_parameters() if not parameter.requires_grad]
-    if frozen:
+    if getattr(model.config, "rescale_every", 0) > 0:
         raise UserError(
-            f"{name} keeps parameters that are never trained, which are not checkpointed: "
-            f"{', '.join(frozen[:3])}."
+            f"{name} divides its weights while it is evaluated, and a checkpoint could hold them "
+            "so: set rescale_every to 0 in its config.json."
         )
     saved = model.state_dict().keys()
-    state = [buffer for buffer, _ in model.named_buffers() if buffer in saved]
-    if state:
+    tables = [
+        buffer
+        for buffer, content in model.named_buffers()
+        if buffer in saved and not content.is_floating_point()
+    ]
+    if tables:
         raise UserError(
-            f"{name} keeps state that is no parameter, which is neither trained nor checkpointed: "
-            f"{', '.join(state[:3])}."
+            f"{name} keeps tables of integers beside its parameters, which are not read: "
+            f"{', '.join(tables[:3])}."
         )
 
 

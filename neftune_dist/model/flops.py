@@ -135,15 +135,13 @@ def model_size(model: Any) -> ModelSize:
         dims = len(shape) - (experts > 1)  # experts' matrices and biases are stacked
         multiplies = is_head or (dims >= 2 and id(parameter) not in tables)
         sizes.append((numel, numel // experts * chosen, multiplies, parameter.requires_grad))
-    num_heads = getattr(config, "num_attention_heads", 0)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(1, num_heads)
     return ModelSize(
         num_parameters=sum(n for n, *_ in sizes),
         num_matrix_parameters=sum(n for _, n, multiplies, _ in sizes if multiplies),
         num_trained=sum(n for n, _, _, trained in sizes if trained),
         num_trained_matrix=sum(n for _, n, multiplies, trained in sizes if multiplies and trained),
         num_layers=config.num_hidden_layers,
-        attention_width=num_heads * head_dim,
+        attention_width=_attention_width(config),
         num_idle=sum(n - used for n, used, *_ in sizes),
         num_trained_idle=sum(n - used for n, used, _, trained in sizes if trained),
     )
@@ -167,6 +165,19 @@ def _active_shares(model: Any) -> dict[int, tuple[int, int]]:
 def _stacks(module: nn.Module) -> bool:
     """Whether a module holds matrices of several experts, not a router's one."""
     return any(parameter.dim() >= 3 for _, parameter in own_parameters(module))
+
+
+def _attention_width(config: Any) -> int:
+    """num_heads * head_dim, of layers that differ (Gemma 4's) the rounded mean."""
+    if getattr(config, "is_heterogeneous", False):
+        return round(sum(map(_width_of, config.per_layer_config)) / len(config.per_layer_config))
+    return _width_of(config)
+
+
+def _width_of(config: Any) -> int:
+    heads: int = getattr(config, "num_attention_heads", 0)
+    head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
+    return heads * head_dim
 
 
 def peak_flops(device_name: str | None, dtype: str) -> float | None:

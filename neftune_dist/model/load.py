@@ -19,7 +19,7 @@ import transformers
 from tokenizers import AddedToken
 from torch import Tensor, nn
 
-from neftune_dist.compat.transformers import mark_initialized
+from neftune_dist.compat.transformers import initialize_weights, mark_initialized
 from neftune_dist.config import AdapterConfig, ModelConfig, UserError, split_list
 from neftune_dist.model import adapters
 from neftune_dist.model.attention import implementation
@@ -201,6 +201,8 @@ def open_weights(model: Any, folder: Path, config: ModelConfig, seed: int) -> We
         if not adapters.is_adapter(first)
     }
     shapes = adapters.plain_shapes(model)
+    for name, buffer in stored_buffers(model):
+        aliases[name], shapes[name] = [name], tuple(buffer.shape)
     in_files = dict(shapes)
     if config.add_tokens:
         rows = load_model_config(folder, config).get_text_config().vocab_size
@@ -213,7 +215,7 @@ def open_weights(model: Any, folder: Path, config: ModelConfig, seed: int) -> We
     files = WeightFiles(place, aliases, in_files, prefix, model)
     if in_files != shapes:
         return GrownWeights(files, in_files)
-    if len(aliases) == len(parameter_aliases(model)):
+    if not any(adapters.is_adapter(name) for name in parameter_aliases(model)):
         return files
     return adapters.AdaptedWeights(model, files, seed)
 
@@ -239,10 +241,11 @@ def initialize_buffers(model: Any, device: torch.device) -> None:
             for module, name in owners:
                 getattr(module, name).fill_(fill)
             mark_initialized(model.modules(), False)
-            model.initialize_weights()
+            initialize_weights(model)
             results.append([getattr(module, name).clone() for module, name in owners])
+    from_files = {id(buffer) for _, buffer in stored_buffers(model)}
     for (module, name), one, other in zip(owners, *results, strict=True):
-        if not torch.equal(one, other):
+        if not torch.equal(one, other) and id(getattr(module, name)) not in from_files:
             raise UserError(
                 f"{type(model).__name__} cannot be trained: its code does not say how to compute "
                 f"the buffer {name} of {type(module).__name__}."
@@ -255,13 +258,42 @@ def _parameters_set_aside(model: nn.Module) -> Iterator[None]:
     places = [(m, name, p) for m in model.modules() for name, p in own_parameters(m)]
     try:
         for module, name, parameter in places:
-            empty = nn.Parameter(torch.empty(parameter.shape, device="meta"))
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves it no elements
+            empty = nn.Parameter(torch.empty(shape, device="meta"))
             mark_initialized([empty], True)
             setattr(module, name, empty)
         yield
     finally:
         for module, name, parameter in places:
             setattr(module, name, parameter)
+
+
+def stored_buffers(model: Any) -> list[tuple[str, Tensor]]:
+    """The buffers that a model's files hold, by name: constants that training leaves alone."""
+    saved = model.state_dict().keys()
+    return [
+        (adapters.plain_name(name), buffer)
+        for name, buffer in model.named_buffers()
+        if name in saved
+    ]
+
+
+def stored_shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of all that a plain model's files hold: its parameters, then its stored buffers."""
+    held = [*model.named_parameters(), *stored_buffers(model)]
+    return {name: tuple(tensor.shape) for name, tensor in held}
+
+
+def holds_constants(model: Any) -> bool:
+    """Whether the base model's files hold what no checkpoint does: frozen parameters, buffers."""
+    return bool(stored_buffers(model)) or not all(p.requires_grad for p in model.parameters())
+
+
+@torch.no_grad()
+def fill_buffers(model: Any, weights: Weights) -> None:
+    """Give the stored buffers their content, after `initialize_buffers`."""
+    for name, buffer in stored_buffers(model):
+        buffer.copy_(weights.read(name, 0, buffer.numel()).view(buffer.shape))
 
 
 def parameter_aliases(model: nn.Module) -> dict[str, list[str]]:

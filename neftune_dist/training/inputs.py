@@ -85,7 +85,6 @@ def read_inputs(
     folder = world.local_rank_zero_first(lambda: locate.find(config.model))
     tokenizer = world.local_rank_zero_first(lambda: load.load_tokenizer(folder, config.model))
     dataset = world.local_rank_zero_first(lambda: prepare(config.data, tokenizer, world.log))
-    adapted = config.adapter.method != "none"
     with world.agree():
         sampler = make_sampler(config.train, len(dataset.train), dataset.content)
         model = load.build(folder, config.model, config.data.packing, config.adapter)
@@ -98,12 +97,13 @@ def read_inputs(
             "order": ORDER,
             "architecture": load.architecture(model.config),
         }
-        weights = None
-        if not found or adapted:
+        # What is not trained is in no checkpoint.
+        needs_base, weights = load.holds_constants(model), None
+        if not found or needs_base:
             weights = load.open_weights(model, folder, config.model, config.train.seed)
         stored = to_record(weights.export_layout()) if weights else {}
-        digest = weights.digest((world.rank, world.size)) if weights and adapted else 0
-    if adapted:
+        digest = weights.digest((world.rank, world.size)) if weights and needs_base else 0
+    if needs_base:
         identity["base"] = _xor_over_ranks(digest, world)
     progress = Progress()
     changes: list[str] = []

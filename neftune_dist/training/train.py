@@ -27,6 +27,7 @@ from neftune_dist.distributed.watchdog import Watchdog
 from neftune_dist.distributed.world import Sharing, World
 from neftune_dist.engine import make_engine
 from neftune_dist.engine.base import MASTER, Engine
+from neftune_dist.model.load import fill_buffers
 from neftune_dist.model.precision import fast_dtype, with_dtype
 from neftune_dist.model.ulysses import share_sequences
 from neftune_dist.noise.handle import NEFTuneHandle
@@ -223,6 +224,8 @@ def _fill(engine: Engine, inputs: Inputs, stop: StopSignal) -> None:
             assert inputs.weights is not None and isinstance(shard.tensor, Tensor)
             end = shard.start + shard.tensor.numel()
             shard.tensor.copy_(inputs.weights.read(shard.name, shard.start, end))
+    if inputs.weights is not None:
+        fill_buffers(inputs.model, inputs.weights)
 
 
 def _run(trainer: Trainer) -> bool:
