@@ -71,7 +71,8 @@ class AdapterConfig:
     dropout: float = number(0.0, ge=0, lt=1)
     """Dropout of the adapter's input."""
     targets: str = "all"
-    """Layers that get an adapter: all matrices of the blocks, or names such as q_proj,v_proj."""
+    """Layers that get an adapter: all matrices of the blocks, or names such as q_proj,v_proj; where
+    experts are stacked, which get none, all_but_experts."""
 
 
 @dataclass

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from neftune_dist.config import AdapterConfig, UserError, require, split_list
 from neftune_dist.model import nf4
-from neftune_dist.model.modules import replace_parameters
+from neftune_dist.model.modules import replace_parameters, stacks_experts
 from neftune_dist.model.optimizations import blocks
 from neftune_dist.model.stored_tensors import Layout
 from neftune_dist.model.weights import WeightFiles
 
 _LORA_A, _LORA_B = "lora_A.default.weight", "lora_B.default.weight"
 _MAGNITUDE = "lora_magnitude_vector.default.weight"
+_NO_EXPERTS = "all_but_experts"
 _BASE = "base_layer."  # where PEFT puts the layer that it adapts
 
 
@@ -62,7 +63,18 @@ def targets(model: Any, config: AdapterConfig) -> list[str]:
     known = sorted({name.rpartition(".")[2] for name in _matrices(model)})
     if not known:
         raise UserError(f"{type(model).__name__} names no blocks with matrices to adapt.")
-    if config.targets == "all":
+    has_experts = any(map(stacks_experts, model.modules()))
+    if has_experts and config.base == "nf4":
+        raise UserError(
+            f"adapter.base=nf4: {type(model).__name__} stacks the matrices of its experts, which "
+            "are not quantised, and are most of it: set adapter.base=plain."
+        )
+    if has_experts and config.targets == "all":
+        raise UserError(
+            f"adapter.targets=all: {type(model).__name__} stacks the matrices of its experts, "
+            f"which take no adapter: set adapter.targets={_NO_EXPERTS}."
+        )
+    if config.targets == (_NO_EXPERTS if has_experts else "all"):
         return known
     wanted = sorted(set(split_list(config.targets)))
     missing = [name for name in wanted if name not in known]

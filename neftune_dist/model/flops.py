@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from neftune_dist.model.adapters import plain_name, plain_shapes
-from neftune_dist.model.modules import own_parameters
+from neftune_dist.model.modules import own_parameters, stacks_experts
 
 # Dense bf16 tensor-core rates by the vendors' data sheets, in FLOP/s; by words of the device name,
 # the first that are in it.
@@ -151,20 +151,15 @@ def _active_shares(model: Any) -> dict[int, tuple[int, int]]:
     """The experts that a token chooses and those that there are, by the id of a parameter that
     stacks them. A router and its experts lie in one module."""
     shares: dict[int, tuple[int, int]] = {}
+    part: Any
     for module in model.modules():
         inside = [module, *module.children()]
         chosen = [m.top_k for m in inside if isinstance(getattr(m, "top_k", None), int)]
-        for part in inside if chosen else []:
+        for part in filter(stacks_experts, inside if chosen else []):
             for _, parameter in own_parameters(part):
-                experts = getattr(part, "num_experts", None)
-                if isinstance(experts, int) and parameter.shape[0] == experts and _stacks(part):
-                    shares[id(parameter)] = (chosen[0], experts)
+                if parameter.shape[0] == part.num_experts:
+                    shares[id(parameter)] = (chosen[0], part.num_experts)
     return shares
-
-
-def _stacks(module: nn.Module) -> bool:
-    """Whether a module holds matrices of several experts, not a router's one."""
-    return any(parameter.dim() >= 3 for _, parameter in own_parameters(module))
 
 
 def _attention_width(config: Any) -> int:

@@ -19,6 +19,12 @@ def own_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
     return list(module.named_buffers(recurse=False, remove_duplicate=False))
 
 
+def stacks_experts(module: nn.Module) -> bool:
+    """Return whether a module holds the matrices of several experts, each kind in one parameter."""
+    experts = getattr(module, "num_experts", None)
+    return any(p.dim() >= 3 and p.shape[0] == experts for _, p in own_parameters(module))
+
+
 def replace_parameters(model: nn.Module, make: Callable[[nn.Parameter], nn.Parameter]) -> None:
     """Put `make(parameter)` in the place of every parameter; tied ones stay one."""
     made: dict[int, nn.Parameter] = {}

@@ -128,3 +128,28 @@ def test_experts_resume_bitwise_and_under_another_engine(kind: str, tmp_path: Pa
         for key, tensor in tensors[0].items():
             torch.testing.assert_close(tensor, tensors[1][key], atol=1e-6, rtol=1e-4)
         assert_exported_as_the_base(half, tmp_path / "model", tmp_path / f"{engine}_export")
+
+
+def test_adapters_leave_experts_as_they_are(tmp_path: Path) -> None:
+    config, runs = make_config("olmoe", tmp_path), []
+    words = ["adapter.method=lora", "adapter.targets=all_but_experts", "optim.epsilon=1e-8"]
+    for engine in ("fsdp2", "deepspeed"):
+        run_dir = tmp_path / engine
+        runs.append(tiny_model.train(config, run_dir, f"engine.name={engine}", *words, ranks=2))
+    for one, other in zip(*runs, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=TOLERANCE)
+    output = export(tmp_path / "fsdp2", log=lambda _: None)
+    ours, theirs = (
+        load_file(folder / "model.safetensors") for folder in (output, tmp_path / "model")
+    )
+    assert ours.keys() == theirs.keys()
+    moved = {name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])}
+    assert moved == {name for name in ours if "self_attn" in name and "norm" not in name}
+    assert "on all_but_experts matrices" in (output / "README.md").read_text()
+    for wrong, reason in (
+        (["adapter.method=lora"], "set adapter.targets=all_but_experts"),
+        ([*words, "adapter.base=nf4"], "are not quantised"),
+    ):
+        done = tiny_model.run_forked("train", config, f"run_dir={tmp_path / 'other'}", *wrong)
+        assert done.returncode == 2
+        assert reason in done.stderr
