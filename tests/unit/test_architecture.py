@@ -87,6 +87,7 @@ PRIVATE_NAMES = {
         "_forward_hooks",
         "_functional_collectives",
         "_get_default_store",
+        "_grouped_mm",
         "_get_sequence_nr",
         "_is_view",
         "_orig_mod",

@@ -71,7 +71,7 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma3_text", "gpt2", "opt"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma3_text", "gpt2", "opt", "olmoe"])
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_recomputing_changes_nothing(model_type: str, mode: str) -> None:
     assert_recomputing_changes_nothing(model_type, mode, {})
@@ -80,6 +80,7 @@ def test_recomputing_changes_nothing(model_type: str, mode: str) -> None:
 DROPOUT = {
     "gpt2": {"resid_pdrop": 0.3},
     "llama": {"attention_dropout": 0.3},
+    "mixtral": {"router_jitter_noise": 0.3},  # experts are chosen by noise, too
     "opt": {"dropout": 0.3},  # by a function, no module
 }
 
@@ -122,6 +123,17 @@ def test_selective_computes_no_product_twice() -> None:
     assert [calls[mode].get(VARLEN_OPERATOR, 0) for mode in calls] == [0, 0, 2]
     silu = torch.ops.aten.silu.default
     assert [calls[mode].get(silu, 0) for mode in calls] == [0, 2, 2]
+
+
+def test_selective_computes_no_product_of_experts_twice() -> None:
+    calls = {}
+    for mode in ("none", "selective", "full"):
+        model, counted = make("olmoe", activation_checkpointing=mode), Operators()
+        loss = batch_loss_sum(model, batches()[0], "chunked")
+        with counted:
+            loss.backward()
+        calls[mode] = counted.calls[torch.ops.aten._grouped_mm.default]
+    assert calls["selective"] == calls["none"] < calls["full"]
 
 
 def test_compiled_blocks_take_every_length_with_one_graph() -> None:
