@@ -28,10 +28,19 @@ _EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size":
 _LOCAL_EXPERTS = {"num_local_experts": 5, "num_experts_per_tok": 2}
 _OWN: dict[str, dict[str, Any]] = {
     "cohere2": _MIXED,
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24},
     "exaone4": _MIXED,
     "flex_olmo": _EXPERTS,
     "gemma2": _MIXED,
     "gemma3_text": _MIXED,
+    "glm4_moe": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+    },
     "gpt2": {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 5},
     "gpt_neox": {

@@ -19,6 +19,7 @@ from tests.support.families import family
 EXPERTS = "model.layers.0.mlp.experts"
 FAMILIES = (
     "aria_text",
+    "ernie4_5_moe",
     "gpt_neox",
     "granitemoe",
     "jamba",
