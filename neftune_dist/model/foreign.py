@@ -188,7 +188,8 @@ def _slice(shape: Sequence[int], pieces: Sequence[Tensor]) -> Slice:
         raise ValueError(f"{held} of {math.prod(shape)} elements of a tensor are there")
 
     def read_rows(first: int, last: int) -> Tensor:
-        read = torch.cat(_joined(pieces, first * row, last * row))
+        none = pieces[0][:0]  # of no rows, whose dtype is asked for
+        read = torch.cat([none, *_joined(pieces, first * row, last * row)])
         return read.view(last - first, *shape[1:]) if shape else read
 
     return Slice(tuple(shape), read_rows)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors.torch import load_file, save_file
 
@@ -118,3 +119,19 @@ def test_experts_that_do_not_fit_are_refused(
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=message):
         opened(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_trainer_s_checkpoint_is_exported_as_transformers_saves(tmp_path: Path) -> None:
+    saved = save("olmoe", tmp_path)
+    place = tmp_path / "dcp"
+    dcp.save(saved.state_dict(), checkpoint_id=place)
+    config = ModelConfig(str(tmp_path), weights=str(place))
+    model = load.build(tmp_path, config, packing=False)
+    weights = load.open_weights(model, tmp_path, config, 0)
+    name = f"{EXPERTS}.gate_up_proj"
+    expected = saved.get_parameter(name).detach().flatten()
+    assert torch.equal(weights.read(name, 7, 4000), expected[7:4000])
+    exported = [tensor for found in weights.export_layout().values() for tensor in found]
+    files = load_file(tmp_path / "model.safetensors")
+    assert dict(exported) == {name: tuple(tensor.shape) for name, tensor in files.items()}
