@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from neftune_dist.config import ModelConfig, UserError
 from neftune_dist.model import load, locate, weights
-from neftune_dist.model.families import PACKING_FAMILIES
+from neftune_dist.model.families import PACKING_FAMILIES, check_model
 from neftune_dist.model.optimizations import blocks
 from neftune_dist.model.weights import WeightFiles
 from tests.support import tiny_model
@@ -200,10 +200,27 @@ def test_a_buffer_that_nobody_computes_is_an_error() -> None:
     ("model_type", "state"),
     [("apertus", "act_fn.beta"), ("glm4_moe", "e_score_correction_bias")],
 )
-def test_state_that_is_no_parameter_is_refused(model_type: str, state: str, tmp_path: Path) -> None:
-    family(model_type).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=state):
-        build(tmp_path)
+def test_stored_buffers_are_those_of_the_files(model_type: str, state: str, tmp_path: Path) -> None:
+    folder = save(family(model_type), tmp_path)
+    path, tensors = folder / "model.safetensors", load_file(folder / "model.safetensors")
+    made = {n: t + 1 + torch.rand_like(t) for n, t in tensors.items() if n.endswith(state)}
+    save_file({**tensors, **made}, path, metadata={"format": "pt"})
+    model = build(folder)
+    weights = load.open_weights(model, folder, ModelConfig(str(folder)), 0)
+    materialize(model)
+    load.fill_buffers(model, weights)
+    found = dict(load.stored_buffers(model))
+    assert made and found.keys() >= made.keys()
+    assert all(torch.equal(found[name], made[name]) for name in made)
+
+
+def test_tables_of_integers_are_refused() -> None:
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(family("llama"))
+        check_model(model, packing=False)
+        model.model.register_buffer("table", torch.arange(4))
+    with pytest.raises(UserError, match=r"tables of integers.*model\.table"):
+        check_model(model, packing=False)
 
 
 def test_quantized_weights_are_refused(tmp_path: Path) -> None:
