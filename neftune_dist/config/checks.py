@@ -30,7 +30,7 @@ _VARIABLE = re.compile(r"(?!\d)[A-Z0-9]{0,16}(_[A-Z0-9]{0,16}){0,8}", re.ASCII)
 _ENGINE_KNOBS = {
     "fsdp2": ("num_replicas", "reshard_after_forward", "sequence_parallel", "offload"),
     "deepspeed": ("zero_stage", "sequence_parallel", "offload"),
-    "single": (),
+    "replicated": ("sequence_parallel",),
 }
 
 
@@ -179,7 +179,7 @@ def _check_float8(config: Config) -> None:
     if model.dtype != "bf16" or engine.name == "deepspeed":
         raise UserError(
             f"model.float8={model.float8} goes with model.dtype=bf16 and engine.name=fsdp2 or "
-            "single."
+            "replicated."
         )
     if model.float8 == "tensorwise" and engine.offload != "none":
         raise UserError(

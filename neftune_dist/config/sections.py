@@ -208,10 +208,10 @@ class NoiseConfig:
 
 @dataclass
 class EngineConfig:
-    """How the model is sharded."""
+    """How the model lies on the ranks."""
 
-    name: str = choice("fsdp2", "deepspeed", "single")
-    """FSDP2, DeepSpeed ZeRO, or single: one process without sharding."""
+    name: str = choice("fsdp2", "deepspeed", "replicated")
+    """FSDP2, DeepSpeed ZeRO, or replicated: every rank holds the whole model."""
     zero_stage: int | None = choice(None, 1, 2, 3)
     """ZeRO stage of deepspeed; null: 3."""
     num_replicas: int | None = number(None, ge=1, le=2**16)

@@ -1,4 +1,4 @@
-"""Sharded training: one contract, three engines."""
+"""Training over ranks, sharded or replicated: one contract, three engines."""
 
 from neftune_dist.config import Config
 from neftune_dist.distributed.world import World
@@ -8,10 +8,10 @@ from neftune_dist.engine.base import Engine
 def make_engine(config: Config, world: World) -> Engine:
     """Return the engine that `engine.name` chooses, before its set-up."""
     # Imported here: an engine that was not chosen need not be importable.
-    if config.engine.name == "single":
-        from neftune_dist.engine.single import SingleDeviceEngine
+    if config.engine.name == "replicated":
+        from neftune_dist.engine.replicated import ReplicatedEngine
 
-        return SingleDeviceEngine(config, world)
+        return ReplicatedEngine(config, world)
     if config.engine.name == "fsdp2":
         from neftune_dist.engine.fsdp2 import FSDP2Engine
 

@@ -86,7 +86,7 @@ FULL, SELECTIVE = (
     ("model.activation_checkpointing=selective",),
 )
 COMPILE = ("model.compile=true",)
-SINGLE, FLOAT8 = "engine.name=single", "model.float8=tensorwise"
+SINGLE, FLOAT8 = "engine.name=replicated", "model.float8=tensorwise"
 
 
 def step(name: str, units: int, *words: str, documents: str = "whole") -> Part:

@@ -32,7 +32,7 @@ from tests.support import reference_loop, tiny_model
 from tests.support.shrunk import model_types, shrunk
 
 ENGINES = {
-    "single": (1, ["engine.name=single"]),
+    "replicated": (1, ["engine.name=replicated"]),
     "fsdp2": (2, ["engine.name=fsdp2"]),
     "zero-3": (2, ["engine.name=deepspeed", "engine.zero_stage=3"]),
 }

@@ -30,7 +30,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 SETTINGS = {"gpt_oss": ["data.packing=false"]}
 LAYOUTS = {
-    "single, padded": (1, ["engine.name=single", "data.packing=false"]),
+    "replicated, padded": (1, ["engine.name=replicated", "data.packing=false"]),
     "fsdp2 x1": (1, []),
     "fsdp2 x2, padded, many micro-batches": (
         2,

@@ -42,7 +42,15 @@ def expected(config: Path) -> list[dict[str, Any]]:
 
 
 LAYOUTS = {
-    "single": (1, ["engine.name=single"]),
+    "replicated x1": (1, ["engine.name=replicated"]),
+    "replicated x3, many micro-batches": (
+        3,
+        ["engine.name=replicated", "train.micro_batch_tokens=96"],
+    ),
+    "replicated, sequence 2": (
+        2,
+        ["engine.name=replicated", "engine.sequence_parallel=2"],
+    ),
     "fsdp2 x1": (1, []),
     "fsdp2 x2": (2, []),
     "fsdp2 x3": (3, []),
@@ -109,7 +117,7 @@ def held_out_losses(run_dir: Path) -> list[float]:
 def expected_held_out(config: Path) -> list[float]:
     """Before training and after it, of one process in float32."""
     run_dir = config.parent / "held_out"
-    tiny_model.train(config, run_dir, "engine.name=single")
+    tiny_model.train(config, run_dir, "engine.name=replicated")
     return held_out_losses(run_dir)
 
 
@@ -241,7 +249,7 @@ def test_untied_head_trains_the_same(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "model")
     tiny_model.make_model(tmp_path / "model", tied=False)
     expected = reference_loop.records(config)
-    for engine, ranks in (("fsdp2", 2), ("deepspeed", 2), ("single", 1)):
+    for engine, ranks in (("fsdp2", 2), ("deepspeed", 2), ("replicated", 2)):
         records = tiny_model.train(config, tmp_path / engine, f"engine.name={engine}", ranks=ranks)
         assert_same(records, expected)
 

@@ -17,7 +17,7 @@ _WORDS = ["train.max_steps=4", "evaluate.max_new_tokens=10", "optim.schedule=con
 ENGINES = {
     "fsdp2": (2, ["engine.name=fsdp2", "noise.stream=rank"]),
     "zero3": (2, ["engine.name=deepspeed"]),
-    "padded": (1, ["engine.name=single", "data.packing=false", "model.attention=eager"]),
+    "padded": (1, ["engine.name=replicated", "data.packing=false", "model.attention=eager"]),
     "recomputed": (2, ["model.activation_checkpointing=full", "adapter.method=lora"]),
 }
 

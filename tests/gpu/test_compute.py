@@ -94,16 +94,16 @@ OPTIONS = {
     "liger": (["model.kernels=liger", "model.loss=liger"], 0.01),
     "offload": (["engine.offload=cpu"], 0.01),
     "weights kept": (["engine.reshard_after_forward=false"], 0.01),
-    "single": (["engine.name=single"], 0.01),
-    "single, compiled, selective": (
+    "replicated": (["engine.name=replicated"], 0.01),
+    "replicated, compiled, selective": (
         [
-            "engine.name=single",
+            "engine.name=replicated",
             "model.compile=true",
             "model.activation_checkpointing=selective",
         ],
         0.01,
     ),
-    "float8 on one device": (["engine.name=single", "model.float8=tensorwise"], 0.02),
+    "float8 on one device": (["engine.name=replicated", "model.float8=tensorwise"], 0.02),
     "bf16 moments": (["optim.states=bf16"], 0.01),
     "8-bit moments": (["optim.states=8bit"], 0.02),
     "float8": (["model.float8=tensorwise"], 0.02),

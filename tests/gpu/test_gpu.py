@@ -111,7 +111,7 @@ def test_a_compiled_model_trains_as_an_eager_one() -> None:
             assert float(losses[0].detach()) == pytest.approx(float(losses[1].detach()), rel=1e-5)
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", "deepspeed", "single"])
+@pytest.mark.parametrize("engine", ["fsdp2", "deepspeed", "replicated"])
 def test_training_agrees_with_the_cpu(engine: str, tmp_path: Path) -> None:
     if engine == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("needs deepspeed")

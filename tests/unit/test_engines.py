@@ -26,7 +26,7 @@ from neftune_dist.optim import MakeOptimizer
 from tests.support import tiny_model
 
 ENGINES = {
-    "single": ["engine.name=single"],
+    "replicated": ["engine.name=replicated"],
     "fsdp2": ["engine.name=fsdp2"],
     "zero-1": ["engine.name=deepspeed", "engine.zero_stage=1"],
     "zero-2": ["engine.name=deepspeed", "engine.zero_stage=2"],

@@ -1,21 +1,22 @@
-"""One device that holds the whole model: nothing is gathered and nothing is reduced.
+"""The whole model on every rank: nothing is gathered, and gradients are added once a step.
 
 Parameters compute in `model.dtype`, beside float32 masters and moments; each parameter's gradient
 is added to its float32 sum, and freed, as soon as the backward has made it. Sharding engines do the
-same work on one device, but copy and cast every weight for each forward and each backward, and
-every gradient three times.
+same work, but copy and cast every weight for each forward and each backward, and every gradient
+three times. Every rank makes the same update from the same sums, and the first saves it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from neftune_dist.compat.torch import foreach_copy_
-from neftune_dist.config import Config, UserError
+from neftune_dist.config import Config
 from neftune_dist.data.loader import MicroBatch
 from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import (
@@ -29,6 +30,7 @@ from neftune_dist.engine.base import (
     trained_and_frozen,
     trained_shapes,
 )
+from neftune_dist.engine.gradient_sums import GradientSums
 from neftune_dist.model.load import DTYPES, initialize_buffers
 from neftune_dist.model.loss import resolve_loss
 from neftune_dist.model.modules import replace_buffers, replace_parameters
@@ -42,22 +44,17 @@ from neftune_dist.optim import (
 )
 
 
-class SingleDeviceEngine:
-    """The engine contract on one device."""
-
-    is_saving_replica = True
+class ReplicatedEngine:
+    """The engine contract on ranks that hold the whole model each."""
 
     def __init__(self, config: Config, world: World) -> None:
-        if world.size > 1:
-            raise UserError(
-                f"engine.name=single is for one process, this run has {world.size}: set "
-                "engine.name=fsdp2 or deepspeed."
-            )
+        self.world = world
         self.device = world.device
         self.max_grad_norm = config.optim.max_grad_norm
         self.compute_dtype = DTYPES[config.model.dtype]
         self.loss = config.model.loss
         self.shapes: Mapping[str, tuple[int, ...]] = {}
+        self.sums: GradientSums | None = None  # of several ranks
 
     def setup(self, model: Any, make_optimizer: MakeOptimizer) -> None:
         """See `Engine.setup`."""
@@ -67,7 +64,8 @@ class SingleDeviceEngine:
         initialize_buffers(model, self.device)
         self.model = model
         self.named, self.frozen = trained_and_frozen(model)
-        self.masters = [self._master(parameter) for _, parameter in self.named]
+        self.masters = [_master(parameter) for _, parameter in self.named]
+        self._collect_gradients()
         names = [name for name, _ in self.named]
         self.optimizer = make_optimizer(list(zip(names, self.masters, strict=True)), self.shapes)
         self.pieces = [
@@ -88,22 +86,15 @@ class SingleDeviceEngine:
         replace_parameters(model, empty)
         replace_buffers(model, lambda buffer: torch.empty_like(buffer, device=self.device))
 
-    def _master(self, parameter: nn.Parameter) -> nn.Parameter:
-        """The float32 weights that receive a parameter's gradients: itself where it is float32."""
-        if parameter.dtype == torch.float32:
-            return parameter
-        master = nn.Parameter(torch.empty_like(parameter, dtype=torch.float32))
-
-        def add_gradient(computed: Tensor) -> None:
-            assert computed.grad is not None
-            if master.grad is None:
-                master.grad = computed.grad.to(torch.float32)
-            else:
-                master.grad.add_(computed.grad)
-            computed.grad = None
-
-        parameter.register_post_accumulate_grad_hook(add_gradient)
-        return master
+    def _collect_gradients(self) -> None:
+        """Have the backward bring each parameter's gradient to its master."""
+        if self.world.size > 1:
+            self.sums = GradientSums(self.masters)
+        for i, (_, parameter) in enumerate(self.named):
+            if self.sums is not None:
+                parameter.register_post_accumulate_grad_hook(partial(self.sums.add, i))
+            elif parameter is not self.masters[i]:
+                parameter.register_post_accumulate_grad_hook(partial(_add, self.masters[i]))
 
     def after_load(self, num_updates: int) -> None:
         """See `Engine.after_load`."""
@@ -123,10 +114,14 @@ class SingleDeviceEngine:
 
     def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
         """See `Engine.backward`."""
+        if self.sums is not None:
+            self.sums.is_last = last_micro_batch
         loss.backward()
 
     def step(self, learning_rate: float) -> float:
         """See `Engine.step`."""
+        if self.sums is not None:
+            self.sums.finish()
         grads = [master.grad for master in self.masters if master.grad is not None]
         norm = squared_norm(grads).sqrt()
         clip_and_update(self.optimizer, learning_rate, norm, self.max_grad_norm)
@@ -144,14 +139,37 @@ class SingleDeviceEngine:
             for name, parameter in self.frozen
         ]
 
+    @property
+    def is_saving_replica(self) -> bool:
+        """See `Engine.is_saving_replica`: the first rank."""
+        return self.world.is_first
+
     def train(self, mode: bool) -> None:
         """See `Engine.train`."""
         self.model.train(mode)
 
     def describe(self) -> list[str]:
         """See `Engine.describe`."""
+        ranks = f"each of {self.world.size} ranks" if self.sums else f"one {self.device.type}"
         return [
-            f"engine: single, the whole model on one {self.device.type}; compute "
+            f"engine: replicated, the whole model on {ranks}; compute "
             f"{dtype_name(self.compute_dtype)}, gradients accumulated in float32",
             describe_state(self.flat_state()),
         ]
+
+
+def _master(parameter: nn.Parameter) -> nn.Parameter:
+    """The float32 weights of a parameter: itself where it is float32."""
+    if parameter.dtype == torch.float32:
+        return parameter
+    return nn.Parameter(torch.empty_like(parameter, dtype=torch.float32))
+
+
+def _add(master: nn.Parameter, computed: Tensor) -> None:
+    """Add the gradient that the backward has just made to its master's, and free it."""
+    assert computed.grad is not None
+    if master.grad is None:
+        master.grad = computed.grad.to(torch.float32)
+    else:
+        master.grad.add_(computed.grad)
+    computed.grad = None
