@@ -99,10 +99,11 @@ _BIDIRECTIONAL = (("causal", False), ("attn_type", "bi"))
 _PARTS_OF_BLOCKS = ("attn_config", "ffn_config")
 _OTHER = {
     "cpmant": "it puts tokens of its own in front of each document",
+    "deepseek_v32": "padding changes which tokens its sparse attention picks",
+    "glm_moe_dsa": "padding changes which tokens its sparse attention picks",
     "prophetnet": "padding changes what its tokens see",
 }
-# By sdpa, transformers' sparse attention of these sees other tokens where documents are padded.
-_EAGER = ("deepseek_v32", "glm_moe_dsa")
+_EAGER = ("gemma3n_text",)  # by sdpa, padding makes its gradient NaN
 _LOGITS = sorted({family.logits for family in FAMILIES.values() if family.logits})
 _CAPS = sorted({family.attention_cap for family in FAMILIES.values() if family.attention_cap})
 
@@ -195,7 +196,7 @@ def check_model(model: Any, packing: bool) -> None:
                 "set data.packing=false."
             )
     elif needs_eager(model.config) and attention_name(model) != "eager":
-        why = "caps its attention logits" if caps_attention(model.config) else "picks its tokens"
+        why = "caps its attention logits" if caps_attention(model.config) else "is padded"
         raise UserError(
             f"{name} {why}, rightly by eager attention alone: set model.attention=eager."
         )

@@ -51,8 +51,10 @@ class Result:
     """What became of a family under an engine.
 
     Attributes:
-        outcome: `exact`, `differs`, `not causal` (trained all the same), `refused`, `crashed`,
-            `hung`; `not built` where transformers itself cannot make or run the tiny model.
+        outcome: `exact`; `as itself`, where the plain loop differs as much from itself by another
+            attention (an ill-conditioned tiny model); `differs`; `not causal` (trained all the
+            same); `refused`; `crashed`; `hung`; `not built`, where transformers itself cannot make
+            or run the tiny model.
         sentence: of a refusal or a crash.
         difference: the greatest relative one of losses and gradients' norms.
         logits: the greatest one of the export's logits, relative to the largest logit.
@@ -93,25 +95,27 @@ class Make:
 
 @dataclass(frozen=True)
 class Reference:
-    """Train by the plain loop; keep its records, its logits and its tensors' names and shapes."""
+    """Train by the plain loop; keep its records, its logits and its tensors."""
 
     config: Path
+    attention: str = "eager"
 
     def __call__(self) -> None:
         warnings.simplefilter("ignore")
         config = reference_loop.load_config(self.config)
         name = config.model.name_or_path
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, attn_implementation="eager"
+            name, dtype=torch.float32, attn_implementation=self.attention
         )
         records = reference_loop.train(model, config)
-        folder = self.config.parent
+        folder = self.config.parent / self.attention
+        folder.mkdir()
         logits = _logits(model)
         torch.save(logits, folder / "logits.pt")
         if not torch.allclose(_logits(model, last=7)[:, :-1], logits[:, :-1], atol=1e-5):
             (folder / "not_causal").touch()
         model.save_pretrained(folder / "saved")
-        (folder / "reference.json").write_text(json.dumps(records))
+        (folder / "records.json").write_text(json.dumps(records))
 
 
 @dataclass(frozen=True)
@@ -190,27 +194,41 @@ def _run_engine(model_type: str, kind: str, engine: str, config: Path) -> Result
     problem = _verb("train", config, f"run_dir={run}", *words, ranks=ranks)
     if problem and problem[0] == "refused":
         return Result(model_type, kind, engine, *problem)
-    if not (folder / "reference.json").exists():
+    if not (folder / "eager/records.json").exists():
         without = _call(Reference(config))
         if without:
             return Result(model_type, kind, engine, "not built", f"plain loop: {without[1]}")
     if problem:
         return Result(model_type, kind, engine, *problem)
-    expected = json.loads((folder / "reference.json").read_text())
-    difference = max(
-        abs(one[key] / other[key] - 1) if one[key] is not None else math.inf
-        for one, other in zip(tiny_model.steps(run), expected, strict=True)
-        for key in ("loss", "grad_norm")
-    )
-    problem = _verb("export", run, "--output", export) or _call(Compare(folder, export))
+    expected = json.loads((folder / "eager/records.json").read_text())
+    difference = _difference(tiny_model.steps(run), expected)
+    problem = _verb("export", run, "--output", export) or _call(Compare(folder / "eager", export))
     if problem:
         return Result(model_type, kind, engine, problem[0], f"export: {problem[1]}", difference)
     logits, names = json.loads((export / "compared.json").read_text())
-    exact = difference < LOSS_BOUND and logits < LOGITS_BOUND
-    outcome = "exact" if exact else "differs"
-    if (folder / "not_causal").exists():
+    outcome = "exact"
+    if difference >= LOSS_BOUND or logits >= LOGITS_BOUND:
+        outcome = "as itself" if difference < _own_difference(config, expected) else "differs"
+    if (folder / "eager/not_causal").exists():
         outcome = "not causal"
     return Result(model_type, kind, engine, outcome, "", difference, logits, names)
+
+
+def _difference(records: Sequence[dict[str, Any]], expected: Sequence[dict[str, Any]]) -> float:
+    """The greatest relative difference of losses and gradients' norms."""
+    return max(
+        abs(one[key] / other[key] - 1) if one[key] is not None else math.inf
+        for one, other in zip(records, expected, strict=True)
+        for key in ("loss", "grad_norm")
+    )
+
+
+def _own_difference(config: Path, expected: Sequence[dict[str, Any]]) -> float:
+    """What the plain loop differs by from itself under sdpa instead of eager attention."""
+    records = config.parent / "sdpa/records.json"
+    if not records.exists() and _call(Reference(config, "sdpa")):
+        return 0.0
+    return _difference(json.loads(records.read_text()), expected)
 
 
 def _verb(*words: object, ranks: int = 1) -> tuple[str, str] | None:
