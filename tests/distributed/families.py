@@ -28,6 +28,7 @@ import transformers
 from safetensors.torch import load_file
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from neftune_dist.model.load import stored_buffers
 from tests.support import reference_loop, tiny_model
 from tests.support.shrunk import model_types, shrunk
 
@@ -90,6 +91,9 @@ class Make:
             for parameter in model.parameters():
                 if parameter.dim() < 2:  # norms of exactly 1, biases of 0 would hide mistakes
                     parameter.add_(0.05 * torch.randn_like(parameter))
+            for _, buffer in stored_buffers(model):  # routers' biases of 0 would, too
+                if buffer.is_floating_point():
+                    buffer.add_(0.05 * torch.rand_like(buffer))
         model.save_pretrained(self.folder)
 
 
