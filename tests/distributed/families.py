@@ -95,6 +95,8 @@ class Make:
                 if buffer.is_floating_point():
                     buffer.add_(0.05 * torch.rand_like(buffer))
         model.save_pretrained(self.folder)
+        if model.config.model_type != self.model_type:  # of the text model inside a wrapper
+            shrunk(self.model_type).save_pretrained(self.folder)
 
 
 @dataclass(frozen=True)
