@@ -99,8 +99,7 @@ _BIDIRECTIONAL = (("causal", False), ("attn_type", "bi"))
 _PARTS_OF_BLOCKS = ("attn_config", "ffn_config")
 _OTHER = {
     "cpmant": "it puts tokens of its own in front of each document",
-    "deepseek_v32": "padding changes which tokens its sparse attention picks",
-    "glm_moe_dsa": "padding changes which tokens its sparse attention picks",
+    "phimoe": "its routers draw at random",
     "prophetnet": "padding changes what its tokens see",
 }
 _EAGER = ("gemma3n_text",)  # by sdpa, padding makes its gradient NaN
@@ -164,6 +163,8 @@ def _why_other(hf_config: Any) -> str | None:
     ]
     if sees_later:
         return f"its tokens see later ones ({', '.join(sees_later)})"
+    if "index_topk" in hf_config.to_dict():  # DeepSeek-V3.2 and its like, measured
+        return "padding changes which tokens its sparse attention picks"
     return _OTHER.get(hf_config.model_type)
 
 

@@ -77,6 +77,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "rwkv": {"rescale_every": 0},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "reformer": {"axial_pos_embds": False, "vocab_size": 640},
+    "qwen4_exp_text": _HYBRID,
     "qwen3_5_text": _HYBRID,
     "qwen3_5_moe_text": _HYBRID,
     "qwen3_next": _HYBRID,
