@@ -1,6 +1,6 @@
 """Every causal language model of transformers, tiny: trained exactly, or refused by one sentence.
 
-usage: python -m tests.distributed.families RESULTS [--engines single fsdp2 zero-3] [--types T ...]
+usage: python -m tests.distributed.families RESULTS [--engines fsdp2 zero-3 ...] [--types T ...]
        python -m tests.distributed.families RESULTS --render FILE
 
 Each model has random weights, is trained three steps with noise by `train` and compared with
@@ -279,7 +279,7 @@ def render(results: Sequence[Result]) -> str:
         "`python -m tests.distributed.families RESULTS`, then the same with `--render`",
         f"({date.today().isoformat()}, {versions}, CPU); the suite runs a sample",
         "([test_families.py](test_families.py)). Padded, noise on, three steps, against the",
-        "plain loop: `single` on one rank, `fsdp2` and `zero-3` on two. Differences are the",
+        "plain loop: `replicated` on one rank, `fsdp2` and `zero-3` on two. Differences are the",
         "greatest of all engines, relative: of loss and gradient's norm, of the export's logits.",
         "",
         *(f"- {outcome}: {number}" for outcome, number in counts.most_common()),

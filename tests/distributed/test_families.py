@@ -13,8 +13,8 @@ from tests.distributed.families import Make, run_family
 from tests.support import tiny_model
 
 KINDS = {
-    "gemma2": "single",  # attention by eager alone
-    "xlm-roberta": "single",  # positions that do not begin at 0
+    "gemma2": "replicated",  # attention by eager alone
+    "xlm-roberta": "replicated",  # positions that do not begin at 0
     "afmoe": "fsdp2",  # a parameter that is frozen
     "falcon_h1": "fsdp2",  # buffers that another module writes, scaled logits
     "big_bird": "zero-3",  # a parameter without a gradient
@@ -37,7 +37,7 @@ def test_family_trains_as_the_plain_loop_or_is_refused(model_type: str, tokenize
 
 
 def test_wrapper_is_refused_by_what_it_is(tokenizer: Path) -> None:
-    [result] = run_family("llama4", ["single"], tokenizer)
+    [result] = run_family("llama4", ["replicated"], tokenizer)
     assert result.outcome == "refused" and "text_config, vision_config" in result.sentence
 
 
@@ -57,7 +57,7 @@ def test_constants_are_carried_from_the_base_to_the_export(tmp_path: Path) -> No
     described = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**described, "dtype": "bfloat16"}))
 
-    words = ["engine.name=single"]
+    words = ["engine.name=replicated"]
     whole = tiny_model.train(config, tmp_path / "whole", *words)
     tiny_model.train(config, tmp_path / "parts", *words, "train.max_steps=2")
     parts = tiny_model.train(config, tmp_path / "parts", *words)
