@@ -27,11 +27,12 @@ flash_attention = _aten._flash_attention_forward
 flash_attention_backward = _aten._flash_attention_backward
 
 # What selective recomputation keeps is named by operator, and attention's and float8's are private.
+GROUPED_PRODUCT = _aten._grouped_mm.default  # of stacked experts
 COMPUTE_BOUND_OPERATORS = {
     _aten.mm.default,
     _aten.addmm.default,
     _aten.bmm.default,
-    _aten._grouped_mm.default,
+    GROUPED_PRODUCT,
     _aten._scaled_mm.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,

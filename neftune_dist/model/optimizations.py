@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,11 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from neftune_dist.compat.torch import COMPUTE_BOUND_OPERATORS, fail_on_recompile_limit
+from neftune_dist.compat.torch import (
+    COMPUTE_BOUND_OPERATORS,
+    GROUPED_PRODUCT,
+    fail_on_recompile_limit,
+)
 from neftune_dist.compat.transformers import block_class_names
 from neftune_dist.config import ModelConfig, UserError
 from neftune_dist.model.float8 import use_float8
@@ -68,7 +73,8 @@ def configure(model: Any, config: ModelConfig) -> None:
     for block in blocks(model):
         forward = block.forward
         if config.activation_checkpointing != "none":
-            forward = _checkpointed(forward, config.activation_checkpointing, drops(model))
+            mode, kept = config.activation_checkpointing, kept_operators(model)
+            forward = _checkpointed(forward, mode, kept, drops(model))
         if config.compile:
             # Lengths change from batch to batch: one graph for all of them.
             forward = torch.compile(forward, dynamic=True)
@@ -86,9 +92,9 @@ def num_compiled_graphs() -> int:
 
 
 def _checkpointed(
-    forward: Callable[..., Any], mode: str, keep_generator: bool
+    forward: Callable[..., Any], mode: str, kept: AbstractSet[Any], keep_generator: bool
 ) -> Callable[..., Any]:
-    contexts = partial(create_selective_checkpoint_contexts, _kept)
+    contexts = partial(create_selective_checkpoint_contexts, partial(_policy, kept))
     settings: dict[str, Any] = {"context_fn": contexts} if mode == "selective" else {}
 
     def recomputed(*args: Any, **kwargs: Any) -> Any:
@@ -105,10 +111,20 @@ def _checkpointed(
     return recomputed
 
 
-def _kept(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    """Save matrix products and attention, recompute all else (norms, activations, rotations): a few
-    percent of the time for about half of the memory."""
-    if operator in _KEPT_BY_SELECTIVE:
+def kept_operators(model: nn.Module) -> AbstractSet[Any]:
+    """The operators whose results selective recomputation keeps: matrix products and attention. The
+    others (norms, activations, rotations) take a few percent of the time for about half of the
+    memory."""
+    # transformers adds the bias of experts to their product in place: the kept one would have it.
+    if any(getattr(module, "has_bias", False) for module in model.modules()):
+        return _KEPT_BY_SELECTIVE - {GROUPED_PRODUCT}
+    return _KEPT_BY_SELECTIVE
+
+
+def _policy(
+    kept: AbstractSet[Any], _context: Any, operator: Any, *_args: Any, **_kwargs: Any
+) -> CheckpointPolicy:
+    if operator in kept:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 
