@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,9 @@ def test_every_kind_of_part_runs(tmp_path: Path) -> None:
         "save",
         "alpaca peer: transformers",
     ):
-        result = gpu_parts.body(named[name], gpu_parts.TINY, None)
+        # The peer's documents differ in length where they are not all cut at the longest.
+        unit = 64 if named[name].what == "peer" else gpu_parts.TINY.unit
+        result = gpu_parts.body(named[name], replace(gpu_parts.TINY, unit=unit), None)
         assert result["status"] == "done", result
         if named[name].what == "save":
             assert len(result["standstill_seconds"]) == 3

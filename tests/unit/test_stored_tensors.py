@@ -26,7 +26,6 @@ FAMILIES = (
     "jamba",
     "mixtral",
     "olmoe",
-    "phimoe",
     "qwen2_moe",
     "qwen3_moe",
 )
