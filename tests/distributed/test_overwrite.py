@@ -12,7 +12,6 @@ import os
 import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -315,7 +314,7 @@ def test_folder_with_foreign_answers_is_not_evaluated_into(name: str, copy: Path
     assert isinstance(folder, Path)
     (folder / name).write_text('{"subject": "mine"}\n')
     before = snapshot(folder)
-    with pytest.raises(UserError, match=r"settings\.json|another model"), signals_kept():
+    with pytest.raises(UserError, match=r"settings\.json|another model"):
         evaluate(copy / "run", output=folder, settings=WORDS)
     assert snapshot(folder) == before
 
@@ -389,18 +388,6 @@ def fault(folder: Path, count: int, error: type[BaseException]) -> Iterator[Faul
             with suppress(OSError):
                 if "lock" in os.readlink(f"/proc/self/fd/{descriptor}").rpartition("/")[2]:
                     os.close(int(descriptor))
-
-
-@contextmanager
-def signals_kept() -> Iterator[None]:
-    """A verb leaves signals ignored when it ends, as its process does then."""
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    before = [signal.getsignal(number) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
 
 
 def test_export_killed_anywhere_leaves_old_or_new(run_dir: Path, tmp_path: Path) -> None:
@@ -490,8 +477,7 @@ def test_evaluation_on_full_disk_is_continued(run_dir: Path, tmp_path: Path) -> 
 
 
 def evaluated(run_dir: Path, folder: Path) -> int:
-    with signals_kept():
-        return evaluate(run_dir, output=folder, settings=WORDS)
+    return evaluate(run_dir, output=folder, settings=WORDS)
 
 
 # ----- races --------------------------------------------------------------------------------------

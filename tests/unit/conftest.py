@@ -1,10 +1,9 @@
-"""What the unit tests share: tokenizers, rows, a process for Triton, signals left as they were."""
+"""What the unit tests share: tokenizers, rows, a process for Triton."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -20,16 +19,6 @@ from tests.support.interpreter import interpreting_process
 from tests.support.shared_data import shared, smollm2_files
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def signals_as_before() -> Iterator[None]:
-    """What a test runs in this process may leave signals ignored, as a run does at its end."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
