@@ -28,6 +28,7 @@ _URL = re.compile(r"https?://([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?(/[\w./~%+-]*)?", 
 _VARIABLE = re.compile(r"(?!\d)[A-Z0-9]{0,16}(_[A-Z0-9]{0,16}){0,8}", re.ASCII)
 # The settings of section `engine`, beside its name, that each engine reads.
 _ENGINE_KNOBS = {
+    "auto": ("num_replicas", "reshard_after_forward", "sequence_parallel", "offload"),
     "fsdp2": ("num_replicas", "reshard_after_forward", "sequence_parallel", "offload"),
     "deepspeed": ("zero_stage", "sequence_parallel", "offload"),
     "replicated": ("sequence_parallel",),

@@ -210,8 +210,10 @@ class NoiseConfig:
 class EngineConfig:
     """How the model lies on the ranks."""
 
-    name: str = choice("fsdp2", "deepspeed", "replicated")
-    """FSDP2, DeepSpeed ZeRO, or replicated: every rank holds the whole model."""
+    name: str = choice("auto", "fsdp2", "deepspeed", "replicated")
+    """FSDP2, DeepSpeed ZeRO, or replicated: every rank holds the whole model, which is the fastest
+    where it fits. auto: replicated where weights, gradients and moments take at most 60 % of a
+    device, else fsdp2."""
     zero_stage: int | None = choice(None, 1, 2, 3)
     """ZeRO stage of deepspeed; null: 3."""
     num_replicas: int | None = number(None, ge=1, le=2**16)

@@ -26,6 +26,7 @@ from neftune_dist.config import UserError, check_divides
 from neftune_dist.distributed import environment, outcome
 from neftune_dist.distributed.mailbox import pauses, wait_until
 from neftune_dist.distributed.signals import Stopped, StopSignal
+from neftune_dist.system import cgroups
 from neftune_dist.system.text import first_line
 
 if TYPE_CHECKING:
@@ -290,6 +291,15 @@ class World:
             replace(mine, **{n: type(fields[n])(v) for n, v in zip(fields, values, strict=True)})
             for values in self.gather([float(value) for value in fields.values()])
         ]
+
+    def device_bytes(self) -> int:
+        """The memory of a rank's device, on the smallest one; on CPUs a rank's part of what its
+        machine or job has."""
+        if self.device.type == "cuda":
+            mine = torch.cuda.get_device_properties(self.device).total_memory
+        else:
+            mine = cgroups.memory_bytes()[1] // self.local_size
+        return int(min(value for (value,) in self.gather([float(mine)])))
 
     def any(self, flag: bool) -> bool:
         """Whether any rank's flag is set: one small collective."""

@@ -6,7 +6,13 @@ from neftune_dist.engine.base import Engine
 
 
 def make_engine(config: Config, world: World) -> Engine:
-    """Return the engine that `engine.name` chooses, before its set-up."""
+    """Return the engine that `engine.name` chooses, before its set-up.
+
+    Args:
+        config: whose engine is decided (see `automatic`).
+        world: of the ranks.
+    """
+    assert config.engine.name != "auto"
     # Imported here: an engine that was not chosen need not be importable.
     if config.engine.name == "replicated":
         from neftune_dist.engine.replicated import ReplicatedEngine

@@ -8,7 +8,7 @@ share of the hardware's rate at which the time is estimated.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from neftune_dist.config import Config, UserError, check_packages, check_world_size
 from neftune_dist.data.dataset import Dataset, prepare
 from neftune_dist.data.sampler import Sampler, make_sampler
+from neftune_dist.engine.automatic import choose_engine
 from neftune_dist.model import load, locate
 from neftune_dist.model.families import check_lengths
 from neftune_dist.model.flops import ModelSize, known_gpus, model_size, peak_flops
@@ -30,6 +31,7 @@ from neftune_dist.training.inputs import check_vocabulary
 from neftune_dist.training.noise import num_passes
 
 GIB = 2**30
+USUAL_GIB = 80  # memory of a GPU where none is named
 # Beyond the peak of allocated bytes: the CUDA context, NCCL's buffers, and fragments that the
 # caching allocator cannot use. Not yet measured on a GPU.
 MARGIN_GIB, MARGIN_SHARE = 2.0, 0.05
@@ -45,6 +47,7 @@ class PlanInput:
         size: its parameters and FLOPs.
         dataset: None if the data is not read.
         sampler: None if the data is not read.
+        device_bytes: memory of each rank's GPU.
     """
 
     folder: Path
@@ -52,6 +55,13 @@ class PlanInput:
     size: ModelSize
     dataset: Dataset | None = None
     sampler: Sampler | None = None
+    device_bytes: int = USUAL_GIB * GIB
+
+    def with_engine(self, config: Config) -> tuple[Config, str]:
+        """`config` with `engine.name=auto` decided, and the reason."""
+        if config.engine.name != "auto":
+            return config, ""
+        return choose_engine(with_dtype(config, "bf16"), self.model, self.device_bytes)
 
     def peak(self, config: Config, world_size: int) -> Peak:
         """Return a rank's peak under `config`, whose memory settings may differ from the run's."""
@@ -60,6 +70,7 @@ class PlanInput:
         else:
             batches = heaviest(self.dataset.train, self.sampler, config, world_size, self.model)
         batches = [batch for batch in batches for _ in range(num_passes(config.noise))]
+        config, _ = self.with_engine(config)
         return simulate(config, self.folder, world_size, batches)
 
 
@@ -116,18 +127,18 @@ def plan(
         UserError: a mistake in `config`, an unknown GPU, or a run that does not fit on it.
     """
     gpus = known_gpus()
-    if gpu is not None and gpu not in gpus:
-        raise UserError(f"--gpu={gpu} is not known; known: {', '.join(gpus)}.")
-    if not 0 < mfu <= 1:
-        raise UserError(f"--mfu={mfu} is out of range: a share, above 0 and at most 1.")
-    if world_size < 1:
-        raise UserError(f"--world-size={world_size} is out of range: it must be at least 1.")
+    _check_words(gpu, mfu, world_size)
     check_world_size(config, world_size)
     check_packages(config)
     for line in config.to_yaml().splitlines() if verbose else []:
         log(f"  {line}")
-    given = read(config, with_data, log)
+    given = replace(
+        read(config, with_data, log), device_bytes=(gpus[gpu] if gpu else USUAL_GIB) * GIB
+    )
     log(f"model: {given.size.in_words()}, {given.size.num_layers} layers")
+    engine, why = given.with_engine(config)
+    if why:
+        log(f"engine.name=auto: {engine.engine.name}, {why}")
     flops = None
     if given.dataset is not None and given.sampler is not None:
         flops = _log_work(given.dataset, given.sampler, given.size, config, log)
@@ -150,6 +161,15 @@ def plan(
             f"{gpu} has {gpus[gpu]}: "
             + (f"append {suggestion}." if suggestion else "no change that plan tries makes it fit.")
         )
+
+
+def _check_words(gpu: str | None, mfu: float, world_size: int) -> None:
+    if gpu is not None and gpu not in known_gpus():
+        raise UserError(f"--gpu={gpu} is not known; known: {', '.join(known_gpus())}.")
+    if not 0 < mfu <= 1:
+        raise UserError(f"--mfu={mfu} is out of range: a share, above 0 and at most 1.")
+    if world_size < 1:
+        raise UserError(f"--world-size={world_size} is out of range: it must be at least 1.")
 
 
 def needed(peak: Peak) -> float:

@@ -97,6 +97,8 @@ def _lower_batch(config: Config, batch: float, excess: float) -> Iterator[Change
 def _lower_state(config: Config, ranks: int, state: float, excess: float) -> Iterator[Changes]:
     if config.engine.name == "deepspeed" and config.engine.zero_stage in (1, 2):
         yield {"engine.zero_stage": 3}
+    if config.engine.name in ("auto", "replicated") and ranks > 1:
+        yield {"engine.name": "fsdp2"}
     if (config.engine.num_replicas or 1) > 1:
         yield {"engine.num_replicas": 1}
     if config.optim.states != "8bit":

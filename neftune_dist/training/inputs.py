@@ -15,6 +15,7 @@ from neftune_dist.config import Config, UserError
 from neftune_dist.data.dataset import Dataset, prepare
 from neftune_dist.data.sampler import ORDER, Sampler, make_sampler
 from neftune_dist.distributed.world import World
+from neftune_dist.engine.automatic import choose_engine
 from neftune_dist.model import load, locate
 from neftune_dist.model.families import check_lengths
 from neftune_dist.model.flops import ModelSize, model_size
@@ -32,6 +33,7 @@ class Inputs:
     """What a run starts from.
 
     Attributes:
+        config: the run's, with nothing left to decide.
         dataset, sampler: the documents, and which of them form each step.
         model: on the meta device.
         size: of the model, for FLOPs.
@@ -46,6 +48,7 @@ class Inputs:
         changes: settings that differ from the checkpoint's.
     """
 
+    config: Config
     dataset: Dataset
     sampler: Sampler
     model: Any
@@ -59,16 +62,16 @@ class Inputs:
     prompts: samples.Prompts | None
     changes: list[str]
 
-    def recorded(self, config: Config) -> Collection[str]:
+    def recorded(self) -> Collection[str]:
         """The files in which this run, if it is resumed, has recorded something."""
-        if self.found is None or config.checkpoint.resume != "auto":
+        if self.found is None or self.config.checkpoint.resume != "auto":
             return ()
         return (STEPS, EVALUATIONS) if len(self.dataset.held_out) else (STEPS,)
 
-    def lines(self, config: Config) -> list[str]:
+    def lines(self) -> list[str]:
         """Lines for the start of a run: model, noise, and from where it continues."""
-        lines = [f"model: {config.model.name_or_path}, {self.size.in_words()}"]
-        lines += [*noise_lines(config), *dropout_lines(self.model)]
+        lines = [f"model: {self.config.model.name_or_path}, {self.size.in_words()}"]
+        lines += [*noise_lines(self.config), *dropout_lines(self.model)]
         if self.found:
             where = f"{self.found.folder}, step {self.found.step} of {self.sampler.num_steps}"
             lines += [f"resume: {line}" for line in (where, *self.changes)]
@@ -79,6 +82,8 @@ def read_inputs(
     config: Config, run_dir: Path, found: store.Checkpoint | None, world: World
 ) -> Inputs:
     """Find, tokenise, build and check; then write the run's files beside its checkpoints.
+
+    `model.dtype` of `config` is decided; `engine.name` is decided here, by the model's size.
 
     Nothing in the run directory changes before every check has passed.
     """
@@ -105,6 +110,7 @@ def read_inputs(
         digest = weights.digest((world.rank, world.size)) if weights and needs_base else 0
     if needs_base:
         identity["base"] = _xor_over_ranks(digest, world)
+    config = _with_engine(config, model, world)
     progress = Progress()
     changes: list[str] = []
     with world.agree():
@@ -124,6 +130,7 @@ def read_inputs(
             template, ends = dataset.chat_template, dataset.end_tokens
             write_run_files(run_dir, config, folder, tokenizer, model.config, template, ends)
     return Inputs(
+        config=config,
         dataset=dataset,
         sampler=sampler,
         model=model,
@@ -137,6 +144,15 @@ def read_inputs(
         prompts=prompts,
         changes=changes,
     )
+
+
+def _with_engine(config: Config, model: Any, world: World) -> Config:
+    """The configuration with `engine.name=auto` decided, alike on all ranks."""
+    if config.engine.name != "auto":
+        return config
+    config, why = choose_engine(config, model, world.device_bytes())
+    world.log(f"engine.name=auto: {config.engine.name}, {why}")
+    return config
 
 
 def check_vocabulary(model: Any, tokenizer: Any) -> None:

@@ -70,7 +70,8 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
     run_dir = user_path(config.run_dir, "run_dir")
     lock = _claim(config, run_dir, world)
     with stop.at_once():
-        config, inputs = _read(config, run_dir, world)
+        inputs = _read(config, run_dir, world)
+    config = inputs.config
     num_steps = inputs.sampler.num_steps
     with world.agree():
         sharing = world.share(config.engine.sequence_parallel)
@@ -88,8 +89,7 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
     inputs = replace(inputs, weights=None)  # frees the pages of the mapped files
     world.stop_together()
     engine.after_load(inputs.progress.num_updates)
-    compute = compute_line(engine, config)
-    for line in [*engine.describe(), compute, *inputs.lines(config)]:
+    for line in [*engine.describe(), compute_line(engine, config), *inputs.lines()]:
         world.log(line)
     with world.agree():
         recorder = Recorder(
@@ -99,7 +99,7 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
             inputs.progress.step,
             num_steps,
             world.is_first,
-            inputs.recorded(config),
+            inputs.recorded(),
             samples=inputs.prompts is not None,
         )
     world.raise_collective_timeout(config.train.hang_minutes)
@@ -146,11 +146,9 @@ def _claim(config: Config, run_dir: Path, world: World) -> FileLock:
     return lock
 
 
-def _read(config: Config, run_dir: Path, world: World) -> tuple[Config, Inputs]:
-    """The configuration with nothing left to decide, and what the run starts from."""
+def _read(config: Config, run_dir: Path, world: World) -> Inputs:
     found = resume.find(run_dir, config, world)
-    config = _with_dtype(config, found, world)
-    return config, read_inputs(config, run_dir, found, world)
+    return read_inputs(_with_dtype(config, found, world), run_dir, found, world)
 
 
 def _with_dtype(config: Config, found: store.Checkpoint | None, world: World) -> Config:

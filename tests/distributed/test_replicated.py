@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from neftune_dist.config import load_config
 from neftune_dist.engine import gradient_sums
 from tests.support import tiny_model
 
@@ -78,6 +79,16 @@ def test_replicated_resumes_bitwise_and_from_two_ranks(config: Path, tmp_path: P
     )
     for one, other in zip(continued, two_ranks[3:], strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+
+
+def test_auto_is_replicated_where_the_model_is_small(config: Path, tmp_path: Path) -> None:
+    """The choice is said and kept in the run's own configuration, whose verbs need it."""
+    run_dir = tmp_path / "auto"
+    words = [config, f"run_dir={run_dir}", "engine.name=auto", "train.max_steps=1"]
+    said = tiny_model.run_forked("train", *words, ranks=2).stdout
+    assert "engine.name=auto: replicated, as weights, gradients and moments" in said
+    assert "engine: replicated, the whole model on each of 2 ranks" in said
+    assert load_config(run_dir / "config.yaml").engine.name == "replicated"
 
 
 def test_ranks_sum_gradients_as_fsdp2_does(config: Path, tmp_path: Path) -> None:

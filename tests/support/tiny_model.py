@@ -141,6 +141,7 @@ def make_config(
             "cache_dir": str(folder / "cache"),
         },
         "noise": {"alpha": 5.0, "stream": "sample"},
+        "engine": {"name": "fsdp2"},
         "optim": {"learning_rate": 1e-3, "warmup_steps": 2, "weight_decay": 0.01},
         "train": {"global_batch_size": 10, "micro_batch_tokens": 256, "max_steps": 10},
         "logging": {"progress": False},

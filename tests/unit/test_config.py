@@ -307,7 +307,7 @@ def test_unreadable_file_is_refused(path: str) -> None:
             ["train.max_steps=5", "train.num_epochs=1"],
             "train.max_steps=5 and train.num_epochs=1.0 are both set",
         ),
-        (["engine.zero_stage=3"], "engine.zero_stage=3 has no effect with engine.name=fsdp2"),
+        (["engine.zero_stage=3"], "engine.zero_stage=3 has no effect with engine.name=auto"),
         (["engine.name=deepspeed", "engine.num_replicas=2"], "engine.num_replicas=2 has no effect"),
         (
             ["data.max_length=9000"],

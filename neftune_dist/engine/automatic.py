@@ -1,0 +1,55 @@
+"""The engine where `engine.name=auto` leaves it to the sizes of the model and of the device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from neftune_dist.config import KNOBS, Config
+from neftune_dist.system.text import size_text
+
+# Of the device's memory, what a whole model with its gradients and moments may take; the rest is
+# for activations.
+_STATE_SHARE = 0.6
+# Settings that only engines which shard the model read.
+_SHARDING = ("num_replicas", "reshard_after_forward", "offload")
+_MOMENT_BYTES = {"fp32": 8, "bf16": 4, "8bit": 2}  # of a parameter, by optim.states
+
+
+def choose_engine(config: Config, model: nn.Module, device_bytes: float) -> tuple[Config, str]:
+    """Decide `engine.name=auto`: `replicated` where the device holds the whole model well, else
+    `fsdp2`.
+
+    Args:
+        config: of the run; its `model.dtype` is decided.
+        model: on the meta device, with its adapters.
+        device_bytes: memory of a rank's device; on CPUs a rank's part of the host's.
+
+    Returns:
+        The configuration with an engine, and the reason in words.
+    """
+    engine = config.engine
+    set_ones = [n for n in _SHARDING if getattr(engine, n) != KNOBS[f"engine.{n}"].default]
+    needed = _replica_bytes(config, model)
+    if set_ones:
+        name, why = "fsdp2", f"which reads engine.{set_ones[0]}"
+    else:
+        fits = needed <= _STATE_SHARE * device_bytes
+        name = "replicated" if fits else "fsdp2"
+        why = (
+            f"as weights, gradients and moments of the whole model take {size_text(needed)}, "
+            f"{'at most' if fits else 'more than'} {_STATE_SHARE:.0%} of a rank's "
+            f"{size_text(device_bytes)}"
+        )
+    return replace(config, engine=replace(engine, name=name)), why
+
+
+def _replica_bytes(config: Config, model: nn.Module) -> int:
+    """What `replicated` keeps of a model on each rank, without its activations."""
+    compute = 2 if config.model.dtype == "bf16" else 0  # float32 masters are computed with
+    trained = compute + 4 + 4 + _MOMENT_BYTES[config.optim.states]
+    return sum(
+        p.numel() * trained if p.requires_grad else p.numel() * p.element_size()
+        for p in model.parameters()
+    )
