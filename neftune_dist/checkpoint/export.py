@@ -3,7 +3,8 @@
 Tensors stream from the checkpoint into safetensors files; the peak of host memory is near the size
 of one file. Their names and shapes are those of the base's own files (experts by their number), or
 what `save_pretrained` would write where the base was a trainer's checkpoint. Adapters are merged
-into the base weights, or written alone for PEFT.
+into the base weights, or written alone for PEFT. Around a wrapper's text model, its towers are
+copied from the base's files as they are, whatever dtype the text model is written in.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from neftune_dist.checkpoint import choice, marked_folder, store
-from neftune_dist.checkpoint.merged import Content, adapter_of
+from neftune_dist.checkpoint.merged import Content, adapter_of, open_towers
 from neftune_dist.checkpoint.run_files import (
     CHAT_TEMPLATE,
     MODEL_FOLDER,
@@ -31,10 +32,13 @@ from neftune_dist.checkpoint.run_files import (
     check_sealed,
     files_within,
 )
-from neftune_dist.config import AdapterConfig, UserError, read_json
+from neftune_dist.config import ModelConfig, UserError, read_json
 from neftune_dist.engine.base import dtype_name
+from neftune_dist.model import load
 from neftune_dist.model.adapters import peft_name, peft_settings
 from neftune_dist.model.stored_tensors import split
+from neftune_dist.model.weights import WeightFiles
+from neftune_dist.model.wrapped import Wrapper, text_settings
 from neftune_dist.system import storage
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -85,9 +89,11 @@ def export(
         _add_earlier_names(folder)
         if adapter:
             (folder / "config.json").unlink()
-            _write_adapter(checkpoint.folder, state, folder, adapted)
+            wrapper = _wrapper(run_dir) if "towers" in state["identity"] else None
+            _write_adapter(Content.trained(checkpoint.folder, state), wrapper, state, folder)
         else:
-            _write_weights(Content.of(checkpoint.folder, state), folder, chosen)
+            towers = open_towers(checkpoint.folder, state)
+            _write_weights(Content.of(checkpoint.folder, state), towers, folder, chosen)
         (folder / "README.md").write_text(_card(state, folder))
     log(f"exported step {checkpoint.step} to {output} ({dtype_name(chosen)})")
     return output
@@ -124,8 +130,10 @@ def _same(one: Path, other: Path) -> bool:
 
 def _set_dtype(path: Path, dtype: str) -> torch.dtype:
     config = read_json(path)
+    text = text_settings(config)
     if dtype == "original":
-        name = config.get("dtype") or config.get("torch_dtype") or "float32"
+        stated = [part.get(key) for part in (config, text) for key in ("dtype", "torch_dtype")]
+        name = next(filter(None, stated), "float32")
         if name not in _ORIGINAL_DTYPES:
             raise UserError(
                 f"{path.name} of the base model has dtype={name}, in which no weights can be "
@@ -135,6 +143,7 @@ def _set_dtype(path: Path, dtype: str) -> torch.dtype:
     else:
         chosen = DTYPES[dtype]
     config["dtype"] = config["torch_dtype"] = dtype_name(chosen)
+    text.update({key: dtype_name(chosen) for key in ("dtype", "torch_dtype") if key in text})
     path.write_text(json.dumps(config, indent=2) + "\n")
     assert isinstance(chosen, torch.dtype)
     return chosen
@@ -145,13 +154,15 @@ def _add_earlier_names(folder: Path) -> None:
     tools would silently rotate by their default frequencies, and not find the tokenizer's class."""
     path = folder / "config.json"
     config = read_json(path)
-    rope = config.get("rope_parameters")
+    text = text_settings(config)
+    rope = text.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:  # not one for each type of layer
         moved = ("rope_theta", "partial_rotary_factor")
         earlier = {key: rope[key] for key in moved if key in rope}
         if rope.get("rope_type", "default") != "default":
             earlier["rope_scaling"] = {k: v for k, v in rope.items() if k not in moved}
-        path.write_text(json.dumps({**earlier, **config}, indent=2) + "\n")
+        text.update({**earlier, **text})
+        path.write_text(json.dumps(config, indent=2) + "\n")
     path = folder / "tokenizer_config.json"
     if path.exists():
         settings = read_json(path)
@@ -160,10 +171,15 @@ def _add_earlier_names(folder: Path) -> None:
             path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _write_weights(content: Content, output: Path, dtype: torch.dtype) -> None:
+def _write_weights(
+    content: Content, towers: WeightFiles | None, output: Path, dtype: torch.dtype
+) -> None:
+    """Write the model's tensors in `dtype`, and towers as they are in the base's files."""
     size = {name: math.prod(shape) * dtype.itemsize for name, shape in content.shapes.items()}
+    if towers is not None:
+        size |= {name: tensor.nbytes for name, tensor in towers.others.items()}
     files: list[list[str]] = [[]]
-    for name in content.shapes:
+    for name in size:
         if files[-1] and sum(size[n] for n in files[-1]) + size[name] > _FILE_BYTES:
             files.append([])
         files[-1].append(name)
@@ -177,6 +193,9 @@ def _write_weights(content: Content, output: Path, dtype: torch.dtype) -> None:
         # Tied weights are stored once, as transformers does.
         tensors: dict[str, torch.Tensor] = {}
         for name in names:
+            if towers is not None and name in towers.others:
+                tensors[name] = towers.read_other(name)
+                continue
             tensor = content.read(name)
             tensor = tensor if name in content.constants else tensor.to(dtype)
             tensors |= split(tensor, content.layout[name])
@@ -187,20 +206,29 @@ def _write_weights(content: Content, output: Path, dtype: torch.dtype) -> None:
         (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
+def _wrapper(run_dir: Path) -> Wrapper | None:
+    """The wrapper of the text model that a run trained."""
+    folder, config = run_dir / MODEL_FOLDER, ModelConfig()
+    text_model = load.build(folder, config, packing=False)
+    return Wrapper.around(text_model, load.load_model_config(folder, config))
+
+
 def _write_adapter(
-    folder: Path, state: Mapping[str, Any], output: Path, adapter: AdapterConfig
+    trained: Content, wrapper: Wrapper | None, state: Mapping[str, Any], output: Path
 ) -> None:
-    trained, tensors, layers = Content.trained(folder, state), {}, set()
+    tensors, layers = {}, set()
     for name in trained.shapes:
-        layer, saved = peft_name(name)
+        layer, saved = peft_name(wrapper.name(name) if wrapper else name)
         tensors[saved] = trained.read(name)
         layers.add(layer)
+    # Towers have layers of these names, too.
+    targets = wrapper.pattern(layers) if wrapper else sorted(layers)
     _save(tensors, output / "adapter_model.safetensors")
     settings = {
         "peft_type": "LORA",
         "base_model_name_or_path": state["config"]["model"]["name_or_path"],
         "inference_mode": True,
-        **peft_settings(adapter, sorted(layers)),
+        **peft_settings(adapter_of(state), targets),
     }
     (output / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
@@ -239,9 +267,13 @@ def _card(state: Mapping[str, Any], folder: Path) -> str:
         else "no embedding noise"
     )
     progress = state["progress"]
+    is_wrapped = "towers" in state["identity"]
+    if is_wrapped:
+        trained += " of the text model; the towers are the base's"
+    task = "image-text-to-text" if is_wrapped else "text-generation"
     return f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 ---
 # Fine-tuned model
 

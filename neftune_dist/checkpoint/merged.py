@@ -22,7 +22,7 @@ from neftune_dist.engine.base import MASTER, FlatShard
 from neftune_dist.model import load, locate
 from neftune_dist.model.adapters import merged, quantized_names
 from neftune_dist.model.stored_tensors import Layout, from_record
-from neftune_dist.model.weights import weights_folder
+from neftune_dist.model.weights import WeightFiles, weights_folder
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,8 @@ class Content:
         adapter, known = adapter_of(state), state["identity"].get("base")
         if adapter.method == "none" and known is None:
             return trained
-        kept = ("name_or_path", "weights", "revision", "trust_remote_code")
-        config = ModelConfig(**{key: state["config"]["model"][key] for key in kept})
-        base, packing = locate.find(config), state["config"]["data"]["packing"]
-        plain = load.build(base, config, packing)
+        config, base, plain = _base(state)
+        packing = state["config"]["data"]["packing"]
         files = load.open_weights(plain, base, config, seed=0)
         if known is not None and known != f"{files.digest():032x}":
             raise UserError(
@@ -109,6 +107,34 @@ class Content:
         layout = from_record(state.get("stored", {}), shapes)
         buffers = frozenset(name for name, _ in load.stored_buffers(plain))
         return Content(shapes, merge, layout, buffers)
+
+
+def open_towers(folder: Path, state: Mapping[str, Any]) -> WeightFiles | None:
+    """The base's files, of which `others` are the towers around the text model that a run trained;
+    None where it trained no wrapper.
+
+    Raises:
+        UserError: they are missing, or have changed.
+    """
+    known = state["identity"].get("towers")
+    if known is None:
+        return None
+    config, base, plain = _base(state)
+    files = load.open_towers(plain, base, config)
+    if files is None or known != f"{files.digest_others():032x}":
+        raise UserError(
+            f"The checkpoint {folder} was trained inside other towers than those now in "
+            f"{weights_folder(config, base)}: restore them there."
+        )
+    return files
+
+
+def _base(state: Mapping[str, Any]) -> tuple[ModelConfig, Path, Any]:
+    """A run's base model: its settings, its folder, and the plain model on the meta device."""
+    kept = ("name_or_path", "weights", "revision", "trust_remote_code")
+    config = ModelConfig(**{key: state["config"]["model"][key] for key in kept})
+    base = locate.find(config)
+    return config, base, load.build(base, config, state["config"]["data"]["packing"])
 
 
 @contextmanager

@@ -150,6 +150,7 @@ def check_same_run(
         "data": "made with other data, or by a version of neftune_dist that put the same data in "
         "another order",
         "base": f"trained beside other frozen weights than those of {place}",
+        "towers": f"trained inside other towers than those of {place}",
     }
     if from_file:
         ways = {"template": f"made with another text in data.template={template}", **ways}

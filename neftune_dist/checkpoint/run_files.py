@@ -30,6 +30,7 @@ from neftune_dist.config import (
 )
 from neftune_dist.distributed.world import World
 from neftune_dist.model import load
+from neftune_dist.model.wrapped import text_settings
 from neftune_dist.system import storage
 from neftune_dist.system.records import EVALUATIONS, SAMPLES, STEPS
 
@@ -101,6 +102,7 @@ def write_run_files(
     with storage.writing(f"run_dir={run_dir}"):
         storage.write(run_dir / _CONFIG, config.to_yaml())
         keep_small_files(model_folder, run_dir)
+        keep_ties(model_config, run_dir)
         if config.model.add_tokens:
             keep_vocabulary(tokenizer, model_config.vocab_size, run_dir)
         own = config.data.template == "chat" and config.data.system_prompt is None
@@ -149,7 +151,21 @@ def keep_vocabulary(tokenizer: Any, num_rows: int, run_dir: Path) -> None:
     tokenizer.save_pretrained(target)
     path = target / "config.json"
     config = read_json(path)
-    path.write_text(json.dumps({**config, "vocab_size": num_rows}, indent=2) + "\n")
+    text_settings(config)["vocab_size"] = num_rows
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def keep_ties(model_config: Any, run_dir: Path) -> None:
+    """Record in a wrapper's config.json whether its embedding is tied, where the base's weights
+    have decided: the run's files have none."""
+    path = run_dir / MODEL_FOLDER / "config.json"
+    config = read_json(path)
+    outer, text = config, text_settings(config)
+    if outer is not text:
+        outer["tie_word_embeddings"] = text["tie_word_embeddings"] = (
+            model_config.tie_word_embeddings
+        )
+        path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def keep_template(source: str | None, run_dir: Path) -> None:
@@ -160,6 +176,7 @@ def keep_template(source: str | None, run_dir: Path) -> None:
         settings = read_json(own)
         settings.pop("chat_template", None)
         own.write_text(json.dumps(settings, indent=2) + "\n")
+    (target / "chat_template.json").unlink(missing_ok=True)  # of a wrapper's processor
     if source is None:
         (target / CHAT_TEMPLATE).unlink(missing_ok=True)
     else:
@@ -222,7 +239,7 @@ def check_architecture(run_dir: Path, state: Mapping[str, Any]) -> None:
     settings = ModelConfig(
         trust_remote_code=state["config"]["model"].get("trust_remote_code", False)
     )
-    now = load.architecture(load.load_model_config(folder, settings))
+    now = load.architecture(load.trained_model_config(folder, settings))
     if other := differing_fields(state["identity"]["architecture"], now):
         raise UserError(
             f"{folder / 'config.json'} describes another model than the checkpoint's, by its "

@@ -9,7 +9,8 @@ that do not fill the model.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from neftune_dist.checkpoint import choice, store
 from neftune_dist.checkpoint.merged import Content
@@ -30,7 +31,8 @@ from neftune_dist.checkpoint.run_files import (
 from neftune_dist.config import Config, ModelConfig, UserError, load_config, user_path
 from neftune_dist.data.tokenize import ConversationTokenizer
 from neftune_dist.model import load, locate
-from neftune_dist.model.families import check_model
+from neftune_dist.model.attention import with_attention
+from neftune_dist.model.families import WRAPPERS, check_model
 from neftune_dist.model.generation import Generator, end_tokens
 from neftune_dist.model.modules import replace_parameters
 from neftune_dist.model.precision import fast_dtype, with_dtype
@@ -79,7 +81,7 @@ class EvaluationTarget:
     @cached_property
     def end_tokens(self) -> list[int]:
         """Tokens that end an answer."""
-        hf_config = load.load_model_config(self.folder, self._plain)
+        hf_config = load.trained_model_config(self.folder, self._plain)
         return end_tokens(self.folder, hf_config, self.template.end_of_turn[0])
 
     @cached_property
@@ -136,12 +138,28 @@ class EvaluationTarget:
             raise UserError(
                 f"The checkpoint {self.checkpoint.folder} is of another model than {self.folder}."
             )
+        return self._filled(model, content.read)
+
+    def _filled(self, model: Any, read: Callable[[str], Tensor]) -> Any:
+        """Take a model from the meta device to this one, with what `read` gives for each name."""
         _allocate(model, self.device)
         load.initialize_buffers(model, self.device)
         with torch.no_grad():
             for name, held in [*model.named_parameters(), *load.stored_buffers(model)]:
-                held.copy_(content.read(name))
+                held.copy_(read(name))
         return model
+
+    def _of_wrapper(self) -> Any:
+        """The text model of a wrapper's files."""
+        dtype = load.DTYPES[self._plain.dtype]
+        model = load.build(self.folder, self._plain, packing=False, dtype=dtype)
+        weights = load.open_weights(model, self.folder, self._plain, seed=0)
+        shapes = load.stored_shapes(model)
+
+        def read(name: str) -> Tensor:
+            return weights.read(name, 0, math.prod(shapes[name])).view(shapes[name])
+
+        return self._filled(model, read)
 
     def _of_files(self) -> Any:
         def make(attention: str) -> Any:
@@ -154,8 +172,10 @@ class EvaluationTarget:
             )
 
         hf_config = load.load_model_config(self.folder, self._plain)
+        if hf_config.model_type in WRAPPERS:
+            return self._of_wrapper()
         try:
-            model, loaded = load.with_attention(make, hf_config, self._plain.attention)
+            model, loaded = with_attention(make, hf_config, self._plain.attention)
         except Exception as error:  # transformers raises whatever its parsers do
             raise UserError(
                 f"The model in {self.folder} cannot be loaded: {first_line(error)}"

@@ -86,8 +86,12 @@ def targets(model: Any, config: AdapterConfig) -> list[str]:
     return wanted
 
 
-def peft_settings(config: AdapterConfig, names: list[str]) -> dict[str, Any]:
-    """Arguments of PEFT's `LoraConfig`."""
+def peft_settings(config: AdapterConfig, names: list[str] | str) -> dict[str, Any]:
+    """Arguments of PEFT's `LoraConfig`.
+
+    Args:
+        names: last names of the layers, or a pattern of their whole names.
+    """
     return {
         "r": config.rank,
         "lora_alpha": config.alpha,

@@ -8,7 +8,7 @@ mask of blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -19,6 +19,7 @@ from torch.nn.attention import flex_attention as flex
 from transformers import AttentionInterface
 
 from neftune_dist.compat.transformers import attention_name
+from neftune_dist.model.families import needs_eager
 from neftune_dist.model.ulysses import to_heads, to_slices
 from neftune_dist.model.varlen import VARLEN_OPERATOR, by_document
 
@@ -31,6 +32,30 @@ def implementation(attention: str, packing: bool) -> str:
     if attention == "auto":
         attention = "varlen" if packing else "sdpa"
     return {"varlen": VARLEN, "flex": FLEX}.get(attention, attention)
+
+
+def with_attention(
+    make: Callable[[str], Any], hf_config: Any, attention: str, packing: bool = False
+) -> Any:
+    """Make a model with `model.attention`; auto, padded, is the first of sdpa and eager that the
+    model computes rightly.
+
+    Args:
+        make: makes it with an attention of that name of transformers.
+        hf_config: the model's own configuration.
+        attention, packing: the settings.
+    """
+    name = implementation(attention, packing)
+    if attention != "auto" or packing:
+        return make(name)
+    if needs_eager(hf_config):
+        return make("eager")
+    try:
+        return make(name)
+    except ValueError as error:
+        if "attn_implementation=" not in str(error):
+            raise
+        return make("eager")
 
 
 @contextmanager

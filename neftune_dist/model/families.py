@@ -93,6 +93,27 @@ PACKING_FAMILIES = frozenset(name for name, family in FAMILIES.items() if family
 EMBEDDING_SCALES = tuple(
     dict.fromkeys(name for family in FAMILIES.values() for name in family.embedding_scale)
 )
+# The classes of multimodal wrappers, by model_type. They compute text as their text model alone
+# does. To add one, add a row: `tests/unit/test_wrapped.py` proves it.
+WRAPPERS = {
+    "aria": "AriaForConditionalGeneration",
+    "exaone4_5": "Exaone4_5_ForConditionalGeneration",
+    "gemma3": "Gemma3ForConditionalGeneration",
+    "idefics3": "Idefics3ForConditionalGeneration",
+    "internvl": "InternVLForConditionalGeneration",
+    "kimi_k25": "Kimi_K25ForConditionalGeneration",
+    "lfm2_vl": "Lfm2VlForConditionalGeneration",
+    "llama4": "Llama4ForConditionalGeneration",
+    "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+    "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+    "mistral3": "Mistral3ForConditionalGeneration",
+    "ovis2": "Ovis2ForConditionalGeneration",
+    "qwen3_5": "Qwen3_5ForConditionalGeneration",
+    "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
+    "smolvlm": "SmolVLMForConditionalGeneration",
+    "voxtral": "VoxtralForConditionalGeneration",
+}
 # Settings by which a model without `is_decoder` says that its tokens see later ones (XLM, XLNet).
 _BIDIRECTIONAL = (("causal", False), ("attn_type", "bi"))
 # Configurations within a configuration that describe the blocks (MPT, DBRX), not another model.
@@ -102,6 +123,16 @@ _OTHER = {
     "phimoe": "its routers draw at random",
     "prophetnet": "padding changes what its tokens see",
 }
+# Their positions begin after that of padding, `pad_token_id`.
+_AFTER_PADDING = (
+    "camembert",
+    "data2vec-text",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+)
 _EAGER = ("gemma3n_text",)  # by sdpa, padding makes its gradient NaN
 _LOGITS = sorted({family.logits for family in FAMILIES.values() if family.logits})
 _CAPS = sorted({family.attention_cap for family in FAMILIES.values() if family.attention_cap})
@@ -131,6 +162,9 @@ def context_length(hf_config: Any) -> int | None:
 
 def check_config(hf_config: Any) -> None:
     """Raise `UserError` where config.json describes another kind of model than is trained here."""
+    if hf_config.model_type in WRAPPERS:
+        _check_wrapper(hf_config)
+        hf_config = hf_config.get_text_config()
     if reason := _why_other(hf_config):
         raise UserError(
             f"The model is of type {hf_config.model_type}, which is no plain causal language "
@@ -144,6 +178,24 @@ def check_config(hf_config: Any) -> None:
         )
 
 
+def _check_wrapper(hf_config: Any) -> None:
+    """Raise `UserError` where text is computed otherwise than by the text model alone."""
+    kind = hf_config.model_type
+    expected = WRAPPERS[kind]
+    named = (hf_config.architectures or [expected])[0]
+    if named != expected:
+        raise UserError(
+            f"config.json names the class {named}: of the wrappers of type {kind}, {expected} "
+            "alone is known to compute text as the text model inside it."
+        )
+    if setting := changed_logits(hf_config):
+        raise UserError(
+            f"{expected} leaves out {setting}, by which its text model "
+            f"({hf_config.get_text_config().model_type}) changes its logits: trained alone, that "
+            "would be another model."
+        )
+
+
 def _why_other(hf_config: Any) -> str | None:
     """The reason why this is no plain causal language model, or None."""
     parts = [
@@ -152,7 +204,10 @@ def _why_other(hf_config: Any) -> str | None:
         if getattr(hf_config, name, None) is not None and name not in _PARTS_OF_BLOCKS
     ]
     if parts:
-        return f"its language model is a part of it ({', '.join(sorted(parts))})"
+        return (
+            f"its language model is a part of it ({', '.join(sorted(parts))}), and it is none of "
+            f"the wrappers whose text models are trained ({', '.join(WRAPPERS)})"
+        )
     if getattr(hf_config, "is_encoder_decoder", False):
         return "it is an encoder and a decoder"
     is_remote = "AutoModelForCausalLM" in (getattr(hf_config, "auto_map", None) or {})
@@ -241,6 +296,8 @@ def longest_document(hf_config: Any) -> int | None:
     config, last = hf_config.get_text_config(), context_length(hf_config)
     rope = getattr(config, "rope_parameters", None)
     family = FAMILIES.get(config.model_type)
+    if last and config.model_type in _AFTER_PADDING:
+        last -= config.pad_token_id + 1
     if not rope or (family and family.learned_positions):
         return last
     kinds = [kind for kind in rope.values() if isinstance(kind, dict)] or [rope]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,18 +22,19 @@ from torch import Tensor, nn
 from neftune_dist.compat.transformers import initialize_weights, mark_initialized
 from neftune_dist.config import AdapterConfig, ModelConfig, UserError, split_list
 from neftune_dist.model import adapters
-from neftune_dist.model.attention import implementation
+from neftune_dist.model.attention import with_attention
 from neftune_dist.model.families import (
+    WRAPPERS,
     check_config,
     check_model,
     check_packable,
-    needs_eager,
 )
 from neftune_dist.model.loss import resolve_loss
 from neftune_dist.model.modules import own_buffers, own_parameters
 from neftune_dist.model.optimizations import configure
 from neftune_dist.model.stored_tensors import Layout
 from neftune_dist.model.weights import GrownWeights, WeightFiles, weights_folder
+from neftune_dist.model.wrapped import Wrapper, trained_config
 from neftune_dist.system.text import first_line
 
 _NO_ARCHITECTURE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
@@ -77,6 +78,11 @@ def _missing_package(folder: Path) -> str | None:
     return None if importlib.util.find_spec(package) else package
 
 
+def trained_model_config(folder: Path, config: ModelConfig) -> Any:
+    """The configuration of the language model that is trained, a wrapper's text model."""
+    return trained_config(load_model_config(folder, config), weights_folder(config, folder))
+
+
 def load_model_config(folder: Path, config: ModelConfig) -> Any:
     """The model's own configuration (transformers' config.json)."""
     try:
@@ -111,6 +117,7 @@ def build(
             "read)."
         )
     check_config(hf_config)
+    hf_config = trained_config(hf_config, weights_folder(config, folder))
     if packing:
         check_packable(hf_config)
 
@@ -138,30 +145,6 @@ def build(
     configure(model, config)
     resolve_loss(config.loss, model)
     return model.train()
-
-
-def with_attention(
-    make: Callable[[str], Any], hf_config: Any, attention: str, packing: bool = False
-) -> Any:
-    """Make a model with `model.attention`; auto, padded, is the first of sdpa and eager that the
-    model computes rightly.
-
-    Args:
-        make: makes it with an attention of that name of transformers.
-        hf_config: the model's own configuration.
-        attention, packing: the settings.
-    """
-    name = implementation(attention, packing)
-    if attention != "auto" or packing:
-        return make(name)
-    if needs_eager(hf_config):
-        return make("eager")
-    try:
-        return make(name)
-    except ValueError as error:
-        if "attn_implementation=" not in str(error):
-            raise
-        return make("eager")
 
 
 def _make_room(model: Any, num_tokens: int) -> None:
@@ -195,6 +178,25 @@ def open_weights(model: Any, folder: Path, config: ModelConfig, seed: int) -> We
     Raises:
         UserError: as `WeightFiles`.
     """
+    files, in_files, is_grown = _open_files(model, folder, config)
+    if is_grown:
+        return GrownWeights(files, in_files)
+    if not any(adapters.is_adapter(name) for name in parameter_aliases(model)):
+        return files
+    return adapters.AdaptedWeights(model, files, seed)
+
+
+def open_towers(model: Any, folder: Path, config: ModelConfig) -> WeightFiles | None:
+    """The base's files, of which `others` are the towers around a text model; None without a
+    wrapper. Arguments and errors are those of `open_weights`."""
+    is_wrapped = load_model_config(folder, config).model_type in WRAPPERS
+    return _open_files(model, folder, config)[0] if is_wrapped else None
+
+
+def _open_files(
+    model: Any, folder: Path, config: ModelConfig
+) -> tuple[WeightFiles, dict[str, tuple[int, ...]], bool]:
+    """The files, the shapes in them, and whether the model has more rows."""
     aliases = {
         adapters.plain_name(first): [adapters.plain_name(name) for name in names]
         for first, names in parameter_aliases(model).items()
@@ -211,13 +213,24 @@ def open_weights(model: Any, folder: Path, config: ModelConfig, seed: int) -> We
         for name, parameter in model.named_parameters():
             if id(parameter) in grown:
                 in_files[name] = (min(rows, shapes[name][0]), *shapes[name][1:])
-    place, prefix = weights_folder(config, folder), model.base_model_prefix
-    files = WeightFiles(place, aliases, in_files, prefix, model)
-    if in_files != shapes:
-        return GrownWeights(files, in_files)
-    if not any(adapters.is_adapter(name) for name in parameter_aliases(model)):
-        return files
-    return adapters.AdaptedWeights(model, files, seed)
+    place, outer = weights_folder(config, folder), model
+    if wrapper := Wrapper.around(model, load_model_config(folder, config)):
+        outer = wrapper.model
+        aliases = {first: [wrapper.name(n) for n in names] for first, names in aliases.items()}
+        known = [*parameter_aliases(outer).values(), *([name] for name, _ in outer.named_buffers())]
+        other = [own for own, names in aliases.items() if sorted(names) not in map(sorted, known)]
+        if other:
+            raise UserError(
+                f"{type(outer).__name__} lacks {other[0]} of its text model "
+                f"({type(model).__name__}), or ties it otherwise: it cannot be trained."
+            )
+    files = WeightFiles(place, aliases, in_files, outer.base_model_prefix, outer)
+    if wrapper and files.is_foreign:
+        raise UserError(
+            f"{place} is a trainer's checkpoint, and {type(outer).__name__} holds more than the "
+            "text model that is trained: start from its Hugging Face files."
+        )
+    return files, in_files, in_files != shapes
 
 
 @torch.no_grad()

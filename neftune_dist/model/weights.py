@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
+from neftune_dist.compat.transformers import stored_parts
 from neftune_dist.config import ModelConfig, UserError, user_path
 from neftune_dist.model.foreign import ForeignWeights, open_weights
 from neftune_dist.model.pickles import load_tensors
@@ -71,7 +73,7 @@ class WeightFiles:
         prefix: str,
         model: Any = None,
     ) -> None:
-        self._folder, self._model, self._shapes = folder, model, shapes
+        self._folder, self._model, self._shapes, self._aliases = folder, model, shapes, aliases
         self._file_of = _index(folder)
         self.layout: Layout = {}
         for name, names in aliases.items():
@@ -113,33 +115,45 @@ class WeightFiles:
             return self._read(self.layout[name][0].name, 0, 0)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the files are a trainer's checkpoint."""
+        return any(isinstance(file, ForeignWeights) for file in self._file_of.values())
+
     def export_layout(self) -> Layout:
         """The layout for an export: that of these files, or, where they are a trainer's
         checkpoint, what `save_pretrained` would write."""
-        is_foreign = any(isinstance(file, ForeignWeights) for file in self._file_of.values())
-        if is_foreign and self._model is not None:
+        if self.is_foreign and self._model is not None:
             return saved_layout(self._model, self._shapes)
         return self.layout
 
     def digest(self, part: tuple[int, int] = (0, 1)) -> int:
         """A 128-bit digest of every parameter's name, shape, dtype and content. The digests of the
-        parts (0, n) to (n - 1, n) combine by exclusive or to that of the whole.
-
-        It reads everything once: 3 GB/s measured on one core with the files in memory, so 5 s for
-        13 GB; n parts on n ranks take an n-th of that."""
-        total, (index, count) = 0, part
+        parts (0, n) to (n - 1, n) combine by exclusive or to that of the whole."""
         shapes = {name: tuple(self._shapes[name]) for name in self.layout}
-        largest_first = sorted(shapes, key=lambda name: -math.prod(shapes[name]))
-        for name in largest_first[index::count]:
-            shape = shapes[name]
-            found = xxhash.xxh3_128(f"{name} {shape} {self.read(name, 0, 1).dtype}".encode())
-            row, numel = math.prod(shape[1:]), math.prod(shape)
-            step = max(1, _DIGESTED_ELEMENTS // max(1, row)) * row
-            for start in range(0, numel, step):
-                values = self.read(name, start, min(numel, start + step))
-                found.update(values.contiguous().view(torch.uint8).numpy().data)
-            total ^= found.intdigest()
-        return total
+        return _digest(self.read, shapes, part)
+
+    @cached_property
+    def others(self) -> dict[str, Tensor]:
+        """The stored tensors that are no part of a parameter (a wrapper's towers), without their
+        content."""
+        known = {alias for names in self._aliases.values() for alias in names}
+        read = {part.stored for part in stored_parts(self._model, self._file_of, known)}
+        return {
+            name: torch.empty(self._shape(name), dtype=self._read(name, 0, 0).dtype, device="meta")
+            for name in self._file_of
+            if name not in read
+        }
+
+    def read_other(self, name: str) -> Tensor:
+        """One of `others`, with its content."""
+        shape = self.others[name].shape
+        return self._read(name, 0, math.prod(shape)).reshape(shape).clone()
+
+    def digest_others(self, part: tuple[int, int] = (0, 1)) -> int:
+        """The digest of `others`, as `digest` is that of the parameters."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.others.items()}
+        return _digest(self._read, shapes, part)
 
     def _read(self, source: str, start: int, stop: int) -> Tensor:
         file = self._file_of[source]
@@ -234,6 +248,34 @@ class GrownWeights:
                 total += piece.view(-1, width).sum(0, dtype=torch.float64)
             self._means[name] = (total / rows).float()
         return self._means[name]
+
+
+def _digest(
+    read: Callable[[str, int, int], Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    part: tuple[int, int],
+) -> int:
+    """See `WeightFiles.digest`.
+
+    It reads everything once: 3 GB/s measured on one core with the files in memory, so 5 s for
+    13 GB; n parts on n ranks take an n-th of that."""
+    total, (index, count) = 0, part
+    largest_first = sorted(shapes, key=lambda name: -math.prod(shapes[name]))
+    for name in largest_first[index::count]:
+        shape = shapes[name]
+        found = xxhash.xxh3_128(f"{name} {shape} {read(name, 0, 1).dtype}".encode())
+        row, numel = math.prod(shape[1:]), math.prod(shape)
+        step = max(1, _DIGESTED_ELEMENTS // max(1, row)) * row
+        for start in range(0, numel, step):
+            values = read(name, start, min(numel, start + step))
+            found.update(values.contiguous().view(torch.uint8).numpy().data)
+        total ^= found.intdigest()
+    return total
+
+
+def stored_names(folder: Path) -> set[str]:
+    """The names of the tensors in a folder's files. Raises `UserError` where it holds none."""
+    return set(_index(folder))
 
 
 def _candidates(names: list[str], prefix: str) -> list[str]:

@@ -38,7 +38,7 @@ class Inputs:
         model: on the meta device.
         size: of the model, for FLOPs.
         identity: data, their order, tokenizer and architecture (with adapters also the frozen
-            weights), which a checkpoint must share to be resumed.
+            weights, with a wrapper its towers), which a checkpoint must share to be resumed.
         stored: how the base's files name and cut the parameters, for an export.
         found: the checkpoint to resume from; None: the run begins.
         progress: how far the run has come.
@@ -107,9 +107,12 @@ def read_inputs(
         if not found or needs_base:
             weights = load.open_weights(model, folder, config.model, config.train.seed)
         stored = to_record(weights.export_layout()) if weights else {}
-        digest = weights.digest((world.rank, world.size)) if weights and needs_base else 0
-    if needs_base:
-        identity["base"] = _xor_over_ranks(digest, world)
+        part, digests = (world.rank, world.size), {}
+        if weights and needs_base:
+            digests["base"] = weights.digest(part)
+        if towers := load.open_towers(model, folder, config.model):
+            digests["towers"] = towers.digest_others(part)
+    identity |= {kind: _xor_over_ranks(digest, world) for kind, digest in digests.items()}
     config = _with_engine(config, model, world)
     progress = Progress()
     changes: list[str] = []

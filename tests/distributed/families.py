@@ -1,4 +1,5 @@
-"""Every causal language model of transformers, tiny: trained exactly, or refused by one sentence.
+"""Every causal language model of transformers and every wrapper whose text model is trained, tiny:
+trained exactly, or refused by one sentence.
 
 usage: python -m tests.distributed.families RESULTS [--engines fsdp2 zero-3 ...] [--types T ...]
        python -m tests.distributed.families RESULTS --render FILE
@@ -31,6 +32,7 @@ import transformers
 from safetensors.torch import load_file
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from neftune_dist.model.families import WRAPPERS
 from neftune_dist.model.load import stored_buffers
 from tests.support import reference_loop, tiny_model
 from tests.support.shrunk import model_types, shrunk
@@ -91,7 +93,10 @@ class Make:
         torch.manual_seed(0)
         config = shrunk(self.model_type)
         config.save_pretrained(self.folder)
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        if self.model_type in WRAPPERS:
+            model = getattr(transformers, WRAPPERS[self.model_type])(config)
+        else:
+            model = transformers.AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() < 2:  # norms of exactly 1, biases of 0 would hide mistakes
@@ -115,9 +120,7 @@ class Reference:
         warnings.simplefilter("ignore")
         config = reference_loop.load_config(self.config)
         name = config.model.name_or_path
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, attn_implementation=self.attention
-        )
+        model = _load(name, self.attention)
         records = reference_loop.train(model, config)
         folder = self.config.parent / self.attention
         folder.mkdir()
@@ -138,9 +141,7 @@ class Compare:
 
     def __call__(self) -> None:
         warnings.simplefilter("ignore")
-        exported = transformers.AutoModelForCausalLM.from_pretrained(
-            self.export, dtype=torch.float32, attn_implementation="eager"
-        )
+        exported = _load(self.export, "eager")
         expected, found = torch.load(self.folder / "logits.pt"), _logits(exported)
         difference = float((found - expected).abs().max() / expected.abs().max())
         saved, own = _tensors(self.folder / "saved"), _tensors(self.export)
@@ -153,6 +154,13 @@ class Compare:
         ]
         names = " ".join([*lacking[:2], *further[:2], *other[:2]])
         (self.export / "compared.json").write_text(json.dumps([difference, names]))
+
+
+def _load(name: str | Path, attention: str) -> Any:
+    """A causal language model, or the wrapper that config.json names."""
+    kind = WRAPPERS.get(transformers.AutoConfig.from_pretrained(name).model_type)
+    made = getattr(transformers, kind) if kind else transformers.AutoModelForCausalLM
+    return made.from_pretrained(name, dtype=torch.float32, attn_implementation=attention)
 
 
 def _logits(model: Any, last: int = 5) -> torch.Tensor:
@@ -181,7 +189,7 @@ def run_family(model_type: str, engines: Sequence[str], tokenizer: Path) -> Iter
             assert problem is not None
             yield Result(model_type, "", "", "not built", problem[1])
             return
-        kind = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+        kind = WRAPPERS.get(model_type) or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
         config = folder / "config.yaml"
         sections = {
             "model": {"name_or_path": str(model), "dtype": "fp32"},
@@ -329,7 +337,7 @@ def main() -> None:
     found = read(options.results)
     with tempfile.TemporaryDirectory() as name:
         tiny_model.make_tokenizer(Path(name))
-        for model_type in options.types or model_types():
+        for model_type in options.types or sorted({*model_types(), *WRAPPERS}):
             known = {r.engine: r for r in found if r.model_type == model_type}
             wanted = [
                 engine

@@ -37,7 +37,7 @@ def test_family_trains_as_the_plain_loop_or_is_refused(model_type: str, tokenize
 
 
 def test_wrapper_is_refused_by_what_it_is(tokenizer: Path) -> None:
-    [result] = run_family("llama4", ["replicated"], tokenizer)
+    [result] = run_family("qwen4_exp", ["replicated"], tokenizer)
     assert result.outcome == "refused" and "text_config, vision_config" in result.sentence
 
 

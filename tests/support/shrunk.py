@@ -107,7 +107,8 @@ def _small(default: Any) -> dict[str, Any]:
     for name in default.sub_configs:
         part = getattr(default, name, None)
         if part is not None:
-            found[name] = {**_small(part), "model_type": part.model_type}
+            own = _OWN.get(part.model_type, {})
+            found[name] = {**_small(part), **own, "model_type": part.model_type}
     for name, value in vars(default).items():
         if name in _LIMITS and isinstance(value, int) and value > _LIMITS[name]:
             found[name] = _LIMITS[name]

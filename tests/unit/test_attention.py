@@ -181,7 +181,7 @@ def test_capped_logits_are_refused_or_computed(tmp_path: Path) -> None:
     assert attention_name(build(uncapped, ModelConfig(), packing=False)) == "eager"
 
 
-@pytest.mark.parametrize("model_type", ["bert", "roberta", "rembert", "gemma3", "bart"])
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "rembert", "paligemma", "bart"])
 def test_models_that_see_later_tokens_are_refused(model_type: str, tmp_path: Path) -> None:
     folder = folder_of(transformers.AutoConfig.for_model(model_type), tmp_path)
     with pytest.raises(UserError, match="no plain causal"):

@@ -64,8 +64,8 @@ def test_a_quirk_that_one_row_names_is_looked_for_in_every_model() -> None:
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("llama4", "a part of it (text_config, vision_config)"),
-        ("gemma3", "a part of it (text_config, vision_config)"),
+        ("qwen2_5_vl", "a part of it (text_config, vision_config)"),
+        ("paligemma", "a part of it (text_config, vision_config)"),
         ("moshi", "a part of it (audio_encoder_config, depth_decoder_config)"),
         ("t5", "an encoder and a decoder"),
         ("bart", "an encoder and a decoder"),
@@ -83,6 +83,20 @@ def test_other_kinds_of_models_are_refused_by_what_they_are(model_type: str, rea
 @pytest.mark.parametrize("model_type", ["llama", "mpt", "dbrx", "mamba", "rwkv", "gemma3_text"])
 def test_plain_language_models_are_not_refused(model_type: str) -> None:
     check_config(transformers.AutoConfig.for_model(model_type))
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xmod"],
+)
+def test_positions_that_begin_after_padding_end_earlier(model_type: str) -> None:
+    config = shrunk(model_type)
+    longest = longest_document(config)
+    assert longest == config.max_position_embeddings - config.pad_token_id - 1
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model(input_ids=torch.full((1, longest), 7))
+    with pytest.raises((IndexError, RuntimeError), match=r"out of (range|bounds)"):
+        model(input_ids=torch.full((1, longest + 1), 7))
 
 
 def test_blocks_left_out_at_random_are_refused() -> None:
