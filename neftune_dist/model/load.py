@@ -33,7 +33,7 @@ from neftune_dist.model.loss import resolve_loss
 from neftune_dist.model.modules import own_buffers, own_parameters
 from neftune_dist.model.optimizations import configure
 from neftune_dist.model.stored_tensors import Layout
-from neftune_dist.model.weights import GrownWeights, WeightFiles, weights_folder
+from neftune_dist.model.weights import GrownWeights, WeightFiles, is_foreign, weights_folder
 from neftune_dist.model.wrapped import Wrapper, trained_config
 from neftune_dist.system.text import first_line
 
@@ -224,12 +224,12 @@ def _open_files(
                 f"{type(outer).__name__} lacks {other[0]} of its text model "
                 f"({type(model).__name__}), or ties it otherwise: it cannot be trained."
             )
+        if is_foreign(place):
+            raise UserError(
+                f"{place} is a trainer's checkpoint, and {type(outer).__name__} holds more than "
+                "the text model that is trained: start from its Hugging Face files."
+            )
     files = WeightFiles(place, aliases, in_files, outer.base_model_prefix, outer)
-    if wrapper and files.is_foreign:
-        raise UserError(
-            f"{place} is a trainer's checkpoint, and {type(outer).__name__} holds more than the "
-            "text model that is trained: start from its Hugging Face files."
-        )
     return files, in_files, in_files != shapes
 
 

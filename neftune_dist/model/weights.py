@@ -115,15 +115,10 @@ class WeightFiles:
             return self._read(self.layout[name][0].name, 0, 0)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    @property
-    def is_foreign(self) -> bool:
-        """Whether the files are a trainer's checkpoint."""
-        return any(isinstance(file, ForeignWeights) for file in self._file_of.values())
-
     def export_layout(self) -> Layout:
         """The layout for an export: that of these files, or, where they are a trainer's
         checkpoint, what `save_pretrained` would write."""
-        if self.is_foreign and self._model is not None:
+        if _is_foreign(self._file_of) and self._model is not None:
             return saved_layout(self._model, self._shapes)
         return self.layout
 
@@ -271,6 +266,15 @@ def _digest(
             found.update(values.contiguous().view(torch.uint8).numpy().data)
         total ^= found.intdigest()
     return total
+
+
+def _is_foreign(file_of: Mapping[str, Any]) -> bool:
+    return any(isinstance(file, ForeignWeights) for file in file_of.values())
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether a folder holds a trainer's checkpoint. Raises `UserError` where it holds none."""
+    return _is_foreign(_index(folder))
 
 
 def stored_names(folder: Path) -> set[str]:

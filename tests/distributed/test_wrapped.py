@@ -44,10 +44,10 @@ class Expected:
         return self.config.parent / "model"
 
 
-def make_config(kind: str, folder: Path) -> Path:
+def make_config(kind: str, folder: Path, num_further: int = 40) -> Path:
     return tiny_model.make_config(
         folder,
-        make=partial(make_wrapper, model_type=kind),
+        make=partial(make_wrapper, model_type=kind, num_further=num_further),
         train={"max_steps": STEPS, "global_batch_size": 3},
         # Without it Adam makes a step of full size of the rounding error of a gradient near 0.
         optim={"epsilon": 1e-3},
@@ -174,6 +174,17 @@ def test_run_and_export_are_evaluated_alike(adapted: Path, tmp_path: Path) -> No
         target = open_target(place, settings=["model.dtype=fp32", *words])
         torch.testing.assert_close(logits(target.model, IDS), expected, atol=1e-5, rtol=1e-4)
     assert target.end_tokens == [1]
+
+
+def test_new_tokens_are_exported_with_the_wrapper(tmp_path: Path) -> None:
+    config = make_config("gemma3", tmp_path, num_further=0)
+    run, words = tmp_path / "run", ["engine.name=replicated", "train.max_steps=2"]
+    tiny_model.train(config, run, *words, "model.add_tokens=<|a|>,<|b|>")
+    output = export(run, tmp_path / "export", log=lambda _: None)
+    model, tokenizer = load_wrapper(output, "gemma3"), transformers.AutoTokenizer
+    assert len(tokenizer.from_pretrained(output)) == len(model.get_input_embeddings().weight)
+    found = logits(open_target(run, settings=["model.dtype=fp32"]).model, IDS)
+    torch.testing.assert_close(found, logits(model, IDS), atol=1e-5, rtol=1e-4)
 
 
 def test_towers_keep_their_bytes_whatever_dtype_the_text_has(adapted: Path, tmp_path: Path) -> None:

@@ -31,11 +31,15 @@ def tiny_wrapper(model_type: str, **text: Any) -> Any:
     return model
 
 
-def make_wrapper(folder: Path, model_type: str) -> Path:
-    """A tiny wrapper saved with a tokenizer, and with a processor's file."""
-    make_tokenizer(folder)
+def make_wrapper(folder: Path, model_type: str, num_further: int = 40) -> Path:
+    """A tiny wrapper saved with a tokenizer, and with a processor's file.
+
+    Args:
+        num_further: rows of the embedding beyond the tokenizer's tokens.
+    """
+    size = len(make_tokenizer(folder)) + num_further
     ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
-    tiny_wrapper(model_type, **ends).save_pretrained(folder)
+    tiny_wrapper(model_type, vocab_size=size, **ends).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text('{"image_size": 16}\n')
     return folder
 

@@ -211,6 +211,23 @@ def test_memory_is_that_of_all_experts(tmp_path: Path) -> None:
     assert peak.parts["optimizer"] == pytest.approx(2 * share, rel=1e-3)
 
 
+def test_plan_is_that_of_a_wrapper_s_text_model(tmp_path: Path) -> None:
+    tiny_model.make_tokenizer(tmp_path)
+    whole = published("google/gemma-3-12b-it")
+    whole.save_pretrained(tmp_path)
+    words = [f"model.name_or_path={tmp_path}", "engine.name=fsdp2"]
+    assert (
+        read(load_config("quickstart", words), with_data=False).size.num_parameters == 11766034176
+    )
+    whole.text_config.num_hidden_layers = 2
+    whole.text_config.layer_types = None
+    whole.save_pretrained(tmp_path)
+    config = load_config("quickstart", words)
+    given = read(config, with_data=False)
+    share = 4 * given.size.num_parameters / 8
+    assert given.peak(config, 8).parts["weights"] == pytest.approx(share, rel=1e-3)
+
+
 def test_without_data_micro_batches_are_full() -> None:
     config = Config()
     config.data.max_length, config.train.micro_batch_tokens = 100, 450

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors.torch import load_file, save_file
 
@@ -92,6 +93,15 @@ def test_text_model_with_parameters_that_its_wrapper_lacks_is_refused(tmp_path: 
     with_text("llava", "phi").save_pretrained(tmp_path)  # a bias in its projection
     model, config = build(tmp_path), ModelConfig(str(tmp_path))
     with pytest.raises(UserError, match=r"lacks lm_head\.bias of its text model"):
+        load.open_weights(model, tmp_path, config, 0)
+
+
+def test_trainer_s_checkpoint_is_refused(tmp_path: Path) -> None:
+    wrapper = tiny_wrapper("gemma3")
+    wrapper.config.save_pretrained(tmp_path)
+    dcp.save(wrapper.state_dict(), checkpoint_id=tmp_path / "dcp", no_dist=True)
+    model, config = build(tmp_path), ModelConfig(str(tmp_path), weights=str(tmp_path / "dcp"))
+    with pytest.raises(UserError, match="holds more than the text model"):
         load.open_weights(model, tmp_path, config, 0)
 
 
