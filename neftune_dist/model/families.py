@@ -204,10 +204,9 @@ def _why_other(hf_config: Any) -> str | None:
         if getattr(hf_config, name, None) is not None and name not in _PARTS_OF_BLOCKS
     ]
     if parts:
-        return (
-            f"its language model is a part of it ({', '.join(sorted(parts))}), and it is none of "
-            f"the wrappers whose text models are trained ({', '.join(WRAPPERS)})"
-        )
+        found = f"its language model is a part of it ({', '.join(sorted(parts))})"
+        known = f"; those whose text model is trained are {', '.join(WRAPPERS)}"
+        return found + (known if "text_config" in parts else "")
     if getattr(hf_config, "is_encoder_decoder", False):
         return "it is an encoder and a decoder"
     is_remote = "AutoModelForCausalLM" in (getattr(hf_config, "auto_map", None) or {})

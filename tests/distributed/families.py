@@ -282,7 +282,7 @@ def render(results: Sequence[Result]) -> str:
     counts = Counter(_summary(found)[0] for found in of_type.values())
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     lines = [
-        "# Every causal language model of transformers, tiny",
+        "# Every causal language model of transformers, and trained wrappers, tiny",
         "",
         "`python -m tests.distributed.families RESULTS`, then the same with `--render`",
         f"({date.today().isoformat()}, {versions}, CPU); the suite runs a sample",
