@@ -2,6 +2,7 @@
 
 usage: python -m tests.distributed.drill [--kills 60] [--seed 0]     both drills whole
        python -m tests.distributed.drill --kills 0                   the matrix alone
+       python -m tests.distributed.drill --engine replicated         its kills and its pairs alone
 
 Kills come at the moment of a rank's n-th operation on the checkpoints' files (as Python's audit
 events tell them: opening, making, renaming, removing), n at random, so that they fall into saving,
@@ -35,6 +36,7 @@ from tests.support import tiny_model
 
 STEPS = 8
 ENGINES = {
+    "replicated": ["engine.name=replicated"],
     "fsdp2": ["engine.name=fsdp2"],
     "hsdp": ["engine.name=fsdp2", "engine.num_replicas=2"],
     "zero-1": ["engine.name=deepspeed", "engine.zero_stage=1"],
@@ -328,7 +330,7 @@ def continue_from(config: Path, source: Path, layout: Layout, folder: Path) -> N
         for key, start, tensor in torch.load(file):
             assert torch.equal(tensor, saved[key][start : start + tensor.numel()]), key
             covered[key] += tensor.numel()
-    copies = 2 if layout.engine == "hsdp" else 1
+    copies = {"hsdp": 2, "replicated": layout.ranks}.get(layout.engine, 1)
     assert covered == {key: copies * tensor.numel() for key, tensor in saved.items()}
     documents = Observe(source / "seen").documents()
     assert observe.documents() == {step: documents[step] for step in (2, 3)}
@@ -340,26 +342,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=60, help="for each engine")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--engine", choices=ENGINES)
     arguments = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         config = make_config(folder)
-        for engine in ("fsdp2", "zero-3") if arguments.kills else ():
+        killed = [arguments.engine] if arguments.engine else ["replicated", "fsdp2", "zero-3"]
+        for engine in killed if arguments.kills else ():
             outcome = drill(config, folder, engine, arguments.kills, random.Random(arguments.seed))
             print(f"{engine}: {outcome.total()} kills, every run ended bit-identical", flush=True)
             for phase in PHASES:
                 hit = [f"{outcome[phase, who]} of {who} rank(s)" for who in ("one", "all")]
                 print(f"  while {phase:8} {', '.join(hit)}", flush=True)
-        sources = {}
-        for layout in LAYOUTS:
-            sources[layout] = save_at_two(config, folder / "sources", layout)
-        for number, (one, other) in enumerate(itertools.product(LAYOUTS, LAYOUTS)):
-            continue_from(config, sources[one], other, folder / "pairs" / str(number))
-            shutil.rmtree(folder / "pairs" / str(number))
-            if other == LAYOUTS[-1]:
-                print(f"saved by {one}: continued by all {len(LAYOUTS)} layouts", flush=True)
-    print(f"{len(LAYOUTS) ** 2} pairs; {(time.monotonic() - began) / 60:.0f} minutes in all")
+        num_pairs = 0
+        for one in LAYOUTS:
+            source = save_at_two(config, folder / "sources", one)
+            chosen = [x for x in LAYOUTS if arguments.engine in (None, one.engine, x.engine)]
+            for other in chosen:
+                continue_from(config, source, other, folder / "pair")
+                shutil.rmtree(folder / "pair")
+            num_pairs += len(chosen)
+            print(f"saved by {one}: continued by {', '.join(map(str, chosen))}", flush=True)
+    print(f"{num_pairs} pairs; {(time.monotonic() - began) / 60:.0f} minutes in all")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return drill.make_config(tmp_path_factory.mktemp("drill"))
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", "zero-3"])
+@pytest.mark.parametrize("engine", ["replicated", "fsdp2", "zero-3"])
 def test_kills_at_random_operations_lose_nothing_published(
     engine: str, config: Path, tmp_path: Path
 ) -> None:
@@ -46,6 +46,7 @@ def sources(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[dril
     ("one", "other"),
     [
         (drill.Layout("fsdp2", 3), drill.Layout("hsdp", 2)),
+        (drill.Layout("fsdp2", 3), drill.Layout("replicated", 2)),
         (drill.Layout("fsdp2", 3), drill.Layout("zero-3", 2)),
         (drill.Layout("zero-1", 2), drill.Layout("fsdp2", 1)),
         (drill.Layout("zero-1", 2), drill.Layout("zero-2", 3)),
