@@ -26,10 +26,17 @@ from neftune_dist.config.sections import (
 _URL = re.compile(r"https?://([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?(/[\w./~%+-]*)?", re.ASCII)
 # Upper case alone, in short parts, so that no key passes for a name.
 _VARIABLE = re.compile(r"(?!\d)[A-Z0-9]{0,16}(_[A-Z0-9]{0,16}){0,8}", re.ASCII)
+_FSDP2_KNOBS = (
+    "num_replicas",
+    "reshard_after_forward",
+    "sync_every",
+    "sequence_parallel",
+    "offload",
+)
 # The settings of section `engine`, beside its name, that each engine reads.
 _ENGINE_KNOBS = {
-    "auto": ("num_replicas", "reshard_after_forward", "sequence_parallel", "offload"),
-    "fsdp2": ("num_replicas", "reshard_after_forward", "sequence_parallel", "offload"),
+    "auto": _FSDP2_KNOBS,
+    "fsdp2": _FSDP2_KNOBS,
     "deepspeed": ("zero_stage", "sequence_parallel", "offload"),
     "replicated": ("sequence_parallel",),
 }
@@ -90,6 +97,8 @@ def _unused(config: Config) -> Iterator[tuple[Iterable[str], str]]:
     data, engine, judge = config.data, config.engine, config.judge
     keys = _keys("engine", but=("name", *_ENGINE_KNOBS[engine.name]))
     yield keys, f"with engine.name={engine.name}"
+    if engine.sync_every == "step":
+        yield ["engine.reshard_after_forward"], "with engine.sync_every=step"
     if config.adapter.method == "none":
         yield _keys("adapter"), "with adapter.method=none"
     if data.mixture:

@@ -213,13 +213,16 @@ class EngineConfig:
     name: str = choice("auto", "fsdp2", "deepspeed", "replicated")
     """FSDP2, DeepSpeed ZeRO, or replicated: every rank holds the whole model, which is the fastest
     where it fits. auto: replicated where weights, gradients and moments take at most 60 % of a
-    device, else fsdp2."""
+    device (83 % of a single one), else fsdp2."""
     zero_stage: int | None = choice(None, 1, 2, 3)
     """ZeRO stage of deepspeed; null: 3."""
     num_replicas: int | None = number(None, ge=1, le=2**16)
     """Copies of the sharded model under fsdp2 (HSDP); null: 1."""
     reshard_after_forward: bool | None = None
     """fsdp2: false keeps gathered weights until the backward pass; null: true."""
+    sync_every: str = choice("micro_batch", "step")
+    """fsdp2: gather weights and reduce gradients for every micro-batch, or once a step, which keeps
+    both whole meanwhile (in bf16 6 bytes a parameter)."""
     sequence_parallel: int = number(1, ge=1, le=2**16)
     """Ranks that share a micro-batch, each with a slice of its tokens."""
     offload: str = choice("none", "cpu")

@@ -10,14 +10,16 @@ from neftune_dist.config import KNOBS, Config
 from neftune_dist.system.text import size_text
 
 # Of the device's memory, what a whole model with its gradients and moments may take; the rest is
-# for activations.
-_STATE_SHARE = 0.6
+# for activations. A single rank may give more to them: to shard would save it a tenth at most.
+_STATE_SHARE, _STATE_SHARE_OF_ONE = 0.6, 0.83
 # Settings that only engines which shard the model read.
-_SHARDING = ("num_replicas", "reshard_after_forward", "offload")
+_SHARDING = ("num_replicas", "reshard_after_forward", "sync_every", "offload")
 _MOMENT_BYTES = {"fp32": 8, "bf16": 4, "8bit": 2}  # of a parameter, by optim.states
 
 
-def choose_engine(config: Config, model: nn.Module, device_bytes: float) -> tuple[Config, str]:
+def choose_engine(
+    config: Config, model: nn.Module, device_bytes: float, world_size: int
+) -> tuple[Config, str]:
     """Decide `engine.name=auto`: `replicated` where the device holds the whole model well, else
     `fsdp2`.
 
@@ -25,6 +27,7 @@ def choose_engine(config: Config, model: nn.Module, device_bytes: float) -> tupl
         config: of the run; its `model.dtype` is decided.
         model: on the meta device, with its adapters.
         device_bytes: memory of a rank's device; on CPUs a rank's part of the host's.
+        world_size: number of ranks.
 
     Returns:
         The configuration with an engine, and the reason in words.
@@ -35,11 +38,12 @@ def choose_engine(config: Config, model: nn.Module, device_bytes: float) -> tupl
     if set_ones:
         name, why = "fsdp2", f"which reads engine.{set_ones[0]}"
     else:
-        fits = needed <= _STATE_SHARE * device_bytes
+        share = _STATE_SHARE if world_size > 1 else _STATE_SHARE_OF_ONE
+        fits = needed <= share * device_bytes
         name = "replicated" if fits else "fsdp2"
         why = (
             f"as weights, gradients and moments of the whole model take {size_text(needed)}, "
-            f"{'at most' if fits else 'more than'} {_STATE_SHARE:.0%} of a rank's "
+            f"{'at most' if fits else 'more than'} {share:.0%} of a rank's "
             f"{size_text(device_bytes)}"
         )
     return replace(config, engine=replace(engine, name=name)), why

@@ -2,7 +2,9 @@
 
 Parameters are float32 shards and are their own masters; blocks compute in `model.dtype`; gradients
 are reduced and accumulated in float32, as shards, after every micro-batch. With
-`engine.offload=cpu` shards, gradients and moments lie in host memory, and the update is made there.
+`engine.sync_every=step` weights are gathered, and gradients reduced, once a step: they stay whole
+from one micro-batch to the next. With `engine.offload=cpu` shards, gradients and moments lie in
+host memory, and the update is made there.
 """
 
 from __future__ import annotations
@@ -67,7 +69,9 @@ class FSDP2Engine:
         check_divides("engine.num_replicas", self.num_replicas, world.size)
         self.settings = config.model
         self.loss = config.model.loss
-        self.reshard_after_forward = config.engine.reshard_after_forward is not False
+        self.syncs_once = config.engine.sync_every == "step"
+        keep = self.syncs_once or config.engine.reshard_after_forward is False
+        self.reshard_after_forward = not keep
         self.mesh = self._mesh()
         self.offload: OffloadPolicy | None = None
         self.state_device = world.device
@@ -134,6 +138,9 @@ class FSDP2Engine:
     def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
         """See `Engine.backward`."""
         self.model.set_is_last_backward(last_micro_batch)
+        if self.syncs_once:
+            self.model.set_requires_gradient_sync(last_micro_batch)
+            self.model.set_reshard_after_backward(last_micro_batch)
         # FSDP2 divides the sum over ranks by their number.
         (loss * self.world.size).backward()
 
@@ -188,10 +195,11 @@ class FSDP2Engine:
         layout = f"{shards} shards" + (
             f" x {self.num_replicas} replicas" if self.num_replicas > 1 else ""
         )
+        when = "once a step" if self.syncs_once else "after each micro-batch"
         return [
             f"engine: fsdp2, {layout} on {self.world.device.type}; "
             f"compute {dtype_name(self.compute_dtype)}, "
-            "gradients reduced and accumulated in float32",
+            f"gradients reduced {when} and accumulated in float32",
             describe_state(self.flat_state()),
         ]
 
@@ -215,5 +223,5 @@ def _refuse_scalars(model: nn.Module) -> None:
     if scalars:
         raise UserError(
             f"{type(model).__name__} has the scalar parameter {scalars[0]}, which FSDP2 cannot "
-            "shard: set engine.name=deepspeed (or single)."
+            "shard: set engine.name=replicated or deepspeed."
         )

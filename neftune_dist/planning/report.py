@@ -25,7 +25,7 @@ from neftune_dist.model.precision import with_dtype
 from neftune_dist.planning.batches import fullest, heaviest, sampled_steps
 from neftune_dist.planning.memory import Peak
 from neftune_dist.planning.simulate import simulate, simulated_settings
-from neftune_dist.planning.suggestions import suggest_changes
+from neftune_dist.planning.suggestions import suggest_changes, suggest_faster
 from neftune_dist.system.text import duration_text
 from neftune_dist.training.inputs import check_vocabulary
 from neftune_dist.training.noise import num_passes
@@ -57,11 +57,12 @@ class PlanInput:
     sampler: Sampler | None = None
     device_bytes: int = USUAL_GIB * GIB
 
-    def with_engine(self, config: Config) -> tuple[Config, str]:
+    def with_engine(self, config: Config, world_size: int) -> tuple[Config, str]:
         """`config` with `engine.name=auto` decided, and the reason."""
         if config.engine.name != "auto":
             return config, ""
-        return choose_engine(with_dtype(config, "bf16"), self.model, self.device_bytes)
+        decided = with_dtype(config, "bf16")
+        return choose_engine(decided, self.model, self.device_bytes, world_size)
 
     def peak(self, config: Config, world_size: int) -> Peak:
         """Return a rank's peak under `config`, whose memory settings may differ from the run's."""
@@ -70,7 +71,7 @@ class PlanInput:
         else:
             batches = heaviest(self.dataset.train, self.sampler, config, world_size, self.model)
         batches = [batch for batch in batches for _ in range(num_passes(config.noise))]
-        config, _ = self.with_engine(config)
+        config, _ = self.with_engine(config, world_size)
         return simulate(config, self.folder, world_size, batches)
 
 
@@ -136,7 +137,7 @@ def plan(
         read(config, with_data, log), device_bytes=(gpus[gpu] if gpu else USUAL_GIB) * GIB
     )
     log(f"model: {given.size.in_words()}, {given.size.num_layers} layers")
-    engine, why = given.with_engine(config)
+    engine, why = given.with_engine(config, world_size)
     if why:
         log(f"engine.name=auto: {engine.engine.name}, {why}")
     flops = None
@@ -153,8 +154,14 @@ def plan(
         rate = peak_flops(name, with_dtype(config, "bf16").model.dtype)
         time = duration_text(flops / (mfu * rate * world_size)) if flops and rate else "-"
         log(f"  {name:<10}{gpus[name]:5} GiB  {fits:<13}{time:>11}")
-    if gpu is not None and needed(peak) > gpus[gpu] * GIB:
-        most_bytes = (gpus[gpu] - MARGIN_GIB) * GIB / (1 + MARGIN_SHARE)
+    if gpu is None:
+        return
+    most_bytes = (gpus[gpu] - MARGIN_GIB) * GIB / (1 + MARGIN_SHARE)
+    if peak.num_bytes <= most_bytes:
+        if faster := suggest_faster(engine, world_size, most_bytes, given.peak):
+            words, more = faster
+            log(f"fewer exchanges: {words} fits, too, with {needed(more) / GIB:.1f} GiB")
+    else:
         suggestion = suggest_changes(config, world_size, peak, most_bytes, given.peak, log)
         raise UserError(
             f"The run needs {needed(peak) / GIB:.1f} GiB for {_ranks(world_size)}, and "

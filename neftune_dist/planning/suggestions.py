@@ -14,7 +14,7 @@ _LEAST_SAVING = 0.01
 _MOST_RANKS = 1024
 _RANKS = "--world-size"
 
-Changes = dict[str, str | int | bool]
+Changes = dict[str, str | int | bool | None]
 
 
 def suggest_changes(
@@ -40,7 +40,7 @@ def suggest_changes(
     def attempt(more: Changes) -> Peak | None:
         """Return the peak with these changes, None if they contradict a setting."""
         try:
-            found = simulate(_changed(config, more), int(more.get(_RANKS, world_size)))
+            found = simulate(_changed(config, more), int(more.get(_RANKS) or world_size))
         except UserError:
             return None
         log(f"tried {_words(more)}: {found.num_bytes / 2**30:.1f} GiB at the peak")
@@ -48,7 +48,7 @@ def suggest_changes(
 
     tried: set[str] = set()
     while peak.num_bytes > most_bytes:
-        ranks = int(changes.get(_RANKS, world_size))
+        ranks = int(changes.get(_RANKS) or world_size)
         ladder = _ladder(_changed(config, changes), ranks, peak, peak.num_bytes - most_bytes)
         step = next((s for s in ladder if _words(s) not in tried), None)
         if step is None:
@@ -63,6 +63,33 @@ def suggest_changes(
         if found is not None and found.num_bytes <= most_bytes:
             changes = less
     return _words(changes)
+
+
+def suggest_faster(
+    config: Config, world_size: int, most_bytes: float, simulate: Callable[[Config, int], Peak]
+) -> tuple[str, Peak] | None:
+    """Return the change that spares most exchanges between the ranks of fsdp2 and fits, and its
+    peak; None where no change does.
+
+    Args:
+        config: the run's, whose engine is decided.
+        world_size: its ranks.
+        most_bytes: the greatest peak that fits.
+        simulate: returns the peak of a configuration on a number of ranks.
+    """
+    engine = config.engine
+    if engine.name != "fsdp2" or world_size == (engine.num_replicas or 1):
+        return None
+    if engine.sync_every == "step":
+        return None
+    changes: list[Changes] = [{"engine.sync_every": "step", "engine.reshard_after_forward": None}]
+    if engine.reshard_after_forward is not False:
+        changes.append({"engine.reshard_after_forward": False})
+    for change in changes:
+        peak = simulate(_changed(config, change), world_size)
+        if peak.num_bytes <= most_bytes:
+            return _words(change), peak
+    return None
 
 
 def _ladder(config: Config, ranks: int, peak: Peak, excess: float) -> Iterator[Changes]:
@@ -85,6 +112,8 @@ def _lower_batch(config: Config, batch: float, excess: float) -> Iterator[Change
         yield {"model.activation_checkpointing": "selective"}
     if config.model.activation_checkpointing != "full":
         yield {"model.activation_checkpointing": "full"}
+    if config.engine.sync_every == "step":
+        yield {"engine.sync_every": "micro_batch"}
     if config.engine.reshard_after_forward is False:
         yield {"engine.reshard_after_forward": True}
     halvings = _halvings(batch, excess)
@@ -132,4 +161,5 @@ def _words(changes: Changes) -> str:
     return " ".join(
         f"{key}={str(value).lower() if isinstance(value, bool) else value}"
         for key, value in changes.items()
+        if value is not None  # a setting to leave out
     )

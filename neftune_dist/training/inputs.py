@@ -153,7 +153,7 @@ def _with_engine(config: Config, model: Any, world: World) -> Config:
     """The configuration with `engine.name=auto` decided, alike on all ranks."""
     if config.engine.name != "auto":
         return config
-    config, why = choose_engine(config, model, world.device_bytes())
+    config, why = choose_engine(config, model, world.device_bytes(), world.size)
     world.log(f"engine.name=auto: {config.engine.name}, {why}")
     return config
 

@@ -54,6 +54,7 @@ LAYOUTS = {
     "fsdp2 x1": (1, []),
     "fsdp2 x2": (2, []),
     "fsdp2 x3": (3, []),
+    "fsdp2 x2, one exchange a step": (2, ["engine.sync_every=step", "train.micro_batch_tokens=96"]),
     "hsdp 2 replicas x 2 shards": (4, ["engine.num_replicas=2"]),
     "zero-1 x2": (2, ["engine.name=deepspeed", "engine.zero_stage=1"]),
     "zero-2 x2": (2, ["engine.name=deepspeed", "engine.zero_stage=2"]),

@@ -46,7 +46,7 @@ def needed_bytes(model: Path, *words: str) -> float:
     given, low, high = read(config, with_data=False), 0.0, 2.0**40
     while high - low > 1:
         middle = (low + high) / 2
-        fits = choose_engine(config, given.model, middle)[0].engine.name == "replicated"
+        fits = choose_engine(config, given.model, middle, 2)[0].engine.name == "replicated"
         low, high = (low, middle) if fits else (middle, high)
     return 0.6 * high
 
@@ -82,19 +82,24 @@ def test_state_of_a_whole_model_is_what_the_engine_keeps(
 
 @pytest.mark.parametrize(
     "word",
-    ["engine.offload=cpu", "engine.num_replicas=2", "engine.reshard_after_forward=false"],
+    [
+        "engine.offload=cpu",
+        "engine.num_replicas=2",
+        "engine.reshard_after_forward=false",
+        "engine.sync_every=step",
+    ],
 )
 def test_settings_of_sharding_choose_it(word: str, model: Path) -> None:
     config = load_config("quickstart", words_of(model, word))
-    chosen, why = choose_engine(config, read(config, with_data=False).model, 2.0**40)
+    chosen, why = choose_engine(config, read(config, with_data=False).model, 2.0**40, 1)
     assert (chosen.engine.name, why) == ("fsdp2", f"which reads {word.partition('=')[0]}")
 
 
 def test_plan_says_which_and_why(model: Path) -> None:
-    def told(*words: str, gpu: str | None = None) -> str:
+    def told(*words: str, gpu: str | None = None, ranks: int = 2) -> str:
         lines: list[str] = []
         config = load_config("quickstart", words_of(model, *words))
-        plan(config, 2, with_data=False, gpu=gpu, log=lines.append)
+        plan(config, ranks, with_data=False, gpu=gpu, log=lines.append)
         return "\n".join(line for line in lines if "engine" in line)
 
     assert re.fullmatch(
@@ -103,6 +108,7 @@ def test_plan_says_which_and_why(model: Path) -> None:
         told(),
     )
     assert "of a rank's 139.0 GiB" in told(gpu="H200")
+    assert "at most 83% of" in told(ranks=1)
     assert told("engine.offload=cpu").startswith("engine.name=auto: fsdp2, which reads")
     assert told("engine.name=fsdp2") == ""
 

@@ -168,6 +168,14 @@ def test_each_way_to_save_memory_saves_it(folder: Path) -> None:
     assert offloaded.host_bytes > 0.99 * kept > 100 * offloaded.parts["optimizer"]
 
 
+def test_one_exchange_a_step_keeps_gradients_whole(folder: Path) -> None:
+    sizes, each = state(folder, 8)
+    _, once = state(folder, 8, "engine.sync_every=step")
+    whole = 4 * sum(sizes) * 7 / 8  # the other ranks' parts
+    more = once.parts["gradients"] - each.parts["gradients"]
+    assert more == pytest.approx(whole, rel=0.02)
+
+
 # ----------------------------------------------------------------------------------- batches
 
 
@@ -315,6 +323,27 @@ def test_a_plan_names_all_that_a_run_needs(folder: Path) -> None:
 def test_without_data_none_is_read(folder: Path) -> None:
     text = "\n".join(lines_of(folder, "data.source=/nowhere.jsonl", with_data=False))
     assert "full micro-batches" in text and "work:" not in text
+
+
+def test_fewer_exchanges_are_offered_where_they_fit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("engine.sync_every=step", "engine.reshard_after_forward=false", "run_dir=r")
+    config = settings(folder)
+    once, gathered, each = (
+        read(config, with_data=False).peak(settings(folder, word), 8) for word in words
+    )
+    assert each.num_bytes < gathered.num_bytes < once.num_bytes
+
+    def offered(room: float) -> list[str]:
+        gib = room * (1 + report.MARGIN_SHARE) / 2**30 + report.MARGIN_GIB
+        monkeypatch.setattr(report, "known_gpus", lambda: {"H100": gib})
+        lines = lines_of(folder, gpu="H100", ranks=8, with_data=False)
+        return [line.split()[2] for line in lines if line.startswith("fewer exchanges")]
+
+    assert offered(once.num_bytes + 8) == [words[0]]
+    assert offered((once.num_bytes + gathered.num_bytes) / 2) == [words[1]]
+    assert offered((gathered.num_bytes + each.num_bytes) / 2) == []
 
 
 def test_run_that_does_not_fit_is_refused_with_changes_that_fit(
