@@ -217,8 +217,9 @@ def _open_files(
     if wrapper := Wrapper.around(model, load_model_config(folder, config)):
         outer = wrapper.model
         aliases = {first: [wrapper.name(n) for n in names] for first, names in aliases.items()}
-        known = [*parameter_aliases(outer).values(), *([name] for name, _ in outer.named_buffers())]
-        other = [own for own, names in aliases.items() if sorted(names) not in map(sorted, known)]
+        known = {frozenset(names) for names in parameter_aliases(outer).values()}
+        known |= {frozenset([name]) for name, _ in outer.named_buffers()}
+        other = [own for own, names in aliases.items() if frozenset(names) not in known]
         if other:
             raise UserError(
                 f"{type(outer).__name__} lacks {other[0]} of its text model "

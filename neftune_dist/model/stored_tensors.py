@@ -46,17 +46,19 @@ def converted_layout(
 
     Returns:
         The parameters that are found, in part or whole; where several stored tensors are the whole
-        of one, the first.
+        of one, all of them, in the order of its aliases.
 
     Raises:
         UserError: the model's files hold elements in another order than its parameters.
     """
     first = {alias: name for name, names in aliases.items() for alias in names}
+    order = {alias: place for place, alias in enumerate(first)}
     parts: dict[str, list[StoredPart]] = defaultdict(list)
     for part in stored_parts(model, stored, first):
         parts[first[part.parameter]].append(part)
     layout = {}
     for name, found in parts.items():
+        found.sort(key=lambda part: order[part.parameter])
         names = _in_order(type(model).__name__, found)
         layout[name] = [StoredTensor(n, stored[n]) for n in names]
     return layout
@@ -70,7 +72,7 @@ def _in_order(model_name: str, parts: Sequence[StoredPart]) -> list[str]:
         by_pattern[part.pattern].append(part.stored)
     patterns = [by_pattern[index] for index in sorted(by_pattern)]
     if not operations:
-        return [patterns[0][0]]
+        return patterns[0]
     if operations in ((("MergeModulelist", 0),), (("Concatenate", 0),)):
         return [name for pattern in patterns for name in pattern]
     if operations == (("MergeModulelist", 0), ("Concatenate", 1)):

@@ -98,6 +98,10 @@ class WeightFiles:
                     f"The weights in {self._folder} lack {name}: they are incomplete, of another "
                     "model, or laid out otherwise than its parameters."
                 )
+            whole = [t for t in converted[name] if t.shape == tuple(self._shapes[name])]
+            for tensor in whole[1:]:
+                self._check_same(whole[0].name, tensor.name, math.prod(tensor.shape))
+            converted[name] = whole[:1] or converted[name]
             self._check(name, converted[name])
         self.layout |= converted
 

@@ -189,26 +189,27 @@ def test_new_tokens_are_exported_with_the_wrapper(tmp_path: Path) -> None:
 
 def test_towers_keep_their_bytes_whatever_dtype_the_text_has(adapted: Path, tmp_path: Path) -> None:
     output = export(adapted, tmp_path / "half", dtype="bf16", log=lambda _: None)
-    kept = towers(adapted.parent / "model")
-    for name, tensor in load_file(output / "model.safetensors").items():
+    kept, exported = towers(adapted.parent / "model"), load_file(output / "model.safetensors")
+    assert kept.keys() < exported.keys()
+    for name, tensor in exported.items():
         assert tensor.dtype == (torch.float32 if name in kept else torch.bfloat16)
         assert name not in kept or torch.equal(tensor, kept[name])
     assert "the towers are the base's" in (output / "README.md").read_text()
 
 
-def test_export_without_the_towers_that_it_had_exits_2(adapted: Path, tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(adapted.parent, base)
-    run = base / "run"
+def test_towers_that_have_changed_or_are_missing_exit_2(adapted: Path, tmp_path: Path) -> None:
     file = adapted.parent / "model" / "model.safetensors"
     original = load_file(file)
     name = next(iter(towers(file.parent)))
+    asked = ("export", adapted, "--output", tmp_path / "export")
+    again = ("train", adapted / "config.yaml", "train.max_steps=6")
     try:
         save_file({**original, name: original[name] + 1}, file, metadata={"format": "pt"})
-        done = tiny_model.run_forked("export", run, "--output", tmp_path / "export")
-        assert done.returncode == 2 and "inside other towers" in done.stderr
+        for words in (asked, again):
+            done = tiny_model.run_forked(*words)
+            assert done.returncode == 2 and "inside other towers" in done.stderr
         file.unlink()
-        done = tiny_model.run_forked("export", run, "--output", tmp_path / "export")
+        done = tiny_model.run_forked(*asked)
         assert done.returncode == 2 and "holds no weights" in done.stderr
     finally:
         save_file(original, file, metadata={"format": "pt"})

@@ -132,10 +132,14 @@ def test_copy_of_a_tied_embedding_is_no_tower(tmp_path: Path) -> None:
     tiny_wrapper("gemma3").save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     files = load_file(path)
-    copy = files["language_model.model.embed_tokens.weight"].clone()
-    save_file({**files, "language_model.lm_head.weight": copy}, path, metadata={"format": "pt"})
+    embedding, head = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+    save_file({**files, head: files[embedding].clone()}, path, metadata={"format": "pt"})
     _, towers = read_text_model(tmp_path)
-    assert "language_model.lm_head.weight" not in towers.others
+    assert not {embedding, head} & towers.others.keys()
+    assert [t.name for t in towers.layout["model.embed_tokens.weight"]] == [embedding]
+    save_file({**files, head: files[embedding] + 1}, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="differ, but the model's configuration ties them"):
+        read_text_model(tmp_path)
 
 
 def test_a_changed_tower_changes_the_digest(tmp_path: Path) -> None:
