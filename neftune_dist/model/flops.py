@@ -12,11 +12,14 @@ and nothing for attention. It is what most others report, and the figure to comp
 
 from __future__ import annotations
 
+import functools
 import math
 import re
+import time
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from neftune_dist.model.adapters import plain_name, plain_shapes
@@ -175,14 +178,25 @@ def _width_of(config: Any) -> int:
     return heads * head_dim
 
 
-def peak_flops(device_name: str | None, dtype: str) -> float | None:
-    """The device's data-sheet rate in FLOP/s; None where it is not known (CPUs)."""
-    if device_name is None:
-        return None
+def peak_flops(device_name: str, dtype: str) -> float | None:
+    """A GPU's data-sheet rate in FLOP/s; None where it is not known."""
     table = _PEAK_BF16 if dtype == "bf16" else _PEAK_FP32
     return next(
         (rate for words, rate in table.items() if re.search(rf"\b{words}\b", device_name)), None
     )
+
+
+@functools.cache
+def measured_flops(dtype: str) -> float:
+    """The rate in FLOP/s at which this process multiplies matrices on its CPU threads: the best of
+    some products, measured once for 0.1 s."""
+    n = 1024
+    matrix = torch.ones(n, n, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+    best, began = math.inf, time.perf_counter()
+    while (start := time.perf_counter()) < began + 0.1 or best == math.inf:
+        matrix @ matrix
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
 
 
 def known_gpus() -> dict[str, int]:

@@ -26,7 +26,7 @@ from neftune_dist.config import Config, LoggingConfig, UserError
 from neftune_dist.data.loader import StepBatch
 from neftune_dist.distributed.outcome import removed
 from neftune_dist.distributed.world import World
-from neftune_dist.model.flops import ModelSize, peak_flops
+from neftune_dist.model.flops import ModelSize, measured_flops, peak_flops
 from neftune_dist.model.optimizations import num_compiled_graphs
 from neftune_dist.noise.law import expected_norm
 from neftune_dist.system import storage
@@ -111,10 +111,11 @@ def step_record(
 def _utilization(
     config: Config, size: ModelSize, world: World, batch: StepBatch, seconds: float
 ) -> dict[str, float | None]:
-    """MFU by both conventions of `flops`; None where the device's peak rate is not known."""
-    on_gpu = world.device.type == "cuda"
-    name = torch.cuda.get_device_name(world.device) if on_gpu else None
-    peak = peak_flops(name, config.model.dtype)
+    """MFU by both conventions of `flops`, of a CPU's measured rate; None on unknown GPUs."""
+    if world.device.type == "cuda":
+        peak = peak_flops(torch.cuda.get_device_name(world.device), config.model.dtype)
+    else:
+        peak = measured_flops(config.model.dtype)
     if not peak:
         return {"mfu": None, "mfu_6n": None}
     # Per FLOP of one pass over the step's tokens.
@@ -146,7 +147,7 @@ class Totals:
         speed = f"speed: {self._tokens / total:.0f} tokens/s"
         if self._at_peak["mfu"]:
             mfu, six_n = (seconds / total for seconds in self._at_peak.values())
-            speed += f", {mfu:.1%} of the device's peak rate (MFU; {six_n:.1%} by 6N)"
+            speed += f", {mfu:.1%} of the device's rate of matrix products (MFU; {six_n:.1%} by 6N)"
         waited = f"data: training waited for its batches {self._waited / total:.2%} of the time"
         return [speed, waited]
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from neftune_dist.model.flops import ModelSize, model_size, peak_flops
+from neftune_dist.model.flops import ModelSize, measured_flops, model_size, peak_flops
 from tests.support.families import family
 from tests.support.published import published
 
@@ -126,10 +126,14 @@ def test_quadratic_tokens_is_where_attention_costs_as_much() -> None:
         ("NVIDIA H20", "bf16", None),
         ("NVIDIA L40", "bf16", None),
         ("NVIDIA H100 PCIe", "fp32", 51e12),
-        (None, "bf16", None),
     ],
 )
 def test_peak_flops_are_those_of_the_device_and_dtype(
-    device: str | None, dtype: str, rate: float | None
+    device: str, dtype: str, rate: float | None
 ) -> None:
     assert peak_flops(device, dtype) == rate
+
+
+def test_a_cpus_rate_is_that_of_a_matrix_product() -> None:
+    rate = measured_flops("fp32")
+    assert 1e6 < rate < 1e15 and measured_flops("fp32") == rate

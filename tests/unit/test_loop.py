@@ -406,7 +406,7 @@ def test_stop_of_any_rank_counts_and_slowest_rank_is_recorded() -> None:
 
 
 def test_utilization_counts_all_ranks_and_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("neftune_dist.training.metrics.peak_flops", lambda *_: 1e3)
+    monkeypatch.setattr("neftune_dist.training.metrics.measured_flops", lambda *_: 1e3)
     world: Any = SimpleNamespace(size=2, device=torch.device("cpu"))
     rank = RankResult(1.0, 0.0, 0.0, False, False, 1.0, 0.0, 0.0, 0.0)
     found = []
