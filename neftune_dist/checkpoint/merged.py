@@ -119,8 +119,13 @@ def open_towers(folder: Path, state: Mapping[str, Any]) -> WeightFiles | None:
     known = state["identity"].get("towers")
     if known is None:
         return None
-    config, base, plain = _base(state)
-    files = load.open_towers(plain, base, config)
+    try:
+        config, base, plain = _base(state)
+        files = load.open_towers(plain, base, config)
+    except UserError as error:
+        raise UserError(
+            f"The base's towers, which an export copies, are missing: {error}"
+        ) from error
     if files is None or known != f"{files.digest_others():032x}":
         raise UserError(
             f"The checkpoint {folder} was trained inside other towers than those now in "

@@ -41,6 +41,8 @@ def read_text_model(folder: Path) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("model_type", WRAPPERS)
 def test_text_model_computes_text_as_its_wrapper(model_type: str, tmp_path: Path) -> None:
+    if model_type not in transformers.CONFIG_MAPPING:
+        pytest.skip("this version of transformers does not know it")
     wrapper = tiny_wrapper(model_type)
     wrapper.save_pretrained(tmp_path)
     model, towers = read_text_model(tmp_path)
