@@ -71,6 +71,8 @@ class Inputs:
     def lines(self) -> list[str]:
         """Lines for the start of a run: model, noise, and from where it continues."""
         lines = [f"model: {self.config.model.name_or_path}, {self.size.in_words()}"]
+        if "towers" in self.identity:
+            lines[0] += ": a wrapper's text model; the towers stay as they are in the base's files"
         lines += [*noise_lines(self.config), *dropout_lines(self.model)]
         if self.found:
             where = f"{self.found.folder}, step {self.found.step} of {self.sampler.num_steps}"

@@ -179,7 +179,9 @@ def test_run_and_export_are_evaluated_alike(adapted: Path, tmp_path: Path) -> No
 def test_new_tokens_are_exported_with_the_wrapper(tmp_path: Path) -> None:
     config = make_config("gemma3", tmp_path, num_further=0)
     run, words = tmp_path / "run", ["engine.name=replicated", "train.max_steps=2"]
-    tiny_model.train(config, run, *words, "model.add_tokens=<|a|>,<|b|>")
+    words += ["model.add_tokens=<|a|>,<|b|>"]
+    done = tiny_model.run_forked("train", config, f"run_dir={run}", *words)
+    assert done.returncode == 0 and "a wrapper's text model" in done.stdout, done.stderr
     output = export(run, tmp_path / "export", log=lambda _: None)
     model, tokenizer = load_wrapper(output, "gemma3"), transformers.AutoTokenizer
     assert len(tokenizer.from_pretrained(output)) == len(model.get_input_embeddings().weight)
