@@ -101,11 +101,12 @@ def parse(words: Sequence[str] | None = None) -> dict[str, Any]:
         return {"verb": "submit", "words": given_words[1:]}
     # argparse takes key=value words in one place only; here they may stand after options, too.
     given, rest = parser.parse_known_args(words)
-    late = [word for word in rest if "=" in word and not word.startswith("-")]
-    if late != rest or (late and not hasattr(given, "settings")):
-        unknown = rest[0].removeprefix("--").partition("=")[0]
-        hint = f"; a setting is written {unknown}=VALUE" if unknown in KNOBS else ""
-        parser.error(f"unknown words: {' '.join(rest)}{hint}")
+    takes_settings = hasattr(given, "settings")
+    late = [w for w in rest if takes_settings and "=" in w and not w.startswith("-")]
+    if unknown := [word for word in rest if word not in late]:
+        name = unknown[0].removeprefix("--").partition("=")[0]
+        hint = f"; a setting is written {name}=VALUE" if name in KNOBS else ""
+        parser.error(f"unknown words: {' '.join(unknown)}{hint}")
     if late:
         given.settings = [*given.settings, *late]
     return vars(given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from neftune_dist import config as module
-from neftune_dist.arguments import VERBS
+from neftune_dist.arguments import VERBS, parse
 from neftune_dist.cli import main
 from neftune_dist.config import (
     KNOBS,
@@ -700,3 +701,24 @@ def test_number_out_of_range_on_the_command_line_exits_2(
     with pytest.raises(SystemExit) as left:
         main([words[0], "none.yaml", *words[1:]])
     assert left.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["plan", "debug", "--no-data", "run_dir=r"], "unknown words: --no-data (see"),
+        (
+            ["train", "debug", "run_dir=r", "--noise.alpha", "5"],
+            "unknown words: --noise.alpha 5; a setting is written noise.alpha=VALUE (see",
+        ),
+        (["export", "r", "noise.alpha=5"], "unknown words: noise.alpha=5 (see"),
+    ],
+)
+def test_unknown_words_alone_are_named(words: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        parse(words)
+
+
+def test_settings_may_stand_after_options() -> None:
+    given = parse(["plan", "debug", "run_dir=r", "--world-size", "8", "noise.alpha=5"])
+    assert (given["settings"], given["world_size"]) == (["run_dir=r", "noise.alpha=5"], 8)
