@@ -105,7 +105,8 @@ def parse(words: Sequence[str] | None = None) -> dict[str, Any]:
     late = [w for w in rest if takes_settings and "=" in w and not w.startswith("-")]
     if unknown := [word for word in rest if word not in late]:
         name = unknown[0].removeprefix("--").partition("=")[0]
-        hint = f"; a setting is written {name}=VALUE" if name in KNOBS else ""
+        is_setting = takes_settings and name in KNOBS
+        hint = f"; a setting is written {name}=VALUE" if is_setting else ""
         parser.error(f"unknown words: {' '.join(unknown)}{hint}")
     if late:
         given.settings = [*given.settings, *late]
