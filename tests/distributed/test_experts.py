@@ -52,6 +52,7 @@ class Expected:
     words: list[str]
     records: list[dict[str, Any]]
     parameters: dict[str, torch.Tensor]
+    logits: torch.Tensor
 
 
 def make_config(kind: str, folder: Path) -> Path:
@@ -74,11 +75,23 @@ def expected(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     )
     words = SETTINGS.get(kind, [])
     records = reference_loop.train(model, load_config(config, words))
-    return Expected(config, words, records, dict(model.named_parameters()))
+    return Expected(config, words, records, dict(model.named_parameters()), logits_of(model))
 
 
-def assert_exported_as_the_base(run_dir: Path, base: Path, output: Path) -> None:
-    """The tensors of the base's files by name and shape, and transformers reads them as trained."""
+def logits_of(model: Any) -> torch.Tensor:
+    """Of 48 tokens, many more than a window or than experts."""
+    ids = torch.randint(5, 600, (1, 48), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits: torch.Tensor = model.eval()(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+def assert_exported_as_the_base(run_dir: Path, base: Path, output: Path) -> Any:
+    """The tensors of the base's files by name and shape, and transformers reads them as trained.
+
+    Returns:
+        The model that it reads.
+    """
     export(run_dir, output, log=lambda _: None)
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (output, base))
     assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
@@ -86,6 +99,7 @@ def assert_exported_as_the_base(run_dir: Path, base: Path, output: Path) -> None
     model = transformers.AutoModelForCausalLM.from_pretrained(output)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.flatten(), trained[f"master/{name}"]), name
+    return model
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -103,31 +117,44 @@ def test_experts_train_the_same(name: str, expected: Expected, tmp_path: Path) -
         found = tensors[f"master/{key}"].view_as(parameter)
         torch.testing.assert_close(found, parameter.detach(), atol=1e-6, rtol=1e-5)
     if ranks == 2:
-        assert_exported_as_the_base(run_dir, config.parent / "model", tmp_path / "export")
+        base = config.parent / "model"
+        exported = assert_exported_as_the_base(run_dir, base, tmp_path / "export")
+        largest = float(expected.logits.abs().max())
+        torch.testing.assert_close(
+            logits_of(exported), expected.logits, atol=1e-5 * largest, rtol=0
+        )
 
 
 @pytest.mark.parametrize("kind", ["gpt_oss", "olmoe"])
 def test_experts_resume_bitwise_and_under_another_engine(kind: str, tmp_path: Path) -> None:
-    config, words = make_config(kind, tmp_path), SETTINGS.get(kind, [])
+    config = make_config(kind, tmp_path)
+    words = [*SETTINGS.get(kind, []), "checkpoint.every_steps=1"]
     whole = tmp_path / "whole"
     tiny_model.train(config, whole, *words, ranks=2)
-    for engine in ("fsdp2", "deepspeed"):
-        half = tmp_path / engine
-        shutil.copytree(whole, half)
-        shutil.rmtree(half / "checkpoints" / f"step_{STEPS:08d}")
+    # The engine that continues, the run whose checkpoint it takes, and the step of that.
+    for name, engine, begun, step in (
+        ("fsdp2", "fsdp2", "whole", 2),
+        ("zero-3", "deepspeed", "whole", 2),
+        ("zero-3 then fsdp2", "fsdp2", "zero-3", 3),
+    ):
+        half = tmp_path / name
+        shutil.copytree(tmp_path / begun, half)
+        for later in range(step + 1, STEPS + 1):
+            shutil.rmtree(half / "checkpoints" / f"step_{later:08d}")
         tiny_model.train(config, half, f"engine.name={engine}", *words, ranks=2)
         one, other = (tiny_model.untimed(tiny_model.steps(run)) for run in (half, whole))
         tensors = [
             tiny_model.checkpoint_tensors(store.find_all(run)[0].folder) for run in (half, whole)
         ]
-        if engine == "fsdp2":
+        if name == "fsdp2":
             assert one == other
             assert all(torch.equal(t, tensors[1][key]) for key, t in tensors[0].items())
+        assert len(one) == STEPS
         for mine, theirs in zip(one, other, strict=True):
             assert mine["loss"] == pytest.approx(theirs["loss"], rel=TOLERANCE)
         for key, tensor in tensors[0].items():
             torch.testing.assert_close(tensor, tensors[1][key], atol=1e-6, rtol=1e-4)
-        assert_exported_as_the_base(half, tmp_path / "model", tmp_path / f"{engine}_export")
+        assert_exported_as_the_base(half, tmp_path / "model", tmp_path / f"{name} export")
 
 
 def test_adapters_leave_experts_as_they_are(tmp_path: Path) -> None:
