@@ -318,8 +318,13 @@ def _rank(
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
     os.environ.update(variables)
+    import torch._inductor.config
+
     from neftune_dist.cli import main
 
+    # Headers of vector instructions take g++ a second for every kernel, and in-process tests of
+    # compiled models have them.
+    torch._inductor.config.cpp.simdlen = 0
     if before is not None:
         before()
     if words:
