@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
+from tokenizers import Tokenizer
 
-def bare(backend: Any) -> Any:
+
+def bare(backend: Any, literal: bool = False) -> Any:
     """The tokenizer without a post-processor: special tokens are added by `tokenize`, and some
-    post-processors strip spaces from the offsets, which would hide their speaker."""
-    made = type(backend).from_str(backend.to_str())
+    post-processors strip spaces from the offsets, which would hide their speaker. It is shared
+    between callers.
+
+    Args:
+        backend: the tokenizer, which is copied.
+        literal: whether special tokens in a text are read as plain text.
+    """
+    return _parsed(backend.to_str(), literal)
+
+
+# Parsing takes a tenth of a second to a second, by the vocabulary; a verb needs the same two often.
+@lru_cache(maxsize=4)
+def _parsed(text: str, literal: bool) -> Any:
+    made: Any = Tokenizer.from_str(text)
     made.post_processor = None
     made.no_truncation()
     made.no_padding()
+    made.encode_special_tokens = literal
     return made
 
 

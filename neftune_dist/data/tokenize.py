@@ -89,9 +89,7 @@ class ConversationTokenizer:
     @cached_property
     def _literal(self) -> Any:
         """The tokenizer that reads special tokens in a text as plain text."""
-        literal = bare(self.tokenizer.backend_tokenizer)
-        literal.encode_special_tokens = True
-        return literal
+        return bare(self.tokenizer.backend_tokenizer, literal=True)
 
     def identity(self) -> dict[str, Any]:
         """All properties that decide the tokens of a conversation, as plain values."""
