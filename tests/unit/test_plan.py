@@ -206,13 +206,36 @@ def test_heaviest_micro_batches_are_those_of_most_tokens(
     assert len(sizes[1]) > 2 and len(found) == 3 and found[2] is found[1]
 
 
-def test_memory_is_that_of_all_experts(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [
+        ("allenai/OLMoE-1B-7B-0924", 6_919_161_856, 1_282_017_280),
+        ("Qwen/Qwen3-30B-A3B", 30_532_122_624, 3_353_032_704),
+    ],
+)
+def test_plan_of_experts_has_memory_of_all_and_steps(
+    name: str, total: int, active: int, tmp_path: Path
+) -> None:
     tiny_model.make_tokenizer(tmp_path)
-    model = published("allenai/OLMoE-1B-7B-0924")
+    model = published(name)
+    model.save_pretrained(tmp_path)
+    words = [
+        f"model.name_or_path={tmp_path}",
+        f"data.source={tiny_model.make_rows(tmp_path / 'rows.jsonl')}",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        "data.num_held_out=8",
+        "engine.name=fsdp2",
+        "train.max_steps=null",
+        "train.num_epochs=2",
+        "train.global_batch_size=24",
+    ]
+    size = read(load_config("quickstart", words), with_data=False).size
+    assert (size.num_parameters, size.num_parameters - size.num_idle) == (total, active)
     model.num_hidden_layers = 2
     model.save_pretrained(tmp_path)
-    config = load_config("quickstart", [f"model.name_or_path={tmp_path}", "engine.name=fsdp2"])
-    given = read(config, with_data=False)
+    config = load_config("quickstart", words)
+    given = read(config)
+    assert given.sampler is not None and given.sampler.num_steps == 6  # 72 rows twice
     peak = given.peak(config, 8)
     share = 4 * given.size.num_parameters / 8
     assert peak.parts["weights"] == pytest.approx(share, rel=1e-3)
