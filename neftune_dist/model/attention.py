@@ -14,17 +14,19 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import flex_attention as flex
 from transformers import AttentionInterface
 
 from neftune_dist.compat.transformers import attention_name
 from neftune_dist.model.families import needs_eager
-from neftune_dist.model.ulysses import to_heads, to_slices
+from neftune_dist.model.ulysses import own_heads, to_heads, to_slices
 from neftune_dist.model.varlen import VARLEN_OPERATOR, by_document
 
 VARLEN = "neftune_dist_varlen"
 FLEX = "neftune_dist_flex"
+_OF_MODULE = -1  # no window is handed over (Qwen2-MoE): the module's attribute holds it
 
 
 def implementation(attention: str, packing: bool) -> str:
@@ -93,7 +95,7 @@ def varlen_attention(
     dropout: float = 0.0,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int = 0,
-    sliding_window: int | None = None,
+    sliding_window: int | None = _OF_MODULE,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **_: Any,
@@ -103,33 +105,39 @@ def varlen_attention(
     Args:
         query: (1, num_heads, num_tokens, head_dim); this rank's tokens where sequences are shared
             (`ulysses`).
-        key, value: (1, num_key_value_heads, num_tokens, head_dim).
+        key, value: (1, num_key_value_heads, num_tokens, head_dim); values may be narrower, as in
+            DeepSeek-V3's latent attention.
         cu_seqlens: int32 (num_documents + 1,), from 0 to num_tokens.
         max_seqlen: no document is longer.
         sliding_window: tokens that a token sees, itself counted.
+        s_aux: (num_heads,), attention sinks: a logit more, whose weight goes to no token (gpt-oss).
 
     Returns:
-        (1, num_tokens, num_heads, head_dim), and no weights.
+        (1, num_tokens, num_heads, head_dim of the values), and no weights.
 
     Raises:
-        RuntimeError: the model asks for more than that (a mask, capped logits, attention sinks).
+        RuntimeError: the model asks for more than that (a mask, capped logits).
     """
-    _refuse(module, cu_seqlens, attention_mask, softcap, s_aux)
+    _refuse(module, cu_seqlens, attention_mask, softcap)
     assert cu_seqlens is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    window = sliding_window or 0
+    window = _window(module, sliding_window)
+    width = value.shape[-1]
+    value = F.pad(value, (0, query.shape[-1] - width))
     query, key, value = to_heads(query, key, value)
+    sinks = None if s_aux is None else own_heads(s_aux)
     if dropout or (query.is_cuda and query.dtype == torch.float32):  # FlashAttention has neither
-        out = by_document(query, key, value, cu_seqlens, scale, window, dropout)
-        return to_slices(out), None
+        out = by_document(query, key, value, cu_seqlens, scale, window, dropout, sinks)
+        return to_slices(out)[..., :width], None
     out, _lse = VARLEN_OPERATOR(
         *(tensor[0].transpose(0, 1) for tensor in (query, key, value)),
         cu_seqlens,
         max_seqlen,
         scale,
         window,
+        sinks,
     )
-    return to_slices(out[None]), None
+    return to_slices(out[None])[..., :width], None
 
 
 def flex_attention(
@@ -141,17 +149,17 @@ def flex_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     document_mask: flex.BlockMask | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | None = _OF_MODULE,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """`varlen_attention` by FlexAttention, without dropout and sliding windows."""
-    _refuse(module, document_mask, attention_mask, softcap, s_aux)
-    if dropout or sliding_window:
+    """`varlen_attention` by FlexAttention, without dropout, sliding windows and sinks."""
+    _refuse(module, document_mask, attention_mask, softcap)
+    if dropout or _window(module, sliding_window) or s_aux is not None:
         raise RuntimeError(
-            f"{type(module).__name__} has dropout or a sliding window in its attention, which "
-            "model.attention=flex does not: use varlen."
+            f"{type(module).__name__} has dropout, a sliding window or sinks in its attention, "
+            "which model.attention=flex does not: use varlen."
         )
     out = _flex(
         query,
@@ -168,14 +176,16 @@ AttentionInterface.register(VARLEN, varlen_attention)
 AttentionInterface.register(FLEX, flex_attention)
 
 
-def _refuse(
-    module: nn.Module, documents: Any, mask: Tensor | None, softcap: float | None, sinks: Any
-) -> None:
+def _window(module: nn.Module, given: int | None) -> int:
+    """Tokens that a token sees; 0: all before it."""
+    return (getattr(module, "sliding_window", None) if given == _OF_MODULE else given) or 0
+
+
+def _refuse(module: nn.Module, documents: Any, mask: Tensor | None, softcap: float | None) -> None:
     refused = {
         "hands no documents to": documents is None,
         "hands a mask to": mask is not None,
         "caps the logits of": softcap is not None,
-        "uses attention sinks in": sinks is not None,
         "lets tokens see later ones in": not getattr(module, "is_causal", True),
     }
     for what, is_so in refused.items():

@@ -1,7 +1,7 @@
 """Families of models: a table of their quirks, and the checks that refuse what would train wrongly.
 
 That a family uses transformers' attention interface does not say that it keeps packed documents
-apart (recurrent layers, attention sinks, chunks): so the table lists the families that pack, and a
+apart (recurrent layers, ALiBi, chunks): so the table lists the families that pack, and a
 test proves every row.
 """
 
@@ -43,6 +43,8 @@ FAMILIES: dict[str, Family] = {
     "arcee": Family(),
     "cohere": Family(logits="logit_scale"),
     "cohere2": Family(logits="logit_scale"),
+    "deepseek_v2": Family(),
+    "deepseek_v3": Family(),
     "ernie4_5": Family(),
     "ernie4_5_moe": Family(),
     "exaone4": Family(),
@@ -62,14 +64,17 @@ FAMILIES: dict[str, Family] = {
     "glm": Family(),
     "glm4": Family(),
     "glm4_moe": Family(),
+    "glm4_moe_lite": Family(),
     "gpt2": Family(learned_positions=True),
     "gpt_bigcode": Family(learned_positions=True),
     "gpt_neox": Family(),
+    "gpt_oss": Family(),
     "granite": Family(logits="logits_scaling"),
     "granitemoe": Family(logits="logits_scaling"),
     "helium": Family(),
     "hunyuan_v1_dense": Family(),
     "hunyuan_v1_moe": Family(),
+    "jetmoe": Family(),
     "llama": Family(),
     "ministral": Family(),
     "mistral": Family(),
@@ -83,6 +88,7 @@ FAMILIES: dict[str, Family] = {
     "phi": Family(),
     "phi3": Family(),
     "qwen2": Family(),
+    "qwen2_moe": Family(),
     "qwen3": Family(),
     "qwen3_moe": Family(),
     "seed_oss": Family(),
@@ -119,9 +125,11 @@ _BIDIRECTIONAL = (("causal", False), ("attn_type", "bi"))
 # Configurations within a configuration that describe the blocks (MPT, DBRX), not another model.
 _PARTS_OF_BLOCKS = ("attn_config", "ffn_config")
 _OTHER = {
-    "cpmant": "it puts tokens of its own in front of each document",
-    "phimoe": "its routers draw at random",
-    "prophetnet": "padding changes what its tokens see",
+    "cpmant": "it puts learned prompt tokens before every document, which the noise and the loss "
+    "here do not count",
+    "phimoe": "its routers draw at random in training, so that another layout trains another model",
+    "prophetnet": "padding changes what its tokens attend to, so that the layout would change what "
+    "is trained",
 }
 # Their positions begin after that of padding, `pad_token_id`.
 _AFTER_PADDING = (
@@ -166,10 +174,7 @@ def check_config(hf_config: Any) -> None:
         _check_wrapper(hf_config)
         hf_config = hf_config.get_text_config()
     if reason := _why_other(hf_config):
-        raise UserError(
-            f"The model is of type {hf_config.model_type}, which is no plain causal language "
-            f"model: {reason}."
-        )
+        raise UserError(f"Models of type {hf_config.model_type} are not trained here: {reason}.")
     if getattr(hf_config, "output_router_logits", False):
         raise UserError(
             "config.json asks for a loss that balances the experts (output_router_logits), which "
@@ -204,11 +209,11 @@ def _why_other(hf_config: Any) -> str | None:
         if getattr(hf_config, name, None) is not None and name not in _PARTS_OF_BLOCKS
     ]
     if parts:
-        found = f"its language model is a part of it ({', '.join(sorted(parts))})"
-        known = f"; those whose text model is trained are {', '.join(WRAPPERS)}"
+        found = f"config.json describes several models in one ({', '.join(sorted(parts))})"
+        known = f". The text model is trained of those of type {', '.join(WRAPPERS)}"
         return found + (known if "text_config" in parts else "")
     if getattr(hf_config, "is_encoder_decoder", False):
-        return "it is an encoder and a decoder"
+        return "they are an encoder and a decoder, no causal language model"
     is_remote = "AutoModelForCausalLM" in (getattr(hf_config, "auto_map", None) or {})
     if not is_remote and type(hf_config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return "transformers has no causal language model of that type"
@@ -216,9 +221,12 @@ def _why_other(hf_config: Any) -> str | None:
         f"{name}={value}" for name, value in _BIDIRECTIONAL if _has(hf_config, name, value)
     ]
     if sees_later:
-        return f"its tokens see later ones ({', '.join(sees_later)})"
+        return f"tokens attend to later ones ({', '.join(sees_later)})"
     if "index_topk" in hf_config.to_dict():  # DeepSeek-V3.2 and its like, measured
-        return "padding changes which tokens its sparse attention picks"
+        return (
+            "by its sparse attention (index_topk) a token attends to others in a padded batch than "
+            "in its document alone, so that the layout would change what is trained"
+        )
     return _OTHER.get(hf_config.model_type)
 
 
@@ -255,12 +263,20 @@ def check_model(model: Any, packing: bool) -> None:
         raise UserError(
             f"{name} {why}, rightly by eager attention alone: set model.attention=eager."
         )
-    causal = {m.is_causal for m in model.modules() if isinstance(m.__dict__.get("is_causal"), bool)}
-    decoder = getattr(model.config, "is_decoder", True)
-    if False in causal or (not causal and not decoder):
+    causal = {
+        place: module.is_causal
+        for place, module in model.named_modules()
+        if isinstance(module.__dict__.get("is_causal"), bool)
+    }
+    if other := [place for place, is_causal in causal.items() if not is_causal]:
         raise UserError(
-            f"{name} lets tokens see later ones, or other inputs than text: it is no plain causal "
-            "language model."
+            f"{name} is not trained here: its attention in {other[0]} is not causal, it sees later "
+            "tokens or the output of an encoder."
+        )
+    if not causal and not getattr(model.config, "is_decoder", True):
+        raise UserError(
+            f"{name} is not trained here: its tokens attend to later ones (is_decoder=False in "
+            "config.json)."
         )
     dropped = [d for m in model.modules() if (d := vars(m).get("layerdrop"))]
     if dropped:

@@ -134,8 +134,8 @@ def build(
             model = with_attention(make, hf_config, config.attention, packing)
     except Exception as error:  # transformers raises whatever its parsers do
         raise UserError(
-            f"{folder} holds no causal language model that transformers can build: "
-            f"{_plain(error, config)}"
+            f"transformers cannot build a causal language model of type {hf_config.model_type} "
+            f"from {folder / 'config.json'}: {_plain(error, config)}"
         ) from error
     check_model(model, packing)
     if config.add_tokens:
@@ -340,4 +340,6 @@ def _plain(error: Exception, config: ModelConfig) -> str:
         )
     if "attn_implementation=" in str(error):
         return "it has no such attention; set data.packing=false model.attention=eager."
+    if isinstance(error, KeyError | TypeError | AttributeError):  # they do not say that they are
+        return f"a setting is missing or of another kind ({type(error).__name__}: {error})"
     return first_line(error)

@@ -80,8 +80,9 @@ def _in_order(model_name: str, parts: Sequence[StoredPart]) -> list[str]:
         return [name for expert in zip(*patterns, strict=False) for name in expert]
     steps = ", ".join(name for name, _ in operations)
     raise UserError(
-        f"{model_name} cannot be trained: its files hold {parts[0].stored} in another order of "
-        f"elements than its parameters ({steps}), and weights are read by ranges."
+        f"{model_name} is not trained here: transformers rearranges the elements of its stored "
+        f"tensors as it loads them ({parts[0].stored}: {steps}), and only tensors whose elements "
+        "keep their order are read and exported."
     )
 
 

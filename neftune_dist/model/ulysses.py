@@ -53,6 +53,13 @@ def to_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors if _group is None else tuple(map(_to_heads, tensors))
 
 
+def own_heads(per_head: Tensor) -> Tensor:
+    """This rank's part of a tensor (heads,), as `to_heads` deals heads."""
+    if _group is None:
+        return per_head
+    return per_head.chunk(_group.size())[_group.rank()]
+
+
 def to_slices(attended: Tensor) -> Tensor:
     """Exchange back: (1, num_tokens, heads / ranks, head_dim) to (1, own_tokens, heads,
     head_dim)."""

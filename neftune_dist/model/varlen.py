@@ -59,11 +59,17 @@ def by_document(
     scale: float,
     window: int,
     dropout: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The operator's result with dropout and in any dtype, (1, num_tokens, num_heads, head_dim)."""
     outs = []
     for q, k, v in _documents(cu_seqlens, query, key, value):
         mask = _window_mask(q, window)
+        if sinks is not None:  # a first key, whose logit is the sink and whose value is 0
+            mask = _window_mask(q, q.shape[2], always=True) if mask is None else mask
+            column = sinks.to(q.dtype)[:, None, None].expand(-1, q.shape[2], 1)
+            mask = torch.cat([column, mask.expand(len(sinks), -1, -1)], dim=2)[None]
+            k, v = (F.pad(tensor, (0, 0, 1, 0)) for tensor in (k, v))
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -78,11 +84,11 @@ def by_document(
     return torch.cat(outs, dim=1)
 
 
-def _window_mask(query: Tensor, window: int) -> Tensor | None:
-    """The mask to add to a document's logits, (length, length); None where it fits the window.
-    query: (1, num_heads, length, head_dim)."""
+def _window_mask(query: Tensor, window: int, always: bool = False) -> Tensor | None:
+    """The mask to add to a document's logits, (length, length); None where it fits the window, but
+    for `always`. query: (1, num_heads, length, head_dim)."""
     length = query.shape[2]
-    if not window or length <= window:
+    if not always and (not window or length <= window):
         return None
     index = torch.arange(length, device=query.device)
     distance = index[:, None] - index[None]
@@ -99,6 +105,7 @@ def _varlen(
     max_seqlen: int,
     scale: float,
     window: int,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention within documents.
 
@@ -106,13 +113,30 @@ def _varlen(
         query: (num_tokens, num_heads, head_dim).
         key, value: (num_tokens, num_key_value_heads, head_dim).
         window: tokens that a token sees, 0: all before it.
+        sinks: (num_heads,), a further logit of every token, whose value is 0.
 
     Returns:
         The attended values, shaped as query; log-sum-exps (num_heads, num_tokens), float32 or
         float64.
     """
-    if query.is_cuda:
-        return _flash_forward(query, key, value, cu_seqlens, max_seqlen, scale, window)
+    forward = _flash_forward if query.is_cuda else _cpu_forward
+    out, lse = forward(query, key, value, cu_seqlens, max_seqlen, scale, window)
+    if sinks is None:
+        return out, lse
+    whole = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+    return out.mul_((lse - whole).exp().t()[..., None]), whole
+
+
+def _cpu_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    _max_seqlen: int,
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor]:
+    """The operator on a CPU, document by document."""
     outs, lses = [], []
     for q, k, v in _documents(cu_seqlens, *map(_by_heads, (query, key, value))):
         mask = _window_mask(q, window)
@@ -260,15 +284,25 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, cu_seqlens, *ctx.settings = inputs
-    ctx.save_for_backward(query, key, value, *output, cu_seqlens)
+    query, key, value, cu_seqlens, *ctx.settings, sinks = inputs
+    ctx.save_for_backward(query, key, value, *output, cu_seqlens, sinks)
 
 
 def _gradient(ctx: Any, grad: Tensor, _grad_lse: Any) -> tuple[Tensor | None, ...]:
-    found = torch.ops.neftune_dist.varlen_attention_backward(
-        grad, *ctx.saved_tensors, *ctx.settings
-    )
-    return (*found, None, None, None, None)
+    """With sinks, too: the backward needs the probabilities, which it computes from log-sum-exps,
+    and the products of the result and its gradient; both are saved with the sinks' part in them."""
+    *saved, sinks = ctx.saved_tensors
+    found = torch.ops.neftune_dist.varlen_attention_backward(grad, *saved, *ctx.settings)
+    return (*found, None, None, None, None, _sinks_gradient(grad, saved[3], saved[4], sinks))
+
+
+def _sinks_gradient(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor | None:
+    """Softmax's gradient for a logit whose value is 0: -p * (out . grad), summed over tokens."""
+    if sinks is None:
+        return None
+    kept = (sinks.to(lse.dtype)[:, None] - lse).exp()
+    products = (out.to(lse.dtype) * grad.to(lse.dtype)).sum(-1)
+    return -(kept * products.t()).sum(1).to(sinks.dtype)
 
 
 _varlen.register_autograd(_gradient, setup_context=_keep)

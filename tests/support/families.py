@@ -26,8 +26,25 @@ _MIXED = {**_WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 _OPTIONAL = {**_MIXED, "use_sliding_window": True, "max_window_layers": 1}
 _EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _LOCAL_EXPERTS = {"num_local_experts": 5, "num_experts_per_tok": 2}
+# Keys are wider than values, and a part of them is rotated.
+_LATENT = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 6,
+    "num_key_value_heads": 4,
+}
 _OWN: dict[str, dict[str, Any]] = {
     "cohere2": _MIXED,
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24},
     "exaone4": _MIXED,
     "flex_olmo": _EXPERTS,
@@ -41,6 +58,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "n_group": 1,
         "topk_group": 1,
     },
+    "glm4_moe_lite": _LATENT,
     "gpt2": {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 5},
     "gpt_neox": {

@@ -60,7 +60,16 @@ _HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 _OWN: dict[str, dict[str, Any]] = {
     "bailing_hybrid": _HYBRID,
     "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1]},
-    "cohere_compass_text": {"layer_types": ["full_attention", "full_attention"]},
+    "cohere_compass_text": {
+        "layer_types": ["full_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [2, 1, 1],
+            }
+        },
+    },
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}, "rope_parameters": None},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
@@ -77,7 +86,14 @@ _OWN: dict[str, dict[str, Any]] = {
     "rwkv": {"rescale_every": 0},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "reformer": {"axial_pos_embds": False, "vocab_size": 640},
-    "qwen4_exp_text": _HYBRID,
+    "qwen4_exp_text": {
+        **_HYBRID,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+    },
     "qwen3_5_text": _HYBRID,
     "qwen3_5_moe_text": _HYBRID,
     "qwen3_next": _HYBRID,

@@ -72,7 +72,10 @@ def packed(model: Any, documents: tuple[Tensor, ...]) -> Tensor:
 @pytest.mark.parametrize("model_type", sorted(PACKING_FAMILIES))
 def test_packed_document_is_as_alone(model_type: str) -> None:
     documents = tokens()
-    model = make(family(model_type))
+    model = make(family(model_type), "eager")  # sdpa knows no sinks
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):
+            parameter.normal_()
     expected = torch.cat([alone(model, d) for d in documents], 1)
     merged = alone(model, torch.cat(documents, 1))
     assert (merged - expected).abs().max() > 0.1  # the weights are such that a leak would show
@@ -93,10 +96,12 @@ def test_the_sliding_window_limits_attention(model_type: str) -> None:
     assert (narrow - wide)[:, 5:].abs().max() > 0.1
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "mistral", "gpt2", "gpt_oss", "deepseek_v3", "qwen2_moe"]
+)
 def test_gradients_are_the_sum_of_those_alone(model_type: str) -> None:
     documents = tokens()
-    model = make(family(model_type))
+    model = make(family(model_type), "eager")
     for document in documents:
         alone(model, document).square().sum().backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -105,7 +110,10 @@ def test_gradients_are_the_sum_of_those_alone(model_type: str) -> None:
     packed(model, documents).square().sum().backward()
     for name, parameter in model.named_parameters():
         scale = float(expected[name].abs().max())
-        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5 * scale, rtol=0)
+        # A sink's is the sum over all tokens of numbers of both signs.
+        bound = 2e-5 if "sinks" in name else 1e-5
+        torch.testing.assert_close(parameter.grad, expected[name], atol=bound * scale, rtol=0)
+        assert "sinks" not in name or scale > 0.1
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma3_text", "gpt2", "opt"])
@@ -140,11 +148,11 @@ def folder_of(config: Any, path: Path) -> Path:
     return path
 
 
-# Silently wrong if they were let through: recurrence, convolution, attention sinks, ALiBi, chunks,
+# Silently wrong if they were let through: recurrence, convolution, ALiBi, chunks,
 # dynamic masks; or no way down for the lengths.
 @pytest.mark.parametrize(
     "model_type",
-    ["bloom", "doge", "falcon", "flint", "gpt_oss", "granite_swa", "lfm2", "llama4_text", "mamba",
+    ["bloom", "doge", "falcon", "flint", "granite_swa", "lfm2", "llama4_text", "mamba",
      "mpt", "nemotron", "olmo_hybrid", "recurrent_gemma", "stablelm"],
 )  # fmt: skip
 def test_other_families_are_refused(model_type: str, tmp_path: Path) -> None:
@@ -184,7 +192,7 @@ def test_capped_logits_are_refused_or_computed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "rembert", "paligemma", "bart"])
 def test_models_that_see_later_tokens_are_refused(model_type: str, tmp_path: Path) -> None:
     folder = folder_of(transformers.AutoConfig.for_model(model_type), tmp_path)
-    with pytest.raises(UserError, match="no plain causal"):
+    with pytest.raises(UserError, match=r"not trained here: .*(later|several models|encoder)"):
         build(folder, ModelConfig(attention="eager"), packing=False)
 
 
@@ -199,7 +207,7 @@ def test_a_missing_attention_is_named(tmp_path: Path) -> None:
 
 def test_bidirectional_settings_are_refused(tmp_path: Path) -> None:
     folder = folder_of(family("gemma3_text", use_bidirectional_attention=True), tmp_path)
-    with pytest.raises(UserError, match="no plain causal"):
+    with pytest.raises(UserError, match=r"not trained here: .*self_attn is not causal"):
         build(folder, ModelConfig(), packing=True)
 
 
@@ -209,7 +217,6 @@ def test_bidirectional_settings_are_refused(tmp_path: Path) -> None:
         ("no documents", {"cu_seqlens": None}),
         ("mask", {"attention_mask": torch.zeros(1, 1, 3, 3)}),
         ("caps", {"softcap": 30.0}),
-        ("sinks", {"s_aux": torch.zeros(2)}),
     ],
 )
 def test_attention_refuses_what_it_does_not_do(what: str, given: dict[str, Any]) -> None:

@@ -64,20 +64,36 @@ def test_a_quirk_that_one_row_names_is_looked_for_in_every_model() -> None:
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("qwen2_5_vl", "a part of it (text_config, vision_config)"),
-        ("paligemma", "a part of it (text_config, vision_config)"),
-        ("moshi", "a part of it (audio_encoder_config, depth_decoder_config)"),
+        ("qwen2_5_vl", "several models in one (text_config, vision_config)"),
+        ("paligemma", "several models in one (text_config, vision_config)"),
+        ("moshi", "several models in one (audio_encoder_config, depth_decoder_config)"),
         ("t5", "an encoder and a decoder"),
         ("bart", "an encoder and a decoder"),
         ("vit", "transformers has no causal language model of that type"),
-        ("xlnet", "see later ones (attn_type=bi)"),
-        ("xlm", "see later ones (causal=False)"),
-        ("cpmant", "tokens of its own"),
+        ("xlnet", "attend to later ones (attn_type=bi)"),
+        ("xlm", "attend to later ones (causal=False)"),
+        ("cpmant", "prompt tokens"),
+        ("deepseek_v32", "sparse attention (index_topk)"),
+        ("phimoe", "routers draw at random"),
     ],
 )
 def test_other_kinds_of_models_are_refused_by_what_they_are(model_type: str, reason: str) -> None:
-    with pytest.raises(UserError, match=f"of type {model_type}, .*{re.escape(reason)}"):
+    with pytest.raises(
+        UserError, match=f"of type {model_type} are not trained here: .*{re.escape(reason)}"
+    ):
         check_config(transformers.AutoConfig.for_model(model_type))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "place"), [("bart", "encoder_attn"), ("whisper", "encoder_attn")]
+)
+def test_attention_to_an_encoder_is_named(model_type: str, place: str) -> None:
+    config = shrunk(model_type)
+    config.is_decoder, config.is_encoder_decoder = True, False
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UserError, match=rf"\.{place} is not causal"):
+        check_model(model, packing=False)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mpt", "dbrx", "mamba", "rwkv", "gemma3_text"])

@@ -29,7 +29,7 @@ from tests.support.families import family
 
 CPU = torch.device("cpu")
 # Families that do not pack, with buffers of every kind, and rotary frequencies of every kind.
-EAGER = {"bloom", "codegen", "gemma2", "gpt_neo", "gptj", "mpt"}
+EAGER = {"bloom", "codegen", "gemma2", "gpt_neo", "gpt_oss", "gptj", "mpt"}
 OTHERS = ["bloom", "biogpt", "codegen", "falcon", "gemma2", "gpt_neo", "gptj", "mpt", "stablelm"]
 ROPES: dict[str, dict[str, Any]] = {
     "linear": {"factor": 2.0},
@@ -117,6 +117,10 @@ def assert_same_model(model: Any, expected: Any) -> None:
             assert mine[name].dtype == tensor.dtype, name
             assert torch.equal(mine[name], tensor), name
     assert model.state_dict().keys() == expected.state_dict().keys()
+    # The same numbers at the same addresses: how these are aligned decides how products of experts
+    # (JetMoE's) round, 1e-6 of the logits.
+    for one, other in zip(model.parameters(), expected.parameters(), strict=True):
+        one.data = other.data
     ids = torch.arange(3, 15)[None]
     with torch.no_grad():
         logits = [m.eval()(input_ids=ids, use_cache=False).logits for m in (model, expected)]
@@ -582,13 +586,13 @@ def test_broken_configuration_is_refused(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", ["t5", "clip", "vit"])
 def test_encoders_are_no_language_models(model_type: str, tmp_path: Path) -> None:
     transformers.AutoConfig.for_model(model_type).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=f"{model_type}, which is no plain causal language model"):
+    with pytest.raises(UserError, match=f"type {model_type} are not trained here: "):
         build(tmp_path)
 
 
 def test_impossible_sizes_are_refused(tmp_path: Path) -> None:
     family("gpt2", num_attention_heads=5).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no causal language model"):
+    with pytest.raises(UserError, match="cannot build a causal language model of type gpt2"):
         build(tmp_path)
 
 

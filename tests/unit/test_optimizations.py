@@ -147,22 +147,28 @@ def test_compiled_blocks_take_every_length_with_one_graph() -> None:
             torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * float(a.abs().max()))
 
 
+@pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize("window", [0, 5])
-def test_the_operator_passes_opcheck_and_gradcheck(window: int) -> None:
+def test_the_operator_passes_opcheck_and_gradcheck(window: int, has_sinks: bool) -> None:
     """Schema, fake implementation, autograd: `opcheck`; and its gradient, in float64."""
     torch.manual_seed(0)
     query = torch.randn(12, 2, 4, dtype=torch.float64, requires_grad=True)
     key, value = (torch.randn(12, 1, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    sinks = torch.randn(2, dtype=torch.float64, requires_grad=True) if has_sinks else None
     ends = torch.tensor([0, 3, 4, 12], dtype=torch.int32)
-    arguments = (query, key, value, ends, 8, 0.3, window)
+    arguments = (query, key, value, ends, 8, 0.3, window, sinks)
     torch.library.opcheck(VARLEN_OPERATOR, arguments)
     assert torch.autograd.gradcheck(
-        lambda q, k, v: VARLEN_OPERATOR(q, k, v, ends, 8, 0.3, window)[0], (query, key, value)
+        lambda q, k, v, s: VARLEN_OPERATOR(q, k, v, ends, 8, 0.3, window, s)[0],
+        (query, key, value, sinks),
     )
 
 
+@pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize("window", [None, 5])
-def test_attention_with_negligible_dropout_is_the_operators(window: int | None) -> None:
+def test_attention_with_negligible_dropout_is_the_operators(
+    window: int | None, has_sinks: bool
+) -> None:
     """The way with dropout, which drops almost never here, agrees with the operator."""
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, heads, 12, 8) for heads in (4, 2, 2))
@@ -171,6 +177,7 @@ def test_attention_with_negligible_dropout_is_the_operators(window: int | None) 
         "cu_seqlens": torch.tensor([0, 3, 4, 12], dtype=torch.int32),
         "max_seqlen": 8,
         "sliding_window": window,
+        "s_aux": torch.randn(4) if has_sinks else None,
     }
     plain, _ = varlen_attention(*arguments, **settings)
     dropped, _ = varlen_attention(*arguments, dropout=1e-9, **settings)
