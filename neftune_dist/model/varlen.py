@@ -66,7 +66,7 @@ def by_document(
     for q, k, v in _documents(cu_seqlens, query, key, value):
         mask = _window_mask(q, window)
         if sinks is not None:  # a first key, whose logit is the sink and whose value is 0
-            mask = _window_mask(q, q.shape[2], always=True) if mask is None else mask
+            mask = _mask(q, window or q.shape[2])
             column = sinks.to(q.dtype)[:, None, None].expand(-1, q.shape[2], 1)
             mask = torch.cat([column, mask.expand(len(sinks), -1, -1)], dim=2)[None]
             k, v = (F.pad(tensor, (0, 0, 1, 0)) for tensor in (k, v))
@@ -84,13 +84,15 @@ def by_document(
     return torch.cat(outs, dim=1)
 
 
-def _window_mask(query: Tensor, window: int, always: bool = False) -> Tensor | None:
-    """The mask to add to a document's logits, (length, length); None where it fits the window, but
-    for `always`. query: (1, num_heads, length, head_dim)."""
-    length = query.shape[2]
-    if not always and (not window or length <= window):
-        return None
-    index = torch.arange(length, device=query.device)
+def _window_mask(query: Tensor, window: int) -> Tensor | None:
+    """`_mask`; None where the document fits the window."""
+    return _mask(query, window) if 0 < window < query.shape[2] else None
+
+
+def _mask(query: Tensor, window: int) -> Tensor:
+    """The mask to add to a document's logits, (length, length); query: (1, num_heads, length,
+    head_dim)."""
+    index = torch.arange(query.shape[2], device=query.device)
     distance = index[:, None] - index[None]
     seen = (distance >= 0) & (distance < window)
     return torch.zeros_like(seen, dtype=query.dtype).masked_fill_(~seen, -torch.inf)
