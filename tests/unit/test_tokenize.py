@@ -15,11 +15,13 @@ from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from neftune_dist.config import UserError
+from neftune_dist.data.backend import bare
 from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.errors import BadRow
 from neftune_dist.data.formats import detect_format, to_conversation
 from neftune_dist.data.spans import Chunk, Rendered, Span
 from neftune_dist.data.tokenize import ConversationTokenizer, _masks
+from tests.support import tiny_model
 from tests.support.documents import (
     ASK,
     conversation,
@@ -389,3 +391,13 @@ def test_a_tokenizer_without_offsets() -> None:
     slow = SimpleNamespace(is_fast=False, name_or_path="slow", chat_template="x", eos_token_id=0)
     with pytest.raises(UserError, match="slow gives no character offsets"):
         make(slow)
+
+
+def test_literal_tokenizer_reads_special_tokens_as_text(tmp_path: Path) -> None:
+    """Copies are shared, and one does not become the other; a token added later is in the next."""
+    tokenizer = tiny_model.make_tokenizer(tmp_path)
+    for _ in range(2):
+        assert len(bare(tokenizer.backend_tokenizer, literal=True).encode("</s>").ids) > 1
+        assert bare(tokenizer.backend_tokenizer).encode("</s>").ids == [tokenizer.eos_token_id]
+    tokenizer.add_tokens(["<|new|>"])
+    assert len(bare(tokenizer.backend_tokenizer).encode("<|new|>").ids) == 1
