@@ -99,12 +99,9 @@ def assert_exported_as_the_base(run_dir: Path, base: Path, output: Path) -> Any:
     return model
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_experts_train_the_same(name: str, expected: Expected, tmp_path: Path) -> None:
+def assert_trained_as_expected(run_dir: Path, expected: Expected, *words: str, ranks: int) -> None:
     """Every parameter: those of experts without tokens decay, and move no more than that."""
-    ranks, words = LAYOUTS[name]
-    run_dir, config = tmp_path / "run", expected.config
-    records = tiny_model.train(config, run_dir, *words, ranks=ranks)
+    records = tiny_model.train(expected.config, run_dir, *words, ranks=ranks)
     assert len(records) == STEPS
     for one, other in zip(records, expected.records, strict=True):
         for key in ("loss", "grad_norm"):
@@ -113,13 +110,28 @@ def test_experts_train_the_same(name: str, expected: Expected, tmp_path: Path) -
     for key, parameter in expected.parameters.items():
         found = tensors[f"master/{key}"].view_as(parameter)
         torch.testing.assert_close(found, parameter.detach(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_experts_train_the_same(name: str, expected: Expected, tmp_path: Path) -> None:
+    ranks, words = LAYOUTS[name]
+    run_dir = tmp_path / "run"
+    assert_trained_as_expected(run_dir, expected, *words, ranks=ranks)
     if ranks == 2:
-        base = config.parent / "model"
+        base = expected.config.parent / "model"
         exported = assert_exported_as_the_base(run_dir, base, tmp_path / "export")
         largest = float(expected.logits.abs().max())
         torch.testing.assert_close(
             logits_of(exported), expected.logits, atol=1e-5 * largest, rtol=0
         )
+
+
+@pytest.mark.parametrize("expected", ["gpt_oss"], indirect=True)
+def test_attention_sinks_are_dealt_to_ranks_as_heads_are(
+    expected: Expected, tmp_path: Path
+) -> None:
+    words = ["engine.sequence_parallel=2"]
+    assert_trained_as_expected(tmp_path / "run", expected, *words, ranks=2)
 
 
 @pytest.mark.parametrize("kind", ["gpt_oss", "olmoe"])
