@@ -125,10 +125,10 @@ _BIDIRECTIONAL = (("causal", False), ("attn_type", "bi"))
 # Configurations within a configuration that describe the blocks (MPT, DBRX), not another model.
 _PARTS_OF_BLOCKS = ("attn_config", "ffn_config")
 _OTHER = {
-    "cpmant": "it puts learned prompt tokens before every document, which the noise and the loss "
+    "cpmant": "they put learned prompt tokens before every document, which the noise and the loss "
     "here do not count",
-    "phimoe": "its routers draw at random in training, so that another layout trains another model",
-    "prophetnet": "padding changes what its tokens attend to, so that the layout would change what "
+    "phimoe": "their routers draw at random in training, so that another layout trains another model",
+    "prophetnet": "padding changes what their tokens attend to, so that the layout would change what "
     "is trained",
 }
 # Their positions begin after that of padding, `pad_token_id`.
@@ -224,7 +224,7 @@ def _why_other(hf_config: Any) -> str | None:
         return f"tokens attend to later ones ({', '.join(sees_later)})"
     if "index_topk" in hf_config.to_dict():  # DeepSeek-V3.2 and its like, measured
         return (
-            "by its sparse attention (index_topk) a token attends to others in a padded batch than "
+            "by their sparse attention (index_topk) a token attends to others in a padded batch than "
             "in its document alone, so that the layout would change what is trained"
         )
     return _OTHER.get(hf_config.model_type)
@@ -270,7 +270,7 @@ def check_model(model: Any, packing: bool) -> None:
     }
     if other := [place for place, is_causal in causal.items() if not is_causal]:
         raise UserError(
-            f"{name} is not trained here: its attention in {other[0]} is not causal, it sees later "
+            f"{name} is not trained here: its attention in {other[0]} is not causal: it sees later "
             "tokens or the output of an encoder."
         )
     if not causal and not getattr(model.config, "is_decoder", True):
