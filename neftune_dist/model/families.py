@@ -127,9 +127,10 @@ _PARTS_OF_BLOCKS = ("attn_config", "ffn_config")
 _OTHER = {
     "cpmant": "they put learned prompt tokens before every document, which the noise and the loss "
     "here do not count",
-    "phimoe": "their routers draw at random in training, so that another layout trains another model",
-    "prophetnet": "padding changes what their tokens attend to, so that the layout would change what "
-    "is trained",
+    "phimoe": "their routers draw at random in training, so that another layout trains another "
+    "model",
+    "prophetnet": "padding changes what their tokens attend to, so that the layout would change "
+    "what is trained",
 }
 # Their positions begin after that of padding, `pad_token_id`.
 _AFTER_PADDING = (
@@ -224,8 +225,8 @@ def _why_other(hf_config: Any) -> str | None:
         return f"tokens attend to later ones ({', '.join(sees_later)})"
     if "index_topk" in hf_config.to_dict():  # DeepSeek-V3.2 and its like, measured
         return (
-            "by their sparse attention (index_topk) a token attends to others in a padded batch than "
-            "in its document alone, so that the layout would change what is trained"
+            "by their sparse attention (index_topk) a token attends to others in a padded batch "
+            "than in its document alone, so that the layout would change what is trained"
         )
     return _OTHER.get(hf_config.model_type)
 
