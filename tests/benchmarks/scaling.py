@@ -1,9 +1,9 @@
-"""Two ranks against one, and ZeRO-3 against FSDP2, on a CPU: one thread a rank.
+"""Two ranks against one, and the engines against FSDP2, on a CPU: one thread a rank.
 
 All contenders train on the same documents with the same global batch, through the real command
 under torchrun, one after the other, round by round. The first steps are a warm-up and not counted.
 
-usage: python tests/benchmarks/scaling.py MODEL_DIR DATA [--rounds 3] [--stages 3] [...]
+usage: python tests/benchmarks/scaling.py MODEL_DIR DATA [--rounds 3] [--engines fsdp2 ...] [...]
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from runs import common_arguments, environment_line, median_ratio, settings, sho
 LIMIT_SECONDS = 900
 
 
-def engine_words(engine: str) -> list[str]:
-    """`fsdp2`, or `zero3` and its like, as settings."""
-    if engine == "fsdp2":
-        return ["engine.name=fsdp2"]
-    return ["engine.name=deepspeed", f"engine.zero_stage={engine.removeprefix('zero')}"]
+ENGINES = {
+    "fsdp2": ["engine.name=fsdp2"],
+    "fsdp2-step": ["engine.name=fsdp2", "engine.sync_every=step"],
+    "replicated": ["engine.name=replicated"],
+    **{f"zero{n}": ["engine.name=deepspeed", f"engine.zero_stage={n}"] for n in (1, 2, 3)},
+}
 
 
 def measure(args: argparse.Namespace, engine: str, ranks: int, seed: int) -> dict[str, Any]:
     """One run: tokens a second, peak memory of the rank that has most, the last loss."""
-    words = [*settings(args, seed), *engine_words(engine)]
+    words = [*settings(args, seed), *ENGINES[engine]]
     records, done = train(words, ranks=ranks, threads=1, limit_seconds=LIMIT_SECONDS)
     counted = records[args.warm_up :]
     return {
@@ -41,13 +42,13 @@ def measure(args: argparse.Namespace, engine: str, ranks: int, seed: int) -> dic
 
 def main() -> None:
     parser = common_arguments((__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--stages", type=int, nargs="+", default=[3], help="of ZeRO: 1, 2, 3")
+    usual = ["fsdp2", "replicated", "zero3"]
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=usual)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     args = parser.parse_args()
-    print(f"{environment_line(['neftune-dist', 'torch', 'deepspeed'])}, 1 thread a rank, float32")
+    print(f"{environment_line(['neftune-dist', 'torch', 'deepspeed'])}, 1 thread a rank")
     print(f"command: {' '.join(sys.argv)}", flush=True)
-    engines = ["fsdp2", *(f"zero{stage}" for stage in args.stages)]
-    contenders = [(engine, ranks) for ranks in args.ranks for engine in engines]
+    contenders = [(engine, ranks) for ranks in args.ranks for engine in args.engines]
     found: dict[tuple[str, int], list[dict[str, Any]]] = {contender: [] for contender in contenders}
     for round_ in range(args.rounds):
         for engine, ranks in contenders:
@@ -60,7 +61,7 @@ def main() -> None:
                 flush=True,
             )
     speeds = {contender: [r["speed"] for r in found[contender]] for contender in contenders}
-    rows = {}
+    rows, first = {}, args.engines[0]
     for engine, ranks in contenders:
         own = speeds[engine, ranks]
         alone = speeds.get((engine, args.ranks[0]), own)
@@ -68,11 +69,11 @@ def main() -> None:
             spread(own),
             f"{statistics.median([r['gib'] for r in found[engine, ranks]]):.2f}",
             median_ratio(own, alone) if ranks != args.ranks[0] else "",
-            median_ratio(own, speeds["fsdp2", ranks]) if engine != "fsdp2" else "",
+            median_ratio(own, speeds[first, ranks]) if engine != first else "",
         )
     show(
         rows,
-        ["tokens/s (least, most)", "peak GiB", f"over {args.ranks[0]} ranks", "over fsdp2"],
+        ["tokens/s (least, most)", "peak GiB", f"over {args.ranks[0]} ranks", f"over {first}"],
     )
 
 
