@@ -49,6 +49,7 @@ FAMILIES: dict[str, Family] = {
     "ernie4_5_moe": Family(),
     "exaone4": Family(),
     "flex_olmo": Family(),
+    "flint": Family(),
     "gemma": Family(embedding_scale=("scalar_embed_scale", "embed_scale")),
     "gemma2": Family(
         packs=False,
@@ -70,7 +71,10 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": Family(),
     "gpt_oss": Family(),
     "granite": Family(logits="logits_scaling"),
+    "granite_swa": Family(logits="logits_scaling"),
     "granitemoe": Family(logits="logits_scaling"),
+    "granitemoe_swa": Family(logits="logits_scaling"),
+    "granitemoeshared": Family(logits="logits_scaling"),
     "helium": Family(),
     "hunyuan_v1_dense": Family(),
     "hunyuan_v1_moe": Family(),

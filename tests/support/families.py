@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import SkipTest
 
 import transformers
 
@@ -66,7 +67,10 @@ _OWN: dict[str, dict[str, Any]] = {
     },
     "gpt_oss": {**_MIXED, **_LOCAL_EXPERTS, "rope_parameters": {"rope_type": "default"}},
     "gptj": {"rotary_dim": 4},
+    "granite_swa": _MIXED,
     "granitemoe": _LOCAL_EXPERTS,
+    "granitemoe_swa": {**_MIXED, **_LOCAL_EXPERTS},
+    "granitemoeshared": {**_LOCAL_EXPERTS, "shared_intermediate_size": 24},
     "hunyuan_v1_moe": {"num_experts": 5, "moe_topk": 2},
     "jamba": {"num_experts": 4},
     "codegen": {"rotary_dim": 4},
@@ -92,7 +96,9 @@ _WITHOUT_HEAD_DIM = ("falcon",)
 
 
 def family(model_type: str, **settings: Any) -> Any:
-    """The configuration of a tiny model of that family."""
+    """The configuration of a tiny model of that family; skips where transformers is older."""
+    if model_type not in transformers.CONFIG_MAPPING:
+        raise SkipTest(f"transformers {transformers.__version__} has no {model_type}")
     chosen = {**_COMMON, **_OWN.get(model_type, {}), **settings}
     if model_type in _WITHOUT_HEAD_DIM:
         del chosen["head_dim"]

@@ -152,7 +152,7 @@ def folder_of(config: Any, path: Path) -> Path:
 # dynamic masks; or no way down for the lengths.
 @pytest.mark.parametrize(
     "model_type",
-    ["bloom", "doge", "falcon", "flint", "granite_swa", "lfm2", "llama4_text", "mamba",
+    ["bloom", "doge", "falcon", "lfm2", "llama4_text", "mamba",
      "mpt", "nemotron", "olmo_hybrid", "recurrent_gemma", "stablelm"],
 )  # fmt: skip
 def test_other_families_are_refused(model_type: str, tmp_path: Path) -> None:

@@ -29,7 +29,10 @@ from tests.support.families import family
 
 CPU = torch.device("cpu")
 # Families that do not pack, with buffers of every kind, and rotary frequencies of every kind.
-EAGER = {"bloom", "codegen", "gemma2", "gpt_neo", "gpt_oss", "gptj", "mpt"}
+EAGER = {
+    *("bloom", "codegen", "gemma2", "gpt_neo", "gptj", "mpt"),
+    *("flint", "gpt_oss", "granite_swa", "granitemoe_swa"),  # attention sinks
+}
 OTHERS = ["bloom", "biogpt", "codegen", "falcon", "gemma2", "gpt_neo", "gptj", "mpt", "stablelm"]
 ROPES: dict[str, dict[str, Any]] = {
     "linear": {"factor": 2.0},
