@@ -593,6 +593,15 @@ def test_encoders_are_no_language_models(model_type: str, tmp_path: Path) -> Non
         build(tmp_path)
 
 
+@pytest.mark.skipif("cohere_compass_text" not in transformers.CONFIG_MAPPING, reason="older")
+def test_missing_setting_is_called_one(tmp_path: Path) -> None:
+    transformers.AutoConfig.for_model("cohere_compass_text").save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=r"of type cohere_compass_text .*KeyError: 'full_attention'"
+    ):
+        build(tmp_path)
+
+
 def test_impossible_sizes_are_refused(tmp_path: Path) -> None:
     family("gpt2", num_attention_heads=5).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="cannot build a causal language model of type gpt2"):
