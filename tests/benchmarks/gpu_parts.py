@@ -95,7 +95,13 @@ class Part:
     limit_seconds: int = 120
 
 
-BASE = ("model.dtype=bf16", "noise.alpha=5", "data.packing=true", "optim.schedule=constant")
+BASE = (
+    "model.dtype=bf16",
+    "noise.alpha=5",
+    "data.packing=true",
+    "optim.schedule=constant",
+    "engine.name=fsdp2",
+)
 
 
 class RandomDocuments:
