@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -156,7 +157,9 @@ class _TensorBoard:
 
     def __init__(self, run_dir: Path, facts: Mapping[str, Any], first_step: int) -> None:
         folder = run_dir / "tensorboard" / run_dir.resolve().name
+        before = set(threading.enumerate())
         self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+        _print_nothing(set(threading.enumerate()) - before)
         if not first_step:
             flat = _flat(facts)
             lines = [f"    {key}: {value}" for key, value in flat.items()]
@@ -180,6 +183,18 @@ class _TensorBoard:
 
     def close(self, failed: bool) -> None:
         self._writer.close()
+
+
+def _print_nothing(threads: set[threading.Thread]) -> None:
+    """Have no exception printed that ends one of these threads: TensorBoard raises it again at the
+    next record, where it becomes a warning."""
+    usual = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if arguments.thread not in threads:
+            usual(arguments)
+
+    threading.excepthook = hook
 
 
 class _WandB:

@@ -118,6 +118,7 @@ PATCHES = {
     "model/modules": {"forward"},  # within a block: the projection gives the loss, no logits
     "model/optimizations": {"forward"},  # a block recomputes, or is compiled
     "planning/simulate": {"step"},
+    "training/trackers": {"excepthook"},  # of Python's threading, which documents it
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -216,3 +217,23 @@ def test_name_without_a_tracker_is_refused(word: str) -> None:
 def test_loss_is_the_first_group_by_name() -> None:
     """TensorBoard and W&B sort groups by name."""
     assert min(GROUPS) == "loss" == min([*GROUPS, "samples", "other"])
+
+
+def test_a_tensorboard_without_its_folder_is_one_warning(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It writes in a thread, whose traceback Python would print; those of others are printed."""
+    printed: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", printed.append)
+    trackers = Trackers(tmp_path, LoggingConfig(), FACTS, 0)
+    (tmp_path / "tensorboard").rename(tmp_path / "aside")
+    for step in range(3):
+        trackers.record({**RECORD, "step": step})
+    trackers.close()
+    said = capfd.readouterr().err
+    assert said.count("warning: tensorboard has failed") == 1 == len(said.splitlines())
+    assert printed == []
+    other = threading.Thread(target=lambda: 1 / 0)
+    other.start()
+    other.join()
+    assert [arguments.exc_type for arguments in printed] == [ZeroDivisionError]
