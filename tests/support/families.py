@@ -67,9 +67,10 @@ _OWN: dict[str, dict[str, Any]] = {
     },
     "gpt_oss": {**_MIXED, **_LOCAL_EXPERTS, "rope_parameters": {"rope_type": "default"}},
     "gptj": {"rotary_dim": 4},
-    "granite_swa": _MIXED,
+    # The published ones scale scores by 1 / head_dim; the default of 1 would magnify roundings.
+    "granite_swa": {**_MIXED, "attention_multiplier": 1 / 8},
     "granitemoe": _LOCAL_EXPERTS,
-    "granitemoe_swa": {**_MIXED, **_LOCAL_EXPERTS},
+    "granitemoe_swa": {**_MIXED, **_LOCAL_EXPERTS, "attention_multiplier": 1 / 8},
     "granitemoeshared": {**_LOCAL_EXPERTS, "shared_intermediate_size": 24},
     "hunyuan_v1_moe": {"num_experts": 5, "moe_topk": 2},
     "jamba": {"num_experts": 4},
