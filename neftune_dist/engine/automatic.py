@@ -36,7 +36,7 @@ def choose_engine(
     set_ones = [n for n in _SHARDING if getattr(engine, n) != KNOBS[f"engine.{n}"].default]
     needed = _replica_bytes(config, model)
     if set_ones:
-        name, why = "fsdp2", f"which reads engine.{set_ones[0]}"
+        name, why = "fsdp2", f"because engine.{set_ones[0]} is set"
     else:
         share = _STATE_SHARE if world_size > 1 else _STATE_SHARE_OF_ONE
         fits = needed <= share * device_bytes

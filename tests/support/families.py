@@ -27,14 +27,17 @@ _MIXED = {**_WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 _OPTIONAL = {**_MIXED, "use_sliding_window": True, "max_window_layers": 1}
 _EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _LOCAL_EXPERTS = {"num_local_experts": 5, "num_experts_per_tok": 2}
-# Keys are wider than values, and a part of them is rotated.
-_LATENT = {
+_ROUTED = {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 24,
     "first_k_dense_replace": 1,
     "n_group": 1,
     "topk_group": 1,
+}
+# Keys are wider than values, and a part of them is rotated.
+_LATENT = {
+    **_ROUTED,
     "kv_lora_rank": 8,
     "q_lora_rank": 8,
     "qk_rope_head_dim": 8,
@@ -51,14 +54,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "flex_olmo": _EXPERTS,
     "gemma2": _MIXED,
     "gemma3_text": _MIXED,
-    "glm4_moe": {
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 24,
-        "first_k_dense_replace": 1,
-        "n_group": 1,
-        "topk_group": 1,
-    },
+    "glm4_moe": _ROUTED,
     "glm4_moe_lite": _LATENT,
     "gpt2": {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 5},

@@ -92,7 +92,7 @@ def test_state_of_a_whole_model_is_what_the_engine_keeps(
 def test_settings_of_sharding_choose_it(word: str, model: Path) -> None:
     config = load_config("quickstart", words_of(model, word))
     chosen, why = choose_engine(config, read(config, with_data=False).model, 2.0**40, 1)
-    assert (chosen.engine.name, why) == ("fsdp2", f"which reads {word.partition('=')[0]}")
+    assert (chosen.engine.name, why) == ("fsdp2", f"because {word.partition('=')[0]} is set")
 
 
 def test_plan_says_which_and_why(model: Path) -> None:
@@ -109,7 +109,9 @@ def test_plan_says_which_and_why(model: Path) -> None:
     )
     assert "of a rank's 139.0 GiB" in told(gpu="H200")
     assert "at most 83% of" in told(ranks=1)
-    assert told("engine.offload=cpu").startswith("engine.name=auto: fsdp2, which reads")
+    assert told("engine.offload=cpu").startswith(
+        "engine.name=auto: fsdp2, because engine.offload is set"
+    )
     assert told("engine.name=fsdp2") == ""
 
 
