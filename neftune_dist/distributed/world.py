@@ -305,13 +305,45 @@ class World:
         """Whether any rank's flag is set: one small collective."""
         return any(any(row) for row in self.gather([float(flag)]))
 
-    def close(self) -> None:
-        """Leave the process group; rank 0, whose process may host the store, leaves last."""
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # Every rank leaves by itself, by a mistake that all have heard of or by a request to stop;
+        # by anything else alone, and perhaps because another rank is gone.
+        self.close(together=error is None or isinstance(error, UserError | Stopped))
+
+    def close(self, *, together: bool = True) -> None:
+        """Leave the process group; rank 0, whose process may host the store, leaves last.
+
+        Args:
+            together: whether the other ranks leave, too, so that rank 0 waits for them.
+        """
         if self.size > 1:
             with suppress(RuntimeError):  # the store may have gone with the rank that hosts it
                 self._store.add("left", 1)
-                if self.is_first:
+                if self.is_first and together:
                     # No other rank waits here.
                     wait_until(lambda: self._store.add("left", 0) >= self.size, 1, _LEAVE_SECONDS)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def run_among_ranks(work: Callable[[World, StopSignal], int], stopped: str) -> int:
+    """Run `work`, which every rank calls, and return its exit code.
+
+    Args:
+        work: takes the world and the requests to stop.
+        stopped: what rank 0 says where a request ended `work` with nothing to save.
+    """
+    stop = StopSignal()
+    try:
+        with World(stop) as world:
+            try:
+                return work(world, stop)
+            except Stopped:
+                world.tell_stopped()
+                world.log(stopped)
+                return outcome.EXIT_STOPPED
+    finally:
+        stop.ignore()

@@ -42,7 +42,7 @@ from neftune_dist.engine.base import (
 )
 from neftune_dist.model.load import DTYPES, initialize_buffers
 from neftune_dist.model.loss import resolve_loss
-from neftune_dist.model.modules import own_parameters, replace_buffers
+from neftune_dist.model.modules import own_buffers, own_parameters, replace_buffers
 from neftune_dist.model.optimizations import blocks
 from neftune_dist.optim import (
     MakeOptimizer,
@@ -83,6 +83,7 @@ class DeepSpeedEngine:
         self.loss = resolve_loss(self.loss, model)
         self.settings["zero_optimization"] |= _sizes(model, self.stage)
         whole = _Materializer(model, self.world.device, self.compute_dtype)
+        dtypes = [buffer.dtype for module in model.modules() for _, buffer in own_buffers(module)]
         with redirect_stdout(io.StringIO()):  # DeepSpeed prints memory reports on every rank
             if self.stage == 3:
                 deepspeed.zero.Init(
@@ -110,7 +111,8 @@ class DeepSpeedEngine:
             )
         # DeepSpeed casts buffers with the parameters; with rotary frequencies in bf16 the model
         # would differ from the one FSDP2 trains.
-        replace_buffers(model, lambda b: b.float() if b.is_floating_point() else b)
+        as_made = iter(dtypes)
+        replace_buffers(model, lambda buffer: buffer.to(next(as_made)))
         initialize_buffers(model, self.world.device)
         self.model = model
         self.zero = self.engine.optimizer

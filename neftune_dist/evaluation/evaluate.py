@@ -27,9 +27,9 @@ from neftune_dist.data.instructions import (
     read_instructions,
 )
 from neftune_dist.data.split import sample_documents
-from neftune_dist.distributed.outcome import EXIT_DONE, EXIT_STOPPED
-from neftune_dist.distributed.signals import Stopped, StopSignal
-from neftune_dist.distributed.world import World
+from neftune_dist.distributed.outcome import EXIT_DONE
+from neftune_dist.distributed.signals import StopSignal
+from neftune_dist.distributed.world import World, run_among_ranks
 from neftune_dist.evaluation import text_statistics
 from neftune_dist.evaluation.answers import answer_all, remove_partial
 from neftune_dist.evaluation.judge import compare
@@ -61,9 +61,8 @@ def evaluate(
     Raises:
         UserError: there is nothing to evaluate, or a part failed; the parts before it are written.
     """
-    stop = StopSignal()
-    world = World(stop)
-    try:
+
+    def work(world: World, stop: StopSignal) -> int:
         with stop.at_once():
             target = world.local_rank_zero_first(
                 lambda: open_target(
@@ -81,13 +80,8 @@ def evaluate(
             finally:
                 evaluation.results.close()
         return EXIT_DONE
-    except Stopped:
-        world.tell_stopped()
-        world.log("stopped; the same command continues")
-        return EXIT_STOPPED
-    finally:
-        world.close()
-        stop.ignore()
+
+    return run_among_ranks(work, "stopped; the same command continues")
 
 
 class _Evaluation:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from neftune_dist.distributed.outcome import EXIT_DONE, EXIT_STOPPED
 from neftune_dist.distributed.signals import Stopped, StopSignal
 from neftune_dist.distributed.straggler import Stragglers
 from neftune_dist.distributed.watchdog import Watchdog
-from neftune_dist.distributed.world import Sharing, World
+from neftune_dist.distributed.world import Sharing, World, run_among_ranks
 from neftune_dist.engine import make_engine
 from neftune_dist.engine.base import MASTER, Engine
 from neftune_dist.model.load import fill_buffers
@@ -51,17 +52,9 @@ from neftune_dist.training.trackers import check_store
 
 def train(config: Config) -> int:
     """Run `config` to its end; return the exit code. Call it on every rank. Raises `UserError`."""
-    stop = StopSignal()
-    world = World(stop)
-    try:
-        return _train(config, world, stop)
-    except Stopped:
-        world.tell_stopped()
-        world.log("stopped; nothing had to be saved; the same command continues")
-        return EXIT_STOPPED
-    finally:
-        world.close()
-        stop.ignore()
+    return run_among_ranks(
+        partial(_train, config), "stopped; nothing had to be saved; the same command continues"
+    )
 
 
 def _train(config: Config, world: World, stop: StopSignal) -> int:

@@ -143,3 +143,25 @@ def test_thread_agrees_by_itself_and_gives_up_on_missing_ranks() -> None:
         pass
     with pytest.raises(UserError), made[0].agree():  # at its own first block
         raise UserError("x")
+
+
+def test_first_rank_waits_for_the_others_only_where_they_leave_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, second = worlds(2)
+    waits: list[float] = []
+
+    def wait_until(condition: Callable[[], bool], num_ranks: int, seconds: float) -> bool:
+        waits.append(seconds)
+        return condition()
+
+    monkeypatch.setattr(module, "wait_until", wait_until)
+    with pytest.raises(RuntimeError, match="closed by peer"), first:
+        raise RuntimeError("connection closed by peer")
+    assert not waits  # the other rank may be gone
+    for error in (UserError("x"), Stopped()):
+        with pytest.raises(type(error)), first:
+            raise error
+    with first, second:
+        pass
+    assert len(waits) == 3  # the first rank alone waits
