@@ -156,7 +156,7 @@ def train_with_trl(args: argparse.Namespace, contender: str, seed: int) -> dict[
             weight_decay=0.0,
             neftune_noise_alpha=args.alpha or None,
             use_cpu=True,
-            bf16=False,
+            bf16=args.dtype == "bf16",
             seed=seed,
             save_strategy="no",
             logging_steps=1,
@@ -238,9 +238,9 @@ def _peak_gib() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 
-def matrix_rate(size: int = 2048, repeats: int = 8) -> float:
-    """The best rate of a float32 matrix product, in FLOP/s."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
+def matrix_rate(dtype: torch.dtype, size: int = 2048, repeats: int = 8) -> float:
+    """The best rate of a matrix product, in FLOP/s."""
+    a, b = torch.randn(2, size, size).to(dtype)
     best = float("inf")
     for _ in range(repeats):
         began = time.perf_counter()
@@ -255,7 +255,7 @@ def compare(args: argparse.Namespace) -> None:
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
     rates = []
     for round_ in range(args.rounds):
-        rates.append(matrix_rate())
+        rates.append(matrix_rate(load.DTYPES[args.dtype]))
         for name in contenders:
             result = ours(args, round_) if name == OURS else theirs(args, name, round_)
             found[name].append(result)
@@ -389,7 +389,9 @@ def main() -> None:
         print(json.dumps(train_with_trl(args, args.contender, args.seed)))
         return
     packages = ["neftune-dist", "torch", "transformers", "trl"]
-    print(f"{environment_line(packages)}, {args.threads} threads, float32, alpha {args.alpha:g}")
+    print(
+        f"{environment_line(packages)}, {args.threads} threads, {args.dtype}, alpha {args.alpha:g}"
+    )
     print(f"command: {' '.join(sys.argv)}", flush=True)
     if args.noise:
         noise_cost(args)

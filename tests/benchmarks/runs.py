@@ -56,6 +56,7 @@ def common_arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--length", type=int, default=512, help="most tokens of a document")
     parser.add_argument("--micro-batch-tokens", type=int, default=1024, help="ours, a forward")
     parser.add_argument("--alpha", type=float, default=5.0, help="noise; 0: none")
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of all")
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="ours")
     return parser
@@ -65,7 +66,7 @@ def settings(args: argparse.Namespace, seed: int) -> list[str]:
     """This package's, as `key=value` words. seed: of the round; it decides the documents."""
     return [
         f"model.name_or_path={args.model}",
-        "model.dtype=fp32",
+        f"model.dtype={args.dtype}",
         f"data.source={args.data}",
         f"data.max_length={args.length}",
         f"noise.alpha={args.alpha}",
