@@ -20,7 +20,9 @@ from torch.nn.attention import flex_attention as flex
 from transformers import AttentionInterface
 
 from neftune_dist.compat.transformers import attention_name
+from neftune_dist.config import UserError
 from neftune_dist.model.families import needs_eager
+from neftune_dist.model.modules import own_parameters
 from neftune_dist.model.ulysses import own_heads, to_heads, to_slices
 from neftune_dist.model.varlen import VARLEN_OPERATOR, by_document
 
@@ -170,6 +172,26 @@ def flex_attention(
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return out.transpose(1, 2), None
+
+
+def check_flex(model: Any) -> None:
+    """Raise `UserError` where model.attention=flex would leave out a part of the attention."""
+    if attention_name(model) != FLEX:
+        return
+    # Mistral's modules and their like have no attribute of their own.
+    usual_window = getattr(model.config, "sliding_window", None)
+    for name, module in model.named_modules():
+        parts = {
+            "a sliding window": getattr(module, "sliding_window", usual_window),
+            "attention sinks": "sinks" in dict(own_parameters(module)),
+            "dropout": getattr(module, "attention_dropout", 0.0),
+        }
+        found = [part for part, value in parts.items() if value]
+        if found and "is_causal" in vars(module):
+            raise UserError(
+                f"{name} of the model has {' and '.join(found)}, which model.attention=flex does "
+                "not compute: use model.attention=varlen."
+            )
 
 
 AttentionInterface.register(VARLEN, varlen_attention)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from neftune_dist.compat.transformers import initialize_weights, mark_initialized
 from neftune_dist.config import AdapterConfig, ModelConfig, UserError, split_list
 from neftune_dist.model import adapters
-from neftune_dist.model.attention import with_attention
+from neftune_dist.model.attention import check_flex, with_attention
 from neftune_dist.model.families import (
     WRAPPERS,
     check_config,
@@ -138,6 +138,7 @@ def build(
             f"from {folder / 'config.json'}: {_plain(error, config)}"
         ) from error
     check_model(model, packing)
+    check_flex(model)
     if config.add_tokens:
         _make_room(model, len(load_tokenizer(folder, config)))
     if adapter is not None and adapter.method != "none":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from neftune_dist.config import ModelConfig, UserError
 from neftune_dist.data.loader import MicroBatch, collate
 from neftune_dist.engine.base import batch_loss_sum
 from neftune_dist.model.attention import FLEX, VARLEN, varlen_attention
+from neftune_dist.model.load import build
 from neftune_dist.model.optimizations import blocks, configure, drops, num_compiled_graphs
 from neftune_dist.model.varlen import VARLEN_OPERATOR
 from neftune_dist.training.startup_report import dropout_lines
@@ -198,6 +200,24 @@ def test_flex_is_varlen(model_type: str) -> None:
 def test_flex_refuses_sliding_windows() -> None:
     with pytest.raises(RuntimeError, match=r"sliding window.*use varlen"):
         batch_loss_sum(make("mistral", FLEX), batches()[0], "plain")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "part"),
+    [
+        ("llama", None),
+        ("mistral", "a sliding window"),
+        ("gpt_oss", "a sliding window and attention sinks"),
+    ],
+)
+def test_flex_is_refused_before_a_step(model_type: str, part: str | None, tmp_path: Path) -> None:
+    family(model_type).save_pretrained(tmp_path)
+    config = ModelConfig(name_or_path=str(tmp_path), attention="flex")
+    if part is None:
+        build(tmp_path, config, packing=True)
+        return
+    with pytest.raises(UserError, match=rf"self_attn of the model has {part}.*attention=varlen"):
+        build(tmp_path, config, packing=True)
 
 
 def test_liger_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
