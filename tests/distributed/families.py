@@ -2,6 +2,7 @@
 trained exactly, or refused by one sentence.
 
 usage: python -m tests.distributed.families RESULTS [--engines fsdp2 zero-3 ...] [--types T ...]
+       python -m tests.distributed.families RESULTS --packed      those that pack, packed
        python -m tests.distributed.families RESULTS --render FILE
 
 Each model has random weights, is trained three steps with noise by `train` and compared with
@@ -32,7 +33,7 @@ import transformers
 from safetensors.torch import load_file
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from neftune_dist.model.families import WRAPPERS
+from neftune_dist.model.families import PACKING_FAMILIES, WRAPPERS
 from neftune_dist.model.load import stored_buffers
 from tests.support import reference_loop, tiny_model
 from tests.support.shrunk import model_types, shrunk
@@ -49,7 +50,7 @@ _WORST = ("exact", "rounding", "refused", "not built", "not causal", "differs", 
 _SECTIONS: dict[str, dict[str, Any]] = {
     # A large epsilon: where a gradient is rounding alone, Adam would step by its sign.
     "optim": {"learning_rate": 1e-2, "epsilon": 1e-3, "warmup_steps": 0, "weight_decay": 0.1},
-    "data": {"packing": False, "num_held_out": 0, "max_length": 64},
+    "data": {"num_held_out": 0, "max_length": 64},
     "train": {"global_batch_size": 6, "micro_batch_tokens": 192, "max_steps": 3},
 }
 
@@ -186,7 +187,9 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-def run_family(model_type: str, engines: Sequence[str], tokenizer: Path) -> Iterable[Result]:
+def run_family(
+    model_type: str, engines: Sequence[str], tokenizer: Path, packing: bool = False
+) -> Iterable[Result]:
     """Train one family under engines; the reference is made once, when it is needed."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -210,6 +213,7 @@ def run_family(model_type: str, engines: Sequence[str], tokenizer: Path) -> Iter
         sections["data"] |= {
             "source": str(tiny_model.make_rows(folder / "rows.jsonl", 24)),
             "cache_dir": str(folder / "cache"),
+            "packing": packing,
         }
         config.write_text(json.dumps(sections))
         for engine in engines:
@@ -345,6 +349,7 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
     parser.add_argument("--types", nargs="+")
+    parser.add_argument("--packed", action="store_true", help="documents packed, into RESULTS")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no family after them")
     parser.add_argument("--again", nargs="*", default=[], help="outcomes to run again")
     parser.add_argument("--render", type=Path, help="write the table of RESULTS")
@@ -356,7 +361,8 @@ def main() -> None:
     found = read(options.results)
     with tempfile.TemporaryDirectory() as name:
         tiny_model.make_tokenizer(Path(name))
-        for model_type in options.types or sorted({*model_types(), *WRAPPERS}):
+        every = PACKING_FAMILIES if options.packed else {*model_types(), *WRAPPERS}
+        for model_type in options.types or sorted(every):
             known = {r.engine: r for r in found if r.model_type == model_type}
             wanted = [
                 engine
@@ -367,7 +373,7 @@ def main() -> None:
             ]
             if not wanted or time.monotonic() - began > options.seconds:
                 continue
-            for result in run_family(model_type, wanted, Path(name)):
+            for result in run_family(model_type, wanted, Path(name), options.packed):
                 print(*(str(v) for v in asdict(result).values() if v not in ("", None)), flush=True)
                 with options.results.open("a") as file:
                     file.write(json.dumps(asdict(result)) + "\n")

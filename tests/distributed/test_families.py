@@ -19,6 +19,7 @@ KINDS = {
     "falcon_h1": "fsdp2",  # buffers that another module writes, scaled logits
     "big_bird": "zero-3",  # a parameter without a gradient
     "rwkv": "zero-3",  # buffers that are made by the parameters' shapes
+    "recurrent_gemma": "zero-3",  # a buffer in bf16
     "openai-gpt": "zero-3",  # blocks that have no name, and give lists
 }
 

@@ -46,9 +46,13 @@ _LATENT = {
     "num_key_value_heads": 4,
 }
 _OWN: dict[str, dict[str, Any]] = {
+    "afmoe": {**_MIXED, **_EXPERTS, "num_shared_experts": 1, "num_dense_layers": 1},
+    "axk1": {**_LATENT, "mlp_layer_types": ["dense", "sparse"]},
     "cohere2": _MIXED,
+    "cwm": _MIXED,
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
+    "dots1": {**_OPTIONAL, **_ROUTED, "n_shared_experts": 1},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24},
     "exaone4": _MIXED,
     "flex_olmo": _EXPERTS,
@@ -69,9 +73,21 @@ _OWN: dict[str, dict[str, Any]] = {
     "granitemoe_swa": {**_MIXED, **_LOCAL_EXPERTS, "attention_multiplier": 1 / 8},
     "granitemoeshared": {**_LOCAL_EXPERTS, "shared_intermediate_size": 24},
     "hunyuan_v1_moe": {"num_experts": 5, "moe_topk": 2},
+    "hy_v3": {**_EXPERTS, "mlp_layer_types": ["dense", "sparse"]},
     "jamba": {"num_experts": 4},
     "codegen": {"rotary_dim": 4},
+    "longcat_flash": {
+        **_LATENT,
+        "num_hidden_layers": 4,  # two attentions a block
+        "ffn_hidden_size": 48,
+        "expert_ffn_hidden_size": 24,
+        "moe_topk": 2,
+        "zero_expert_num": 2,
+    },
+    "mimo_v2_flash": {**_MIXED, **_ROUTED, "v_head_dim": 6},
+    "minimax_m2": _LOCAL_EXPERTS,
     "ministral": _MIXED,
+    "ministral3": _WINDOW,
     "mistral": _WINDOW,
     "mixtral": {**_WINDOW, **_LOCAL_EXPERTS},
     "olmoe": _EXPERTS,
@@ -85,6 +101,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**_OPTIONAL, **_EXPERTS},
     "smollm3": {**_OPTIONAL, "no_rope_layers": [1, 0]},
     "starcoder2": _WINDOW,
+    # transformers sets the row of padding to zero as it loads.
+    "youtu": {**_LATENT, "pad_token_id": None},
 }
 
 

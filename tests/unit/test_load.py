@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 # Families that do not pack, with buffers of every kind, and rotary frequencies of every kind.
 EAGER = {
     *("bloom", "codegen", "gemma2", "gpt_neo", "gptj", "mpt"),
-    *("flint", "gpt_oss", "granite_swa", "granitemoe_swa"),  # attention sinks
+    *("flint", "gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"),  # attention sinks
 }
 OTHERS = ["bloom", "biogpt", "codegen", "falcon", "gemma2", "gpt_neo", "gptj", "mpt", "stablelm"]
 ROPES: dict[str, dict[str, Any]] = {
@@ -85,17 +85,17 @@ def build(folder: Path, **settings: Any) -> Any:
     return load.build(folder, ModelConfig(**settings), packing=False)
 
 
-def files_of(model: Any, folder: Path) -> WeightFiles:
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    aliases, prefix = load.parameter_aliases(model), model.base_model_prefix
-    return WeightFiles(folder, aliases, shapes, prefix, model)
+def files_of(model: Any, folder: Path, **settings: Any) -> WeightFiles:
+    files = load.open_weights(model, folder, ModelConfig(**settings), seed=0)
+    assert isinstance(files, WeightFiles)
+    return files
 
 
 @torch.no_grad()
-def fill(model: Any, folder: Path) -> None:
+def fill(model: Any, folder: Path, **settings: Any) -> None:
     """What engines do, in ranges of any size."""
     cuts = random.Random(0)
-    files = files_of(model, folder)
+    files = files_of(model, folder, **settings)
     for name, parameter in model.named_parameters():
         flat = parameter.view(-1)
         ends = sorted({0, len(flat), *(cuts.randrange(len(flat) + 1) for _ in range(4))})
@@ -103,6 +103,7 @@ def fill(model: Any, folder: Path) -> None:
             piece = files.read(name, start, stop)
             assert piece.shape == (stop - start,)
             flat[start:stop] = piece
+    load.fill_buffers(model, files)
 
 
 def materialize(model: Any) -> None:
@@ -637,7 +638,7 @@ def test_remote_code_runs_only_with_trust_remote_code(
     assert mark.exists()
     assert type(trusted).__name__ == "Model"
     materialize(trusted)
-    fill(trusted, folder)
+    fill(trusted, folder, trust_remote_code=True)
     assert trusted(torch.arange(5)[None]).logits.isfinite().all()
     with pytest.raises(UserError, match=r"data\.packing=false"):
         load.build(folder, ModelConfig(trust_remote_code=True), packing=True)
