@@ -184,7 +184,7 @@ def check_flex(model: Any) -> None:
         parts = {
             "a sliding window": getattr(module, "sliding_window", usual_window),
             "attention sinks": "sinks" in dict(own_parameters(module)),
-            "dropout": getattr(module, "attention_dropout", 0.0),
+            "dropout": _drops(module),
         }
         found = [part for part, value in parts.items() if value]
         if found and "is_causal" in vars(module):
@@ -192,6 +192,13 @@ def check_flex(model: Any) -> None:
                 f"{name} of the model has {' and '.join(found)}, which model.attention=flex does "
                 "not compute: use model.attention=varlen."
             )
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether an attention module sets weights to zero at random."""
+    rates = [v for name, v in vars(module).items() if "drop" in name and isinstance(v, float)]
+    parts = [part for name, part in module.named_children() if "att" in name]
+    return any(rates) or any(part.p for part in parts if isinstance(part, nn.Dropout))
 
 
 AttentionInterface.register(VARLEN, varlen_attention)

@@ -203,20 +203,26 @@ def test_flex_refuses_sliding_windows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "part"),
+    ("model_type", "settings", "part"),
     [
-        ("llama", None),
-        ("mistral", "a sliding window"),
-        ("gpt_oss", "a sliding window and attention sinks"),
+        ("llama", {}, None),
+        ("gpt2", {"resid_pdrop": 0.1}, None),
+        ("mistral", {}, "a sliding window"),
+        ("gpt_oss", {}, "a sliding window and attention sinks"),
+        ("llama", {"attention_dropout": 0.1}, "dropout"),
+        ("opt", {"attention_dropout": 0.1}, "dropout"),
+        ("gpt2", {"attn_pdrop": 0.1}, "dropout"),
     ],
 )
-def test_flex_is_refused_before_a_step(model_type: str, part: str | None, tmp_path: Path) -> None:
-    family(model_type).save_pretrained(tmp_path)
+def test_flex_is_refused_before_a_step(
+    model_type: str, settings: dict[str, float], part: str | None, tmp_path: Path
+) -> None:
+    family(model_type, **settings).save_pretrained(tmp_path)
     config = ModelConfig(name_or_path=str(tmp_path), attention="flex")
     if part is None:
         build(tmp_path, config, packing=True)
         return
-    with pytest.raises(UserError, match=rf"self_attn of the model has {part}.*attention=varlen"):
+    with pytest.raises(UserError, match=rf"attn of the model has {part}, .*attention=varlen"):
         build(tmp_path, config, packing=True)
 
 
