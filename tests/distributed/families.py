@@ -2,7 +2,7 @@
 trained exactly, or refused by one sentence.
 
 usage: python -m tests.distributed.families RESULTS [--engines fsdp2 zero-3 ...] [--types T ...]
-       python -m tests.distributed.families RESULTS --packed      those that pack, packed
+       python -m tests.distributed.families OTHER --packed     those that pack, packed: another file
        python -m tests.distributed.families RESULTS --render FILE
 
 Each model has random weights, is trained three steps with noise by `train` and compared with
@@ -349,7 +349,7 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
     parser.add_argument("--types", nargs="+")
-    parser.add_argument("--packed", action="store_true", help="documents packed, into RESULTS")
+    parser.add_argument("--packed", action="store_true", help="documents packed, own RESULTS")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no family after them")
     parser.add_argument("--again", nargs="*", default=[], help="outcomes to run again")
     parser.add_argument("--render", type=Path, help="write the table of RESULTS")
