@@ -224,7 +224,8 @@ class EngineConfig:
     """fsdp2: gather weights and reduce gradients for every micro-batch, or once a step, which keeps
     both whole meanwhile (in bf16 6 bytes a parameter)."""
     sequence_parallel: int = number(1, ge=1, le=2**16)
-    """Ranks that share a micro-batch, each with a slice of its tokens."""
+    """Ranks that share a micro-batch, each with a slice of its tokens; any number, also more than
+    the model has heads."""
     offload: str = choice("none", "cpu")
     """cpu: keep master weights and Adam moments in host memory."""
 

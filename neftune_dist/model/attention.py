@@ -23,7 +23,7 @@ from neftune_dist.compat.transformers import attention_name
 from neftune_dist.config import UserError
 from neftune_dist.model.families import needs_eager
 from neftune_dist.model.modules import own_parameters
-from neftune_dist.model.ulysses import own_heads, to_heads, to_slices
+from neftune_dist.model.ulysses import own_heads, query_blocks, to_heads, to_slices
 from neftune_dist.model.varlen import VARLEN_OPERATOR, by_document
 
 VARLEN = "neftune_dist_varlen"
@@ -124,13 +124,14 @@ def varlen_attention(
     assert cu_seqlens is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = _window(module, sliding_window)
-    width = value.shape[-1]
+    width, own_tokens = value.shape[-1], query.shape[2]
     value = F.pad(value, (0, query.shape[-1] - width))
     query, key, value = to_heads(query, key, value)
+    blocks = query_blocks(own_tokens)
     sinks = None if s_aux is None else own_heads(s_aux)
     if dropout or (query.is_cuda and query.dtype == torch.float32):  # FlashAttention has neither
-        out = by_document(query, key, value, cu_seqlens, scale, window, dropout, sinks)
-        return to_slices(out)[..., :width], None
+        out = by_document(query, key, value, cu_seqlens, scale, window, dropout, sinks, blocks)
+        return to_slices(out, own_tokens)[..., :width], None
     out, _lse = VARLEN_OPERATOR(
         *(tensor[0].transpose(0, 1) for tensor in (query, key, value)),
         cu_seqlens,
@@ -138,8 +139,9 @@ def varlen_attention(
         scale,
         window,
         sinks,
+        blocks,
     )
-    return to_slices(out[None])[..., :width], None
+    return to_slices(out[None], own_tokens)[..., :width], None
 
 
 def flex_attention(

@@ -1,12 +1,13 @@
 """The operator of `model.attention=varlen`: attention within packed documents, and its gradient.
 
-One operator, opaque to `torch.compile`: PyTorch's FlashAttention for ragged batches on a GPU
-(version 3 or 4 where it is installed and fits), its CPU counterpart document by document elsewhere.
+One operator, opaque to `torch.compile`: FlashAttention for ragged batches on a GPU (`flash`), its
+CPU counterpart document by document elsewhere.
 """
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,39 +17,14 @@ from torch import Tensor
 from neftune_dist.compat.torch import (
     attention_on_cpu,
     attention_on_cpu_backward,
-    flash_attention,
-    flash_attention_backward,
 )
+from neftune_dist.model.flash import empty_lse, flash_backward, flash_forward, zero_sum
+from neftune_dist.model.ulysses import block_rows
 
 # On a CPU, the backward of a shorter document takes a third of the time in float32, also with
 # instructions for bf16 (896 tokens on an AMD EPYC with AVX512-BF16, in documents of 56: 4.5 against
 # 13.8 ms, of 256: 9.9 against 11.6, of 1,024: 38 against 29).
 _FLOAT32_LENGTH = 256
-# Versions of FlashAttention with kernels for a GPU's architecture, the fastest first.
-_NEWER = {9: ("FA3", "FA4"), 10: ("FA4",)}
-
-
-def varlen_kernel(device: torch.device, dtype: str, windowed: bool = False) -> str:
-    """Activate the fastest installed kernel for `VARLEN` in this process; return its name.
-
-    PyTorch's own is FlashAttention 2. Newer versions are separate packages.
-
-    Args:
-        windowed: whether a layer of the model has a sliding window, for which FlashAttention 4
-            has no backward.
-    """
-    if device.type != "cuda":
-        return "varlen (document by document, by FlashAttention for CPUs)"
-    if dtype == "fp32":
-        return "varlen (document by document: FlashAttention has no float32)"
-    for name in _NEWER.get(torch.cuda.get_device_capability(device)[0], ()):
-        # The package is missing or has no kernels for this GPU, or torch does not know it.
-        unusable = (ImportError, ValueError, AttributeError, RuntimeError)
-        if not (windowed and name == "FA4"):
-            with suppress(*unusable):
-                torch.nn.attention.activate_flash_attention_impl(name)
-                return f"varlen ({name})"
-    return "varlen (FA2)"
 
 
 def by_document(
@@ -60,17 +36,22 @@ def by_document(
     window: int,
     dropout: float,
     sinks: Tensor | None = None,
+    blocks: Sequence[int] | None = None,
 ) -> Tensor:
-    """The operator's result with dropout and in any dtype, (1, num_tokens, num_heads, head_dim)."""
-    outs = []
-    for q, k, v in _documents(cu_seqlens, query, key, value):
-        mask = _window_mask(q, window)
+    """The operator's result with dropout and in any dtype, (1, num_queries, num_heads,
+    head_dim)."""
+    # A rank without queries takes part in the exchange of the gradients, too.
+    empty = torch.cat([tensor[:, :, :0] for tensor in (query, key, value)], dim=1)
+    outs, at = [empty[:, : query.shape[1]].transpose(1, 2)], 0
+    for rows, tokens in _documents(cu_seqlens, query.shape[2], key.shape[2], blocks):
+        q, k, v = query[:, :, rows], key[:, :, tokens], value[:, :, tokens]
+        mask = _mask_unless_causal(q, k, window)
         if sinks is not None:  # a first key, whose logit is the sink and whose value is 0
-            mask = _mask(q, window or q.shape[2])
+            mask = _mask(q, k, window)
             column = sinks.to(q.dtype)[:, None, None].expand(-1, q.shape[2], 1)
             mask = torch.cat([column, mask.expand(len(sinks), -1, -1)], dim=2)[None]
             k, v = (F.pad(tensor, (0, 0, 1, 0)) for tensor in (k, v))
-        out = F.scaled_dot_product_attention(
+        attended = F.scaled_dot_product_attention(
             q,
             k,
             v,
@@ -80,21 +61,42 @@ def by_document(
             scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        outs.append(out.transpose(1, 2))
-    return torch.cat(outs, dim=1)
+        outs.append(F.pad(attended.transpose(1, 2), (0, 0, 0, 0, rows.start - at, 0)))
+        at = rows.stop
+    return F.pad(torch.cat(outs, dim=1), (0, 0, 0, 0, 0, query.shape[2] - at))
 
 
-def _window_mask(query: Tensor, window: int) -> Tensor | None:
-    """`_mask`; None where the document fits the window."""
-    return _mask(query, window) if 0 < window < query.shape[2] else None
+def _documents(
+    cu_seqlens: Tensor, num_queries: int, num_keys: int, blocks: Sequence[int] | None
+) -> Iterator[tuple[slice, slice]]:
+    """For each document, or part of one in a block: the rows of its queries, and the keys that they
+    see. The last query is that of the last key."""
+    ends = cu_seqlens.tolist()
+    if ends[-1] != num_keys:
+        raise RuntimeError(f"documents of {ends[-1]} tokens in all, and {num_keys} tokens")
+    for row, first, end in block_rows(num_queries, blocks or (0, num_queries)):
+        for start, stop in pairwise(ends):
+            low, high = max(start, first), min(stop, end)
+            if low < high:
+                yield slice(row + low - first, row + high - first), slice(start, high)
 
 
-def _mask(query: Tensor, window: int) -> Tensor:
-    """The mask to add to a document's logits, (length, length); query: (1, num_heads, length,
-    head_dim)."""
-    index = torch.arange(query.shape[2], device=query.device)
-    distance = index[:, None] - index[None]
-    seen = (distance >= 0) & (distance < window)
+def _mask_unless_causal(query: Tensor, key: Tensor, window: int) -> Tensor | None:
+    """`_mask`; None where it is that of a whole document without a window."""
+    is_whole = query.shape[2] == key.shape[2]
+    return None if is_whole and not 0 < window < key.shape[2] else _mask(query, key, window)
+
+
+def _mask(query: Tensor, key: Tensor, window: int) -> Tensor:
+    """The mask to add to the logits of a document's last queries, (num_queries, num_keys).
+
+    Args:
+        query, key: (1, num_heads, number, head_dim).
+        window: tokens that a token sees, 0: all before it.
+    """
+    index = torch.arange(key.shape[2], device=query.device)
+    distance = index[-query.shape[2] :, None] - index[None]
+    seen = (distance >= 0) & (distance < (window or key.shape[2]))
     return torch.zeros_like(seen, dtype=query.dtype).masked_fill_(~seen, -torch.inf)
 
 
@@ -108,21 +110,25 @@ def _varlen(
     scale: float,
     window: int,
     sinks: Tensor | None = None,
+    blocks: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention within documents.
 
     Args:
-        query: (num_tokens, num_heads, head_dim).
+        query: (num_queries, num_heads, head_dim).
         key, value: (num_tokens, num_key_value_heads, head_dim).
         window: tokens that a token sees, 0: all before it.
         sinks: (num_heads,), a further logit of every token, whose value is 0.
+        blocks: empty where the queries are those of all tokens. Else they are equally long blocks,
+            and this holds each block's first token and the end of its tokens; rows of the block
+            beyond them are filling, whose result is 0.
 
     Returns:
-        The attended values, shaped as query; log-sum-exps (num_heads, num_tokens), float32 or
+        The attended values, shaped as query; log-sum-exps (num_heads, num_queries), float32 or
         float64.
     """
-    forward = _flash_forward if query.is_cuda else _cpu_forward
-    out, lse = forward(query, key, value, cu_seqlens, max_seqlen, scale, window)
+    forward = flash_forward if query.is_cuda else _cpu_forward
+    out, lse = forward(query, key, value, cu_seqlens, max_seqlen, scale, window, blocks)
     if sinks is None:
         return out, lse
     whole = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
@@ -137,15 +143,16 @@ def _cpu_forward(
     _max_seqlen: int,
     scale: float,
     window: int,
+    blocks: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The operator on a CPU, document by document."""
-    outs, lses = [], []
-    for q, k, v in _documents(cu_seqlens, *map(_by_heads, (query, key, value))):
-        mask = _window_mask(q, window)
-        out, lse = attention_on_cpu(q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale)
-        outs.append(out[0].transpose(0, 1))
-        lses.append(lse[0])
-    return torch.cat(outs), torch.cat(lses, dim=1)
+    out, lse = query.new_zeros(query.shape), empty_lse(query).zero_()
+    for rows, tokens in _documents(cu_seqlens, len(query), len(key), blocks):
+        q, k, v = map(_by_heads, (query[rows], key[tokens], value[tokens]))
+        mask = _mask_unless_causal(q, k, window)
+        part, part_lse = attention_on_cpu(q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale)
+        out[rows], lse[:, rows] = part[0].transpose(0, 1), part_lse[0]
+    return out, lse
 
 
 @torch.library.custom_op("neftune_dist::varlen_attention_backward", mutates_args=())
@@ -160,112 +167,36 @@ def _varlen_backward(
     max_seqlen: int,
     scale: float,
     window: int,
+    blocks: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if query.is_cuda:
-        return _flash_backward(
-            grad, query, key, value, out, lse, cu_seqlens, max_seqlen, scale, window
+        return flash_backward(
+            grad, query, key, value, out, lse, cu_seqlens, max_seqlen, scale, window, blocks
         )
-    grads: tuple[list[Tensor], ...] = ([], [], [])
-    ends = cu_seqlens.tolist()
-    pieces = _documents(cu_seqlens, *map(_by_heads, (query, key, value, grad, out)))
-    for i, piece in enumerate(pieces):
-        if piece[0].shape[2] <= _FLOAT32_LENGTH and query.dtype.itemsize < 4:
-            piece = [part.float() for part in piece]
-        q, k, v, dout, o = piece
-        mask = _window_mask(q, window)
+    dq, dk, dv = query.new_zeros(query.shape), zero_sum(key, blocks), zero_sum(value, blocks)
+    for rows, tokens in _documents(cu_seqlens, len(query), len(key), blocks):
+        parts = [grad[rows], query[rows], key[tokens], value[tokens], out[rows]]
+        if tokens.stop - tokens.start <= _FLOAT32_LENGTH and query.dtype.itemsize < 4:
+            parts = [part.float() for part in parts]
+        dout, q, k, v, o = map(_by_heads, parts)
+        mask = _mask_unless_causal(q, k, window)
         found = attention_on_cpu_backward(
             dout,
             q,
             k,
             v,
             o,
-            lse[None, :, ends[i] : ends[i + 1]],
+            lse[None, :, rows],
             0.0,
             mask is None,
             attn_mask=mask,
             scale=scale,
         )
-        for whole, part in zip(grads, found, strict=True):
-            whole.append(part[0].transpose(0, 1).to(query.dtype))
-    dq, dk, dv = map(torch.cat, grads)
-    return dq, dk, dv
-
-
-def _flash_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scale: float,
-    window: int,
-) -> tuple[Tensor, Tensor]:
-    """The operator on a GPU. FlashAttention's results have the query's strides, but `register_fake`
-    promises contiguous ones to compiled graphs. So they are copied where the query was put together
-    from parts, as in Phi and GPT-NeoX."""
-    out, lse, *_ = flash_attention(
-        query,
-        key,
-        value,
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
-        0.0,
-        True,
-        False,
-        scale=scale,
-        **_window_sizes(window),
-    )
-    return out.contiguous(), lse
-
-
-def _flash_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scale: float,
-    window: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients on a GPU, contiguous."""
-    dq, dk, dv = flash_attention_backward(
-        grad,
-        query,
-        key,
-        value,
-        out,
-        lse,
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
-        0.0,
-        True,
-        torch.zeros(2, dtype=torch.uint64, device=query.device),  # of dropout, which is 0
-        torch.empty(0, device=query.device),
-        scale=scale,
-        **_window_sizes(window),
-    )
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
-
-
-def _window_sizes(window: int) -> dict[str, int | None]:
-    """FlashAttention's arguments for a window. None means no window: FlashAttention 4 refuses sizes
-    in its backward."""
-    if not window:
-        return {"window_size_left": None, "window_size_right": None}
-    return {"window_size_left": window - 1, "window_size_right": 0}
-
-
-def _documents(cu_seqlens: Tensor, *tensors: Tensor) -> Any:
-    """Tuples of the documents' parts of tensors (1, heads, num_tokens, head_dim)."""
-    lengths = cu_seqlens.diff().tolist()
-    return zip(*(tensor.split(lengths, dim=2) for tensor in tensors), strict=True)
+        part_q, part_k, part_v = (part[0].transpose(0, 1) for part in found)
+        dq[rows] = part_q
+        dk[tokens] += part_k
+        dv[tokens] += part_v
+    return dq, dk.to(key.dtype), dv.to(value.dtype)
 
 
 def _by_heads(tensor: Tensor) -> Tensor:
@@ -275,9 +206,7 @@ def _by_heads(tensor: Tensor) -> Tensor:
 
 @_varlen.register_fake
 def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    kind = torch.promote_types(query.dtype, torch.float32)
-    lse = query.new_empty((query.shape[1], query.shape[0]), dtype=kind)
-    return query.new_empty(query.shape), lse
+    return query.new_empty(query.shape), empty_lse(query)
 
 
 @_varlen_backward.register_fake
@@ -286,7 +215,8 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, cu_seqlens, *ctx.settings, sinks = inputs
+    query, key, value, cu_seqlens, *ctx.settings, sinks, blocks = inputs
+    ctx.settings.append(blocks)
     ctx.save_for_backward(query, key, value, *output, cu_seqlens, sinks)
 
 
@@ -295,7 +225,8 @@ def _gradient(ctx: Any, grad: Tensor, _grad_lse: Any) -> tuple[Tensor | None, ..
     and the products of the result and its gradient; both are saved with the sinks' part in them."""
     *saved, sinks = ctx.saved_tensors
     found = torch.ops.neftune_dist.varlen_attention_backward(grad, *saved, *ctx.settings)
-    return (*found, None, None, None, None, _sinks_gradient(grad, saved[3], saved[4], sinks))
+    none = (None,) * 4  # of the lengths, the scale and the window
+    return (*found, *none, _sinks_gradient(grad, saved[3], saved[4], sinks), None)
 
 
 def _sinks_gradient(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor | None:

@@ -21,8 +21,8 @@ from neftune_dist.data.sampler import Sampler
 from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import Engine
 from neftune_dist.model.attention import VARLEN
+from neftune_dist.model.flash import varlen_kernel
 from neftune_dist.model.optimizations import drops
-from neftune_dist.model.varlen import varlen_kernel
 from neftune_dist.system.processor import processor_name
 
 

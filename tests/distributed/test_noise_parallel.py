@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 import transformers
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -42,39 +39,13 @@ from neftune_dist.noise.law import SampleStream, draw
 from neftune_dist.noise.layout import TokenLayout
 from tests.support import tiny_model
 from tests.support.families import family
+from tests.support.ranks import on_ranks
 
 ALPHA = 5.0
-DEADLINE_SECONDS = 100
 HIDDEN = 32
 IDS = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
 MASK[1, 7:] = 0
-
-
-def on_ranks(function: Callable[..., Any], number: int, folder: Path) -> list[Any]:
-    """What `function(folder)` returns on each of so many processes that gloo joins."""
-    tiny_model.forkserver()
-    context = torch.multiprocessing.start_processes(
-        _on_rank, (number, function, folder), number, join=False, start_method="forkserver"
-    )
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    try:
-        while not context.join(max(0.0, deadline - time.monotonic())):
-            assert time.monotonic() < deadline, "the ranks hang"
-    finally:
-        for process in context.processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(number)]
-
-
-def _on_rank(rank: int, number: int, function: Callable[..., Any], folder: Path) -> None:
-    # What torchrun sets, for transformers.
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(number))
-    rendezvous = f"file://{folder / 'rendezvous'}"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=number)
-    torch.save(function(folder), folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 class Small(nn.Module):

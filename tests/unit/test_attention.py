@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from neftune_dist.compat.transformers import attention_name
 from neftune_dist.config import ModelConfig, UserError
-from neftune_dist.model import varlen
+from neftune_dist.model import flash, varlen
 from neftune_dist.model.attention import (
     VARLEN,
     implementation,
@@ -272,8 +273,8 @@ def test_the_longest_document_is_rounded_up_to_a_power_of_two() -> None:
 
 def test_a_window_counts_the_token_itself() -> None:
     """FlashAttention counts the tokens before it, and those after."""
-    assert varlen._window_sizes(5) == {"window_size_left": 4, "window_size_right": 0}
-    assert set(varlen._window_sizes(0).values()) == {None}
+    assert flash._window_sizes(5) == {"window_size_left": 4, "window_size_right": 0}
+    assert set(flash._window_sizes(0).values()) == {None}
 
 
 def test_auto_attention_follows_the_packing() -> None:
@@ -369,6 +370,85 @@ def test_gradients_of_bfloat16_are_as_exact_as_it_is(window: int) -> None:
             assert float((a - b).norm() / b.norm()) < 0.01  # a bfloat16 is within 1/256
 
 
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("kernel", ["CPU", "GPU"])
+def test_blocks_of_queries_are_attended_as_in_the_whole(
+    kernel: str, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, too, by a stand-in for FlashAttention, whose last query is that of the last key."""
+    made = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    query, key, value, grad = (made(15, heads, 8, dtype=torch.float64) for heads in (4, 2, 2, 4))
+    cu_seqlens, blocks = ends((2, 7, 6)), [3, 6, 8, 11, 13, 15]
+    settings = (cu_seqlens, 8, 0.3, window)
+    whole = varlen._cpu_forward(query, key, value, *settings)
+    if kernel == "GPU":
+        monkeypatch.setattr(flash, "flash_attention", ragged_attention)
+        monkeypatch.setattr(flash, "flash_attention_backward", ragged_attention_backward)
+        forward, backward = flash.flash_forward, flash.flash_backward
+    else:
+        forward, backward = varlen._cpu_forward, varlen._varlen_backward
+
+    def filled(tensor: Tensor) -> Tensor:
+        """The blocks' rows, the last block filled up to 3."""
+        return torch.cat([tensor[3:6], tensor[8:11], tensor[13:15], torch.zeros_like(tensor[:1])])
+
+    rows = filled(query)
+    out, lse = forward(rows, key, value, *settings, blocks)
+    torch.testing.assert_close(out, filled(whole[0]))
+    torch.testing.assert_close(lse.t(), filled(whole[1].t()))
+    found = backward(filled(grad), rows, key, value, out, lse, *settings, blocks)
+    of_blocks = torch.zeros_like(grad)
+    for first, end in ((3, 6), (8, 11), (13, 15)):
+        of_blocks[first:end] = grad[first:end]
+    expected = varlen._varlen_backward(of_blocks, query, key, value, *whole, *settings)
+    for one, other in zip(found, (filled(expected[0]), *expected[1:]), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def ragged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_queries: Tensor,
+    cu_keys: Tensor,
+    max_queries: int,
+    max_keys: int,
+    *_: Any,
+    scale: float,
+    window_size_left: int | None,
+    **__: Any,
+) -> tuple[Tensor, Tensor]:
+    outs, lses, rows = [], [], itertools.pairwise(cu_queries.tolist())
+    for (start, end), (first, last) in zip(rows, itertools.pairwise(cu_keys.tolist()), strict=True):
+        num_queries, num_keys = end - start, last - first
+        assert num_queries <= max_queries and num_keys <= max_keys
+        k, v = (tensor[first:last].repeat_interleave(2, 1) for tensor in (key, value))
+        logits = torch.einsum("qhd,khd->hqk", query[start:end], k) * scale
+        places = torch.arange(num_keys)
+        distance = (torch.arange(num_queries) + num_keys - num_queries)[:, None] - places
+        limit = num_keys if window_size_left is None else window_size_left
+        logits = logits.masked_fill((distance < 0) | (distance > limit), -torch.inf)
+        outs.append(torch.einsum("hqk,khd->qhd", logits.softmax(-1), v))
+        lses.append(logits.logsumexp(-1))
+    return torch.cat(outs), torch.cat(lses, dim=1)
+
+
+def ragged_attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _out: Tensor,
+    _lse: Tensor,
+    *given: Any,
+    scale: float,
+    **settings: Any,
+) -> tuple[Tensor, ...]:
+    qkv = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+    out, _ = ragged_attention(*qkv, *given, scale=scale, **settings)
+    return torch.autograd.grad(out, qkv, grad)
+
+
 @pytest.mark.parametrize("layout", ["tokens outside", "heads outside"])
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
 def test_results_lie_as_a_compiled_block_is_promised(layout: str, heads: tuple[int, int]) -> None:
@@ -382,11 +462,11 @@ def test_results_lie_as_a_compiled_block_is_promised(layout: str, heads: tuple[i
         qkv = [empty(shape) for shape in shapes]
     ends = torch.empty(3, dtype=torch.int32, device="meta")
     settings: tuple[Any, ...] = (ends, 64, 0.125, 0)
-    out = varlen._flash_forward(*qkv, *settings)
+    out = flash.flash_forward(*qkv, *settings)
     assert_laid_out_alike(out, VARLEN_OPERATOR(*qkv, *settings))
     given = (empty(qkv[0].shape), *qkv, *out, *settings)
     promised = torch.ops.neftune_dist.varlen_attention_backward(*given)
-    assert_laid_out_alike(varlen._flash_backward(*given), promised)
+    assert_laid_out_alike(flash.flash_backward(*given), promised)
 
 
 def assert_laid_out_alike(found: Sequence[Tensor], promised: Sequence[Tensor]) -> None:
@@ -420,5 +500,5 @@ def test_the_fastest_installed_kernel_is_chosen(
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate)
-    found = varlen.varlen_kernel(torch.device("cuda"), "bf16", windowed)
+    found = flash.varlen_kernel(torch.device("cuda"), "bf16", windowed)
     assert found == f"varlen ({expected})"
