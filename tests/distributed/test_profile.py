@@ -47,7 +47,12 @@ def test_trace_and_table_name_where_the_time_goes(config: Path, tmp_path: Path) 
     assert shares.keys() >= set(KINDS)
     assert sum(shares.values()) == pytest.approx(100, abs=0.1 * len(shares))
     assert all(shares[kind] > 0 for kind in KINDS)
-    assert "neftune_dist::varlen_attention" in by_operator
+    # Which operators take longest depends on the machine.
+    listed = re.findall(r"(?m)^(\S.*?) {2,}[\d.]+ +([\d.]+) +[\d.]+%$", by_operator)
+    assert 10 <= len(listed) <= 25
+    assert {name for name, _ in listed} <= {str(name)[:58] for name in names}
+    times = [float(milliseconds) for _, milliseconds in listed]
+    assert times == sorted(times, reverse=True)
     for line in by_kind.splitlines():
         assert line in said
     assert re.search(r"speed: \d+ tokens/s", said)
