@@ -124,8 +124,14 @@ class ChatTemplate:
                         "field: put it into the content, as <think>...</think>, or take a template "
                         f"that writes one of {', '.join(_REASONING_FIELDS)}"
                     )
-                if not reasoning and self._reasoning_of_answers is not None:
-                    reasoning, content = split_reasoning(content)
+                if self._reasoning_of_answers is not None:
+                    if not reasoning:
+                        reasoning, content = split_reasoning(content)
+                    if "</think>" in content:
+                        raise BadRow(
+                            f"turn {number} has several thoughts, or '</think>' inside the "
+                            "answer: the chat template writes one thought, before the answer"
+                        )
             made.append(Turn(turn.role, content, *turn[2:5], reasoning, turn.learned))
         return Conversation(tuple(made), tools=conversation.tools)
 
@@ -289,10 +295,12 @@ def _with_date(source: str) -> str:
 
 def split_reasoning(content: str) -> tuple[str, str]:
     """The reasoning at the head of a content, and the rest; "" where there is none. R1's answers
-    begin inside it: the prompt opens it."""
+    begin inside it: the prompt opens it. A mention of the tag has a space after it."""
     head, _, rest = content.partition("</think>")
-    head = head.strip().removeprefix("<think>")
-    if "</think>" not in content or "<think>" in head + rest or "</think>" in rest:
+    head = head.strip()
+    is_closed = head.startswith("<think>") or not rest.startswith(" ")
+    head = head.removeprefix("<think>")
+    if "</think>" not in content or "<think>" in head + rest or "</think>" in rest or not is_closed:
         return "", content
     return head.strip("\n"), rest.lstrip("\n")
 

@@ -29,23 +29,39 @@ _HARMLESS = re.compile(
     r"|(model|file|dataset|task|user|source|set|split)_?name|file|path)"
     r"|original_\w+|title|subject|kind|generator|engine|country|state|header|hashed_ip|toxic"
     r"|redacted|custom_instruction|skip_prompt_formatting|finish_reason|stop_reason|logprobs"
-    r"|parallel_tool_calls|cache_control|__index_level_\d+__"
+    r"|parallel_tool_calls|cache_control|__index_level_\d+__|unnamed:_\d+"
 )
+# Names of a yes or no, which may be written as 0 or 1, and then is no score.
+_FLAG = re.compile(
+    r"((is|has|was|can|should|do|dont|not|no|use|enable|with)_\w+|use|used|keep|skip|include|exclude"
+    r"|ignore|drop|enabled|valid|correct|good|bad|accepted|approved|target|unlearn|backprop)"
+)
+_LONG_TEXT = 200  # characters; a longer text with spaces is more than an id, a source or a title
 # Fields that say something which would not be learned, and what they are.
 _MEANINGS = {
-    "labels?": "marks answers as good or bad (KTO): keep the good rows, and leave the field out",
+    r"(\w+_)?labels?|kto_\w+|(un)?desirable|prefer(red|ence)": "marks answers as good or bad "
+    "(KTO): keep the good rows, and leave the field out",
     "chosen|rejected": "is one of two answers to compare (DPO): data.columns={completion: chosen} "
     "data.ignore_fields=rejected reads the better one",
     r"(image|picture|audio|video)s?(_(url|path|file|bytes)s?)?|pixel_values": "is what a text "
     "model cannot see or hear, and the answer may need",
     "history": "holds turns: give all turns as 'messages'",
-    r"((is|to|do|no|not|in|for|compute|include|exclude|use|should|skip|apply)_)*(train(ed|able|ing)?"
-    r"|learn(ed|able)?|loss|mask(ed)?|supervised?)(_(on|this|turn|mask|flag))*": "may say whether "
-    "an answer is learned: call it loss_mask (1: learned) or masked (true: not learned)",
+    r"(\w+_)?(train(ed|able|ing)?|learn(ed|able|ing)?|loss(es)?|(un)?mask(s|ed)?|supervis(ed?|ion)"
+    r"|weights?|grads?)(_\w+)?": "may say whether "
+    "an answer is learned: call it loss_mask (1: learned) or masked (true: not learned), or "
+    "leave it out by data.ignore_fields",
 }
 _MEANING = {re.compile(names): meaning for names, meaning in _MEANINGS.items()}
 # A text that stands for a picture, at either end of what the user says.
-_PLACEHOLDER = re.compile(r"<(image|audio|video)>")
+_PLACEHOLDER = re.compile(
+    r"<\|?((?:image|img|audio|video)(?:_pad|_\d+)?)\|?>|\[IMG\]|<start_of_image>"
+)
+_MEDIA_FILE = re.compile(r"\S+\.(png|jpe?g|gif|webp|bmp|tiff?|wav|mp3|flac|ogg|mp4|webm|mov|avi)")
+# Columns that name a row's split, and the splits that are not to be learned.
+_SPLIT = re.compile(r"(\w+_)?(split|subset|partition|fold|set)")
+_NOT_TRAINED = re.compile(r"test(ing)?|valid(ation)?|val|dev|eval(uation)?|held_?out|holdout")
+# Columns that may hold a whole conversation as another program wrote it.
+_WHOLE = re.compile(r"(\w+_)?(text|prompt|chat|conversation)|(formatted|rendered|templated)_\w+")
 
 # Whether an answer is learned, by the words of other trainers; the second are true where it is not.
 _LEARNED = (
@@ -56,7 +72,10 @@ _NOT_LEARNED = ("masked", "ignore", "ignored")
 MARKS = frozenset((*_LEARNED, *_NOT_LEARNED))
 _TRUTHS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 # An assistant's thoughts before its answer or its calls.
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "tool_plan")
+_THOUGHTS = (
+    *("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "tool_plan", "think"),
+    *("thinking_content", "thought_process", "reasoning_text", "chain_of_thought", "cot"),
+)
 _DETAILS = "reasoning_details"
 REASONING = frozenset((*_THOUGHTS, _DETAILS))
 
@@ -69,7 +88,8 @@ def refuse_unused(
     Args:
         found: a row, a turn or a call.
         used: names of the fields that are read.
-        repeated: texts that are learned. A field that repeats one, or holds all, says no more.
+        repeated: texts that are learned. A field that repeats one says no more, nor does one that
+            holds all and is named so.
     """
     if found.keys() <= used:
         return
@@ -78,7 +98,9 @@ def refuse_unused(
         if name in used or value in _EMPTY:
             continue
         refuse_meaning(name)
-        if not (is_harmless(name, value) or _repeats(value, repeated)):
+        if isinstance(value, str):
+            _refuse_value(name, value)
+        if not (is_harmless(name, value) or _repeats(name, value, repeated)):
             unused.append(name)
     if unused:
         names = shorten(", ".join(ascii(name)[1:-1] for name in unused), 60)
@@ -94,36 +116,60 @@ def refuse_meaning(name: str) -> None:
         raise BadRow(f"field '{name}' {meaning}")
 
 
+def _refuse_value(name: str, value: str) -> None:
+    """Raise `BadRow` for the name of a picture's file, and for a row of another split."""
+    if _MEDIA_FILE.fullmatch(value.lower()):
+        raise BadRow(
+            f"field '{name}' is {shorten(ascii(value), 60)}, which a text model cannot see or hear"
+        )
+    if _SPLIT.fullmatch(_snake(name)) and _NOT_TRAINED.fullmatch(value.lower()):
+        raise BadRow(
+            f"field '{name}' says that the row is of the split {value!a}: put the rows to train on "
+            f"into a file of their own, or use all by data.ignore_fields={name}"
+        )
+
+
 def is_harmless(name: str, value: Any) -> bool:
     """Whether a field says nothing of what is learned: it is empty, a number, or named so."""
-    is_number = isinstance(value, Number) and not isinstance(value, bool)
-    return value in _EMPTY or is_number or _is_harmless_name(name)
+    if value in _EMPTY:
+        return True
+    if isinstance(value, Number) and not isinstance(value, bool):
+        return str(value) not in _TRUTHS or not _FLAG.fullmatch(_snake(name))
+    is_text = isinstance(value, str) and len(value) > _LONG_TEXT and " " in value.strip()
+    return _is_harmless_name(name) and (not is_text or name.startswith("original_"))
 
 
 @lru_cache(4096)
 def _meaning_of(name: str) -> str:
-    found = (meaning for names, meaning in _MEANING.items() if names.fullmatch(name.lower()))
+    found = (meaning for names, meaning in _MEANING.items() if names.fullmatch(_snake(name)))
     return next(found, "")
 
 
 @lru_cache(4096)
 def _is_harmless_name(name: str) -> bool:
+    return _HARMLESS.fullmatch(_snake(name)) is not None
+
+
+@lru_cache(4096)
+def _snake(name: str) -> str:
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name[:80]).lower()
-    return _HARMLESS.fullmatch(re.sub(r"[-. ]", "_", snake)) is not None
+    return re.sub(r"[-. ]", "_", snake)
 
 
-def _repeats(value: Any, texts: Iterable[str]) -> bool:
+def _repeats(name: str, value: Any, texts: Iterable[str]) -> bool:
     if not isinstance(value, str):
         return False
     learned = [text.strip() for text in texts]
-    return value.strip() in learned or (bool(learned) and all(text in value for text in learned))
+    is_whole = bool(learned) and _WHOLE.fullmatch(_snake(name)) is not None
+    return value.strip() in learned or (is_whole and all(text in value for text in learned))
 
 
 def refuse_placeholder(said: str) -> None:
     """Raise `BadRow` where a text stands for a picture, as in LLaVA's rows."""
-    for found in _PLACEHOLDER.finditer(said) if "<" in said else ():
+    for found in _PLACEHOLDER.finditer(said) if "<" in said or "[IMG]" in said else ():
         at_end = not said[: found.start()].strip() or not said[found.end() :].strip()
-        if at_end and f"</{found[1]}>" not in said:
+        is_markup = found[1] != "img" and f"</{found[1]}>" in said  # HTML's img has no end
+        if at_end and not is_markup:
             raise BadRow(f"{found[0]} stands for what a text model cannot see or hear")
 
 

@@ -12,6 +12,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from neftune_dist.config import BUILTIN_SOURCE, UserError, read_json, user_path
 
@@ -48,11 +51,13 @@ class SourceFiles:
         paths: the files.
         left_out: names of the other files in a directory.
         has_splits: whether they are one split of several.
+        hidden: columns that a saved dataset's format leaves out.
     """
 
     paths: tuple[Path, ...]
     left_out: tuple[str, ...] = ()
     has_splits: bool = False
+    hidden: frozenset[str] = frozenset()
 
 
 def file_kind(path: Path) -> str:
@@ -79,7 +84,8 @@ def find_files(source: str, key: str, split: str = "train") -> SourceFiles:
     Args:
         source: a file, a directory or a glob (`**` for any depth). Of a directory: the files that
             its `state.json` lists, where `datasets` saved it; one split, where it is divided by
-            `dataset_dict.json` or by names as on the hub; else its files, not those below it.
+            `dataset_dict.json`, by the `configs` of its README.md or by names as on the hub; else
+            its files, not those below it.
         key: the setting, for messages.
         split: the split to read of a directory with splits.
 
@@ -120,7 +126,16 @@ def _of_directory(path: Path, setting: str, split: str) -> SourceFiles:
         if not _is_saved(chosen):
             raise UserError(f"{setting}: {chosen} is not a dataset that `datasets` saved.")
         others = tuple(f"{name} (split)" for name in splits if name != chosen.name)
-        return SourceFiles(_saved(chosen), others, has_splits=True)
+        return SourceFiles(_saved(chosen), others, has_splits=True, hidden=_hidden(chosen))
+    if (path / "README.md").is_file():
+        configured = _of_card(path, setting)
+        if isinstance(configured, Path):
+            return _of_directory(configured, setting, split)
+        if configured:
+            paths = configured[_chosen(split, [*configured], setting)]
+            every = sorted(entry for entry in path.rglob("*") if file_kind(entry))
+            left_out = tuple(str(entry.relative_to(path)) for entry in every if entry not in paths)
+            return SourceFiles(paths, left_out, has_splits=True)
     try:
         entries = _entries(path)
     except OSError as error:
@@ -134,14 +149,57 @@ def _of_directory(path: Path, setting: str, split: str) -> SourceFiles:
         if entry in listed.get(entry.parent, (entry,))
     ]
     if not rows:
-        raise UserError(f"{setting} is a directory without a {_READABLE} file.")
+        inside = ", ".join(entry.name for entry in entries if entry.is_dir())
+        hint = f"; it has the folders {inside}: choose one" if inside else ""
+        raise UserError(f"{setting} is a directory without a {_READABLE} file{hint}.")
     named = {entry: found for entry in rows if (found := _split_of(entry.relative_to(path)))}
     if named:
         chosen_split = _chosen(split, sorted({*named.values()}), setting)
         rows = [entry for entry in rows if named.get(entry) == chosen_split]
     kept = {*rows}
     left_out = tuple(str(entry.relative_to(path)) for entry in entries if entry not in kept)
-    return SourceFiles(tuple(rows), left_out, has_splits=bool(named))
+    hidden = frozenset(name for folder in listed for name in _hidden(folder))
+    return SourceFiles(tuple(rows), left_out, has_splits=bool(named), hidden=hidden)
+
+
+def _of_card(path: Path, setting: str) -> dict[str, tuple[Path, ...]] | Path | None:
+    """The files of every split, by the default one of the `configs` at the head of a README.md, as
+    on the hub; the directory that it names in their place; None where it names neither."""
+    card = f"{setting}: its README.md"
+    try:
+        text = (path / "README.md").read_text(encoding="utf-8-sig", errors="replace")
+        head = re.match(r"---[ \t]*\r?\n(.*?)^---[ \t]*$", text, re.DOTALL | re.MULTILINE)
+        named = yaml.safe_load(head[1]) if head else None
+        configs = named.get("configs") if isinstance(named, dict) else None
+        if not configs:
+            return None
+        by_name = {str(config["config_name"]): config for config in configs}
+        marked = next((config for config in configs if config.get("default")), None)
+        chosen = marked or by_name.get("default") or (configs[0] if len(configs) == 1 else None)
+        if chosen is None:
+            raise UserError(
+                f"{card} has the configurations {', '.join(by_name)}, none of them the default: "
+                "name the files of one in place of the directory."
+            )
+        root, files = path / chosen.get("data_dir", ""), chosen.get("data_files")
+        if files is None:
+            return root if root != path else None
+        listed: list[Any] = [files] if isinstance(files, str) else files
+        splits: dict[str, tuple[Path, ...]] = {}
+        for entry in listed:
+            if isinstance(entry, str):
+                entry = {"split": "train", "path": entry}
+            patterns = [entry["path"]] if isinstance(entry["path"], str) else entry["path"]
+            for pattern in patterns:
+                place = Path(glob.escape(str(root))) / pattern
+                found = _of_glob(place, f"{card} names {pattern}, which").paths
+                splits[entry["split"]] = (*splits.get(entry["split"], ()), *found)
+    except (OSError, yaml.YAMLError, RecursionError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(
+            f"{card} has 'configs' that cannot be read ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:150]}): write them as the hub does, or remove it."
+        ) from error
+    return splits
 
 
 def _entries(path: Path) -> list[Path]:
@@ -168,6 +226,15 @@ def _saved(path: Path) -> tuple[Path, ...]:
         if not file.is_file():
             raise UserError(f"{path / 'state.json'} lists {file.name!a}, which is missing.")
     return paths
+
+
+def _hidden(path: Path) -> frozenset[str]:
+    """The columns that a saved dataset's format leaves out (`set_format`)."""
+    state, info = read_json(path / "state.json"), read_json(path / "dataset_info.json")
+    shown, names = state.get("_format_columns"), info.get("features")
+    if not isinstance(shown, list) or not isinstance(names, dict) or state["_output_all_columns"]:
+        return frozenset()
+    return frozenset(names) - {*shown}
 
 
 def _split_of(path: Path) -> str | None:

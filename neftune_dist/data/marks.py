@@ -72,14 +72,15 @@ def with_functions(marked: Conversation) -> Conversation:
     for k in range(len(tools_of(marked) or [])):
         text = {"type": "string", "description": "Any."}
         schema = {"type": "object", "properties": {tool_marks(k)[1]: text}}
-        function = {"name": tool_marks(k)[0], "description": "Any.", "parameters": schema}
+        name, _, meaning = tool_marks(k)
+        function = {"name": name, "description": meaning, "parameters": schema}
         tools.append({"type": "function", "function": function})
     return Conversation(tuple(turns), tools=json.dumps(tools) if tools else "")
 
 
-def tool_marks(k: int) -> tuple[str, str]:
-    """The marks of a tool's name and of its parameter."""
-    return f"Zq8vK{k}tWj", f"Zq8vK{k}pWj"
+def tool_marks(k: int) -> tuple[str, str, str]:
+    """The marks of a tool's name, of its parameter and of its description."""
+    return f"Zq8vK{k}tWj", f"Zq8vK{k}pWj", f"Zq8vK{k}dWj"
 
 
 def turn_of(mark: str) -> int:

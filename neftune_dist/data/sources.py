@@ -97,7 +97,7 @@ def _open_files(config: SourceConfig, key: str, skip: Collection[str]) -> Source
         name = str(path.relative_to(root)) if len(found.paths) > 1 else ""
         digests.append((files.file_kind(path), digest, name))
     total = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
-    rows = _rows_of_files(found.paths, key, skip)
+    rows = _rows_of_files(found.paths, key, {*skip, *found.hidden})
     return Source(key, os.path.expanduser(config.source), total, rows, found.left_out)
 
 

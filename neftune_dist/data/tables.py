@@ -86,10 +86,19 @@ def _converted(batch: Any, skip: Collection[str]) -> list[dict[str, Any]]:
     with _batch_limits():
         names = _unique(batch.schema.names)
         columns = [
-            [None] * batch.num_rows if name in skip else _values(column)
+            [None] * batch.num_rows if name in skip else _column(name, column)
             for name, column in zip(names, batch.columns, strict=True)
         ]
         return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _column(name: str, array: Any) -> list[Any]:
+    try:
+        return _values(array)
+    except (OverflowError, NotImplementedError) as error:  # a date that Python cannot hold
+        raise ValueError(
+            f"its column {name!a} cannot be read ({error}): data.ignore_fields={name} leaves it out"
+        ) from error
 
 
 def _values(array: Any) -> list[Any]:
@@ -104,6 +113,12 @@ def _values(array: Any) -> list[Any]:
         return [None] * len(array)
     if getattr(kind, "extension_name", "") == "arrow.json":
         return [None if text is None else parse_json(text) for text in array.storage.to_pylist()]
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        return _values(array.storage)
+    if pyarrow.types.is_dictionary(kind):
+        return _values(array.dictionary_decode())
+    if pyarrow.types.is_run_end_encoded(kind):
+        return _values(pyarrow.compute.run_end_decode(array))
     if pyarrow.types.is_struct(kind):
         names = _unique([field.name for field in kind])
         columns = [array.is_valid().to_pylist(), *map(_values, array.flatten())]
@@ -118,16 +133,21 @@ def _values(array: Any) -> list[Any]:
     if pyarrow.types.is_map(kind):
         pairs = pyarrow.struct([("key", kind.key_type), ("value", kind.item_type)])
         lists = _values(array.cast(pyarrow.list_(pairs)))
-        return [items and {item["key"]: item.get("value") for item in items} for items in lists]
+        return [items and _mapping(items) for items in lists]
     flat = iter(_values(array.flatten()))
     lengths = pyarrow.compute.list_value_length(array).to_pylist()
     return [None if length is None else list(islice(flat, length)) for length in lengths]
 
 
+def _mapping(items: list[dict[str, Any]]) -> dict[Any, Any]:
+    _unique([item["key"] for item in items])
+    return {item["key"]: item.get("value") for item in items}
+
+
 def _unique(names: list[str]) -> list[str]:
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"it has two columns of the name {name[:40]!a}")
+            raise ValueError(f"it has two columns of the name {str(name)[:40]!a}")
     return names
 
 

@@ -170,6 +170,10 @@ def table_rows(path: Path, delimiter: str) -> Numbered:
         lines = _Lines(file)
         reader = csv.reader(lines, delimiter=delimiter, strict=True, quoting=quoting)
         header = [name.strip() for name in next(reader, [])]
+        if len(header) == 1 and (other := re.search("[,;\t|]", header[0])):
+            raise ValueError(f"its first line, the header, is separated by {other[0]!a}")
+        if header[1:] and not header[0]:
+            header[0] = "Unnamed: 0"  # the numbers of rows that pandas writes, as it reads them
         twice = {name for name in header if header.count(name) > 1}
         if twice or "" in header:
             flaw = f"names {min(twice)!a} twice" if twice - {""} else "has a column without a name"

@@ -196,7 +196,7 @@ class ConversationTokenizer:
 
     @cached_property
     def end_of_turn(self) -> tuple[list[int], str]:
-        """The tokens at which generation is to stop (the end-of-sequence token, and the special
+        """The tokens at which generation is to stop (the end-of-sequence token, and the added
         token with which the template ends an answer), and why it has none, else ""."""
         own = [] if self.tokenizer.eos_token_id is None else [int(self.tokenizer.eos_token_id)]
         if self._chat is None:
@@ -210,7 +210,7 @@ class ConversationTokenizer:
         tail = chunk.text[begin:end].rpartition(_ANY_ANSWER)[2].strip()
         [(ids, _)] = self._tokenize([tail], literal=False)
         last, known = int(ids[-1]) if len(ids) else -1, self.tokenizer.added_tokens_decoder
-        if last in own or (last in known and known[last].special):
+        if last in own or last in known:
             return sorted({*own, last}), ""
         if not tail:
             return own, "the chat template writes nothing after an answer"

@@ -18,9 +18,10 @@ _ALIASES = {
     "observation": "tool",
 }
 _OPENAI_ROLES = {**{role: role for role in ROLES}, "developer": "system"}
-# Fields that are read, of a turn, a call and its function.
-_READ = {"tool_calls", "tool_call_id", "name", *fields.MARKS, *fields.REASONING}
+# Fields that are read, of a turn, a tool's turn, a call and its function.
+_READ = {"tool_calls", *fields.MARKS, *fields.REASONING}
 _TURN = {by: _READ | {by, said} for by, said in (("from", "value"), ("role", "content"))}
+_TOOL_TURN = {by: read | {"tool_call_id", "name"} for by, read in _TURN.items()}
 _CALL = {"function", "id", "type", "index"}
 _FUNCTION = {"name", "arguments", "id", "type", "index"}
 
@@ -28,6 +29,8 @@ _FUNCTION = {"name", "arguments", "id", "type", "index"}
 def read_turns(row: Mapping[str, Any], field: str) -> list[Turn]:
     """The turns of a field of messages. Raises `BadRow` naming the turn that cannot be used."""
     messages = row[field]
+    if isinstance(messages, dict):
+        messages = _transposed(messages)
     if not isinstance(messages, list) or not messages:
         raise BadRow(f"field '{field}' is not a list of turns but {type_name(messages)}")
     is_openai = field in ("messages", "prompt", "completion")
@@ -40,6 +43,15 @@ def read_turns(row: Mapping[str, Any], field: str) -> list[Turn]:
         except BadRow as error:
             raise BadRow(f"turn {number}: {error}") from None
     return turns
+
+
+def _transposed(lists: dict[str, Any]) -> Any:
+    """The turns of lists under the names of their fields, as old versions of `datasets` store
+    them; anything else as it is."""
+    columns = lists.values()
+    if not all(isinstance(column, list) for column in columns) or len({*map(len, columns)}) != 1:
+        return lists
+    return [dict(zip(lists, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
 def _as_messages(listed: list[Any]) -> list[Any]:
@@ -64,11 +76,16 @@ def _turn(message: Any, aliases: Mapping[str, str]) -> Turn:
     message = fields.stripped(message)
     by = "from" if "from" in message and aliases is _ALIASES else "role"
     said = "value" if by == "from" else "content"
+    if by not in message and "from" in message:
+        raise BadRow(
+            "field 'role' is missing; 'from' and 'value' are read from a field 'conversations' "
+            "(data.columns={conversations: ...})"
+        )
     called = fields.text(message, by)
     role = aliases.get(called.lower() if aliases is _ALIASES else called)
     if role is None:
         raise BadRow(f"the role {called[:40]!a} is not known; known: {', '.join(aliases)}")
-    fields.refuse_unused(message, _TURN[by])
+    fields.refuse_unused(message, (_TOOL_TURN if role == "tool" else _TURN)[by])
     learned, reasoning = fields.is_learned(message), fields.reasoning(message)
     if role != "assistant" and (learned or reasoning):
         raise BadRow(f"a turn of the {role} is marked as learned, or has a field of thoughts")

@@ -278,7 +278,20 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     ),
     (answer(annotations=[{"url": "x"}]), "turn 2: field 'annotations' would not be learned"),
     (answer(**{"content ": "c"}), "turn 2: the keys 'content', 'content ' differ in white space a"),
+    (turns(*MESSAGES, file_name="a.PNG"), "field 'file_name' is 'a.PNG', which a text model can"),
+    (said(("human", "[IMG] What?"), ("gpt", "b")), "turn 1: [IMG] stands for what a text model"),
+    (said(("human", "<img>a.x</img>What?"), ("gpt", "b")), "turn 1: <img> stands for what a text"),
+    (turns(*MESSAGES, split="Test"), "field 'split' says that the row is of the split 'Test': put"),
+    (turns(*MESSAGES, kto_tag=True), "field 'kto_tag' marks answers as good or bad (KTO)"),
+    (turns(*MESSAGES, is_good=0), "field 'is_good' would not be learned"),
+    (turns(*MESSAGES, source="A text. " * 50), "field 'source' would not be learned"),
+    ({"question": "2", "answer": "4", "how": "2 + 2 = 4"}, "field 'how' would not be learned"),
+    (answer(name="Ann"), "turn 2: field 'name' would not be learned"),
     # Learning marks.
+    *(
+        (answer(**{name: 0}), f"turn 2: field '{name}' may say whether an answer is learned")
+        for name in ("calculate_loss", "lossMask", "loss_scale", "sample_weight", "token_weights")
+    ),
     (answer(train=True, masked=True), "turn 2: fields masked, train contradict each other"),
     (answer(weight=0.5), "turn 2: field 'weight' is 0.5, neither 0 nor 1"),
     (answer(loss_mask=[0, 1]), "turn 2: field 'loss_mask' is [0, 1], neither 0 nor 1"),
@@ -310,6 +323,10 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     ({"q": {"text": "a"}, "a": [{"text": "b"}]}, "{prompt: q.text, completion: a.0.text}"),
     ({"instruction\u200b": "a", "output": 1}, r"the fields instruction\u200b, output are of no kn"),
     ({}, "the fields (none) are of no known format (messages; conversations; instruction, out"),
+    (
+        {"messages": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        "turn 1: field 'role' is missing; 'from' and 'value' are read from a field 'conversations'",
+    ),
     ({"Question": "a", "Answer": "b"}, "the fields Question, Answer are of no known format"),
     ({"instruction": "a"}, "the fields instruction are of no known format"),
     ({"\ud800": 1}, r"the fields \ud800 are of no known format"),
@@ -485,10 +502,10 @@ def test_bad_rows_of_many_files_are_named_and_counted(tmp_path: Path, tiny_token
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("a.csv", b"question;answer\na;b\n", r"row 2: the fields question;answer are of no known"),
+        ("a.csv", b"question;answer\na;b\n", r"the header, is separated by ';'"),
         ("a.csv", b"Say hello.,,Hello.\nSay.,,No.\n", r"its first line, the header, has a column"),
         ("a.csv", b"Say hello.,Hello.\nSay.,No.\n", r"row 2: the fields Say hello., Hello. are of"),
-        ("a.tsv", b"prompt,completion\na,b\n", r"row 2: the fields prompt,completion are of no"),
+        ("a.tsv", b"prompt,completion\na,b\n", r"the header, is separated by ','"),
         ("a.csv", b"prompt,completion\n", r"a\.csv is empty"),
         ("a.csv", b"", r"a\.csv is empty"),
         ("a.jsonl", '{"a": "é"}\n'.encode("latin-1"), r"1 of 1 rows .*row 1: not UTF-8 text"),

@@ -166,7 +166,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Conversation]] = {
         "messages",
         {
             "messages": [
-                {"role": "user", "content": "a", "tool_calls": None, "name": "Ann"},
+                {"role": "user", "content": "a", "tool_calls": None},
                 {
                     "role": "assistant",
                     "content": None,
@@ -304,6 +304,7 @@ def test_marks_say_which_answers_are_learned(name: str, kind: str) -> None:
 
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "tool_plan")
+THOUGHTS += ("think", "thinking_content", "thought_process", "chain_of_thought", "cot")
 
 
 @pytest.mark.parametrize("name", THOUGHTS)

@@ -264,6 +264,74 @@ def test_folder_as_on_the_hub_is_one_split(name: str, tmp_path: Path) -> None:
     assert {*source.left_out} == every - {*chosen}
 
 
+CARDS = {
+    # The head of a README.md, and what is read of a.jsonl, b.jsonl and x/c.jsonl, by split.
+    "by split": (
+        "configs:\n- config_name: default\n  data_files:\n  - {split: train, path: x/*.jsonl}\n"
+        "  - split: test\n    path:\n    - a.jsonl\n    - b.jsonl",
+        {"train": ["x/c.jsonl"], "test": ["a.jsonl", "b.jsonl"]},
+    ),
+    "one pattern": (
+        "configs:\n- config_name: en\n  data_files: '[ab].jsonl'",
+        {"train": ["a.jsonl", "b.jsonl"]},
+    ),
+    "default of two": (
+        "configs:\n- config_name: en\n  data_files: a.jsonl\n"
+        "- {config_name: de, default: true, data_dir: x, data_files: c.jsonl}",
+        {"train": ["x/c.jsonl"]},
+    ),
+    "folder": ("configs:\n- {config_name: en, data_dir: x}", {"train": ["x/c.jsonl"]}),
+    "no configs": ("license: mit", {"train": ["a.jsonl", "b.jsonl"]}),
+}
+
+
+def card(folder: Path, head: str) -> None:
+    (folder / "x").mkdir()
+    for name in ("a.jsonl", "b.jsonl", "x/c.jsonl"):
+        (folder / name).write_bytes(lines([{"text": name}]))
+    (folder / "README.md").write_text(f"---\n{head}\n---\n# Rows\n")
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_folder_by_the_configs_of_its_readme(name: str, tmp_path: Path) -> None:
+    head, splits = CARDS[name]
+    card(tmp_path, head)
+    for split, files in splits.items():
+        rows = open_source(SourceConfig(str(tmp_path), split=split)).rows
+        assert [row["text"] for _, row in rows if isinstance(row, dict)] == files
+
+
+@pytest.mark.parametrize(
+    ("head", "reason"),
+    [
+        (
+            "configs:\n- {config_name: en, data_files: a.jsonl}\n"
+            "- {config_name: de, data_files: b.jsonl}",
+            "has the configurations en, de, none of them the default: name the files of one",
+        ),
+        (
+            "configs:\n- config_name: a\n  data_files: [{split: test, path: a.jsonl}]",
+            "has no split 'train'; there are test: choose one by data.split",
+        ),
+        ("configs:\n- {config_name: a, data_files: no.jsonl}", "names no.jsonl, which matches no"),
+        ("configs: [", r"has 'configs' that cannot be read \(ParserError: while parsing"),
+        ("configs: 5", "has 'configs' that cannot be read"),
+        ("configs:\n- {config_name: a, data_files: [{split: train}]}", "cannot be read"),
+    ],
+)
+def test_readme_that_chooses_nothing_is_refused(head: str, reason: str, tmp_path: Path) -> None:
+    card(tmp_path, head)
+    with pytest.raises(UserError, match=reason):
+        open_source(SourceConfig(str(tmp_path)))
+
+
+def test_columns_that_a_saved_format_hides_are_no_columns(tmp_path: Path) -> None:
+    stored = datasets.Dataset.from_list([{"prompt": "a", "completion": "b", "input": "c"}])
+    stored.set_format(columns=["prompt", "completion"])
+    stored.save_to_disk(tmp_path)
+    assert read(tmp_path) == [("row 1", {"prompt": "a", "completion": "b", "input": None})]
+
+
 def test_folder_without_a_training_split_names_the_others(tmp_path: Path) -> None:
     for name in ("test.jsonl", "validation.jsonl"):
         (tmp_path / name).write_bytes(lines(ROWS))
@@ -318,6 +386,45 @@ def test_nested_columns_of_every_kind(tmp_path: Path) -> None:
         for i, (_, row) in enumerate(read(tmp_path / f"a.{kind}")):
             expected = {**dict.fromkeys(types, numbers[i]), "map": maps[i] and dict(maps[i])}
             assert row == expected
+
+
+def test_columns_encoded_by_value_are_what_they_encode(tmp_path: Path) -> None:
+    """Also where they hold times, which are not read."""
+    texts, times = pyarrow.array(["a", "b"]), pyarrow.array([2**62, 1], pyarrow.timestamp("us"))
+    ends, places = pyarrow.array([1, 2], pyarrow.int32()), pyarrow.array([0, 1])
+    columns = {}
+    for name, values in (("text", texts), ("when", times)):
+        columns[name] = pyarrow.DictionaryArray.from_arrays(places, values)
+        columns[f"run_{name}"] = pyarrow.RunEndEncodedArray.from_arrays(ends, values)
+    table = pyarrow.table(columns)
+    with pyarrow.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    null = {"when": None, "run_when": None}
+    assert [row for _, row in read(tmp_path / "a.arrow")] == [
+        {"text": text, "run_text": text, **null} for text in ("a", "b")
+    ]
+
+
+def test_column_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    kinds, texts = pyarrow.array([0], pyarrow.int8()), pyarrow.array(["a"])
+    times = [pyarrow.array([2**62], pyarrow.timestamp("us"))]
+    union = pyarrow.UnionArray.from_dense(kinds, pyarrow.array([0], pyarrow.int32()), times)
+    twice = [[("a", 1), ("a", 2)]]
+    columns = {"u": union, "m": pyarrow.array(twice, pyarrow.map_(pyarrow.string(), "int64"))}
+    reasons = {"u": "its column 'u' cannot be read", "m": "it has two columns of the name 'a'"}
+    for name, reason in reasons.items():
+        table = pyarrow.table({"text": texts, name: columns[name]})
+        with pyarrow.ipc.new_file(str(tmp_path / f"{name}.arrow"), table.schema) as writer:
+            writer.write_table(table)
+        with pytest.raises(UserError, match=reason):
+            read(tmp_path / f"{name}.arrow")
+
+
+def test_column_of_row_numbers_that_pandas_writes(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(",prompt,completion\n0,a,b\n")
+    assert read(tmp_path / "a.csv") == [
+        ("row 2", {"Unnamed: 0": "0", "prompt": "a", "completion": "b"})
+    ]
 
 
 def test_json_features_are_objects(tmp_path: Path) -> None:

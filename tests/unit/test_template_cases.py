@@ -177,6 +177,34 @@ def test_turn_that_is_there_twice_is_refused(role: str, smollm2: Any) -> None:
         make(with_template(smollm2, twice)).render(spoken)
 
 
+@pytest.mark.parametrize(
+    "said",
+    ["<think>a</think><think>b</think>4", "Well. <think>a</think>4", "Write </think> after it."],
+)
+def test_several_thoughts_are_not_written_as_one(said: str, smollm2: Any) -> None:
+    tokenizer = with_template(smollm2, TEMPLATES["09_reasoning_from_a_field"])
+    with pytest.raises(BadRow, match="turn 2 has several thoughts, or '</think>' inside the answ"):
+        make(tokenizer).render(conversation("2+3?", said))
+
+
+def test_tool_without_its_description_is_missed(smollm2: Any) -> None:
+    schema = {"type": "object", "properties": {"word": {"type": "string"}}}
+    function = {"name": "search", "description": "Finds a word.", "parameters": schema}
+    spoken = Conversation(
+        (Turn("user", "a"), Turn("assistant", "b")),
+        tools=json.dumps([{"type": "function", "function": function}]),
+    )
+    names = "{{ t.function.name }}({{ t.function.parameters.properties.keys() | join(', ') }})"
+    for more in ("", " {{ t.function.description }}"):
+        source = "{% for t in tools or [] %}" + names + more + "\n{% endfor %}" + CHATML
+        template = make(with_template(smollm2, source))
+        if more:
+            assert "search(word) Finds a word.\n" in template.render(spoken).text
+            continue
+        with pytest.raises(BadRow, match="leaves out the tools, such as search"):
+            template.render(spoken)
+
+
 @pytest.mark.parametrize("question", ["Please search for cats.", "Please find cats."])
 def test_tool_named_in_the_question_is_missed_all_the_same(question: str, smollm2: Any) -> None:
     """17."""
