@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -111,41 +110,3 @@ def parse(words: Sequence[str] | None = None) -> dict[str, Any]:
     if late:
         given.settings = [*given.settings, *late]
     return vars(given)
-
-
-def completion(shell: str, help_of_submit: str) -> str:
-    """A script for bash or zsh that completes verbs, then options, settings and files.
-
-    Args:
-        shell: bash or zsh.
-        help_of_submit: of its own parser, whose options it lists.
-    """
-    settings = " ".join(f"{key}=" for key in KNOBS if "[]" not in key)
-    options = {
-        name: [word for names, _ in arguments for word in names if word.startswith("-")]
-        for name, (_, arguments) in VERBS.items()
-    }
-    options["submit"] = sorted({*re.findall(r"--[a-z][a-z-]*", help_of_submit)} - {"--help"})
-    takes_settings = {"submit"} | {
-        name for name, (_, arguments) in VERBS.items() if any("settings" in a for a, _ in arguments)
-    }
-    cases = "\n".join(
-        f"    {name}) words='{' '.join(options[name])} --help"
-        f"{' ' + settings if name in takes_settings else ''}' ;;"
-        for name in VERBS
-    )
-    setup = "autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else ""
-    return f"""{setup}_neftune_dist() {{
-  local words current=${{COMP_WORDS[COMP_CWORD]}}
-  COMPREPLY=()
-  if [ "$COMP_CWORD" = 1 ]; then
-    COMPREPLY=($(compgen -W '{" ".join(VERBS)} --help --version' -- "$current"))
-    return
-  fi
-  case ${{COMP_WORDS[1]}} in
-{cases}
-  esac
-  COMPREPLY=($(compgen -W "$words" -- "$current") $(compgen -f -- "$current"))
-  [[ ${{COMPREPLY[*]}} != *= ]] || compopt -o nospace
-}}
-complete -o filenames -F _neftune_dist neftune-dist"""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import math
 import operator
 import re
@@ -87,10 +88,16 @@ class Knob:
         return " and ".join(f"{_COMPARISONS[name]} {bound}" for name, bound in finite.items())
 
     @property
+    def words(self) -> list[str]:
+        """The words that may be written, where they can be listed."""
+        choices = (True, False) if self.types == (bool,) else self.choices
+        return [json.dumps(value).strip('"') for value in choices]
+
+    @property
     def values(self) -> str:
         """What may be written: "bf16 | fp32", or "a number, at least 0 and at most 10"."""
         if self.choices:
-            return " | ".join("null" if value is None else str(value) for value in self.choices)
+            return " | ".join(self.words)
         return ", ".join(filter(None, (self.kind, self.allowed)))
 
     def check_type(self, name: str, value: Any) -> None:

@@ -36,9 +36,13 @@ def find_config(given: str | os.PathLike[str]) -> Path:
     if path.exists():
         return path
     beside = {str(found) for found in path.parent.glob("*.y*ml")}
-    near = difflib.get_close_matches(str(path), sorted({*beside, *shipped}), n=1)
+    near = [
+        found
+        for name in (str(path), f"{path}.yaml")
+        for found in difflib.get_close_matches(name, sorted({*beside, *shipped}), n=1)
+    ]
     hint = f"did you mean {near[0]}?" if near else f"shipped are {', '.join(shipped)}."
-    raise UserError(f"The configuration file {path} cannot be read: there is no such file; {hint}")
+    raise UserError(f"The configuration file {given} cannot be read: there is no such file; {hint}")
 
 
 def copy_batch_scripts(output: Path | None) -> list[Path]:

@@ -16,7 +16,6 @@ from neftune_dist.arguments import (
     Words,
     argument,
     bounded,
-    completion,
     verb,
 )
 from neftune_dist.config import (
@@ -70,16 +69,6 @@ def _init(name: str | None, settings: Words, output: Path | None, slurm: bool) -
         print(f"made {path}")
     if name is not None:
         print(f"next: neftune-dist plan {made[0]}; neftune-dist launch {made[0]}")
-    return outcome.EXIT_DONE
-
-
-@verb(argument("shell", choices=("bash", "zsh"), help="zsh: by its bashcompinit"))
-def _completion(shell: str) -> int:
-    """Print a script that completes verbs, options and settings in a shell: in ~/.bashrc,
-    eval "$(neftune-dist completion bash)"."""
-    from neftune_dist.cluster.submit.options import make_parser
-
-    print(completion(shell, make_parser("neftune-dist submit").format_help()))
     return outcome.EXIT_DONE
 
 

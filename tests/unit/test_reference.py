@@ -272,17 +272,33 @@ def test_setting_written_as_an_option_is_shown_as_it_should_be(
         (["submit", "x.yaml", "--gpus"], {"--gpus-per-node"}),
         (["submit", "x.yaml", "--dry"], {"--dry-run"}),
         (["submit", "x.yaml", "noise.al"], {"noise.alpha="}),
+        (["train", "alpaca-7"], {"alpaca-7b"}),
+        (["train", "rows"], {"rows\\ of\\ mine/"}),
+        (["config", "noise.al"], {"noise.alpha"}),
+        (["config", "rows"], set()),
+        (["completion", "z"], {"zsh"}),
+        (["export", "--dtype", "bf"], {"bf16"}),
+        (["export", "--best", "rows"], {"rows\\ of\\ mine/"}),
+        (["export", "--output", "--b"], set()),
+        # bash gives a setting's key and value as three words, zsh as one
+        (["train", "x.yaml", "noise.distribution", "=", "g"], {"gaussian"}),
+        (["train", "x.yaml", "noise.distribution=g"], {"noise.distribution=gaussian"}),
+        (["train", "x.yaml", "model.compile", "="], {"true", "false"}),
+        (["train", "x.yaml", "data.source", "=", "rows"], {"rows\\ of\\ mine/"}),
+        (["train", "x.yaml", "data.source=rows"], {"data.source=rows\\ of\\ mine/"}),
     ],
 )
-def test_bash_completes_verbs_options_and_settings(
+def test_shell_completes_verbs_options_settings_and_values(
     line: list[str], offered: set[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert ended("completion", "bash") == 0
     script = capsys.readouterr().out
     words = " ".join(["neftune-dist", *line])
-    script += f"\ncompopt() {{ :; }}; COMP_WORDS=({words}); COMP_CWORD={len(line)}\n"
+    assert "compopt" not in script  # zsh has none
+    (tmp_path / "rows of mine").mkdir()
+    script += f"\nCOMP_WORDS=({words}); COMP_CWORD={len(line)}\n"
     script += '_neftune_dist; printf "%s\\n" "${COMPREPLY[@]}"'
     done = subprocess.run(
         ["bash", "-c", script], cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True
     )
-    assert set(done.stdout.split()) == offered
+    assert {word.rstrip() for word in done.stdout.splitlines() if word} == offered
