@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import sys
@@ -20,6 +21,8 @@ _RANK_0_FIRST_SECONDS = 5.0
 # Verbs whose purpose is their output: they have failed if it cannot be written.
 _PRINTING = ("config", "completion", "plan", "prepare", "watch", "checkpoints", "doctor")
 _WRITE_ELSEWHERE = "choose a place that may be written, or change who may"
+# transformers imports torchao wherever it is installed, which then warns of kernels for other GPUs.
+_NOISY = ("torchao", "torch.utils._pytree")
 # Advice on errors of the operating system; other errors are bugs of this program.
 _ADVICE = {
     errno.ENOSPC: "make room on that disk",
@@ -48,6 +51,8 @@ _ADVICE = {
 def main(words: Sequence[str] | None = None) -> None:
     """Parse the command line, run its verb, exit."""
     console.protect()
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank of torchrun's, which may be killed
         children.end_with_parent(os.getppid())
     verb = ""

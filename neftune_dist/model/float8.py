@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +23,6 @@ def use_float8(model: Any, recipe: str, within: Sequence[nn.Module]) -> None:
     Raises:
         UserError: the package is missing, or the GPU has no such products.
     """
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of kernels for other GPUs
     require("torchao", f"model.float8={recipe}", "neftune-dist[float8]")
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
