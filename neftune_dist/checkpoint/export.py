@@ -54,6 +54,7 @@ def export(
     step: choice.StepChoice = None,
     dtype: str = "original",
     adapter: bool = False,
+    before_writing: Callable[[], None] = lambda: None,
     log: Callable[[str], None] = print,
 ) -> Path:
     """Write the model of a run's checkpoint to `output`; return its path.
@@ -63,6 +64,7 @@ def export(
         step: of the checkpoint; None: the newest complete one; "best": of the lowest held-out loss.
         dtype: original (the base model's), fp32, bf16 or fp16.
         adapter: write the trained adapter alone, as PEFT loads it.
+        before_writing: called once nothing but damage could prevent the export.
         log: takes a line about what was written.
 
     Raises:
@@ -80,6 +82,7 @@ def export(
     place = Path(os.path.realpath(output))  # a link's target
     _refuse_place(place, run_dir, state)
     marked_folder.refuse_other(place, MARK, thorough=False)
+    before_writing()
     if flaw := checkpoint.first_flaw():  # which reads all of it
         raise store.damage_error(checkpoint, flaw)
     with storage.writing(str(output)), marked_folder.replaced(place, MARK) as folder:

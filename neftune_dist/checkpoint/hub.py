@@ -17,8 +17,8 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def reserve(repository: str) -> None:
-    """Make the repository, private, unless it is there: what the hub refuses is known before the
-    export is made.
+    """Make the repository, private, unless it is there, and ask whether it may be written: what the
+    hub refuses is known before the export is made.
 
     Args:
         repository: as org/name.
@@ -30,6 +30,8 @@ def reserve(repository: str) -> None:
         raise UserError(f"--push-to-hub={repository} is no hub id such as org/name.")
     with _refused(repository):
         huggingface_hub.create_repo(repository, private=True, exist_ok=True)
+        # A repository that exists passes by a token without rights, too.
+        huggingface_hub.auth_check(repository, write=True)
 
 
 def push(folder: Path, repository: str, log: Callable[[str], None] = print) -> None:

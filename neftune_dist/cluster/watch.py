@@ -15,12 +15,13 @@ from typing import Any
 from neftune_dist.config import UserError
 from neftune_dist.distributed import outcome
 from neftune_dist.system.checkpoint_names import newest_step
-from neftune_dist.system.records import EVALUATIONS, SAMPLES, STEPS, read_records
+from neftune_dist.system.records import EVALUATIONS, SAMPLES, STEPS, Records, read_records
 from neftune_dist.system.text import duration_text
 
 _CURVE_ROWS = 8
 _SPEED_STEPS = 50  # over which speed and time left are averaged
 _LOG_BYTES = 2**20  # read at a log's end for the last warning
+_LARGE = 1e6  # from here on a number is shown by its first digits
 _CLEAR = "\x1b[2J\x1b[H"
 # A cell of the curve is split into eight by the block characters.
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -54,7 +55,8 @@ def watch(run_dir: Path, every_seconds: float, once: bool) -> None:
 
 def screen_lines(run_dir: Path, now: float, width: int = 80) -> Iterator[str]:
     """The lines of a run's screen at a time, in seconds since 1970."""
-    steps, evaluations = (_records(run_dir / name) for name in (STEPS, EVALUATIONS))
+    records = _records(run_dir / STEPS)
+    steps, evaluations = records.rows, _records(run_dir / EVALUATIONS).rows
     num_steps = _num_steps(run_dir)
     yield f"{run_dir.resolve()}  {datetime.fromtimestamp(now):%Y-%m-%d %H:%M:%S}"
     if not steps:
@@ -62,7 +64,9 @@ def screen_lines(run_dir: Path, now: float, width: int = 80) -> Iterator[str]:
     else:
         yield from _step_lines(run_dir, steps, evaluations, num_steps, now)
         yield from _curve([row["loss"] for row in steps], width)
-    if samples := _records(run_dir / SAMPLES):
+    if records.num_lost:
+        yield f"damaged lines of {STEPS}, left out: {records.num_lost}"
+    if samples := _records(run_dir / SAMPLES).rows:
         last = samples[-1]
         said = " ".join(f"{last.get('instruction')} -> {last.get('output')}".split())
         yield f"sample of step {last['step']}: {_printable(said)}"
@@ -81,7 +85,7 @@ def _step_lines(
     last, recent = steps[-1], steps[-_SPEED_STEPS:]
     step = last["step"]
     of = f" of {num_steps} ({step / num_steps:.0%})" if num_steps else ""
-    seconds = sum(row["step_seconds"] for row in recent) / len(recent)
+    seconds = sum(row["step_seconds"] or 0.0 for row in recent) / len(recent)
     left = f"; {duration_text((num_steps - step) * seconds)} left" if num_steps else ""
     age = duration_text(max(0.0, now - (run_dir / STEPS).stat().st_mtime))
     yield f"step {step}{of}{left}; recorded {age} ago; newest checkpoint: {newest_step(run_dir)}"
@@ -90,21 +94,26 @@ def _step_lines(
     if held_out:
         best = min(held_out, key=lambda row: row["held_out_loss"])
         line += (
-            f"; held out {held_out[-1]['held_out_loss']:.4f} (step {held_out[-1]['step']}), "
-            f"best {best['held_out_loss']:.4f} (step {best['step']})"
+            f"; held out {_shown(held_out[-1]['held_out_loss'])} (step {held_out[-1]['step']}), "
+            f"best {_shown(best['held_out_loss'])} (step {best['step']})"
         )
     yield line
-    tokens = sum(row["num_tokens"] for row in recent) / (seconds * len(recent))
-    parts = [f"{tokens:,.0f} tokens/s, {seconds:.2f} s a step, world size {last['world_size']}"]
-    if _number(last.get("mfu")) is not None:
-        parts.append(f"MFU {last['mfu']:.1%}")
+    tokens = sum(row["num_tokens"] or 0 for row in recent)
+    speed = f"{tokens / (seconds * len(recent)):,.0f}" if seconds else "?"
+    parts = [
+        f"{speed} tokens/s, {seconds:.2f} s a step, world size {_shown(last.get('world_size'), 0)}"
+    ]
+    if (mfu := _number(last.get("mfu"))) is not None:
+        parts.append(f"MFU {mfu:.1%}")
     parts.append(f"memory {_shown(last.get('memory_gib'), 1)} GiB")
     parts.append(f"padding {_shown(last.get('padding_fraction'), 3)}")
     yield ", ".join(parts)
+    rate = _number(last.get("learning_rate"))
     yield (
-        f"noise norm {_shown(last['noise_norm'])}, by the law {_shown(last.get('noise_law'))}; "
-        f"gradient norm {_shown(last['grad_norm'], 3)}; learning rate "
-        f"{last['learning_rate']:.3g}; skipped steps: {last.get('num_skipped_steps', 0)}"
+        f"noise norm {_shown(last.get('noise_norm'))}, by the law {_shown(last.get('noise_law'))}; "
+        f"gradient norm {_shown(last.get('grad_norm'), 3)}; learning rate "
+        f"{'?' if rate is None else f'{rate:.3g}'}; skipped steps: "
+        f"{_shown(last.get('num_skipped_steps', 0), 0)}"
     )
 
 
@@ -121,7 +130,7 @@ def _curve(losses: Sequence[float | None], width: int) -> Iterator[str]:
     low, high = min(means), max(means)
     eighths = [round((mean - low) / ((high - low) or 1) * 8 * _CURVE_ROWS) for mean in means]
     for row in reversed(range(_CURVE_ROWS)):
-        label = {_CURVE_ROWS - 1: f"{high:8.4f}", 0: f"{low:8.4f}"}.get(row, " " * 8)
+        label = {_CURVE_ROWS - 1: _shown(high), 0: _shown(low)}.get(row, "").rjust(8)
         cells = (_BLOCKS[min(8, max(0, value - 8 * row))] for value in eighths)
         yield f"{label} {''.join(cells)}".rstrip()
 
@@ -153,12 +162,12 @@ def _printable(text: str) -> str:
     return "".join(c for c in text if c.isprintable())
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
+def _records(path: Path) -> Records:
     numbers = ("loss", "step_seconds", "num_tokens") if path.name == STEPS else ()
     try:
-        return read_records(path, numbers).rows
+        return read_records(path, numbers)
     except FileNotFoundError:
-        return []
+        return Records([], 0)
 
 
 def _num_steps(run_dir: Path) -> int | None:
@@ -178,4 +187,7 @@ def _number(value: Any) -> float | None:
 
 
 def _shown(value: Any, digits: int = 4) -> str:
-    return "?" if _number(value) is None else f"{value:.{digits}f}"
+    """A number of a record; "?" for anything else, which a damaged or a foreign file may hold."""
+    if _number(value) is None:
+        return "?"
+    return f"{value:.{digits}f}" if abs(value) < _LARGE else f"{value:.3g}"

@@ -103,9 +103,13 @@ def _export(
     from neftune_dist.checkpoint import hub
     from neftune_dist.checkpoint.export import export
 
-    if push_to_hub is not None:
-        hub.reserve(push_to_hub)
-    made = export(run_dir, output, step=chosen, dtype=dtype, adapter=adapter)
+    def reserve() -> None:
+        if push_to_hub is not None:
+            hub.reserve(push_to_hub)
+
+    made = export(
+        run_dir, output, step=chosen, dtype=dtype, adapter=adapter, before_writing=reserve
+    )
     if push_to_hub is not None:
         hub.push(made, push_to_hub)
     return outcome.EXIT_DONE

@@ -89,12 +89,16 @@ def test_contents_say_how_torch_alone_reads_a_checkpoint(run_dir: Path) -> None:
 def test_push_reserves_first_then_uploads_the_export(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The hub is a double of its client's two functions."""
+    """The hub is a double of its client's three functions."""
     calls: list[tuple[str, Any]] = []
 
     def create(repository: str, *, private: bool, exist_ok: bool) -> None:
         assert private and exist_ok and not output.exists()
         calls.append(("create", repository))
+
+    def check(repository: str, *, write: bool) -> None:
+        assert write and not output.exists()
+        calls.append(("check", repository))
 
     def upload(*, repo_id: str, folder_path: Path, ignore_patterns: list[str], **_: Any) -> str:
         kept = {path.name for path in folder_path.iterdir()} - {*ignore_patterns}
@@ -105,12 +109,23 @@ def test_push_reserves_first_then_uploads_the_export(
 
     output = tmp_path / "pushed"
     monkeypatch.setattr(huggingface_hub, "create_repo", create)
+    monkeypatch.setattr(huggingface_hub, "auth_check", check)
     monkeypatch.setattr(huggingface_hub, "upload_folder", upload)
     words = ["export", str(run_dir), f"--output={output}", "--push-to-hub=me/tuned"]
     with pytest.raises(SystemExit) as left:
         main(words)
     assert left.value.code == 0
-    assert calls == [("create", "me/tuned"), ("upload", "me/tuned")]
+    assert calls == [(name, "me/tuned") for name in ("create", "check", "upload")]
+
+
+@pytest.mark.parametrize("words", [["--step=3"], ["--adapter"], ["--output=."]])
+def test_export_that_is_refused_reserves_nothing(
+    words: list[str], run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "create_repo", pytest.fail)
+    with pytest.raises(SystemExit) as left:
+        main(["export", str(run_dir), *words, "--push-to-hub=me/tuned"])
+    assert left.value.code == 2
 
 
 @pytest.mark.parametrize("name", ["me/tuned", "tuned", "a/b/c"])

@@ -90,6 +90,29 @@ def test_screen_survives_what_a_kill_leaves(run_dir: Path) -> None:
     assert "step 22; recorded" in screen and "loss ?" in screen and "by the law ?" in screen
 
 
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({"step_seconds": 0.0}, "? tokens/s, 0.00 s a step"),
+        ({"step_seconds": None, "num_tokens": None}, "? tokens/s"),
+        ({"learning_rate": "high", "grad_norm": None, "mfu": "?"}, "learning rate ?"),
+        ({"world_size": None, "memory_gib": []}, "world size ?, MFU 45.0%, memory ? GiB"),
+        ({"loss": 1e300}, "loss 1e+300"),
+    ],
+)
+def test_screen_shows_what_is_no_number_as_a_question_mark(
+    changes: dict[str, Any], shown: str, tmp_path: Path
+) -> None:
+    write(tmp_path / "metrics.jsonl", [record(step, **changes) for step in (1, 2)])
+    assert shown in "\n".join(screen_lines(tmp_path, 0.0))
+
+
+def test_screen_counts_damaged_lines(run_dir: Path) -> None:
+    text = (run_dir / "metrics.jsonl").read_text().replace('"loss"', '"lo', 2)
+    (run_dir / "metrics.jsonl").write_text(text)
+    assert "damaged lines of metrics.jsonl, left out: 2" in list(screen_lines(run_dir, 0.0))
+
+
 def test_screen_shows_the_last_sample_answer_in_one_line(run_dir: Path) -> None:
     rows = [
         {"step": 10, "index": i, "instruction": f"Say\n{i}.", "output": "a\tb\x1b[2J"}
