@@ -44,3 +44,17 @@ def check_packages(config: Config) -> None:
     for name in ("wandb", "mlflow"):
         if getattr(logging, name):
             require(name, f"logging.{name}=true", "neftune-dist[trackers]")
+
+
+def check_evaluation_packages(config: Config) -> None:
+    """Refuse evaluations whose packages are missing, before the first of them. Raises
+    `UserError`."""
+    evaluate, judge = config.evaluate, config.judge
+    if evaluate.instructions:
+        for package in ("sacrebleu", "rouge_score"):
+            setting = f"evaluate.instructions={evaluate.instructions}"
+            require(package, setting, "neftune-dist[evaluation]")
+    if evaluate.tasks:
+        require("lm_eval", f"evaluate.tasks={evaluate.tasks}", "neftune-dist[tasks]")
+    if judge.annotator:
+        require("alpaca_eval", f"judge.annotator={judge.annotator}", "neftune-dist[alpaca-eval]")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from neftune_dist.checkpoint.choice import StepChoice
-from neftune_dist.config import UserError
+from neftune_dist.config import UserError, check_evaluation_packages
 from neftune_dist.data.dataset import Dataset, prepare
 from neftune_dist.data.errors import BadRow
 from neftune_dist.data.instructions import (
@@ -36,7 +36,7 @@ from neftune_dist.evaluation.judge import compare
 from neftune_dist.evaluation.losses import Losses, document_losses
 from neftune_dist.evaluation.results import Found, Results
 from neftune_dist.evaluation.target import EvaluationTarget, open_target
-from neftune_dist.evaluation.tasks import TaskWord, read_words, run_tasks
+from neftune_dist.evaluation.tasks import TaskWord, check_known, read_words, run_tasks
 from neftune_dist.evaluation.win_rate import pair, read_answers, win_rate
 from neftune_dist.training.held_out import held_out_figures
 
@@ -92,6 +92,7 @@ class _Evaluation:
         evaluate, data = self.config.evaluate, self.config.data
         self.dataset: Dataset | None = None
         with world.agree():
+            check_evaluation_packages(self.config)
             self.folder = output or _default_folder(target)
             asked = evaluate.instructions not in (None, HELD_OUT)
             if not (data.holds_out or evaluate.train_documents or asked or evaluate.tasks):
@@ -112,6 +113,9 @@ class _Evaluation:
     def run(self) -> None:
         """Make all parts that are asked for."""
         self.world.log(f"evaluate: {self.target.name}, into {self.folder}")
+        with self.world.agree():
+            if self.world.is_first and self.results.summary["tasks"] is None:
+                check_known(self.tasks)
         if self.dataset is not None:
             self._losses(self.dataset)
         if self.prompts:
@@ -140,8 +144,6 @@ class _Evaluation:
     def _prompts(self) -> list[list[int]]:
         """Tokens of the instructions."""
         prompts = []
-        if self.instructions:
-            text_statistics.check_installed()
         for i, instruction in enumerate(self.instructions):
             try:
                 prompts.append(self.target.template.prompt_ids(instruction.conversation))

@@ -47,12 +47,7 @@ def load(word: TaskWord) -> dict[str, Task]:
     """
     if word.settings is not None:
         return {word.name: ConfigurableTask(config=_local(word, word.settings))}
-    known = _manager().all_tasks if word.rows is None else _manager().all_subtasks
-    if word.task not in known:
-        near = difflib.get_close_matches(word.task, known, 1)
-        hint = f"; did you mean {near[0]}?" if near else "."
-        about = f", and the fields of {word.file} are of no known kind" if word.file else ""
-        raise UserError(f"evaluate.tasks: lm-eval has no task {word.task}{about}{hint}")
+    check_known(word)
     try:
         with _quietly():
             if word.rows is None:
@@ -74,6 +69,19 @@ def load(word: TaskWord) -> dict[str, Task]:
             else f"evaluate.tasks: the items of {word.task} could not be loaded from the hub: "
             f"{reason}; a local file may take their place: {word.name}=FILE."
         ) from error
+
+
+def check_known(word: TaskWord) -> None:
+    """Refuse a task that lm-eval does not have, and of which no file says all. Raises
+    `UserError`."""
+    if word.settings is not None:
+        return
+    known = _manager().all_tasks if word.rows is None else _manager().all_subtasks
+    if word.task not in known:
+        near = difflib.get_close_matches(word.task, known, 1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        about = f", and the fields of {word.file} are of no known kind" if word.file else ""
+        raise UserError(f"evaluate.tasks: lm-eval has no task {word.task}{about}{hint}")
 
 
 def run(lm: TaskModel, word: TaskWord, tasks: dict[str, Task], max_items: int) -> TaskResult:

@@ -19,8 +19,9 @@ file holds no examples beside its items. The fields of a file's rows decide its 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from neftune_dist.config import EvaluateConfig, UserError, split_list
@@ -142,21 +143,34 @@ def run_tasks(
     words = read_words(config.tasks, config.max_task_items)
     if not words:
         return {}
+    lm_eval = _adapter()
+    lm = lm_eval.TaskModel(model, tokenizer, config.batch_size, log, world)
+    loaded = [(word, lm_eval.load(word)) for word in words]  # all, before the first takes its hours
+    most = config.max_task_items
+    return {word.name: lm_eval.run(lm, word, tasks, most) for word, tasks in loaded}
+
+
+def check_known(words: Sequence[TaskWord]) -> None:
+    """Refuse names that lm-eval does not know, before what takes hours. Raises `UserError`."""
+    if words:
+        lm_eval = _adapter()
+        for word in words:
+            lm_eval.check_known(word)
+
+
+def _adapter() -> ModuleType:
     try:
-        from neftune_dist.evaluation.lm_eval_adapter import TaskModel, load, run
+        import neftune_dist.evaluation.lm_eval_adapter as lm_eval_adapter
     except ImportError as error:
         raise UserError(
             f"{_KEY} needs the package {error.name or 'lm_eval'}: install neftune-dist[tasks]."
         ) from error
-    lm = TaskModel(model, tokenizer, config.batch_size, log, world)
-    loaded = [(word, load(word)) for word in words]  # all, before the first takes its hours
-    return {word.name: run(lm, word, tasks, config.max_task_items) for word, tasks in loaded}
+    return lm_eval_adapter
 
 
 def read_words(text: str | None, max_items: int = 0) -> list[TaskWord]:
     """The words of `evaluate.tasks`, files read as far as they are asked for (0: whole). Raises
-    `UserError` where a file or a row of it cannot be used; whether lm-eval knows a name is seen
-    later."""
+    `UserError` where a file or a row of it cannot be used; see `check_known` for the names."""
     words: dict[str, TaskWord] = {}
     for text_of_word in split_list(text):
         name, is_file, path = (part.strip() for part in text_of_word.partition("="))

@@ -60,15 +60,6 @@ LABELS = {
 Values = dict[str, list[float | None]]
 
 
-def check_installed() -> None:
-    """Raise `UserError` where the packages of the extra `evaluation` are missing."""
-    if sacrebleu is None:
-        raise UserError(
-            "The statistics of answers need sacrebleu and rouge-score: "
-            "pip install 'neftune-dist[evaluation]'."
-        )
-
-
 def statistics(
     answers: Sequence[Mapping[str, Any]], values: Values | None = None
 ) -> dict[str, float]:
@@ -122,7 +113,6 @@ def per_answer(answers: Sequence[Mapping[str, Any]]) -> Values:
     - `empty`: 1 where the answer is white space alone; `cut`: 1 where the answer reached the limit
       of new tokens; `exact_match`: 1 where it was marked right, 0 where wrong.
     """
-    check_installed()
     _check_outputs(answers)
     rouge = RougeScorer(["rougeL"])
     rows = []

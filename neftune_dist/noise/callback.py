@@ -11,13 +11,19 @@ import warnings
 from importlib.util import find_spec
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from neftune_dist.compat.trainer import call_first
 from neftune_dist.noise.handle import NEFTuneHandle
 from neftune_dist.noise.hook import NEFTune
 from neftune_dist.noise.law import expected_norm
 from neftune_dist.optim.schedule import Schedule
+
+try:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+    from neftune_dist.compat.trainer import call_first
+except ImportError:  # transformers imports PEFT where it is installed, and PEFT accelerate
+    if find_spec("accelerate") is not None:
+        raise
+    TrainerCallback = object  # what is made of it says what is missing
 
 
 class NEFTuneCallback(TrainerCallback):

@@ -14,8 +14,16 @@ from itertools import islice
 from pathlib import Path
 from statistics import fmean
 
-from neftune_dist.config import Config, UserError, load_config, user_path
+from neftune_dist.config import (
+    Config,
+    UserError,
+    check_evaluation_packages,
+    check_packages,
+    load_config,
+    user_path,
+)
 from neftune_dist.evaluation.judge import compare
+from neftune_dist.evaluation.tasks import check_known, read_words
 from neftune_dist.evaluation.win_rate import Judgement
 from neftune_dist.study import report
 from neftune_dist.study.design import check_items, power_line
@@ -81,7 +89,11 @@ def study(
         raise UserError(f"--only={only}: the runs of this study are 0 to {len(numbered) - 1}.")
     power = power_line(config, num_seeds)
     if not report_only:
-        report.claim(folder)  # before hours of training
+        # Before hours of training.
+        check_packages(config)
+        check_evaluation_packages(config)
+        check_known(read_words(config.evaluate.tasks, config.evaluate.max_task_items))
+        report.claim(folder)
         print(f"study: {power}", flush=True)
         asked = [number for number in range(len(numbered)) if only in (None, number)]
 

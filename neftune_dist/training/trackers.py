@@ -65,22 +65,37 @@ class Tracker(Protocol):
         """End the record, of a run that failed or finished."""
 
 
-def check_store(run_dir: Path, config: LoggingConfig) -> None:
-    """Refuse an MLflow server that does not answer, or a store that cannot be written, before
-    anything is read. Raises `UserError`."""
-    if not config.mlflow:
-        return
+def check_stores(run_dir: Path, config: LoggingConfig) -> None:
+    """Refuse a server that does not answer or lacks a key, and a store that cannot be written,
+    before anything is read. Raises `UserError`."""
+    for name, ask in (("wandb", _ask_wandb), ("mlflow", _ask_mlflow)):
+        if not getattr(config, name):
+            continue
+        try:
+            ask(run_dir)
+        except Exception as error:  # of whatever its client and its server raise
+            where = "its server"
+            if name == "mlflow":
+                where = f"the store {os.environ.get('MLFLOW_TRACKING_URI') or run_dir / 'mlflow'}"
+            raise UserError(
+                f"logging.{name}=true: {where} does not answer: {first_line(error)}"
+            ) from error
+
+
+def _ask_wandb(run_dir: Path) -> None:
+    import wandb
+
+    if os.environ.get("WANDB_MODE", "online") == "online":
+        wandb.login(verify=True)
+
+
+def _ask_mlflow(run_dir: Path) -> None:
     # By itself the client tries for minutes, which is right for a run under way.
     variable = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
     given = os.environ.get(variable)
     os.environ[variable] = "1"
     try:
         _mlflow(run_dir).search_experiments(max_results=1)
-    except Exception as error:  # of whatever its client and its server raise
-        where = os.environ.get("MLFLOW_TRACKING_URI") or run_dir / "mlflow"
-        raise UserError(
-            f"logging.mlflow=true: the store {where} does not answer: {first_line(error)}"
-        ) from error
     finally:
         os.environ.pop(variable)
         if given is not None:

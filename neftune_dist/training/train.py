@@ -47,7 +47,7 @@ from neftune_dist.training.startup_report import (
     environment,
     versions,
 )
-from neftune_dist.training.trackers import check_store
+from neftune_dist.training.trackers import check_stores
 
 
 def train(config: Config) -> int:
@@ -135,7 +135,7 @@ def _claim(config: Config, run_dir: Path, world: World) -> FileLock:
     lock = claim(run_dir, world)
     with world.agree():
         if world.is_first:
-            check_store(run_dir, config.logging)
+            check_stores(run_dir, config.logging)
     return lock
 
 

@@ -233,6 +233,8 @@ def test_stopped_study_saves_and_exits_75(config: Path, tmp_path: Path) -> None:
         ({"only": 2}, [], "--only=2: the runs of this study are 0 to 1"),
         ({"only": -1}, [], "--only=-1"),
         ({}, ["data.num_held_out=0"], "data.num_held_out"),
+        ({}, ["evaluate.tasks=mmluu"], "lm-eval has no task mmluu; did you mean mmlu"),
+        ({}, ["evaluate.tasks=a=missing.jsonl"], "missing.jsonl does not exist"),
     ],
 )
 def test_unusable_settings_are_refused_before_the_first_run(
@@ -246,6 +248,26 @@ def test_unusable_settings_are_refused_before_the_first_run(
     request: dict[str, Any] = {"alphas": [0, 5], "num_seeds": 1, "num_ranks": 1}
     with pytest.raises(UserError, match=needle):
         study(config, words, **(request | changes))
+
+
+@pytest.mark.parametrize(
+    ("package", "words"),
+    [
+        ("peft", ["adapter.method=lora"]),
+        ("lm_eval", ["evaluate.tasks=mmlu"]),
+        ("rouge_score", ["evaluate.instructions=held_out"]),
+        ("alpaca_eval", ["judge.annotator=alpaca_eval_gpt4", "evaluate.instructions=held_out"]),
+    ],
+)
+def test_missing_package_is_named_before_the_first_run(
+    package: str, words: list[str], config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid, "execute", lambda command: pytest.fail("a run was started"))
+    monkeypatch.setitem(sys.modules, package, None)
+    words = [*words, f"run_dir={tmp_path / 'study'}"]
+    with pytest.raises(UserError, match=f"needs the package {package}: pip install"):
+        study(config, words, alphas=[0, 5], num_seeds=1, num_ranks=1)
+    assert not (tmp_path / "study").exists()
 
 
 def test_study_within_torchrun_is_refused(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

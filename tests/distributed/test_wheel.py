@@ -85,8 +85,13 @@ def test_study_without_its_packages_is_one_sentence(site: Path, tmp_path: Path) 
     assert not (tmp_path / "study").exists()
 
 
-def test_hook_and_callback_are_imported_without_accelerate(site: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("peft", ["", "for n in ('peft', 'trl'): del sys.modules[n]\n"])
+def test_hook_and_callback_are_imported_without_accelerate(
+    peft: str, site: Path, tmp_path: Path
+) -> None:
+    """PEFT, which transformers imports where it is installed, itself imports accelerate."""
     program = (
+        f"import sys\n{peft}"
         "from neftune_dist import NEFTune, NEFTuneCallback\n"
         "NEFTune(5.0)\n"
         "try: NEFTuneCallback(5.0)\n"

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 from neftune_dist.config import LoggingConfig, UserError, load_config
-from neftune_dist.training.trackers import GROUPS, Trackers, check_store
+from neftune_dist.training.trackers import GROUPS, Trackers, check_stores
 
 FACTS = {"config": {"noise": {"alpha": 5.0}}, "environment": {"torch": "2"}}
 RECORD = {"step": 4, "loss": 1.5, "mfu": None, "num_tokens": 7}
@@ -172,11 +172,70 @@ def test_store_that_does_not_answer_is_refused_after_one_try(
         if given:
             monkeypatch.setenv(variable, given)
         with pytest.raises(UserError, match=r"logging\.mlflow=true: the store http://taken does"):
-            check_store(tmp_path, settings(mlflow=True))
+            check_stores(tmp_path, settings(mlflow=True))
         assert os.environ.get(variable) == given
     assert tries == ["1", "1"]
-    check_store(tmp_path, settings())
+    check_stores(tmp_path, settings())
     assert len(tries) == 2
+
+
+def test_wandb_without_a_key_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def login(verify: bool) -> None:
+        assert verify
+        raise ValueError("No API key configured")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(login=login))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with pytest.raises(UserError, match="wandb=true: its server does not answer: No API key"):
+        check_stores(tmp_path, settings(wandb=True))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_stores(tmp_path, settings(wandb=True))
+
+
+def test_real_wandb_goes_on_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for first_step in (0, 3):
+        trackers = Trackers(tmp_path, settings(wandb=True), FACTS, first_step)
+        trackers.record({**RECORD, "step": first_step + 1})
+        trackers.close()
+    kept = (tmp_path / "wandb_id.txt").read_text()
+    assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{kept}"))) >= 1
+
+
+def test_real_mlflow_goes_on_after_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlflow", reason="mlflow is not installed")
+    from mlflow import MlflowClient
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    check_stores(tmp_path, settings(mlflow=True))
+    for first_step in (0, 3):
+        trackers = Trackers(tmp_path, settings(mlflow=True), FACTS, first_step)
+        trackers.record({**RECORD, "step": first_step + 1})
+        trackers.close(failed=first_step == 0)
+    client = MlflowClient((tmp_path / "mlflow").as_uri())
+    [experiment] = [e for e in client.search_experiments() if e.name == "neftune_dist"]
+    [run] = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED" and run.data.params["config.noise.alpha"] == "5.0"
+    losses = client.get_metric_history(run.info.run_id, "loss/loss")
+    assert [(loss.step, loss.value) for loss in losses] == [(1, 1.5), (4, 1.5)]
+
+
+@pytest.mark.parametrize("store", ["http://127.0.0.1:9", "file:///proc/none", "nonsense://x"])
+def test_real_mlflow_refuses_a_store_in_one_sentence(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlflow", reason="mlflow is not installed")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    with pytest.raises(UserError, match=f"the store {store} does not answer") as raised:
+        check_stores(tmp_path, settings(mlflow=True))
+    assert "\n" not in str(raised.value)
 
 
 def test_tensorboard_names_the_run_groups_its_figures_and_compares_its_settings(
