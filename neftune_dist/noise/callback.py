@@ -149,15 +149,23 @@ class NEFTuneCallback(TrainerCallback):
         logs = kwargs.get("logs") or {}
         if self.handle is None or "loss" not in logs:
             return
-        norm_sum, num_documents = (float(value) for value in self.handle.take_noise_norms())
-        expected = [expected_norm(alpha, self.distribution) for alpha in self._alphas]
-        added = {
-            "alpha": self.handle.alpha,
-            "noise_norm": norm_sum / num_documents if num_documents else 0.0,
-            "noise_law": sum(expected) / max(1, len(expected)),
-        }
+        added = self._since_last_log(state)
         logs.update(added)
         state.log_history[-1].update(added)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the noise off; warn where there was none and no log said so."""
+        if self.handle is not None and self._alphas:
+            self._since_last_log(state)
+        self._remove()
+
+    def _since_last_log(self, state: TrainerState) -> dict[str, float]:
+        """What is logged of the noise of the steps since the last log; warns where it had none."""
+        assert self.handle is not None
+        norm_sum, num_documents = (float(value) for value in self.handle.take_noise_norms())
+        expected = [expected_norm(alpha, self.distribution) for alpha in self._alphas]
         if any(self._alphas) and not num_documents:
             warnings.warn(
                 f"NEFTuneCallback: no forward pass up to step {state.global_step} got noise: "
@@ -165,12 +173,11 @@ class NEFTuneCallback(TrainerCallback):
                 stacklevel=2,
             )
         self._alphas.clear()
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Take the noise off."""
-        self._remove()
+        return {
+            "alpha": self.handle.alpha,
+            "noise_norm": norm_sum / num_documents if num_documents else 0.0,
+            "noise_law": sum(expected) / max(1, len(expected)),
+        }
 
     def __enter__(self) -> NEFTuneCallback:
         return self
@@ -184,6 +191,7 @@ class NEFTuneCallback(TrainerCallback):
         if self.handle is not None:
             self.handle.remove()
             self.handle = None
+        self._alphas.clear()
 
 
 def _padding_token(dataloader: Any) -> int | None:

@@ -202,7 +202,10 @@ def test_start_says_what_the_noise_is(folder: Path, capsys: pytest.CaptureFixtur
     assert all(word in said for word in ("2.8868", "alpha 5", "schedule cosine", "seed 42"))
 
 
-def test_noise_that_never_fires_is_warned_of(folder: Path) -> None:
+@pytest.mark.parametrize("settings", [{}, {"logging_steps": 500}])
+def test_noise_that_never_fires_is_warned_of(folder: Path, settings: dict[str, int]) -> None:
+    """Also where a training is shorter than the trainer's interval between logs."""
+
     class InEvaluationMode(TrainerCallback):
         """Keeps the model in evaluation mode, in which the noise is off."""
 
@@ -210,8 +213,9 @@ def test_noise_that_never_fires_is_warned_of(folder: Path) -> None:
             model = kwargs["model"].eval()
             model.train = lambda mode=True: model
 
-    with pytest.warns(UserWarning, match="step 1 got noise"):
-        trainer(folder, NEFTuneCallback(5.0), InEvaluationMode()).train()
+    step = 2 if settings else 1
+    with pytest.warns(UserWarning, match=f"step {step} got noise"):
+        trainer(folder, NEFTuneCallback(5.0), InEvaluationMode(), **settings).train()
 
 
 class Stop(TrainerCallback):
