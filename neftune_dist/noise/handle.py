@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -292,8 +291,9 @@ class NEFTuneHandle:
 
 def check_alpha(alpha: float) -> None:
     """Raise `ValueError` where the strength is out of range."""
-    if not (0 <= alpha <= 1000 and math.isfinite(alpha)):
-        raise ValueError(f"alpha={alpha} is out of range: from 0 to 1000.")
+    # Written so that NaN is refused.
+    if isinstance(alpha, str) or not 0 <= alpha <= 1000:
+        raise ValueError(f"alpha={alpha!r} is out of range: a number from 0 to 1000.")
 
 
 def _data_parallel_rank() -> int:

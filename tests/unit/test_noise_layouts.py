@@ -506,7 +506,8 @@ BAD: dict[str, tuple[str, Callable[[], Any]]] = {
     "alpha negative": ("alpha=-1.0 is out of range", lambda: NEFTune(-1.0)),
     "alpha NaN": ("alpha=nan is out of range", lambda: NEFTune(math.nan)),
     "alpha infinite": ("alpha=inf is out of range", lambda: NEFTune(math.inf)),
-    "alpha absurd": ("alpha=1001 is out of range: from 0 to 1000", lambda: NEFTune(1001)),
+    "alpha absurd": ("alpha=1001 is out of range: a number from 0 to 1000", lambda: NEFTune(1001)),
+    "alpha in quotes": ("alpha='5' is out of range", lambda: NEFTune("5")),  # type: ignore[arg-type]
     "alpha set negative": ("alpha=-0.5 is out of range", lambda: set_alpha(-0.5)),
     "alpha set NaN": ("alpha=nan is out of range", lambda: set_alpha(math.nan)),
     "alpha set without hooks": ("attached with alpha=0", lambda: set_alpha(5.0, initial=0.0)),
