@@ -240,9 +240,8 @@ class _WandB:
 
 def _mlflow(run_dir: Path) -> Any:
     """MLflow's client with its store: MLFLOW_TRACKING_URI, or files in the run's directory."""
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
-        # A store of files, which recent versions ask to be allowed.
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+    # Recent versions ask for a store of files to be allowed.
+    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
     import mlflow
 
     if not os.environ.get("MLFLOW_TRACKING_URI"):

@@ -212,7 +212,7 @@ def test_real_mlflow_goes_on_after_a_resume(
     from mlflow import MlflowClient
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
     check_stores(tmp_path, settings(mlflow=True))
     for first_step in (0, 3):
         trackers = Trackers(tmp_path, settings(mlflow=True), FACTS, first_step)
@@ -232,7 +232,6 @@ def test_real_mlflow_refuses_a_store_in_one_sentence(
 ) -> None:
     pytest.importorskip("mlflow", reason="mlflow is not installed")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     with pytest.raises(UserError, match=f"the store {store} does not answer") as raised:
         check_stores(tmp_path, settings(mlflow=True))
     assert "\n" not in str(raised.value)
