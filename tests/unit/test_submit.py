@@ -538,7 +538,19 @@ def test_dry_run_works_without_slurm(
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
     out = site.ok("run.yaml", *SIZE, "--dry-run")
     assert "#SBATCH --nodes=2" in out
-    assert "Slurm: not on this machine" in out
+    assert "Slurm: sinfo was not found" in out and "were not looked at" in out
+
+
+def test_dry_run_works_where_slurms_controller_is_away(site: Site) -> None:
+    site.answer("sinfo", "", 1, "sinfo: error: Unable to contact slurm controller")
+    out = site.ok("run.yaml", *SIZE, "--dry-run")
+    assert "#SBATCH --nodes=2" in out
+    assert "Slurm: sinfo failed: Unable to contact slurm controller. Nodes, limits" in out
+
+
+def test_setting_written_as_an_option_is_shown_as_it_should_be(site: Site) -> None:
+    done = site.run("run.yaml", *SIZE, "--noise.alpha", 5)
+    assert done.code == 2 and "a setting is written noise.alpha=VALUE" in done.err
 
 
 # --- the snapshot ---------------------------------------------------------------------------------

@@ -20,6 +20,10 @@ _RANGE = re.compile(r"(\d+)(?:-(\d+)(?::([1-9]\d*))?)?")
 _MOST_TASKS = 1000
 
 
+class Away(UserError):
+    """Slurm is not on this machine, or does not answer."""
+
+
 def run(
     *command: str, script: str = "", timeout: float | None = _ANSWER_SECONDS
 ) -> subprocess.CompletedProcess[str]:
@@ -30,7 +34,7 @@ def run(
         timeout: in seconds; None: it may take as long as it wants.
 
     Raises:
-        UserError: it is missing, or the controller does not answer.
+        Away: it is missing, or the controller does not answer.
     """
     # Submitted from within a step of another job, a job would inherit what says it is that step;
     # and people set other formats.
@@ -50,9 +54,9 @@ def run(
             timeout=timeout,
         )
     except FileNotFoundError:
-        raise UserError(f"{command[0]} was not found: submit from a node that has Slurm.") from None
+        raise Away(f"{command[0]} was not found: submit from a node that has Slurm.") from None
     except subprocess.TimeoutExpired:
-        raise UserError(f"Slurm does not answer ({command[0]}): try again later.") from None
+        raise Away(f"Slurm does not answer ({command[0]}): try again later.") from None
 
 
 def reason(done: subprocess.CompletedProcess[str]) -> str:
@@ -103,7 +107,7 @@ def check_partition(partition: str | None, nodes: int, gpus: str | None, time: s
     """
     listed = run("sinfo", "--all", "--noheader", "--format=%P|%D|%l|%G")
     if listed.returncode:
-        raise UserError(f"sinfo failed: {reason(listed)}.")
+        raise Away(f"sinfo failed: {reason(listed)}.")
     rows = [line.split("|") for line in listed.stdout.splitlines()]
     default = next((row[0].rstrip("*") for row in rows if row[0].endswith("*")), "")
     names = (partition or os.environ.get("SBATCH_PARTITION") or default).split(",")

@@ -13,7 +13,6 @@ import argparse
 import math
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from functools import cache
 from pathlib import Path
 
 from neftune_dist import __version__
+from neftune_dist.arguments import unknown_words
 from neftune_dist.cluster.submit import slurm, snapshot
 from neftune_dist.cluster.submit.inventory import Hub
 from neftune_dist.cluster.submit.options import PASSED_ON, check_options, make_parser
@@ -68,18 +68,25 @@ def main(words: list[str], program: str = "launcher/submit.py") -> int:
         The exit code.
     """
     try:
-        given = make_parser(program).parse_intermixed_args(words)
+        parser = make_parser(program)
+        given, unknown = parser.parse_known_intermixed_args(words)
+        if unknown:
+            parser.error(unknown_words(unknown))
         if not (ROOT / _SITE).is_file():
             raise UserError(f"{ROOT} has no {_SITE}: neftune-dist init --slurm writes it.")
         check_options(given)
         tasks = _tasks(given)
         check_space((task.run_dir, task.outlook.num_bytes) for task in tasks)
-        waits_for = (
-            [] if given.dry_run and not shutil.which("sinfo") else _check_cluster(given, tasks)
-        )
+        waits_for, away = [], ""
+        try:
+            waits_for = _check_cluster(given, tasks)
+        except slurm.Away as error:
+            if not given.dry_run:
+                raise
+            away = str(error)
         lines = _outlook(given, tasks)
         if given.dry_run:
-            lines += _dry_run(given, tasks)
+            lines += _dry_run(given, tasks, away)
         else:
             kept = snapshot.next_folder(tasks[0].run_dir)
             ids = _submit(given, tasks, waits_for, shlex.join([*program.split(), *words]))
@@ -223,16 +230,21 @@ def _script(given: argparse.Namespace, tasks: list[Task], folders: list[Path]) -
     return "\n".join(["#!/usr/bin/env bash", made, *header, *fixed, *body, ""])
 
 
-def _dry_run(given: argparse.Namespace, tasks: list[Task]) -> list[str]:
+def _dry_run(given: argparse.Namespace, tasks: list[Task], away: str) -> list[str]:
+    """The script, and what Slurm says of it.
+
+    Args:
+        away: why it was not asked; empty: it answers.
+    """
     script = _script(given, tasks, [snapshot.next_folder(task.run_dir) for task in tasks])
     lines = ["", script]
-    if shutil.which("sbatch"):
+    if away:
+        lines.append(f"Slurm: {away} Nodes, limits and queue were not looked at.")
+    else:
         tried = slurm.run("sbatch", "--test-only", *_options(given, tasks), script=script)
         # No refusal: it may also be that nodes are down at present.
         answer = f"would not start it now: {slurm.reason(tried)}."
         lines.append(f"Slurm: {answer if tried.returncode else slurm.reason(tried)}")
-    else:
-        lines.append("Slurm: not on this machine, so nodes, limits and queue were not looked at.")
     return [*lines, "A dry run: nothing was written or queued."]
 
 
@@ -282,6 +294,7 @@ def _handles(tasks: list[Task], ids: list[str]) -> list[str]:
     first_of_all = f"scancel {shlex.join(later)}; " if later else ""
     lines = [
         f"watch:    squeue --jobs={','.join(ids)}",
+        f"          neftune-dist watch {shlex.quote(str(first.run_dir))}",
         f"          tail -F {shlex.quote(log)}",
         f"          tensorboard --logdir {shlex.quote(str(folder))}",
         f"stop:     {first_of_all}scancel --batch --signal=TERM {ids[0]}",
