@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from neftune_dist.arguments import VERBS, argument, verb
+from neftune_dist.cluster.submit.options import make_parser
 from neftune_dist.config import KNOBS, shipped_configs
 from neftune_dist.distributed import outcome
 
@@ -50,8 +51,6 @@ _NO_FILES = dict.fromkeys(("config", "completion"), " files=''")
 def _completion(shell: str) -> int:
     """Print a script that completes verbs, options, settings and their values in a shell: in
     ~/.bashrc, eval "$(neftune-dist completion bash)"."""
-    from neftune_dist.cluster.submit.options import make_parser
-
     setup = "autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else ""
     print(setup + _script(make_parser("neftune-dist submit").format_help()))
     return outcome.EXIT_DONE
