@@ -23,6 +23,7 @@ _TURNS = (
     ("conversations", {"input", "output"}),
 )
 _ASKED = re.compile("question|instruction|prompt|query|problem|request|user|human|input|ask", re.I)
+_THOUGHT = re.compile("reason|think|thought|(^|_)cot(_|$)", re.I)
 _SAID = re.compile("answer|response|completion|output|reply|solution|assistant|target|gpt", re.I)
 
 
@@ -116,13 +117,22 @@ def listed(row: Mapping[str, Any]) -> str:
 def suggestion(row: Mapping[str, Any]) -> str:
     """The settings that would read a row of an unknown format, as far as names and types say; ""
     without an idea."""
-    found, texts = {}, []
+    found, texts, thoughts, listed_texts = {}, [], "", ""
     for name, value in row.items():
         if fields.is_harmless(name, value) or re.search(r"[,;:\t]", name):
             continue
         if field := _turns_in(value):
             found = {field: name}
-        texts += _texts_in(name, value)
+        elif isinstance(value, list) and len(value) > 1 and isinstance(value[0], str):
+            listed_texts = name
+        paths = _texts_in(name, value)
+        if paths and _THOUGHT.search(name):
+            thoughts = paths[0]
+        else:
+            texts += paths
+    # A list of texts is a conversation if it stands alone; beside a question it is its answers.
+    if listed_texts and len(texts) == 1:
+        found = {"conversations": listed_texts}
     if not found and len(texts) > 1:
         said = next((name for name in texts if _SAID.search(name)), None)
         asked = next((name for name in texts if _ASKED.search(name) and name != said), None)
@@ -131,7 +141,7 @@ def suggestion(row: Mapping[str, Any]) -> str:
         # An instruction's input or context is read without a mapping.
         about = {"input", "context"} & row.keys() - {asked, said}
         ours = ("instruction", "output") if about else ("prompt", "completion")
-        found = {ours[0]: asked, ours[1]: said}
+        found = {ours[0]: asked, ours[1]: said} | ({"reasoning": thoughts} if thoughts else {})
     elif not found and texts and not (_SAID.search(texts[0]) or _ASKED.search(texts[0])):
         found = {"text": texts[0]}
     if not found:
@@ -151,7 +161,7 @@ def _turns_in(value: Any) -> str:
         return ""
     if isinstance(value[0], dict):
         return next((field for field, keys in _TURNS if value[0].keys() >= keys), "")
-    return "conversations" if all(isinstance(item, str) for item in value) else ""
+    return ""
 
 
 def _texts_in(path: str, value: Any) -> list[str]:

@@ -318,6 +318,8 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     ({"query": "a", "answers": "b", "tools": "[]"}, "{prompt: query, completion: answers}"),
     ({"data": ["a", "b", "c", "d"]}, "to read them so, set data.columns={conversations: data}"),
     ({"talk": turns(*MESSAGES)["messages"]}, "to read them so, set data.columns={messages: talk}"),
+    ({"prompt": "a", "answers": ["b", "c"]}, "{prompt: prompt, completion: answers.0}"),
+    ({"Q": "a", "CoT": "b", "A": "c"}, "{prompt: Q, completion: A, reasoning: CoT}"),
     # Of no form of turns that is read: no mapping is suggested that would be refused in its turn.
     ({"data": [{"text": "a"}, {"text": "b"}]}, "the fields data are of no known format (messages;"),
     ({"q": {"text": "a"}, "a": [{"text": "b"}]}, "{prompt: q.text, completion: a.0.text}"),
