@@ -18,11 +18,12 @@ import numpy as np
 
 from neftune_dist.config import DataConfig, UserError
 from neftune_dist.data import prompt_templates
-from neftune_dist.data.backend import bare, drops_characters, prefix_ids, unknown_character
+from neftune_dist.data.backend import drops_characters, prefix_ids, unknown_character
 from neftune_dist.data.chat_template import ChatTemplate, bounded, read_template, with_system
 from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.errors import BadRow
 from neftune_dist.data.loss_mask import LossMask
+from neftune_dist.data.slow_backend import backend_of
 from neftune_dist.data.spans import SPEAKERS, TEXT, Chunk, Rendered, Span
 
 # Conversations on which a fixed prompt in Jinja is compared with the tokens made here.
@@ -65,13 +66,8 @@ class ConversationTokenizer:
         self.tokenizer = tokenizer
         self.config = config
         name = tokenizer.name_or_path or type(tokenizer).__name__
-        if not getattr(tokenizer, "is_fast", False):
-            raise UserError(
-                f"The tokenizer {name} gives no character offsets, which the loss mask needs: use "
-                "a model with a tokenizer.json."
-            )
-        self._backend = bare(tokenizer.backend_tokenizer)
-        self._drops_characters = drops_characters(self._backend)
+        self._backend = backend_of(tokenizer)
+        self._drops_characters = tokenizer.is_fast and drops_characters(self._backend)
         # The tokens that the tokenizer puts before a text. A chat template writes its own.
         self._prefix = np.array(prefix_ids(tokenizer), np.int32)
         self._chat: ChatTemplate | None = None
@@ -89,7 +85,7 @@ class ConversationTokenizer:
     @cached_property
     def _literal(self) -> Any:
         """The tokenizer that reads special tokens in a text as plain text."""
-        return bare(self.tokenizer.backend_tokenizer, literal=True)
+        return backend_of(self.tokenizer, literal=True)
 
     def identity(self) -> dict[str, Any]:
         """All properties that decide the tokens of a conversation, as plain values."""
@@ -119,6 +115,8 @@ class ConversationTokenizer:
         text = found[-1][1].text
         if self._drops_characters and (unknown := unknown_character(self._backend, text)):
             raise BadRow(f"the tokenizer has no token for {unknown!a}")
+        if not self.tokenizer.is_fast:
+            self.encode([rendered for _, rendered in found])  # raises where it cannot
         return found
 
     def render(self, conversation: Conversation) -> Rendered:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import gzip
 import json
+import string
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -19,6 +20,7 @@ from neftune_dist.data.backend import bare
 from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.errors import BadRow
 from neftune_dist.data.formats import detect_format, to_conversation
+from neftune_dist.data.slow_backend import SlowBackend
 from neftune_dist.data.spans import Chunk, Rendered, Span
 from neftune_dist.data.tokenize import ConversationTokenizer, _masks
 from tests.support import tiny_model
@@ -387,10 +389,47 @@ def test_a_tokenizer_without_end_of_sequence(tiny_tokenizer: Any) -> None:
         make(endless, template="alpaca")
 
 
-def test_a_tokenizer_without_offsets() -> None:
-    slow = SimpleNamespace(is_fast=False, name_or_path="slow", chat_template="x", eos_token_id=0)
-    with pytest.raises(UserError, match="slow gives no character offsets"):
-        make(slow)
+def slow_tokenizers(folder: Path) -> dict[str, Any]:
+    """Two that are written in Python: one of bytes, one of words that keeps no white space."""
+    words = [f"{letter}{end}" for letter in string.ascii_letters + ".?!" for end in ("", "@@")]
+    words += ["<unk>", "th@@", "the"]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\nt h\nth e</w>\n")
+    files = (str(folder / "vocab.json"), str(folder / "merges.txt"))
+    made = {"bytes": transformers.ByT5Tokenizer(), "words": transformers.CTRLTokenizer(*files)}
+    for tokenizer in made.values():
+        tokenizer.add_special_tokens({"eos_token": "</s>"})
+        tokenizer.chat_template = TURNS + ASK
+    return made
+
+
+@pytest.mark.parametrize("name", ["bytes", "words"])
+def test_a_tokenizer_in_python(name: str, tmp_path: Path) -> None:
+    """Its tokens are those of the whole text; offsets are found by what the tokens say."""
+    tokenizer = slow_tokenizers(tmp_path)[name]
+    said = "Près de the 🙂." if name == "bytes" else "the other the."
+    template = make(tokenizer)
+    spoken = conversation("Say the.", said, "And?", "Yes.")
+    made = document(template, spoken)
+    text = template.render(spoken).text
+    assert list(made.input_ids) == tokenizer.encode(text, add_special_tokens=False)
+    expected = tokenizer.encode(f"{said}</s>Yes.</s>", add_special_tokens=False)
+    assert list(made.input_ids[made.supervised == 1]) == expected
+    assert made.end_learned
+    literal = SlowBackend(tokenizer, literal=True).encode_batch(["a</s>"])[0]
+    assert tokenizer.eos_token_id not in literal.ids
+    assert SlowBackend(tokenizer).encode_batch(["a</s>"])[0].ids[-1] == tokenizer.eos_token_id
+    same, more = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+    more.add_tokens(["new"])
+    digests = [SlowBackend(each).to_str() for each in (tokenizer, same, more)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_tokenizer_in_python_that_changes_the_text(tmp_path: Path) -> None:
+    tokenizer = slow_tokenizers(tmp_path)["words"]
+    tokenizer.tokenize = lambda text, **_: text.lower().replace(" ", "</w> ").split()
+    with pytest.raises(BadRow, match=r"in Python, changes the text at '<\|user\|>"):
+        make(tokenizer).documents(conversation("Say.", "No."))
 
 
 def test_literal_tokenizer_reads_special_tokens_as_text(tmp_path: Path) -> None:
