@@ -416,6 +416,9 @@ def test_a_tokenizer_in_python(name: str, tmp_path: Path) -> None:
     expected = tokenizer.encode(f"{said}</s>Yes.</s>", add_special_tokens=False)
     assert list(made.input_ids[made.supervised == 1]) == expected
     assert made.end_learned
+    if name == "words":
+        offsets = SlowBackend(tokenizer).encode_batch(["the \tno the"])[0].offsets
+        assert offsets == [(0, 3), (5, 7), (5, 7), (8, 11)]
     literal = SlowBackend(tokenizer, literal=True).encode_batch(["a</s>"])[0]
     assert tokenizer.eos_token_id not in literal.ids
     assert SlowBackend(tokenizer).encode_batch(["a</s>"])[0].ids[-1] == tokenizer.eos_token_id
@@ -427,9 +430,14 @@ def test_a_tokenizer_in_python(name: str, tmp_path: Path) -> None:
 
 def test_a_tokenizer_in_python_that_changes_the_text(tmp_path: Path) -> None:
     tokenizer = slow_tokenizers(tmp_path)["words"]
-    tokenizer.tokenize = lambda text, **_: text.lower().replace(" ", "</w> ").split()
-    with pytest.raises(BadRow, match=r"in Python, changes the text at '<\|user\|>"):
-        make(tokenizer).documents(conversation("Say.", "No."))
+    whole = tokenizer.tokenize
+    for changed, place in (
+        (lambda text, **_: whole(text.lower()), r"'Say\."),
+        (lambda text, **_: whole(text)[:-1], "'</s>'"),
+    ):
+        tokenizer.tokenize = changed
+        with pytest.raises(BadRow, match=f"in Python, changes the text at {place}"):
+            make(tokenizer).documents(conversation("Say.", "no."))
 
 
 def test_literal_tokenizer_reads_special_tokens_as_text(tmp_path: Path) -> None:
