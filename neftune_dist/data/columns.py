@@ -23,6 +23,7 @@ _TURNS = (
     ("conversations", {"input", "output"}),
 )
 _ASKED = re.compile("question|instruction|prompt|query|problem|request|user|human|input|ask", re.I)
+_NO_TEXT = re.compile(r"[-+.\deE]*|null|true|false|yes|no|on|off|~", re.I)  # of YAML, unquoted
 _THOUGHT = re.compile("reason|think|thought|(^|_)cot(_|$)", re.I)
 _SAID = re.compile("answer|response|completion|output|reply|solution|assistant|target|gpt", re.I)
 
@@ -149,7 +150,8 @@ def suggestion(row: Mapping[str, Any]) -> str:
     used = {path.partition(".")[0] for path in found.values()}
     left = [name for name, value in row.items() if not fields.is_harmless(name, value)]
     left = [name for name in left if name not in used and name not in _OPTIONAL]
-    mapped = ", ".join(f"{ours}: {theirs}" for ours, theirs in found.items())
+    quoted = {ours: f"'{at}'" if _NO_TEXT.fullmatch(at) else at for ours, at in found.items()}
+    mapped = ", ".join(f"{ours}: {theirs}" for ours, theirs in quoted.items())
     ignored = f" data.ignore_fields={','.join(left)}" if left else ""
     made = f"data.columns={{{mapped}}}{ignored}"
     return made if len(made) < 150 and made.isascii() and made.isprintable() else ""

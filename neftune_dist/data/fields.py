@@ -21,7 +21,7 @@ _EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 # Fields that say nothing of what is learned, by their last word in snake case or their whole name.
 _HARMLESS = re.compile(
-    r"(\w+_)?(ids?|idx|index|uuid|hash|md5|sha256|urls?|uri|links?|date|time|timestamp|scores?"
+    r"(?!(target|output|tgt)_)(\w+_)?(ids?|idx|index|uuid|hash|md5|sha256|urls?|uri|links?|date|time|timestamp|scores?"
     r"|ratings?|rank|lang|languages?|locale|models?|sources?|datasets?|origin|provenance|types?"
     r"|category|categories|subcategory|tags?|topics?|domain|tasks?|split|licen[cs]e|copyright"
     r"|version|revision|authors?|annotators?|workers?|difficulty|level|quality|moderation|toxicity"
@@ -37,6 +37,8 @@ _FLAG = re.compile(
     r"|ignore|drop|enabled|valid|correct|good|bad|accepted|approved|target|unlearn|backprop)"
 )
 _LONG_TEXT = 200  # characters; a longer text with spaces is more than an id, a source or a title
+# Harmless whatever they hold.
+_ANY_LENGTH = re.compile(r"(\w+_)?(meta|metadata|moderation|usage)|original_\w+|logprobs|header")
 # Fields that say something which would not be learned, and what they are.
 _MEANINGS = {
     r"(\w+_)?labels?|kto_\w+|(un)?desirable|prefer(red|ence)": "marks answers as good or bad "
@@ -135,8 +137,19 @@ def is_harmless(name: str, value: Any) -> bool:
         return True
     if isinstance(value, Number) and not isinstance(value, bool):
         return str(value) not in _TRUTHS or not _FLAG.fullmatch(_snake(name))
-    is_text = isinstance(value, str) and len(value) > _LONG_TEXT and " " in value.strip()
-    return _is_harmless_name(name) and (not is_text or name.startswith("original_"))
+    if not _is_harmless_name(name):
+        return False
+    is_said = isinstance(value, str) and name == "custom_instruction"
+    return not is_said and (
+        not _holds_long_text(value) or bool(_ANY_LENGTH.fullmatch(_snake(name)))
+    )
+
+
+def _holds_long_text(value: Any) -> bool:
+    if isinstance(value, str):
+        return len(value) > _LONG_TEXT and " " in value.strip()
+    parts = value.values() if isinstance(value, dict) else value
+    return isinstance(value, list | dict) and any(map(_holds_long_text, parts))
 
 
 @lru_cache(4096)

@@ -36,6 +36,7 @@ _PAIRS = (
 # Texts that a question is about, by the name of the question's field.
 _CONTEXTS = {"instruction": ("input", "context"), "question": ("context",)}
 _SYSTEM = ("system", "system_prompt", "system_message")
+_TASK_WORDS = 3  # of the name of a kind of task
 # About the characters of a document of 2^20 tokens, the largest `data.max_length`.
 _MOST_CHARACTERS = 4 * 2**20
 
@@ -120,6 +121,11 @@ def exchange(row: _Row, asked_in: str, answer: Turn) -> Conversation:
         raise BadRow(f"the {asked_in} is empty")
     fields.refuse_placeholder(asked)
     extra = (("task", row["task"]),) if isinstance(row.get("task"), str) else ()
+    if extra and len(row["task"].split()) > _TASK_WORDS:
+        raise BadRow(
+            "field 'task' is a sentence, and would not be learned: "
+            "data.columns={instruction: task} puts it before the input, data.ignore_fields=task leaves it out"
+        )
     context = context if context.strip() else ""
     return _answered((Turn("user", asked), answer), row, context, extra)
 

@@ -286,6 +286,13 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     (turns(*MESSAGES, is_good=0), "field 'is_good' would not be learned"),
     (turns(*MESSAGES, source="A text. " * 50), "field 'source' would not be learned"),
     ({"question": "2", "answer": "4", "how": "2 + 2 = 4"}, "field 'how' would not be learned"),
+    (turns(*MESSAGES, sources=[{"text": "A text. " * 50}]), "field 'sources' would not be lear"),
+    (turns(*MESSAGES, target_language="French"), "field 'target_language' would not be learned"),
+    (turns(*MESSAGES, custom_instruction="Be brief"), "field 'custom_instruction' would not be l"),
+    (
+        {"task": "Say it in French.", "input": "a", "output": "b"},
+        "field 'task' is a sentence, and would not be learned: data.columns={instruction: task}",
+    ),
     (answer(name="Ann"), "turn 2: field 'name' would not be learned"),
     # Learning marks.
     *(
@@ -320,6 +327,7 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     ({"talk": turns(*MESSAGES)["messages"]}, "to read them so, set data.columns={messages: talk}"),
     ({"prompt": "a", "answers": ["b", "c"]}, "{prompt: prompt, completion: answers.0}"),
     ({"Q": "a", "CoT": "b", "A": "c"}, "{prompt: Q, completion: A, reasoning: CoT}"),
+    ({"0": "a", "no": "b"}, "set data.columns={prompt: '0', completion: 'no'}"),
     # Of no form of turns that is read: no mapping is suggested that would be refused in its turn.
     ({"data": [{"text": "a"}, {"text": "b"}]}, "the fields data are of no known format (messages;"),
     ({"q": {"text": "a"}, "a": [{"text": "b"}]}, "{prompt: q.text, completion: a.0.text}"),
