@@ -124,7 +124,8 @@ def exchange(row: _Row, asked_in: str, answer: Turn) -> Conversation:
     if extra and len(row["task"].split()) > _TASK_WORDS:
         raise BadRow(
             "field 'task' is a sentence, and would not be learned: "
-            "data.columns={instruction: task} puts it before the input, data.ignore_fields=task leaves it out"
+            "data.columns={instruction: task} puts it before the input, data.ignore_fields=task "
+            "leaves it out"
         )
     context = context if context.strip() else ""
     return _answered((Turn("user", asked), answer), row, context, extra)
