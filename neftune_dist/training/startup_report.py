@@ -6,7 +6,7 @@ import platform
 import subprocess
 from contextlib import suppress
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ def device_name(device: torch.device) -> str:
 @cache
 def versions() -> dict[str, str]:
     """The code's commit, "" where it is no checkout, and versions of the packages that affect a
-    run's results."""
+    run's results, without those that are not installed."""
     packages = ("torch", "transformers", "deepspeed", "datasets")
     root = Path(__file__).parents[2]
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
@@ -122,10 +122,13 @@ def versions() -> dict[str, str]:
     if (root / ".git").exists():
         with suppress(OSError):  # no git
             commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return {
+    found = {
         "neftune_dist": __version__,
         "commit": commit,
         "python": platform.python_version(),
         "cuda": str(torch.version.cuda),
-        **{name: version(name) for name in packages},
     }
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -14,6 +14,17 @@ from tests.support.tiny_model import environment, make_config
 ROOT = Path(__file__).parents[2]
 # Without them FSDP2 trains, and the hook and the callback can be imported.
 _ABSENT = ("deepspeed", "accelerate", "matplotlib", "markdown", "trl", "peft")
+# Neither their modules nor their metadata are found.
+_ABSENCE = """import sys
+from importlib.metadata import Distribution, PackageNotFoundError
+sys.modules.update(dict.fromkeys({names}))
+of_all = Distribution.from_name
+def from_name(name):
+    if name in {names}:
+        raise PackageNotFoundError(name)
+    return of_all(name)
+Distribution.from_name = from_name
+"""
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +44,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = folder / "site"
     install = ["install", "-q", "--no-deps", "--no-index", "--target", str(target), str(wheel)]
     subprocess.run([*pip, *install], check=True, timeout=120)
-    (target / "sitecustomize.py").write_text(
-        f"import sys\nsys.modules.update(dict.fromkeys({_ABSENT}))\n"
-    )
+    (target / "sitecustomize.py").write_text(_ABSENCE.format(names=_ABSENT))
     return target
 
 
