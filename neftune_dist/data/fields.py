@@ -54,7 +54,7 @@ _MEANINGS = {
     "leave it out by data.ignore_fields",
 }
 _MEANING = {re.compile(names): meaning for names, meaning in _MEANINGS.items()}
-# A text that stands for a picture, at either end of what the user says.
+# A text that stands for a picture in what the user says.
 _PLACEHOLDER = re.compile(
     r"<\|?((?:image|img|audio|video)(?:_pad|_\d+)?)\|?>|\[IMG\]|<start_of_image>"
 )
@@ -100,8 +100,9 @@ def refuse_unused(
         if name in used or value in _EMPTY:
             continue
         refuse_meaning(name)
-        if isinstance(value, str):
-            _refuse_value(name, value)
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                _refuse_value(name, text)
         if not (is_harmless(name, value) or _repeats(name, value, repeated)):
             unused.append(name)
     if unused:
@@ -180,9 +181,11 @@ def _repeats(name: str, value: Any, texts: Iterable[str]) -> bool:
 def refuse_placeholder(said: str) -> None:
     """Raise `BadRow` where a text stands for a picture, as in LLaVA's rows."""
     for found in _PLACEHOLDER.finditer(said) if "<" in said or "[IMG]" in said else ():
+        # Elsewhere a question may be about these words of HTML, whose img has no end.
+        is_html = found[0] in ("<img>", "<audio>", "<video>")
         at_end = not said[: found.start()].strip() or not said[found.end() :].strip()
-        is_markup = found[1] != "img" and f"</{found[1]}>" in said  # HTML's img has no end
-        if at_end and not is_markup:
+        is_markup = found[1] != "img" and f"</{found[1]}>" in said
+        if (at_end or not is_html) and not is_markup:
             raise BadRow(f"{found[0]} stands for what a text model cannot see or hear")
 
 

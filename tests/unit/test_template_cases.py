@@ -205,6 +205,15 @@ def test_tool_without_its_description_is_missed(smollm2: Any) -> None:
             template.render(spoken)
 
 
+def test_added_token_that_is_not_special_ends_an_answer(smollm2: Any) -> None:
+    tokenizer = with_template(smollm2, CHATML.replace("<|im_end|>", "<|done|>"))
+    tokenizer.add_tokens(["<|done|>"])
+    template = make(tokenizer)
+    end = tokenizer.convert_tokens_to_ids("<|done|>")
+    assert template.end_of_turn == ([tokenizer.eos_token_id, end], "")
+    assert document(template, conversation("a", "b")).end_learned
+
+
 @pytest.mark.parametrize("question", ["Please search for cats.", "Please find cats."])
 def test_tool_named_in_the_question_is_missed_all_the_same(question: str, smollm2: Any) -> None:
     """17."""
