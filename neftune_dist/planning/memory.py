@@ -29,6 +29,7 @@ from neftune_dist.compat.fake_tensors import (
     tree_leaves,
     within_shape_inference,
 )
+from neftune_dist.compat.torch import GROUPED_PRODUCT
 from neftune_dist.system.memory_tag import current_memory_tag
 
 _SET_UP = "set-up"
@@ -83,6 +84,14 @@ class Peak:
         return sum(self.parts.values())
 
 
+def _shaped(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return what an operator gives, without content."""
+    if func is GROUPED_PRODUCT:  # torch infers its shape in bfloat16 alone, and runs it in others
+        parts = (part.bfloat16() for part in args[:2])
+        return func(*parts, *args[2:], **kwargs).to(args[0].dtype)
+    return func(*args, **kwargs)
+
+
 class Memory(TorchDispatchMode):
     """The history of all storages while it is active.
 
@@ -129,7 +138,7 @@ class Memory(TorchDispatchMode):
         if func is _aten.equal.default:
             return True
         try:
-            out = func(*args, **(kwargs or {}))
+            out = _shaped(func, args, kwargs or {})
         except DataDependentOutputException:
             # The host reads a value, a norm or a flag, which nothing has. With 0 the step goes on.
             return args[0].dtype.is_floating_point and 0.0

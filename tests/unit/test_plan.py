@@ -240,6 +240,8 @@ def test_plan_of_experts_has_memory_of_all_and_steps(
     share = 4 * given.size.num_parameters / 8
     assert peak.parts["weights"] == pytest.approx(share, rel=1e-3)
     assert peak.parts["optimizer"] == pytest.approx(2 * share, rel=1e-3)
+    in_float32 = given.peak(load_config("quickstart", [*words, "model.dtype=fp32"]), 8)
+    assert in_float32.parts["activations"] > 1.5 * peak.parts["activations"]
 
 
 def test_plan_is_that_of_a_wrapper_s_text_model(tmp_path: Path) -> None:
