@@ -80,8 +80,9 @@ def targets(model: Any, config: AdapterConfig) -> list[str]:
     missing = [name for name in wanted if name not in known]
     if missing or not wanted:
         raise UserError(
-            f"adapter.targets={config.targets}: {type(model).__name__} has no "
-            f"{', '.join(missing) or 'such layer'}; it has {', '.join(known)}."
+            f"adapter.targets={config.targets}: {type(model).__name__} has no matrix "
+            f"{', '.join(missing) or 'without a name'} that takes an adapter; those that do are "
+            f"{', '.join(known)}."
         )
     return wanted
 

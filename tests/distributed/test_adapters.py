@@ -195,7 +195,7 @@ def test_adapter_is_resumed_exported_and_loaded(
     [
         (
             ["adapter.method=lora", "adapter.targets=q_proj,nothing"],
-            "LlamaForCausalLM has no nothing",
+            "LlamaForCausalLM has no matrix nothing that takes an adapter",
         ),
         (["adapter.method=dora", "adapter.base=nf4"], "adapter.method=dora goes with"),
         (["adapter.rank=8"], "adapter.rank=8 has no effect with adapter.method=none"),
