@@ -30,6 +30,7 @@ from neftune_dist.config import (
 )
 from neftune_dist.distributed.world import World
 from neftune_dist.model import load
+from neftune_dist.model.families import WRAPPERS
 from neftune_dist.model.wrapped import text_settings
 from neftune_dist.system import storage
 from neftune_dist.system.records import EVALUATIONS, SAMPLES, STEPS
@@ -160,11 +161,9 @@ def keep_ties(model_config: Any, run_dir: Path) -> None:
     have decided: the run's files have none."""
     path = run_dir / MODEL_FOLDER / "config.json"
     config = read_json(path)
-    outer, text = config, text_settings(config)
-    if outer is not text:
-        outer["tie_word_embeddings"] = text["tie_word_embeddings"] = (
-            model_config.tie_word_embeddings
-        )
+    if config.get("model_type") in WRAPPERS:
+        for part in (config, text_settings(config)):
+            part["tie_word_embeddings"] = model_config.tie_word_embeddings
         path.write_text(json.dumps(config, indent=2) + "\n")
 
 

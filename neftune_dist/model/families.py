@@ -7,10 +7,15 @@ test proves every row.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import transformers
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from neftune_dist.compat.transformers import attention_name
 from neftune_dist.config import UserError
@@ -77,27 +82,23 @@ PACKING_FAMILIES = frozenset(name for name, family in FAMILIES.items() if family
 EMBEDDING_SCALES = tuple(
     dict.fromkeys(name for family in FAMILIES.values() for name in family.embedding_scale)
 )
-# The classes of multimodal wrappers, by model_type. They compute text as their text model alone
-# does. To add one, add a row: `tests/unit/test_wrapped.py` proves it.
-WRAPPERS = {
-    "aria": "AriaForConditionalGeneration",
-    "exaone4_5": "Exaone4_5_ForConditionalGeneration",
-    "gemma3": "Gemma3ForConditionalGeneration",
-    "idefics3": "Idefics3ForConditionalGeneration",
-    "internvl": "InternVLForConditionalGeneration",
-    "kimi_k25": "Kimi_K25ForConditionalGeneration",
-    "lfm2_vl": "Lfm2VlForConditionalGeneration",
-    "llama4": "Llama4ForConditionalGeneration",
-    "llava": "LlavaForConditionalGeneration",
-    "llava_next": "LlavaNextForConditionalGeneration",
-    "llava_onevision": "LlavaOnevisionForConditionalGeneration",
-    "mistral3": "Mistral3ForConditionalGeneration",
-    "ovis2": "Ovis2ForConditionalGeneration",
-    "qwen3_5": "Qwen3_5ForConditionalGeneration",
-    "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
-    "smolvlm": "SmolVLMForConditionalGeneration",
-    "voxtral": "VoxtralForConditionalGeneration",
-}
+# Multimodal wrappers, by model_type. They compute text as their text model alone does. To add one,
+# add its name: `tests/unit/test_wrapped.py` proves it.
+_WRAPPERS = """
+    aria cohere_compass deepseek_vl deepseek_vl_hybrid exaone4_5 fuyu gemma3 gemma3n gemma4
+    gemma4_unified glmasr got_ocr2 idefics2 idefics3 internvl janus kimi_k25 lfm2_vl lfm3_vl
+    lighton_ocr llama4 llava llava_next llava_next_video llava_onevision minicpmv4_6
+    minimax_m3_vl mistral3 moss_transcribe_diarize ovis2 qianfan_ocr qwen2_5_vl qwen2_audio
+    qwen2_vl qwen3_5 qwen3_5_moe qwen3_asr qwen3_vl qwen4_exp smolvlm video_llama_3 video_llava
+    vipllava voxtral
+"""
+_CLASSES = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES | MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+WRAPPERS = {name: str(_CLASSES[name]) for name in _WRAPPERS.split() if name in _CLASSES}
+# Those that change their logits as their text model does; others leave that out.
+_CHANGE_LOGITS = ("gemma3n", "gemma4", "gemma4_unified")
+# Types of text models that have no class for causal language models, and the type that computes the
+# same: they differ by rotary positions along several axes, which are equal for text.
+_SAME_ON_TEXT = {"qwen2_5_vl_text": "qwen2", "qwen2_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 # Settings by which a model without `is_decoder` says that its tokens see later ones (XLM, XLNet).
 _BIDIRECTIONAL = (("causal", False), ("attn_type", "bi"))
 # Configurations within a configuration that describe the blocks (MPT, DBRX), not another model.
@@ -147,11 +148,24 @@ def context_length(hf_config: Any) -> int | None:
     return length if length and length > 0 else None  # XLNet's -1: without end
 
 
+def text_config(hf_config: Any) -> Any:
+    """The configuration of a wrapper's text model, for a class for causal language models."""
+    text = copy.deepcopy(hf_config.get_text_config())
+    if text.model_type not in _SAME_ON_TEXT:
+        return text
+    settings = text.to_dict()
+    settings["model_type"] = _SAME_ON_TEXT[text.model_type]
+    settings["tie_word_embeddings"] = hf_config.tie_word_embeddings
+    for name in [name for name in settings["rope_parameters"] if name.startswith("mrope")]:
+        del settings["rope_parameters"][name]
+    return transformers.AutoConfig.for_model(**settings)
+
+
 def check_config(hf_config: Any) -> None:
     """Raise `UserError` where config.json describes another kind of model than is trained here."""
     if hf_config.model_type in WRAPPERS:
         _check_wrapper(hf_config)
-        hf_config = hf_config.get_text_config()
+        hf_config = text_config(hf_config)
     if reason := _why_other(hf_config):
         raise UserError(f"Models of type {hf_config.model_type} are not trained here: {reason}.")
     if getattr(hf_config, "output_router_logits", False):
@@ -172,7 +186,8 @@ def _check_wrapper(hf_config: Any) -> None:
             f"config.json names the class {named}: of the wrappers of type {kind}, {expected} "
             "alone is known to compute text as the text model inside it."
         )
-    if setting := changed_logits(hf_config):
+    setting = changed_logits(hf_config)
+    if setting and kind not in _CHANGE_LOGITS:
         raise UserError(
             f"{expected} leaves out {setting}, by which its text model "
             f"({hf_config.get_text_config().model_type}) changes its logits: trained alone, that "
@@ -245,7 +260,8 @@ def check_model(model: Any, packing: bool) -> None:
     causal = {
         place: module.is_causal
         for place, module in model.named_modules()
-        if isinstance(module.__dict__.get("is_causal"), bool)
+        # A decoder masks later tokens itself, and without an encoder passes over attention to one.
+        if isinstance(vars(module).get("is_causal"), bool) and not vars(module).get("is_decoder")
     }
     if other := [place for place, is_causal in causal.items() if not is_causal]:
         raise UserError(

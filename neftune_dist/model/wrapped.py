@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from neftune_dist.config import UserError
-from neftune_dist.model.families import WRAPPERS
+from neftune_dist.model.families import WRAPPERS, text_config
 from neftune_dist.model.weights import stored_names
 
 
@@ -34,7 +34,7 @@ def trained_config(hf_config: Any, weights: Path) -> Any:
     """
     if hf_config.model_type not in WRAPPERS:
         return hf_config
-    text = copy.deepcopy(hf_config.get_text_config())
+    text = text_config(hf_config)
     if (ends := getattr(hf_config, "eos_token_id", None)) is not None:
         text.eos_token_id = ends
     is_tied = getattr(hf_config, "tie_word_embeddings", False)
@@ -50,6 +50,8 @@ def trained_config(hf_config: Any, weights: Path) -> Any:
 def text_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The part of config.json that describes the language model that is trained."""
     if settings.get("model_type") not in WRAPPERS:
+        return settings
+    if "hidden_size" in settings:  # Qwen2-VL's have its settings beside those of the towers
         return settings
     part: dict[str, Any] = settings.setdefault("text_config", {})
     return part
@@ -90,11 +92,12 @@ class Wrapper:
             with torch.device("meta"):
                 outer = getattr(transformers, name)(outer_config)
         except Exception as error:  # transformers raises whatever its parsers do
-            raise UserError(f"{name} cannot be built: {str(error).strip()}") from error
-        places = {type(module): place for place, module in outer.named_modules()}
-        if type(model) in places:
-            return Wrapper(outer, places[type(model)], "")
-        return Wrapper(outer, places[type(model.base_model)], f"{model.base_model_prefix}.")
+            raise UserError(f"{name} cannot be built: {' '.join(str(error).split())}") from error
+        places = {module: place for place, module in outer.named_modules()}
+        whole = [place for module, place in places.items() if type(module) is type(model)]
+        if whole:
+            return Wrapper(outer, whole[0], "")
+        return Wrapper(outer, places[outer.get_decoder()], f"{model.base_model_prefix}.")
 
     def name(self, own: str) -> str:
         """The name in the wrapper of a parameter or module of the text model."""

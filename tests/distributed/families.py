@@ -47,7 +47,7 @@ LOSS_BOUND, LOGITS_BOUND = 1e-5, 1e-4
 _SECONDS = 90  # of one process
 # From the best to the worst.
 _WORST = ("exact", "rounding", "refused", "not built", "not causal", "differs", "crashed", "hung")
-_SECTIONS: dict[str, dict[str, Any]] = {
+SECTIONS: dict[str, dict[str, Any]] = {
     # A large epsilon: where a gradient is rounding alone, Adam would step by its sign.
     "optim": {"learning_rate": 1e-2, "epsilon": 1e-3, "warmup_steps": 0, "weight_decay": 0.1},
     "data": {"num_held_out": 0, "max_length": 64},
@@ -208,7 +208,7 @@ def run_family(
             "model": {"name_or_path": str(model), "dtype": "fp32"},
             "noise": {"alpha": 5.0, "stream": "sample"},
             "logging": {"progress": False},
-            **_SECTIONS,
+            **SECTIONS,
         }
         sections["data"] |= {
             "source": str(tiny_model.make_rows(folder / "rows.jsonl", 24)),

@@ -57,6 +57,10 @@ _TINY: dict[int, str] = {
 _LIMITS = {name: size for size, names in _TINY.items() for name in names.split()}
 # Where a size depends on others, or the default configuration builds no model.
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
+# Rotary positions along three axes (time, height, width), of four pairs of channels.
+_AXES = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+# Scores are not scaled: with the default's wide heads softmax would magnify roundings.
+_GEMMA4 = {"per_layer_config": {1: {"head_dim": 4}}, "final_logit_softcapping": 4.0}
 _OWN: dict[str, dict[str, Any]] = {
     "bailing_hybrid": _HYBRID,
     "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1]},
@@ -75,6 +79,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "dots3_note_text": {"num_key_value_heads": 4},
     "gemma3n_text": {"num_kv_shared_layers": 0, "intermediate_size": 48},
+    "gemma4_text": _GEMMA4,
+    "gemma4_unified_text": _GEMMA4,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"mamba_n_heads": 8, "layer_types": ["mamba", "attention"]},
     "hunyuan_v1_dense": {"head_dim": 8},
@@ -94,6 +100,8 @@ _OWN: dict[str, dict[str, Any]] = {
         "indexer_budget": 8,
         "indexer_compress_ratio": 4,
     },
+    "qwen2_5_vl_text": _AXES,
+    "qwen2_vl_text": _AXES,
     "qwen3_5_text": _HYBRID,
     "qwen3_5_moe_text": _HYBRID,
     "qwen3_next": _HYBRID,
@@ -120,8 +128,10 @@ def shrunk(model_type: str) -> Any:
 
 def _small(default: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name in default.sub_configs:
+    for name, kind in default.sub_configs.items():
         part = getattr(default, name, None)
+        if part is None and kind is not transformers.AutoConfig:  # Gemma 4's towers
+            part = kind()
         if part is not None:
             own = _OWN.get(part.model_type, {})
             found[name] = {**_small(part), **own, "model_type": part.model_type}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ def tiny_wrapper(model_type: str, **text: Any) -> Any:
     config = shrunk(model_type)
     for name, value in text.items():
         setattr(config.text_config, name, value)
+    if model_type == "qwen2_5_vl":
+        config.tie_word_embeddings = True  # as the published 3B
     torch.manual_seed(0)
     model = getattr(transformers, WRAPPERS[model_type])(config)
     with torch.no_grad():
@@ -40,8 +43,20 @@ def make_wrapper(folder: Path, model_type: str, num_further: int = 40) -> Path:
     size = len(make_tokenizer(folder)) + num_further
     ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
     tiny_wrapper(model_type, vocab_size=size, **ends).save_pretrained(folder)
+    if model_type == "qwen2_5_vl":
+        _as_published(folder / "config.json")
     (folder / "preprocessor_config.json").write_text('{"image_size": 16}\n')
     return folder
+
+
+def _as_published(path: Path) -> None:
+    """Put the text model's settings beside the towers', under the names of Qwen2.5-VL's files."""
+    config = json.loads(path.read_text())
+    text = {k: v for k, v in config.pop("text_config").items() if k != "model_type"}
+    rope = text.pop("rope_parameters")
+    text["rope_scaling"] = {"type": "mrope", "mrope_section": rope.pop("mrope_section")}
+    text["rope_theta"] = rope["rope_theta"]
+    path.write_text(json.dumps({**config, **text}))
 
 
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:

@@ -64,7 +64,7 @@ def test_a_quirk_that_one_row_names_is_looked_for_in_every_model() -> None:
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("qwen2_5_vl", "several models in one (text_config, vision_config)"),
+        ("glm4v", "several models in one (text_config, vision_config)"),
         ("paligemma", "several models in one (text_config, vision_config)"),
         ("moshi", "several models in one (audio_encoder_config, depth_decoder_config)"),
         ("t5", "an encoder and a decoder"),
@@ -84,16 +84,13 @@ def test_other_kinds_of_models_are_refused_by_what_they_are(model_type: str, rea
         check_config(transformers.AutoConfig.for_model(model_type))
 
 
-@pytest.mark.parametrize(
-    ("model_type", "place"), [("bart", "encoder_attn"), ("whisper", "encoder_attn")]
-)
-def test_attention_to_an_encoder_is_named(model_type: str, place: str) -> None:
+@pytest.mark.parametrize("model_type", ["bart", "whisper", "bigbird_pegasus"])
+def test_decoders_without_their_encoder_are_not_refused(model_type: str) -> None:
     config = shrunk(model_type)
     config.is_decoder, config.is_encoder_decoder = True, False
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(UserError, match=rf"\.{place} is not causal"):
-        check_model(model, packing=False)
+    check_model(model, packing=False)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mpt", "dbrx", "mamba", "rwkv", "gemma3_text"])
