@@ -65,6 +65,7 @@ def write_configuration(name: str, words: Sequence[str], output: Path | None) ->
         *(f"# {line}" for line in _memory_lines(config, path)),
         *_setting_lines(config),
     ]
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("x", encoding="utf-8") as file:  # another process may have made it meanwhile
         file.write("\n".join(lines) + "\n")
     return path

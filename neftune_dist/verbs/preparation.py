@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -68,7 +69,8 @@ def _init(name: str | None, settings: Words, output: Path | None, slurm: bool) -
     for path in made:
         print(f"made {path}")
     if name is not None:
-        print(f"next: neftune-dist plan {made[0]}; neftune-dist launch {made[0]}")
+        path = shlex.quote(str(made[0]))
+        print(f"next: neftune-dist plan {path}; neftune-dist launch {path}")
     return outcome.EXIT_DONE
 
 

@@ -203,6 +203,16 @@ def test_init_says_how_to_plan_where_the_model_is_out_of_reach(
     assert "# Memory: neftune-dist plan evol-7b.yaml" in Path("evol-7b.yaml").read_text()
 
 
+def test_init_makes_the_folder_of_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["mine", f"model.name_or_path={tmp_path / 'absent'}", "--output=my runs/mine.yaml"]
+    assert ended("init", *words) == 0
+    assert Path("my runs/mine.yaml").is_file()
+    assert "next: neftune-dist plan 'my runs/mine.yaml';" in capsys.readouterr().out
+
+
 def test_init_overwrites_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -253,6 +263,24 @@ def test_init_takes_a_name_or_slurm(words: tuple[str, ...]) -> None:
 def test_version_is_printed(capsys: pytest.CaptureFixture) -> None:
     assert ended("--version") == 0
     assert capsys.readouterr().out == f"neftune-dist {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("./alpaca-7b", "alpaca-7b"), ("mien", "mine.yaml"), ("mine", "mine.yaml")]
+)
+def test_nearest_configuration_is_offered(
+    given: str,
+    meant: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").touch()
+    assert ended("train", given) == 2
+    assert f"file {given} cannot be read: there is no such file; did you mean {meant}?" in (
+        capsys.readouterr().err
+    )
 
 
 def test_setting_written_as_an_option_is_shown_as_it_should_be(
