@@ -47,7 +47,7 @@ def _config(key: str, schema: bool) -> int:
         "name",
         nargs="?",
         metavar="NAME",
-        help="of the run, or a shipped configuration to begin from; see configs/README.md",
+        help="of the run, or a shipped configuration to begin from, such as sharegpt-7b",
     ),
     SETTINGS,
     OUTPUT(help="default: NAME.yaml; with --slurm the folder slurm"),
@@ -69,8 +69,8 @@ def _init(name: str | None, settings: Words, output: Path | None, slurm: bool) -
     for path in made:
         print(f"made {path}")
     if name is not None:
-        path = shlex.quote(str(made[0]))
-        print(f"next: neftune-dist plan {path}; neftune-dist launch {path}")
+        file = shlex.quote(str(made[0]))
+        print(f"next: neftune-dist plan {file}; neftune-dist launch {file}")
     return outcome.EXIT_DONE
 
 
