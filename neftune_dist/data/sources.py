@@ -25,6 +25,7 @@ from neftune_dist.data import builtin, fields, files, tables, text_files
 from neftune_dist.data.errors import BadRow, Numbered
 from neftune_dist.system.text import first_line
 
+_LFS = b"version https://git-lfs.github.com/"
 Rows = Iterator[tuple[str, "Mapping[str, Any] | BadRow"]]
 
 
@@ -90,6 +91,11 @@ def _open_files(config: SourceConfig, key: str, skip: Collection[str]) -> Source
     for path in found.paths:
         try:
             with path.open("rb") as file:
+                if file.read(len(_LFS)) == _LFS:
+                    raise UserError(
+                        f"{key}={path} is a pointer of Git LFS, not the file: git lfs pull gets it."
+                    )
+                file.seek(0)
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise UserError(f"{key}={path} cannot be read: {error.strerror or error}.") from error

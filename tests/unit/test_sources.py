@@ -420,6 +420,13 @@ def test_column_that_cannot_be_read_is_named(tmp_path: Path) -> None:
             read(tmp_path / f"{name}.arrow")
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
+def test_pointer_of_git_lfs_is_called_one(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(UserError, match=f"{name} is a pointer of Git LFS, not the file"):
+        open_source(SourceConfig(str(tmp_path / name)))
+
+
 def test_column_of_row_numbers_that_pandas_writes(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(",prompt,completion\n0,a,b\n")
     assert read(tmp_path / "a.csv") == [
