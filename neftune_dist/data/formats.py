@@ -103,6 +103,12 @@ def _pair(row: _Row, names: Sequence[str]) -> Conversation:
     said = fields.text(row, names[1])
     if not said.strip():
         raise BadRow("the answer is empty")
+    if isinstance(task := row.get("task"), str) and len(task.split()) > _TASK_WORDS:
+        raise BadRow(
+            "field 'task' is a sentence, and would not be learned: "
+            "data.columns={instruction: task} puts it before the input, data.ignore_fields=task "
+            "leaves it out"
+        )
     return exchange(row, names[0], Turn("assistant", said, reasoning=fields.reasoning(row)))
 
 
@@ -121,12 +127,6 @@ def exchange(row: _Row, asked_in: str, answer: Turn) -> Conversation:
         raise BadRow(f"the {asked_in} is empty")
     fields.refuse_placeholder(asked)
     extra = (("task", row["task"]),) if isinstance(row.get("task"), str) else ()
-    if extra and len(row["task"].split()) > _TASK_WORDS:
-        raise BadRow(
-            "field 'task' is a sentence, and would not be learned: "
-            "data.columns={instruction: task} puts it before the input, data.ignore_fields=task "
-            "leaves it out"
-        )
     context = context if context.strip() else ""
     return _answered((Turn("user", asked), answer), row, context, extra)
 
