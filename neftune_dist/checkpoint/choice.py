@@ -21,8 +21,10 @@ def choose(run_dir: Path, step: StepChoice) -> store.Checkpoint:
         UserError: there is none, or a damaged one is newer: an older model must not pass for the
             newest.
     """
+    about = ""
     if step == "best":
         step = _best_step(run_dir)
+        about = ", which has the lowest held-out loss (checkpoint.keep_best=true keeps it)"
     found = store.find_all(run_dir)
     broken = store.damaged_folders(run_dir)
     if not found:
@@ -40,7 +42,7 @@ def choose(run_dir: Path, step: StepChoice) -> store.Checkpoint:
         if checkpoint.step == step:
             return checkpoint
     steps = ", ".join(str(c.step) for c in found)
-    raise UserError(f"{run_dir} has no complete checkpoint of step {step}; it has: {steps}.")
+    raise UserError(f"{run_dir} has no complete checkpoint of step {step}{about}; it has: {steps}.")
 
 
 def _best_step(run_dir: Path) -> int:

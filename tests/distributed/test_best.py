@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,17 @@ def test_push_that_the_hub_refuses_writes_nothing(
         main(["export", str(run_dir), f"--output={output}", f"--push-to-hub={name}"])
     assert left.value.code == 2 and not output.exists()
     assert f"--push-to-hub={name}" in capsys.readouterr().err
+
+
+def test_best_that_was_not_kept_is_named(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    best = choice.choose(run_dir, "best").folder.name
+    other = shutil.copytree(run_dir, tmp_path / "run")
+    shutil.rmtree(other / "checkpoints" / best)
+    with pytest.raises(SystemExit) as left:
+        main(["export", str(other), "--best"])
+    assert left.value.code == 2 and "checkpoint.keep_best=true" in capsys.readouterr().err
 
 
 def test_best_and_step_together_exit_2(run_dir: Path) -> None:
