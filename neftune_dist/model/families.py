@@ -265,8 +265,8 @@ def check_model(model: Any, packing: bool) -> None:
     }
     if other := [place for place, is_causal in causal.items() if not is_causal]:
         raise UserError(
-            f"{name} is not trained here: its attention in {other[0]} is not causal by its own word "
-            "(is_causal=False), so that a token may see later ones."
+            f"{name} is not trained here: its attention in {other[0]} is not causal by its own "
+            "word (is_causal=False), so that a token may see later ones."
         )
     if not causal and not getattr(model.config, "is_decoder", True):
         raise UserError(
