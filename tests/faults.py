@@ -60,6 +60,8 @@ def main(words: list[str]) -> int:
         for line in FAULTS.read_text().splitlines()
         if not words or any(word in line for word in words)
     ]
+    if not lines:
+        raise SystemExit(f"No line of {FAULTS} holds {' or '.join(words)}.")
     caught = 0
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
