@@ -30,16 +30,22 @@ ENDS = [0, 300, 301, 812, 1000]
 
 @pytest.mark.parametrize("window", [0, 128])
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
-def test_varlen_attention_agrees_with_the_cpu(window: int, heads: tuple[int, int]) -> None:
-    """Values and gradients of bfloat16 inputs, against float32 on the CPU."""
+@pytest.mark.parametrize("blocks", [None, [0, 100, 200, 300, 310, 410, 700, 800, 980, 1000]])
+def test_varlen_attention_agrees_with_the_cpu(
+    blocks: list[int] | None, window: int, heads: tuple[int, int]
+) -> None:
+    """Values and gradients of bfloat16 inputs, against float32 on the CPU; of all queries, and of
+    blocks of them, of which the last is filled up."""
     torch.manual_seed(0)
+    num_queries = 500 if blocks else 1000
     given = [torch.randn(1000, n, 64).bfloat16() for n in (heads[0], heads[1], heads[1])]
-    grad = torch.randn(1000, heads[0], 64).bfloat16()
+    given[0] = given[0][:num_queries]
+    grad = torch.randn(num_queries, heads[0], 64).bfloat16()
     results = []
     for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
         inputs = [tensor.to(device, dtype, copy=True).requires_grad_() for tensor in given]
         ends = torch.tensor(ENDS, dtype=torch.int32, device=device)
-        out, _ = VARLEN_OPERATOR(*inputs, ends, 512, 0.125, window)
+        out, _ = VARLEN_OPERATOR(*inputs, ends, 512, 0.125, window, None, blocks)
         found = torch.autograd.grad(out, inputs, grad.to(device, dtype))
         results.append([tensor.float().cpu() for tensor in (out.detach(), *found)])
     for one, other in zip(*results, strict=True):
