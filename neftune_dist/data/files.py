@@ -182,6 +182,8 @@ def _of_card(path: Path, setting: str) -> dict[str, tuple[Path, ...]] | Path | N
                 "name the files of one in place of the directory."
             )
         root, files = path / chosen.get("data_dir", ""), chosen.get("data_files")
+        if not root.resolve().is_relative_to(path.resolve()):
+            raise UserError(f"{card} names {root}, which is outside of the directory.")
         if files is None:
             return root if root != path else None
         listed: list[Any] = [files] if isinstance(files, str) else files
@@ -191,6 +193,8 @@ def _of_card(path: Path, setting: str) -> dict[str, tuple[Path, ...]] | Path | N
                 entry = {"split": "train", "path": entry}
             patterns = [entry["path"]] if isinstance(entry["path"], str) else entry["path"]
             for pattern in patterns:
+                if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+                    raise UserError(f"{card} names {pattern}, which is outside of the directory.")
                 place = Path(glob.escape(str(root))) / pattern
                 found = _of_glob(place, f"{card} names {pattern}, which").paths
                 splits[entry["split"]] = (*splits.get(entry["split"], ()), *found)
