@@ -453,7 +453,7 @@ def _whole_noise(layout: TokenLayout, stream: RankStream) -> Callable[[Tensor, T
 
 def measure_attention(part: Part, size: Size, _: Path | None) -> dict[str, Any]:
     """Forward and backward of one layer's attention over packed documents, bf16."""
-    from neftune_dist.model import attention, varlen
+    from neftune_dist.model import attention, flash
 
     tokens = part.units * size.unit
     lengths = document_lengths(part.documents, tokens, size.unit, 4096)
@@ -492,7 +492,7 @@ def measure_attention(part: Part, size: Size, _: Path | None) -> dict[str, Any]:
         given = arguments(attention.FLEX)
         backward(attention.flex_attention(layer, *heads(), None, **given)[0])
 
-    kernel = varlen.varlen_kernel(device(), "bf16", windowed=False)
+    kernel = flash.varlen_kernel(device(), "bf16", windowed=False)
     works: list[tuple[str, Callable[[], object]]] = [
         (kernel, operator),
         ("sdpa, document by document", by_document),

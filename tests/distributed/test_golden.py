@@ -66,7 +66,7 @@ def test_tiny_run_is_the_recorded_one(engine: str, tmp_path: Path) -> None:
 def test_run_of_a_real_model_on_real_rows_begins_as_recorded(tmp_path: Path) -> None:
     rows = shared("data/train/alpaca_union.json.gz")
     subprocess.run([sys.executable, ROOT / "launcher" / "smollm2.py", SMOLLM2], check=True)
-    num_steps = 3  # within the warm-up, whose learning rates do not depend on the run's length
+    num_steps = 2  # within the warm-up, whose learning rates do not depend on the run's length
     records = tiny_model.train(
         GOLDEN / "alpaca_smollm2" / "config.yaml",
         tmp_path / "run",
