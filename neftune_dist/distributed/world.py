@@ -8,7 +8,6 @@ rank at once.
 from __future__ import annotations
 
 import copy
-import ctypes
 import math
 import os
 import time
@@ -27,6 +26,7 @@ from neftune_dist.distributed import environment, outcome
 from neftune_dist.distributed.mailbox import pauses, wait_until
 from neftune_dist.distributed.signals import Stopped, StopSignal
 from neftune_dist.system import cgroups
+from neftune_dist.system.malloc import keep_freed_memory
 from neftune_dist.system.text import first_line
 
 if TYPE_CHECKING:
@@ -41,9 +41,6 @@ _STOP_PATIENCE_SECONDS = 5.0
 _LEAVE_SECONDS = 10.0
 # The store's key by which ranks hear that one has stopped.
 _STOPPED = "stopped"
-# Of glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-_NEVER = -1
 
 
 @dataclass(frozen=True)
@@ -61,18 +58,6 @@ class Sharing:
     data_size: int
     part: tuple[int, int]
     group: dist.ProcessGroup | None
-
-
-def _keep_freed_memory() -> None:
-    """Let malloc keep the memory of large tensors for the next ones, as the GPU's allocator does.
-
-    glibc returns such memory to the system when it is freed, and the next tensor's pages are
-    faulted in and cleared again, which takes longer than to fill them. (glibc's threshold for this
-    ends at 32 MiB.)
-    """
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc's
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, _NEVER)
 
 
 def _meet(place: environment.Place, device: torch.device, store: dist.Store | None) -> None:
@@ -134,7 +119,7 @@ class World:
             torch.cuda.set_device(self.device)
         else:
             self.device = torch.device("cpu")
-            _keep_freed_memory()
+            keep_freed_memory()
         # How many of the last collectives torch remembers, for when one hangs.
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
         _meet(place, self.device, store)
