@@ -10,6 +10,7 @@ Writes a PNG a page, to be looked at.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import socket
 import subprocess
@@ -62,6 +63,7 @@ def served(*command: str) -> Iterator[str]:
     address = f"http://127.0.0.1:{port}"
     process = subprocess.Popen(
         [*command, "--host", "127.0.0.1", "--port", str(port)],
+        env={**os.environ, "MLFLOW_ALLOW_FILE_STORE": "true"},  # which recent versions ask for
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -112,8 +114,11 @@ def main() -> int:
                 picture(f"{address}/?darkMode=false#{plugin}", f"tensorboard_{plugin}")
     for store in sorted(given.folder.glob("**/mlflow"))[:1] if given.mlflow else []:
         command = (given.mlflow, "-m", "mlflow", "ui", "--backend-store-uri", store.as_uri())
+        experiment, run = next(store.glob("*/*/metrics")).parts[-3:-1]
         with served(*command) as address:
-            picture(address, "mlflow")
+            runs = f"{address}/#/experiments/{experiment}/runs"
+            picture(runs, "mlflow_runs")
+            picture(f"{runs}/{run}/model-metrics", "mlflow_metrics")
     for page in sorted(given.folder.glob("**/report.html")):
         for width in (480, 1400):
             picture(page.resolve().as_uri(), f"{page.parent.name}_report_{width}", width)
