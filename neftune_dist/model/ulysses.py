@@ -25,8 +25,14 @@ from neftune_dist.compat.torch import all_to_all
 
 @dataclass(frozen=True)
 class _Sharing:
-    """How a group shares sequences: rank r has the heads r // num_parts of num_head_groups, and the
-    queries r % num_parts of num_parts."""
+    """How a group of ranks shares sequences.
+
+    Attributes:
+        group: the ranks. Rank r has group r // num_parts of the heads, and of their queries part
+            r % num_parts.
+        num_head_groups: into so many groups of equal size the heads are divided.
+        num_parts: so many ranks have the same heads.
+    """
 
     group: dist.ProcessGroup
     num_head_groups: int
@@ -77,9 +83,13 @@ def to_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor,
 
 
 def query_blocks(own_tokens: int) -> list[int]:
-    """The tokens whose queries `to_heads` gives to this rank, one block of each rank's slice: first
-    token, end, first token, ... of the whole sequence; empty where the rank has all of them. All
-    blocks are filled up to own_tokens / num_parts, rounded up."""
+    """Say of which tokens `to_heads` gives the queries to this rank: one block of every slice.
+
+    Returns:
+        First token and end of each block, one after the other, counted in the whole sequence; empty
+        where the rank has all queries. In the queries a block is filled up to own_tokens /
+        num_parts, rounded up.
+    """
     if _sharing is None or _sharing.num_parts == 1:
         return []
     block = -(-own_tokens // _sharing.num_parts)

@@ -20,7 +20,7 @@ _RANGE = re.compile(r"(\d+)(?:-(\d+)(?::([1-9]\d*))?)?")
 _MOST_TASKS = 1000
 
 
-class Away(UserError):
+class SlurmUnavailable(UserError):
     """Slurm is not on this machine, or does not answer."""
 
 
@@ -34,7 +34,7 @@ def run(
         timeout: in seconds; None: it may take as long as it wants.
 
     Raises:
-        Away: it is missing, or the controller does not answer.
+        SlurmUnavailable: it is missing, or the controller does not answer.
     """
     # Submitted from within a step of another job, a job would inherit what says it is that step;
     # and people set other formats.
@@ -54,9 +54,11 @@ def run(
             timeout=timeout,
         )
     except FileNotFoundError:
-        raise Away(f"{command[0]} was not found: submit from a node that has Slurm.") from None
+        raise SlurmUnavailable(
+            f"{command[0]} was not found: submit from a node that has Slurm."
+        ) from None
     except subprocess.TimeoutExpired:
-        raise Away(f"Slurm does not answer ({command[0]}): try again later.") from None
+        raise SlurmUnavailable(f"Slurm does not answer ({command[0]}): try again later.") from None
 
 
 def reason(done: subprocess.CompletedProcess[str]) -> str:
@@ -107,7 +109,7 @@ def check_partition(partition: str | None, nodes: int, gpus: str | None, time: s
     """
     listed = run("sinfo", "--all", "--noheader", "--format=%P|%D|%l|%G")
     if listed.returncode:
-        raise Away(f"sinfo failed: {reason(listed)}.")
+        raise SlurmUnavailable(f"sinfo failed: {reason(listed)}.")
     rows = [line.split("|") for line in listed.stdout.splitlines()]
     default = next((row[0].rstrip("*") for row in rows if row[0].endswith("*")), "")
     names = (partition or os.environ.get("SBATCH_PARTITION") or default).split(",")

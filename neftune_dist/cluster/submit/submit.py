@@ -77,16 +77,16 @@ def main(words: list[str], program: str = "launcher/submit.py") -> int:
         check_options(given)
         tasks = _tasks(given)
         check_space((task.run_dir, task.outlook.num_bytes) for task in tasks)
-        waits_for, away = [], ""
+        waits_for, unavailable = [], ""
         try:
             waits_for = _check_cluster(given, tasks)
-        except slurm.Away as error:
+        except slurm.SlurmUnavailable as error:
             if not given.dry_run:
                 raise
-            away = str(error)
+            unavailable = str(error)
         lines = _outlook(given, tasks)
         if given.dry_run:
-            lines += _dry_run(given, tasks, away)
+            lines += _dry_run(given, tasks, unavailable)
         else:
             kept = snapshot.next_folder(tasks[0].run_dir)
             ids = _submit(given, tasks, waits_for, shlex.join([*program.split(), *words]))
@@ -230,16 +230,16 @@ def _script(given: argparse.Namespace, tasks: list[Task], folders: list[Path]) -
     return "\n".join(["#!/usr/bin/env bash", made, *header, *fixed, *body, ""])
 
 
-def _dry_run(given: argparse.Namespace, tasks: list[Task], away: str) -> list[str]:
+def _dry_run(given: argparse.Namespace, tasks: list[Task], unavailable: str) -> list[str]:
     """The script, and what Slurm says of it.
 
     Args:
-        away: why it was not asked; empty: it answers.
+        unavailable: why it was not asked; empty: it answers.
     """
     script = _script(given, tasks, [snapshot.next_folder(task.run_dir) for task in tasks])
     lines = ["", script]
-    if away:
-        lines.append(f"Slurm: {away} Nodes, limits and queue were not looked at.")
+    if unavailable:
+        lines.append(f"Slurm: {unavailable} Nodes, limits and queue were not looked at.")
     else:
         tried = slurm.run("sbatch", "--test-only", *_options(given, tasks), script=script)
         # No refusal: it may also be that nodes are down at present.
