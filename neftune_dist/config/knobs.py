@@ -65,14 +65,21 @@ class Knob:
         choices: the values it takes; empty: any.
         bounds: limits by the name of their comparison: ge, gt, le, lt.
         is_path: whether it names a file or a folder, or may do so.
+        section: the dataclass that declares it.
     """
 
+    section: Any
     key: str
     types: tuple[type, ...]
     default: Any
     choices: tuple[Any, ...] = ()
     bounds: Mapping[str, float] = field(default_factory=dict)
     is_path: bool = False
+
+    @property
+    def description(self) -> str:
+        """The sentence below its declaration."""
+        return _descriptions(self.section)[self.key.rpartition(".")[2]]
 
     @property
     def kind(self) -> str:
@@ -136,24 +143,20 @@ def find_knobs(section: Any, prefix: str = "") -> dict[str, Knob]:
         if is_dataclass(hint):
             found |= find_knobs(hint, f"{key}.")
             continue
-        entry = entry_type(hint)
+        # The dataclass of a list's entries.
+        entry = next((item for item in get_args(hint) if is_dataclass(item)), None)
         members = get_args(hint) if NoneType in get_args(hint) else (hint,)
         types = (list,) if entry else tuple(get_origin(member) or member for member in members)
         factory = declared.default_factory
         default = declared.default if factory is MISSING else factory()
-        found[key] = Knob(key, types, default, **declared.metadata)
+        found[key] = Knob(section, key, types, default, **declared.metadata)
         if entry:
             found |= find_knobs(entry, f"{key}[].")
     return found
 
 
-def entry_type(hint: Any) -> Any:
-    """The dataclass of a list's entries; None where the type is no such list."""
-    return next((item for item in get_args(hint) if is_dataclass(item)), None)
-
-
 @cache
-def descriptions(section: Any) -> dict[str, str]:
+def _descriptions(section: Any) -> dict[str, str]:
     """The docstring below each field of a dataclass, which Python keeps in the source alone."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
     assert isinstance(definition, ast.ClassDef)

@@ -8,17 +8,17 @@ import inspect
 import json
 import math
 import textwrap
-from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterable, Iterator
 from types import NoneType
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
 
-from neftune_dist.config.config import KNOBS, Config
+from neftune_dist.config.config import KNOBS
 from neftune_dist.config.errors import UserError, brief
-from neftune_dist.config.knobs import Knob, descriptions, entry_type
+from neftune_dist.config.knobs import Knob
 
+_SECTIONS = list(dict.fromkeys(key.partition(".")[0] for key in KNOBS if "." in key))
 _JSON_TYPES = {
     dict: "object",
     str: "string",
@@ -50,52 +50,52 @@ def reference(key: str = "") -> str:
         UserError: the key is unknown.
     """
     if not key:
-        return "\n".join(_section_lines(Config, ""))
-    section = get_type_hints(Config).get(key)
-    if is_dataclass(section):
-        return "\n".join([f"{key}:", *_indented(_section_lines(section, f"{key}."))])
+        lines = list(_lines(""))
+        for name in _SECTIONS:
+            lines += ["", *_comment(_meaning(f"{name}.")), *_section_lines(name)]
+        return "\n".join(lines)
+    if key in _SECTIONS:
+        return "\n".join(_section_lines(key))
     if key not in KNOBS:
-        names = [name for name, hint in get_type_hints(Config).items() if is_dataclass(hint)]
-        near = difflib.get_close_matches(key, [*KNOBS, *names], n=1)
-        hint = f"did you mean {near[0]}?" if near else f"sections are {', '.join(names)}."
+        near = difflib.get_close_matches(key, [*KNOBS, *_SECTIONS], n=1)
+        hint = f"did you mean {near[0]}?" if near else f"sections are {', '.join(_SECTIONS)}."
         raise UserError(f"There is no setting {brief(key)}; {hint}")
-    default = json.dumps(KNOBS[key].default)
-    return "\n".join([*_comment(describe(key)), f"{key}={default}  # {KNOBS[key].values}"])
+    knob = KNOBS[key]
+    return "\n".join(
+        [*_comment(knob.description), f"{key}={json.dumps(knob.default)}  # {knob.values}"]
+    )
 
 
-def describe(key: str) -> str:
-    """The sentence that describes a setting."""
-    *above, name = key.split(".")
-    section: Any = Config
-    for part in above:
-        hint = get_type_hints(section)[part.removesuffix("[]")]
-        section = entry_type(hint) or hint
-    return descriptions(section).get(name, "")
+def _section_lines(name: str) -> list[str]:
+    return [f"{name}:", *_indented(_lines(f"{name}."), "  ")]
 
 
-def _section_lines(section: Any, prefix: str) -> Iterator[str]:
-    hints = get_type_hints(section)
-    for declared in fields(section):
-        name, hint = declared.name, hints[declared.name]
-        if is_dataclass(hint):
-            yield from ("", *_comment(inspect.getdoc(hint) or ""), f"{name}:")
-            yield from _indented(_section_lines(hint, f"{prefix}{name}."))
-        else:
-            yield from _knob_lines(section, name, prefix)
+def _lines(prefix: str) -> Iterator[str]:
+    """The lines of the settings right below a prefix; those of a list's entries as comments."""
+    for name, knob in _below(prefix):
+        yield from _comment(knob.description)
+        value = yaml.safe_dump({name: knob.default}, allow_unicode=True).strip()
+        yield f"{value}  # {knob.values}"
+        yield from _indented(_lines(f"{knob.key}[]."), "#   ")
 
 
-def _knob_lines(section: Any, name: str, prefix: str) -> Iterator[str]:
-    """The lines of one setting, and of those of a list's entries as comments below it."""
-    knob = KNOBS[prefix + name]
-    yield from _comment(descriptions(section)[name])
-    value = yaml.safe_dump({name: knob.default}, allow_unicode=True).strip()
-    yield f"{value}  # {knob.values}"
-    if entry := entry_type(get_type_hints(section)[name]):
-        yield from (f"#   {line}" for line in _section_lines(entry, f"{prefix}{name}[]."))
+def _below(prefix: str) -> Iterator[tuple[str, Knob]]:
+    """The names and the knobs right below a prefix: "" for the whole, `noise.` for a section,
+    `data.mixture[].` for a list's entries."""
+    for key, knob in KNOBS.items():
+        name = key.removeprefix(prefix)
+        if key.startswith(prefix) and "." not in name:
+            yield name, knob
 
 
-def _indented(lines: Iterator[str]) -> Iterator[str]:
-    return (f"  {line}" for line in lines)
+def _meaning(prefix: str) -> str:
+    """The docstring of the section whose settings stand below a prefix."""
+    _, first = next(_below(prefix))
+    return inspect.getdoc(first.section) or ""
+
+
+def _indented(lines: Iterable[str], by: str) -> Iterator[str]:
+    return (by + line for line in lines)
 
 
 def _comment(text: str) -> list[str]:
@@ -105,12 +105,13 @@ def _comment(text: str) -> list[str]:
 def json_schema() -> dict[str, Any]:
     """The JSON schema (draft 2020-12) of a configuration file, for editors that check and complete
     YAML by one."""
-    schema = _section_schema(Config, "")
+    schema = _section_schema("")
     extends = {
         "type": "string",
         "description": "A configuration file beside this one, whose settings come first.",
     }
-    schema["properties"] = {"extends": extends, **schema["properties"]}
+    sections = {name: _section_schema(f"{name}.") for name in _SECTIONS}
+    schema["properties"] = {"extends": extends, **schema["properties"], **sections}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "A configuration of neftune_dist",
@@ -118,22 +119,11 @@ def json_schema() -> dict[str, Any]:
     }
 
 
-def _section_schema(section: Any, prefix: str) -> dict[str, Any]:
-    hints, properties = get_type_hints(section), {}
-    for declared in fields(section):
-        name, hint = declared.name, hints[declared.name]
-        if is_dataclass(hint):
-            properties[name] = _section_schema(hint, f"{prefix}{name}.")
-            continue
-        found = _knob_schema(KNOBS[prefix + name])
-        found["description"] = descriptions(section)[name]
-        if entry := entry_type(hint):
-            found["items"] = _section_schema(entry, f"{prefix}{name}[].")
-        properties[name] = found
+def _section_schema(prefix: str) -> dict[str, Any]:
     return {
         "type": "object",
-        "description": inspect.getdoc(section) or "",
-        "properties": properties,
+        "description": _meaning(prefix),
+        "properties": {name: _knob_schema(knob) for name, knob in _below(prefix)},
         "additionalProperties": False,
     }
 
@@ -151,4 +141,5 @@ def _knob_schema(knob: Knob) -> dict[str, Any]:
     if not free_text and not {list, dict} & {*knob.types}:
         interpolation = {"type": "string", "pattern": r"\$\{.*\}"}
         allowed = {"anyOf": [allowed, interpolation]}
-    return {**allowed, "default": knob.default}
+    items = {"items": _section_schema(f"{knob.key}[].")} if list in knob.types else {}
+    return {**allowed, "default": knob.default, "description": knob.description, **items}

@@ -13,7 +13,6 @@ from neftune_dist.config import (
     KNOBS,
     Config,
     UserError,
-    describe,
     load_config,
     shipped_configs,
 )
@@ -85,7 +84,7 @@ def _setting_lines(config: Config) -> Iterator[str]:
             section = above
             yield from ("", f"{above}:")
         indent = "  " if above else ""
-        yield from (f"{indent}# {line}" for line in textwrap.wrap(describe(key), 94))
+        yield from (f"{indent}# {line}" for line in textwrap.wrap(knob.description, 94))
         shown = yaml.safe_dump(value, allow_unicode=True, default_flow_style=True, width=10_000)
         shown = shown.removesuffix("...\n").strip()
         yield f"{indent}{name}: {shown}  # {knob.values}"

@@ -8,6 +8,7 @@ import shlex
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from neftune_dist.arguments import (
     CONFIG,
@@ -86,20 +87,13 @@ def _init(name: str | None, settings: Words, output: Path | None, slurm: bool) -
     ),
     argument(
         "--without-data",
-        action="store_true",
+        dest="with_data",
+        action="store_false",
         help="read no data and assume full micro-batches; steps and time stay unknown",
     ),
     argument("--verbose", action="store_true", help="print the whole resolved configuration, too"),
 )
-def _plan(
-    config: str,
-    settings: Words,
-    world_size: int,
-    gpu: str | None,
-    mfu: float,
-    without_data: bool,
-    verbose: bool,
-) -> int:
+def _plan(config: str, settings: Words, **options: Any) -> int:
     """Check a run and estimate memory per rank, steps, disk, FLOPs and hours. Needs no GPU and
     no weights.
 
@@ -111,15 +105,7 @@ def _plan(
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from neftune_dist.planning.report import plan
 
-    plan(
-        loaded,
-        world_size,
-        gpu=gpu,
-        mfu=mfu,
-        with_data=not without_data,
-        verbose=verbose,
-        log=_flushed,
-    )
+    plan(loaded, log=_flushed, **options)
     return outcome.EXIT_DONE
 
 

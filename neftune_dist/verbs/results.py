@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from argparse import ArgumentTypeError
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from neftune_dist.arguments import (
     CONFIG,
@@ -90,13 +90,7 @@ def _chosen(step: int | None, best: bool) -> int | Literal["best"] | None:
     ),
 )
 def _export(
-    run_dir: Path,
-    step: int | None,
-    best: bool,
-    output: Path | None,
-    adapter: bool,
-    dtype: str,
-    push_to_hub: str | None,
+    run_dir: Path, step: int | None, best: bool, push_to_hub: str | None, **options: Any
 ) -> int:
     """Write a checkpoint as a Hugging Face model directory."""
     chosen = _chosen(step, best)
@@ -107,9 +101,7 @@ def _export(
         if push_to_hub is not None:
             hub.reserve(push_to_hub)
 
-    made = export(
-        run_dir, output, step=chosen, dtype=dtype, adapter=adapter, before_writing=reserve
-    )
+    made = export(run_dir, step=chosen, before_writing=reserve, **options)
     if push_to_hub is not None:
         hub.push(made, push_to_hub)
     return outcome.EXIT_DONE
@@ -124,38 +116,29 @@ def _export(
     SETTINGS,
     STEP,
     _BEST,
-    argument("--config", help="YAML file, for a model that no run here has trained"),
+    argument(
+        "--config", dest="config_file", help="YAML file, for a model that no run here has trained"
+    ),
     argument("--model", help="another model, under the configuration of the run TARGET"),
     OUTPUT(help="default: RUN_DIR/evaluations/step_00000020 or similar"),
 )
-def _evaluate(
-    target: str,
-    settings: Words,
-    step: int | None,
-    best: bool,
-    config: str | Path | None,
-    model: str | None,
-    output: Path | None,
-) -> int:
+def _evaluate(target: str, step: int | None, best: bool, model: str | None, **options: Any) -> int:
     """Measure losses without noise, answers and their statistics, tasks and judged quality;
     alone or under torchrun.
 
     Sections evaluate and judge of the configuration say what is measured. The same command
     continues an evaluation that was stopped. Every rank holds the whole model.
     """
-    name = model or target
     if model:
-        if config:
-            raise UserError(f"--config={config} has no effect with --model, which takes the run's.")
+        if given := options["config_file"]:
+            raise UserError(f"--config={given} has no effect with --model, which takes the run's.")
         run_dir = user_path(target, "RUN_DIR")
-        config = run_dir / "config.yaml"
-        output = output or run_dir / "evaluations" / Path(model).name
+        options["config_file"] = run_dir / "config.yaml"
+        options["output"] = options["output"] or run_dir / "evaluations" / Path(model).name
     environment.find_place()
     from neftune_dist.evaluation.evaluate import evaluate
 
-    return evaluate(
-        name, step=_chosen(step, best), config_file=config, settings=settings, output=output
-    )
+    return evaluate(model or target, step=_chosen(step, best), **options)
 
 
 @verb(
@@ -197,10 +180,18 @@ def _numbers(text: str) -> list[float]:
         help="distinct values, in place of noise.alpha; default: %(default)s",
     ),
     argument(
-        "--seeds", type=bounded(int, 1, 1000), default=1, help="number of seeds from train.seed on"
+        "--seeds",
+        dest="num_seeds",
+        type=bounded(int, 1, 1000),
+        default=1,
+        help="number of seeds from train.seed on",
     ),
     argument(
-        "--ranks", type=bounded(int, 1, 2**12), default=1, help="processes per run, by torchrun"
+        "--ranks",
+        dest="num_ranks",
+        type=bounded(int, 1, 2**12),
+        default=1,
+        help="processes per run, by torchrun",
     ),
     argument(
         "--only",
@@ -210,33 +201,17 @@ def _numbers(text: str) -> list[float]:
     ),
     argument("--report-only", action="store_true", help="report on runs that have been made"),
 )
-def _study(
-    config: str,
-    settings: Words,
-    alphas: list[float],
-    seeds: int,
-    ranks: int,
-    only: int | None,
-    report_only: bool,
-) -> int:
+def _study(config: str, settings: Words, **options: Any) -> int:
     """Train and evaluate pairs of runs that differ in alpha alone, and report on them.
 
     Runs go to run_dir/alpha_A_seed_S; each is trained, then evaluated as sections evaluate and
     judge say. The report goes to run_dir/report.md and report.html. data.num_held_out must be set.
     The same command continues a study that was stopped.
     """
-    if only is not None and report_only:
+    if options["only"] is not None and options["report_only"]:
         raise UserError("--only makes a run and --report-only none: give one of them.")
     for package in ("matplotlib", "markdown"):
         require(package, "A study's report", "neftune-dist[reports]")
     from neftune_dist.study.run import study
 
-    return study(
-        config,
-        settings,
-        alphas=alphas,
-        num_seeds=seeds,
-        num_ranks=ranks,
-        only=only,
-        report_only=report_only,
-    )
+    return study(config, settings, **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from neftune_dist.arguments import (
     CONFIG,
@@ -20,10 +21,15 @@ from neftune_dist.distributed import environment, outcome
 
 _LAUNCH = (
     argument(
-        "--processes", type=bounded(int, 0, 2**12), default=0, help="per node; default: one per GPU"
+        "--processes",
+        dest="num_processes",
+        type=bounded(int, 0, 2**12),
+        default=0,
+        help="per node; default: one per GPU",
     ),
     argument(
         "--rendezvous-minutes",
+        dest="minutes",
         type=RENDEZVOUS_MINUTES,
         default=15.0,
         help="how long nodes wait for each other; default: %(default)s",
@@ -55,9 +61,7 @@ def _train(config: str, settings: Words) -> int:
         help="attempts in a row without a new checkpoint before giving up; default: %(default)s",
     ),
 )
-def _launch(
-    config: str, settings: Words, processes: int, rendezvous_minutes: float, max_restarts: int
-) -> int:
+def _launch(config: str, settings: Words, **options: Any) -> int:
     """Train with all GPUs of this node, or of all nodes of the Slurm job whose batch script this
     is; start again after failures.
 
@@ -67,13 +71,7 @@ def _launch(
     loaded = load_config(config, settings)
     from neftune_dist.cluster.launch.supervisor import launch
 
-    return launch(
-        loaded,
-        [config, *settings],
-        num_processes=processes,
-        max_restarts=max_restarts,
-        minutes=rendezvous_minutes,
-    )
+    return launch(loaded, [config, *settings], **options)
 
 
 @verb(argument("words", nargs="*", metavar="CONFIG --nodes N ..."))
@@ -95,8 +93,8 @@ def _submit(words: list[str]) -> int:
     argument("folder", type=partial(user_path, key="FOLDER")),
     argument("words", nargs="*"),
 )
-def _node(folder: Path, words: list[str], processes: int, rendezvous_minutes: float) -> int:
+def _node(folder: Path, words: list[str], **options: Any) -> int:
     """Internal: started by `launch` on every node."""
     from neftune_dist.cluster.launch.node import node
 
-    return node(folder, words, num_processes=processes, minutes=rendezvous_minutes)
+    return node(folder, words, **options)
