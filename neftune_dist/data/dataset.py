@@ -11,16 +11,16 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from neftune_dist.config import DataConfig, SourceConfig, UserError, user_path
+from neftune_dist.config import DataConfig, UserError, user_path
 from neftune_dist.data import cache
-from neftune_dist.data.acceptance import refuse_shares, refuse_useless
-from neftune_dist.data.documents import Conversations, Documents, DocumentStats, DocumentWriter
+from neftune_dist.data.documents import Conversations, Documents, DocumentWriter
 from neftune_dist.data.hashing import digest_of
 from neftune_dist.data.mask_preview import MaskAudit
 from neftune_dist.data.report import Report, SourceReport
@@ -32,7 +32,7 @@ from neftune_dist.data.tokenize import ConversationTokenizer
 
 _VERSION = 9  # raised when the same rows and settings become other documents
 _PROGRESS_SECONDS = 5.0
-# Settings that decide an entry's content, beside those of the sources and the template.
+# Settings that decide an entry's content, beside the template, and those of each source.
 _DECISIVE = (
     "ignored",
     "system_prompt",
@@ -44,6 +44,7 @@ _DECISIVE = (
     "num_held_out",
     "held_out_fraction",
 )
+_OF_SOURCES = ("format", "columns", "weight", "max_documents")
 
 
 @dataclass(frozen=True)
@@ -76,37 +77,6 @@ class Dataset:
         return self.report.content
 
 
-@dataclass(frozen=True)
-class _Input:
-    """The training sources with their settings, then the held-out source, if there is one."""
-
-    sources: tuple[Source, ...]
-    settings: tuple[SourceConfig, ...]
-    num_training: int
-
-    @staticmethod
-    def open(config: DataConfig) -> _Input:
-        named = dict(config.sources)
-        if config.held_out:
-            named["data.held_out_source"] = config.held_out
-        sources = [open_source(source, key, config.ignored) for key, source in named.items()]
-        return _Input(tuple(sources), tuple(named.values()), len(config.sources))
-
-    def identity(self) -> list[list[Any]]:
-        """The digest of every source, with its settings, and whether it is trained on."""
-        return [
-            [
-                source.digest,
-                setting.format,
-                setting.columns,
-                setting.weight,
-                setting.max_documents,
-                i < self.num_training,
-            ]
-            for i, (source, setting) in enumerate(zip(self.sources, self.settings, strict=True))
-        ]
-
-
 def prepare(
     config: DataConfig, tokenizer: Any, progress: Callable[[str], None] = lambda _: None
 ) -> Dataset:
@@ -122,17 +92,25 @@ def prepare(
             that cannot be written or is damaged.
     """
     template = ConversationTokenizer(tokenizer, config)
-    given = _Input.open(config)
+    # Those to train on first.
+    named = config.sources | ({"data.held_out_source": config.held_out} if config.held_out else {})
+    sources = {key: open_source(given, key, config.ignored) for key, given in named.items()}
+    identity = [
+        [given.digest, *(getattr(given.config, key) for key in _OF_SOURCES), key in config.sources]
+        for key, given in sources.items()
+    ]
     fingerprint = digest_of(
         {
             "version": _VERSION,
-            "sources": given.identity(),
+            "sources": identity,
             "settings": {key: getattr(config, key) for key in _DECISIVE},
             "tokenizer": template.identity(),
         }
     )
     root = user_path(config.cache_dir, "data.cache_dir") / "corpora"
-    builder = _Builder(config, given, template, root / f"{fingerprint}.shards", progress)
+    builder = _Builder(
+        config, [*sources.values()], template, root / f"{fingerprint}.shards", progress
+    )
     try:
         folder = cache.open_or_make(root, fingerprint, builder.build, progress)
     except (OSError, NotImplementedError) as error:  # the second from a disk without file locks
@@ -143,17 +121,17 @@ def prepare(
     if builder.finished:
         shutil.rmtree(builder.shards, ignore_errors=True)
     dataset = replace(
-        load(folder, given.sources),
+        load(folder, [*sources.values()]),
         identity={
-            "dataset": digest_of(given.identity()),
+            "dataset": digest_of(identity),
             "tokenizer": digest_of(template.identity()),
             "template": digest_of(template.identity()["chat_template"]),
         },
         chat_template=template.as_jinja(),
         end_tokens=template.end_of_turn[0],
     )
-    for source, counted in zip(given.sources, dataset.report.sources, strict=True):
-        refuse_shares(source, counted, config)
+    for source, counted in zip(sources.values(), dataset.report.sources, strict=True):
+        dataset.report.refuse_useless(counted, source.key, config)
     return dataset
 
 
@@ -187,14 +165,14 @@ class _Builder:
     def __init__(
         self,
         config: DataConfig,
-        given: _Input,
+        given: Sequence[Source],
         template: ConversationTokenizer,
         shards: Path,
         progress: Callable[[str], None],
     ) -> None:
         self.config, self.given, self.template, self.shards = config, given, template, shards
         self.progress, self.finished = progress, False
-        self.report = Report([SourceReport(s.name, left_out=[*s.left_out]) for s in given.sources])
+        self.report = Report([SourceReport(s.name, left_out=[*s.left_out]) for s in given])
 
     def build(self, folder: Path) -> None:
         """Write an entry into `folder`, which is made."""
@@ -204,8 +182,8 @@ class _Builder:
         finally:
             writer.close()
         stats = writer.stats()
-        split = split_documents(stats, self.config, self.given.settings[: self.given.num_training])
-        writer.write_parts(stats, split.train, split.held_out)
+        split = split_documents(stats, self.config, [*self.config.sources.values()])
+        writer.write_parts(split.train, split.held_out)
         self.report.content = writer.digest()
         self._count(stats, split, writer)
         (folder / "report.json").write_text(json.dumps(asdict(self.report), indent=1))
@@ -215,21 +193,21 @@ class _Builder:
         """Write all documents of all sources."""
         report, config, reported = self.report, self.config, time.monotonic()
         ignored: set[str] = set()
-        with ShardPool(self.shards, self.template) as pool:
-            for i, (source, own) in enumerate(zip(self.given.sources, report.sources, strict=True)):
+        with closing(ShardPool(self.shards, self.template)) as pool:
+            for i, (source, own) in enumerate(zip(self.given, report.sources, strict=True)):
                 # Any document may be held out, unless there is a source for that.
-                keep = i >= self.given.num_training if config.held_out_source else config.holds_out
-                maker = ShardMaker(config, i, self.given.settings[i], keep)
+                keep = i >= len(config.sources) if config.held_out_source else config.holds_out
+                maker = ShardMaker(config, i, source.config, keep)
                 missing: set[str] | None = None
                 for shard in pool.shards(maker, source.rows):
-                    writer.append(shard.arrays, i)
+                    writer.append(shard.arrays)
                     report.add(i, shard.report)
-                    ignored |= shard.ignored
-                    missing = shard.missing if missing is None else missing & shard.missing
+                    ignored.update(shard.ignored)
+                    missing = {*shard.missing} & ({*shard.missing} if missing is None else missing)
                     if time.monotonic() - reported > _PROGRESS_SECONDS:
                         reported = time.monotonic()
                         self.progress(f"data: {report.num_rows} rows tokenised")
-                refuse_useless(source, own, report, config)
+                report.refuse_useless(own, source.key, config)
                 if missing:
                     raise UserError(
                         f"{source.key}={source.name}: no row has {min(missing)!a}, which "
@@ -238,7 +216,7 @@ class _Builder:
         if never := sorted(set(config.ignored) - ignored):
             raise UserError(f"data.ignore_fields: no row has {never[0]!a}: leave it out.")
 
-    def _count(self, stats: DocumentStats, split: Split, writer: DocumentWriter) -> None:
+    def _count(self, stats: np.ndarray, split: Split, writer: DocumentWriter) -> None:
         """Report what is trained on and what is left out."""
         report = self.report
         left_out = {"duplicates": split.repeated, "leaked": split.leaked}
@@ -249,14 +227,12 @@ class _Builder:
                 report.examples[f"num_{name}"] = writer.origin(int(indices[0]))
         report.num_dropped_duplicates = report.num_duplicates if split.drops_repeated else 0
         report.num_documents, report.num_held_out = len(split.train), len(split.held_out)
-        lengths = stats.lengths[split.train]
-        report.num_tokens, report.longest_tokens = int(lengths.sum()), int(lengths.max())
-        report.num_supervised_tokens = int(stats.num_supervised[split.train].sum())
-        report.audit = MaskAudit.of(
-            stats.by_speaker[split.train],
-            stats.end_learned[split.train],
-            self.template.end_of_turn[1],
-        )
-        times = np.bincount(stats.source[split.train], minlength=len(report.sources))
+        stats = stats[split.train]
+        report.num_tokens = int(stats["lengths"].sum())
+        report.longest_tokens = int(stats["lengths"].max())
+        report.num_supervised_tokens = int(stats["num_supervised"].sum())
+        advice = self.template.end_of_turn[1]
+        report.audit = MaskAudit.of(stats["by_speaker"], stats["end_learned"], advice)
+        times = np.bincount(stats["source"], minlength=len(report.sources))
         for own, number in zip(report.sources, times, strict=True):
             own.num_occurrences = int(number)

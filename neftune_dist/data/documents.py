@@ -12,7 +12,6 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import IO
@@ -27,19 +26,26 @@ _FILES = {"input_ids.bin": np.int32, "supervised.bin": np.uint8}
 _CONVERSATIONS = "conversations.jsonl"  # those that may be held out, removed after the split
 _HELD_OUT = "held_out.jsonl"
 _ORIGINS = "origins.jsonl"
-# The files of a shard's flat arrays, and the types of its columns.
+# The files of a shard's flat arrays.
 _FLAT = dict(zip(("input_ids", "supervised"), _FILES, strict=True))
 _FLAT |= {"conversations": _CONVERSATIONS, "origins": _ORIGINS}
-_CONVERSATION_BYTES = "conversation_bytes"
-_COLUMNS = {
-    "lengths": np.int64,
-    "num_supervised": np.int64,
-    "content": np.uint64,
-    "prompt": np.uint64,
-    "end_learned": np.bool_,
-    "by_speaker": np.int32,
-    _CONVERSATION_BYTES: np.int64,
-}
+# What is known of every document of all sources.
+STATS = np.dtype(
+    [
+        ("lengths", np.int64),  # tokens
+        ("num_supervised", np.int64),
+        # Digest of the conversation. Two of 10 million different ones share one with a probability
+        # of 3e-6.
+        ("content", np.uint64),
+        # Digest of the text before the first answer without the system prompt, in lower case and
+        # with single spaces.
+        ("prompt", np.uint64),
+        ("end_learned", np.bool_),  # whether the end of the last supervised answer is supervised
+        ("by_speaker", np.int32, (len(SPEAKERS), 2)),  # all and supervised tokens by speaker
+        ("conversation_bytes", np.int64),  # 0 where it is not kept
+        ("source", np.int64),  # index of the document's source
+    ]
+)
 
 
 class Documents:
@@ -48,7 +54,7 @@ class Documents:
     Attributes:
         lengths, num_supervised: int64 (num_documents,), tokens.
         starts: int64 (num_documents,), where each document begins in the flat files.
-        content: uint64 (num_documents,), digests of the conversations, see `DocumentStats`.
+        content: uint64 (num_documents,), digests of the conversations, as in `STATS`.
     """
 
     def __init__(self, folder: Path, part: str) -> None:
@@ -107,30 +113,6 @@ class Conversations:
         return Conversation(**stored)
 
 
-@dataclass(frozen=True)
-class DocumentStats:
-    """Columns over all documents of all sources, arrays of shape (num_documents,).
-
-    Attributes:
-        lengths, num_supervised: int64, tokens.
-        end_learned: bool, whether the end of the last supervised answer is supervised.
-        source: int64, index of the document's source.
-        content: uint64 digest of the conversation. Two of 10 million different conversations share
-            one with a probability of 3e-6.
-        prompt: uint64 digest of the text before the first answer without the system prompt, in
-            lower case and with single spaces.
-        by_speaker: int32 (num_documents, len(SPEAKERS), 2), all and supervised tokens by speaker.
-    """
-
-    lengths: np.ndarray
-    num_supervised: np.ndarray
-    end_learned: np.ndarray
-    source: np.ndarray
-    content: np.ndarray
-    prompt: np.ndarray
-    by_speaker: np.ndarray
-
-
 class DocumentWriter:
     """Writes documents in their order into a new folder, then the index of either part."""
 
@@ -140,36 +122,29 @@ class DocumentWriter:
         self._files: dict[str, IO[bytes]] = {
             array: (folder / name).open("wb") for array, name in _FLAT.items()
         }
-        self._columns = {name: bytearray() for name in (*_COLUMNS, "source")}
+        self._stats = bytearray()
 
-    def append(self, arrays: Mapping[str, np.ndarray], source: int) -> None:
-        """Write the arrays of a `Shard` of this source."""
+    def append(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write the arrays of a `Shard`."""
         for name, file in self._files.items():
             file.write(arrays[name].data)
-        for name, dtype in _COLUMNS.items():
-            self._columns[name] += arrays[name].astype(dtype).tobytes()
-        self._columns["source"] += np.full(len(arrays["lengths"]), source).tobytes()
+        self._stats += arrays["stats"].tobytes()
 
-    def stats(self) -> DocumentStats:
-        """The columns of all documents; no more can be added."""
+    def stats(self) -> np.ndarray:
+        """`STATS` of all documents; no more can be added."""
         self.close()
-        columns: dict[str, np.ndarray] = {
-            name: np.frombuffer(column, _COLUMNS.get(name, np.int64))
-            for name, column in self._columns.items()
-            if name != _CONVERSATION_BYTES
-        }
-        columns["by_speaker"] = columns["by_speaker"].reshape(-1, len(SPEAKERS), 2)
-        return DocumentStats(**columns)
+        return np.frombuffer(self._stats, STATS)
 
-    def write_parts(self, stats: DocumentStats, train: np.ndarray, held_out: np.ndarray) -> None:
+    def write_parts(self, train: np.ndarray, held_out: np.ndarray) -> None:
         """Write the index of either part: int64 indices of documents, with repetitions."""
-        starts = np.cumsum(stats.lengths) - stats.lengths
-        numbers, content = np.arange(len(starts)), stats.content.view(np.int64)
-        columns = (starts, stats.lengths, stats.num_supervised, numbers, content)
+        stats = self.stats()
+        lengths, content = stats["lengths"], stats["content"].view(np.int64)
+        numbers, starts = np.arange(len(stats)), np.cumsum(lengths) - lengths
+        columns = (starts, lengths, stats["num_supervised"], numbers, content)
         for part, chosen in (("train", train), ("held_out", held_out)):
             np.save(self._folder / f"{part}.npy", np.stack([column[chosen] for column in columns]))
         stored = self._folder / _CONVERSATIONS
-        lines = np.frombuffer(self._columns[_CONVERSATION_BYTES], np.int64)
+        lines = stats["conversation_bytes"]
         begins = np.cumsum(lines) - lines
         with stored.open("rb") as every, (self._folder / _HELD_OUT).open("wb") as kept:
             for i in held_out:

@@ -37,7 +37,7 @@ class MaskAudit:
 
     @staticmethod
     def of(by_speaker: np.ndarray, end_learned: np.ndarray, end_advice: str = "") -> MaskAudit:
-        """Sums over documents of the arrays `by_speaker` and `end_learned` of `DocumentStats`."""
+        """Sums over documents of these columns of `documents.STATS`."""
         tokens, supervised = by_speaker.sum(axis=0, dtype=np.int64).T.tolist()
         return MaskAudit(
             dict(zip(SPEAKERS, tokens, strict=True)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from neftune_dist.config import DataConfig, UserError
 from neftune_dist.data.mask_preview import MaskAudit
 
 NAMED_ROWS = 20  # bad rows that the report names, of one source
@@ -94,6 +95,40 @@ class Report:
         """Add the counts of further rows of the source `index`, the only one of `more`."""
         _add(self.sources[index], more.sources[0])
         _add(self, more)
+
+    def refuse_useless(self, source: SourceReport, key: str, config: DataConfig) -> None:
+        """Raise `UserError` where a source of this report has no document, or too large a share of
+        its rows is bad or too long.
+
+        Args:
+            source: counts of all its rows.
+            key: the setting that names it.
+            config: the limits.
+        """
+        name = f"{key}={source.name}"
+        if source.num_rows == 0:
+            raise UserError(f"{name} is empty.")
+        bad, good = source.num_bad_rows, source.num_rows - source.num_bad_rows
+        if bad > config.max_bad_fraction * source.num_rows:
+            raise UserError(
+                f"{name}: {bad} of {source.num_rows} rows cannot be used, more than "
+                f"data.max_bad_fraction={config.max_bad_fraction}; the first: {source.bad_rows[0]}."
+            )
+        if source.num_documents == 0:
+            first = f" (the first: {source.bad_rows[0]})" if source.bad_rows else ""
+            raise UserError(
+                f"{name} holds no document to learn from: of {source.num_rows} rows, {bad} cannot "
+                f"be used{first}, {self.num_dropped_too_long} are over data.max_length="
+                f"{config.max_length}, {self.num_nothing_to_learn} have no supervised token within "
+                "it."
+            )
+        if source.num_too_long > config.max_cut_fraction * good:
+            raise UserError(
+                f"{name}: {source.num_too_long} of {good} documents are longer than "
+                f"data.max_length={config.max_length} and are cut or lost, more than "
+                f"data.max_cut_fraction={config.max_cut_fraction}; the longest has "
+                f"{source.longest_tokens} tokens: raise the first, or accept it by the second."
+            )
 
     def lines(self) -> list[str]:
         """The report as printed lines."""

@@ -17,7 +17,6 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from neftune_dist.config import DataConfig, UserError
@@ -47,15 +46,8 @@ class ShardPool:
         self._num_rows = 0
         self._executor: ProcessPoolExecutor | None = None
 
-    def __enter__(self) -> ShardPool:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End the other processes."""
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
 

@@ -20,6 +20,7 @@ import numpy as np
 from neftune_dist.config import DataConfig, SourceConfig
 from neftune_dist.data.columns import Columns
 from neftune_dist.data.conversation import Conversation
+from neftune_dist.data.documents import STATS
 from neftune_dist.data.errors import BadRow
 from neftune_dist.data.formats import detect_format, to_conversation
 from neftune_dist.data.report import NAMED_ROWS, Report, SourceReport
@@ -36,30 +37,27 @@ class Shard:
     """Documents and counts of some rows.
 
     Attributes:
-        arrays: columns over the documents, (num_documents,): lengths, num_supervised, content,
-            prompt, end_learned and by_speaker as in `DocumentStats`, and conversation_bytes, 0
-            where it is not kept. Flat ones: input_ids, supervised; conversations and origins,
-            uint8, lines of JSON.
+        arrays: stats, `documents.STATS` of every document; input_ids and supervised of all of them;
+            conversations and origins, uint8, lines of JSON.
         report: counts of the rows, with one source.
-        ignored, missing: as in `Columns`.
+        ignored, missing: as in `Columns`, in order.
         usual: the format of the source's first good row; "" before it.
     """
 
     arrays: dict[str, np.ndarray]
     report: Report
-    ignored: set[str]
-    missing: set[str]
+    ignored: list[str]
+    missing: list[str]
     usual: str
 
     def save(self, path: Path) -> None:
         """Write the shard; its name appears with its content."""
-        counts = {"report": asdict(self.report), "usual": self.usual}
-        counts |= {"ignored": sorted(self.ignored), "missing": sorted(self.missing)}
+        counts = {**vars(self), "report": asdict(self.report)}
+        arrays = counts.pop("arrays")
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}.part")
         with partial.open("wb") as file:
-            arrays: dict[str, Any] = {"counts": _bytes(json.dumps(counts).encode()), **self.arrays}
-            np.savez(file, **arrays)
+            np.savez(file, counts=_bytes(json.dumps(counts).encode()), **arrays)
         partial.replace(path)
 
     @staticmethod
@@ -69,13 +67,9 @@ class Shard:
             with np.load(path) as stored:  # compares the checksums of a zip file
                 arrays = {name: stored[name] for name in stored.files}
             counts = json.loads(arrays.pop("counts").tobytes())
-            return Shard(
-                arrays,
-                Report.of_stored(counts["report"]),
-                set(counts["ignored"]),
-                set(counts["missing"]),
-                counts["usual"],
-            )
+            if arrays["stats"].dtype != STATS:  # of another version
+                return None
+            return Shard(arrays, Report.of_stored(counts.pop("report")), **counts)
         except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile):
             return None
 
@@ -116,7 +110,7 @@ class _Making:
         self.own = SourceReport("")
         self.report = Report([self.own])
         self.documents: list[Document] = []
-        self.values: list[tuple[int, int, int]] = []  # content, prompt, bytes of the conversation
+        self.stats: list[tuple[Any, ...]] = []
         self.conversations, self.origins = bytearray(), bytearray()
 
     def rendered(self, rows: Sequence[Row]) -> Iterator[_Rendered]:
@@ -158,11 +152,20 @@ class _Making:
         if conversation.num_left_out:
             report.examples.setdefault("num_turns_left_out", origin)
         said = [conversation.turns, conversation.context, conversation.tools, conversation.text]
-        kept = b""
-        if self.maker.keep:
-            kept = json.dumps(vars(conversation)).encode() + b"\n"
+        kept = json.dumps(vars(conversation)).encode() + b"\n" if self.maker.keep else b""
         self.documents.append(fitted)
-        self.values.append((_digest(said), _digest(_normalised_prompt(conversation)), len(kept)))
+        self.stats.append(
+            (
+                len(fitted.input_ids),
+                fitted.supervised.sum(),
+                _digest(said),
+                _digest(_normalised_prompt(conversation)),
+                fitted.end_learned,
+                _tokens_by_speaker(fitted),
+                len(kept),
+                self.maker.source,
+            )
+        )
         self.conversations += kept
         self.origins += json.dumps(origin).encode() + b"\n"
 
@@ -187,22 +190,15 @@ class _Making:
     def shard(self) -> Shard:
         """The shard of all documents that were added."""
         documents, no_tokens = self.documents, np.zeros(0, np.int32)
-        values = np.array(self.values, np.uint64).reshape(-1, 3)
         arrays = {
+            "stats": np.array(self.stats, STATS),
             "input_ids": np.concatenate([no_tokens, *(d.input_ids for d in documents)]),
             "supervised": np.concatenate([_bytes(b""), *(d.supervised for d in documents)]),
-            "lengths": np.array([len(d.input_ids) for d in documents], np.int64),
-            "num_supervised": np.array([d.supervised.sum() for d in documents], np.int64),
-            "content": values[:, 0],
-            "prompt": values[:, 1],
-            "end_learned": np.array([d.end_learned for d in documents], np.bool_),
-            "by_speaker": np.array([_tokens_by_speaker(d) for d in documents], np.int32),
-            "conversation_bytes": values[:, 2].astype(np.int64),
             "conversations": _bytes(self.conversations),
             "origins": _bytes(self.origins),
         }
-        columns = self.columns
-        return Shard(arrays, self.report, columns.ignored, columns.missing, self.usual)
+        ignored, missing = sorted(self.columns.ignored), sorted(self.columns.missing)
+        return Shard(arrays, self.report, ignored, missing, self.usual)
 
 
 def _batches(rendered: Iterator[_Rendered]) -> Iterator[list[_Rendered]]:

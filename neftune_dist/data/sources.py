@@ -34,6 +34,7 @@ class Source:
     """A readable source.
 
     Attributes:
+        config: its settings.
         key, name: the setting that names it, and its value.
         digest: of its content.
         rows: pairs of a place and a row, or the reason why it is bad. A place is `row 7`, after
@@ -42,6 +43,7 @@ class Source:
         left_out: names of the other files in a directory, such as those of other splits.
     """
 
+    config: SourceConfig
     key: str
     name: str
     digest: str
@@ -67,7 +69,7 @@ def open_source(
         _refuse_revision(config, key)
         rows = builtin.rows()
         digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-        return Source(key, name, digest, _with_places(enumerate(rows, 1)))
+        return Source(config, key, name, digest, _with_places(enumerate(rows, 1)))
     if files.is_local(name):
         return _open_files(config, key, skip)
     if not files.HUB_ID.fullmatch(name):
@@ -104,7 +106,7 @@ def _open_files(config: SourceConfig, key: str, skip: Collection[str]) -> Source
         digests.append((files.file_kind(path), digest, name))
     total = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
     rows = _rows_of_files(found.paths, key, {*skip, *found.hidden})
-    return Source(key, os.path.expanduser(config.source), total, rows, found.left_out)
+    return Source(config, key, os.path.expanduser(config.source), total, rows, found.left_out)
 
 
 def _open_hub(config: SourceConfig, key: str, skip: Collection[str]) -> Source:
@@ -121,7 +123,7 @@ def _open_hub(config: SourceConfig, key: str, skip: Collection[str]) -> Source:
         ) from error
     batches = (b for table in loaded.with_format("arrow").iter(1000) for b in table.to_batches())
     rows = _with_places(enumerate(tables.rows(batches, skip), 1))
-    return Source(key, f"{name}[{config.split}]", fingerprint(loaded), rows)
+    return Source(config, key, f"{name}[{config.split}]", fingerprint(loaded), rows)
 
 
 def _with_places(rows: Any, file: str = "") -> Rows:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from neftune_dist.config import DataConfig, SourceConfig, UserError
-from neftune_dist.data.documents import Documents, DocumentStats
+from neftune_dist.data.documents import Documents
 from neftune_dist.data.hashing import GAMMA, splitmix64
 
 # Keys that make the choices by cap, by fractional weight and of a sample independent.
@@ -42,20 +42,20 @@ class Split:
 
 
 def split_documents(
-    stats: DocumentStats, config: DataConfig, sources: Sequence[SourceConfig]
+    stats: np.ndarray, config: DataConfig, sources: Sequence[SourceConfig]
 ) -> Split:
     """Split all documents.
 
     Args:
-        stats: of the documents.
+        stats: `documents.STATS` of all documents.
         config: the duplicates' and the held-out settings.
         sources: settings of the training sources; documents of a further source are held out.
 
     Raises:
         UserError: nothing is left to train on.
     """
-    is_reserved = stats.source >= len(sources)  # of the held-out source
-    _, first = np.unique(stats.content, return_index=True)
+    is_reserved = stats["source"] >= len(sources)  # of the held-out source
+    _, first = np.unique(stats["content"], return_index=True)
     repeated = ~is_reserved
     repeated[first] = False
     training = ~is_reserved
@@ -64,9 +64,9 @@ def split_documents(
     num_candidates = int(training.sum())
     held_out, leaked = is_reserved, np.zeros_like(is_reserved)
     if config.held_out_source:
-        leaked = training & np.isin(stats.prompt, stats.prompt[is_reserved])
+        leaked = training & np.isin(stats["prompt"], stats["prompt"][is_reserved])
     elif config.holds_out:
-        held_out = _hold_out(stats.prompt, training, config)
+        held_out = _hold_out(stats["prompt"], training, config)
     training &= ~held_out & ~leaked
     if not training.any():
         ways = ("num_held_out", "held_out_fraction", "held_out_source")
@@ -75,14 +75,14 @@ def split_documents(
             f"data.{way}={getattr(config, way)} leaves none of the {num_candidates} documents to "
             "train on."
         )
-    times = np.zeros(len(stats.source), np.int64)
+    times = np.zeros(len(stats), np.int64)
     for i, source in enumerate(sources):
-        chosen = np.flatnonzero(training & (stats.source == i))
+        chosen = np.flatnonzero(training & (stats["source"] == i))
         if 0 < source.max_documents < len(chosen):
-            order = np.argsort(_keyed(stats.content[chosen], _CAP), kind="stable")
+            order = np.argsort(_keyed(stats["content"][chosen], _CAP), kind="stable")
             chosen = chosen[order[: source.max_documents]]
         whole, fraction = divmod(source.weight, 1)
-        more = _keyed(stats.content[chosen], _FRACTION) < np.uint64(fraction * 2**64)
+        more = _keyed(stats["content"][chosen], _FRACTION) < np.uint64(fraction * 2**64)
         times[chosen] = int(whole) + more
     train = np.repeat(np.arange(len(times)), times)
     if not len(train):

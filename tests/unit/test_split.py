@@ -9,31 +9,24 @@ import numpy as np
 import pytest
 
 from neftune_dist.config import DataConfig, SourceConfig
-from neftune_dist.data.documents import DocumentStats
+from neftune_dist.data.documents import STATS
 from neftune_dist.data.split import Split, sample, split_documents
 
 MANY = 4000
 
 
-def stats_of(
-    number: int, source: Any = 0, content: Any = None, prompt: Any = None
-) -> DocumentStats:
+def stats_of(number: int, source: Any = 0, content: Any = None, prompt: Any = None) -> np.ndarray:
     """Documents of one token with random digests, or those given."""
     random = np.random.default_rng(7)
     digests = random.integers(0, 2**64, (2, number), np.uint64)
-    ones = np.ones(number, np.int64)
-    return DocumentStats(
-        lengths=ones,
-        num_supervised=ones,
-        end_learned=ones.astype(np.bool_),
-        source=np.broadcast_to(np.array(source, np.int64), number),
-        content=digests[0] if content is None else np.array(content, np.uint64),
-        prompt=digests[1] if prompt is None else np.array(prompt, np.uint64),
-        by_speaker=np.zeros((number, 6, 2), np.int32),
-    )
+    stats = np.ones(number, STATS)
+    stats["source"] = source
+    stats["content"] = digests[0] if content is None else content
+    stats["prompt"] = digests[1] if prompt is None else prompt
+    return stats
 
 
-def split(stats: DocumentStats, *sources: SourceConfig, **data: Any) -> Split:
+def split(stats: np.ndarray, *sources: SourceConfig, **data: Any) -> Split:
     return split_documents(stats, DataConfig(**data), sources or [SourceConfig("a.json")])
 
 
@@ -73,7 +66,7 @@ def test_a_cap_and_a_fractional_weight_choose_independently() -> None:
 def test_a_sample_is_independent_of_a_fractional_weight() -> None:
     stats = stats_of(MANY)
     chosen = np.unique(split(stats, SourceConfig("a.json", weight=0.5)).train)
-    sampled = sample(stats.content, MANY // 2, lambda i: i)
+    sampled = sample(stats["content"], MANY // 2, lambda i: i)
     both = len(np.intersect1d(chosen, sampled))
     assert abs(both - MANY / 4) < 4 * (MANY * 3 / 16) ** 0.5
 
@@ -98,7 +91,7 @@ def test_every_document_is_counted_once() -> None:
 
 
 def test_a_sample_has_one_index_of_a_key_and_grows() -> None:
-    digests = stats_of(60).content
+    digests = stats_of(60)["content"]
     samples = [sample(digests, number, lambda i: i // 3) for number in (5, 12, 100)]
     assert [len(chosen) for chosen in samples] == [5, 12, 20]
     for small, large in itertools.pairwise(samples):
