@@ -6,7 +6,7 @@ import json
 import re
 import string
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,6 @@ from neftune_dist.data.errors import BadRow
 # Some templates write today's date, and the tokens would depend on the day (law 4). They get the
 # one that Llama 3's own template falls back on.
 _DATE = datetime(2024, 7, 26)
-_DATE_CODES = [f"%{flag}{code}" for flag in ("", "-") for code in string.ascii_letters]
 # Names of the field for reasoning, in the order in which they are tried.
 _REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking", "thought")
 # The variable with which templates turn reasoning on and off.
@@ -36,6 +35,9 @@ _SHOWN_CHARACTERS = 500  # of an error's text
 
 Message = dict[str, Any]
 Tools = list[Any] | None
+
+# With which a template is probed.
+_SAID, _ASKED = "Words that reach the text.", {"role": "user", "content": "A question."}
 
 
 class ChatTemplate:
@@ -65,42 +67,46 @@ class ChatTemplate:
         """As `reasoning_field`, of answers that call nothing."""
         if (field := self._field_of({"content": "An answer."})) is not None:
             return field
-        said, asked = "Reasoning that reaches the text.", {"role": "user", "content": "A question."}
-        answer = {"role": "assistant", "content": f"<think>\n{said}\n</think>\n\nAn answer."}
-        with suppress(BadRow):
-            opens = OPENED_THOUGHT.search(self.prompts([asked], None)[-1])
-            return "" if opens and said not in self.apply([asked, answer]) else None
-        return None
+        answer = {"role": "assistant", "content": f"<think>\n{_SAID}\n</think>\n\nAn answer."}
+        try:
+            opens = OPENED_THOUGHT.search(self.prompts([_ASKED], None)[-1])
+            return "" if opens and _SAID not in self.apply([_ASKED, answer]) else None
+        except BadRow:
+            return None
 
     def _field_of(self, more: Message) -> str | None:
-        said, asked = "Reasoning that reaches the text.", {"role": "user", "content": "A question."}
         for field in _REASONING_FIELDS:
-            answer = {"role": "assistant", **more, field: said}
-            with suppress(BadRow):
-                if said in self.apply([asked, answer]):
-                    return field
+            if self._writes(_SAID, [_ASKED, {"role": "assistant", **more, field: _SAID}]):
+                return field
         return None
 
     @cached_property
     def _takes_parts(self) -> bool:
         """Whether contents must be lists of parts: those of some models of pictures and text."""
-        said = "A question that reaches the text."
-        for content in (said, [{"type": "text", "text": said}]):
-            with suppress(BadRow):
-                if said in self.apply([{"role": "user", "content": content}]):
-                    return isinstance(content, list)
-        return False
+        parts = [{"type": "text", "text": _SAID}]
+        as_text, as_parts = ({"role": "user", "content": content} for content in (_SAID, parts))
+        return not self._writes(_SAID, [as_text]) and self._writes(_SAID, [as_parts])
 
     @cached_property
     def _takes_text_arguments(self) -> bool:
         """Whether the arguments of a call must be JSON text (DeepSeek's), not an object."""
-        asked = {"role": "user", "content": "A question."}
-        for arguments in ({"a": "b"}, '{"a": "b"}'):
-            calling = {"role": "assistant", "content": "", "tool_calls": [_call(arguments)]}
-            with suppress(BadRow):
-                self.apply([asked, calling])
-                return isinstance(arguments, str)
-        return False
+        as_object, as_text = (
+            {"role": "assistant", "content": "", "tool_calls": [_call(arguments)]}
+            for arguments in ({"a": "b"}, '{"a": "b"}')
+        )
+        return not self._writes("", [_ASKED, as_object]) and self._writes("", [_ASKED, as_text])
+
+    def expresses_system(self) -> bool:
+        """Whether the text contains a system prompt before a question."""
+        turns = (Turn("system", _SAID), Turn("user", "A question."))
+        return self._writes(_SAID, self.messages(Conversation(turns)))
+
+    def _writes(self, said: str, messages: list[Message]) -> bool:
+        """Whether the template takes the messages, and its text contains what is said."""
+        try:
+            return said in self.apply(messages)
+        except BadRow:
+            return False
 
     def normalised(self, conversation: Conversation) -> Conversation:
         """The conversation as the template takes it: an Alpaca row's context in its question, and
@@ -184,16 +190,6 @@ class ChatTemplate:
             switches = {"add_generation_prompt": True, _SWITCH: value}
             prompts.add(self.apply(messages, tools, **switches))
         return sorted(prompts, key=len, reverse=True)
-
-    def expresses_system(self) -> bool:
-        """Whether the text contains a system prompt before a question."""
-        said = "A system prompt that must reach the text."
-        try:
-            turns = (Turn("system", said), Turn("user", "A question."))
-            text = self.apply(self.messages(Conversation(turns)))
-        except BadRow:
-            return False
-        return said in text
 
 
 @contextmanager
@@ -279,11 +275,11 @@ def by_name(templates: dict[str, str], name: str) -> str:
 
 def _with_date(source: str) -> str:
     """The template, with a fixed date for every format code."""
-    codes = {code: _DATE.strftime(code) for code in _DATE_CODES}
+    codes = (f"%{flag}{letter}" for flag in ("", "-") for letter in string.ascii_letters)
     filters = "".join(
         f"|replace({prompt_templates.quoted(code)}, {prompt_templates.quoted(text)})"
-        for code, text in codes.items()
-        if text != code
+        for code in codes
+        if (text := _DATE.strftime(code)) != code
     )
     # The "+" keeps the template's first white space.
     percent = "|replace('%%', '\0')", "|replace('\0', '%')"

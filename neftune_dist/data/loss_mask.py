@@ -93,21 +93,18 @@ class LossMask:
                 return found[::-1]
             view = replace(view, turns=view.turns[: left[-1] + 1])
 
-    def prompt(self, conversation: Conversation) -> str:
-        """The text before the first answer, as a document that learns it begins."""
-        view = self._template.normalised(conversation)
-        first = next(i for i, turn in enumerate(view.turns) if turn.role == "assistant")
-        fitted = self._fit(replace(view, turns=view.turns[: first + 1]))
-        [cut] = fitted.rendered([first]).chunks[0].cuts
-        return fitted.text[:cut]
-
     def _fit(self, view: Conversation) -> _Fitted:
         """The text of a normalised conversation, compared with its layout."""
         functions = view.tools + "".join("".join(turn[2:5]) for turn in view.turns)
         if MARK.search(functions):
             raise BadRow("a tool or a call has words with which chat templates are checked")
         if functions and (found := self._missing(with_functions(marked(view)[0]))):
-            raise _missing_error(view, *found)
+            kind, index = found
+            tools = tools_of(view) or []
+            what = f"what the assistant calls in turn {index + 1}"
+            if kind == "tool":
+                what = f"the tools, such as {tools[index]['function']['name']}"
+            raise BadRow(f"the chat template leaves out {what}")
         text = self._template.apply(self._template.messages(view), tools_of(view))
         for fine in (False, True):
             shape, pieces = marked(view, fine)
@@ -171,14 +168,6 @@ def _learning(
     return replace(conversation, turns=turns, num_left_out=left_out)
 
 
-@dataclass(frozen=True)
-class _Generated:
-    """An answer while it is the last turn: the text before it, and what a model generates."""
-
-    prompt: str
-    said: str
-
-
 class _Layout:
     """The text of a conversation of marks.
 
@@ -215,10 +204,9 @@ class _Layout:
         ending = self
         if i < len(self._turns) - 1:
             ending = self._layout_of(replace(self._shape, turns=self._turns[: i + 1]))
-        answer = ending.last_answer
-        begin = len(answer.prompt)
-        is_here = self.text.startswith(answer.said, begin) and self.text.startswith(answer.prompt)
-        return (begin, begin + len(answer.said)) if is_here else None
+        prompt, said = ending.last_answer
+        end = len(prompt + said)
+        return (len(prompt), end) if self.text.startswith(prompt + said) else None
 
     def check_whole(self, i: int) -> None:
         """Raise `BadRow` where the text lacks something of answer i."""
@@ -278,9 +266,9 @@ class _Layout:
                 raise _changed(self._turns, i)
 
     @cached_property
-    def last_answer(self) -> _Generated:
-        """The last turn, an answer. Raises `BadRow` where its beginning is not found, or something
-        of it is missing."""
+    def last_answer(self) -> tuple[str, str]:
+        """The text before the last turn, an answer, and what a model generates of that. Raises
+        `BadRow` where its beginning is not found, or something of it is missing."""
         i, through = len(self._turns) - 1, self.text
         prompts = self._template.prompts(self._messages[:-1], self._tools)
         prompt = next((prompt for prompt in prompts if through.startswith(prompt)), None)
@@ -299,7 +287,7 @@ class _Layout:
             raise _changed(self._turns, i)
         if any(mark not in said for mark in marks):
             raise BadRow(f"the chat template leaves out the reasoning of turn {i + 1}")
-        return _Generated(prompt, self._without_what_follows(prompt, said.rstrip()))
+        return prompt, self._without_what_follows(prompt, said.rstrip())
 
     def _without_what_follows(self, prompt: str, said: str) -> str:
         """The part of an answer that stays when a turn follows: some templates (Phi-3's) write the
@@ -325,13 +313,6 @@ def _missing_function(template: ChatTemplate, shape: Conversation) -> tuple[str,
         if any(mark not in text for mark in CALL_MARK.findall(turn.tool_calls)):
             return "call", i
     return None
-
-
-def _missing_error(view: Conversation, kind: str, index: int) -> BadRow:
-    if kind == "tool":
-        name = (tools_of(view) or [])[index]["function"]["name"]
-        return BadRow(f"the chat template leaves out the tools, such as {name}")
-    return BadRow(f"the chat template leaves out what the assistant calls in turn {index + 1}")
 
 
 def _changed(turns: Sequence[Turn], i: int) -> BadRow:

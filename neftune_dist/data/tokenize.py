@@ -123,15 +123,27 @@ class ConversationTokenizer:
         """The text of the whole conversation with spans; `BadRow` as `documents`."""
         return self.documents(conversation)[-1][1]
 
-    def prompt(self, conversation: Conversation) -> str:
-        """The prompt for the first answer, as text."""
-        return self._prompt(conversation).text
-
     def prompt_ids(self, conversation: Conversation) -> list[int]:
-        """The prompt for the first answer, as the tokens that the document begins with."""
-        chunk = self._prompt(conversation)
-        [(ids, _)] = self._tokenize([chunk.text], chunk.literal)
-        return [*(self._prefix.tolist() if chunk.starts else []), *ids.tolist()]
+        """The tokens before the first answer, as its document begins."""
+        *asked, answer = conversation.turns[: len(conversation.opening()) + 1]
+        turns = (*asked, answer._replace(learned=True))
+        return self._before_last_answer(replace(conversation, turns=turns))
+
+    def reply_ids(self, turns: Sequence[Turn]) -> list[int]:
+        """The tokens before the answer to the last turn, as training sees them, earlier answers
+        included. Raises `BadRow` where the template cannot express the turns."""
+        return self._before_last_answer(Conversation((*turns, Turn("assistant", _ANY_ANSWER))))
+
+    def _before_last_answer(self, conversation: Conversation) -> list[int]:
+        try:
+            documents = self._documents(conversation, "assistant")
+        except BadRow:  # the span of an earlier answer is not found, and not needed here
+            documents = self._documents(conversation, "last")
+        [document] = self.encode([documents[-1][1]])
+        answered = document.speakers == SPEAKERS.index("assistant")
+        begins = np.flatnonzero(answered[1:] & ~answered[:-1]) + 1
+        ids: list[int] = document.input_ids[: begins[-1]].tolist()
+        return ids
 
     def as_jinja(self) -> str | None:
         """The template as a chat template for users of the trained model.
@@ -160,20 +172,6 @@ class ConversationTokenizer:
             if all(self._is_made_by(source, Conversation(turns)) for turns in talks):
                 return source
         return None
-
-    def reply_ids(self, turns: Sequence[Turn]) -> list[int]:
-        """The tokens before the answer to the last turn, as training sees them, earlier answers
-        included. Raises `BadRow` where the template cannot express the turns."""
-        conversation = Conversation((*turns, Turn("assistant", _ANY_ANSWER)))
-        try:
-            documents = self._documents(conversation, "assistant")
-        except BadRow:  # the span of an earlier answer is not found, and not needed here
-            documents = self._documents(conversation, "last")
-        [document] = self.encode([documents[-1][1]])
-        answered = document.speakers == SPEAKERS.index("assistant")
-        begins = np.flatnonzero(answered[1:] & ~answered[:-1]) + 1
-        reply: list[int] = document.input_ids[: begins[-1]].tolist()
-        return reply
 
     def encode(self, rendered: Sequence[Rendered]) -> list[Document]:
         """Tokenise rendered conversations together, in few calls of the tokenizer."""
@@ -235,16 +233,6 @@ class ConversationTokenizer:
             conversation.messages(), chat_template=source, return_dict=False
         )
         return bool(made == document.input_ids.tolist())
-
-    def _prompt(self, conversation: Conversation) -> Chunk:
-        conversation = self._with_system(conversation)
-        if self._chat is not None:
-            with bounded():
-                return Chunk(self._mask.prompt(conversation), ())
-        rendered = prompt_templates.render(self.config.template, conversation, last_only=False)
-        first = rendered.chunks[0]
-        begin = next(span.begin for span in first.spans if span.speaker == "assistant")
-        return replace(first, text=first.text[:begin], spans=(), ends=False)
 
     def _documents(
         self, conversation: Conversation, supervise: str

@@ -194,7 +194,7 @@ def test_prompts_follow_the_targets_template(target: EvaluationTarget, tmp_path:
     ids = target.template.prompt_ids(asked.conversation)
     assert target.tokenizer.decode(ids) == "<|user|>\nAdd.\n\n1 2<|assistant|>\n"
     alpaca = ConversationTokenizer(target.tokenizer, DataConfig(template="alpaca"))
-    text = alpaca.prompt(asked.conversation)
+    text = target.tokenizer.decode(alpaca.prompt_ids(asked.conversation))
     assert "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:" in text
 
 

@@ -180,8 +180,8 @@ def test_reasoning_is_generated_where_the_answer_has_some(tiny_tokenizer: Any) -
         spoken = conversation("2 + 3?", answer)
         made = document(template, spoken)
         assert learned(tokenizer, made) == [answer + "<|im_end|>"]
-        assert template.prompt(spoken).endswith(prompt_end)
         prompt = template.prompt_ids(spoken)
+        assert tokenizer.decode(prompt).endswith(prompt_end)
         assert made.input_ids[: len(prompt)].tolist() == prompt
     # Written with other white space than the template's, it is still the same reasoning.
     loose = document(template, conversation("2 + 3?", "<think>Hm.</think>5"))

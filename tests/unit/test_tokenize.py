@@ -247,15 +247,15 @@ def test_llama2_alpaca_begins_with_its_token(llama2: Any) -> None:
 
 def test_the_alpaca_prompt_is_stanford_s(smollm2: Any) -> None:
     template = make(smollm2, template="alpaca")
-    assert template.prompt(conversation("Add {a} and {input}.", "x")) == (
+    assert template.render(conversation("Add {a} and {input}.", "x")).text == (
         "Below is an instruction that describes a task. Write a response that appropriately "
-        "completes the request.\n\n### Instruction:\nAdd {a} and {input}.\n\n### Response:"
+        "completes the request.\n\n### Instruction:\nAdd {a} and {input}.\n\n### Response:x"
     )
     spoken = Conversation((Turn("user", "Add {0}."), Turn("assistant", "x")), "1 %s")
-    assert template.prompt(spoken) == (
+    assert template.render(spoken).text == (
         "Below is an instruction that describes a task, paired with an input that provides "
         "further context. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nAdd {0}.\n\n### Input:\n1 %s\n\n### Response:"
+        "### Instruction:\nAdd {0}.\n\n### Input:\n1 %s\n\n### Response:x"
     )
 
 
