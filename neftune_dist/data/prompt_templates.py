@@ -13,9 +13,9 @@ Every prompt exists also as a Jinja program, for users of the trained model.
 from __future__ import annotations
 
 import json
+from itertools import zip_longest
 
-from neftune_dist.config import UserError
-from neftune_dist.data.conversation import Conversation, Turn
+from neftune_dist.data.conversation import Conversation
 from neftune_dist.data.errors import BadRow
 from neftune_dist.data.spans import FRAME, Chunk, Rendered, Span
 
@@ -33,7 +33,7 @@ _VICUNA_SYSTEM = (
 )
 _LLAMA2_MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
-_NAMES = {"alpaca": "Alpaca", "vicuna": "Vicuna", "llama2": "Llama-2"}
+NAMES = {"alpaca": "Alpaca", "vicuna": "Vicuna", "llama2": "Llama-2"}
 _Part = tuple[str, str]  # speaker and text
 
 # `as_jinja` puts assignments before these programs: `begin` (before the first exchange), `again`
@@ -91,11 +91,6 @@ _JINJA = {
 }
 
 
-def is_fixed(template: str) -> bool:
-    """Whether `data.template` names a prompt of this module."""
-    return template in _NAMES
-
-
 def render(template: str, conversation: Conversation, last_only: bool) -> Rendered:
     """Render a conversation in a fixed prompt.
 
@@ -108,38 +103,24 @@ def render(template: str, conversation: Conversation, last_only: bool) -> Render
         BadRow: the prompt cannot express the turns.
     """
     if conversation.tools or any(turn.tool_calls for turn in conversation.turns):
-        raise BadRow(f"the {_NAMES[template]} prompt has no place for tools and their calls")
+        raise BadRow(f"the {NAMES[template]} prompt has no place for tools and their calls")
     if any(turn.reasoning for turn in conversation.turns):
         raise BadRow(
-            f"the {_NAMES[template]} prompt has no place for reasoning: put it into the content, "
+            f"the {NAMES[template]} prompt has no place for reasoning: put it into the content, "
             "or take a chat template that writes it"
         )
-    make = {"alpaca": _alpaca, "vicuna": _vicuna, "llama2": _llama2}[template]
-    exchanges = make(conversation)
-    answered = [any(speaker == "assistant" for speaker, _ in parts) for parts in exchanges]
-    learned = [i for i, turn in enumerate(_answers(conversation)) if turn.learned]
+    exchanges = {"alpaca": _alpaca, "vicuna": _vicuna, "llama2": _llama2}[template](conversation)
+    answers = [turn for turn in conversation.turns if turn.role == "assistant"]
+    learned = [i for i, turn in enumerate(answers) if turn.learned]
     if last_only:
         learned = learned[-1:]
-    chunks = tuple(
-        _chunk(
-            parts,
-            learned=i in learned,
-            starts=i == 0 or template == "llama2",
-            ends=answered[i],
-            literal=template == "llama2",
+    alone = template == "llama2"
+    return Rendered(
+        tuple(
+            _chunk(parts, learned=i in learned, starts=i == 0 or alone, literal=alone)
+            for i, parts in enumerate(exchanges)
         )
-        for i, parts in enumerate(exchanges)
     )
-    return Rendered(chunks)
-
-
-def check_tokenizer(template: str, name: str, end: str | None) -> None:
-    """Raise `UserError` where the tokenizer has no token that ends an answer."""
-    if end is None:
-        raise UserError(
-            f"The tokenizer {name} has no end-of-sequence token, with which the "
-            f"{_NAMES[template]} prompt's answers end."
-        )
 
 
 def as_jinja(template: str, *, prefix: str, end: str, gap: str, system: str | None) -> str:
@@ -162,14 +143,9 @@ def as_jinja(template: str, *, prefix: str, end: str, gap: str, system: str | No
         "with_input": _ALPACA_WITH_INPUT,
         "without_input": _ALPACA_WITHOUT_INPUT,
     }
-    return (
-        "\n".join(
-            f"{{%- set {name} = {quoted(value)} %}}"
-            for name, value in values.items()
-            if name in _JINJA[template]
-        )
-        + _JINJA[template]
-    )
+    program = _JINJA[template]
+    used = [f"{{%- set {name} = {quoted(v)} %}}" for name, v in values.items() if name in program]
+    return "\n".join(used) + program
 
 
 def quoted(text: str | None) -> str:
@@ -177,11 +153,8 @@ def quoted(text: str | None) -> str:
     return "none" if text is None else json.dumps(text, ensure_ascii=False)
 
 
-def _answers(conversation: Conversation) -> list[Turn]:
-    return [turn for turn in conversation.turns if turn.role == "assistant"]
-
-
-def _chunk(parts: list[_Part], *, learned: bool, starts: bool, ends: bool, literal: bool) -> Chunk:
+def _chunk(parts: list[_Part], *, learned: bool, starts: bool, literal: bool) -> Chunk:
+    """The text of an exchange, which ends with its answer, if it has one."""
     text, spans = "", []
     for speaker, said in parts:
         if speaker != FRAME:
@@ -189,7 +162,7 @@ def _chunk(parts: list[_Part], *, learned: bool, starts: bool, ends: bool, liter
             spans.append(Span(len(text), len(text) + len(said), speaker, is_learned))
         text += said
     cuts = tuple(span.begin for span in spans if span.learned)
-    return Chunk(text, tuple(spans), starts, ends, literal, cuts)
+    return Chunk(text, tuple(spans), starts, parts[-1][0] == "assistant", literal, cuts)
 
 
 def _alpaca(conversation: Conversation) -> list[list[_Part]]:
@@ -199,17 +172,13 @@ def _alpaca(conversation: Conversation) -> list[list[_Part]]:
             "the Alpaca prompt takes one instruction and one answer, not the turns "
             f"{', '.join(roles[:4])}{', ...' if len(roles) > 4 else ''}"
         )
-    asked, said = conversation.turns
-    context = [(FRAME, "\n\n### Input:\n"), ("user", conversation.context)]
-    return [
-        [
-            (FRAME, _ALPACA_WITH_INPUT if conversation.context else _ALPACA_WITHOUT_INPUT),
-            ("user", asked.content),
-            *(context if conversation.context else []),
-            (FRAME, "\n\n### Response:"),
-            ("assistant", said.content),
-        ]
-    ]
+    asked, said = (turn.content for turn in conversation.turns)
+    if conversation.context:
+        about = [(FRAME, "\n\n### Input:\n"), ("user", conversation.context)]
+        parts = [(FRAME, _ALPACA_WITH_INPUT), ("user", asked), *about]
+    else:
+        parts = [(FRAME, _ALPACA_WITHOUT_INPUT), ("user", asked)]
+    return [[*parts, (FRAME, "\n\n### Response:"), ("assistant", said)]]
 
 
 def _vicuna(conversation: Conversation) -> list[list[_Part]]:
@@ -258,10 +227,9 @@ def _exchanges(
         expected = ("user", "assistant")[i % 2]
         if message["role"] != expected:
             raise BadRow(
-                f"the {_NAMES[template]} prompt takes questions and answers by turns, with one "
+                f"the {NAMES[template]} prompt takes questions and answers by turns, with one "
                 f"system prompt at most, in front: turn {first + i + 1} is of the role "
                 f"{message['role']}, not {expected}"
             )
     contents = [message["content"] for message in messages[first:]]
-    answers = [*contents[1::2], None][: len(contents[::2])]
-    return system, list(zip(contents[::2], answers, strict=True))
+    return system, list(zip_longest(contents[::2], contents[1::2]))

@@ -71,8 +71,12 @@ class ConversationTokenizer:
         # The tokens that the tokenizer puts before a text. A chat template writes its own.
         self._prefix = np.array(prefix_ids(tokenizer), np.int32)
         self._chat: ChatTemplate | None = None
-        if prompt_templates.is_fixed(config.template):
-            prompt_templates.check_tokenizer(config.template, name, tokenizer.eos_token)
+        if fixed := prompt_templates.NAMES.get(config.template):
+            if tokenizer.eos_token is None:
+                raise UserError(
+                    f"The tokenizer {name} has no end-of-sequence token, with which the {fixed} "
+                    "prompt's answers end."
+                )
             return
         self._chat = ChatTemplate(tokenizer, read_template(tokenizer, config.template, name))
         self._mask = LossMask(self._chat)
