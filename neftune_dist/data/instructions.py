@@ -27,7 +27,7 @@ from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.dataset import Dataset
 from neftune_dist.data.errors import BadRow, type_name
 from neftune_dist.data.formats import exchange
-from neftune_dist.data.row_files import read_row_file
+from neftune_dist.data.sources import read_row_file
 from neftune_dist.data.split import sample
 
 HELD_OUT = "held_out"

@@ -12,21 +12,25 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow
 
 from neftune_dist.compat.datasets import fingerprint
 from neftune_dist.config import BUILTIN_SOURCE, SourceConfig, UserError
+from neftune_dist.config.limits import limited
 from neftune_dist.data import builtin, fields, files, tables, text_files
 from neftune_dist.data.errors import BadRow, Numbered
 from neftune_dist.system.text import first_line
 
+_SECONDS, _GIB = 60.0, 4.0  # limits of `read_row_file`, for a downloaded file
 _LFS = b"version https://git-lfs.github.com/"
 Rows = Iterator[tuple[str, "Mapping[str, Any] | BadRow"]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,12 @@ def _refuse_revision(config: SourceConfig, key: str, has_splits: bool = False) -
 def _open_files(config: SourceConfig, key: str, skip: Collection[str]) -> Source:
     found = files.find_files(config.source, key, config.split)
     _refuse_revision(config, key, found.has_splits)
-    digests, root = [], _root(found.paths)
-    for path in found.paths:
+    # Messages name the file of a row where there are several.
+    root = os.path.commonpath([path.parent for path in found.paths])
+    several = len(found.paths) > 1
+    named = {path: str(path.relative_to(root)) if several else "" for path in found.paths}
+    digests = []
+    for path, name in named.items():
         try:
             with path.open("rb") as file:
                 if file.read(len(_LFS)) == _LFS:
@@ -101,11 +109,13 @@ def _open_files(config: SourceConfig, key: str, skip: Collection[str]) -> Source
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise UserError(f"{key}={path} cannot be read: {error.strerror or error}.") from error
-        # Messages name the file of a row where there are several.
-        name = str(path.relative_to(root)) if len(found.paths) > 1 else ""
         digests.append((files.file_kind(path), digest, name))
     total = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
-    rows = _rows_of_files(found.paths, key, {*skip, *found.hidden})
+    hidden = {*skip, *found.hidden}
+    rows = chain.from_iterable(
+        _with_places(_rows_of_file(path, key, hidden), f"{name}, " if name else "")
+        for path, name in named.items()
+    )
     return Source(config, key, os.path.expanduser(config.source), total, rows, found.left_out)
 
 
@@ -131,16 +141,6 @@ def _with_places(rows: Any, file: str = "") -> Rows:
         yield f"{file}row {number}", row
 
 
-def _root(paths: Sequence[Path]) -> str:
-    return os.path.commonpath([path.parent for path in paths])
-
-
-def _rows_of_files(paths: tuple[Path, ...], key: str, skip: Collection[str]) -> Rows:
-    for path in paths:
-        file = f"{path.relative_to(_root(paths))}, " if len(paths) > 1 else ""
-        yield from _with_places(_rows_of_file(path, key, skip), file)
-
-
 def _rows_of_file(path: Path, key: str, skip: Collection[str]) -> Numbered:
     """The rows of one file. An error that ends the reading names the last row before it."""
     setting, kind, number = f"{key}={path}", files.file_kind(path), 0
@@ -159,6 +159,41 @@ def _rows_of_file(path: Path, key: str, skip: Collection[str]) -> Numbered:
     except OSError as error:
         form = "is a damaged zstd file" if path.suffix.lower() == ".zst" else "cannot be read"
         raise UserError(f"{setting} {form}{_after(number)}: {error.strerror or error}.") from error
+
+
+def read_row_file(
+    name: str, key: str, convert: Callable[[Mapping[str, Any]], T], most: int = 0
+) -> list[T]:
+    """Read the rows of a local file that an evaluation needs whole: instructions, items of tasks,
+    other models' answers. A row that cannot be used is an error, since figures over different rows
+    could not be compared.
+
+    Args:
+        name: path of the file, of any kind that `data.source` takes.
+        key: the setting that names it.
+        convert: makes of a row what is kept; raises `BadRow`.
+        most: rows to read; 0: all.
+
+    Raises:
+        UserError: there is no such file, it has no row, or one of them cannot be used.
+    """
+    if not files.is_local(name):
+        raise UserError(f"{key}={name} is no file (.json or .jsonl, .gz too).")
+    found = []
+    try:
+        with limited(_SECONDS, _GIB):
+            for place, row in islice(open_source(SourceConfig(name), key).rows, most or None):
+                try:
+                    if isinstance(row, BadRow):
+                        raise row
+                    found.append(convert(row))
+                except BadRow as error:
+                    raise UserError(f"{key}={name}, {place}: {error}.") from error
+    except MemoryError as error:
+        raise UserError(f"{key}={name} takes more than {_GIB:g} GiB of memory.") from error
+    if not found:
+        raise UserError(f"{key}={name} holds no row.")
+    return found
 
 
 def _stripped(row: Mapping[str, Any] | BadRow) -> Mapping[str, Any] | BadRow:

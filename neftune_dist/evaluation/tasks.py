@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from neftune_dist.config import EvaluateConfig, UserError, split_list
 from neftune_dist.data.errors import BadRow, type_name
-from neftune_dist.data.row_files import read_row_file
+from neftune_dist.data.sources import read_row_file
 from neftune_dist.distributed.world import World
 
 _KEY = "evaluate.tasks"

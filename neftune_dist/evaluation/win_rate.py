@@ -19,7 +19,7 @@ import numpy as np
 from neftune_dist.config import UserError
 from neftune_dist.config.errors import brief
 from neftune_dist.data.errors import BadRow
-from neftune_dist.data.row_files import read_row_file
+from neftune_dist.data.sources import read_row_file
 from neftune_dist.evaluation.intervals import student
 
 _MATCHED = 0.1
