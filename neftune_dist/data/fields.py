@@ -28,7 +28,7 @@ _HARMLESS = re.compile(
     r"|counts?|usage|meta|metadata|(created|updated|modified)(_at)?"
     r"|(model|file|dataset|task|user|source|set|split)_?name|file|path)"
     r"|original_\w+|title|subject|kind|generator|engine|country|state|header|hashed_ip|toxic"
-    r"|redacted|custom_instruction|skip_prompt_formatting|finish_reason|stop_reason|logprobs"
+    r"|redacted|finish_reason|stop_reason|logprobs"
     r"|parallel_tool_calls|cache_control|__index_level_\d+__|unnamed:_\d+"
 )
 # Names of a yes or no, which may be written as 0 or 1, and then is no score.
@@ -36,6 +36,8 @@ _FLAG = re.compile(
     r"((is|has|was|can|should|do|dont|not|no|use|enable|with)_\w+|use|used|keep|skip|include|exclude"
     r"|ignore|drop|enabled|valid|correct|good|bad|accepted|approved|target|unlearn|backprop)"
 )
+# Harmless as a yes or no alone: what else stands there is meant for the model.
+_SWITCH = re.compile("custom_instructions?|skip_prompt_formatting")
 _LONG_TEXT = 200  # characters; a longer text with spaces is more than an id, a source or a title
 # Harmless whatever they hold.
 _ANY_LENGTH = re.compile(r"(\w+_)?(meta|metadata|moderation|usage)|original_\w+|logprobs|header")
@@ -136,13 +138,13 @@ def is_harmless(name: str, value: Any) -> bool:
     """Whether a field says nothing of what is learned: it is empty, a number, or named so."""
     if value in _EMPTY:
         return True
+    snake = _snake(name)
     if isinstance(value, Number) and not isinstance(value, bool):
-        return str(value) not in _TRUTHS or not _FLAG.fullmatch(_snake(name))
-    if not _is_harmless_name(name):
-        return False
-    is_said = isinstance(value, str) and name == "custom_instruction"
-    return not is_said and (
-        not _holds_long_text(value) or bool(_ANY_LENGTH.fullmatch(_snake(name)))
+        return str(value) not in _TRUTHS or not _FLAG.fullmatch(snake)
+    if _SWITCH.fullmatch(snake):
+        return str(value).lower() in _TRUTHS
+    return _is_harmless_name(snake) and (
+        not _holds_long_text(value) or _ANY_LENGTH.fullmatch(snake) is not None
     )
 
 
@@ -160,8 +162,8 @@ def _meaning_of(name: str) -> str:
 
 
 @lru_cache(4096)
-def _is_harmless_name(name: str) -> bool:
-    return _HARMLESS.fullmatch(_snake(name)) is not None
+def _is_harmless_name(snake: str) -> bool:
+    return _HARMLESS.fullmatch(snake) is not None
 
 
 @lru_cache(4096)

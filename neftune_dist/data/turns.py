@@ -10,14 +10,11 @@ from neftune_dist.data import fields
 from neftune_dist.data.conversation import ROLES, Turn
 from neftune_dist.data.errors import BadRow, type_name
 
-# Names of roles in ShareGPT files. A function call is the assistant's.
-_ALIASES = {
-    **{role: role for role in ROLES},
-    **dict.fromkeys(("human",), "user"),
-    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
-    "observation": "tool",
-}
 _OPENAI_ROLES = {**{role: role for role in ROLES}, "developer": "system"}
+# Names of roles in ShareGPT files. A function call is the assistant's.
+_ALIASES = {role: role for role in ROLES} | {"human": "user"}
+_ALIASES |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "function_call"), "assistant")
+_ALIASES |= {"observation": "tool"}
 # Fields that are read, of a turn, a tool's turn, a call and its function.
 _READ = {"tool_calls", *fields.MARKS, *fields.REASONING}
 _TURN = {by: _READ | {by, said} for by, said in (("from", "value"), ("role", "content"))}
@@ -133,14 +130,9 @@ def _calls(listed: Any) -> str:
         listed = listed[0]
     functions = []
     for number, call in enumerate(listed, 1):
-        function = call.get("function", call) if isinstance(call, dict) else call
-        name = function.get("name") if isinstance(function, dict) else None
-        if not isinstance(name, str) or not name:
-            raise BadRow(f"call {number} is not an object with the 'name' of a function")
-        if function is not call:
-            fields.refuse_unused(call, _CALL)
+        function = _function(call, f"call {number}")
         fields.refuse_unused(function, _FUNCTION)
-        arguments = function.get("arguments")
+        name, arguments = function["name"], function.get("arguments")
         if isinstance(arguments, str):
             arguments = fields.parsed(function, "arguments")
         if not isinstance(arguments, dict):
@@ -164,15 +156,20 @@ def read_tools(row: Mapping[str, Any]) -> str:
         return ""
     if not isinstance(listed, list):
         raise BadRow(f"field 'tools' is not a list of functions but {type_name(listed)}")
-    functions = []
-    for number, tool in enumerate(listed, 1):
-        function = tool.get("function", tool) if isinstance(tool, dict) else tool
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise BadRow(f"tool {number} is not an object with the 'name' of a function")
-        if function is not tool:
-            fields.refuse_unused(tool, _CALL)
-        functions.append({"type": "function", "function": function})
-    return _dumped(functions, "tools")
+    functions = [_function(tool, f"tool {number}") for number, tool in enumerate(listed, 1)]
+    return _dumped([{"type": "function", "function": found} for found in functions], "tools")
+
+
+def _function(found: Any, what: str) -> dict[str, Any]:
+    """The function of a call or a tool, which may stand in a field or be the whole of it. Raises
+    `BadRow`."""
+    function = found.get("function", found) if isinstance(found, dict) else found
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str) or not name:
+        raise BadRow(f"{what} is not an object with the 'name' of a function")
+    if function is not found:
+        fields.refuse_unused(found, _CALL)
+    return function  # type: ignore[no-any-return]
 
 
 def _dumped(value: Any, field: str) -> str:

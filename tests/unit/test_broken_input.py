@@ -292,6 +292,7 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     (turns(*MESSAGES, sources=[{"text": "A text. " * 50}]), "field 'sources' would not be lear"),
     (turns(*MESSAGES, target_language="French"), "field 'target_language' would not be learned"),
     (turns(*MESSAGES, custom_instruction="Be brief"), "field 'custom_instruction' would not be l"),
+    (turns(*MESSAGES, custom_instruction={"about": "me"}), "field 'custom_instruction' would not"),
     (
         {"task": "Say it in French.", "input": "a", "output": "b"},
         "field 'task' is a sentence, and would not be learned: data.columns={instruction: task}",
