@@ -179,7 +179,10 @@ class ChatTemplate:
         except UserError:
             raise
         except Exception as error:  # a template is a program, and can fail in any way
-            raise BadRow(f"the chat template refuses the turns: {_shortened(error)}") from error
+            said = str(error)  # which a template can make of any length
+            if len(said) > _SHOWN_CHARACTERS:
+                said = f"{said[:_SHOWN_CHARACTERS]}..."
+            raise BadRow(f"the chat template refuses the turns: {said}") from error
         return text.replace(_OPEN, "<think>").replace(_CLOSE, "</think>")
 
     def prompts(self, messages: list[Message], tools: Tools) -> list[str]:
@@ -205,12 +208,6 @@ def bounded() -> Iterator[None]:
             f"The chat template takes more than {_SECONDS:g} s, {_GIB:g} GiB of memory or "
             f"{_CHARACTERS:,} characters for one conversation: it is not used."
         ) from error
-
-
-def _shortened(error: Exception) -> str:
-    """The message of an error, which a template can make of any length."""
-    text = str(error)
-    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
 
 def with_system(source: str, said: str) -> str:

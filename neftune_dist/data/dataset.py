@@ -20,7 +20,7 @@ import numpy as np
 
 from neftune_dist.config import DataConfig, UserError, user_path
 from neftune_dist.data import cache
-from neftune_dist.data.documents import Conversations, Documents, DocumentWriter
+from neftune_dist.data.documents import Conversations, Documents, DocumentWriter, origin
 from neftune_dist.data.hashing import digest_of
 from neftune_dist.data.mask_preview import MaskAudit
 from neftune_dist.data.report import Report, SourceReport
@@ -95,6 +95,7 @@ def prepare(
     # Those to train on first.
     named = config.sources | ({"data.held_out_source": config.held_out} if config.held_out else {})
     sources = {key: open_source(given, key, config.ignored) for key, given in named.items()}
+    of_template = template.identity()
     identity = [
         [given.digest, *(getattr(given.config, key) for key in _OF_SOURCES), key in config.sources]
         for key, given in sources.items()
@@ -104,7 +105,7 @@ def prepare(
             "version": _VERSION,
             "sources": identity,
             "settings": {key: getattr(config, key) for key in _DECISIVE},
-            "tokenizer": template.identity(),
+            "tokenizer": of_template,
         }
     )
     root = user_path(config.cache_dir, "data.cache_dir") / "corpora"
@@ -124,8 +125,8 @@ def prepare(
         load(folder, [*sources.values()]),
         identity={
             "dataset": digest_of(identity),
-            "tokenizer": digest_of(template.identity()),
-            "template": digest_of(template.identity()["chat_template"]),
+            "tokenizer": digest_of(of_template),
+            "template": digest_of(of_template["chat_template"]),
         },
         chat_template=template.as_jinja(),
         end_tokens=template.end_of_turn[0],
@@ -176,16 +177,13 @@ class _Builder:
 
     def build(self, folder: Path) -> None:
         """Write an entry into `folder`, which is made."""
-        writer = DocumentWriter(folder)
-        try:
+        with closing(DocumentWriter(folder)) as writer:
             self._write_documents(writer)
-        finally:
-            writer.close()
         stats = writer.stats()
         split = split_documents(stats, self.config, [*self.config.sources.values()])
         writer.write_parts(split.train, split.held_out)
         self.report.content = writer.digest()
-        self._count(stats, split, writer)
+        self._count(stats, split, folder)
         (folder / "report.json").write_text(json.dumps(asdict(self.report), indent=1))
         self.finished = True
 
@@ -216,7 +214,7 @@ class _Builder:
         if never := sorted(set(config.ignored) - ignored):
             raise UserError(f"data.ignore_fields: no row has {never[0]!a}: leave it out.")
 
-    def _count(self, stats: np.ndarray, split: Split, writer: DocumentWriter) -> None:
+    def _count(self, stats: np.ndarray, split: Split, folder: Path) -> None:
         """Report what is trained on and what is left out."""
         report = self.report
         left_out = {"duplicates": split.repeated, "leaked": split.leaked}
@@ -224,8 +222,9 @@ class _Builder:
         for name, indices in left_out.items():
             setattr(report, f"num_{name}", len(indices))
             if len(indices):
-                report.examples[f"num_{name}"] = writer.origin(int(indices[0]))
-        report.num_dropped_duplicates = report.num_duplicates if split.drops_repeated else 0
+                report.examples[f"num_{name}"] = origin(folder, int(indices[0]))
+        if self.config.duplicates == "drop":
+            report.num_dropped_duplicates = report.num_duplicates
         report.num_documents, report.num_held_out = len(split.train), len(split.held_out)
         stats = stats[split.train]
         report.num_tokens = int(stats["lengths"].sum())

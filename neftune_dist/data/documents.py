@@ -81,7 +81,7 @@ class Documents:
 
     def origin(self, index: int) -> tuple[int, str]:
         """The index of a document's source, and the document's place in it."""
-        return _origin(self._folder, int(self._numbers[index]))
+        return origin(self._folder, int(self._numbers[index]))
 
     def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The documents int64 (num_chosen,) concatenated: input_ids int32 and supervised uint8,
@@ -131,8 +131,7 @@ class DocumentWriter:
         self._stats += arrays["stats"].tobytes()
 
     def stats(self) -> np.ndarray:
-        """`STATS` of all documents; no more can be added."""
-        self.close()
+        """`STATS` of all documents."""
         return np.frombuffer(self._stats, STATS)
 
     def write_parts(self, train: np.ndarray, held_out: np.ndarray) -> None:
@@ -152,10 +151,6 @@ class DocumentWriter:
                 kept.write(every.read(lines[i]))
         stored.unlink()
 
-    def origin(self, index: int) -> tuple[int, str]:
-        """The index of a document's source, and its place there; no more can be added."""
-        return _origin(self._folder, index)
-
     def digest(self) -> str:
         """A digest of the training part alone: tokens and masks in order, and how often an epoch
         has each document, however they were made."""
@@ -170,12 +165,13 @@ class DocumentWriter:
         return total.hexdigest()[:24]
 
     def close(self) -> None:
-        """Close the files; a second call does nothing."""
+        """Close the files: nothing more can be added."""
         for file in self._files.values():
             file.close()
 
 
-def _origin(folder: Path, number: int) -> tuple[int, str]:
+def origin(folder: Path, number: int) -> tuple[int, str]:
+    """The index of the source of the document that was written as `number`, and its place there."""
     with (folder / _ORIGINS).open(encoding="utf-8") as file:
         source, place = json.loads(next(islice(file, number, None)))
     return source, place

@@ -18,17 +18,9 @@ import yaml
 
 from neftune_dist.config import BUILTIN_SOURCE, UserError, read_json, user_path
 
-# Kind of file by suffix. Parquet and Arrow compress inside the file, if at all.
-FILE_KINDS = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_SUFFIX = re.compile(r"(\.jsonl?|\.csv|\.tsv)(\.gz|\.zst)?$|(\.parquet|\.arrow)$")
+# Parquet and Arrow compress inside the file, if at all.
+_SUFFIX = re.compile(r"\.(?:(json)l?|(csv)|(tsv))(?:\.gz|\.zst)?$|\.(parquet|arrow)$")
 _READABLE = ".json, .jsonl, .csv or .tsv (.gz and .zst too), .parquet or .arrow"
 # Written by `Dataset.save_to_disk` beside the rows.
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
@@ -61,9 +53,9 @@ class SourceFiles:
 
 
 def file_kind(path: Path) -> str:
-    """One of the values of `FILE_KINDS`, or "" for a file that cannot be read."""
+    """json, csv, tsv, parquet or arrow; "" for a file that cannot be read."""
     found = _SUFFIX.search(path.name.lower())
-    return FILE_KINDS[found[1] or found[3]] if found else ""
+    return found[found.lastindex or 0] if found else ""
 
 
 def is_local(source: str) -> bool:

@@ -73,18 +73,6 @@ class Report:
     examples: dict[str, tuple[int, str]] = field(default_factory=dict)
     audit: MaskAudit = field(default_factory=MaskAudit)
 
-    @property
-    def source(self) -> str:
-        """The names of the sources."""
-        return " + ".join(source.name for source in self.sources)
-
-    @property
-    def bad_rows(self) -> list[str]:
-        """The named bad rows, with the name of their source where there are several."""
-        if len(self.sources) == 1:
-            return self.sources[0].bad_rows
-        return [f"{source.name}, {row}" for source in self.sources for row in source.bad_rows]
-
     @staticmethod
     def of_stored(stored: dict[str, Any]) -> Report:
         """The report that `asdict` made plain values of."""
@@ -134,9 +122,10 @@ class Report:
         """The report as printed lines."""
         supervised = self.num_supervised_tokens / max(1, self.num_tokens)
         several = len(self.sources) > 1
+        name = f"{len(self.sources)} sources" if several else self.sources[0].name
         lines = [
-            f"data: {f'{len(self.sources)} sources' if several else self.source}: {self.num_rows} "
-            f"rows, {self.num_documents} documents to train on, {self.num_held_out} held out",
+            f"data: {name}: {self.num_rows} rows, {self.num_documents} documents to train on, "
+            f"{self.num_held_out} held out",
             f"data: {self.num_tokens} tokens, {supervised:.1%} of them supervised; longest "
             f"document {self.longest_tokens} tokens; end of turn learned in "
             f"{self.audit.end_of_turn_learned:.1%} of documents",

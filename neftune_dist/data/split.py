@@ -30,7 +30,6 @@ class Split:
         repeated: training documents equal to an earlier document.
         leaked: left out because the held-out source has their prompt.
         not_chosen: left out by `max_documents` or a weight below 1.
-        drops_repeated: whether the repeated ones are left out.
     """
 
     train: np.ndarray
@@ -38,7 +37,6 @@ class Split:
     repeated: np.ndarray
     leaked: np.ndarray
     not_chosen: np.ndarray
-    drops_repeated: bool
 
 
 def split_documents(
@@ -93,7 +91,6 @@ def split_documents(
         repeated=np.flatnonzero(repeated),
         leaked=np.flatnonzero(leaked),
         not_chosen=np.flatnonzero(training & (times == 0)),
-        drops_repeated=config.duplicates == "drop",
     )
 
 

@@ -501,13 +501,13 @@ def test_bad_rows_of_many_files_are_named_and_counted(tmp_path: Path, tiny_token
     (folder / "c.json").write_bytes(array([GOOD, {"text": "of another format"}]))
     config = DataConfig(source=str(folder), max_bad_fraction=0.4, cache_dir=str(tmp_path / "cache"))
     report = prepare(config, tiny_tokenizer).report
-    assert report.bad_rows == [
+    assert report.sources[0].bad_rows == [
         "a.jsonl, row 6: field 'output' holds a control character, U+0000, at character 1",
         "b.csv, row 3: 1 values under a header of 2",
         "c.json, row 2: field 'instruction' is missing: the row is of the format text",
     ]
     assert (report.num_rows, report.num_bad_rows, report.num_documents) == (10, 3, 7)
-    assert f"data:   {folder}, {report.bad_rows[1]}" in report.lines()
+    assert f"data:   {folder}, {report.sources[0].bad_rows[1]}" in report.lines()
     config.max_bad_fraction = 0.2
     with pytest.raises(UserError, match=r"3 of 10 rows cannot be used.*; the first: a\.jsonl, row"):
         prepare(config, tiny_tokenizer)

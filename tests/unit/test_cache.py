@@ -56,7 +56,7 @@ def test_the_same_content_under_another_name(
     config = write(numbered(9), "copy.jsonl")
     second = prepare(config, tiny_tokenizer)
     assert second.fingerprint == first.fingerprint
-    assert second.report.source == config.source
+    assert second.report.sources[0].name == config.source
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_every_row_is_accounted_for(write: Callable[..., DataConfig], tiny_token
     assert (report.num_rows, report.num_bad_rows, report.num_truncated) == (24, 2, 1)
     assert (report.num_nothing_to_learn, report.num_dropped_too_long) == (1, 0)
     assert (report.num_documents, report.num_held_out) == (16, 5)
-    assert report.bad_rows == [
+    assert report.sources[0].bad_rows == [
         "row 21: the answer is empty",
         "row 22: field 'output' is missing",
     ]
@@ -309,10 +309,13 @@ def test_cached_report_names_the_files_of_today(tmp_path: Path, tiny_tokenizer: 
     folder = folder.rename(tmp_path / "moved")
     made = prepare(DataConfig(source=str(folder), **settings), tiny_tokenizer)
     assert made.report.sources[0].left_out == ["LICENSE"]
-    assert made.report.source == str(folder)
+    assert made.report.sources[0].name == str(folder)
     (folder / "b.jsonl").rename(folder / "c.jsonl")
     made = prepare(DataConfig(source=str(folder), **settings), tiny_tokenizer)
-    assert [row.partition(",")[0] for row in made.report.bad_rows] == ["a.jsonl", "c.jsonl"]
+    assert [row.partition(",")[0] for row in made.report.sources[0].bad_rows] == [
+        "a.jsonl",
+        "c.jsonl",
+    ]
     assert made.train.origin(1) == (0, "c.jsonl, row 1")
 
 
@@ -808,7 +811,7 @@ def test_alpaca_in_seconds(real_alpaca: Path, smollm2: Any, tmp_path: Path) -> N
     report = made.report
     assert report.num_rows == 15_130 and report.num_bad_rows == 9
     assert report.num_documents + report.num_nothing_to_learn == 15_121
-    assert all(": the answer is empty" in row for row in report.bad_rows)
+    assert all(": the answer is empty" in row for row in report.sources[0].bad_rows)
     assert report.audit.end_of_turn_learned == 1 - report.num_truncated / report.num_documents
     assert seconds < 30  # about 6 of one core
 

@@ -78,7 +78,6 @@ def test_copies_in_the_held_out_source_are_no_duplicates_to_train_on() -> None:
     for duplicates in ("keep", "drop"):
         found = split(stats, held_out_source="b.json", duplicates=duplicates)
         assert found.repeated.tolist() == [3] and found.held_out.tolist() == [4, 5]
-        assert found.drops_repeated == (duplicates == "drop")
         assert found.train.tolist() == ([0, 1, 2] if duplicates == "drop" else [0, 1, 2, 3])
 
 
