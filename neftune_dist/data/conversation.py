@@ -38,7 +38,6 @@ class Conversation:
     Attributes:
         turns: in their order.
         context: the `input` of an Alpaca row, separate from the instruction in the Alpaca prompt.
-        extra: other text fields of the row, kept for evaluation (the built-in set's `task`).
         tools: the functions that the assistant may call: "" or a JSON list in OpenAI's form,
             `{"type": "function", "function": {"name": ..., "parameters": ...}}`.
         text: a document without turns, learned whole, without a template.
@@ -48,7 +47,6 @@ class Conversation:
 
     turns: tuple[Turn, ...]
     context: str = ""
-    extra: tuple[tuple[str, str], ...] = ()
     tools: str = ""
     text: str = ""
     num_left_out: int = 0

@@ -109,7 +109,6 @@ class Conversations:
             file.seek(self._starts[index])
             stored = json.loads(file.readline())
         stored["turns"] = tuple(Turn(*turn) for turn in stored["turns"])
-        stored["extra"] = tuple((key, value) for key, value in stored["extra"])
         return Conversation(**stored)
 
 

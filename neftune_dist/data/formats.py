@@ -126,9 +126,7 @@ def exchange(row: _Row, asked_in: str, answer: Turn) -> Conversation:
     if not asked.strip():
         raise BadRow(f"the {asked_in} is empty")
     fields.refuse_placeholder(asked)
-    extra = (("task", row["task"]),) if isinstance(row.get("task"), str) else ()
-    context = context if context.strip() else ""
-    return _answered((Turn("user", asked), answer), row, context, extra)
+    return _answered((Turn("user", asked), answer), row, context if context.strip() else "")
 
 
 def _has_turns(value: Any) -> bool:
@@ -194,9 +192,7 @@ def _following(turn: Turn) -> tuple[str, ...]:
     return ("assistant", "tool") if turn.role == "tool" else ("assistant",)
 
 
-def _answered(
-    turns: Sequence[Turn], row: _Row, context: str = "", extra: tuple[tuple[str, str], ...] = ()
-) -> Conversation:
+def _answered(turns: Sequence[Turn], row: _Row, context: str = "") -> Conversation:
     """The conversation up to the last answer, with the row's system prompt and tools."""
     answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
     if not answers:
@@ -205,7 +201,7 @@ def _answered(
         raise BadRow("every answer is marked as not to be learned")
     ends = answers[-1] + 1
     turns, left_out = (*_system(row, turns[0]), *turns[:ends]), len(turns) - ends
-    return Conversation(turns, context, extra, read_tools(row), num_left_out=left_out)
+    return Conversation(turns, context, read_tools(row), num_left_out=left_out)
 
 
 def _system(row: _Row, first: Turn) -> tuple[Turn, ...]:

@@ -36,7 +36,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Conversation]] = {
     "alpaca with input": (
         "alpaca",
         {"instruction": "a", "input": "c", "output": "b", "task": "t"},
-        Conversation(ASKED, "c", (("task", "t"),)),
+        Conversation(ASKED, "c"),
     ),
     "alpaca of nothing but an input": (
         "alpaca",
