@@ -112,16 +112,13 @@ def _check_kind(value: Any, kinds: tuple[Any, ...], where: str) -> None:
 
 
 def _instance(value: Any, schema: Any, where: str) -> Any:
-    _check_kind(value, (dict,), where)
-    hints, known = _hints(schema), {field.name: field for field in fields(schema)}
-    for key in value:
-        if key not in known:
-            raise ValueError(f"{brief(key)} is no field of it")
-    for key, field in known.items():
-        if key in value:
-            match_schema(value[key], hints[key], key)
-        elif field.default is MISSING and field.default_factory is MISSING:
-            raise ValueError(f"it lacks {key}")
+    hints, form = _hints(schema), {}
+    for field in fields(schema):
+        is_needed = field.default is MISSING and field.default_factory is MISSING
+        form[field.name if is_needed else f"{field.name}?"] = hints[field.name]
+    match_schema(value, form, where)
+    if unknown := value.keys() - hints.keys():
+        raise ValueError(f"{brief(min(unknown))} is no field of it")
     return schema(**value)
 
 

@@ -1,11 +1,26 @@
-"""The tokenizer that a fast tokenizer wraps, apart from the tokens that it adds to a text."""
+"""What tokenises a text: the tokenizer that a fast one of transformers wraps, or one in Python
+behind the same interface. Neither adds tokens to the text."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import tempfile
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
+
+from neftune_dist.data.errors import BadRow
+
+_MOST_TOKENS = 64  # that are placed together: the bytes of a character, the pieces of a word
+
+
+def backend_of(tokenizer: Any, literal: bool = False) -> Any:
+    """What tokenises for a tokenizer of transformers; `literal` as in `bare`."""
+    fast = tokenizer.is_fast
+    return bare(tokenizer.backend_tokenizer, literal) if fast else SlowBackend(tokenizer, literal)
 
 
 def bare(backend: Any, literal: bool = False) -> Any:
@@ -61,3 +76,78 @@ def drops_characters(backend: Any) -> bool:
     has_bytes = model.byte_fallback if is_bpe else False
     has_bytes = has_bytes or any("ByteLevel" in part for part in before)
     return is_bpe and model.unk_token is None and not has_bytes
+
+
+class _Encoding(NamedTuple):
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+class SlowBackend:
+    """A tokenizer in Python, which gives no character offsets, behind the interface of a fast one.
+
+    Where its tokens stand is found by their texts, in order. A text that they do not spell, up to
+    white space, is a `BadRow`: its mask would be a guess.
+
+    Args:
+        tokenizer: of transformers.
+        literal: whether special tokens in a text are read as plain text.
+    """
+
+    def __init__(self, tokenizer: Any, literal: bool = False) -> None:
+        self._tokenizer, self._literal = tokenizer, literal
+
+    def to_str(self) -> str:
+        """A digest of the vocabulary and of the files that make it."""
+        tokenizer = self._tokenizer
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_vocabulary(folder)
+            files = [path.read_bytes() for path in sorted(Path(folder).iterdir())]
+        added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
+        named = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), added]
+        total = hashlib.sha256(json.dumps(named).encode())
+        for content in files:
+            total.update(hashlib.sha256(content).digest())
+        return total.hexdigest()
+
+    def encode_batch(self, texts: list[str], add_special_tokens: bool = False) -> list[_Encoding]:
+        """The tokens of every text, without special ones around it. Raises `BadRow`."""
+        assert not add_special_tokens
+        return [self._encode(text) for text in texts]
+
+    def _encode(self, text: str) -> _Encoding:
+        tokens = self._tokenizer.tokenize(text, split_special_tokens=self._literal)
+        offsets: list[tuple[int, int]] = []
+        place = 0
+        while len(offsets) < len(tokens):
+            first = len(offsets)
+            for last in range(first + 1, min(first + _MOST_TOKENS, len(tokens)) + 1):
+                found = _place(text, place, self._text(tokens[first:last]))
+                if found:
+                    break
+            else:
+                break
+            offsets += [found] * (last - first)
+            place = found[1]
+        if len(offsets) < len(tokens) or text[place:].strip():
+            raise BadRow(
+                "the tokenizer, which is written in Python, changes the text at "
+                f"{text[place : place + 20].strip()!a}, so what is learned cannot be told apart: "
+                "use a model with a tokenizer.json"
+            )
+        return _Encoding(self._tokenizer.convert_tokens_to_ids(tokens), offsets)
+
+    def _text(self, tokens: list[str]) -> str:
+        text: str = self._tokenizer.convert_tokens_to_string(tokens)
+        return text
+
+
+def _place(text: str, place: int, said: str) -> tuple[int, int] | None:
+    """Where the next tokens stand, which say a text: as it is, or without white space around it."""
+    if not said or "\ufffd" in said:  # a part of a character
+        return None
+    if text.startswith(said, place):
+        return place, place + len(said)
+    begin = len(text) - len(text[place:].lstrip())
+    core = said.strip()
+    return (begin, begin + len(core)) if text.startswith(core, begin) else None

@@ -115,27 +115,26 @@ def checkable(config: Config) -> bool:
 
 
 def _instruction(row: Mapping[str, Any], file: str) -> Instruction:
+    group, num_later = "category", 0
     if "turns" in row:
         turns = row["turns"]
         if not isinstance(turns, list) or not turns:
             raise BadRow(f"field 'turns' is not a list of questions but {type_name(turns)}")
-        first = fields.text({"turns": turns[0]}, "turns")
-        made = exchange({"turns": first}, "turns", _SOME_ANSWER)
-        return _asked(replace(made, num_left_out=len(turns) - 1), row, "category", file)
-    if "question_id" in row and "text" in row:
-        return _asked(exchange(row, "text", _SOME_ANSWER), row, "category", file)
-    named = next((name for name in ("instruction", "Instruction") if name in row), None)
-    if named is None:
-        raise BadRow(
-            f"field 'instruction' is missing; there are {shorten(', '.join(map(str, row)), 80)}"
-        )
-    return _asked(exchange(row, named, _SOME_ANSWER), row, "dataset", file)
-
-
-def _asked(made: Conversation, row: Mapping[str, Any], group: str, file: str) -> Instruction:
+        num_later = len(turns) - 1
+        made = exchange({"turns": turns[0]}, "turns", _SOME_ANSWER)
+    elif "question_id" in row and "text" in row:
+        made = exchange(row, "text", _SOME_ANSWER)
+    else:
+        group = "dataset"
+        named = next((name for name in ("instruction", "Instruction") if name in row), None)
+        if named is None:
+            raise BadRow(
+                f"field 'instruction' is missing; there are {shorten(', '.join(map(str, row)), 80)}"
+            )
+        made = exchange(row, named, _SOME_ANSWER)
     expected = row.get("output") if "generator" not in row else None
     return Instruction(
-        made,
+        replace(made, num_left_out=num_later),
         next(str(m["content"]) for m in made.messages() if m["role"] == "user"),
         str(row.get(group) or file),
         fields.text(row, "output") if expected else None,

@@ -156,7 +156,7 @@ def collate(
     within = token - np.repeat(ends - lengths, lengths)
     # The place of every token among the flattened rows, (num_tokens,).
     rows = 1 if packing else len(lengths)
-    width = int(_row_width(lengths.sum() if packing else lengths.max(), slices * multiple))
+    width = _row_width(int(lengths.sum() if packing else lengths.max()), slices * multiple)
     tail = width - len(ids) if packing else 0
     place = token if packing else np.repeat(np.arange(rows) * width, lengths) + within
     input_ids, position_ids, mask, segment, token_length = np.zeros((5, rows * width), np.int64)
@@ -183,8 +183,8 @@ def collate(
     )
 
 
-def _row_width(tokens: Any, multiple: int) -> Any:
-    """Tokens of a row, or of many, padded to a multiple."""
+def _row_width(tokens: int, multiple: int) -> int:
+    """Tokens of a row, padded to a multiple."""
     return tokens + -tokens % multiple
 
 
@@ -221,16 +221,13 @@ class _Assembler:
 
     def num_computed_tokens(self, lengths: np.ndarray, rounds: Rounds) -> int:
         """Tokens of all ranks' micro-batches of documents of these lengths, padding included."""
-        groups = [group for ranks in rounds for group in ranks]
-        rows = np.array([len(group) for group in groups])
-        documents = np.fromiter(chain.from_iterable(groups), np.int64, len(lengths))
-        batch = np.repeat(np.arange(len(groups)), rows)
-        tokens = np.zeros(len(groups), np.int64)
-        gather = np.add if self.config.data.packing else np.maximum
-        gather.at(tokens, batch, lengths[documents])
-        tokens[rows == 0] = _EMPTY_TOKENS * self.part[1]
-        widths = _row_width(tokens, self.part[1] * token_multiple(self.config))
-        return int((widths if self.config.data.packing else widths * np.maximum(rows, 1)).sum())
+        packing, slices, known = self.config.data.packing, self.part[1], lengths.tolist()
+        total, multiple = 0, slices * token_multiple(self.config)
+        for group in chain.from_iterable(rounds):
+            of_group = [known[i] for i in group] or [_EMPTY_TOKENS * slices]
+            num_rows, tokens = (1, sum(of_group)) if packing else (len(of_group), max(of_group))
+            total += num_rows * _row_width(tokens, multiple)
+        return total
 
 
 class Loader:

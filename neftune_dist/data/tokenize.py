@@ -18,12 +18,16 @@ import numpy as np
 
 from neftune_dist.config import DataConfig, UserError
 from neftune_dist.data import prompt_templates
-from neftune_dist.data.backend import drops_characters, prefix_ids, unknown_character
+from neftune_dist.data.backend import (
+    backend_of,
+    drops_characters,
+    prefix_ids,
+    unknown_character,
+)
 from neftune_dist.data.chat_template import ChatTemplate, bounded, read_template, with_system
 from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.errors import BadRow
 from neftune_dist.data.loss_mask import LossMask
-from neftune_dist.data.slow_backend import backend_of
 from neftune_dist.data.spans import SPEAKERS, TEXT, Chunk, Rendered, Span
 
 # Conversations on which a fixed prompt in Jinja is compared with the tokens made here.

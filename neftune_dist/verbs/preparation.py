@@ -30,6 +30,8 @@ from neftune_dist.config import (
 )
 from neftune_dist.distributed import outcome
 
+_flushed = partial(print, flush=True)
+
 
 @verb(
     argument("key", nargs="?", default="", metavar="KEY", help="such as noise or noise.alpha"),
@@ -159,7 +161,3 @@ def _doctor(run_dir: Path, model: str | None) -> int:
     from neftune_dist.cluster.doctor.run import doctor
 
     return doctor(run_dir, model)
-
-
-def _flushed(line: str) -> None:
-    print(line, flush=True)

@@ -16,11 +16,10 @@ from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from neftune_dist.config import UserError
-from neftune_dist.data.backend import bare
+from neftune_dist.data.backend import SlowBackend, bare
 from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.errors import BadRow
 from neftune_dist.data.formats import detect_format, to_conversation
-from neftune_dist.data.slow_backend import SlowBackend
 from neftune_dist.data.spans import Chunk, Rendered, Span
 from neftune_dist.data.tokenize import ConversationTokenizer, _masks
 from tests.support import tiny_model
