@@ -134,7 +134,7 @@ class ConversationTokenizer:
     def prompt_ids(self, conversation: Conversation) -> list[int]:
         """The tokens before the first answer, as its document begins."""
         *asked, answer = conversation.turns[: len(conversation.opening()) + 1]
-        turns = (*asked, answer._replace(learned=True))
+        turns = (*asked, Turn(*answer[:-1], learned=True))
         return self._before_last_answer(replace(conversation, turns=turns))
 
     def reply_ids(self, turns: Sequence[Turn]) -> list[int]:
