@@ -115,9 +115,7 @@ def read_inputs(
         if towers := load.open_towers(model, folder, config.model):
             digests["towers"] = towers.digest_others(part)
     identity |= {kind: _xor_over_ranks(digest, world) for kind, digest in digests.items()}
-    if config.engine.name == "auto":
-        config, why = choose_engine(config, model, world.device_bytes(), world.size)
-        world.log(f"engine.name=auto: {config.engine.name}, {why}")
+    config = _with_engine(config, model, world)
     progress = Progress()
     changes: list[str] = []
     with world.agree():
@@ -151,6 +149,15 @@ def read_inputs(
         prompts=prompts,
         changes=changes,
     )
+
+
+def _with_engine(config: Config, model: Any, world: World) -> Config:
+    """The configuration with `engine.name=auto` decided, alike on all ranks."""
+    if config.engine.name != "auto":
+        return config
+    config, why = choose_engine(config, model, world.device_bytes(), world.size)
+    world.log(f"engine.name=auto: {config.engine.name}, {why}")
+    return config
 
 
 def check_vocabulary(model: Any, tokenizer: Any) -> None:
