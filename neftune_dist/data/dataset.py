@@ -119,8 +119,7 @@ def prepare(
             f"The tokenised data cannot be written to data.cache_dir={config.cache_dir}: "
             f"{getattr(error, 'strerror', None) or error}."
         ) from error
-    if builder.finished:
-        shutil.rmtree(builder.shards, ignore_errors=True)
+    shutil.rmtree(builder.shards, ignore_errors=True)
     dataset = replace(
         load(folder, [*sources.values()]),
         identity={
@@ -172,7 +171,7 @@ class _Builder:
         progress: Callable[[str], None],
     ) -> None:
         self.config, self.given, self.template, self.shards = config, given, template, shards
-        self.progress, self.finished = progress, False
+        self.progress = progress
         self.report = Report([SourceReport(s.name, left_out=[*s.left_out]) for s in given])
 
     def build(self, folder: Path) -> None:
@@ -185,7 +184,6 @@ class _Builder:
         self.report.content = writer.digest()
         self._count(stats, split, folder)
         (folder / "report.json").write_text(json.dumps(asdict(self.report), indent=1))
-        self.finished = True
 
     def _write_documents(self, writer: DocumentWriter) -> None:
         """Write all documents of all sources."""

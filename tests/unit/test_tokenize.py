@@ -136,6 +136,17 @@ def test_real_answers(
         assert np.flatnonzero(made.supervised)[0] == len(prompt)
 
 
+def test_prompt_does_not_depend_on_whether_its_answer_is_learned(smollm2: Any) -> None:
+    template = make(smollm2, template="alpaca")
+    asked, answer = conversation("Hi", '"Hello!"').turns
+    prompts = [
+        template.prompt_ids(Conversation((asked, Turn(*answer[:-1], learned=is_learned))))
+        for is_learned in (True, False)
+    ]
+    assert prompts[0] == prompts[1]
+    assert smollm2.decode(prompts[0]).endswith("### Response:")
+
+
 def test_supervise_all(smollm2: Any, llama2: Any) -> None:
     for template in (
         make(smollm2, supervise="all"),
