@@ -17,7 +17,8 @@ Run = TypeVar("Run", bound=Callable[..., int])
 Argument = tuple[tuple[str, ...], dict[str, Any]]
 
 
-# By name: what runs a verb, which takes its arguments by name and returns the exit code; and them.
+# Verbs by their names: the function, which takes the arguments by name and returns the exit code,
+# and the arguments.
 VERBS: dict[str, tuple[Callable[..., int], tuple[Argument, ...]]] = {}
 
 

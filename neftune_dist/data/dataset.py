@@ -7,6 +7,7 @@ once. Nothing here is a collective.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -21,7 +22,6 @@ import numpy as np
 from neftune_dist.config import DataConfig, UserError, user_path
 from neftune_dist.data import cache
 from neftune_dist.data.documents import Conversations, Documents, DocumentWriter, origin
-from neftune_dist.data.hashing import digest_of
 from neftune_dist.data.mask_preview import MaskAudit
 from neftune_dist.data.report import Report, SourceReport
 from neftune_dist.data.shard_pool import ShardPool
@@ -100,7 +100,7 @@ def prepare(
         [given.digest, *(getattr(given.config, key) for key in _OF_SOURCES), key in config.sources]
         for key, given in sources.items()
     ]
-    fingerprint = digest_of(
+    fingerprint = _digest(
         {
             "version": _VERSION,
             "sources": identity,
@@ -123,9 +123,9 @@ def prepare(
     dataset = replace(
         load(folder, [*sources.values()]),
         identity={
-            "dataset": digest_of(identity),
-            "tokenizer": digest_of(of_template),
-            "template": digest_of(of_template["chat_template"]),
+            "dataset": _digest(identity),
+            "tokenizer": _digest(of_template),
+            "template": _digest(of_template["chat_template"]),
         },
         chat_template=template.as_jinja(),
         end_tokens=template.end_of_turn[0],
@@ -133,6 +133,10 @@ def prepare(
     for source, counted in zip(sources.values(), dataset.report.sources, strict=True):
         dataset.report.refuse_useless(counted, source.key, config)
     return dataset
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def load(folder: Path, given: Sequence[Source]) -> Dataset:

@@ -36,7 +36,7 @@ _PAIRS = (
 # Texts that a question is about, by the name of the question's field.
 _CONTEXTS = {"instruction": ("input", "context"), "question": ("context",)}
 _SYSTEM = ("system", "system_prompt", "system_message")
-_TASK_WORDS = 3  # of the name of a kind of task
+_TASK_WORDS = 3  # a longer field `task` is an instruction, not the name of a kind of task
 # About the characters of a document of 2^20 tokens, the largest `data.max_length`.
 _MOST_CHARACTERS = 4 * 2**20
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from neftune_dist.config import TrainConfig, UserError
-from neftune_dist.data.hashing import GAMMA, splitmix64
 
 # The name of the order, recorded in checkpoints: a run is not resumed in another one. It changes
 # where the same data, seed and step give other documents.
@@ -27,6 +26,16 @@ ORDER = "feistel-1"
 # documents, some are more frequent than others with 8 rounds, none is with 12.
 _ROUNDS = 12
 DEFAULT_EPOCHS = 3.0  # the paper's (appendix A)
+GAMMA = 0x9E3779B97F4A7C15  # the step from one state of SplitMix64 to the next
+
+
+def splitmix64(state: np.ndarray) -> np.ndarray:
+    """The output function of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), uint64 to uint64: a hash
+    that depends on no library's version, as the order of training must not."""
+    z = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: np.ndarray = z ^ (z >> np.uint64(31))
+    return mixed
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 
 from neftune_dist.config import DataConfig, SourceConfig, UserError
 from neftune_dist.data.documents import Documents
-from neftune_dist.data.hashing import GAMMA, splitmix64
+from neftune_dist.data.sampler import GAMMA, splitmix64
 
 # Keys that make the choices by cap, by fractional weight and of a sample independent.
 _CAP, _FRACTION, _SAMPLE = 1, 2, 3

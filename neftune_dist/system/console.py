@@ -28,7 +28,8 @@ class _Lossy(io.FileIO):
 
 
 def protect() -> None:
-    """Make this process's standard streams such; those that a caller has replaced stay."""
+    """Have writes to standard output and error always succeed, unless a caller has replaced
+    them."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

@@ -42,7 +42,7 @@ _SCRIPT = r"""_neftune_dist() {{
 complete -o nospace -o default -F _neftune_dist neftune-dist"""
 
 
-# Of a verb's arguments: config is a configuration's name, or one's to begin from.
+# What completes a verb's arguments without a flag.
 _POSITIONAL = {"config": ["$configs"], "name": ["$configs"], "settings": ["$settings"]}
 _NO_FILES = dict.fromkeys(("config", "completion"), " files=''")
 
