@@ -35,18 +35,10 @@ def choice(*values: Any) -> Any:
     return field(default=values[0], metadata={"choices": values})
 
 
-def number(
-    default: float | None,
-    *,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float = math.inf,
-) -> Any:
-    """A field for a finite number within bounds, which are named as in `operator` and pydantic."""
-    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
-    given = {name: bound for name, bound in bounds.items() if bound is not None}
-    return field(default=default, metadata={"bounds": given})
+def number(default: float | None, **bounds: float) -> Any:
+    """A field for a finite number within bounds, which are named as in `operator` and pydantic: ge,
+    gt, le, lt."""
+    return field(default=default, metadata={"bounds": {**bounds, "lt": bounds.get("lt", math.inf)}})
 
 
 def path(default: str | None) -> Any:

@@ -64,16 +64,14 @@ def _init(name: str | None, settings: Words, output: Path | None, slurm: bool) -
     if (name is None) != slurm:
         raise UserError("init needs the NAME of a run, or --slurm alone for the batch scripts.")
     if name is None:
-        made = copy_batch_scripts(output)
-    else:
-        from neftune_dist.planning.starter import write_configuration
+        for path in copy_batch_scripts(output):
+            print(f"made {path}")
+        return outcome.EXIT_DONE
+    from neftune_dist.planning.starter import write_configuration
 
-        made = [write_configuration(name, settings, output)]
-    for path in made:
-        print(f"made {path}")
-    if name is not None:
-        file = shlex.quote(str(made[0]))
-        print(f"next: neftune-dist plan {file}; neftune-dist launch {file}")
+    made = write_configuration(name, settings, output)
+    file = shlex.quote(str(made))
+    print(f"made {made}\nnext: neftune-dist plan {file}; neftune-dist launch {file}")
     return outcome.EXIT_DONE
 
 
