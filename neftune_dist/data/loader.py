@@ -189,35 +189,38 @@ def _row_width(tokens: int, multiple: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Assembler:
-    """Makes the micro-batches of one rank from documents.
+class BatchLayout:
+    """What decides the micro-batches of a rank, beside the documents.
 
-    rank, world_size: among ranks that do not share documents.
-    part: (index, count) of this rank's slice of a micro-batch.
+    Attributes:
+        config: of the run.
+        rank, world_size: among ranks that do not share documents.
+        quadratic_tokens: as `assign_documents` takes it.
+        device: where the batches are trained on; for a GPU they are pinned.
+        part: (index, count) of this rank's slice of a micro-batch.
     """
 
-    documents: Documents
     config: Config
     rank: int
     world_size: int
     quadratic_tokens: float
-    part: tuple[int, int]
+    device: torch.device = _CPU
+    part: tuple[int, int] = (0, 1)
 
-    def assign(self, indices: np.ndarray) -> Rounds:
-        """The documents' places in micro-batches, over all ranks."""
-        return assign_documents(
-            self.documents.lengths[indices],
-            self.world_size,
-            self.config.train.micro_batch_tokens * self.part[1],
-            self.config.data.packing,
-            self.quadratic_tokens,
-        )
+    def assign(self, lengths: np.ndarray) -> Rounds:
+        """The places of documents of these lengths in micro-batches, over all ranks."""
+        tokens, packing = self.config.train.micro_batch_tokens, self.config.data.packing
+        tokens *= self.part[1]
+        return assign_documents(lengths, self.world_size, tokens, packing, self.quadratic_tokens)
 
-    def micro_batch(self, indices: np.ndarray, epochs: np.ndarray) -> MicroBatch:
+    def micro_batch(
+        self, documents: Documents, indices: np.ndarray, epochs: np.ndarray
+    ) -> MicroBatch:
         """This rank's slice of the micro-batch of some documents."""
         packing, multiple = self.config.data.packing, token_multiple(self.config)
-        batch = collate(self.documents, indices, epochs, packing, self.part[1], multiple)
-        return batch if self.part[1] == 1 else batch.slice(*self.part)
+        batch = collate(documents, indices, epochs, packing, self.part[1], multiple)
+        own = batch if self.part[1] == 1 else batch.slice(*self.part)
+        return own.pinned() if self.device.type == "cuda" else own
 
     def num_computed_tokens(self, lengths: np.ndarray, rounds: Rounds) -> int:
         """Tokens of all ranks' micro-batches of documents of these lengths, padding included."""
@@ -236,82 +239,50 @@ class Loader:
     Args:
         documents: the training part.
         sampler: the documents of every step.
-        config: of the run.
-        rank, world_size: among ranks that do not share documents.
-        quadratic_tokens: as `assign_documents` takes it.
-        device: where the batches are trained on; for a GPU they are pinned.
-        part: (index, count) of this rank's slice of a micro-batch.
+        layout: decides the micro-batches.
     """
 
-    def __init__(
-        self,
-        documents: Documents,
-        sampler: Sampler,
-        config: Config,
-        rank: int,
-        world_size: int,
-        quadratic_tokens: float,
-        device: torch.device = _CPU,
-        part: tuple[int, int] = (0, 1),
-    ) -> None:
-        self.documents, self.sampler, self.device = documents, sampler, device
-        self._assembler = _Assembler(documents, config, rank, world_size, quadratic_tokens, part)
+    def __init__(self, documents: Documents, sampler: Sampler, layout: BatchLayout) -> None:
+        self.documents, self.sampler, self.layout = documents, sampler, layout
 
     def step(self, step: int) -> StepBatch:
         """This rank's part of a step: a pure function of the step."""
-        assembler = self._assembler
+        documents, layout = self.documents, self.layout
         indices, epochs = self.sampler.documents(step)
-        lengths = self.documents.lengths[indices]
-        rounds = assembler.assign(indices)
-        own = [np.array(groups[assembler.rank], dtype=np.int64) for groups in rounds]
+        lengths = documents.lengths[indices]
+        rounds = layout.assign(lengths)
+        own = [np.array(groups[layout.rank], dtype=np.int64) for groups in rounds]
         return StepBatch(
             step=step,
-            micro_batches=[assembler.micro_batch(indices[g], epochs[g]) for g in own],
+            micro_batches=[layout.micro_batch(documents, indices[g], epochs[g]) for g in own],
             num_documents=len(indices),
             num_tokens=int(lengths.sum()),
-            num_supervised_tokens=int(self.documents.num_supervised[indices].sum()),
-            num_computed_tokens=assembler.num_computed_tokens(lengths, rounds),
+            num_supervised_tokens=int(documents.num_supervised[indices].sum()),
+            num_computed_tokens=layout.num_computed_tokens(lengths, rounds),
             sum_squared_lengths=int((lengths**2).sum()),
         )
 
     def steps(self, first: int) -> Iterator[StepBatch]:
         """Steps from `first` to the sampler's last."""
-        return _prefetch(self._prepare, range(first, self.sampler.num_steps), self.device)
-
-    def _prepare(self, step: int) -> StepBatch:
-        batch = self.step(step)
-        pinned = [_pinned_for(micro_batch, self.device) for micro_batch in batch.micro_batches]
-        return replace(batch, micro_batches=pinned)
+        return _prefetch(self.step, range(first, self.sampler.num_steps), self.layout.device)
 
 
 def evaluation_batches(
-    documents: Documents,
-    indices: np.ndarray,
-    config: Config,
-    rank: int,
-    world_size: int,
-    quadratic_tokens: float,
-    device: torch.device = _CPU,
-    part: tuple[int, int] = (0, 1),
+    documents: Documents, indices: np.ndarray, layout: BatchLayout
 ) -> Iterator[MicroBatch]:
     """This rank's micro-batches over a fixed set of documents, assigned like those of a step and
     prepared ahead.
 
     Args:
         documents, indices: int64 (num_documents,) in that part.
-        config, rank, world_size, quadratic_tokens, device, part: as `Loader` takes them.
+        layout: decides the micro-batches.
     """
-    assembler = _Assembler(documents, config, rank, world_size, quadratic_tokens, part)
 
     def prepare(groups: Sequence[Sequence[int]]) -> MicroBatch:
-        chosen = indices[list(groups[rank])]
-        return _pinned_for(assembler.micro_batch(chosen, np.zeros_like(chosen)), device)
+        chosen = indices[list(groups[layout.rank])]
+        return layout.micro_batch(documents, chosen, np.zeros_like(chosen))
 
-    return _prefetch(prepare, assembler.assign(indices), device)
-
-
-def _pinned_for(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    return batch.pinned() if device.type == "cuda" else batch
+    return _prefetch(prepare, layout.assign(documents.lengths[indices]), layout.device)
 
 
 def _prefetch(

@@ -8,28 +8,21 @@ from typing import Any
 
 import torch
 
-from neftune_dist.config import Config, EvaluateConfig
+from neftune_dist.config import EvaluateConfig
 from neftune_dist.data.documents import Documents
-from neftune_dist.data.loader import evaluation_batches
+from neftune_dist.data.loader import BatchLayout, evaluation_batches
 from neftune_dist.data.split import sample_documents
-from neftune_dist.distributed.world import Sharing, World
+from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import Engine
 
 
 class HeldOut:
     """The held-out documents of a run."""
 
-    def __init__(
-        self,
-        documents: Documents,
-        config: Config,
-        world: World,
-        sharing: Sharing,
-        quadratic_tokens: float,
-    ) -> None:
-        self.indices = sample_documents(documents, config.evaluate.max_documents or len(documents))
-        self.documents, self.config, self.world = documents, config, world
-        self.sharing, self.quadratic_tokens = sharing, quadratic_tokens
+    def __init__(self, documents: Documents, layout: BatchLayout, world: World) -> None:
+        most = layout.config.evaluate.max_documents or len(documents)
+        self.indices = sample_documents(documents, most)
+        self.documents, self.layout, self.world = documents, layout, world
 
     def evaluate(self, engine: Engine, stop_requested: Callable[[], bool]) -> dict[str, Any] | None:
         """Return `held_out_loss`, its perplexity and the counts: a collective of all ranks. None
@@ -48,17 +41,7 @@ class HeldOut:
         """This rank's sum of token losses. All ranks have the same number of batches, and give up
         before the same one."""
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        batches = evaluation_batches(
-            self.documents,
-            self.indices,
-            self.config,
-            self.sharing.data_rank,
-            self.sharing.data_size,
-            self.quadratic_tokens,
-            self.world.device,
-            self.sharing.part,
-        )
-        for batch in batches:
+        for batch in evaluation_batches(self.documents, self.indices, self.layout):
             if self.world.any(stop_requested()):
                 return None
             loss_sum += engine.forward(

@@ -19,7 +19,7 @@ from neftune_dist.checkpoint import flat, resume, store
 from neftune_dist.checkpoint.run_files import claim
 from neftune_dist.checkpoint.saver import Saver
 from neftune_dist.config import Config, UserError, check_packages, user_path
-from neftune_dist.data.loader import Loader
+from neftune_dist.data.loader import BatchLayout, Loader
 from neftune_dist.distributed import outcome
 from neftune_dist.distributed.outcome import EXIT_DONE, EXIT_STOPPED
 from neftune_dist.distributed.signals import Stopped, StopSignal
@@ -69,12 +69,12 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
     with world.agree():
         sharing = world.share(config.engine.sequence_parallel)
         share_sequences(sharing.group, inputs.model.config)
-    loader = _make_loader(config, inputs, sharing, world)
+    layout = _batch_layout(config, inputs, sharing, world)
+    loader, held_out = Loader(inputs.dataset.train, inputs.sampler, layout), inputs.dataset.held_out
     for line in data_lines(inputs.dataset, inputs.sampler, loader):
         world.log(line)
-    patience = config.train.patience
     if not inputs.evaluation_due and (
-        inputs.progress.step >= num_steps or inputs.progress.lost_patience(patience)
+        inputs.progress.step >= num_steps or inputs.progress.lost_patience(config.train.patience)
     ):
         world.log(f"done: {_end(inputs.progress, num_steps)}; nothing is left to train")
         return EXIT_DONE
@@ -107,7 +107,7 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
         loader=loader,
         recorder=recorder,
         size=inputs.size,
-        held_out=_make_held_out(config, inputs, sharing, world),
+        held_out=HeldOut(held_out, layout, world) if len(held_out) else None,
         samples=SampleAnswers(inputs.prompts, config, world) if inputs.prompts else None,
         saver=saver,
         watchdog=watchdog,
@@ -167,24 +167,10 @@ def _end(progress: Progress, num_steps: int) -> str:
     )
 
 
-def _make_loader(config: Config, inputs: Inputs, sharing: Sharing, world: World) -> Loader:
-    return Loader(
-        inputs.dataset.train,
-        inputs.sampler,
-        config,
-        sharing.data_rank,
-        sharing.data_size,
-        inputs.size.quadratic_tokens,
-        world.device,
-        sharing.part,
-    )
-
-
-def _make_held_out(
-    config: Config, inputs: Inputs, sharing: Sharing, world: World
-) -> HeldOut | None:
-    documents, quadratic_tokens = inputs.dataset.held_out, inputs.size.quadratic_tokens
-    return HeldOut(documents, config, world, sharing, quadratic_tokens) if len(documents) else None
+def _batch_layout(config: Config, inputs: Inputs, sharing: Sharing, world: World) -> BatchLayout:
+    rank, world_size, part = sharing.data_rank, sharing.data_size, sharing.part
+    quadratic_tokens = inputs.size.quadratic_tokens
+    return BatchLayout(config, rank, world_size, quadratic_tokens, world.device, part)
 
 
 def _make_engine(

@@ -35,7 +35,7 @@ from transformers import AutoTokenizer
 from neftune_dist.config import Config, DataConfig, TrainConfig
 from neftune_dist.data.dataset import prepare
 from neftune_dist.data.documents import Documents
-from neftune_dist.data.loader import Loader
+from neftune_dist.data.loader import BatchLayout, Loader
 from neftune_dist.data.packing import assign_documents
 from neftune_dist.data.sampler import make_sampler
 from neftune_dist.distributed.straggler import Streaks, relative_speeds
@@ -128,7 +128,9 @@ def documents() -> None:
             tracemalloc.start()
             config = Config(train=TrainConfig(max_steps=10**5))
             sampler = make_sampler(config.train, number, "x")
-            loader = Loader(Documents(Path(folder), "train"), sampler, config, 0, 8, 2e4)
+            loader = Loader(
+                Documents(Path(folder), "train"), sampler, BatchLayout(config, 0, 8, 2e4)
+            )
             loader.step(99_000)
             peak = tracemalloc.get_traced_memory()[1] / 2**20
             tracemalloc.stop()

@@ -22,7 +22,7 @@ import transformers
 from torch import Tensor
 
 from neftune_dist.config import Config, UserError, load_config
-from neftune_dist.data.loader import Loader, MicroBatch, StepBatch
+from neftune_dist.data.loader import BatchLayout, Loader, MicroBatch, StepBatch
 from neftune_dist.data.sampler import make_sampler
 from neftune_dist.distributed.world import World
 from neftune_dist.engine import make_engine
@@ -153,7 +153,7 @@ def prepare_step(part: Part, size: Size, folder: Path) -> tuple[Config, RandomDo
         ],
     )
     sampler = make_sampler(config.train, len(lengths), "random")
-    loader = Loader(documents, sampler, config, 0, 1, quadratic_tokens=1e5)
+    loader = Loader(documents, sampler, BatchLayout(config, 0, 1, quadratic_tokens=1e5))
     return config, documents, loader
 
 

@@ -33,7 +33,7 @@ import torch
 
 from neftune_dist.config import Config, load_config
 from neftune_dist.data.dataset import prepare
-from neftune_dist.data.loader import Loader, StepBatch
+from neftune_dist.data.loader import BatchLayout, Loader, StepBatch
 from neftune_dist.data.sampler import make_sampler
 from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import MASTER
@@ -71,7 +71,8 @@ def open_loader(config: Config) -> tuple[Any, ModelSize, Loader]:
     dataset = prepare(config.data, load.load_tokenizer(folder, config.model), lambda _: None)
     sampler = make_sampler(config.train, len(dataset.train), dataset.content)
     size = model_size(model)
-    return model, size, Loader(dataset.train, sampler, config, 0, 1, size.quadratic_tokens)
+    layout = BatchLayout(config, 0, 1, size.quadratic_tokens)
+    return model, size, Loader(dataset.train, sampler, layout)
 
 
 def ours(args: argparse.Namespace, seed: int) -> dict[str, Any]:

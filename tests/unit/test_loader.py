@@ -6,6 +6,7 @@ import itertools
 import queue
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from neftune_dist.config import Config, DataConfig, ModelConfig, TrainConfig
 from neftune_dist.data.dataset import Dataset, prepare
 from neftune_dist.data.documents import Documents
-from neftune_dist.data.loader import Loader, MicroBatch, collate, evaluation_batches
+from neftune_dist.data.loader import BatchLayout, Loader, MicroBatch, collate, evaluation_batches
 from neftune_dist.data.sampler import make_sampler
 from neftune_dist.noise.layout import TokenLayout
 from neftune_dist.training.loop import dropout_seed
@@ -37,7 +38,7 @@ def loader(
     train = {"global_batch_size": 24, "micro_batch_tokens": 256, "max_steps": 200, **train}
     config = Config(data=DataConfig(packing=packing), train=TrainConfig(**train))
     sampler = make_sampler(config.train, len(dataset.train), dataset.content)
-    return Loader(dataset.train, sampler, config, rank, world_size, QUADRATIC_TOKENS)
+    return Loader(dataset.train, sampler, BatchLayout(config, rank, world_size, QUADRATIC_TOKENS))
 
 
 def same(one: Any, two: Any) -> bool:
@@ -269,14 +270,15 @@ def test_batches_for_a_gpu_are_pinned_by_the_thread(
     made = loader(dataset, max_steps=3)
     plain = list(made.steps(0))
     assert not pinned and not threads
-    made.device = torch.device("cuda", 3)
+    made.layout = replace(made.layout, device=torch.device("cuda", 3))
     batches = list(made.steps(0))
     assert same(batches, plain)
     micro = [m for batch in batches for m in batch.micro_batches]
     held_out, indices = dataset.held_out, np.arange(len(dataset.held_out))
-    words = (held_out, indices, Config(), 0, 1, QUADRATIC_TOKENS)
-    evaluated = list(evaluation_batches(*words, torch.device("cuda", 3)))
-    assert same(evaluated, list(evaluation_batches(*words)))
+    layout = BatchLayout(Config(), 0, 1, QUADRATIC_TOKENS)
+    on_gpu = replace(layout, device=torch.device("cuda", 3))
+    evaluated = list(evaluation_batches(held_out, indices, on_gpu))
+    assert same(evaluated, list(evaluation_batches(held_out, indices, layout)))
     micro += evaluated
     tensors = [t for m in micro for t in vars(m).values() if isinstance(t, torch.Tensor)]
     assert {id(t) for t in tensors} == pinned
@@ -309,8 +311,10 @@ def test_evaluation_takes_each_document_once(
     config = Config(data=DataConfig(packing=packing), train=TrainConfig(micro_batch_tokens=200))
     indices = np.arange(len(dataset.held_out))
     ranks = [
-        list(evaluation_batches(dataset.held_out, indices, config, r, world_size, QUADRATIC_TOKENS))
-        for r in range(world_size)
+        list(evaluation_batches(dataset.held_out, indices, layout))
+        for layout in (
+            BatchLayout(config, r, world_size, QUADRATIC_TOKENS) for r in range(world_size)
+        )
     ]
     assert len({len(batches) for batches in ranks}) == 1
     seen = [d for batches in ranks for batch in batches for d in batch.documents.tolist()]
@@ -420,7 +424,9 @@ def test_slices_share_the_micro_batches_of_several_ranks_memory(
     of_document = dataset.train.lengths[sampler.documents(0)[0]]
     assert of_document.max() > config.train.micro_batch_tokens
     steps = [
-        Loader(dataset.train, sampler, config, r, 2, QUADRATIC_TOKENS, part=(i, 2)).step(0)
+        Loader(
+            dataset.train, sampler, BatchLayout(config, r, 2, QUADRATIC_TOKENS, part=(i, 2))
+        ).step(0)
         for r in range(2)
         for i in range(2)
     ]
@@ -431,8 +437,8 @@ def test_slices_share_the_micro_batches_of_several_ranks_memory(
     assert steps[0].num_computed_tokens > steps[0].num_tokens == of_document.sum()
     held_out, indices = dataset.held_out, np.arange(len(dataset.held_out))
     evaluated = [
-        list(evaluation_batches(held_out, indices, config, 0, 1, QUADRATIC_TOKENS, part=(i, 2)))
-        for i in range(2)
+        list(evaluation_batches(held_out, indices, layout))
+        for layout in (BatchLayout(config, 0, 1, QUADRATIC_TOKENS, part=(i, 2)) for i in range(2))
     ]
     targets = sum(len(batch.targets) for part in evaluated for batch in part)
     assert targets == held_out.num_supervised.sum()
@@ -446,12 +452,13 @@ def test_float8_fills_the_batches_of_a_run(dataset: Dataset, packing: bool) -> N
         model=ModelConfig(float8="tensorwise"),
     )
     sampler = make_sampler(config.train, len(dataset.train), dataset.content)
-    loader = Loader(dataset.train, sampler, config, 0, 1, QUADRATIC_TOKENS)
+    layout = BatchLayout(config, 0, 1, QUADRATIC_TOKENS)
+    loader = Loader(dataset.train, sampler, layout)
     batch = loader.step(0)
     computed = sum(micro_batch.input_ids.numel() for micro_batch in batch.micro_batches)
     assert computed == batch.num_computed_tokens
     indices = np.arange(len(dataset.held_out))
-    held_out = evaluation_batches(dataset.held_out, indices, config, 0, 1, QUADRATIC_TOKENS)
+    held_out = evaluation_batches(dataset.held_out, indices, layout)
     assert all(
         micro_batch.input_ids.shape[1] % 16 == 0
         for micro_batch in [*batch.micro_batches, *held_out]
