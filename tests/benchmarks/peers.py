@@ -11,7 +11,8 @@ TRL runs twice in each layout: as it comes (8 rows a forward pass, or all of the
 are fewer), and at its best: without recomputation of activations (gradient_checkpointing, which TRL
 turns on and this package does not) and, padded, with the sampler that fills micro-batches by length
 (batch_rebalance; its order is its own, so its documents are others), packed, one row a forward
-pass. Packed rows are TRL's `bfd`.
+pass. Packed rows are TRL's `bfd`. Both run compiled, too: `model.compile` against TRL's
+`torch_compile` beside what it is at its best with.
 
 usage: python tests/benchmarks/peers.py MODEL_DIR DATA [--rounds 3] [--alpha 5] [...]
        python tests/benchmarks/peers.py MODEL_DIR DATA --noise      what the noise costs of a step
@@ -52,13 +53,16 @@ from runs import (
     train,
 )
 
-OURS = "neftune_dist"
+OURS = {"neftune_dist": [], "neftune_dist, compiled": ["model.compile=true"]}
 _AT_ITS_BEST = {"gradient_checkpointing": False}
+_PADDED_BEST = {"train_sampling_strategy": "batch_rebalance", **_AT_ITS_BEST}
 TRL: dict[str, dict[str, Any]] = {
     "TRL padded": {"train_sampling_strategy": "sequential"},
-    "TRL padded, at its best": {"train_sampling_strategy": "batch_rebalance", **_AT_ITS_BEST},
+    "TRL padded, at its best": _PADDED_BEST,
+    "TRL padded, compiled": {**_PADDED_BEST, "torch_compile": True},
     "TRL packed": {"packing": True},
     "TRL packed, at its best": {"packing": True, **_AT_ITS_BEST},
+    "TRL packed, compiled": {"packing": True, **_AT_ITS_BEST, "torch_compile": True},
 }
 LIMIT_SECONDS = 900
 _PAIRS = 12  # steps without noise and with it, in the noise part
@@ -75,9 +79,9 @@ def open_loader(config: Config) -> tuple[Any, ModelSize, Loader]:
     return model, size, Loader(dataset.train, sampler, layout)
 
 
-def ours(args: argparse.Namespace, seed: int) -> dict[str, Any]:
+def ours(args: argparse.Namespace, contender: str, seed: int) -> dict[str, Any]:
     """One run of this package; seconds, tokens and padding of the counted steps."""
-    words = settings(args, seed)
+    words = [*settings(args, seed), *OURS[contender]]
     records, done = train(words, ranks=1, threads=args.threads, limit_seconds=LIMIT_SECONDS)
     counted = records[args.warm_up :]
     model, size, loader = open_loader(load_config(None, words))
@@ -252,13 +256,13 @@ def matrix_rate(dtype: torch.dtype, size: int = 2048, repeats: int = 8) -> float
 
 def compare(args: argparse.Namespace) -> None:
     """All contenders, round by round, and the table."""
-    contenders = [name for name in (OURS, *TRL) if not args.only or name in args.only]
+    contenders = [name for name in (*OURS, *TRL) if not args.only or name in args.only]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
     rates = []
     for round_ in range(args.rounds):
         rates.append(matrix_rate(load.DTYPES[args.dtype]))
         for name in contenders:
-            result = ours(args, round_) if name == OURS else theirs(args, name, round_)
+            result = (ours if name in OURS else theirs)(args, name, round_)
             found[name].append(result)
             print(
                 f"round {round_ + 1}, {name}: {result['tokens'] / result['seconds']:.1f} tokens/s, "
@@ -279,9 +283,10 @@ def compare(args: argparse.Namespace) -> None:
         computed, tokens = (sum(r[key] for r in found[name]) for key in ("computed", "tokens"))
         gibs = [r["gib"] for r in found[name]]
         ratios = ["", "", ""]
-        if OURS in found and name != OURS:
-            ratios = [median_ratio(measured[OURS], measured[name]) for measured in (speeds, frugal)]
-            ratios += [median_ratio([r["gib"] for r in found[OURS]], gibs)]
+        own = next(own for own in OURS if own.endswith("compiled") == name.endswith("compiled"))
+        if own in found and name not in OURS:
+            ratios = [median_ratio(measured[own], measured[name]) for measured in (speeds, frugal)]
+            ratios += [median_ratio([r["gib"] for r in found[own]], gibs)]
         rows[name] = (
             spread(speeds[name]),
             spread(frugal[name]),
@@ -291,16 +296,16 @@ def compare(args: argparse.Namespace) -> None:
         )
     heads = ["tokens/s", "tokens/processor s", "padding", "peak GiB"]
     show(rows, [*heads, "ours / it, tokens/s", "per processor s", "peak GiB"])
-    if OURS in found:
-        rate = max(rates)
+    rate = max(rates)
+    for name in filter(found.__contains__, OURS):
         for key, what in (
             ("flops_done", "computed: output projection of supervised tokens alone"),
             ("flops", "of the package's convention: output projection of every token"),
         ):
-            own = statistics.median([r[key] for r in found[OURS]])
+            done = statistics.median([r[key] for r in found[name]])
             print(
-                f"{own / 1e9:.0f} GFLOP/s {what}: {own / rate:.0%} of the machine's matrix "
-                f"product, {rate / 1e9:.0f} GFLOP/s"
+                f"{name}: {done / 1e9:.0f} GFLOP/s {what}: {done / rate:.0%} of the machine's "
+                f"matrix product, {rate / 1e9:.0f} GFLOP/s"
             )
 
 
@@ -380,7 +385,7 @@ def main() -> None:
     parser = common_arguments((__doc__ or "").split("\n\n")[0])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--micro-batch", type=int, default=8, help="TRL's padded rows a forward")
-    parser.add_argument("--only", action="append", help=f"a contender: {OURS}, {', '.join(TRL)}")
+    parser.add_argument("--only", action="append", choices=[*OURS, *TRL], help="contenders")
     parser.add_argument("--noise", action="store_true", help="what the noise costs of a step")
     parser.add_argument("--contender", choices=list(TRL), help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
