@@ -6,9 +6,12 @@ before sharding: so the engines' hooks stay outside of the compiled and recomput
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -66,6 +69,8 @@ def configure(model: Any, config: ModelConfig) -> None:
             f"{type(model).__name__} names no repeated blocks: model.activation_checkpointing and "
             "model.compile need them; set none and false."
         )
+    if config.compile:
+        _require_compiler()
     if config.kernels == "liger":
         use_liger_kernels(model)
     if config.float8 != "none":
@@ -83,6 +88,27 @@ def configure(model: Any, config: ModelConfig) -> None:
     if config.compile:
         # Beyond the limit torch would go on without compiling, silently.
         fail_on_recompile_limit()
+
+
+def _require_compiler() -> None:
+    """Raise `UserError` where torch.compile would find no compiler, which is at the first step."""
+    # Inductor's choice, or Triton's.
+    variable, names = ("CC", ["gcc", "clang"]) if torch.cuda.is_available() else ("CXX", ["g++"])
+    names = [os.environ[variable]] if variable in os.environ else names
+    if not any(map(shutil.which, names)):
+        raise UserError(
+            f"model.compile=true needs a compiler, and there is no {' or '.join(names)}: install "
+            f"one, name another in the variable {variable}, or set model.compile=false."
+        )
+
+
+def without_compiling() -> AbstractContextManager[Any]:
+    """Run compiled blocks as they are written, within the block. A failure to compile a forward
+    that is no step's would otherwise leave the steps, too, uncompiled."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled: not worth a second's import
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def num_compiled_graphs() -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from neftune_dist.compat.torch import storage_id, version
 from neftune_dist.model.modules import forward_of
+from neftune_dist.model.optimizations import without_compiling
 
 
 def keeps_projection(model: Any) -> bool | None:
@@ -41,7 +42,7 @@ def _keeps_projection(model: Any, head: Any, base: Any, width: int) -> bool:
         forward_of(base, lambda *_, **__: hidden),
         head.register_forward_hook(keep_result),
     )
-    with torch.no_grad(), as_hidden, kept:
+    with torch.no_grad(), as_hidden, kept, without_compiling():
         logits = model(input_ids=ids, use_cache=False).logits
     output, before = given[-1]
     # Scaled or capped it would lie in other memory, or have been changed in place.

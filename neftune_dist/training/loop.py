@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from neftune_dist.checkpoint.saver import Saver
-from neftune_dist.config import Config
+from neftune_dist.config import Config, UserError
 from neftune_dist.data.loader import Loader, StepBatch
 from neftune_dist.distributed.outcome import Final
 from neftune_dist.distributed.signals import Stopped
@@ -30,6 +30,7 @@ from neftune_dist.distributed.watchdog import Watchdog
 from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import Engine
 from neftune_dist.model.flops import ModelSize
+from neftune_dist.model.optimizations import num_compiled_graphs
 from neftune_dist.noise.handle import NEFTuneHandle
 from neftune_dist.optim import learning_rate
 from neftune_dist.training.held_out import HeldOut, evaluation_due
@@ -192,7 +193,7 @@ class Trainer:
         self.watchdog.at(batch.step + 1, "updating")
         rate = learning_rate(self.config.optim, batch.step, num_steps)
         grad_norm = self.engine.step(rate)
-        self.check_noise_fired(batch)
+        self.check_effects(batch)
         self.watchdog.at(batch.step + 1, "gathering results")
         ranks = self.world.gather_fields(self.rank_result(loss_sum, batch.step))
         self.stragglers.compare(
@@ -240,14 +241,21 @@ class Trainer:
             loss_sum += loss.detach()
         return loss_sum
 
-    def check_noise_fired(self, batch: StepBatch) -> None:
-        """Raise `RuntimeError` where a forward pass of the step got no noise."""
+    def check_effects(self, batch: StepBatch) -> None:
+        """Raise `RuntimeError` where a forward pass of the step got no noise, and `UserError` where
+        `model.compile` compiled nothing."""
         num_forwards = len(batch.micro_batches) * num_passes(self.config.noise)
         if self.config.noise.alpha and self.noise.num_fired != num_forwards:
             raise RuntimeError(
                 f"Step {batch.step + 1}: the noise was added in {self.noise.num_fired} of "
                 f"{num_forwards} forward passes; the model bypasses its input embedding. Nothing "
                 "was saved of this step."
+            )
+        if self.config.model.compile and not num_compiled_graphs():
+            raise UserError(
+                "model.compile=true has compiled nothing: torch.compile passes over this model's "
+                "blocks (TORCH_LOGS=graph_breaks says why). Set model.compile=false.",
+                shared=True,
             )
 
     def rank_result(self, loss_sum: Tensor, step: int) -> RankResult:

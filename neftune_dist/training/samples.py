@@ -8,12 +8,10 @@ gathering takes the time; those of rank 0 are recorded.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
 from neftune_dist.config import Config, UserError
@@ -25,6 +23,7 @@ from neftune_dist.engine.base import Engine
 from neftune_dist.model.attention import attention_of
 from neftune_dist.model.families import longest_document
 from neftune_dist.model.generation import Generator, batches, end_tokens, generate
+from neftune_dist.model.optimizations import without_compiling
 
 _KEY = "evaluate.sample_prompts"
 
@@ -107,7 +106,7 @@ class SampleAnswers:
         found: dict[int, dict[str, Any]] = {}
         # Packed attention has no cache of keys and values.
         attention = "eager" if self.config.model.attention == "eager" else "sdpa"
-        with attention_of(model, attention), self._without_compiling():
+        with attention_of(model, attention), without_compiling():
             for batch in self.prompts.batches:
                 if self.world.any(stop_requested()):
                     return None
@@ -116,10 +115,3 @@ class SampleAnswers:
                     text = asked[i].text
                     found[i] = {"step": step, "index": i, "instruction": text, **vars(answer)}
         return [found[i] for i in sorted(found)]
-
-    def _without_compiling(self) -> AbstractContextManager[Any]:
-        """Run compiled blocks as they are written: a graph for a cache that grows helps nobody."""
-        if not self.config.model.compile:
-            return nullcontext()
-        stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-        return stance

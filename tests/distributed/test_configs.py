@@ -92,12 +92,15 @@ def test_shipped_configuration_trains(name: str, folder: Path, tmp_path: Path) -
     path = CONFIGS / f"{name}.yaml"
     config = load_config(path)
     model = "opt" if "opt" in config.model.name_or_path else "llama"
+    # Compiled, the others of a model's kind would prove nothing more.
+    compiled = config.model.compile and name in ("alpaca-7b", "alpaca-opt-6.7b")
     rows = "sharegpt" if config.data.format == "sharegpt" else "alpaca"
     records = tiny_model.train(
         path,
         tmp_path / "run",
         f"model.name_or_path={folder / model}",
         "model.dtype=fp32",
+        f"model.compile={str(compiled).lower()}",
         f"data.source={folder / rows}.jsonl",
         f"data.cache_dir={folder / 'cache'}",
         "data.max_length=256",
@@ -110,4 +113,5 @@ def test_shipped_configuration_trains(name: str, folder: Path, tmp_path: Path) -
         "logging.progress=false",
     )
     assert [record["step"] for record in records] == [1, 2]
+    assert (records[0]["num_compiled_graphs"] > 0) is compiled
     assert records[0]["noise_norm"] == pytest.approx(config.noise.alpha / 3**0.5, rel=0.03)

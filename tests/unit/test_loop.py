@@ -17,6 +17,7 @@ from neftune_dist.config import Config, UserError, load_config
 from neftune_dist.data.loader import MicroBatch, StepBatch
 from neftune_dist.distributed.signals import Stopped
 from neftune_dist.model.flops import ModelSize
+from neftune_dist.training import loop
 from neftune_dist.training.loop import Diverged, Progress, Trainer
 from neftune_dist.training.metrics import RankResult, step_record
 
@@ -334,6 +335,16 @@ def test_hook_that_does_not_fire_ends_the_run() -> None:
         make_trainer(parts := Parts(fired=False)).run()
     assert parts.records == [] and "save 1" not in parts.events
     assert make_trainer(Parts(fired=False), "noise.alpha=0").run()
+
+
+def test_compiling_that_compiles_nothing_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "num_compiled_graphs", lambda: 0)
+    with pytest.raises(UserError, match=r"model.compile=true has compiled nothing"):
+        make_trainer(parts := Parts(), "model.compile=true").run()
+    assert parts.records == []
+    assert make_trainer(Parts()).run()
+    monkeypatch.setattr(loop, "num_compiled_graphs", lambda: 1)
+    assert make_trainer(Parts(), "model.compile=true").run()
 
 
 @pytest.mark.parametrize("losses", [[math.inf], [6.0, math.nan]])

@@ -18,6 +18,7 @@ from neftune_dist.engine.base import batch_loss_sum
 from neftune_dist.model.attention import FLEX, VARLEN, varlen_attention
 from neftune_dist.model.load import build
 from neftune_dist.model.optimizations import blocks, configure, drops, num_compiled_graphs
+from neftune_dist.model.projection import keeps_projection
 from neftune_dist.model.varlen import VARLEN_OPERATOR
 from neftune_dist.training.startup_report import dropout_lines
 from tests.support.corpora import documents_of
@@ -147,6 +148,27 @@ def test_compiled_blocks_take_every_length_with_one_graph() -> None:
     for one, other in zip(expected, found, strict=True):
         for a, b in zip(one, other, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * float(a.abs().max()))
+
+
+def test_running_the_head_compiles_nothing() -> None:
+    """On its way to the head OPT runs its blocks, packed and without documents: torch.compile fails
+    there, and would pass over the blocks from then on."""
+    model = make("opt", compile=True)
+    frames = torch._dynamo.utils.counters["frames"]  # type: ignore[attr-defined]
+    before = dict(frames)
+    keeps_projection(model)
+    assert dict(frames) == before
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"no no-such-compiler.* variable CXX"):
+        make(compile=True)
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match=r"there is no g\+\+: install"):
+        make(compile=True)
+    make()
 
 
 @pytest.mark.parametrize("has_sinks", [False, True])
