@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +93,14 @@ def prepare(
             that cannot be written or is damaged.
     """
     template = ConversationTokenizer(tokenizer, config)
-    # Those to train on first.
-    named = config.sources | ({"data.held_out_source": config.held_out} if config.held_out else {})
-    sources = {key: open_source(given, key, config.ignored) for key, given in named.items()}
+    named = config.sources  # to train on; the held-out source comes last
+    if config.held_out:
+        named["data.held_out_source"] = config.held_out
+    sources = [open_source(given, key, config.ignored) for key, given in named.items()]
     of_template = template.identity()
     identity = [
-        [given.digest, *(getattr(given.config, key) for key in _OF_SOURCES), key in config.sources]
-        for key, given in sources.items()
+        [s.digest, *(getattr(s.config, key) for key in _OF_SOURCES), s.key in config.sources]
+        for s in sources
     ]
     fingerprint = _digest(
         {
@@ -109,9 +111,7 @@ def prepare(
         }
     )
     root = user_path(config.cache_dir, "data.cache_dir") / "corpora"
-    builder = _Builder(
-        config, [*sources.values()], template, root / f"{fingerprint}.shards", progress
-    )
+    builder = _Builder(config, sources, template, root / f"{fingerprint}.shards", progress)
     try:
         folder = cache.open_or_make(root, fingerprint, builder.build, progress)
     except (OSError, NotImplementedError) as error:  # the second from a disk without file locks
@@ -121,7 +121,7 @@ def prepare(
         ) from error
     shutil.rmtree(builder.shards, ignore_errors=True)
     dataset = replace(
-        load(folder, [*sources.values()]),
+        load(folder, sources),
         identity={
             "dataset": _digest(identity),
             "tokenizer": _digest(of_template),
@@ -130,7 +130,7 @@ def prepare(
         chat_template=template.as_jinja(),
         end_tokens=template.end_of_turn[0],
     )
-    for source, counted in zip(sources.values(), dataset.report.sources, strict=True):
+    for source, counted in zip(sources, dataset.report.sources, strict=True):
         dataset.report.refuse_useless(counted, source.key, config)
     return dataset
 
@@ -163,20 +163,20 @@ def load(folder: Path, given: Sequence[Source]) -> Dataset:
     return Dataset(train, held_out, conversations, report, folder.name)
 
 
+@dataclass(frozen=True)
 class _Builder:
     """Fills the folder of a cache entry, and counts what becomes of every row."""
 
-    def __init__(
-        self,
-        config: DataConfig,
-        given: Sequence[Source],
-        template: ConversationTokenizer,
-        shards: Path,
-        progress: Callable[[str], None],
-    ) -> None:
-        self.config, self.given, self.template, self.shards = config, given, template, shards
-        self.progress = progress
-        self.report = Report([SourceReport(s.name, left_out=[*s.left_out]) for s in given])
+    config: DataConfig
+    given: Sequence[Source]
+    template: ConversationTokenizer
+    shards: Path
+    progress: Callable[[str], None]
+
+    @cached_property
+    def report(self) -> Report:
+        """The counts so far."""
+        return Report([SourceReport(s.name, left_out=[*s.left_out]) for s in self.given])
 
     def build(self, folder: Path) -> None:
         """Write an entry into `folder`, which is made."""
