@@ -6,7 +6,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -84,7 +83,7 @@ class Host:
 
         from neftune_dist.cluster.doctor import software
 
-        rank = int(os.environ["RANK"])
+        rank = int(os.environ.get("RANK", "0"))
         if self.apart:
             os.environ["SLURMD_NODENAME"] = f"n{rank + 1}"
         for name, value in QUICK.items():
@@ -297,21 +296,29 @@ def test_hanging_disk_is_named(tmp_path: Path) -> None:
 # Ranks that do not come
 
 
-def start(code: str, run_dir: Path, **variables: str) -> subprocess.Popen[str]:
-    """A rank by itself, with quicker time-outs set by `code`."""
-    script = (
-        "import sys; from pathlib import Path;"
-        "from neftune_dist.cluster.doctor import collectives, machine, run, software;"
-        f"vars(software).update({QUICK}); machine._PROBE_MIB = 1; {code};"
-        "sys.exit(run.doctor(Path(sys.argv[1])))"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", script, str(run_dir)],
-        env=tiny_model.environment(**variables),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@dataclass
+class Place:
+    """Called in a rank that is started by itself: where it is told to be."""
+
+    variables: dict[str, str]
+    host: Host
+
+    def __call__(self) -> None:
+        os.environ.update(self.variables)
+        self.host()
+
+
+def start(
+    run_dir: Path,
+    limits: dict[str, dict[str, Any]] | None = None,
+    ill: Callable[[], None] | None = None,
+    **variables: str,
+) -> tiny_model.Forked:
+    """A rank by itself, with quicker time-outs."""
+    rank = int(variables.get("RANK", "0"))
+    host = Host({rank: ill} if ill else {}, limits or {}, apart=False)
+    words = ("doctor", "--run-dir", run_dir)
+    return tiny_model.Forked(*words, before=Place(variables, host), seconds=PROMPT_SECONDS)
 
 
 def free_port() -> str:
@@ -337,12 +344,11 @@ def step(rank: int, number: int, job: str) -> dict[str, str]:
 
 def test_absent_node_of_a_slurm_step_is_named(tmp_path: Path) -> None:
     job = str(os.getpid())
-    code = "run._MEET_SECONDS = 8.0"
-    ranks = [start(code, tmp_path, **step(rank, 3, job)) for rank in (0, 1)]
-    out, err = ranks[0].communicate(timeout=PROMPT_SECONDS)
-    ranks[1].communicate(timeout=PROMPT_SECONDS)
-    assert [rank.returncode for rank in ranks] == [2, 2], out + err
-    rows = table(out)
+    limits = {"run": {"_MEET_SECONDS": 8.0}}
+    ranks = [start(tmp_path, limits, **step(rank, 3, job)) for rank in (0, 1)]
+    first, other = (rank.wait() for rank in ranks)
+    assert (first.returncode, other.returncode) == (2, 2), first.stdout + first.stderr
+    rows = table(first.stdout)
     (missing,) = wrong(rows)
     assert (missing.check, missing.host) == ("ranks", "127.0.0.3")
     assert missing.seen == "rank 2 (127.0.0.3) did not come within 8 seconds"
@@ -353,19 +359,20 @@ def test_absent_node_of_a_slurm_step_is_named(tmp_path: Path) -> None:
 
 def test_slurm_step_with_all_its_nodes_passes(tmp_path: Path) -> None:
     job = str(os.getpid() + 1)
-    ranks = [start("pass", tmp_path, **step(rank, 2, job)) for rank in (0, 1)]
-    out, err = ranks[0].communicate(timeout=PROMPT_SECONDS)
-    ranks[1].communicate(timeout=PROMPT_SECONDS)
-    assert [rank.returncode for rank in ranks] == [0, 0], out + err
-    assert of(table(out), "collectives")[0].host == "all 2 hosts"
+    ranks = [start(tmp_path, **step(rank, 2, job)) for rank in (0, 1)]
+    first, other = (rank.wait() for rank in ranks)
+    assert (first.returncode, other.returncode) == (0, 0), first.stdout + first.stderr
+    assert of(table(first.stdout), "collectives")[0].host == "all 2 hosts"
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_ranks_without_an_address_exit_2(rank: str, tmp_path: Path) -> None:
-    only = start("run._LEAVE_SECONDS = 0", tmp_path, RANK=rank, WORLD_SIZE="2", LOCAL_RANK=rank)
-    out, err = only.communicate(timeout=PROMPT_SECONDS)
-    assert only.returncode == 2 and "Traceback" not in err
-    speaks, silent = (out, err) if rank == "0" else (err, out)
+    place = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}
+    done = start(tmp_path, {"run": {"_LEAVE_SECONDS": 0}}, **place).wait()
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    speaks, silent = done.stdout, done.stderr
+    if rank == "1":
+        speaks, silent = silent, speaks
     (row,) = wrong(table(speaks))
     assert row.seen.startswith(f"rank {rank}: The environment says RANK={rank}")
     assert "without MASTER_ADDR, MASTER_PORT" in row.seen
@@ -376,42 +383,63 @@ def test_ranks_without_an_address_exit_2(rank: str, tmp_path: Path) -> None:
 
 def test_absent_rank_0_is_named(tmp_path: Path) -> None:
     place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    code = "run._MEET_SECONDS = 1.0; run._LEAVE_SECONDS = 0"
-    only = start(code, tmp_path, **place, MASTER_PORT=free_port())
-    out, err = only.communicate(timeout=PROMPT_SECONDS)
-    assert only.returncode == 2 and out == ""
-    rows = table(err)
+    limits = {"run": {"_MEET_SECONDS": 1.0, "_LEAVE_SECONDS": 0}}
+    done = start(tmp_path, limits, **place, MASTER_PORT=free_port()).wait()
+    assert done.returncode == 2 and done.stdout == ""
+    rows = table(done.stderr)
     assert "where rank 0 is to listen, was not reached" in wrong(rows)[0].seen
     assert of(rows, "run directory")[0].status != WRONG
 
 
+def dies() -> None:
+    os._exit(9)
+
+
+def dies_in_a_collective() -> None:
+    import torch.distributed as dist
+
+    dist.all_gather_into_tensor = lambda *_: dies()
+
+
+def dies_in_its_checks() -> None:
+    from neftune_dist.cluster.doctor import run
+
+    run.examine = lambda *_: dies()  # type: ignore[assignment]
+
+
 def test_rank_that_dies_in_a_collective_is_named(tmp_path: Path) -> None:
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    quick = "collectives._SECONDS = 15.0; collectives._GRACE_SECONDS = 2.0"
-    dies = "import os, torch; torch.distributed.all_gather_into_tensor = lambda *_: os._exit(9)"
-    first = start(f"{quick}; run._LEAVE_SECONDS = 1.0", tmp_path, **place, RANK="0")
-    other = start(dies, tmp_path, **place, RANK="1", LOCAL_RANK="1")
-    out, _ = first.communicate(timeout=PROMPT_SECONDS)
-    other.communicate(timeout=PROMPT_SECONDS)
+    limits = {"collectives": {"_SECONDS": 15.0, "_GRACE_SECONDS": 2.0}}
+    limits["run"] = {"_LEAVE_SECONDS": 1.0}
+    ranks = [
+        start(tmp_path, limits, **place, RANK="0"),
+        start(tmp_path, ill=dies_in_a_collective, **place, RANK="1", LOCAL_RANK="1"),
+    ]
+    first, other = (rank.wait() for rank in ranks)
     assert (first.returncode, other.returncode) == (2, 9)
-    rows = table(out)
+    rows = table(first.stdout)
     assert any("rank 1 " in row.seen and "went away" in row.seen for row in wrong(rows)), rows
     assert of(rows, "run directory")[0].status != WRONG
 
 
+def hangs_in_its_checks() -> None:
+    from neftune_dist.cluster.doctor import run
+
+    run._check = lambda *_: time.sleep(600)  # type: ignore[assignment]
+
+
 def test_hanging_doctor_ends(tmp_path: Path) -> None:
-    code = "import time; run._LONGEST_SECONDS = 1.0; run._check = lambda *_: time.sleep(600)"
-    only = start(code, tmp_path)
-    out, _ = only.communicate(timeout=PROMPT_SECONDS)
-    assert only.returncode == 2 and wrong(table(out))[0].check == "ranks"
+    done = start(tmp_path, {"run": {"_LONGEST_SECONDS": 1.0}}, hangs_in_its_checks).wait()
+    assert done.returncode == 2 and wrong(table(done.stdout))[0].check == "ranks"
 
 
 def test_rank_0_that_dies_is_reported_by_the_others(tmp_path: Path) -> None:
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    dies = "import os; run.examine = lambda *_: os._exit(9)"
-    first = start(dies, tmp_path, **place, RANK="0", LOCAL_RANK="0")
-    other = start("run._LEAVE_SECONDS = 0", tmp_path, **place, RANK="1", LOCAL_RANK="1")
-    first.communicate(timeout=PROMPT_SECONDS)
-    _, err = other.communicate(timeout=PROMPT_SECONDS)
+    limits = {"run": {"_LEAVE_SECONDS": 0}}
+    ranks = [
+        start(tmp_path, ill=dies_in_its_checks, **place, RANK="0", LOCAL_RANK="0"),
+        start(tmp_path, limits, **place, RANK="1", LOCAL_RANK="1"),
+    ]
+    first, other = (rank.wait() for rank in ranks)
     assert (first.returncode, other.returncode) == (9, 2)
-    assert "rank 1: " in err and "1 wrong" in err
+    assert "rank 1: " in other.stderr and "1 wrong" in other.stderr

@@ -3,53 +3,62 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-import subprocess
+import runpy
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.support.tiny_model import environment, make_model
+from tests.support import tiny_model
 
 EXAMPLES = Path(__file__).parents[2] / "configs" / "examples"
 LAW = 5.0 / 3**0.5
-_TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-LAUNCHERS = {
-    "trainer.py": (),
-    "sft.py": (),
-    "lightning_loop.py": (),
-    "accelerate_loop.py": _TORCHRUN,
-    "fsdp2_loop.py": _TORCHRUN,
+RANKS = {
+    "trainer.py": 1,
+    "sft.py": 1,
+    "lightning_loop.py": 1,
+    "accelerate_loop.py": 2,
+    "fsdp2_loop.py": 2,
 }
 
 
+@dataclass(frozen=True)
+class Script:
+    """An example, run as Python runs it."""
+
+    path: Path
+    words: tuple[str, ...]
+
+    def __call__(self) -> None:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        os.chdir(Path(self.words[-1]).parent)
+        sys.argv = [str(self.path), *self.words]
+        runpy.run_path(str(self.path), run_name="__main__")
+
+
 def test_every_example_is_run() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == set(LAUNCHERS)
+    assert {path.name for path in EXAMPLES.glob("*.py")} == set(RANKS)
 
 
-@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize("name", RANKS)
 def test_example_trains_with_the_laws_noise(name: str, tmp_path: Path) -> None:
-    model = make_model(tmp_path / "model")
+    model = tiny_model.make_model(tmp_path / "model")
     number = 240 if name == "sft.py" else 64  # packed, they are few rows
     texts = [" ".join(map(str, range(i, i + 3 + 5 * i % 40))) for i in range(number)]
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    done = subprocess.run(
-        [sys.executable, *LAUNCHERS[name], str(EXAMPLES / name), model, rows, tmp_path / "out"],
-        cwd=tmp_path,
-        env=environment(ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES=""),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stdout
-    norms = [float(found) for found in re.findall(r"noise_norm\W+([\d.]+)", done.stdout)]
-    assert len(norms) >= 3, done.stdout
+    words = (str(model), str(rows), str(tmp_path / "out"))
+    done = tiny_model.call_forked(Script(EXAMPLES / name, words), ranks=RANKS[name])
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed
+    norms = [float(found) for found in re.findall(r"noise_norm\W+([\d.]+)", printed)]
+    assert len(norms) >= 3, printed
     # Documents of three tokens have a norm that varies by 5 %, so the mean of a batch less.
-    assert norms == pytest.approx([LAW] * len(norms), rel=0.1), done.stdout
+    assert norms == pytest.approx([LAW] * len(norms), rel=0.1), printed
     before, after = (
         AutoModelForCausalLM.from_pretrained(folder) for folder in (model, tmp_path / "out")
     )

@@ -160,8 +160,12 @@ def test_finished_study_is_reported_without_running(
 
 
 def test_alpha_0_is_reproducible_bit_for_bit(
-    config: Path, finished: Path, capfd: pytest.CaptureFixture[str]
+    config: Path,
+    finished: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(grid, "execute", forked)
     again = config.parent / "again"
     code = study(config, [f"run_dir={again}"], alphas=[0], num_seeds=1, num_ranks=1)
     said = capfd.readouterr()
