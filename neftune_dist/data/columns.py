@@ -23,9 +23,7 @@ _TURNS = (
     ("conversations", {"input", "output"}),
 )
 _ASKED = re.compile("question|instruction|prompt|query|problem|request|user|human|input|ask", re.I)
-_NO_TEXT = re.compile(
-    r"[-+.\deE]*|null|true|false|yes|no|on|off|~", re.I
-)  # not text to YAML, unquoted
+_NO_TEXT = re.compile(r"[-+.\deE]*|null|true|false|yes|no|on|off|~", re.I)  # to YAML, unquoted
 _THOUGHT = re.compile("reason|think|thought|(^|_)cot(_|$)", re.I)
 _SAID = re.compile("answer|response|completion|output|reply|solution|assistant|target|gpt", re.I)
 

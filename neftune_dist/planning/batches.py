@@ -8,8 +8,7 @@ import numpy as np
 
 from neftune_dist.config import Config
 from neftune_dist.data.dataset import Documents
-from neftune_dist.data.loader import MicroBatch, collate, token_multiple
-from neftune_dist.data.packing import assign_documents
+from neftune_dist.data.loader import BatchLayout, MicroBatch, collate, token_multiple
 from neftune_dist.data.sampler import Sampler
 from neftune_dist.model.flops import model_size
 
@@ -40,19 +39,14 @@ def heaviest(
     """
     found: list[tuple[float, np.ndarray, np.ndarray]] = []
     most = 0
-    weight, quadratic_tokens = _weight(config, model), model_size(model).quadratic_tokens
-    slices = config.engine.sequence_parallel
+    weight, slices = _weight(config, model), config.engine.sequence_parallel
+    quadratic_tokens = model_size(model).quadratic_tokens
+    layout = BatchLayout(config, 0, world_size // slices, quadratic_tokens, part=(0, slices))
     for step in sampled_steps(sampler).tolist():
         indices, epochs = sampler.documents(step)
         lengths = documents.lengths[indices]
         supervised = documents.num_supervised[indices]
-        rounds = assign_documents(
-            lengths,
-            world_size // slices,
-            config.train.micro_batch_tokens * slices,
-            config.data.packing,
-            quadratic_tokens,
-        )
+        rounds = layout.assign(lengths)
         most = max(most, len(rounds))
         for place, groups in enumerate(rounds):
             for group in map(list, filter(None, groups)):
