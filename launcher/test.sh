@@ -13,6 +13,8 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_T
 TORCHINDUCTOR_CACHE_DIR=$(mktemp -d)
 export TORCHINDUCTOR_CACHE_DIR
 trap 'rm -rf "$TORCHINDUCTOR_CACHE_DIR"' EXIT
+# Every process that a test starts would compile the package's sources, and every worker the tests'.
+unset PYTHONDONTWRITEBYTECODE
 # Tests mostly wait, for processes that start and for each other: one more at a time than cores. Those
 # of one file share what they set up, and so stay together.
 python -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "$@"
