@@ -130,13 +130,22 @@ def test_with_all_damaged_nothing_is_overwritten(config: Path, copy: Path) -> No
     assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == before
 
 
+@pytest.fixture(scope="module")
+def constant(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a constant learning rate on two ranks: `begun` with three steps, and a `whole` run."""
+    folder = tmp_path_factory.mktemp("constant")
+    for name, words in (("begun", ["train.max_steps=3"]), ("whole", [])):
+        tiny_model.train(config, folder / name, "optim.schedule=constant", *words, ranks=2)
+    return folder
+
+
 @pytest.mark.parametrize("mode", ["async", "sync"])
 def test_full_disk_ends_the_run_and_keeps_what_was_published(
-    mode: str, config: Path, tmp_path: Path
+    mode: str, config: Path, constant: Path, tmp_path: Path
 ) -> None:
     """Both ranks end with one sentence; what was published before stays and is gone on from."""
     run_dir = tmp_path / "run"
-    tiny_model.train(config, run_dir, "train.max_steps=3", "optim.schedule=constant", ranks=2)
+    shutil.copytree(constant / "begun", run_dir)
     words = ["optim.schedule=constant", f"checkpoint.mode={mode}"]
     full = drill.SmallFiles(100_000)
     done = tiny_model.run_forked(
@@ -146,10 +155,9 @@ def test_full_disk_ends_the_run_and_keeps_what_was_published(
     assert "could not be written: File too large" in done.stderr
     assert "Traceback" not in done.stderr
     assert store.find_all(run_dir)[0].step == 3
-    whole = tiny_model.train(config, tmp_path / "whole", "optim.schedule=constant", ranks=2)
     assert tiny_model.untimed(
         tiny_model.train(config, run_dir, *words, ranks=2)
-    ) == tiny_model.untimed(whole)
+    ) == tiny_model.untimed(tiny_model.steps(constant / "whole"))
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero-3"])

@@ -56,6 +56,14 @@ def untouched(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     return of
 
 
+@pytest.fixture(scope="module")
+def alone(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of an uninterrupted run on one rank."""
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    tiny_model.train(config, run_dir)
+    return run_dir
+
+
 def start(config: Path, run_dir: Path, *words: str, ranks: int = 2) -> Forked:
     return Forked("train", config, f"run_dir={run_dir}", *words, ranks=ranks)
 
@@ -141,10 +149,8 @@ def test_run_killed_before_the_first_save_starts_over(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_run_stopped_by_a_signal_resumes_bitwise(
-    number: signal.Signals, config: Path, tmp_path: Path
+    number: signal.Signals, config: Path, alone: Path, tmp_path: Path
 ) -> None:
-    whole = tmp_path / "whole"
-    tiny_model.train(config, whole)
     run_dir = tmp_path / "run"
     run = start(config, run_dir, "checkpoint.every_steps=0", ranks=1)
     run.until(lambda: len(tiny_model.steps(run_dir)) >= 2)
@@ -153,7 +159,7 @@ def test_run_stopped_by_a_signal_resumes_bitwise(
     stopped_at = len(tiny_model.steps(run_dir))
     assert store.find_all(run_dir)[0].step == stopped_at < STEPS
     tiny_model.train(config, run_dir)
-    assert_as_untouched(run_dir, whole)
+    assert_as_untouched(run_dir, alone)
 
 
 @pytest.mark.parametrize(
@@ -220,16 +226,18 @@ def damage(folder: Path) -> None:
 
 
 def test_damaged_newest_checkpoint_resumes_from_the_one_before(
-    config: Path, tmp_path: Path
+    config: Path, alone: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    whole = tiny_model.train(config, run_dir)
+    shutil.copytree(alone, run_dir)
     newest = store.find_all(run_dir)[0]
     damage(newest.folder)
     done = tiny_model.run_forked("train", config, f"run_dir={run_dir}")
     assert done.returncode == 0
     assert f"{newest.folder} is damaged and is passed over" in done.stdout
-    assert tiny_model.untimed(tiny_model.steps(run_dir)) == tiny_model.untimed(whole)
+    assert tiny_model.untimed(tiny_model.steps(run_dir)) == tiny_model.untimed(
+        tiny_model.steps(alone)
+    )
     assert store.find_all(run_dir)[0].step == STEPS
 
 
