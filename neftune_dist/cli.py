@@ -67,12 +67,7 @@ def main(words: Sequence[str] | None = None) -> None:
                 raise
             error = UserError("A JSON file nests thousands of brackets: it is damaged.")
         code = outcome.EXIT_MISTAKE if isinstance(error, UserError) else outcome.EXIT_FAILED
-        shared = not isinstance(error, UserError) or error.shared
-        _print_error(error, shared)
-        # All ranks leave by it, and a launcher reads their reports: no failure for torchrun.
-        alone = os.environ.get("WORLD_SIZE", "1") == "1"
-        if outcome.VARIABLE in os.environ and (shared or alone):
-            code = outcome.EXIT_DONE
+        _print_error(error, shared=not isinstance(error, UserError) or error.shared)
     except OSError as error:
         if error.errno not in _ADVICE:
             raise

@@ -114,7 +114,7 @@ def tell(rank: int, kind: str, step: int = 0, error: str = "") -> bool:
         error: only its first line is kept.
 
     Returns:
-        Whether a launcher asks for it.
+        Whether a launcher can read it.
     """
     given = os.environ.get(VARIABLE)
     if not given:
@@ -123,14 +123,15 @@ def tell(rank: int, kind: str, step: int = 0, error: str = "") -> bool:
     path = Path(given) / f"rank_{rank}.json"
     before = _read(path)
     if before is None or before.kind == RUNNING:
-        _write(path, Outcome(kind, step, line, when=time.time()))
+        return _write(path, Outcome(kind, step, line, when=time.time()))
     return True
 
 
 @contextmanager
 def reported() -> Iterator[Callable[[str], object]]:
     """Under a launcher, keep this rank's output in the attempt's folder, and record there how the
-    block ends."""
+    block ends. A mistake, and the loss of another rank, end the process without a traceback: the
+    launcher says the cause, once for all ranks."""
     rank = environment.number("RANK", 0)
     folder = os.environ.get(VARIABLE)
     if folder and rank:  # the launcher keeps what reaches the console, which is rank 0's
@@ -142,12 +143,14 @@ def reported() -> Iterator[Callable[[str], object]]:
     try:
         yield lambda kind: tell(rank, kind)
     except (UserError, Final) as error:
-        tell(rank, FINAL if isinstance(error, Final) else MISTAKE, error=str(error))
-        raise
+        if not tell(rank, FINAL if isinstance(error, Final) else MISTAKE, error=str(error)):
+            raise
+        # Where all ranks leave by it, it is no failure for torchrun.
+        shared = isinstance(error, Final) or error.shared or environment.number("WORLD_SIZE", 1) < 2
+        sys.exit(EXIT_DONE if shared else EXIT_MISTAKE)
     except BaseException as error:
         kind = _kind(error)
         if tell(rank, kind, error=f"{type(error).__name__}: {error}") and kind == ORPHANED:
-            # The cause is the other rank's end, so no traceback of this one is printed.
             print(f"neftune-dist: rank {rank} lost another: {error}", file=sys.stderr, flush=True)
             sys.exit(EXIT_FAILED)
         raise
@@ -286,8 +289,9 @@ def _by_rank(folder: Path) -> dict[int, Outcome]:
     return {rank: end for rank, end in sorted(read.items()) if end is not None}
 
 
-def _write(path: Path, outcome: Outcome) -> None:
-    """Report the outcome, or go without: no run ends because its end cannot be written down."""
+def _write(path: Path, outcome: Outcome) -> bool:
+    """Report the outcome, or go without: no run ends because its end cannot be written down.
+    Return whether it is written."""
     deadline = time.monotonic() + _FULL_SECONDS
     while True:
         try:
@@ -297,7 +301,8 @@ def _write(path: Path, outcome: Outcome) -> None:
                 time.sleep(0.5)
                 continue
             print(f"warning: {path}: {error.strerror}", file=sys.stderr, flush=True)
-        return
+            return False
+        return True
 
 
 def _read(path: Path) -> Outcome | None:

@@ -40,8 +40,8 @@ _LAUNCH = (
 @verb(*CONFIG)
 def _train(config: str, settings: Words) -> int:
     """Fine-tune, alone or under torchrun; continues from the newest checkpoint."""
-    loaded = load_config(config, settings)
     with outcome.reported() as report:
+        loaded = load_config(config, settings)
         environment.find_place()  # a mistake in it is reported before torch is loaded
         from neftune_dist.training.train import train
 

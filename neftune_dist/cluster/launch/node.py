@@ -49,7 +49,6 @@ def node(folder: Path, words: Sequence[str], *, num_processes: int, minutes: flo
     except (TimeoutError, OSError, UserError) as error:
         kind = outcome.MISTAKE if isinstance(error, UserError) else outcome.LOST
         outcome.tell(index * number, kind, error=str(error))
-        print(f"neftune-dist ({hosts[index]}): {error}", file=sys.stderr, flush=True)
         return outcome.EXIT_FAILED
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     _set_environment(folder, number)
