@@ -6,7 +6,9 @@ before anything waits for ranks that will not come. Imports no torch.
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import socket
 import time
 from dataclasses import dataclass
@@ -95,6 +97,25 @@ def find_place() -> Place:
         raise UserError(f"The environment variable MASTER_PORT={port} is no port: {_REST}")
     _check_address(os.environ["MASTER_ADDR"], port)
     return Place(rank, size, local_rank, local_size, os.environ["MASTER_ADDR"], port)
+
+
+def expand_hosts(text: str) -> list[str]:
+    """The names that Slurm means by "gpu[01-03,7]-ib,login"."""
+    names: list[str] = []
+    for name in re.findall(r"(?:[^,\[]|\[[\d,-]*\])+", text):
+        parts = re.split(r"\[(.*?)\]", name)  # in turn text and what stands in brackets
+        choices = [_numbers(part) if i % 2 else [part] for i, part in enumerate(parts)]
+        names += map("".join, itertools.product(*choices))
+    return names
+
+
+def _numbers(ranges: str) -> list[str]:
+    """Of "08-10,3": 08, 09, 10, 3."""
+    return [
+        f"{i:0{len(first)}}"
+        for first, last in re.findall(r"(\d+)(?:-(\d+))?", ranges)
+        for i in range(int(first), int(last or first) + 1)
+    ]
 
 
 def _check_address(address: str, port: int) -> None:

@@ -23,13 +23,13 @@ from huggingface_hub import constants
 from neftune_dist.cluster.doctor import (
     collectives,
     findings,
-    gpus,
     machine,
     nodes,
     run,
     software,
 )
 from neftune_dist.cluster.doctor.findings import (
+    CHECKS,
     OK,
     WARNING,
     WRONG,
@@ -40,7 +40,7 @@ from neftune_dist.cluster.doctor.findings import (
     table,
     together,
 )
-from neftune_dist.cluster.doctor.ranks import Ranks, expand, host_name, meet, slurm_step
+from neftune_dist.cluster.doctor.ranks import Ranks, host_name, meet, slurm_step
 from neftune_dist.distributed import environment
 from neftune_dist.distributed.environment import Place, find_place
 from neftune_dist.distributed.mailbox import Mailbox
@@ -68,7 +68,7 @@ def only(found: Iterable[Finding]) -> Finding:
 
 def found(name: str, run_dir: Path = Path("."), **fields: Any) -> list[Finding]:
     """The findings of the check of this name in the doctor's table."""
-    (one,) = (check for check in run.CHECKS if check.name == name)
+    (one,) = (check for check in CHECKS if check.name == name)
     return examine([one], Site(run_dir, **fields), "n1", 60.0)
 
 
@@ -166,9 +166,9 @@ def test_errors_of_torch_are_cut_to_their_first_line() -> None:
 
 
 def test_every_check_has_a_name_of_its_own_and_advice() -> None:
-    names = [check.name for check in run.CHECKS]
+    names = [check.name for check in CHECKS]
     assert len(names) == len(set(names))
-    assert [check.name for check in run.CHECKS if not check.fix] == ["versions"]
+    assert [check.name for check in CHECKS if not check.fix] == ["versions"]
 
 
 # Software
@@ -422,9 +422,10 @@ def test_failing_nvidia_smi_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_gpu_that_torch_does_not_see_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpus, "_DEVICE", tmp_path / "nvidia0")
+    monkeypatch.setattr(machine, "_ROOT", tmp_path)
     assert statuses("GPUs") == [OK]
-    (tmp_path / "nvidia0").write_text("")
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "nvidia0").write_text("")
     monkeypatch.setattr(torch.version, "cuda", None)
     assert statuses("GPUs") == [WARNING]
 
@@ -737,7 +738,7 @@ def test_batch_script_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_host_lists_of_slurm(text: str, names: list[str]) -> None:
-    assert expand(text) == names
+    assert environment.expand_hosts(text) == names
 
 
 def free_port() -> int:

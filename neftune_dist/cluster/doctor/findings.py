@@ -80,9 +80,17 @@ class Check:
     look: Look
 
 
-def check(name: str, fix: str = "") -> Callable[[Look], Check]:
-    """Make a function the check of that name."""
-    return lambda look: Check(name, fix, look)
+CHECKS: list[Check] = []  # of one host, in the order of the table
+
+
+def check(name: str, fix: str = "") -> Callable[[Look], Look]:
+    """Make a function the check of that name, behind those there are."""
+
+    def register(look: Look) -> Look:
+        CHECKS.append(Check(name, fix, look))
+        return look
+
+    return register
 
 
 def within(seconds: float, work: Callable[[], T]) -> T:

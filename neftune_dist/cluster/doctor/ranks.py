@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import re
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from neftune_dist.config import UserError
-from neftune_dist.distributed.environment import Place, number
+from neftune_dist.distributed.environment import Place, expand_hosts, number
 
 if TYPE_CHECKING:
     from neftune_dist.distributed.mailbox import Mailbox
@@ -91,7 +89,7 @@ def slurm_step() -> tuple[dict[str, str], list[str]]:
     size = number("SLURM_STEP_NUM_TASKS", 1, least=1)
     if "RANK" in os.environ or size == 1 or "SLURM_PROCID" not in os.environ:
         return {}, []
-    hosts = expand(os.environ.get("SLURM_STEP_NODELIST", ""))
+    hosts = expand_hosts(os.environ.get("SLURM_STEP_NODELIST", ""))
     if not hosts:
         raise UserError("SLURM_STEP_NODELIST does not name the hosts of this step.")
     job, step = (number(name, 0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
@@ -103,24 +101,3 @@ def slurm_step() -> tuple[dict[str, str], list[str]]:
         "MASTER_PORT": _PORTS[(job * 31 + step) % len(_PORTS)],
     }
     return {name: str(value) for name, value in variables.items()}, hosts
-
-
-def expand(hosts: str) -> list[str]:
-    """The names that Slurm means by "gpu[01-03,7]-ib,login"."""
-    names = []
-    for name in re.findall(r"(?:[^,\[]|\[[\d,-]*\])+", hosts):
-        parts = [
-            _numbers(part) if part[0] == "[" else [part]
-            for part in re.findall(r"\[.*?\]|[^\[]+", name)
-        ]
-        names += ["".join(chosen) for chosen in itertools.product(*parts)]
-    return names
-
-
-def _numbers(ranges: str) -> list[str]:
-    """Of "[08-10,3]": 08, 09, 10, 3."""
-    return [
-        f"{i:0{len(first)}}"
-        for first, last in re.findall(r"(\d+)(?:-(\d+))?", ranges)
-        for i in range(int(first), int(last or first) + 1)
-    ]

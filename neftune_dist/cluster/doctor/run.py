@@ -22,8 +22,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TextIO
 
-from neftune_dist.cluster.doctor import collectives, gpus, machine, nodes, software
+from neftune_dist.cluster.doctor import collectives, machine, nodes, software  # noqa: F401 (checks)
 from neftune_dist.cluster.doctor.findings import (
+    CHECKS,
     WRONG,
     Finding,
     Site,
@@ -36,26 +37,6 @@ from neftune_dist.cluster.doctor.findings import (
 from neftune_dist.cluster.doctor.ranks import Ranks, host_name, meet, slurm_step
 from neftune_dist.distributed import environment
 
-CHECKS = (
-    software.check_versions,
-    software.check_requirements,
-    software.check_imports,
-    software.check_nccl,
-    software.check_compiler,
-    software.check_slowing,
-    software.check_interfaces,
-    gpus.check_gpus,
-    gpus.check_ranks,
-    gpus.check_states,
-    gpus.check_links,
-    machine.check_memory,
-    machine.check_shared_memory,
-    machine.check_cores,
-    machine.check_open_files,
-    machine.check_infiniband,
-    machine.check_run_dir,
-    machine.check_model,
-)
 _MEET_SECONDS = 120.0  # ranks may start this far apart
 _CHECKS_SECONDS = 240.0
 _LONGEST_SECONDS = 900.0  # more than all waits together

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,18 +65,14 @@ class Job:
         number = os.environ.get("SLURM_JOB_ID")
         if not number or "SLURM_STEP_ID" in os.environ:
             return None
-        nodes = os.environ.get("SLURM_JOB_NODELIST", "")
-        command = ["scontrol", "show", "hostnames", nodes]
-        try:
-            listed = subprocess.run(command, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            reason = getattr(error, "stderr", "") or getattr(error, "strerror", "") or error
+        hosts = environment.expand_hosts(os.environ.get("SLURM_JOB_NODELIST", ""))
+        if not (hosts and shutil.which("srun") and shutil.which("scontrol")):
+            lack = "srun and scontrol are not here" if hosts else "SLURM_JOB_NODELIST names no node"
             raise UserError(
-                f"The environment says SLURM_JOB_ID={number}, but the job's nodes "
-                f"(SLURM_JOB_NODELIST={nodes}) were not listed by scontrol: {str(reason).strip()}; "
-                "outside of a job, unset SLURM_JOB_ID."
-            ) from error
-        return Job(number, tuple(listed.stdout.split()))
+                f"The environment says SLURM_JOB_ID={number}, but {lack}: outside of a job, unset "
+                "SLURM_JOB_ID."
+            )
+        return Job(number, tuple(hosts))
 
     def requeue(self) -> bool:
         """Put the job back into the queue, which ends this process within seconds; False where that
@@ -163,27 +160,31 @@ def _launch(
         steps, published = _last_step(run_dir), newest_step(run_dir)
         ended = outcome.conclude(folder, steps, published, error_text)
         if requests.kill:
-            _say(f"ended at once; the newest checkpoint is that of step {published}")
+            _say(f"ended at once; the newest checkpoint is that of step {published}", folder)
             return 128 + signal.SIGINT
         verdict = outcome.verdict(outcome.outcomes(run_dir, folder), max_restarts)
         if not verdict.again:
-            _say(f"{verdict.reason[:1].lower()}{verdict.reason[1:].rstrip('.')}; see {folder}")
+            _say(f"{verdict.reason.rstrip('.')}; see {folder}", folder)
             return verdict.code
         elsewhere = ended.kind in (outcome.STOPPED, outcome.LOST) or requests.stop
         if not elsewhere:
-            _say(f"{verdict.reason}; starting again from step {published}")
+            _say(f"{verdict.reason}; starting again from step {published}", folder)
             continue
         ours = requests.requeue or not requests.stop
         if job and ours and job.requeue():
-            _say(f"{verdict.reason}; requeued, to go on from step {published}")
+            _say(f"{verdict.reason}; requeued, to go on from step {published}", folder)
             time.sleep(_REQUEUED_SECONDS)
             return verdict.code
-        _say(f"{verdict.reason}; the same command goes on from step {published}")
+        _say(f"{verdict.reason}; the same command goes on from step {published}", folder)
         return verdict.code
 
 
-def _say(line: str) -> None:
+def _say(line: str, folder: Path | None = None) -> None:
+    """Print a line, and add it to the log of the attempt in `folder`, whose end it states."""
     print(f"neftune-dist: {line}", flush=True)
+    if folder:
+        with contextlib.suppress(OSError), (folder / "console.log").open("a") as console:
+            console.write(f"neftune-dist: {line}\n")
 
 
 def _command(
