@@ -9,13 +9,7 @@ from typing import Any
 
 import yaml
 
-from neftune_dist.config import (
-    KNOBS,
-    Config,
-    UserError,
-    load_config,
-    shipped_configs,
-)
+from neftune_dist.config import KNOBS, Config, UserError, load_config, shipped_configs
 from neftune_dist.planning.report import GIB, needed, read
 
 _BASE = "alpaca-7b"

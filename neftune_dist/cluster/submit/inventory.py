@@ -15,13 +15,7 @@ from pathlib import Path
 import huggingface_hub
 from safetensors import safe_open
 
-from neftune_dist.config import (
-    BUILTIN_SOURCE,
-    DataConfig,
-    ModelConfig,
-    SourceConfig,
-    UserError,
-)
+from neftune_dist.config import BUILTIN_SOURCE, DataConfig, ModelConfig, SourceConfig, UserError
 from neftune_dist.data import files
 from neftune_dist.data.errors import BadRow
 from neftune_dist.data.sources import open_source

@@ -24,11 +24,11 @@ def make_parser(program: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("config", help="YAML file, or the name of a shipped one, such as alpaca-7b")
     add("settings", nargs="*", metavar="key=value", help="such as noise.alpha=5")
-    add("--nodes", type=int, required=True, metavar="N")
+    number = bounded(int, 1, 2**16)
+    add("--nodes", type=number, required=True, metavar="N")
     ranks = parser.add_mutually_exclusive_group(required=True)
     ranks.add_argument("--gpus-per-node", metavar="[TYPE:]G", help="one rank a GPU")
-    processes = bounded(int, 1, 2**12)
-    ranks.add_argument("--processes", type=processes, metavar="P", help="CPU ranks on each node")
+    ranks.add_argument("--processes", type=number, metavar="P", help="CPU ranks on each node")
     add("--time", required=True, metavar="HH:MM:SS", help="the limit, at which the run saves")
     for name in PASSED_ON:
         add(f"--{name}", help="as sbatch has it")
@@ -36,7 +36,7 @@ def make_parser(program: str) -> argparse.ArgumentParser:
     add("--mail", metavar="ADDRESS", help="gets mail when the job begins, ends, fails, is requeued")
     add("--array", metavar="SPEC", help="one run an index (0-3, 1,5, 0-9%%2), put in place of {}")
     add("--dependency", metavar="LIST", help="afterok:123 and so on")
-    add("--chain", type=int, default=1, metavar="N", help="N jobs, each after the one before")
+    add("--chain", type=number, default=1, metavar="N", help="N jobs, each after the one before")
     add("--signal-seconds", type=int, default=300, help="to save in; default: %(default)s")
     add("--max-restarts", type=MAX_RESTARTS, help="see `neftune-dist launch --help`")
     add("--rendezvous-minutes", type=RENDEZVOUS_MINUTES, help="see `neftune-dist launch --help`")
@@ -47,10 +47,6 @@ def make_parser(program: str) -> argparse.ArgumentParser:
 
 def check_options(given: argparse.Namespace) -> None:
     """Refuse values that make no sense; adds `per_node`, the ranks on each node."""
-    for name in ("nodes", "chain"):
-        value = getattr(given, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name}={value} must be 1 or more.")
     gpus = given.gpus_per_node
     if gpus is not None and not re.fullmatch(r"([\w.-]+:)?[1-9]\d{0,3}", gpus, re.ASCII):
         raise UserError(f"--gpus-per-node={gpus} is not of the form 8 or h100:8.")

@@ -17,12 +17,7 @@ from typing import Any
 
 from neftune_dist.cluster.submit import inventory
 from neftune_dist.cluster.submit.inventory import Hub
-from neftune_dist.config import (
-    Config,
-    UserError,
-    check_world_size,
-    user_path,
-)
+from neftune_dist.config import Config, UserError, check_world_size, user_path
 from neftune_dist.data import files
 from neftune_dist.data.sampler import num_steps
 from neftune_dist.system.checkpoint_names import MANIFEST, newest_step

@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from neftune_dist import __version__
@@ -56,32 +56,25 @@ def _git(root: Path, *words: str) -> str:
     return done.stdout
 
 
-class Writer:
-    """Writes snapshots, and removes all of them where the submission fails."""
+def write(folder: Path, files: Mapping[str, str], undo: ExitStack) -> None:
+    """Write a new snapshot, whose removal `undo` gets. Raises `OSError`, also where another
+    submission has just made it."""
+    make_folder(folder.parent, undo)
+    folder.mkdir()
+    undo.callback(shutil.rmtree, folder, ignore_errors=True)
+    for name, content in files.items():
+        (folder / name).write_text(content, "utf-8", "surrogateescape")
 
-    def __init__(self) -> None:
-        self._above: list[Path] = []  # in the order they were made
-        self._snapshots: list[Path] = []
 
-    def make(self, folder: Path) -> None:
-        """A folder, and those above it. Raises `OSError`."""
-        for above in [*reversed(folder.parents), folder]:
-            if not above.is_dir():
-                above.mkdir(exist_ok=True)
-                self._above.append(above)
+def make_folder(folder: Path, undo: ExitStack) -> None:
+    """Make a folder and those above it; `undo` gets the removal of those that were missing, where
+    they are empty by then. Raises `OSError`."""
+    for above in [*reversed(folder.parents), folder]:
+        if not above.is_dir():
+            above.mkdir(exist_ok=True)
+            undo.callback(_remove_empty, above)
 
-    def write(self, folder: Path, files: Mapping[str, str]) -> None:
-        """A new snapshot. Raises `OSError`, also where another submission has just made it."""
-        self.make(folder.parent)
-        folder.mkdir()
-        self._snapshots.append(folder)
-        for name, content in files.items():
-            (folder / name).write_text(content, "utf-8", "surrogateescape")
 
-    def undo(self) -> None:
-        """Remove the snapshots and folders that it made, and no other file."""
-        for folder in self._snapshots:
-            shutil.rmtree(folder, ignore_errors=True)
-        for folder in reversed(self._above):
-            with suppress(OSError):  # not empty
-                folder.rmdir()
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()

@@ -15,6 +15,7 @@ import os
 import shlex
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -255,12 +256,11 @@ def _submit(
     folders = [snapshot.next_folder(task.run_dir) for task in tasks]
     script, options = _script(given, tasks, folders), _options(given, tasks)
     files = {"words": command + "\n", "job.sbatch": script, **snapshot.code(ROOT)}
-    writer = snapshot.Writer()
     ids: list[str] = []
-    try:
+    with ExitStack() as undo:
         for task, folder in zip(tasks, folders, strict=True):
-            writer.make(task.run_dir / "logs")
-            writer.write(folder, {**files, "config.yaml": task.config.to_yaml()})
+            snapshot.make_folder(task.run_dir / "logs", undo)
+            snapshot.write(folder, {**files, "config.yaml": task.config.to_yaml()}, undo)
         waits = given.dependency or (slurm.after(waits_for) if waits_for else None)
         for _ in range(given.chain):
             own = [f"--dependency={waits}"] if waits else []
@@ -272,15 +272,12 @@ def _submit(
                 raise UserError(f"Slurm refused the job: {slurm.reason(done)}.")
             print(done.stderr, end="", file=sys.stderr)  # what the site has to say
             ids.append(done.stdout.split()[-1].partition(";")[0])
+            undo.callback(slurm.run, "scancel", ids[-1])
             waits = slurm.after(ids[-1:])
         for task, folder in zip(tasks, folders, strict=True):
             suffix = "" if task.index is None else f"_{task.index}"
             (folder / "job").write_text("".join(f"{number}{suffix}\n" for number in ids))
-    except BaseException:
-        if ids:
-            slurm.run("scancel", *ids)
-        writer.undo()
-        raise
+        undo.pop_all()
     return ids
 
 
