@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from neftune_dist.config import JudgeConfig, UserError
-from neftune_dist.evaluation.judge_client import check_limits
+from neftune_dist.evaluation.endpoint import check_limits
 from neftune_dist.evaluation.win_rate import Answer, Judgement
 from neftune_dist.system import storage
 

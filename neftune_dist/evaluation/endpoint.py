@@ -1,4 +1,5 @@
-"""One request to an OpenAI-compatible endpoint: sent, retried, parsed, or a reason why not.
+"""Requests to an OpenAI-compatible endpoint: their cost, and one sent, retried, parsed, or a reason
+why not.
 
 The key is read from the environment, sent in one header to one host, and removed from every text
 that leaves this module.
@@ -20,7 +21,7 @@ import ssl
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,8 @@ from neftune_dist.config import JudgeConfig, UserError
 BACKOFF_SECONDS = 1.0  # before the first retry; doubled before each further one
 _LONGEST_PAUSE_SECONDS = 600.0
 _LARGEST_REPLY_BYTES = 2**20
+_BYTES_PER_TOKEN = 3.5  # English has 4 to 5: the estimate is on the high side
+_TOKENS_AROUND = 10  # of a request's message
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,42 @@ def dollars(config: JudgeConfig, input_tokens: int, output_tokens: int) -> float
     """The cost of this many tokens by the prices of `config`."""
     dollars_in = input_tokens * config.dollars_per_million_input
     return (dollars_in + output_tokens * config.dollars_per_million_output) / 1e6
+
+
+def check_limits(
+    config: JudgeConfig, prompts: Sequence[str], num_cached: int, log: Callable[[str], None]
+) -> None:
+    """Log the estimated cost of the prompts, and refuse one above the limits.
+
+    Args:
+        config: prices and limits.
+        prompts: the requests to be sent.
+        num_cached: further ones whose replies are known.
+        log: called with the estimate.
+
+    Raises:
+        UserError: `config.max_requests` or `config.max_dollars` is below it.
+    """
+    count = len(prompts)
+    size = sum(round(len(prompt.encode()) / _BYTES_PER_TOKEN) for prompt in prompts)
+    tokens_in, tokens_out = size + count * _TOKENS_AROUND, count * config.max_answer_tokens
+    cost = dollars(config, tokens_in, tokens_out)
+    priced = config.dollars_per_million_input or config.dollars_per_million_output
+    stated = f"at most about ${cost:.2f}" if priced else "prices are not given"
+    log(
+        f"judge: {count:,} requests to {config.model or config.annotator} ({num_cached:,} more are "
+        f"in the cache), about {tokens_in:,} tokens in, at most {tokens_out:,} out; {stated}"
+    )
+    if count > config.max_requests:
+        raise UserError(
+            f"{count:,} requests to the judge are needed, and judge.max_requests="
+            f"{config.max_requests:,}: raise it, or compare fewer answers."
+        )
+    if config.max_dollars and cost > config.max_dollars:
+        raise UserError(
+            f"The judge's answers would cost up to about ${cost:.2f}, and judge.max_dollars="
+            f"{config.max_dollars:g}: raise it, or compare fewer answers."
+        )
 
 
 class _AnyStatus(urllib.request.HTTPErrorProcessor):

@@ -2,20 +2,25 @@
 
 The endpoint's judge is asked about every pair in both orders, since judges prefer positions. A
 reply without a verdict is no preference, never a win. Equal answers are a tie and are not sent.
+
+Every reply is added to `requests.jsonl` as it comes, so that a run which was stopped, by Ctrl-C or
+by an endpoint that went down, asks only for the rest. Failed requests are not kept.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from neftune_dist.config import JudgeConfig, UserError
 from neftune_dist.evaluation import alpaca_annotators
-from neftune_dist.evaluation.endpoint import Reply
-from neftune_dist.evaluation.judge_client import ask
+from neftune_dist.evaluation.endpoint import Endpoint, Failure, Reply, check_limits, dollars
+from neftune_dist.evaluation.journal import Journal, read_rows
 from neftune_dist.evaluation.win_rate import Answer, Judgement, pair
 from neftune_dist.system import storage
 
@@ -42,6 +47,9 @@ where neither is."""
 _VERDICT = re.compile(r"\W*(?:better\W+)?(a|b|tie)\W*", re.IGNORECASE)
 _NAMED = re.compile(r"\W*better\W+(a|b|tie)\W*", re.IGNORECASE)
 _FIRST_BETTER = {"a": 1.0, "tie": 0.5, "b": 0.0}
+
+# Consecutive failures that end it: before the first reply, and after it.
+_LIMIT_AT_FIRST, _LIMIT_LATER = 3, 20
 
 
 def compare(
@@ -90,7 +98,7 @@ def _judged(
     log: Callable[[str], None],
 ) -> list[Judgement]:
     prompts = [_prompts(*both) for both in pairs]
-    replies = ask(config, [prompt for both in prompts for prompt in both], folder, log)
+    replies = _ask(config, [prompt for both in prompts for prompt in both], folder, log)
     judgements = []
     for (mine, other), both in zip(pairs, prompts, strict=True):
         if not both:
@@ -144,3 +152,101 @@ def _warn(replies: Mapping[str, Reply | None], log: Callable[[str], None]) -> No
             f"judge: {len(unparsed):,} of {len(answered):,} answers hold no verdict and count as "
             f"undecided" + (f"; {cut:,} were cut at judge.max_answer_tokens" if cut else "")
         )
+
+
+def _ask(
+    config: JudgeConfig, prompts: Sequence[str], folder: Path, log: Callable[[str], None]
+) -> dict[str, Reply | None]:
+    """Ask the endpoint; return a reply to each prompt, None where all retries failed.
+
+    Args:
+        config: the endpoint and its limits.
+        prompts: the requests; equal ones are sent once.
+        folder: of the cache, requests.jsonl.
+        log: called with lines of progress.
+
+    Raises:
+        UserError: no key, the endpoint is down or refuses, or a limit is reached. The replies until
+            then are in `folder`.
+    """
+    endpoint, cache = Endpoint(config, log), _Cache(config, folder / "requests.jsonl")
+    replies: dict[str, Reply | None] = {p: known for p in prompts if (known := cache.find(p))}
+    waiting = [prompt for prompt in dict.fromkeys(prompts) if prompt not in replies]
+    check_limits(config, waiting, len(replies), log)
+    num_failures, answered, step = 0, False, max(1, len(waiting) // 20)
+    for number, (prompt, outcome) in enumerate(_outcomes(endpoint, waiting, cache), 1):
+        if isinstance(outcome, Reply):
+            replies[prompt] = outcome
+            num_failures, answered = 0, True
+        else:
+            replies[prompt] = None
+            num_failures += 1
+            is_down = outcome.retry and not answered
+            limit = _LIMIT_LATER if answered else _LIMIT_AT_FIRST
+            if outcome.fatal or is_down or num_failures >= limit:
+                raise UserError(f"{outcome}; {cache.num:,} answers are kept in {folder}.")
+            log(f"judge: a comparison failed: {outcome}")
+        if number % step == 0 or number == len(waiting):
+            log(f"judge: {number:,} of {len(waiting):,} requests are done")
+    if waiting:
+        tokens_in, tokens_out = endpoint.input_tokens, endpoint.output_tokens
+        log(
+            f"judge: {endpoint.num_requests:,} requests were sent; by the endpoint's count they "
+            f"took {tokens_in:,} tokens in and {tokens_out:,} out, "
+            f"${dollars(config, tokens_in, tokens_out):.2f}"
+        )
+    return replies
+
+
+def _outcomes(
+    endpoint: Endpoint, prompts: Sequence[str], cache: _Cache
+) -> Iterator[tuple[str, Reply | Failure]]:
+    """Outcomes as they come, one at a time until the first reply: not all threads ask an endpoint
+    that is down."""
+
+    def outcome(prompt: str) -> tuple[str, Reply | Failure]:
+        try:
+            reply = endpoint.reply(prompt)
+        except Failure as failure:
+            return prompt, failure
+        cache.add(prompt, Reply(endpoint.clean(reply.text), reply.cut))
+        return prompt, reply
+
+    left = iter(prompts)
+    for prompt in left:
+        first = outcome(prompt)
+        yield first
+        if isinstance(first[1], Reply):
+            break
+    # Its threads are daemons: Ctrl-C waits for no request.
+    with ThreadPool(endpoint.config.num_parallel) as pool:
+        try:
+            yield from pool.imap_unordered(outcome, left)
+        finally:
+            endpoint.stop()
+
+
+class _Cache:
+    """Replies by the model's name, the limit of its answer and the prompt; not by the endpoint."""
+
+    def __init__(self, config: JudgeConfig, path: Path) -> None:
+        self._config = config
+        rows = read_rows(path, {"request": str, "answer": str, "cut": bool})
+        self._known = {row["request"]: Reply(row["answer"], row["cut"]) for row in rows}
+        self._journal = Journal(path)
+
+    @property
+    def num(self) -> int:
+        return len(self._known)
+
+    def find(self, prompt: str) -> Reply | None:
+        return self._known.get(self._name(prompt))
+
+    def add(self, prompt: str, reply: Reply) -> None:
+        name = self._name(prompt)
+        self._journal.append([{"request": name, "answer": reply.text, "cut": reply.cut}])
+        self._known[name] = reply
+
+    def _name(self, prompt: str) -> str:
+        asked = [self._config.model, self._config.max_answer_tokens, prompt]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()

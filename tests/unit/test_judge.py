@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from neftune_dist.config import JudgeConfig, UserError
-from neftune_dist.evaluation import endpoint, judge, judge_client
+from neftune_dist.evaluation import endpoint, judge
 from neftune_dist.evaluation.win_rate import Judgement, win_rate
 
 KEY = "sk-test-0123456789-secret"
@@ -384,7 +384,7 @@ def test_three_refused_requests_end_it(server: Server, compare: Compared) -> Non
 def test_replies_before_an_outage_are_kept(
     server: Server, compare: Compared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(judge_client, "_LIMIT_LATER", 4)
+    monkeypatch.setattr(judge, "_LIMIT_LATER", 4)
 
     def behave(prompt: str, attempt: int, handler: Any) -> str | None:
         return by_quality(prompt) if len(server.requests) <= 5 else handler.send(500, "down")
