@@ -1,9 +1,9 @@
 """The model to evaluate: of a run, of one of its checkpoints, or of Hugging Face, on one device.
 
-A checkpoint is read tensor by tensor into the model, adapters merged: no export is needed, and the
-host holds one tensor at a time. The model computes what the checkpoint's export computes in the
-same dtype. Refused with `UserError`: a name that is none of these, a damaged checkpoint, weights
-that do not fill the model.
+Weights are read tensor by tensor into the model, as a run reads them, so the host holds one at a
+time; of a checkpoint no export is needed: adapters are merged, and the model computes what the
+checkpoint's export computes in the same dtype. Refused with `UserError`: a name that is none of
+these, a damaged checkpoint, weights that do not fill the model.
 """
 
 from __future__ import annotations
@@ -31,15 +31,13 @@ from neftune_dist.checkpoint.run_files import (
 from neftune_dist.config import Config, ModelConfig, UserError, load_config, user_path
 from neftune_dist.data.tokenize import ConversationTokenizer
 from neftune_dist.model import load, locate
-from neftune_dist.model.attention import with_attention
-from neftune_dist.model.families import WRAPPERS, check_model
 from neftune_dist.model.generation import Generator, end_tokens
 from neftune_dist.model.modules import replace_parameters
 from neftune_dist.model.precision import fast_dtype, with_dtype
-from neftune_dist.system.text import first_line
 
 # Keys that describe the configuration's own model, not the one to evaluate.
 _KEYS_OF_THE_RUNS_MODEL = ("model.revision=null", "model.weights=null", "model.add_tokens=null")
+_Read = Callable[[str], Tensor]  # the whole parameter or stored buffer of that name
 
 
 @dataclass(frozen=True)
@@ -92,9 +90,14 @@ class EvaluationTarget:
         Raises:
             UserError: weights that are damaged, incomplete or of another model.
         """
-        transformers.utils.logging.disable_progress_bar()  # of the weights' loading: seconds
-        model = self._of_files() if self.checkpoint is None else self._of_checkpoint()
-        check_model(model, packing=False)
+        dtype = load.DTYPES[self._plain.dtype]
+        model = load.build(self.folder, self._plain, packing=False, dtype=dtype)
+        read = self._of_files(model) if self.checkpoint is None else self._of_checkpoint(model)
+        replace_parameters(model, lambda p: nn.Parameter(torch.empty_like(p, device=self.device)))
+        load.initialize_buffers(model, self.device)
+        with torch.no_grad():
+            for name, held in [*model.named_parameters(), *load.stored_buffers(model)]:
+                held.copy_(read(name))
         model.generation_config = transformers.GenerationConfig()
         return model.requires_grad_(False).eval()
 
@@ -127,65 +130,21 @@ class EvaluationTarget:
             trust_remote_code=self.config.model.trust_remote_code,
         )
 
-    def _of_checkpoint(self) -> Any:
+    def _of_checkpoint(self, model: Any) -> _Read:
         assert self.checkpoint is not None
         if flaw := self.checkpoint.first_flaw(*self.part):
             raise store.damage_error(self.checkpoint, flaw)
-        dtype = load.DTYPES[self._plain.dtype]
-        model = load.build(self.folder, self._plain, packing=False, dtype=dtype)
         content = Content.of(self.checkpoint.folder, self.checkpoint.trainer_state())
         if load.stored_shapes(model) != content.shapes:
             raise UserError(
                 f"The checkpoint {self.checkpoint.folder} is of another model than {self.folder}."
             )
-        return self._filled(model, content.read)
+        return content.read
 
-    def _filled(self, model: Any, read: Callable[[str], Tensor]) -> Any:
-        """Take a model from the meta device to this one, with what `read` gives for each name."""
-        _allocate(model, self.device)
-        load.initialize_buffers(model, self.device)
-        with torch.no_grad():
-            for name, held in [*model.named_parameters(), *load.stored_buffers(model)]:
-                held.copy_(read(name))
-        return model
-
-    def _of_wrapper(self) -> Any:
-        """The text model of a wrapper's files."""
-        dtype = load.DTYPES[self._plain.dtype]
-        model = load.build(self.folder, self._plain, packing=False, dtype=dtype)
+    def _of_files(self, model: Any) -> _Read:
         weights = load.open_weights(model, self.folder, self._plain, seed=0)
         shapes = load.stored_shapes(model)
-
-        def read(name: str) -> Tensor:
-            return weights.read(name, 0, math.prod(shapes[name])).view(shapes[name])
-
-        return self._filled(model, read)
-
-    def _of_files(self) -> Any:
-        def make(attention: str) -> Any:
-            return transformers.AutoModelForCausalLM.from_pretrained(
-                self.folder,
-                attn_implementation=attention,
-                dtype=load.DTYPES[self._plain.dtype],
-                trust_remote_code=self._plain.trust_remote_code,
-                output_loading_info=True,
-            )
-
-        hf_config = load.load_model_config(self.folder, self._plain)
-        if hf_config.model_type in WRAPPERS:
-            return self._of_wrapper()
-        try:
-            model, loaded = with_attention(make, hf_config, self._plain.attention)
-        except Exception as error:  # transformers raises whatever its parsers do
-            raise UserError(
-                f"The model in {self.folder} cannot be loaded: {first_line(error)}"
-            ) from error
-        if loaded["missing_keys"]:  # which transformers fills with random numbers
-            raise UserError(
-                f"The weights in {self.folder} lack {sorted(loaded['missing_keys'])[0]}: they are "
-                "incomplete, or of another model."
-            )
-        return model.to(self.device)
+        return lambda name: weights.read(name, 0, math.prod(shapes[name])).view(shapes[name])
 
 
 def open_target(
@@ -262,8 +221,3 @@ def _model_fields(
     config = load_config(config_file, words)
     shown = path.resolve().name if path.exists() else name.replace("/", "-")
     return {"name": shown, "config": config, "folder": locate.find(config.model)}
-
-
-def _allocate(model: nn.Module, device: torch.device) -> None:
-    """Give a model on the meta device memory without content; tied weights stay one."""
-    replace_parameters(model, lambda p: nn.Parameter(torch.empty_like(p, device=device)))
