@@ -8,13 +8,14 @@ record there how they ended, because torchrun turns every exit code into its own
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -89,17 +90,18 @@ def begin(run_dir: Path) -> Path:
     """Make the next attempt's folder. Raises `OSError`."""
     logs = run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    number = max(
-        (int(m[1]) for path in logs.iterdir() if (m := _NAME.fullmatch(path.name))), default=0
-    )
-    while True:
-        number += 1
+    for number in itertools.count(max(_attempts(logs), default=0) + 1):
         folder = logs / f"attempt_{number:04d}"
-        try:
+        with suppress(FileExistsError):  # of another job, at the same time
             folder.mkdir()
-        except FileExistsError:  # of another job, at the same time
-            continue
-        return folder
+            return folder
+    raise AssertionError
+
+
+def _attempts(logs: Path) -> dict[int, Path]:
+    """The attempts' folders by number, the oldest first."""
+    found = {int(m[1]): path for path in logs.iterdir() if (m := _NAME.fullmatch(path.name))}
+    return dict(sorted(found.items()))
 
 
 def tell(rank: int, kind: str, step: int = 0, error: str = "") -> bool:
@@ -221,12 +223,9 @@ def outcomes(run_dir: Path, last: Path | None = None) -> list[Outcome]:
     logs = run_dir / "logs"
     if not logs.is_dir():
         return []
-    found = {int(m[1]): path for path in logs.iterdir() if (m := _NAME.fullmatch(path.name))}
-    numbers = sorted(found)
+    folders = list(_attempts(logs).values())
     if last is not None:
-        own = _NAME.fullmatch(last.name)
-        numbers = [number for number in numbers if own and number <= int(own[1])]
-    folders = [found[number] for number in numbers]
+        folders = folders[: folders.index(last) + 1]
     return [_read(path / _OUTCOME) or Outcome(LOST) for path in folders]
 
 
@@ -262,11 +261,8 @@ def verdict(past: Sequence[Outcome], max_restarts: int) -> Verdict:
             break
         fruitless += 1
     if fruitless > max_restarts:
-        return Verdict(
-            False,
-            EXIT_FAILED,
-            f"{what}; the last {fruitless} attempts published no new checkpoint",
-        )
+        why = f"{what}; the last {fruitless} attempts published no new checkpoint"
+        return Verdict(False, EXIT_FAILED, why)
     return Verdict(True, code, what)
 
 

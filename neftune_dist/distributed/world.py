@@ -242,12 +242,9 @@ class World:
 
     def from_first(self, text: str) -> str:
         """Rank 0's text, on every rank."""
-        if self.size == 1:
-            return text
-        with self.agree():
-            if self.is_first:
-                self._store.set(f"{self._phase}/first", text)
-        return self._store.get(f"{self._phase}/first").decode()
+        found = self.from_any(text if self.is_first else None)
+        assert found is not None
+        return found
 
     def from_any(self, text: str | None) -> str | None:
         """The text of a rank that has one, on every rank; None where none has."""

@@ -70,14 +70,9 @@ def compare(
         log: called with lines of progress.
 
     Raises:
-        UserError: the sets are over different instructions, no judge is configured, its key is
-            missing, it is down or refuses, the cost is above a limit, or the folder cannot be
-            written.
+        UserError: the sets are over different instructions, the judge's key is missing, it is down
+            or refuses, the cost is above a limit, or the folder cannot be written.
     """
-    if not (config.url or config.annotator):
-        raise UserError(
-            "No judge is configured: set judge.url and judge.model, or judge.annotator."
-        )
     pairs = pair(ours, theirs)
     if len(pairs) < len(theirs):
         log(f"judge: {len(pairs):,} of {len(theirs):,} answers of the other side are compared")

@@ -21,8 +21,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 from neftune_dist.config import EvaluateConfig, UserError, split_list
 from neftune_dist.data.errors import BadRow, type_name
@@ -33,28 +32,16 @@ _KEY = "evaluate.tasks"
 Row = dict[str, Any]
 
 
-class Published(NamedTuple):
-    """How the Open LLM Leaderboard (its first version; IFEval: its second) asks a task.
-
-    Attributes:
-        task: lm-eval's name.
-        num_shots: examples in front of each item.
-        metric: that the leaderboard reports.
-    """
-
-    task: str
-    num_shots: int
-    metric: str
-
-
+# How the Open LLM Leaderboard (its first version; IFEval: its second) asks a task: lm-eval's name,
+# the number of examples in front of each item, and the metric that it reports.
 PUBLISHED = {
-    "arc": Published("arc_challenge", 25, "acc_norm"),
-    "arc_challenge": Published("arc_challenge", 25, "acc_norm"),
-    "hellaswag": Published("hellaswag", 10, "acc_norm"),
-    "mmlu": Published("mmlu", 5, "acc"),
-    "truthfulqa": Published("truthfulqa_mc2", 0, "acc"),
-    "truthfulqa_mc2": Published("truthfulqa_mc2", 0, "acc"),
-    "ifeval": Published("ifeval", 0, "prompt_level_strict_acc"),
+    "arc": ("arc_challenge", 25, "acc_norm"),
+    "arc_challenge": ("arc_challenge", 25, "acc_norm"),
+    "hellaswag": ("hellaswag", 10, "acc_norm"),
+    "mmlu": ("mmlu", 5, "acc"),
+    "truthfulqa": ("truthfulqa_mc2", 0, "acc"),
+    "truthfulqa_mc2": ("truthfulqa_mc2", 0, "acc"),
+    "ifeval": ("ifeval", 0, "prompt_level_strict_acc"),
 }
 
 
@@ -141,9 +128,8 @@ def run_tasks(
             cannot be used, or an answer is longer than the model can read.
     """
     words = read_words(config.tasks, config.max_task_items)
-    if not words:
-        return {}
-    lm_eval = _adapter()
+    from neftune_dist.evaluation import lm_eval_adapter as lm_eval
+
     lm = lm_eval.TaskModel(model, tokenizer, config.batch_size, log, world)
     loaded = [(word, lm_eval.load(word)) for word in words]  # all, before the first takes its hours
     most = config.max_task_items
@@ -152,20 +138,10 @@ def run_tasks(
 
 def check_known(words: Sequence[TaskWord]) -> None:
     """Refuse names that lm-eval does not know, before what takes hours. Raises `UserError`."""
-    if words:
-        lm_eval = _adapter()
-        for word in words:
-            lm_eval.check_known(word)
+    for word in words:
+        from neftune_dist.evaluation import lm_eval_adapter
 
-
-def _adapter() -> ModuleType:
-    try:
-        import neftune_dist.evaluation.lm_eval_adapter as lm_eval_adapter
-    except ImportError as error:
-        raise UserError(
-            f"{_KEY} needs the package {error.name or 'lm_eval'}: install neftune-dist[tasks]."
-        ) from error
-    return lm_eval_adapter
+        lm_eval_adapter.check_known(word)
 
 
 def read_words(text: str | None, max_items: int = 0) -> list[TaskWord]:
@@ -180,13 +156,11 @@ def read_words(text: str | None, max_items: int = 0) -> list[TaskWord]:
             )
         if name in words:
             raise UserError(f"{_KEY} names {name} twice.")
-        words[name] = _of_file(name, path, max_items) if is_file else _of_lm_eval(name)
+        if is_file:
+            words[name] = _of_file(name, path, max_items)
+        else:
+            words[name] = TaskWord(name, *PUBLISHED.get(name, (name,)))
     return list(words.values())
-
-
-def _of_lm_eval(name: str) -> TaskWord:
-    published = PUBLISHED.get(name)
-    return TaskWord(name, *published) if published else TaskWord(name, name)
 
 
 def _of_file(name: str, path: str, max_items: int) -> TaskWord:

@@ -23,8 +23,6 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from neftune_dist.config import UserError
-
 try:  # the extra `evaluation`
     import sacrebleu
     from rouge_score.rouge_scorer import RougeScorer
@@ -82,8 +80,6 @@ def statistics(
             `finished` and `correct` are used where present.
         values: of `per_answer`; None: computed here.
 
-    Raises:
-        UserError: a package is missing, or an answer has no `output`.
     """
     values = per_answer(answers) if values is None else values
     result = {}
@@ -113,7 +109,6 @@ def per_answer(answers: Sequence[Mapping[str, Any]]) -> Values:
     - `empty`: 1 where the answer is white space alone; `cut`: 1 where the answer reached the limit
       of new tokens; `exact_match`: 1 where it was marked right, 0 where wrong.
     """
-    _check_outputs(answers)
     rouge = RougeScorer(["rougeL"])
     rows = []
     for answer in answers:
@@ -141,12 +136,6 @@ def per_answer(answers: Sequence[Mapping[str, Any]]) -> Values:
         for name, of_answers in values.items()
         if any(v is not None for v in of_answers)
     }
-
-
-def _check_outputs(answers: Sequence[Mapping[str, Any]]) -> None:
-    for i, answer in enumerate(answers):
-        if not isinstance(answer.get("output"), str):
-            raise UserError(f"Answer {i} has no text: its field output must be a string.")
 
 
 def _repetition(words: list[str] | None) -> dict[str, float | None]:

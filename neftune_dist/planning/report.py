@@ -128,7 +128,10 @@ def plan(
         UserError: a mistake in `config`, an unknown GPU, or a run that does not fit on it.
     """
     gpus = known_gpus()
-    _check_words(gpu, mfu, world_size)
+    if gpu is not None and gpu not in gpus:
+        raise UserError(f"--gpu={gpu} is not known; known: {', '.join(gpus)}.")
+    if not 0 < mfu <= 1:
+        raise UserError(f"--mfu={mfu} is out of range: a share, above 0 and at most 1.")
     check_world_size(config, world_size)
     check_packages(config)
     for line in config.to_yaml().splitlines() if verbose else []:
@@ -168,15 +171,6 @@ def plan(
             f"{gpu} has {gpus[gpu]}: "
             + (f"append {suggestion}." if suggestion else "no change that plan tries makes it fit.")
         )
-
-
-def _check_words(gpu: str | None, mfu: float, world_size: int) -> None:
-    if gpu is not None and gpu not in known_gpus():
-        raise UserError(f"--gpu={gpu} is not known; known: {', '.join(known_gpus())}.")
-    if not 0 < mfu <= 1:
-        raise UserError(f"--mfu={mfu} is out of range: a share, above 0 and at most 1.")
-    if world_size < 1:
-        raise UserError(f"--world-size={world_size} is out of range: it must be at least 1.")
 
 
 def needed(peak: Peak) -> float:

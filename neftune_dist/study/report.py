@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -70,6 +70,7 @@ td:first-child { min-width: 10rem; }
 p { overflow-x: auto; }
 img { max-width: 100%; min-width: 27rem; }"""
 _ANSWERS_TITLE = "Answers side by side"
+Figure = Callable[[Run], float | None]  # of a run; None where it was not measured
 
 
 def write(
@@ -225,44 +226,33 @@ def _by_seed(found: Sequence[Difference], seeds: Sequence[int]) -> str:
 
 
 def _losses(runs: Sequence[Run]) -> str:
-    names = ["held-out loss before training", "held-out loss after"]
-    names += ["training loss, last tenth of steps, noise on", "noise norm", "noise norm by the law"]
-    values = [
-        (r.first, r.last, r.training, r.mean("noise_norm"), r.mean("noise_law")) for r in runs
-    ]
-    columns = [
-        [v for run, v in zip(runs, values, strict=True) if run.alpha == alpha]
-        for alpha in alphas_of(runs)
-    ]
-    rows = [
-        [name, *(f"{fmean(of_run[i] for of_run in column):.4f}" for column in columns)]
-        for i, name in enumerate(names)
-    ]
-    table = _by_alpha(runs, rows)
-    return f"Means over the seeds.\n\n{table}\n\n{_means(runs, 'losses')}".strip()
+    figures: dict[str, Figure] = {
+        "held-out loss before training": lambda run: run.first,
+        "held-out loss after": lambda run: run.last,
+        "training loss, last tenth of steps, noise on": lambda run: run.training,
+        "noise norm": lambda run: run.mean("noise_norm"),
+        "noise norm by the law": lambda run: run.mean("noise_law"),
+    }
+    return f"Means over the seeds.\n\n{_by_alpha(runs, figures)}\n\n{_means(runs, 'losses')}"
 
 
 def _means(runs: Sequence[Run], part: str) -> str:
     """Means over the seeds of the numbers in a part of the evaluations' summaries."""
-    keys = list(dict.fromkeys(key for run in runs for key in run.figures(part)))
+    figures: dict[str, Figure] = {}
+    for key in dict.fromkeys(key for run in runs for key in run.figures(part)):
+        label = f"accuracy on {key}" if part == "tasks" else LABELS.get(key, key)
+        figures[label] = lambda run, key=key: run.figures(part).get(key)  # type: ignore[misc]
+    return f"After training; means over the seeds.\n\n{_by_alpha(runs, figures)}" if figures else ""
+
+
+def _by_alpha(runs: Sequence[Run], figures: Mapping[str, Figure]) -> str:
+    """A table of means over the seeds: a row a figure, a column an alpha."""
     alphas = alphas_of(runs)
     rows = [
-        [
-            f"accuracy on {key}" if part == "tasks" else LABELS.get(key, key),
-            *(
-                _mean(
-                    [r.figures(part)[key] for r in runs if r.alpha == a and key in r.figures(part)]
-                )
-                for a in alphas
-            ),
-        ]
-        for key in keys
+        [name, *(_mean([of(run) for run in runs if run.alpha == alpha]) for alpha in alphas)]
+        for name, of in figures.items()
     ]
-    return f"After training; means over the seeds.\n\n{_by_alpha(runs, rows)}" if keys else ""
-
-
-def _by_alpha(runs: Sequence[Run], rows: Sequence[Sequence[str]]) -> str:
-    return _table(["", *(f"alpha {plain(alpha)}" for alpha in alphas_of(runs))], rows)
+    return _table(["", *(f"alpha {plain(alpha)}" for alpha in alphas)], rows)
 
 
 def _win_rates(rates: Mapping[tuple[float, int], Mapping[str, Any]]) -> str:
@@ -297,8 +287,10 @@ def _percent(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f} %"
 
 
-def _mean(values: Sequence[float]) -> str:
-    mean = fmean(values) if values else math.nan
+def _mean(values: Sequence[float | None]) -> str:
+    """The mean of those there are; empty without any."""
+    known = [value for value in values if value is not None]
+    mean = fmean(known) if known else math.nan
     if math.isnan(mean):
         return ""
     return f"{mean:.0f}" if mean.is_integer() and abs(mean) > 1 else f"{mean:.5g}"

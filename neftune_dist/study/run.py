@@ -73,7 +73,10 @@ def study(
     Raises:
         UserError: what cannot be studied, before the first run; runs that cannot be compared.
     """
-    _check(alphas, num_seeds, num_ranks)
+    if "RANK" in os.environ:
+        raise UserError("study starts its runs itself: call it without torchrun, with --ranks.")
+    if len(set(alphas)) < len(alphas):
+        raise UserError(f"--alphas={','.join(map(plain, alphas))}: the values must be distinct.")
     # At all alphas, of which a configuration may refuse some.
     configs = [load_config(config_path, [*settings, *noise_words(alpha)]) for alpha in alphas]
     config = configs[0]
@@ -150,16 +153,6 @@ def _make(
             left.remove(number)
             seconds.append(time.monotonic() - begin)
     return 0
-
-
-def _check(alphas: Sequence[float], num_seeds: int, num_ranks: int) -> None:
-    """Refuse arguments that make no study. Raises `UserError`."""
-    if "RANK" in os.environ:
-        raise UserError("study starts its runs itself: call it without torchrun, with --ranks.")
-    if num_seeds < 1 or num_ranks < 1:
-        raise UserError(f"--seeds={num_seeds} and --ranks={num_ranks} must both be 1 or more.")
-    if not alphas or len(set(alphas)) < len(alphas):
-        raise UserError(f"--alphas={','.join(map(plain, alphas))}: the values must be distinct.")
 
 
 def _report(runs: Sequence[Run], config: Config, folder: Path, power: str) -> None:

@@ -10,7 +10,6 @@ import math
 import multiprocessing
 import os
 import socket
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -352,15 +351,3 @@ def test_unusable_tasks_are_refused(
     with pytest.raises(UserError, match=message) as raised:
         small.run(word.format(**paths))
     assert "\n" not in str(raised.value)
-
-
-def test_missing_lm_eval_names_the_extra(small: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert small.run("") == {}  # which needs nothing
-    for name in [*sys.modules]:
-        if name.partition(".")[0] == "lm_eval":
-            monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "neftune_dist.evaluation.lm_eval_adapter")
-    with pytest.raises(
-        UserError, match=r"needs the package lm_eval.*install neftune-dist\[tasks\]"
-    ):
-        small.run("mmlu")
