@@ -259,13 +259,8 @@ def _win_rates(rates: Mapping[tuple[float, int], Mapping[str, Any]]) -> str:
     """A table of `WinRate`s by alpha and seed."""
     percents = {"win_rate": "win rate", "length_controlled": "at equal lengths"}
     percents |= {"length_matched": "over pairs of like lengths"}
-    counts = {
-        "num_length_matched": "such pairs",
-        "num_wins": "wins",
-        "num_losses": "losses",
-        "num_ties": "ties",
-    }
-    counts |= {"num_unparsed": "not parsed", "num_failed": "request failed"}
+    counts = {"num_length_matched": "such pairs", "num_wins": "wins", "num_losses": "losses"}
+    counts |= {"num_ties": "ties", "num_unparsed": "not parsed", "num_failed": "request failed"}
     rows = [
         [
             *(plain(alpha), str(seed)),

@@ -120,18 +120,11 @@ def read_run(folder: Path, alpha: float, seed: int) -> Run:
         for step, loss in sorted(held_out.items())
         if step <= last
     ]
-    evaluation = _evaluation(evaluation_folder(folder, last))
+    found = _evaluation(evaluation_folder(folder, last))
     state = folder / "checkpoints" / evaluation_folder(folder, last).name / "trainer_state.json"
-    run = Run(
-        alpha,
-        seed,
-        folder,
-        run_config(folder),
-        steps,
-        losses,
-        **evaluation,
-        state=read_json(state, _STATE) if state.exists() else {},
-    )
+    if state.exists():
+        found["state"] = read_json(state, _STATE)
+    run = Run(alpha, seed, folder, run_config(folder), steps, losses, **found)
     if math.isnan(run.first + run.last + run.training):
         raise UserError(f"{folder} has no finite loss before or after its training.")
     return run

@@ -87,9 +87,9 @@ def study(
     check_items(config)
     folder = user_path(config.run_dir, "run_dir")
     seeds = range(config.train.seed, config.train.seed + num_seeds)
-    numbered = list(enumerate(pairs(alphas, seeds)))
-    if only is not None and not 0 <= only < len(numbered):
-        raise UserError(f"--only={only}: the runs of this study are 0 to {len(numbered) - 1}.")
+    places = pairs(alphas, seeds)
+    if only is not None and not 0 <= only < len(places):
+        raise UserError(f"--only={only}: the runs of this study are 0 to {len(places) - 1}.")
     power = power_line(config, num_seeds)
     if not report_only:
         # Before hours of training.
@@ -98,18 +98,18 @@ def study(
         check_known(read_words(config.evaluate.tasks, config.evaluate.max_task_items))
         report.claim(folder)
         print(f"study: {power}", flush=True)
-        asked = [number for number in range(len(numbered)) if only in (None, number)]
+        asked = range(len(places)) if only is None else [only]
 
         def run(alpha: float, seed: int) -> tuple[int, str]:
             train = [str(config_path), *run_words(settings, folder, alpha, seed)]
             evaluate = [str(run_dir(folder, alpha, seed)), *evaluation_words(config)]
             return perform(train, evaluate, num_ranks)
 
-        if code := _make(asked, [place for _, place in numbered], folder, run):
+        if code := _make(asked, places, folder, run):
             return code
     if only is not None:
         return 0
-    runs = [read_run(run_dir(folder, alpha, seed), alpha, seed) for _, (alpha, seed) in numbered]
+    runs = [read_run(run_dir(folder, *place), *place) for place in places]
     check_comparable(runs)
     report.claim(folder)
     with storage.hold(folder / ".lock", f"{folder} is being reported on by another study."):

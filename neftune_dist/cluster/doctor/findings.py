@@ -198,16 +198,9 @@ def table(findings: Sequence[Finding], hosts: Sequence[str], num_all: int = 0) -
     """
     num_all = max(num_all, len(hosts))
     rows = [("status", "check", "host", "seen, and -> how to fix it", "")]
-    rows += [
-        (
-            f.status,
-            f.check,
-            named(f.hosts or hosts, num_all),
-            f.seen,
-            f.fix if f.status != OK else "",
-        )
-        for f in findings
-    ]
+    for f in findings:
+        fix = f.fix if f.status != OK else ""
+        rows.append((f.status, f.check, named(f.hosts or hosts, num_all), f.seen, fix))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for *cells, seen, fix in rows:
         yield "  ".join([*map(str.ljust, cells, widths), seen])

@@ -54,17 +54,9 @@ def node(folder: Path, words: Sequence[str], *, num_processes: int, minutes: flo
     _set_environment(folder, number)
     # Each rank beside its GPU's memory, where the driver can say which that is.
     numa = ["--numa-binding=node"] if Path("/proc/driver/nvidia/gpus").exists() else []
-    command = [
-        f"--nnodes={len(hosts)}",
-        f"--nproc-per-node={number}",
-        "--max-restarts=0",
-        *numa,
-        "-m",
-        "neftune_dist",
-        "train",
-        *words,
-    ]
-    return _torchrun(command, address, port, index)
+    options = [f"--nnodes={len(hosts)}", f"--nproc-per-node={number}", "--max-restarts=0", *numa]
+    train = ["-m", "neftune_dist", "train", *words]
+    return _torchrun([*options, *train], address, port, index)
 
 
 def _torchrun(words: Sequence[str], address: str, port: int, index: int) -> int:

@@ -135,48 +135,41 @@ def launch(
         run_dir.mkdir(parents=True, exist_ok=True)
     busy = f"run_dir={run_dir} is in use by another launch, which goes on."
     with storage.hold(run_dir / ".launch.lock", busy, seconds=2.0):
-        return _launch(run_dir, words, num_processes, max_restarts, minutes)
-
-
-def _launch(
-    run_dir: Path, words: Sequence[str], num_processes: int, max_restarts: int, minutes: float
-) -> int:
-    """Run attempts until there is nothing left to try; the caller holds the lock of the run."""
-    requests, job = Requests(), Job.find()
-    # Orphans of a process that was killed become children of this one, which ends them.
-    children.adopt_orphans()
-    words, going_on = [*words], environment.number("SLURM_RESTART_COUNT", 0) > 0
-    while True:
-        if going_on and newest_step(run_dir):
-            # `never`, or another run's checkpoint, applied to the first start.
-            words.append("checkpoint.resume=auto")
-        going_on = True
-        with storage.writing(f"run_dir={run_dir}"):
-            folder = outcome.begin(run_dir)
-        _say(f"{folder.name} of {run_dir}, output of all ranks in {folder}")
-        command = _command(job, folder, words, num_processes, minutes)
-        with (folder / "console.log").open("wb", buffering=0) as console:
-            error_text = _attend(command, folder, console, requests, job, minutes * 60)
-        steps, published = _last_step(run_dir), newest_step(run_dir)
-        ended = outcome.conclude(folder, steps, published, error_text)
-        if requests.kill:
-            _say(f"ended at once; the newest checkpoint is that of step {published}", folder)
-            return 128 + signal.SIGINT
-        verdict = outcome.verdict(outcome.outcomes(run_dir, folder), max_restarts)
-        if not verdict.again:
-            _say(f"{verdict.reason.rstrip('.')}; see {folder}", folder)
+        requests, job = Requests(), Job.find()
+        # Orphans of a process that was killed become children of this one, which ends them.
+        children.adopt_orphans()
+        words, going_on = [*words], environment.number("SLURM_RESTART_COUNT", 0) > 0
+        while True:
+            if going_on and newest_step(run_dir):
+                # `never`, or another run's checkpoint, applied to the first start.
+                words.append("checkpoint.resume=auto")
+            going_on = True
+            with storage.writing(f"run_dir={run_dir}"):
+                folder = outcome.begin(run_dir)
+            _say(f"{folder.name} of {run_dir}, output of all ranks in {folder}")
+            command = _command(job, folder, words, num_processes, minutes)
+            with (folder / "console.log").open("wb", buffering=0) as console:
+                error_text = _attend(command, folder, console, requests, job, minutes * 60)
+            steps, published = _last_step(run_dir), newest_step(run_dir)
+            ended = outcome.conclude(folder, steps, published, error_text)
+            if requests.kill:
+                _say(f"ended at once; the newest checkpoint is that of step {published}", folder)
+                return 128 + signal.SIGINT
+            verdict = outcome.verdict(outcome.outcomes(run_dir, folder), max_restarts)
+            if not verdict.again:
+                _say(f"{verdict.reason.rstrip('.')}; see {folder}", folder)
+                return verdict.code
+            elsewhere = ended.kind in (outcome.STOPPED, outcome.LOST) or requests.stop
+            if not elsewhere:
+                _say(f"{verdict.reason}; starting again from step {published}", folder)
+                continue
+            ours = requests.requeue or not requests.stop
+            if job and ours and job.requeue():
+                _say(f"{verdict.reason}; requeued, to go on from step {published}", folder)
+                time.sleep(_REQUEUED_SECONDS)
+                return verdict.code
+            _say(f"{verdict.reason}; the same command goes on from step {published}", folder)
             return verdict.code
-        elsewhere = ended.kind in (outcome.STOPPED, outcome.LOST) or requests.stop
-        if not elsewhere:
-            _say(f"{verdict.reason}; starting again from step {published}", folder)
-            continue
-        ours = requests.requeue or not requests.stop
-        if job and ours and job.requeue():
-            _say(f"{verdict.reason}; requeued, to go on from step {published}", folder)
-            time.sleep(_REQUEUED_SECONDS)
-            return verdict.code
-        _say(f"{verdict.reason}; the same command goes on from step {published}", folder)
-        return verdict.code
 
 
 def _say(line: str, folder: Path | None = None) -> None:

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-import huggingface_hub
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
 from neftune_dist.config import BUILTIN_SOURCE, DataConfig, ModelConfig, SourceConfig, UserError
@@ -62,17 +63,9 @@ class Hub:
             name: its id, such as org/name.
             revision: a branch, tag or commit; None: main.
         """
-        cached = huggingface_hub.snapshot_download
+        within: Any = {"cache_dir": self.cache, "local_files_only": True}
         try:
-            return Path(
-                cached(
-                    name,
-                    repo_type=kind,
-                    revision=revision,
-                    cache_dir=self.cache,
-                    local_files_only=True,
-                )
-            )
+            return Path(snapshot_download(name, repo_type=kind, revision=revision, **within))
         except (OSError, ValueError):
             folder = self.datasets / name.replace("/", "___")
             return folder if kind == "dataset" and folder.is_dir() else None

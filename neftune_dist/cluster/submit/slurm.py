@@ -46,12 +46,7 @@ def run(
     }
     try:
         return subprocess.run(
-            command,
-            env=environment,
-            input=script,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
+            command, env=environment, input=script, capture_output=True, text=True, timeout=timeout
         )
     except FileNotFoundError:
         raise SlurmUnavailable(

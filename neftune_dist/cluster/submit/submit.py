@@ -100,19 +100,15 @@ def main(words: list[str], program: str = "launcher/submit.py") -> int:
 
 
 def _tasks(given: argparse.Namespace) -> list[Task]:
-    """Every run of the job, checked."""
+    """Every run of the job, checked: one, or one for each index of the array."""
     world_size = given.nodes * given.per_node
-    if not given.array:
-        config = _config(given, given.settings)
-        log = config.run_dir.replace("%", "%%") + "/logs/slurm-%j.out"
-        return [Task(None, config, preflight(config, world_size, _hub), log)]
-    tasks = {}
-    indices = slurm.indices(given.array)
+    indices = slurm.indices(given.array) if given.array else [None]
     # Slurm takes one pattern for the output of all.
-    place = _config(given, _indexed(given.settings, indices[0], MARK)).run_dir
-    log = place.replace("%", "%%").replace(MARK, "%a") + "/logs/slurm-%A_%a.out"
+    place, job = _config(given, indices[0], MARK).run_dir, "%A_%a" if given.array else "%j"
+    log = f"{place.replace('%', '%%').replace(MARK, '%a')}/logs/slurm-{job}.out"
+    tasks: dict[str, Task] = {}
     for index in indices:
-        config = _config(given, _indexed(given.settings, index, str(index)))
+        config = _config(given, index, str(index))
         run_dir = config.run_dir
         if run_dir in tasks:
             raise UserError(
@@ -125,15 +121,15 @@ def _tasks(given: argparse.Namespace) -> list[Task]:
     return list(tasks.values())
 
 
-def _indexed(words: list[str], index: int, in_run_dir: str) -> list[str]:
-    return [
-        word.replace(INDEX, in_run_dir if word.startswith("run_dir=") else str(index))
-        for word in words
-    ]
-
-
-def _config(given: argparse.Namespace, words: list[str]) -> Config:
-    """Checked, with absolute paths."""
+def _config(given: argparse.Namespace, index: int | None, in_run_dir: str) -> Config:
+    """The configuration of a task, checked, with absolute paths. `index` takes the place of `INDEX`
+    in its words, in that of run_dir `in_run_dir`."""
+    words = given.settings
+    if index is not None:
+        words = [
+            word.replace(INDEX, in_run_dir if word.startswith("run_dir=") else str(index))
+            for word in words
+        ]
     config = load_config(given.config, words)
     anchor(config)
     if "\\" in config.run_dir:
