@@ -241,18 +241,13 @@ def verdict(past: Sequence[Outcome], max_restarts: int) -> Verdict:
     past = [attempt for attempt in past[:-1] if attempt.kind != MISTAKE] + [last]
     if last.kind == DONE:
         return Verdict(False, EXIT_DONE, "the run is done")
-    if last.kind == MISTAKE:
-        return Verdict(False, EXIT_MISTAKE, last.error)
-    if last.kind == FINAL:
-        return Verdict(False, EXIT_FAILED, last.error)
+    if last.kind in (MISTAKE, FINAL):
+        code = EXIT_MISTAKE if last.kind == MISTAKE else EXIT_FAILED
+        return Verdict(False, code, last.error)
     code = EXIT_STOPPED if last.kind == STOPPED else EXIT_FAILED
     what = "stopped" if last.kind == STOPPED else f"failed after step {last.step}: {last.error}"
-    before = past[-2] if len(past) > 1 else None
-    if (
-        last.kind == FAILED
-        and before
-        and (before.kind, before.step, before.error) == (FAILED, last.step, last.error)
-    ):
+    ends = [(attempt.kind, attempt.step, attempt.error) for attempt in past[-2:]]
+    if last.kind == FAILED and ends == 2 * ends[:1]:
         return Verdict(False, code, f"{what}; twice the same, so it is not tried again")
     fruitless = 0
     for i in reversed(range(len(past))):

@@ -19,6 +19,7 @@ come to 7.64 with the divisor and to 3.13 without. So both stay, and figures com
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -110,45 +111,32 @@ def per_answer(answers: Sequence[Mapping[str, Any]]) -> Values:
       of new tokens; `exact_match`: 1 where it was marked right, 0 where wrong.
     """
     rouge = RougeScorer(["rougeL"])
-    rows = []
-    for answer in answers:
-        text, reference = answer["output"], answer.get("reference")
+    values: Values = defaultdict(lambda: [None] * len(answers))
+    for i, answer in enumerate(answers):
+        text, finished = answer["output"], answer.get("finished")
         words = text.split()
-        tokens, finished, right = map(answer.get, ("num_tokens", "finished", "correct"))
-        row: dict[str, float | None] = {
-            "characters": float(len(text)),
-            "words": float(len(words)),
-            "tokens": None if tokens is None else float(tokens),
-            **_repetition(words[:CHUNK_WORDS] if len(words) >= CHUNK_WORDS else None),
-            "rouge_l": None,
-            "bleu": None,
-            "empty": float(not words),
-            "cut": None if finished is None else float(not finished),
-            "exact_match": None if right is None else float(right),
-        }
-        if reference is not None:
-            row["rouge_l"] = float(rouge.score(reference, text)["rougeL"].fmeasure)
+        row: dict[str, Any] = {"characters": len(text), "words": len(words), "empty": not words}
+        row |= {"tokens": answer.get("num_tokens"), "exact_match": answer.get("correct")}
+        row["cut"] = None if finished is None else not finished
+        if len(words) >= CHUNK_WORDS:
+            row |= _repetition(words[:CHUNK_WORDS])
+        if (reference := answer.get("reference")) is not None:
+            row["rouge_l"] = rouge.score(reference, text)["rougeL"].fmeasure
             row["bleu"] = _bleu(text, [reference])
-        rows.append(row)
-    values = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
-    return {
-        name: of_answers
-        for name, of_answers in values.items()
-        if any(v is not None for v in of_answers)
-    }
+        for name, value in row.items():
+            if value is not None:
+                values[name][i] = float(value)
+    return {name: values[name] for name in LABELS if name in values}
 
 
-def _repetition(words: list[str] | None) -> dict[str, float | None]:
-    names = [f"repetition_{n}_percent" for n in (2, 3, 4)]
-    if words is None:
-        return dict.fromkeys([*names, "log_diversity"])
+def _repetition(words: list[str]) -> dict[str, float]:
     shares = []
     for n in (2, 3, 4):
         grams = [tuple(words[i : i + n]) for i in range(len(words) - n)]  # not the last
         shares.append(1 - len(set(grams)) / len(grams))
     diversity = math.prod(1 - share / 100 for share in shares)
     return {
-        **{name: 100 * share for name, share in zip(names, shares, strict=True)},
+        **{f"repetition_{n}_percent": 100 * share for n, share in enumerate(shares, 2)},
         "log_diversity": -math.log(max(1 - diversity, math.exp(-_GREATEST_LOG_DIVERSITY))),
     }
 
