@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import sys
@@ -12,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from neftune_dist.config import UserError
+from neftune_dist.config import UserError, read_json
 from neftune_dist.distributed import outcome
 from neftune_dist.system.checkpoint_names import newest_step
 from neftune_dist.system.records import EVALUATIONS, SAMPLES, STEPS, Records, read_records
@@ -174,10 +173,9 @@ def _num_steps(run_dir: Path) -> int | None:
     """The run's length, from its newest checkpoint; None before there is one."""
     folder = run_dir / "checkpoints" / f"step_{newest_step(run_dir):08d}"
     try:
-        number = json.loads((folder / "trainer_state.json").read_text())["num_steps"]
-    except (OSError, ValueError, LookupError, TypeError):
+        return int(read_json(folder / "trainer_state.json", {"num_steps": int})["num_steps"])
+    except UserError:  # there is none yet, or it is damaged
         return None
-    return number if isinstance(number, int) and number > 0 else None
 
 
 def _number(value: Any) -> float | None:

@@ -233,7 +233,8 @@ def _losses(runs: Sequence[Run]) -> str:
         "noise norm": lambda run: run.mean("noise_norm"),
         "noise norm by the law": lambda run: run.mean("noise_law"),
     }
-    return f"Means over the seeds.\n\n{_by_alpha(runs, figures)}\n\n{_means(runs, 'losses')}"
+    table = _by_alpha(runs, figures, ".4f")
+    return f"Means over the seeds.\n\n{table}\n\n{_means(runs, 'losses')}"
 
 
 def _means(runs: Sequence[Run], part: str) -> str:
@@ -245,11 +246,11 @@ def _means(runs: Sequence[Run], part: str) -> str:
     return f"After training; means over the seeds.\n\n{_by_alpha(runs, figures)}" if figures else ""
 
 
-def _by_alpha(runs: Sequence[Run], figures: Mapping[str, Figure]) -> str:
+def _by_alpha(runs: Sequence[Run], figures: Mapping[str, Figure], form: str = ".5g") -> str:
     """A table of means over the seeds: a row a figure, a column an alpha."""
     alphas = alphas_of(runs)
     rows = [
-        [name, *(_mean([of(run) for run in runs if run.alpha == alpha]) for alpha in alphas)]
+        [name, *(_mean([of(run) for run in runs if run.alpha == alpha], form) for alpha in alphas)]
         for name, of in figures.items()
     ]
     return _table(["", *(f"alpha {plain(alpha)}" for alpha in alphas)], rows)
@@ -282,13 +283,13 @@ def _percent(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f} %"
 
 
-def _mean(values: Sequence[float | None]) -> str:
+def _mean(values: Sequence[float | None], form: str) -> str:
     """The mean of those there are; empty without any."""
     known = [value for value in values if value is not None]
     mean = fmean(known) if known else math.nan
     if math.isnan(mean):
         return ""
-    return f"{mean:.0f}" if mean.is_integer() and abs(mean) > 1 else f"{mean:.5g}"
+    return f"{mean:.0f}" if mean.is_integer() and abs(mean) > 1 else f"{mean:{form}}"
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

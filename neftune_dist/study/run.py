@@ -25,19 +25,9 @@ from neftune_dist.config import (
 from neftune_dist.evaluation.judge import compare
 from neftune_dist.evaluation.tasks import check_known, read_words
 from neftune_dist.evaluation.win_rate import Judgement
-from neftune_dist.study import report
+from neftune_dist.study import grid, report
 from neftune_dist.study.design import check_items, power_line
-from neftune_dist.study.grid import (
-    EXIT_STOPPED,
-    evaluation_words,
-    is_finished,
-    noise_words,
-    pairs,
-    perform,
-    plain,
-    run_dir,
-    run_words,
-)
+from neftune_dist.study.grid import plain, run_dir
 from neftune_dist.study.measures import Judged
 from neftune_dist.study.results import Run, alphas_of, check_comparable, read_run
 from neftune_dist.system import storage
@@ -78,7 +68,7 @@ def study(
     if len(set(alphas)) < len(alphas):
         raise UserError(f"--alphas={','.join(map(plain, alphas))}: the values must be distinct.")
     # At all alphas, of which a configuration may refuse some.
-    configs = [load_config(config_path, [*settings, *noise_words(alpha)]) for alpha in alphas]
+    configs = [load_config(config_path, [*settings, *grid.noise_words(alpha)]) for alpha in alphas]
     config = configs[0]
     if not config.data.holds_out:
         raise UserError(
@@ -87,7 +77,7 @@ def study(
     check_items(config)
     folder = user_path(config.run_dir, "run_dir")
     seeds = range(config.train.seed, config.train.seed + num_seeds)
-    places = pairs(alphas, seeds)
+    places = grid.pairs(alphas, seeds)
     if only is not None and not 0 <= only < len(places):
         raise UserError(f"--only={only}: the runs of this study are 0 to {len(places) - 1}.")
     power = power_line(config, num_seeds)
@@ -101,9 +91,9 @@ def study(
         asked = range(len(places)) if only is None else [only]
 
         def run(alpha: float, seed: int) -> tuple[int, str]:
-            train = [str(config_path), *run_words(settings, folder, alpha, seed)]
-            evaluate = [str(run_dir(folder, alpha, seed)), *evaluation_words(config)]
-            return perform(train, evaluate, num_ranks)
+            train = [str(config_path), *grid.run_words(settings, folder, alpha, seed)]
+            evaluate = [str(run_dir(folder, alpha, seed)), *grid.evaluation_words(config)]
+            return grid.perform(train, evaluate, num_ranks)
 
         if code := _make(asked, places, folder, run):
             return code
@@ -134,7 +124,7 @@ def _make(
     Returns:
         Exit code: 0, or of the run that stopped or failed.
     """
-    left = [number for number in asked if not is_finished(run_dir(folder, *places[number]))]
+    left = [number for number in asked if not grid.is_finished(run_dir(folder, *places[number]))]
     seconds: list[float] = []  # that each of the runs made so far took
     for number in asked:
         alpha, seed = places[number]
@@ -145,7 +135,7 @@ def _make(
         code, last = run(alpha, seed)
         if code:
             outcome = f"failed with exit code {code}: {last}"
-            if code == EXIT_STOPPED:
+            if code == grid.EXIT_STOPPED:
                 outcome = "stopped; the same command continues"
             print(f"{shown} {outcome}", file=sys.stderr, flush=True)
             return max(code, 1)  # a run that a signal ended has a code below 0

@@ -261,10 +261,12 @@ def test_unusable_arguments_exit_2(
     message: str,
     models: list[Path],
     tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
     talk: Callable[..., tuple[str, str]],
 ) -> None:
     bare = tiny_model.make_model(tmp_path / "bare")
     (bare / "chat_template.jinja").unlink()
+    capsys.readouterr()  # what transformers says as it writes the model
     names = {"one": models[0], "two": models[1], "bare": bare}
     out, err = talk("", *(word.format(**names) for word in words))
     assert err.startswith("neftune-dist: ")

@@ -243,10 +243,6 @@ def test_other_instructions_are_refused_before_a_request(server: Server, compare
     assert not server.requests
 
 
-def test_missing_judge_is_refused(compare: Compared) -> None:
-    assert "judge.url" in compare.refused(JudgeConfig())
-
-
 # Faults.
 
 
