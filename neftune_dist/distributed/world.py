@@ -185,10 +185,6 @@ class World:
             yield
         except UserError as raised:
             error = raised
-        if self.size == 1:
-            if error:
-                raise error
-            return
         failed, arrived, over = (f"{self._phase}/{key}" for key in ("failed", "arrived", "over"))
         if error:
             self._store.set(failed, str(error))
@@ -218,8 +214,7 @@ class World:
 
     def tell_stopped(self) -> None:
         """Let the other ranks, who wait for this one, stop too."""
-        if self.size > 1:
-            self._store.set(_STOPPED, "")
+        self._store.set(_STOPPED, "")
 
     def stop_together(self) -> None:
         """Raise `Stopped` on all ranks where any was asked to stop."""
@@ -248,8 +243,6 @@ class World:
 
     def from_any(self, text: str | None) -> str | None:
         """The text of a rank that has one, on every rank; None where none has."""
-        if self.size == 1:
-            return text
         with self.agree():
             if text is not None:
                 self._store.set(f"{self._phase}/any", text)
@@ -301,12 +294,11 @@ class World:
         Args:
             together: whether the other ranks leave, too, so that rank 0 waits for them.
         """
-        if self.size > 1:
-            with suppress(RuntimeError):  # the store may have gone with the rank that hosts it
-                self._store.add("left", 1)
-                if self.is_first and together:
-                    # No other rank waits here.
-                    wait_until(lambda: self._store.add("left", 0) >= self.size, 1, _LEAVE_SECONDS)
+        with suppress(RuntimeError):  # the store may have gone with the rank that hosts it
+            self._store.add("left", 1)
+            if self.is_first and together:
+                # No other rank waits here.
+                wait_until(lambda: self._store.add("left", 0) >= self.size, 1, _LEAVE_SECONDS)
         if dist.is_initialized():
             dist.destroy_process_group()
 
