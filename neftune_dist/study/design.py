@@ -39,6 +39,8 @@ def planned_items(config: Config) -> dict[str, tuple[str, int]]:
 
 def check_items(config: Config) -> None:
     """Refuse a study with too few items to be compared. Raises `UserError`."""
+    if not config.data.holds_out:
+        raise UserError("data.num_held_out=0: a study compares held-out losses, set it above 0.")
     for key, (what, number) in planned_items(config).items():
         if number < FEWEST_ITEMS:
             value = config.evaluate.instructions if key == "evaluate.instructions" else number

@@ -70,10 +70,6 @@ def study(
     # At all alphas, of which a configuration may refuse some.
     configs = [load_config(config_path, [*settings, *grid.noise_words(alpha)]) for alpha in alphas]
     config = configs[0]
-    if not config.data.holds_out:
-        raise UserError(
-            "data.num_held_out=0, but a study compares held-out losses: set it above 0."
-        )
     check_items(config)
     folder = user_path(config.run_dir, "run_dir")
     seeds = range(config.train.seed, config.train.seed + num_seeds)

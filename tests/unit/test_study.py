@@ -550,6 +550,7 @@ def test_study_of_too_few_items_is_refused(key: str, number: int) -> None:
 
 def test_study_of_one_instruction_in_a_file_is_refused(tmp_path: Path) -> None:
     config = Config()
+    config.data.num_held_out = 100
     config.evaluate.instructions = str(tmp_path / "asked.json")
     (tmp_path / "asked.json").write_text(json.dumps([{"instruction": "A"}]))
     with pytest.raises(UserError, match=r"evaluate\.instructions=.*asked\.json: .*1 item "):
