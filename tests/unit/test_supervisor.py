@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from neftune_dist.cluster.launch import supervisor
-from neftune_dist.config import Config
+from neftune_dist.cluster.launch.supervisor import Job
+from neftune_dist.config import Config, UserError
 from neftune_dist.distributed import outcome
 from neftune_dist.system import children
 
@@ -222,3 +223,30 @@ def test_words_of_the_command_for_every_node(
     assert step[0] == "srun" and "--nodes=3" in step and "--ntasks=3" in step
     assert step.index("--mpi=none") < step.index("bash")
     assert f"--wait={supervisor._END_SECONDS:.0f}" in step
+
+
+@pytest.mark.parametrize(
+    ("variables", "programs", "lack"),
+    [
+        ({"SLURM_JOB_NODELIST": ""}, ("srun", "scontrol"), "SLURM_JOB_NODELIST names no node"),
+        ({"SLURM_JOB_NODELIST": "n[1-2]"}, (), "srun and scontrol are not here"),
+        ({"SLURM_JOB_NODELIST": "n[1-2]"}, ("srun", "scontrol"), ""),
+    ],
+)
+def test_job_is_found_or_what_it_lacks_is_named(
+    variables: dict[str, str],
+    programs: tuple[str, ...],
+    lack: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("SLURM_STEP_ID", raising=False)
+    for name, value in {"SLURM_JOB_ID": "7", "PATH": str(tmp_path), **variables}.items():
+        monkeypatch.setenv(name, value)
+    for name in programs:
+        (tmp_path / name).touch(0o755)
+    if not lack:
+        assert Job.find() == Job("7", ("n1", "n2"))
+        return
+    with pytest.raises(UserError, match=f"SLURM_JOB_ID=7, but {lack}: outside of a job, unset"):
+        Job.find()
