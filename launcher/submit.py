@@ -25,7 +25,8 @@ if sys.version_info < (3, 11) or not all(find_spec(name) for name in NEEDED):
     sys.exit(2)
 sys.path.insert(0, str(ROOT))
 
-from neftune_dist.cluster.submit.submit import main
+from neftune_dist.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.argv[:1] = ["neftune-dist", "submit"]
+    main()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn, TypeVar
@@ -96,9 +95,6 @@ def parse(words: Sequence[str] | None = None) -> dict[str, Any]:
         added = parsers.add_parser(name, help=summary, description=summary, epilog=notes)
         for names, options in arguments:
             added.add_argument(*names, **options)
-    given_words = list(sys.argv[1:] if words is None else words)
-    if given_words[:1] == ["submit"]:  # it has a parser of its own, with sbatch's options
-        return {"verb": "submit", "words": given_words[1:]}
     # argparse takes key=value words in one place only; here they may stand after options, too.
     given, rest = parser.parse_known_args(words)
     takes_settings = hasattr(given, "settings")

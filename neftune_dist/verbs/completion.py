@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
-
 from neftune_dist.arguments import VERBS, argument, verb
-from neftune_dist.cluster.submit.options import make_parser
 from neftune_dist.config import KNOBS, shipped_configs
 from neftune_dist.distributed import outcome
 
@@ -52,19 +49,16 @@ def _completion(shell: str) -> int:
     """Print a script that completes verbs, options, settings and their values in a shell: in
     ~/.bashrc, eval "$(neftune-dist completion bash)"."""
     setup = "autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else ""
-    print(setup + _script(make_parser("neftune-dist submit").format_help()))
+    print(setup + _script())
     return outcome.EXIT_DONE
 
 
-def _script(help_of_submit: str) -> str:
-    """The script; `submit` has a parser of its own, whose help lists its options."""
+def _script() -> str:
     keys = [key for key in KNOBS if "[]" not in key]
     values = {key: KNOBS[key].words for key in keys if KNOBS[key].words}
-    submit = dict(re.findall(r"^  (--[a-z][a-z-]*)( [^ ])?", help_of_submit, re.MULTILINE))
-    flags = {"--help", *(option for option, metavar in submit.items() if not metavar)}
+    flags = {"--help"}
     words = {name: ["--help"] for name in VERBS}
     words["config"] += [*dict.fromkeys(key.partition(".")[0] for key in keys), *keys[1:]]
-    words["submit"] += [*submit, "$configs", "$settings"]
     for verb_name, (_, arguments) in VERBS.items():
         for (name, *_), options in arguments:
             choices = [str(value) for value in options.get("choices", ())]

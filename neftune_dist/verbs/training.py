@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from neftune_dist.arguments import (
     bounded,
     verb,
 )
+from neftune_dist.cluster.submit.options import OPTIONS
 from neftune_dist.config import load_config, user_path
 from neftune_dist.distributed import environment, outcome
 
@@ -74,18 +76,12 @@ def _launch(config: str, settings: Words, **options: Any) -> int:
     return launch(loaded, [config, *settings], **options)
 
 
-@verb(argument("words", nargs="*", metavar="CONFIG --nodes N ..."))
-def _submit(words: list[str]) -> int:
+@verb(*CONFIG, *OPTIONS)
+def _submit(**given: Any) -> int:
     """Submit a training run to Slurm, after every check that a login node can make."""
-    program = "neftune-dist submit"
-    if {"-h", "--help"} & {*words}:  # answered before the checks are imported
-        from neftune_dist.cluster.submit.options import make_parser
+    from neftune_dist.cluster.submit.submit import submit
 
-        make_parser(program).print_help()
-        return outcome.EXIT_DONE
-    from neftune_dist.cluster.submit.submit import main
-
-    return main(words, program)
+    return submit(Namespace(**given))
 
 
 @verb(

@@ -4,50 +4,49 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import NoReturn
 
-from neftune_dist.arguments import MAX_RESTARTS, RENDEZVOUS_MINUTES, bounded
+from neftune_dist.arguments import MAX_RESTARTS, RENDEZVOUS_MINUTES, argument, bounded
 from neftune_dist.cluster.submit import slurm
 from neftune_dist.config import UserError
 
 PASSED_ON = ("cpus-per-task", "mem", "partition", "account", "qos", "constraint", "exclude")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the options).")
-
-
-def make_parser(program: str) -> argparse.ArgumentParser:
-    about = "Submit a training run to Slurm, after every check that a login node can make."
-    parser = _Parser(prog=program, description=about, allow_abbrev=False)
-    add = parser.add_argument
-    add("config", help="YAML file, or the name of a shipped one, such as alpaca-7b")
-    add("settings", nargs="*", metavar="key=value", help="such as noise.alpha=5")
-    number = bounded(int, 1, 2**16)
-    add("--nodes", type=number, required=True, metavar="N")
-    ranks = parser.add_mutually_exclusive_group(required=True)
-    ranks.add_argument("--gpus-per-node", metavar="[TYPE:]G", help="one rank a GPU")
-    ranks.add_argument("--processes", type=number, metavar="P", help="CPU ranks on each node")
-    add("--time", required=True, metavar="HH:MM:SS", help="the limit, at which the run saves")
-    for name in PASSED_ON:
-        add(f"--{name}", help="as sbatch has it")
-    add("--job-name", help="default: the run directory's name")
-    add("--mail", metavar="ADDRESS", help="gets mail when the job begins, ends, fails, is requeued")
-    add("--array", metavar="SPEC", help="one run an index (0-3, 1,5, 0-9%%2), put in place of {}")
-    add("--dependency", metavar="LIST", help="afterok:123 and so on")
-    add("--chain", type=number, default=1, metavar="N", help="N jobs, each after the one before")
-    add("--signal-seconds", type=int, default=300, help="to save in; default: %(default)s")
-    add("--max-restarts", type=MAX_RESTARTS, help="see `neftune-dist launch --help`")
-    add("--rendezvous-minutes", type=RENDEZVOUS_MINUTES, help="see `neftune-dist launch --help`")
-    add("--sbatch", action="append", default=[], metavar="OPTION", help="any other: exclusive, a=b")
-    add("--dry-run", action="store_true", help="check and print; write and queue nothing")
-    return parser
+_NUMBER = bounded(int, 1, 2**16)
+OPTIONS = (
+    argument("--nodes", type=_NUMBER, required=True, metavar="N", help="number of nodes"),
+    argument("--gpus-per-node", metavar="[TYPE:]G", help="one rank a GPU"),
+    argument("--processes", type=_NUMBER, metavar="P", help="or so many CPU ranks on each node"),
+    argument("--time", required=True, metavar="HH:MM:SS", help="the limit, at which the run saves"),
+    *(argument(f"--{name}", help="as sbatch has it") for name in PASSED_ON),
+    argument("--job-name", help="default: the run directory's name"),
+    argument(
+        "--mail", metavar="ADDRESS", help="gets mail when the job begins, ends, fails, is requeued"
+    ),
+    argument(
+        "--array", metavar="SPEC", help="one run an index (0-3, 1,5, 0-9%%2), put in place of {}"
+    ),
+    argument("--dependency", metavar="LIST", help="afterok:123 and so on"),
+    argument(
+        "--chain", type=_NUMBER, default=1, metavar="N", help="N jobs, each after the one before"
+    ),
+    argument("--signal-seconds", type=int, default=300, help="to save in; default: %(default)s"),
+    argument("--max-restarts", type=MAX_RESTARTS, help="see `neftune-dist launch --help`"),
+    argument(
+        "--rendezvous-minutes", type=RENDEZVOUS_MINUTES, help="see `neftune-dist launch --help`"
+    ),
+    argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="any other: exclusive, a=b"
+    ),
+    argument("--dry-run", action="store_true", help="check and print; write and queue nothing"),
+)
 
 
 def check_options(given: argparse.Namespace) -> None:
     """Refuse values that make no sense; adds `per_node`, the ranks on each node."""
     gpus = given.gpus_per_node
+    if (gpus is None) == (given.processes is None):
+        raise UserError("--gpus-per-node or --processes is needed, and only one of them.")
     if gpus is not None and not re.fullmatch(r"([\w.-]+:)?[1-9]\d{0,3}", gpus, re.ASCII):
         raise UserError(f"--gpus-per-node={gpus} is not of the form 8 or h100:8.")
     for name in (*PASSED_ON, "job-name", "mail", "array", "dependency"):

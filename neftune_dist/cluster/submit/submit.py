@@ -21,10 +21,9 @@ from functools import cache
 from pathlib import Path
 
 from neftune_dist import __version__
-from neftune_dist.arguments import unknown_words
 from neftune_dist.cluster.submit import slurm, snapshot
 from neftune_dist.cluster.submit.inventory import Hub
-from neftune_dist.cluster.submit.options import PASSED_ON, check_options, make_parser
+from neftune_dist.cluster.submit.options import PASSED_ON, check_options
 from neftune_dist.cluster.submit.preflight import Outlook, anchor, check_space, preflight
 from neftune_dist.config import Config, UserError, load_config
 
@@ -59,42 +58,27 @@ class Task:
         return Path(self.config.run_dir)
 
 
-def main(words: list[str], program: str = "launcher/submit.py") -> int:
-    """Check, submit, say how to watch and to stop.
-
-    Args:
-        program: how it was called.
-
-    Returns:
-        The exit code.
-    """
+def submit(given: argparse.Namespace) -> int:
+    """Check, submit, say how to watch and to stop; the exit code."""
+    if not (ROOT / _SITE).is_file():
+        raise UserError(f"{ROOT} has no {_SITE}: neftune-dist init --slurm writes it.")
+    check_options(given)
+    tasks = _tasks(given)
+    check_space((task.run_dir, task.outlook.num_bytes) for task in tasks)
+    waits_for, unavailable = [], ""
     try:
-        parser = make_parser(program)
-        given, unknown = parser.parse_known_intermixed_args(words)
-        if unknown:
-            parser.error(unknown_words(unknown))
-        if not (ROOT / _SITE).is_file():
-            raise UserError(f"{ROOT} has no {_SITE}: neftune-dist init --slurm writes it.")
-        check_options(given)
-        tasks = _tasks(given)
-        check_space((task.run_dir, task.outlook.num_bytes) for task in tasks)
-        waits_for, unavailable = [], ""
-        try:
-            waits_for = _check_cluster(given, tasks)
-        except slurm.SlurmUnavailable as error:
-            if not given.dry_run:
-                raise
-            unavailable = str(error)
-        lines = _outlook(given, tasks)
-        if given.dry_run:
-            lines += _dry_run(given, tasks, unavailable)
-        else:
-            kept = snapshot.next_folder(tasks[0].run_dir)
-            ids = _submit(given, tasks, waits_for, shlex.join([*program.split(), *words]))
-            lines = [f"job: {' '.join(ids)}, as kept in {kept}", *lines, *_handles(tasks, ids)]
-    except (UserError, OSError) as error:
-        print(f"submit: {error}", file=sys.stderr)
-        return 2
+        waits_for = _check_cluster(given, tasks)
+    except slurm.SlurmUnavailable as error:
+        if not given.dry_run:
+            raise
+        unavailable = str(error)
+    lines = _outlook(given, tasks)
+    if given.dry_run:
+        lines += _dry_run(given, tasks, unavailable)
+    else:
+        kept = snapshot.next_folder(tasks[0].run_dir)
+        ids = _submit(given, tasks, waits_for)
+        lines = [f"job: {' '.join(ids)}, as kept in {kept}", *lines, *_handles(tasks, ids)]
     print("\n".join(lines))
     return 0
 
@@ -245,12 +229,11 @@ def _dry_run(given: argparse.Namespace, tasks: list[Task], unavailable: str) -> 
     return [*lines, "A dry run: nothing was written or queued."]
 
 
-def _submit(
-    given: argparse.Namespace, tasks: list[Task], waits_for: list[str], command: str
-) -> list[str]:
+def _submit(given: argparse.Namespace, tasks: list[Task], waits_for: list[str]) -> list[str]:
     """Write the snapshots, queue the job or the chain of them; its ids. All of it, or nothing."""
     folders = [snapshot.next_folder(task.run_dir) for task in tasks]
     script, options = _script(given, tasks, folders), _options(given, tasks)
+    command = shlex.join(["neftune-dist", *sys.argv[1:]])
     files = {"words": command + "\n", "job.sbatch": script, **snapshot.code(ROOT)}
     ids: list[str] = []
     with ExitStack() as undo:
