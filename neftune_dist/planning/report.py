@@ -130,8 +130,6 @@ def plan(
     gpus = known_gpus()
     if gpu is not None and gpu not in gpus:
         raise UserError(f"--gpu={gpu} is not known; known: {', '.join(gpus)}.")
-    if not 0 < mfu <= 1:
-        raise UserError(f"--mfu={mfu} is out of range: a share, above 0 and at most 1.")
     check_world_size(config, world_size)
     check_packages(config)
     for line in config.to_yaml().splitlines() if verbose else []:

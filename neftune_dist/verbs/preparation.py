@@ -81,7 +81,7 @@ def _init(name: str | None, settings: Words, output: Path | None, slurm: bool) -
     argument("--gpu", help="GPU of each rank, such as H100; default: all known ones"),
     argument(
         "--mfu",
-        type=float,
+        type=bounded(float, 0.001, 1),
         default=0.4,
         help="share of the GPU's peak rate to assume for the time; default: %(default)s",
     ),

@@ -150,7 +150,10 @@ def _evaluate(target: str, step: int | None, best: bool, model: str | None, **op
         "for them, such as evaluate.max_new_tokens=200",
     ),
     argument(
-        "--temperature", type=float, default=0.0, help="of sampling; default: 0, greedy decoding"
+        "--temperature",
+        type=bounded(float, 0, 1000),
+        default=0.0,
+        help="of sampling; default: 0, greedy decoding",
     ),
 )
 def _chat(settings: Words, temperature: float) -> int:

@@ -253,7 +253,7 @@ def test_single_question_template_forgets_earlier_turns(
         (["{one}", "{two}", "{one}"], "chat takes one model or two, not 3"),
         (["evaluate.batch_size=1"], "chat needs a model"),
         (["{one}", "evaluate.max_new_token=1"], "evaluate.max_new_token"),
-        (["{one}", "--temperature=-1"], "--temperature=-1.0 is not 0 or more"),
+        (["{one}", "--temperature=-1"], "--temperature: -1.0 is out of range"),
     ],
 )
 def test_unusable_arguments_exit_2(

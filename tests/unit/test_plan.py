@@ -390,7 +390,7 @@ def test_run_that_does_not_fit_is_refused_with_changes_that_fit(
     ("words", "message"),
     [
         (["--gpu", "H1000"], "--gpu=H1000 is not known; known: B200, "),
-        (["--mfu", "40"], "--mfu=40.0 is out of range"),
+        (["--mfu", "40"], "--mfu: 40.0 is out of range"),
         (["--world-size", "0"], "--world-size: 0 is out of range"),
         (["--world-size", "6", "engine.num_replicas=4"], "does not divide the 6 processes"),
         (["model.name_or_path=/nowhere"], "/nowhere is no model directory"),
