@@ -48,7 +48,7 @@ def limited(slurm: Cluster, config: Path) -> Job:
     return slurm.sbatch(
         "--nodes=2",
         "--time=2",  # with one, starting took all of it on a busy machine
-        "--signal=B:USR1@30",  # up to half a minute earlier; then the run has to end
+        "--signal=B:USR1@60",  # up to half a minute earlier; then the run has to end
         TRAIN,
         config,
         f"run_dir={slurm.folder / 'limited'}",
