@@ -1,6 +1,6 @@
-"""How cost grows: a step's host work with the ranks, preparation with processes, memory with data.
+"""How cost grows: with ranks, processes of preparation, documents, and a document's length.
 
-    python tests/benchmarks/cost_growth.py [ranks|prepare|documents ...]
+    python tests/benchmarks/cost_growth.py [ranks|prepare|documents|lengths ...]
 
 ranks: CPU milliseconds of one thread. `layout` assigns 4 documents a rank (lengths log-normal, mean
 280, at most 1,024 tokens; micro-batches of 4,096), `reference` is the first implementation of it;
@@ -14,6 +14,9 @@ the CPU seconds of the process that reads and writes, and of those that it start
 documents: a set without content on disk (sparse files), opened by one rank of 8; the most memory of
 Python and numpy while it opens the set and makes a step of 128 documents, and the CPU milliseconds
 of a step.
+
+lengths: seconds of one document's forward and backward, all of it supervised, by a Llama of 2
+layers (64 channels, 4 heads), and of its attention alone, which grows by the square.
 """
 
 from __future__ import annotations
@@ -30,18 +33,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from neftune_dist.config import Config, DataConfig, TrainConfig
 from neftune_dist.data.dataset import prepare
 from neftune_dist.data.documents import Documents
-from neftune_dist.data.loader import BatchLayout, Loader
+from neftune_dist.data.loader import BatchLayout, Loader, collate
 from neftune_dist.data.packing import assign_documents
 from neftune_dist.data.sampler import make_sampler
 from neftune_dist.distributed.straggler import Streaks, relative_speeds
 from neftune_dist.distributed.world import World
+from neftune_dist.engine.base import batch_loss_sum
+from neftune_dist.model.attention import VARLEN
+from neftune_dist.model.varlen import VARLEN_OPERATOR
 from neftune_dist.training.metrics import RankResult
 from tests.support import golden_model, reference_packing
+from tests.support.corpora import documents_of
 
 QUADRATIC_TOKENS = 2e4
 NUM_ROWS = 60_000
@@ -152,7 +160,42 @@ def _sparse_set(folder: Path, number: int, length: int = 64) -> None:
             file.truncate(number * length * size)
 
 
-PARTS = {"ranks": ranks, "prepare": preparation, "documents": documents}
+def lengths() -> None:
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2**16,
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=VARLEN)
+    print(f"{'tokens':>7} {'seconds':>8} {'tokens/s':>9} {'attention, s':>13}")
+    for length in (2**n for n in range(10, 17)):
+        ids = np.random.default_rng(0).integers(0, 1000, length)
+        documents = documents_of([(ids, np.ones(length, bool))])
+        batch = collate(documents, np.zeros(1, np.int64), np.zeros(1), True)
+        whole = seconds(lambda: batch_loss_sum(model, batch, "chunked").backward())  # noqa: B023
+        heads = [torch.randn(length, n, 16, requires_grad=True) for n in (4, 2, 2)]
+        ends = torch.tensor([0, length], dtype=torch.int32)
+        attention = seconds(
+            lambda: VARLEN_OPERATOR(*heads, ends, length, 0.25, 0)[0].sum().backward()  # noqa: B023
+        )
+        print(f"{length:7,} {whole:8.2f} {length / whole:9,.0f} {2 * attention:13.2f}", flush=True)
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """The least time of three calls; of the first alone where that takes a second or more."""
+    found: list[float] = []
+    while len(found) < 3 and sum(found) < 1:
+        began = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - began)
+    return min(found)
+
+
+PARTS = {"ranks": ranks, "prepare": preparation, "documents": documents, "lengths": lengths}
 
 if __name__ == "__main__":
     for word in sys.argv[1:] or PARTS:
