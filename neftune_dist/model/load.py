@@ -112,9 +112,8 @@ def build(
     if quantization := getattr(hf_config, "quantization_config", None):
         named = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise UserError(
-            f"The weights in {folder} are quantized{f' ({named})' if named else ''}: training "
-            "needs plain ones, the model's bf16 copy (adapter.base=nf4 quantises them as they are "
-            "read)."
+            f"The weights in {folder} are quantized{f' ({named})' if named else ''}: plain ones "
+            "are needed, the model's bf16 copy (adapter.base=nf4 quantises them as they are read)."
         )
     check_config(hf_config)
     hf_config = trained_config(hf_config, weights_folder(config, folder))
