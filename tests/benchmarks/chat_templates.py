@@ -1,6 +1,6 @@
 """Real conversations under real chat templates: rows trained, split and refused, with reasons.
 
-    python tests/benchmarks/chat_templates.py SHAREGPT.json.gz ...
+    python -m tests.benchmarks.chat_templates SHAREGPT.json.gz ...
 
 Takes the first 300 rows of each file and the templates that TRL ships, without its training
 variants; prints the table of `neftune_dist/data/README.md`.

@@ -1,6 +1,6 @@
 """How cost grows: with ranks, processes of preparation, documents, and a document's length.
 
-    python tests/benchmarks/cost_growth.py [ranks|prepare|documents|lengths ...]
+    python -m tests.benchmarks.cost_growth [ranks|prepare|documents|lengths ...]
 
 ranks: CPU milliseconds of one thread. `layout` assigns 4 documents a rank (lengths log-normal, mean
 280, at most 1,024 tokens; micro-batches of 4,096), `reference` is the first implementation of it;

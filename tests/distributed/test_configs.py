@@ -92,7 +92,7 @@ def test_shipped_configuration_trains(name: str, folder: Path, tmp_path: Path) -
     path = CONFIGS / f"{name}.yaml"
     config = load_config(path)
     model = "opt" if "opt" in config.model.name_or_path else "llama"
-    # Compiled Llamas are test_parity's. Nothing is held out, so that one graph is compiled, not two.
+    # Compiled Llamas are test_parity's. Nothing is held out, so that one graph is compiled.
     compiled = config.model.compile and model == "opt"
     rows = "sharegpt" if config.data.format == "sharegpt" else "alpaca"
     records = tiny_model.train(
