@@ -36,7 +36,7 @@ _SHOWN_CHARACTERS = 500  # of an error's text
 Message = dict[str, Any]
 Tools = list[Any] | None
 
-# With which a template is probed.
+# What a template is probed with.
 _SAID, _ASKED = "Words that reach the text.", {"role": "user", "content": "A question."}
 
 

@@ -8,7 +8,6 @@ record there how they ended, because torchrun turns every exit code into its own
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 import os
 import re
@@ -90,12 +89,13 @@ def begin(run_dir: Path) -> Path:
     """Make the next attempt's folder. Raises `OSError`."""
     logs = run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    for number in itertools.count(max(_attempts(logs), default=0) + 1):
+    number = max(_attempts(logs), default=0)
+    while True:
+        number += 1
         folder = logs / f"attempt_{number:04d}"
         with suppress(FileExistsError):  # of another job, at the same time
             folder.mkdir()
             return folder
-    raise AssertionError
 
 
 def _attempts(logs: Path) -> dict[int, Path]:
@@ -247,7 +247,7 @@ def verdict(past: Sequence[Outcome], max_restarts: int) -> Verdict:
     code = EXIT_STOPPED if last.kind == STOPPED else EXIT_FAILED
     what = "stopped" if last.kind == STOPPED else f"failed after step {last.step}: {last.error}"
     ends = [(attempt.kind, attempt.step, attempt.error) for attempt in past[-2:]]
-    if last.kind == FAILED and ends == 2 * ends[:1]:
+    if last.kind == FAILED and len(ends) == 2 and ends[0] == ends[1]:
         return Verdict(False, code, f"{what}; twice the same, so it is not tried again")
     fruitless = 0
     for i in reversed(range(len(past))):

@@ -6,8 +6,6 @@ before sharding: so the engines' hooks stay outside of the compiled and recomput
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
@@ -33,6 +31,7 @@ from neftune_dist.config import ModelConfig, UserError
 from neftune_dist.model.float8 import use_float8
 from neftune_dist.model.liger import use_liger_kernels
 from neftune_dist.model.varlen import VARLEN_OPERATOR
+from neftune_dist.system.compilers import missing_compiler
 
 # Compute-bound operators: saved. The memory-bound ones between them are recomputed.
 _KEPT_BY_SELECTIVE = {*COMPUTE_BOUND_OPERATORS, VARLEN_OPERATOR}
@@ -92,19 +91,16 @@ def configure(model: Any, config: ModelConfig) -> None:
 
 def _require_compiler() -> None:
     """Raise `UserError` where torch.compile would find no compiler, which is at the first step."""
-    # Inductor's choice, or Triton's.
-    variable, names = ("CC", ["gcc", "clang"]) if torch.cuda.is_available() else ("CXX", ["g++"])
-    names = [os.environ[variable]] if variable in os.environ else names
-    if not any(map(shutil.which, names)):
+    if missing := missing_compiler(torch.cuda.is_available()):
         raise UserError(
-            f"model.compile=true needs a compiler, and there is no {' or '.join(names)}: install "
-            f"one, name another in the variable {variable}, or set model.compile=false."
+            f"model.compile=true needs a compiler, and {missing} is not found: install one, or set "
+            "model.compile=false."
         )
 
 
 def without_compiling() -> AbstractContextManager[Any]:
-    """Run compiled blocks as they are written, within the block. A failure to compile a forward
-    that is no step's would otherwise leave the steps, too, uncompiled."""
+    """A context in which compiled blocks run as they are written. Where torch.compile fails in a
+    forward that belongs to no step, it would not compile those of the steps either."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled: not worth a second's import
         return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")

@@ -30,8 +30,8 @@ class _Sharing:
     Attributes:
         group: the ranks. Rank r has group r // num_parts of the heads, and of their queries part
             r % num_parts.
-        num_head_groups: into so many groups of equal size the heads are divided.
-        num_parts: so many ranks have the same heads.
+        num_head_groups: number of equal groups that the heads are divided into.
+        num_parts: number of ranks that have the same heads.
     """
 
     group: dist.ProcessGroup

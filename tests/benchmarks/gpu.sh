@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Minutes on a GPU, spent on what golden/gpu/README.md calls not measured first. Every stage has a limit of its own and
+# Spends ten minutes on a GPU, first on what golden/gpu/README.md lists as not measured. Every stage has its own limit and
 # none stops another; results lie in OUT as soon as they are made, so that a kill loses nothing.
 # usage: tests/benchmarks/gpu.sh          SECONDS_ALL=575 for all of it; OUT=runs/benchmarks; TINY=1 tries it on a CPU
 # Without a network: packages that the machine lacks, as wheels in .whl/ at the root, are taken from there.

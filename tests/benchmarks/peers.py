@@ -297,7 +297,7 @@ def compare(args: argparse.Namespace) -> None:
     heads = ["tokens/s", "tokens/processor s", "padding", "peak GiB"]
     show(rows, [*heads, "ours / it, tokens/s", "per processor s", "peak GiB"])
     rate = max(rates)
-    for name in filter(found.__contains__, OURS):
+    for name in [name for name in OURS if name in found]:
         for key, what in (
             ("flops_done", "computed: output projection of supervised tokens alone"),
             ("flops", "of the package's convention: output projection of every token"),

@@ -313,14 +313,16 @@ def test_missing_compilers_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return [(row.status, row.seen) for row in found("compiler")]
 
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert seen() == [(WARNING, "no c++ found")]
+    assert seen() == [(WARNING, "g++ is not found")]
     program(tmp_path / "mine", "")
     monkeypatch.setenv("CXX", "mine -O2")
+    assert seen() == [(WARNING, "CXX=mine -O2 is not found")]
+    monkeypatch.setenv("CXX", "mine")
     assert seen() == []
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert seen() == [(WRONG, "no gcc or clang found")]
-    monkeypatch.setenv("CC", "mine -O2")
+    assert seen() == [(WRONG, "gcc or clang is not found")]
+    monkeypatch.setenv("CC", "mine")
     monkeypatch.setattr(software.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
     assert seen() == [(WRONG, f"no {tmp_path}/Python.h")]
     (tmp_path / "Python.h").write_text("")

@@ -162,11 +162,11 @@ def test_running_the_head_compiles_nothing() -> None:
 
 def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(UserError, match=r"no no-such-compiler.* variable CXX"):
+    with pytest.raises(UserError, match="CXX=no-such-compiler is not found"):
         make(compile=True)
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match=r"there is no g\+\+: install"):
+    with pytest.raises(UserError, match=r"g\+\+ is not found"):
         make(compile=True)
     make()
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import neftune_dist
 from neftune_dist.cluster.doctor.findings import OK, WARNING, WRONG, Finding, Site, check, named
+from neftune_dist.system.compilers import missing_compiler
 
 _NAMED = ("torch", "transformers", "deepspeed", "datasets")
 # By a run, or by transformers where they are installed.
@@ -173,12 +174,10 @@ def check_compiler(site: Site) -> Iterator[tuple[str, str]]:
     import torch
 
     on_gpu = torch.cuda.is_available()
-    given = os.environ.get("CC" if on_gpu else "CXX")
-    wanted = given.split()[:1] if given else ["gcc", "clang"] if on_gpu else ["c++"]
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton does
     header = Path(sysconfig.get_paths(scheme=scheme)["include"]) / "Python.h"
-    if not any(map(shutil.which, wanted)):
-        yield WRONG if on_gpu else WARNING, f"no {' or '.join(wanted)} found"
+    if missing := missing_compiler(on_gpu):
+        yield WRONG if on_gpu else WARNING, f"{missing} is not found"
     elif on_gpu and not header.exists():
         yield WRONG, f"no {header}"
 
