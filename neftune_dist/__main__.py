@@ -1,5 +1,5 @@
 """`python -m neftune_dist VERB`."""
 
-from neftune_dist.cli import main
+from neftune_dist.cli import run
 
-main()
+run()

@@ -10,12 +10,13 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from typing import NoReturn
 
 from neftune_dist import verbs  # noqa: F401 (fills VERBS)
 from neftune_dist.arguments import VERBS, parse
 from neftune_dist.config import UserError
 from neftune_dist.distributed import outcome
-from neftune_dist.system import children, console
+from neftune_dist.system import children, console, garbage
 
 _RANK_0_FIRST_SECONDS = 5.0
 # Verbs whose purpose is their output: they have failed if it cannot be written.
@@ -48,7 +49,18 @@ _ADVICE = {
 }
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def run() -> NoReturn:
+    """Be the process `neftune-dist`."""
+    end = garbage.QuickEnd()
+    garbage.collect_rarely()
+    try:
+        main()
+    except SystemExit as ended:
+        end.code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        raise
+
+
+def main(words: Sequence[str] | None = None) -> NoReturn:
     """Parse the command line, run its verb, exit."""
     console.protect()
     for name in _NOISY:

@@ -7,7 +7,6 @@ planners assume whole `torch.Tensor`s or DTensors; the two here carry ranges.
 
 from __future__ import annotations
 
-import gc
 import io
 import os
 import warnings
@@ -48,6 +47,7 @@ from neftune_dist.config import UserError
 from neftune_dist.engine.base import FlatShard
 from neftune_dist.model.pickles import KnownReader
 from neftune_dist.optim import QuantizedMoment
+from neftune_dist.system.garbage import uncollected
 
 # Largest item of a file: reading a range takes this much memory beside the range.
 _PIECE_ELEMENTS = 1 << 24
@@ -103,7 +103,9 @@ class Reader:
 
     def __init__(self, folder: Path, *, alone: bool = False) -> None:
         self._folder, self._alone = folder, alone
-        with _uncollected():
+        # Many ranks' shards are described by millions of small objects; scanning them again and
+        # again takes 20 times as long as making them.
+        with uncollected():
             self._reader = KnownReader(folder)
         self.metadata = self._reader.metadata
 
@@ -122,7 +124,7 @@ class Reader:
         Raises:
             UserError: a tensor that is missing or of another size, or a file that cannot be read.
         """
-        with _uncollected(), warnings.catch_warnings():
+        with uncollected(), warnings.catch_warnings():
             # DCP warns that it reads without a process group; `alone` asks for that.
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             try:
@@ -138,22 +140,6 @@ class Reader:
                 raise UserError(
                     known or f"The checkpoint {self._folder} cannot be read: {causes[0]}."
                 ) from error
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Run without the collector of cyclic garbage.
-
-    The description of many ranks' shards is millions of small objects; scanning them again and
-    again takes 20 times as long as making them.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 class _HashingFileSystem(FileSystem):

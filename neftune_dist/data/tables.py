@@ -12,8 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
-import pyarrow.compute
 import pyarrow.ipc
 import pyarrow.parquet
 
@@ -118,7 +118,9 @@ def _values(array: Any) -> list[Any]:
     if pyarrow.types.is_dictionary(kind):
         return _values(array.dictionary_decode())
     if pyarrow.types.is_run_end_encoded(kind):
-        return _values(pyarrow.compute.run_end_decode(array))
+        rows = np.arange(array.offset, array.offset + len(array))
+        values = _values(array.values)
+        return [values[run] for run in np.searchsorted(array.run_ends, rows, side="right")]
     if pyarrow.types.is_struct(kind):
         names = _unique([field.name for field in kind])
         columns = [array.is_valid().to_pylist(), *map(_values, array.flatten())]
@@ -135,7 +137,7 @@ def _values(array: Any) -> list[Any]:
         lists = _values(array.cast(pyarrow.list_(pairs)))
         return [items and _mapping(items) for items in lists]
     flat = iter(_values(array.flatten()))
-    lengths = pyarrow.compute.list_value_length(array).to_pylist()
+    lengths = array.value_lengths().to_pylist()
     return [None if length is None else list(islice(flat, length)) for length in lengths]
 
 

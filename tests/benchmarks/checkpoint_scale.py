@@ -24,6 +24,7 @@ from neftune_dist.checkpoint import flat
 from neftune_dist.checkpoint.flat import _LoadPlanner, _SavePlanner
 from neftune_dist.engine.base import MASTER, FlatShard
 from neftune_dist.optim import STATE_NAMES
+from neftune_dist.system import garbage
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
@@ -91,7 +92,7 @@ def main() -> None:
         told("a rank reads it", began)
         for other in (8, 384):
             began = time.perf_counter()
-            with flat._uncollected():  # as Reader.read has it
+            with garbage.uncollected():  # as Reader.read has it
                 planner = _LoadPlanner(shards(of, 1, other))
                 planner.set_up_planner({}, described)
                 items = len(planner.create_local_plan().items)

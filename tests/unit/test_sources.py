@@ -392,9 +392,12 @@ def test_nested_columns_of_every_kind(tmp_path: Path) -> None:
 
 
 def test_columns_encoded_by_value_are_what_they_encode(tmp_path: Path) -> None:
-    """Also where they hold times, which are not read."""
-    texts, times = pyarrow.array(["a", "b"]), pyarrow.array([2**62, 1], pyarrow.timestamp("us"))
-    ends, places = pyarrow.array([1, 2], pyarrow.int32()), pyarrow.array([0, 1])
+    """Slices of them, too, and where they hold times, which are not read."""
+    expected = ["a"] * 700 + [None] + ["b"] * 1799
+    texts = pyarrow.array(["a", None, "b"])
+    times = pyarrow.array([2**62, None, 1], pyarrow.timestamp("us"))
+    ends = pyarrow.array([700, 701, 2500], pyarrow.int32())
+    places = pyarrow.array([0] * 700 + [1] + [2] * 1799)
     columns = {}
     for name, values in (("text", texts), ("when", times)):
         columns[name] = pyarrow.DictionaryArray.from_arrays(places, values)
@@ -404,7 +407,7 @@ def test_columns_encoded_by_value_are_what_they_encode(tmp_path: Path) -> None:
         writer.write_table(table)
     null = {"when": None, "run_when": None}
     assert [row for _, row in read(tmp_path / "a.arrow")] == [
-        {"text": text, "run_text": text, **null} for text in ("a", "b")
+        {"text": text, "run_text": text, **null} for text in expected
     ]
 
 
