@@ -7,7 +7,8 @@ before sharding: so the engines' hooks stay outside of the compiled and recomput
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -35,6 +36,7 @@ from neftune_dist.system.compilers import missing_compiler
 
 # Compute-bound operators: saved. The memory-bound ones between them are recomputed.
 _KEPT_BY_SELECTIVE = {*COMPUTE_BOUND_OPERATORS, VARLEN_OPERATOR}
+_SPLITTING = ("graph_break", "unimplemented")  # of torch.compile's counters
 
 
 def blocks(model: Any) -> list[nn.Module]:
@@ -109,8 +111,38 @@ def without_compiling() -> AbstractContextManager[Any]:
 
 def num_compiled_graphs() -> int:
     """The number of graphs that torch.compile has made in this process."""
+    return int(_compile_counters()["stats"]["unique_graphs"])
+
+
+def check_compiled(reported: set[str]) -> list[str]:
+    """Return a line for every reason for which torch.compile has split a block into several graphs.
+
+    Args:
+        reported: the reasons of earlier calls; takes the new ones.
+
+    Raises:
+        UserError: nothing at all is compiled.
+    """
+    if not num_compiled_graphs():
+        raise UserError(
+            "model.compile=true has compiled nothing: torch.compile passes over this model's "
+            "blocks (TORCH_LOGS=graph_breaks says why). Set model.compile=false.",
+            shared=True,
+        )
+    counters = _compile_counters()
+    found = {text.partition("\n")[0] for kind in _SPLITTING for text in counters[kind]} - reported
+    reported |= found
+    return [
+        f"warning: model.compile: a block is compiled in pieces, with less gain: {reason} "
+        "(TORCH_LOGS=graph_breaks says where)"
+        for reason in sorted(found)
+    ]
+
+
+def _compile_counters() -> Mapping[str, Mapping[str, int]]:
+    """What torch.compile counts: of each kind, messages and how often they came."""
     dynamo = sys.modules.get("torch._dynamo.utils")  # not worth a second's import where unused
-    return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo else 0
+    return dynamo.counters if dynamo else defaultdict(Counter)
 
 
 def _checkpointed(

@@ -1,6 +1,6 @@
 """Python's collector of cyclic garbage, where it costs seconds and finds nothing.
 
-torch and transformers make a million objects when they are imported, which stay to the end. To look
+torch and transformers make 400,000 objects when they are imported, which stay to the end. To look
 through all of them takes a fifth of a second: several times during the imports, at some step of
 some rank, for which the others wait, and again and again when the interpreter ends.
 """

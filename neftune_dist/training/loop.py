@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from neftune_dist.checkpoint.saver import Saver
-from neftune_dist.config import Config, UserError
+from neftune_dist.config import Config
 from neftune_dist.data.loader import Loader, StepBatch
 from neftune_dist.distributed.outcome import Final
 from neftune_dist.distributed.signals import Stopped
@@ -30,7 +30,7 @@ from neftune_dist.distributed.watchdog import Watchdog
 from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import Engine
 from neftune_dist.model.flops import ModelSize
-from neftune_dist.model.optimizations import num_compiled_graphs
+from neftune_dist.model.optimizations import check_compiled
 from neftune_dist.noise.handle import NEFTuneHandle
 from neftune_dist.optim import learning_rate
 from neftune_dist.training.held_out import HeldOut, evaluation_due
@@ -128,6 +128,7 @@ class Trainer:
         self.last_update = self.progress  # right after the newest update
         self.wait_seconds = 0.0  # this rank's wait for the current batch
         self.totals = Totals()
+        self.graph_breaks: set[str] = set()  # reported
 
     def run(self) -> bool:
         """Train to the last step, or until the held-out loss no longer improves; return False where
@@ -243,7 +244,7 @@ class Trainer:
 
     def check_effects(self, batch: StepBatch) -> None:
         """Raise `RuntimeError` where a forward pass of the step got no noise, and `UserError` where
-        `model.compile` compiled nothing."""
+        `model.compile` compiled nothing; report blocks that it compiled in pieces."""
         num_forwards = len(batch.micro_batches) * num_passes(self.config.noise)
         if self.config.noise.alpha and self.noise.num_fired != num_forwards:
             raise RuntimeError(
@@ -251,12 +252,9 @@ class Trainer:
                 f"{num_forwards} forward passes; the model bypasses its input embedding. Nothing "
                 "was saved of this step."
             )
-        if self.config.model.compile and not num_compiled_graphs():
-            raise UserError(
-                "model.compile=true has compiled nothing: torch.compile passes over this model's "
-                "blocks (TORCH_LOGS=graph_breaks says why). Set model.compile=false.",
-                shared=True,
-            )
+        if self.config.model.compile:
+            for line in check_compiled(self.graph_breaks):
+                self.world.log(line)
 
     def rank_result(self, loss_sum: Tensor, step: int) -> RankResult:
         """This rank's contribution to the step's record. Waits for the device."""

@@ -16,8 +16,8 @@ from torch import Tensor
 from neftune_dist.config import Config, UserError, load_config
 from neftune_dist.data.loader import MicroBatch, StepBatch
 from neftune_dist.distributed.signals import Stopped
+from neftune_dist.model import optimizations
 from neftune_dist.model.flops import ModelSize
-from neftune_dist.training import loop
 from neftune_dist.training.loop import Diverged, Progress, Trainer
 from neftune_dist.training.metrics import RankResult, step_record
 
@@ -338,13 +338,17 @@ def test_hook_that_does_not_fire_ends_the_run() -> None:
 
 
 def test_compiling_that_compiles_nothing_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "num_compiled_graphs", lambda: 0)
+    counters: dict[str, dict[str, int]] = {"stats": {"unique_graphs": 0}, "unimplemented": {}}
+    monkeypatch.setattr(optimizations, "_compile_counters", lambda: counters)
     with pytest.raises(UserError, match=r"model.compile=true has compiled nothing"):
         make_trainer(parts := Parts(), "model.compile=true").run()
     assert parts.records == []
     assert make_trainer(Parts()).run()
-    monkeypatch.setattr(loop, "num_compiled_graphs", lambda: 1)
-    assert make_trainer(Parts(), "model.compile=true").run()
+    counters["stats"], counters["graph_break"] = {"unique_graphs": 1}, {"a reason\n more": 2}
+    trainer = make_trainer(Parts(), "model.compile=true")
+    assert trainer.run()
+    lines = [line for line in cast(Any, trainer.world).lines if "in pieces" in line]
+    assert len(lines) == 1 and "with less gain: a reason (" in lines[0]
 
 
 @pytest.mark.parametrize("losses", [[math.inf], [6.0, math.nan]])

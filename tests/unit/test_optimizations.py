@@ -17,7 +17,13 @@ from neftune_dist.data.loader import MicroBatch, collate
 from neftune_dist.engine.base import batch_loss_sum
 from neftune_dist.model.attention import FLEX, VARLEN, varlen_attention
 from neftune_dist.model.load import build
-from neftune_dist.model.optimizations import blocks, configure, drops, num_compiled_graphs
+from neftune_dist.model.optimizations import (
+    blocks,
+    check_compiled,
+    configure,
+    drops,
+    num_compiled_graphs,
+)
 from neftune_dist.model.projection import keeps_projection
 from neftune_dist.model.varlen import VARLEN_OPERATOR
 from neftune_dist.training.startup_report import dropout_lines
@@ -158,6 +164,20 @@ def test_running_the_head_compiles_nothing() -> None:
     before = dict(frames)
     keeps_projection(model)
     assert dict(frames) == before
+
+
+def test_reason_for_a_split_block_is_reported_once() -> None:
+    def split(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return x * 2 if x.sum() > 0 else x
+
+    reported: set[str] = set()
+    check_compiled(reported)  # of other tests
+    torch.compile(split, backend="eager")(torch.ones(1))
+    first, second = check_compiled(reported)
+    assert "in pieces, with less gain: Call to `torch._dynamo.graph_break()` (" in first
+    assert "in pieces, with less gain: Data-dependent branching (" in second
+    assert check_compiled(reported) == []
 
 
 def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
