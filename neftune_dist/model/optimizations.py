@@ -36,6 +36,10 @@ from neftune_dist.system.compilers import missing_compiler
 
 # Compute-bound operators: saved. The memory-bound ones between them are recomputed.
 _KEPT_BY_SELECTIVE = {*COMPUTE_BOUND_OPERATORS, VARLEN_OPERATOR}
+# What torch.compile takes for variable: what blocks are given, as lengths change from batch to
+# batch, so that one graph serves all of it. Under `dynamic=True`, where FSDP2 shards the blocks,
+# numbers that they hold would vary as well: the width of a head, in the indices of every kernel.
+_INPUTS = r"L\['args'\],L\['kwargs'\]"
 _SPLITTING = ("graph_break", "unimplemented")  # of torch.compile's counters
 
 
@@ -82,13 +86,24 @@ def configure(model: Any, config: ModelConfig) -> None:
             mode, kept = config.activation_checkpointing, kept_operators(model)
             forward = _checkpointed(forward, mode, kept, drops(model))
         if config.compile:
-            # Lengths change from batch to batch: one graph for all of them.
-            forward = torch.compile(forward, dynamic=True)
+            forward = torch.compile(_given_inputs(forward))
         if forward is not block.forward:
             block.forward = forward  # type: ignore[method-assign]
     if config.compile:
+        known = torch.compiler.config.dynamic_sources
+        if _INPUTS not in known:
+            torch.compiler.config.dynamic_sources = f"{known},{_INPUTS}"
         # Beyond the limit torch would go on without compiling, silently.
         fail_on_recompile_limit()
+
+
+def _given_inputs(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` with its inputs under the names of `_INPUTS`."""
+
+    def block(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    return block
 
 
 def _require_compiler() -> None:
