@@ -43,7 +43,7 @@ ENGINES = {
     "replicated": (1, ["engine.name=replicated"]),
     "fsdp2": (2, ["engine.name=fsdp2"]),
     "zero-3": (2, ["engine.name=deepspeed", "engine.zero_stage=3"]),
-    "compiled": (1, ["engine.name=replicated", "model.compile=true"]),
+    "compiled": (1, ["engine.name=fsdp2", "model.compile=true"]),
 }
 LOSS_BOUND, LOGITS_BOUND = 1e-5, 1e-4
 _SECONDS = 90  # of one process
