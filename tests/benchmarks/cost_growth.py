@@ -1,15 +1,12 @@
-"""How cost grows: with ranks, processes of preparation, documents, and a document's length.
+"""How cost grows: with ranks, documents, and a document's length. See preparation.py, too.
 
-    python -m tests.benchmarks.cost_growth [ranks|prepare|documents|lengths ...]
+    python -m tests.benchmarks.cost_growth [ranks|documents|lengths ...]
 
 ranks: CPU milliseconds of one thread. `layout` assigns 4 documents a rank (lengths log-normal, mean
 280, at most 1,024 tokens; micro-batches of 4,096), `reference` is the first implementation of it;
 both run in the loader's thread while the step before is trained. `results` reads what a step's one
 collective has gathered, in the main thread: a `RankResult` of each rank, and the comparison of
 stragglers. Nothing is sent: ranks are simulated.
-
-prepare: rows of an instruction and an answer of 60 words, byte tokens, by 1 to all processes, with
-the CPU seconds of the process that reads and writes, and of those that it starts.
 
 documents: a set without content on disk (sparse files), opened by one rank of 8; the most memory of
 Python and numpy while it opens the set and makes a step of 128 documents, and the CPU milliseconds
@@ -21,9 +18,6 @@ layers (64 channels, 4 heads), and of its attention alone, which grows by the sq
 
 from __future__ import annotations
 
-import json
-import os
-import resource
 import sys
 import tempfile
 import time
@@ -34,10 +28,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from neftune_dist.config import Config, DataConfig, TrainConfig
-from neftune_dist.data.dataset import prepare
+from neftune_dist.config import Config, TrainConfig
 from neftune_dist.data.documents import Documents
 from neftune_dist.data.loader import BatchLayout, Loader, collate
 from neftune_dist.data.packing import assign_documents
@@ -48,12 +41,10 @@ from neftune_dist.engine.base import batch_loss_sum
 from neftune_dist.model.attention import VARLEN
 from neftune_dist.model.varlen import VARLEN_OPERATOR
 from neftune_dist.training.metrics import RankResult
-from tests.support import golden_model, reference_packing
+from tests.support import reference_packing
 from tests.support.corpora import documents_of
 
 QUADRATIC_TOKENS = 2e4
-NUM_ROWS = 60_000
-WHO = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
 
 
 def milliseconds(work: Callable[[], Any], times: int = 3) -> float:
@@ -89,43 +80,6 @@ def ranks() -> None:
             f"{milliseconds(results):12.1f}",
             flush=True,
         )
-
-
-def preparation() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        tokenizer = AutoTokenizer.from_pretrained(golden_model.make(root / "model"))
-        with (root / "rows.jsonl").open("w") as file:
-            for i in range(NUM_ROWS):
-                row = {"instruction": f"Count to {i}.", "output": f"{i} and more " * 20}
-                file.write(json.dumps(row) + "\n")
-        print(
-            f"{'processes':>9} {'rows':>8} {'seconds':>8} {'rows/s':>8} {'CPU, here':>9} "
-            f"{'others':>11}"
-        )
-        number = 1
-        while number <= max(2, len(os.sched_getaffinity(0))):
-            config = DataConfig(
-                source=str(root / "rows.jsonl"),
-                template="alpaca",
-                cache_dir=str(root / str(number)),
-                num_workers=number,
-            )
-            began, used = time.perf_counter(), [_cpu_seconds(who) for who in WHO]
-            prepare(config, tokenizer)
-            seconds = time.perf_counter() - began
-            usage = [_cpu_seconds(who) - at for who, at in zip(WHO, used, strict=True)]
-            print(
-                f"{number:9} {NUM_ROWS:8,} {seconds:8.1f} {NUM_ROWS / seconds:8,.0f} "
-                f"{usage[0]:9.1f} {usage[1]:11.1f}",
-                flush=True,
-            )
-            number *= 2
-
-
-def _cpu_seconds(who: int) -> float:
-    used = resource.getrusage(who)
-    return used.ru_utime + used.ru_stime
 
 
 def documents() -> None:
@@ -195,7 +149,7 @@ def seconds(work: Callable[[], Any]) -> float:
     return min(found)
 
 
-PARTS = {"ranks": ranks, "prepare": preparation, "documents": documents, "lengths": lengths}
+PARTS = {"ranks": ranks, "documents": documents, "lengths": lengths}
 
 if __name__ == "__main__":
     for word in sys.argv[1:] or PARTS:
