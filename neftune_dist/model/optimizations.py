@@ -38,7 +38,8 @@ from neftune_dist.system.compilers import missing_compiler
 _KEPT_BY_SELECTIVE = {*COMPUTE_BOUND_OPERATORS, VARLEN_OPERATOR}
 # What torch.compile takes for variable: what blocks are given, as lengths change from batch to
 # batch, so that one graph serves all of it. Under `dynamic=True`, where FSDP2 shards the blocks,
-# numbers that they hold would vary as well: the width of a head, in the indices of every kernel.
+# numbers that they hold would vary as well: the width of a head, in the indices of every kernel
+# (torch 2.13; pytorch/pytorch#194795).
 _INPUTS = r"L\['args'\],L\['kwargs'\]"
 _SPLITTING = ("graph_break", "unimplemented")  # of torch.compile's counters
 

@@ -36,6 +36,7 @@ if [ -d .whl ]; then
   PYTHONPATH=$PWD:$PWD/.whl/site
 fi
 gpu "one step" 65 --exactly "4096 full"
-gpu "float8, ZeRO-3, a save" 240 --exactly "4096 selective compile single float8" "4096 full zero3" save
+gpu "FSDP2 compiled, float8, ZeRO-3, a save" 270 --exactly "4096 selective compile" \
+  "4096 selective compile single float8" "4096 full zero3" save
 stage "tests/gpu" 150 "$python" -m pytest tests/gpu -q -n 8 -p no:cacheprovider --timeout 120 --tb=short -rfs
 gpu "the other parts" "$all" --again
