@@ -97,12 +97,19 @@ def compiled_module(model: nn.Module) -> nn.Module | None:
     return getattr(model, "_orig_mod", None)
 
 
-def fail_on_recompile_limit() -> None:
+def fail_on_recompile_limit(num_blocks: int) -> None:
     """Let a block that is compiled too often be an error; torch would stop compiling it silently.
 
     `torch.compiler.set_stance("fail_on_recompile")` would forbid the first recompilation too.
+
+    Args:
+        num_blocks: that share their code. Each may differ from the others by a number that it
+            holds, and is compiled for training and for evaluation, for one row and for several.
     """
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # type: ignore[attr-defined]
+    config: Any = torch._dynamo.config  # type: ignore[attr-defined]
+    config.fail_on_recompile_limit_hit = True
+    config.recompile_limit = max(config.recompile_limit, 4 * num_blocks)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * num_blocks)
 
 
 # ----------------------------------------------------------------------------------- distributed

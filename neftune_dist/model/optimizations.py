@@ -95,7 +95,7 @@ def configure(model: Any, config: ModelConfig) -> None:
         if _INPUTS not in known:
             torch.compiler.config.dynamic_sources = f"{known},{_INPUTS}"
         # Beyond the limit torch would go on without compiling, silently.
-        fail_on_recompile_limit()
+        fail_on_recompile_limit(len(blocks(model)))
 
 
 def _given_inputs(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,11 @@ from tests.support.families import family
 def make(
     model_type: str = "llama",
     attention: str = VARLEN,
-    dropout: dict[str, float] | None = None,
+    family_settings: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Any:
     torch.manual_seed(0)
-    config = family(model_type, **(dropout or {}))
+    config = family(model_type, **(family_settings or {}))
     model = transformers.AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation=attention
     ).train()
@@ -97,7 +98,7 @@ DROPOUT = {
 @pytest.mark.parametrize("model_type", DROPOUT)
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_recomputation_drops_the_same_activations(model_type: str, mode: str) -> None:
-    assert drops(model := make(model_type, dropout=DROPOUT[model_type]))
+    assert drops(model := make(model_type, family_settings=DROPOUT[model_type]))
     assert "another layout" in dropout_lines(model)[0]
     assert not drops(make(model_type)) and dropout_lines(make(model_type)) == []
     assert_recomputing_changes_nothing(model_type, mode, DROPOUT[model_type])
@@ -107,10 +108,10 @@ def assert_recomputing_changes_nothing(
     model_type: str, mode: str, dropout: dict[str, float]
 ) -> None:
     work = batches()[:2]
-    plain = make(model_type, dropout=dropout)
+    plain = make(model_type, family_settings=dropout)
     torch.manual_seed(1)
     expected = train(plain, work)
-    model = make(model_type, activation_checkpointing=mode, dropout=dropout)
+    model = make(model_type, activation_checkpointing=mode, family_settings=dropout)
     torch.manual_seed(1)
     for one, other in zip(expected, train(model, work), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
@@ -154,6 +155,20 @@ def test_compiled_blocks_take_every_length_with_one_graph() -> None:
     for one, other in zip(expected, found, strict=True):
         for a, b in zip(one, other, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * float(a.abs().max()))
+
+
+def test_blocks_that_all_differ_are_all_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the scale of their attention; torch's own limit is 8."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    settings = {"scale_attn_by_inverse_layer_idx": True, "num_hidden_layers": 12}
+    before = num_compiled_graphs()
+    model = make("gpt2", compile=True, family_settings=settings)
+    found = train(model, batches()[:2])
+    assert num_compiled_graphs() == before + 12
+    for one, other in zip(
+        train(make("gpt2", family_settings=settings), batches()[:2]), found, strict=True
+    ):
+        torch.testing.assert_close(one[0], other[0], rtol=1e-5, atol=0)
 
 
 def test_running_the_head_compiles_nothing() -> None:
