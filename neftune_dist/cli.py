@@ -50,7 +50,7 @@ _ADVICE = {
 
 
 def run() -> NoReturn:
-    """Be the process `neftune-dist`."""
+    """Run the command line as a process of its own: `main`, with a quick start and end."""
     end = garbage.QuickEnd()
     garbage.collect_rarely()
     try:

@@ -47,7 +47,7 @@ from neftune_dist.config import UserError
 from neftune_dist.engine.base import FlatShard
 from neftune_dist.model.pickles import KnownReader
 from neftune_dist.optim import QuantizedMoment
-from neftune_dist.system.garbage import uncollected
+from neftune_dist.system.garbage import without_collecting
 
 # Largest item of a file: reading a range takes this much memory beside the range.
 _PIECE_ELEMENTS = 1 << 24
@@ -105,7 +105,7 @@ class Reader:
         self._folder, self._alone = folder, alone
         # Many ranks' shards are described by millions of small objects; scanning them again and
         # again takes 20 times as long as making them.
-        with uncollected():
+        with without_collecting():
             self._reader = KnownReader(folder)
         self.metadata = self._reader.metadata
 
@@ -124,7 +124,7 @@ class Reader:
         Raises:
             UserError: a tensor that is missing or of another size, or a file that cannot be read.
         """
-        with uncollected(), warnings.catch_warnings():
+        with without_collecting(), warnings.catch_warnings():
             # DCP warns that it reads without a process group; `alone` asks for that.
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             try:

@@ -97,8 +97,9 @@ def compiled_module(model: nn.Module) -> nn.Module | None:
     return getattr(model, "_orig_mod", None)
 
 
-def fail_on_recompile_limit(num_blocks: int) -> None:
-    """Let a block that is compiled too often be an error; torch would stop compiling it silently.
+def limit_recompiles(num_blocks: int) -> None:
+    """Let the blocks' code be compiled four times a block, and make more an error; torch's limit is
+    8, beyond which it stops compiling silently.
 
     `torch.compiler.set_stance("fail_on_recompile")` would forbid the first recompilation too.
 

@@ -25,7 +25,7 @@ from neftune_dist.config import UserError, check_divides
 from neftune_dist.distributed import environment, outcome
 from neftune_dist.distributed.mailbox import pauses, wait_until
 from neftune_dist.distributed.signals import Stopped, StopSignal
-from neftune_dist.system import cgroups, garbage
+from neftune_dist.system import cgroups
 from neftune_dist.system.malloc import keep_freed_memory
 from neftune_dist.system.text import first_line
 
@@ -311,7 +311,6 @@ def run_among_ranks(work: Callable[[World, StopSignal], int], stopped: str) -> i
         stopped: what rank 0 says where a request ended `work` with nothing to save.
     """
     stop = StopSignal()
-    garbage.keep_imports()
     try:
         with World(stop) as world:
             try:

@@ -23,7 +23,6 @@ from neftune_dist.data.conversation import Turn
 from neftune_dist.data.errors import BadRow
 from neftune_dist.evaluation.target import EvaluationTarget, open_target
 from neftune_dist.model.families import context_length
-from neftune_dist.system import garbage
 
 with suppress(ImportError):  # of systems without it; it gives `input` a history and its keys
     import readline  # noqa: F401
@@ -51,7 +50,6 @@ def chat(names: Sequence[str], settings: Sequence[str], *, temperature: float = 
     """
     if len(names) > 2:
         raise UserError(f"chat takes one model or two, not {len(names)}: {', '.join(names)}.")
-    garbage.keep_imports()
     speakers = []
     try:
         for target in [open_target(name, settings=settings) for name in names]:

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import (
 from neftune_dist.compat.torch import (
     COMPUTE_BOUND_OPERATORS,
     GROUPED_PRODUCT,
-    fail_on_recompile_limit,
+    limit_recompiles,
 )
 from neftune_dist.compat.transformers import block_class_names
 from neftune_dist.config import ModelConfig, UserError
@@ -36,12 +36,12 @@ from neftune_dist.system.compilers import missing_compiler
 
 # Compute-bound operators: saved. The memory-bound ones between them are recomputed.
 _KEPT_BY_SELECTIVE = {*COMPUTE_BOUND_OPERATORS, VARLEN_OPERATOR}
-# What torch.compile takes for variable: what blocks are given, as lengths change from batch to
-# batch, so that one graph serves all of it. Under `dynamic=True`, where FSDP2 shards the blocks,
-# numbers that they hold would vary as well: the width of a head, in the indices of every kernel
+# What torch.compile treats as dynamic: the inputs of a block, whose lengths change from batch to
+# batch, so that one graph serves all. With `dynamic=True` integers that a block holds would be
+# dynamic, too, where FSDP2 shards it: the width of a head, in the indices of every kernel
 # (torch 2.13; pytorch/pytorch#194795).
-_INPUTS = r"L\['args'\],L\['kwargs'\]"
-_SPLITTING = ("graph_break", "unimplemented")  # of torch.compile's counters
+_DYNAMIC_SOURCES = r"L\['args'\],L\['kwargs'\]"
+_BREAK_COUNTERS = ("graph_break", "unimplemented")  # of torch.compile
 
 
 def blocks(model: Any) -> list[nn.Module]:
@@ -87,19 +87,19 @@ def configure(model: Any, config: ModelConfig) -> None:
             mode, kept = config.activation_checkpointing, kept_operators(model)
             forward = _checkpointed(forward, mode, kept, drops(model))
         if config.compile:
-            forward = torch.compile(_given_inputs(forward))
+            forward = torch.compile(_with_named_inputs(forward))
         if forward is not block.forward:
             block.forward = forward  # type: ignore[method-assign]
     if config.compile:
         known = torch.compiler.config.dynamic_sources
-        if _INPUTS not in known:
-            torch.compiler.config.dynamic_sources = f"{known},{_INPUTS}"
+        if _DYNAMIC_SOURCES not in known:
+            torch.compiler.config.dynamic_sources = f"{known},{_DYNAMIC_SOURCES}"
         # Beyond the limit torch would go on without compiling, silently.
-        fail_on_recompile_limit(len(blocks(model)))
+        limit_recompiles(len(blocks(model)))
 
 
-def _given_inputs(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` with its inputs under the names of `_INPUTS`."""
+def _with_named_inputs(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `forward` so that its inputs have the names in `_DYNAMIC_SOURCES`."""
 
     def block(*args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
@@ -146,7 +146,9 @@ def check_compiled(reported: set[str]) -> list[str]:
             shared=True,
         )
     counters = _compile_counters()
-    found = {text.partition("\n")[0] for kind in _SPLITTING for text in counters[kind]} - reported
+    found = {
+        text.partition("\n")[0] for kind in _BREAK_COUNTERS for text in counters[kind]
+    } - reported
     reported |= found
     return [
         f"warning: model.compile: a block is compiled in pieces, with less gain: {reason} "
@@ -156,7 +158,7 @@ def check_compiled(reported: set[str]) -> list[str]:
 
 
 def _compile_counters() -> Mapping[str, Mapping[str, int]]:
-    """What torch.compile counts: of each kind, messages and how often they came."""
+    """torch.compile's counters: of each kind, how often each message or event came."""
     dynamo = sys.modules.get("torch._dynamo.utils")  # not worth a second's import where unused
     return dynamo.counters if dynamo else defaultdict(Counter)
 

@@ -7,7 +7,7 @@ import shutil
 
 
 def missing_compiler(on_gpu: bool) -> str:
-    """Say which compiler is looked for in vain: "gcc or clang", "CXX=mine"; "" where there is one.
+    """Name the compiler that is not found, as "gcc or clang" or "CXX=mine"; "" where there is one.
 
     On a GPU it is Triton's, a C compiler, or what CC names; on a CPU Inductor's, g++ or what CXX
     names. Both take the variable for the name of a program, without options.

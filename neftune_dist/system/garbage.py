@@ -19,7 +19,7 @@ _USUAL, _STARTING = gc.get_threshold(), (50_000, 20, 100)
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
+def without_collecting() -> Iterator[None]:
     """Run without the collector."""
     was_on = gc.isenabled()
     gc.disable()
@@ -31,34 +31,38 @@ def uncollected() -> Iterator[None]:
 
 
 def collect_rarely() -> None:
-    """Collect rarely from now on: the process starts, and imports what it needs."""
+    """Collect rarely until `keep_imports`: the process imports what it needs."""
     gc.set_threshold(*_STARTING)
 
 
 def keep_imports() -> None:
-    """Collect as usual from now on, but never what a process that has started holds by now."""
+    """Collect as usual again, but never look at the objects that exist now. Verbs that hold tensors
+    call it when their modules are imported; without `collect_rarely` before it, it does nothing."""
     if gc.get_threshold() == _STARTING:
         gc.freeze()
         gc.set_threshold(*_USUAL)
 
 
 class QuickEnd:
-    """An end of the process as usual, but for Python's own: without a search for garbage.
+    """Ends the process without the interpreter's own teardown, which searches for garbage.
 
-    Threads are waited for, and what others have registered to be called at the end is called.
+    As usual, threads are waited for, and functions registered with `atexit` are called.
+
+    Attributes:
+        code: the exit code; None: an exception ends the process, and the interpreter reports it.
     """
 
     def __init__(self) -> None:
-        """Prepare the end. Call it before the imports: handlers registered earlier are skipped."""
+        """Register the end. Functions that were registered earlier would be skipped."""
         self.code: int | None = None
         atexit.register(self._leave)  # called last, as it is registered first
 
     def _leave(self) -> None:
-        if self.code is None:  # by an exception, which Python reports
+        if self.code is None:
             return
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
-        # The C library's, which holds the interpreter's lock: profilers write what they have seen
-        # then, and no other thread goes on.
+        # C's exit calls the handlers of C libraries, by which profilers write their files. PyDLL
+        # keeps the interpreter's lock meanwhile, so that no Python thread runs on.
         ctypes.PyDLL(None).exit(self.code)

@@ -20,6 +20,7 @@ from neftune_dist.arguments import (
 )
 from neftune_dist.config import UserError, require, user_path
 from neftune_dist.distributed import environment, outcome
+from neftune_dist.system import garbage
 
 
 @verb(
@@ -97,6 +98,8 @@ def _export(
     from neftune_dist.checkpoint import hub
     from neftune_dist.checkpoint.export import export
 
+    garbage.keep_imports()
+
     def reserve() -> None:
         if push_to_hub is not None:
             hub.reserve(push_to_hub)
@@ -138,6 +141,8 @@ def _evaluate(target: str, step: int | None, best: bool, model: str | None, **op
     environment.find_place()
     from neftune_dist.evaluation.evaluate import evaluate
 
+    garbage.keep_imports()
+
     return evaluate(model or target, step=_chosen(step, best), **options)
 
 
@@ -162,6 +167,8 @@ def _chat(settings: Words, temperature: float) -> int:
     if not names:
         raise UserError("chat needs a model: a run, a checkpoint, a model directory or a hub id.")
     from neftune_dist.evaluation.chat import chat
+
+    garbage.keep_imports()
 
     words = [word for word in settings if word not in names]
     return chat(names, words, temperature=temperature)

@@ -20,6 +20,7 @@ from neftune_dist.arguments import (
 from neftune_dist.cluster.submit.options import OPTIONS
 from neftune_dist.config import load_config, user_path
 from neftune_dist.distributed import environment, outcome
+from neftune_dist.system import garbage
 
 _LAUNCH = (
     argument(
@@ -46,6 +47,8 @@ def _train(config: str, settings: Words) -> int:
         loaded = load_config(config, settings)
         environment.find_place()  # a mistake in it is reported before torch is loaded
         from neftune_dist.training.train import train
+
+        garbage.keep_imports()
 
         code = train(loaded)
         report(outcome.DONE if code == outcome.EXIT_DONE else outcome.STOPPED)

@@ -92,7 +92,7 @@ def main() -> None:
         told("a rank reads it", began)
         for other in (8, 384):
             began = time.perf_counter()
-            with garbage.uncollected():  # as Reader.read has it
+            with garbage.without_collecting():  # as Reader.read has it
                 planner = _LoadPlanner(shards(of, 1, other))
                 planner.set_up_planner({}, described)
                 items = len(planner.create_local_plan().items)

@@ -163,19 +163,19 @@ def test_compiled_slices_under_zero_3_train_the_same(config: Path, tmp_path: Pat
 
 
 @dataclass(frozen=True)
-class LogVariables:
-    """Compile without making code, and log what torch.compile takes for variable."""
+class LogDynamicShapes:
+    """Trace without making code, and log what torch.compile treats as dynamic."""
 
     def __call__(self) -> None:
         torch._logging.set_logs(dynamic=logging.INFO)
         torch.compile = partial(torch.compile, backend="eager")  # type: ignore[assignment]
 
 
-def test_of_compiled_blocks_under_fsdp2_only_inputs_vary(config: Path, tmp_path: Path) -> None:
-    """Were the width of a head variable too, it would be in the indices of every kernel: in bf16 a
+def test_compiled_fsdp2_blocks_treat_only_inputs_as_dynamic(config: Path, tmp_path: Path) -> None:
+    """Were the width of a head dynamic, too, it would be in the indices of every kernel: in bf16 a
     step took a quarter longer (2026-11-27, a Xeon)."""
     words = [f"run_dir={tmp_path}", "model.compile=true", "train.max_steps=2"]
-    done = tiny_model.run_forked("train", config, *words, before=LogVariables())
+    done = tiny_model.run_forked("train", config, *words, before=LogDynamicShapes())
     assert done.returncode == 0, done.stderr
     variables = re.findall(r"create_symbol \w+ = \S+ for (\S+)", done.stderr)
     assert len(variables) > 4

@@ -9,12 +9,13 @@ import sys
 
 import pytest
 
+from neftune_dist.cli import main
 from neftune_dist.system import garbage
 from tests.support import tiny_model
 
 # Named in a module, so that Python's own end would collect it.
 PROGRAM = """
-import atexit, sys, threading, time
+import atexit, gc, sys, threading, time
 from neftune_dist import cli
 
 class Sweeper:
@@ -31,7 +32,7 @@ def work():
 def main():
     atexit.register(print, "handler")
     threading.Thread(target=work).start()
-    sys.stdout.write("verb ")
+    print(gc.get_threshold()[0], end=" ")
     {ending}
 
 cli.main = main
@@ -60,7 +61,7 @@ def test_process_ends_with_its_code_after_threads_and_handlers(
         timeout=60,
     )
     assert done.returncode == code, done.stderr
-    assert done.stdout.split() == ["verb", "thread", "handler", *["swept"] * swept]
+    assert done.stdout.split() == ["50000", "thread", "handler", *["swept"] * swept]
     assert ("ValueError: a bug" in done.stderr) == swept
     assert ("a message" in done.stderr) == ("message" in ending)
 
@@ -75,6 +76,31 @@ def test_process_that_has_started_never_collects_its_imports() -> None:
     assert done.stdout.split() == ["True", "0", "True", "True"], done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "target"),
+    [
+        (["train", "quickstart", "model.name_or_path=x"], "training.train.train"),
+        (["evaluate", "x"], "evaluation.evaluate.evaluate"),
+        (["chat", "x"], "evaluation.chat.chat"),
+        (["export", "x"], "checkpoint.export.export"),
+    ],
+)
+def test_verbs_that_hold_tensors_collect_as_usual(
+    words: list[str], target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    def work(*_: object, **__: object) -> int:
+        events.append("work")
+        return 0
+
+    monkeypatch.setattr(garbage, "keep_imports", lambda: events.append("kept"))
+    monkeypatch.setattr(f"neftune_dist.{target}", work)
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 0 and events == ["kept", "work"]
+
+
 def test_other_processes_are_collected_as_they_were() -> None:
     before = gc.get_threshold(), gc.get_freeze_count()
     garbage.keep_imports()
@@ -83,7 +109,7 @@ def test_other_processes_are_collected_as_they_were() -> None:
 
 def test_collector_is_on_again_after_an_error() -> None:
     assert gc.isenabled()
-    with pytest.raises(OSError), garbage.uncollected():
+    with pytest.raises(OSError), garbage.without_collecting():
         assert not gc.isenabled()
         os.stat("/nowhere")
     assert gc.isenabled()
