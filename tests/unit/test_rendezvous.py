@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
 from neftune_dist.cluster.launch import rendezvous, torchrun
 from neftune_dist.config import UserError
@@ -78,10 +78,12 @@ def test_interface_that_leads_to_a_host(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_store_listens_at_one_address() -> None:
     """Not on every interface, as torch lets it: whoever reaches it can change what ranks agree."""
-    port = network.free_port()
-    place = RendezvousParameters("neftune_dist", f"127.0.0.1:{port}", "none", 1, 1, rank="0")
-    store = torchrun._create(place).next_rendezvous().store
+    ours = torchrun.listen("127.0.0.1", 0)
+    port = ours.port
+    # As torchrun makes it.
+    store = StaticTCPRendezvous("127.0.0.1", port, 0, 1, "none", 60).next_rendezvous().store
     store.set("a", "b")
+    assert ours.get("none/a") == b"b"
     listening = [
         address
         for table in ("tcp", "tcp6")

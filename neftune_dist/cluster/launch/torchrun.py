@@ -13,24 +13,10 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from torch.distributed import PrefixStore, TCPStore
-from torch.distributed.elastic.rendezvous import (
-    RendezvousHandler,
-    RendezvousInfo,
-    RendezvousParameters,
-    RendezvousStoreInfo,
-    rendezvous_handler_registry,
-)
-from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import (
-    StaticTCPRendezvous,
-    create_rdzv_handler,
-)
+from torch.distributed import TCPStore
 from torch.distributed.run import main
 
-from neftune_dist.system.network import free_port
-
 LOOPBACK = "127.0.0.1"
-_BACKEND = "neftune_dist"
 
 
 def torchrun(words: Sequence[str], address: str = LOOPBACK, port: int = 0, index: int = 0) -> None:
@@ -39,57 +25,30 @@ def torchrun(words: Sequence[str], address: str = LOOPBACK, port: int = 0, index
     Args:
         words: of torchrun's command line, without any about the rendezvous.
         address: where node 0 listens.
-        port: where node 0 listens; 0: a free one.
+        port: where node 0 listens; 0, on one node: a free one.
         index: of this node.
     """
-    rendezvous_handler_registry.register(_BACKEND, _create)
-    rendezvous = [
-        f"--rdzv-backend={_BACKEND}",
-        f"--rdzv-endpoint={address}:{port or free_port()}",
-        f"--rdzv-conf=rank={index}",
-    ]
-    main([*rendezvous, *words])
+    if index == 0:
+        store = listen(address, port)  # held here: it ends with its last reference
+        port = store.port
+    main([f"--master-addr={address}", f"--master-port={port}", f"--node-rank={index}", *words])
 
 
-class _AtOneAddress(StaticTCPRendezvous):
-    def get_backend(self) -> str:
-        return _BACKEND
+def listen(address: str, port: int) -> TCPStore:
+    """Let the rendezvous store listen at one address.
 
-    def next_rendezvous(self) -> RendezvousInfo:
-        if not self._store:
-            listening = _listen(self.master_addr, self.master_port) if self.rank == 0 else None
-            self._store = TCPStore(
-                self.master_addr,
-                self.master_port,
-                self.world_size,
-                self.rank == 0,
-                self.timeout,
-                multi_tenant=True,
-                master_listen_fd=listening,
-            )
-        info = RendezvousStoreInfo(self.master_addr, self.master_port)
-        return RendezvousInfo(
-            PrefixStore(self.run_id, self._store), self.rank, self.world_size, info
-        )
-
-
-def _listen(address: str, port: int) -> int:
-    """The descriptor of a socket that listens there."""
+    torchrun makes a store for the same port, multi-tenant, too: in one process those share a
+    server.
+    """
     family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
-    return socket.create_server((address, port), family=family, backlog=2048).detach()
-
-
-def _create(params: RendezvousParameters) -> RendezvousHandler:
-    # The endpoint, the node's rank and the timeout are read as torch reads them.
-    usual = create_rdzv_handler(params)
-    assert isinstance(usual, StaticTCPRendezvous)
-    return _AtOneAddress(
-        usual.master_addr,
-        usual.master_port,
-        int(usual.rank),  # text, of a backend that torch does not know
-        usual.world_size,
-        usual.run_id,
-        int(usual.timeout.total_seconds()),
+    listening = socket.create_server((address, port), family=family, backlog=2048)
+    return TCPStore(
+        address,
+        listening.getsockname()[1],
+        is_master=True,
+        wait_for_workers=False,
+        multi_tenant=True,
+        master_listen_fd=listening.detach(),
     )
 
 
