@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from neftune_dist.config import BUILTIN_SOURCE, UserError, read_json, user_path
+from neftune_dist.config import BUILTIN_SOURCE, Nullable, UserError, read_json, user_path
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Parquet and Arrow compress inside the file, if at all.
@@ -226,9 +226,11 @@ def _saved(path: Path) -> tuple[Path, ...]:
 
 def _hidden(path: Path) -> frozenset[str]:
     """The columns that a saved dataset's format leaves out (`set_format`)."""
-    state, info = read_json(path / "state.json"), read_json(path / "dataset_info.json")
-    shown, names = state.get("_format_columns"), info.get("features")
-    if not isinstance(shown, list) or not isinstance(names, dict) or state["_output_all_columns"]:
+    form = {"_format_columns?": Nullable([str]), "_output_all_columns?": bool}
+    state = read_json(path / "state.json", form)
+    shown, shows_all = state.get("_format_columns"), state.get("_output_all_columns")
+    names = read_json(path / "dataset_info.json", {"features?": Nullable(dict)}).get("features")
+    if shown is None or names is None or shows_all:
         return frozenset()
     return frozenset(names) - {*shown}
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from neftune_dist.config import BUILTIN_SOURCE, Config, UserError
+from neftune_dist.config import BUILTIN_SOURCE, Config, UserError, user_path
 from neftune_dist.data import fields
 from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.dataset import Dataset
@@ -94,7 +94,7 @@ def read_prompts(name: str, key: str) -> list[Instruction]:
     Raises:
         UserError: as `read_instructions`.
     """
-    path = Path(name)
+    path = user_path(name, key)
     if path.suffix != ".txt":
         return read_instructions(name, 0, key)[0]
     try:

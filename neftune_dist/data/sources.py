@@ -189,8 +189,10 @@ def read_row_file(
                     found.append(convert(row))
                 except BadRow as error:
                     raise UserError(f"{key}={name}, {place}: {error}.") from error
-    except MemoryError as error:
-        raise UserError(f"{key}={name} takes more than {_GIB:g} GiB of memory.") from error
+    except (TimeoutError, MemoryError) as error:
+        raise UserError(
+            f"{key}={name} takes more than {_SECONDS:g} s or {_GIB:g} GiB of memory."
+        ) from error
     if not found:
         raise UserError(f"{key}={name} holds no row.")
     return found

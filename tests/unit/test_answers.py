@@ -16,7 +16,7 @@ import torch
 from neftune_dist.config import DataConfig, UserError
 from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.formats import to_conversation
-from neftune_dist.data.instructions import Instruction, read_instructions
+from neftune_dist.data.instructions import Instruction, read_instructions, read_prompts
 from neftune_dist.data.tokenize import ConversationTokenizer
 from neftune_dist.distributed.world import World
 from neftune_dist.evaluation import answers as answering
@@ -278,3 +278,12 @@ def test_published_instruction_sets_are_read() -> None:
     assert len(found) == 80
     assert len({instruction.dataset for instruction in found}) == 8
     assert {instruction.conversation.num_left_out for instruction in found} == {1}
+
+
+def test_prompts_of_a_file_in_the_home_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "prompts.txt").write_text("Hello?\n\nWhy?\n")
+    asked = read_prompts("~/prompts.txt", "evaluate.sample_prompts")
+    assert [instruction.text for instruction in asked] == ["Hello?", "Why?"]

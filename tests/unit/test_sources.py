@@ -333,6 +333,13 @@ def test_columns_that_a_saved_format_hides_are_no_columns(tmp_path: Path) -> Non
     stored.set_format(columns=["prompt", "completion"])
     stored.save_to_disk(tmp_path)
     assert read(tmp_path) == [("row 1", {"prompt": "a", "completion": "b", "input": None})]
+    state = json.loads((tmp_path / "state.json").read_text())
+    del state["_output_all_columns"]
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    assert read(tmp_path) == [("row 1", {"prompt": "a", "completion": "b", "input": None})]
+    (tmp_path / "state.json").write_text(json.dumps(state | {"_format_columns": [1]}))
+    with pytest.raises(UserError, match=r"state\.json is damaged: \[0\] is a whole number"):
+        read(tmp_path)
 
 
 def test_folder_without_a_training_split_names_the_others(tmp_path: Path) -> None:
