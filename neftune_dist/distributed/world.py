@@ -112,8 +112,9 @@ class World:
                 os.environ.setdefault(name, "expandable_segments:True")
             if self.local_rank >= torch.cuda.device_count():
                 raise UserError(
-                    f"Rank {self.rank} is number {self.local_rank} on its machine, which has "
-                    f"{torch.cuda.device_count()} GPUs: start one process a GPU."
+                    f"Rank {self.rank} is number {self.local_rank} on its machine, where it sees "
+                    f"{torch.cuda.device_count()} GPUs: start one process a GPU, and let each see "
+                    "all of them (Slurm: --gpus-per-node, without --gpus-per-task)."
                 )
             self.device = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(self.device)

@@ -24,28 +24,21 @@ _FIX = (
 _LATE = "got no answer"
 
 
-def check_collectives(ranks: Ranks) -> tuple[list[Finding], bool]:
+def check_collectives(ranks: Ranks) -> Iterator[Finding]:
     """Check all_reduce, all_gather and reduce_scatter on every rank, and time them.
 
     All ranks call it together, once all are here. On GPUs the collectives run over NCCL, and one
     small sum over gloo as well, which checkpoints need.
-
-    Returns:
-        On rank 0 the findings; and whether native code was left behind that only `os._exit` ends.
     """
-    deadline, left_behind = time.monotonic() + _SECONDS, True
+    began = time.monotonic()
     try:
-        result, left_behind = within(_SECONDS, lambda: _exercise(ranks)), False
+        result = within(_SECONDS, lambda: _exercise(ranks))
     except TimeoutError:
         result = {"error": f"{_LATE} within {_SECONDS:.0f} seconds"}
     except Exception as error:  # the process group raises a dozen unrelated types
         result = {"error": error_text(error)}
-    ranks.mailbox.post("collectives", result)
-    if ranks.place.rank:
-        return [], left_behind
-    left = max(0.0, deadline - time.monotonic()) + _GRACE_SECONDS
-    results = ranks.mailbox.collect("collectives", ranks.host_of, left)
-    return list(_judge(results, ranks.host_of)), left_behind
+    left = max(0.0, began + _SECONDS - time.monotonic()) + _GRACE_SECONDS
+    return _judge(ranks.gather("collectives", result, left), ranks.host_of)
 
 
 def _exercise(ranks: Ranks) -> dict[str, Any]:
@@ -56,7 +49,8 @@ def _exercise(ranks: Ranks) -> dict[str, Any]:
     from neftune_dist.distributed.world import World
 
     warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
-    other = next((host for host in ranks.firsts if host != ranks.host), None)
+    here = ranks.host_of[ranks.place.rank]
+    other = next((host for host in ranks.firsts if host != here), None)
     if other and "SLURM_STEP_ID" in os.environ:
         use_interface_towards(other)
     store: Any = ranks.mailbox.store  # which answers one thread at a time
@@ -121,7 +115,7 @@ def _measure(world: Any, finish: Callable[[], None]) -> tuple[list[str], dict[st
 def _judge(
     results: Mapping[int, Mapping[str, Any]], host_of: Mapping[int, str]
 ) -> Iterator[Finding]:
-    """Rank 0's findings from the results of all ranks."""
+    """The findings from the results of all ranks."""
     problems: dict[str, list[int]] = {}
     for rank in host_of:
         text = results[rank].get("error") if rank in results else "went away"

@@ -29,8 +29,6 @@ _LOW_DISK_GIB = 12  # one checkpoint of 1e9 parameters: weights and both moments
 _SLOW_DISK_MIB = 50  # a second; such a checkpoint takes four minutes
 _LOW_MEMORY_GIB = 1  # a rank before any model; libraries and process group take half of it
 _LOW_SHARED_GIB = 1  # what NCCL's documentation asks of a container; Docker gives 1/16 of it
-_OPEN_FILES = 1024  # of one process, and as many as _OPEN_FILES_PER_RANK of a large world
-_OPEN_FILES_PER_RANK = 32
 _HUB_SECONDS = 5.0
 
 
@@ -67,13 +65,6 @@ def check_gpus(site: Site) -> Iterator[tuple[str, str]]:
         reason = error_text(error)
     seen = f"this machine has one, but torch {torch.__version__} cannot use it: {reason}"
     yield WRONG if torch.version.cuda else WARNING, seen
-
-
-@check("GPU per rank", "one process per GPU: Slurm's --gpus-per-node, without --gpus-per-task")
-def check_ranks(site: Site) -> Iterator[tuple[str, str]]:
-    """Compare the ranks with the GPUs that they see."""
-    if 0 < count_gpus() < site.num_ranks:
-        yield WRONG, f"{site.num_ranks} ranks, but this one sees {count_gpus()} GPUs"
 
 
 @check("GPU state", "end the process, or ask for whole nodes; after errors drain and reset it")
@@ -135,16 +126,6 @@ def check_cores(site: Site) -> Iterator[tuple[str, str]]:
     low = cores < ranks * (2 if num_gpus else 1)
     seen = f"{cores:g} of {os.cpu_count() or 1} for {ranks} rank{'s' if ranks > 1 else ''}"
     yield WARNING if low else OK, seen
-
-
-@check("open files", "raise the limit before the launch: ulimit -n")
-def check_open_files(site: Site) -> Iterator[tuple[str, str]]:
-    """Compare the limit with the sockets of a large world."""
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    needed = max(_OPEN_FILES, _OPEN_FILES_PER_RANK * site.num_all_ranks)
-    low = files != resource.RLIM_INFINITY and files < needed
-    text = "no limit" if files == resource.RLIM_INFINITY else str(files)
-    yield WARNING if low else OK, f"{text}; a world of this size may open {needed}"
 
 
 @check("InfiniBand", "see ibstat; lock memory without limit: ulimit -l, LimitMEMLOCK of slurmd")

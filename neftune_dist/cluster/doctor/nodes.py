@@ -1,6 +1,6 @@
 """Checks that need several hosts: whether they share the run directory, and the time.
 
-The first rank of every host calls each check, in the same order; rank 0 gets the findings.
+All ranks call each check, in the same order, and get the same findings.
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from neftune_dist.cluster.doctor.findings import OK, WARNING, WRONG, Finding, named
 from neftune_dist.cluster.doctor.ranks import Ranks
-from neftune_dist.system.storage import existing, write
+from neftune_dist.system.storage import existing, sync
 
 _WRITE_SECONDS = 60.0
 _SEEN_SECONDS = 15.0  # network file systems may cache a folder's names for some seconds
@@ -26,33 +27,31 @@ def check_shared(ranks: Ranks, run_dir: Path) -> Iterator[Finding]:
 
     The files are removed.
     """
-    mailbox, rank, folder = ranks.mailbox, ranks.place.rank, existing(run_dir)
-    names = {r: f".doctor-{ranks.token}-{r}" for r in ranks.firsts.values()}
-    with suppress(OSError):  # the check of the run directory says that it cannot be written
-        write(folder / names[rank], ranks.host, durable=True)
-    try:
-        mailbox.post("written", (folder / names[rank]).exists())
-        answers = mailbox.collect("written", names, _WRITE_SECONDS)
-        written = [r for r, is_written in answers.items() if is_written]
-        sought = [r for r in written if rank == 0 or r == 0]
-        mailbox.post("seen", _seen(folder, {names[r]: r for r in sought}))
-        seen = mailbox.collect("seen", written, 2 * _SEEN_SECONDS)
-    finally:
-        with suppress(OSError):
-            (folder / names[rank]).unlink(missing_ok=True)
-    if rank == 0 and 0 in written and len(written) > 1:
-        yield _shared(run_dir, ranks.host_of, written, seen)
+    folder, name = existing(run_dir), ""
+    with ExitStack() as files:
+        if ranks.is_first:
+            with suppress(OSError):  # the check of the run directory says that it cannot be written
+                file = NamedTemporaryFile(dir=folder, prefix=".doctor-")  # noqa: SIM115
+                name = Path(files.enter_context(file).name).name
+                sync(folder)
+        names = ranks.gather("written", name, _WRITE_SECONDS)
+        written = {rank: name for rank, name in names.items() if name}
+        mine = _seen(folder, written) if name else []
+        seen = ranks.gather("seen", mine, 2 * _SEEN_SECONDS)
+    if 0 in written and len(written) > 1:
+        yield _shared(run_dir, ranks.host_of, [*written], seen)
 
 
-def _seen(folder: Path, sought: Mapping[str, int]) -> list[int]:
-    """The ranks of the files that appear in the folder before long."""
+def _seen(folder: Path, written: Mapping[int, str]) -> list[int]:
+    """The ranks whose files appear in the folder before long."""
     deadline = time.monotonic() + _SEEN_SECONDS
-    # Listing a folder makes a network file system look again.
-    while missing := sought.keys() - {path.name for path in folder.glob("*")}:
-        if time.monotonic() > deadline:
-            break
+    while True:
+        # Listing a folder makes a network file system look again.
+        names = {path.name for path in folder.glob("*")}
+        seen = [rank for rank, name in written.items() if name in names]
+        if len(seen) == len(written) or time.monotonic() > deadline:
+            return seen
         time.sleep(0.05)
-    return [rank for name, rank in sought.items() if name not in missing]
 
 
 def _shared(
@@ -80,23 +79,16 @@ def check_clocks(ranks: Ranks) -> Iterator[Finding]:
     In each of a few rounds the hosts read their clocks when they hear from rank 0, later by the
     pause between two questions at most; the round with the least difference counts.
     """
-    mailbox, firsts = ranks.mailbox, ranks.firsts.values()
     skews: dict[int, float] = {}
     for i in range(_NUM_ROUNDS):
-        mailbox.post(f"ready {i}", True)
-        if ranks.place.rank == 0:
-            mailbox.collect(f"ready {i}", firsts, _WRITE_SECONDS)
-            mailbox.post(f"now {i}", True)
-        mailbox.read(f"now {i}", 0, 2 * _WRITE_SECONDS)
-        mailbox.post(f"clock {i}", time.time())
-        if ranks.place.rank == 0:
-            clocks = mailbox.collect(f"clock {i}", firsts, _WRITE_SECONDS)
-            for rank, clock in clocks.items():
-                skews[rank] = min(skews.get(rank, math.inf), clock - clocks[0], key=abs)
+        ranks.gather(f"ready {i}", None, _WRITE_SECONDS)
+        clocks = ranks.gather(f"clock {i}", time.time(), _WRITE_SECONDS)
+        for rank in ranks.firsts.values():
+            skews[rank] = min(skews.get(rank, math.inf), clocks[rank] - clocks[0], key=abs)
     fix = "set the clocks by NTP (chronyd): logs, checkpoints and time-outs go by them"
     wrong = {rank: skew for rank, skew in skews.items() if abs(skew) > _MOST_SKEW_SECONDS}
     for rank, skew in wrong.items():
         seen = f"{abs(skew):.1f} seconds {'ahead of' if skew > 0 else 'behind'} {ranks.host_of[0]}"
         yield Finding(WARNING, "clock", seen, fix, (ranks.host_of[rank],))
-    if skews and not wrong:
+    if not wrong:
         yield Finding(OK, "clock", f"at most {max(map(abs, skews.values())) * 1000:.0f} ms apart")

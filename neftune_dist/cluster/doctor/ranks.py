@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from neftune_dist.config import UserError
 from neftune_dist.distributed.environment import Place, expand_hosts, number
@@ -18,37 +17,57 @@ if TYPE_CHECKING:
 _PORTS = range(12000, 20000)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ranks:
     """The ranks that are here.
 
     Attributes:
         place: of this rank.
         mailbox: by which they talk.
-        host_of: the host of each rank.
-        token: a word that only these ranks know.
+        present: those that have answered so far, in order.
+        host_of: the host of each rank that came.
     """
 
     place: Place
     mailbox: Mailbox
-    host_of: Mapping[int, str]
-    token: str
-
-    @property
-    def host(self) -> str:
-        """The host of this rank."""
-        return self.host_of[self.place.rank]
+    present: list[int]
+    host_of: dict[int, str]
 
     @property
     def firsts(self) -> dict[str, int]:
-        """The lowest rank of each host, which checks it."""
-        lowest = {host: rank for rank, host in sorted(self.host_of.items(), reverse=True)}
-        return dict(sorted(lowest.items(), key=lambda pair: pair[1]))
+        """The lowest present rank of each host."""
+        lowest: dict[str, int] = {}
+        for rank in self.present:
+            lowest.setdefault(self.host_of[rank], rank)
+        return lowest
 
-    def of_hosts(self, hosts: Sequence[str]) -> Ranks:
-        """Those on `hosts`."""
-        kept = {rank: host for rank, host in self.host_of.items() if host in hosts}
-        return replace(self, host_of=kept)
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank is the one that checks its host."""
+        return self.place.rank in self.firsts.values()
+
+    def gather(self, name: str, value: Any, seconds: float) -> dict[int, Any]:
+        """Return the values of all ranks, on all of them. Who posts none in time is left out, and
+        present no more.
+
+        Args:
+            name: of what is gathered; all ranks gather the same, one after the other.
+            value: this rank's, which is JSON-able.
+            seconds: that rank 0 waits for the others.
+
+        Raises:
+            TimeoutError: rank 0 is gone, or went on without this rank.
+        """
+        self.mailbox.post(name, value)
+        if self.place.rank == 0:
+            found = self.mailbox.collect(name, self.present, seconds)
+            self.mailbox.post(f"all {name}", [*found.items()])
+        # This rank may have come earlier than rank 0, which counts from its own arrival.
+        found = dict(self.mailbox.read(f"all {name}", 0, 2 * seconds))
+        if self.place.rank not in found:
+            raise TimeoutError("came after rank 0 had gone on without it")
+        self.present = [*found]
+        return found
 
 
 def host_name() -> str:
@@ -69,15 +88,8 @@ def meet(place: Place, seconds: float) -> Ranks:
 
     store = dist.PrefixStore("doctor", connect(place, seconds))
     mailbox = Mailbox(store, place.rank, place.size)
-    mailbox.post("here", host_name())
-    if place.rank == 0:
-        came = mailbox.collect("here", range(place.size), seconds)
-        mailbox.post("came", [list(came.items()), os.urandom(4).hex()])
-    # Other ranks may have come earlier than rank 0, which counts from its own arrival.
-    rows, token = mailbox.read("came", 0, 2 * seconds)
-    ranks = Ranks(place, mailbox, dict(map(tuple, rows)), token)
-    if place.rank not in ranks.host_of:
-        raise TimeoutError("came after rank 0 had gone on without it")
+    ranks = Ranks(place, mailbox, [*range(place.size)], {})
+    ranks.host_of = ranks.gather("here", host_name(), seconds)
     return ranks
 
 

@@ -1,10 +1,9 @@
 """`neftune-dist doctor`: each machine is checked by its first rank, then the ranks together.
 
-    all ranks meet                      who does not come is named
-    the first of each host              CHECKS: software, GPUs, memory, disk, model
-    the first of each host, together    shared run directory, clocks
-    all ranks                           collectives
-    rank 0                              the table and the exit code, with which all ranks leave
+    all ranks                 meet: who does not come is named
+    the first of each host    CHECKS: software, GPUs, memory, disk, model
+    all ranks                 shared run directory, clocks, collectives; all know all findings
+    rank 0                    prints the table
 
 Nothing is raised and nothing waits without end: problems are rows of the table. Torch is imported
 by the checks that need it, so that a broken one is such a row, too.
@@ -16,11 +15,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TextIO
 
 from neftune_dist.cluster.doctor import collectives, machine, nodes, software  # noqa: F401 (checks)
 from neftune_dist.cluster.doctor.findings import (
@@ -35,7 +33,8 @@ from neftune_dist.cluster.doctor.findings import (
     together,
 )
 from neftune_dist.cluster.doctor.ranks import Ranks, host_name, meet, slurm_step
-from neftune_dist.distributed import environment
+from neftune_dist.config import UserError
+from neftune_dist.distributed import environment, outcome
 
 _MEET_SECONDS = 120.0  # ranks may start this far apart
 _CHECKS_SECONDS = 240.0
@@ -57,128 +56,107 @@ def doctor(run_dir: Path, model: str | None = None) -> int:
     end = threading.Timer(_LONGEST_SECONDS, _give_up)
     end.daemon = True
     end.start()
-    findings: list[Finding] = []
-    left_behind = False
+    site, findings, ranks = Site(run_dir, model), list[Finding](), None
     try:
         variables, hosts = slurm_step()
         os.environ.update(variables)
         ranks = meet(environment.find_place(), _MEET_SECONDS)
-    except Exception as error:  # no torch, no rank 0, no such address
-        if environment.number("LOCAL_RANK", 0) == 0:
-            findings = examine(CHECKS, Site(run_dir, model), host_name(), _CHECKS_SECONDS)
-        return _alone(findings, error)
-    try:
-        left_behind = _check(ranks, hosts, Site(run_dir, model), findings)
-        code = _conclude(ranks, max(len(hosts), len(ranks.firsts)), findings)
-    except Exception as error:  # rank 0 has gone, or torchrun's agent, and the store with it
+        _check(ranks, hosts, site, findings)
+        code = _conclude(ranks, len(hosts), findings)
+    except Exception as error:  # no torch, no rank 0, no such address; or the store has gone
+        if not ranks and environment.number("LOCAL_RANK", 0) == 0:
+            findings = examine(CHECKS, site, host_name(), _CHECKS_SECONDS)
         code = _alone(findings, error)
     end.cancel()
-    if left_behind:
+    if code:  # native code that never returns may have been left behind
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     return code
 
 
-def _check(ranks: Ranks, hosts: Sequence[str], site: Site, findings: list[Finding]) -> bool:
-    """Add rank 0's findings to `findings`; whether native code was left behind."""
-    mailbox, rank, firsts = ranks.mailbox, ranks.place.rank, ranks.firsts
-    _notice(rank, f"{len(ranks.host_of)} of {mailbox.size} ranks are here, on {named([*firsts])}")
-    if rank in firsts.values():
-        num_ranks = list(ranks.host_of.values()).count(ranks.host)
-        site = replace(site, num_ranks=num_ranks, num_all_ranks=mailbox.size, num_hosts=len(firsts))
-        findings += examine(CHECKS, site, ranks.host, _CHECKS_SECONDS)
-        mailbox.post("report", [[asdict(finding) for finding in findings], site.versions])
-    if rank == 0:
-        reports = mailbox.collect("report", firsts.values(), 1.5 * _CHECKS_SECONDS)
-        local = [Finding(**fields) for rows, _ in reports.values() for fields in rows]
-        findings[:] = together(local, [*firsts])
-        findings += _absent(ranks, hosts, reports)
-        findings += software.compare_versions(
-            {ranks.host_of[first]: versions for first, (_, versions) in reports.items()}
-        )
-        mailbox.post("answering", [ranks.host_of[first] for first in reports])
-    # Only now do the other ranks touch the GPUs, which had to be idle for the checks.
-    present = ranks.of_hosts(mailbox.read("answering", 0, 2 * _CHECKS_SECONDS))
-    if rank in present.firsts.values() and len(present.firsts) > 1:
-        findings += _tried("shared run dir", lambda: nodes.check_shared(present, site.run_dir))
-        findings += _tried("clock", lambda: nodes.check_clocks(present))
-    if len(present.host_of) < mailbox.size:
-        return False
-    _notice(rank, "each host has been checked; now the collectives of all ranks")
-    found, left_behind = collectives.check_collectives(present)
-    findings += found
-    return left_behind
+def _check(ranks: Ranks, expected: Sequence[str], site: Site, findings: list[Finding]) -> None:
+    """Add the findings of all ranks to `findings`, the same on each of them."""
+    num_ranks, hosts, report = ranks.place.size, [*ranks.firsts], None
+    _notice(ranks, f"{len(ranks.present)} of {num_ranks} ranks are here, on {named(hosts)}")
+    if ranks.is_first:
+        host = ranks.host_of[ranks.place.rank]
+        on_host = [*ranks.host_of.values()].count(host)
+        site = replace(site, num_ranks=on_host, num_hosts=len(hosts))
+        findings += examine(CHECKS, site, host, _CHECKS_SECONDS)
+        report = [[asdict(finding) for finding in findings], site.versions]
+    # Only after this do the other ranks touch the GPUs, which have to be idle for the checks.
+    posted = ranks.gather("report", report, 1.5 * _CHECKS_SECONDS)
+    reports = {ranks.host_of[rank]: report for rank, report in posted.items() if report}
+    local = [Finding(**fields) for rows, _ in reports.values() for fields in rows]
+    findings[:] = together(local, hosts)
+    findings += _absent(ranks, expected, reports)
+    findings += software.compare_versions({h: versions for h, (_, versions) in reports.items()})
+    if len(ranks.firsts) > 1:
+        findings += nodes.check_shared(ranks, site.run_dir)
+        findings += nodes.check_clocks(ranks)
+    if len(ranks.present) == num_ranks:
+        _notice(ranks, "each host has been checked; now the collectives of all ranks")
+        findings += collectives.check_collectives(ranks)
 
 
-def _absent(ranks: Ranks, expected: Sequence[str], reports: Mapping[int, object]) -> list[Finding]:
+def _absent(
+    ranks: Ranks, expected: Sequence[str], reports: Mapping[str, object]
+) -> Iterator[Finding]:
     """Ranks that did not come, and hosts that came but finished no check."""
-    found, place, firsts = list[Finding](), ranks.place, ranks.firsts
+    place, came = ranks.place, dict.fromkeys(ranks.host_of.values())
     missing = [str(rank) for rank in range(place.size) if rank not in ranks.host_of]
     if missing:
-        hosts = tuple(host for host in expected if host not in firsts)
+        hosts = tuple(host for host in expected if host not in came)
         where = f" ({named(hosts)})" if hosts else ""
         seen = f"rank {named(missing)}{where} did not come within {_MEET_SECONDS:.0f} seconds"
         reach = f"does it reach {place.address}:{place.port}?"
-        fix = f"is the host up, does Python start there, {reach}"
-        found.append(Finding(WRONG, "ranks", seen, fix, hosts))
-    silent = tuple(host for host, rank in firsts.items() if rank not in reports)
+        yield Finding(
+            WRONG, "ranks", seen, f"is the host up, does Python start there, {reach}", hosts
+        )
+    silent = tuple(host for host in came if host not in reports)
     if silent:
         seen = f"{named(silent)} came, but did not finish the checks"
-        found.append(Finding(WRONG, "ranks", seen, "see its own output", silent))
-    return found
-
-
-def _tried(name: str, run: Callable[[], Iterable[Finding]]) -> list[Finding]:
-    try:
-        return list(run())
-    except Exception as error:
-        return [Finding(WRONG, name, error_text(error), "see the other findings")]
+        yield Finding(WRONG, "ranks", seen, "see its own output", silent)
 
 
 def _conclude(ranks: Ranks, num_hosts: int, findings: Sequence[Finding]) -> int:
-    """Print the table on rank 0; the exit code, on all ranks. Rank 0 leaves last."""
-    mailbox = ranks.mailbox
-    if ranks.place.rank:
-        code = int(mailbox.read("code", 0, 2 * _CHECKS_SECONDS))
-        mailbox.post("left", True)
-        return code
-    code = _print(findings, [*ranks.firsts], num_hosts)
+    """Print the table on rank 0, which leaves last; the exit code."""
+    is_0 = ranks.place.rank == 0
+    if is_0:
+        came = [*dict.fromkeys(ranks.host_of.values())]
+        print("\n".join(table(findings, came, num_hosts)), flush=True)
     with suppress(Exception):  # all has been said
-        mailbox.post("code", code)
-        mailbox.collect("left", [rank for rank in ranks.host_of if rank], _LEAVE_SECONDS)
-    return code
+        ranks.mailbox.post("left", True)
+        if is_0:
+            ranks.mailbox.collect("left", ranks.present, _LEAVE_SECONDS)
+    wrong = any(finding.status == WRONG for finding in findings)
+    return outcome.EXIT_MISTAKE if wrong else outcome.EXIT_DONE
 
 
-def _alone(findings: Sequence[Finding], error: Exception | str) -> int:
+def _alone(findings: Sequence[Finding], error: Exception) -> int:
     """Print the findings of this rank without the others: on standard error, but for rank 0."""
     rank, host = environment.number("RANK", 0), host_name()
-    seen = error if isinstance(error, str) else error_text(error)
+    seen = error_text(error)
     if environment.number("WORLD_SIZE", 1) > 1:
         seen = f"rank {rank}: {seen}"
     fix = "check MASTER_ADDR, MASTER_PORT, and the network between hosts"
     if isinstance(error, ImportError):
         fix = "install torch"
-    if rank and not isinstance(error, str):
+    if rank:
         time.sleep(_LEAVE_SECONDS)
     rows = [*findings, Finding(WRONG, "ranks", seen, fix, (host,))]
-    return _print(rows, [host], file=sys.stderr if rank else sys.stdout)
-
-
-def _print(
-    findings: Sequence[Finding], hosts: Sequence[str], num_all: int = 0, file: TextIO | None = None
-) -> int:
-    """Print the table; the exit code."""
-    print("\n".join(table(findings, hosts, num_all)), file=file or sys.stdout, flush=True)
-    return 2 if any(finding.status == WRONG for finding in findings) else 0
+    print("\n".join(table(rows, [host])), file=sys.stderr if rank else sys.stdout, flush=True)
+    return outcome.EXIT_MISTAKE
 
 
 def _give_up() -> None:
-    _alone([], f"did not end within {_LONGEST_SECONDS:.0f} seconds: see the other hosts' output")
-    os._exit(2)
+    late = f"did not end within {_LONGEST_SECONDS:.0f} seconds: see the other hosts' output"
+    _alone([], UserError(late))
+    os._exit(outcome.EXIT_MISTAKE)
 
 
-def _notice(rank: int, line: str) -> None:
+def _notice(ranks: Ranks, line: str) -> None:
     """Progress on rank 0, apart from the table."""
-    if rank == 0:
+    if ranks.place.rank == 0:
         print(f"neftune-dist: {line}", file=sys.stderr, flush=True)

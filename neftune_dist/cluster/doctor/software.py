@@ -10,13 +10,13 @@ import os
 import platform
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distributions, requires, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import neftune_dist
@@ -26,7 +26,7 @@ from neftune_dist.system.compilers import missing_compiler
 _NAMED = ("torch", "transformers", "deepspeed", "datasets")
 # By a run, or by transformers where they are installed.
 _IMPORTED = ("torch", "transformers.models.llama.modeling_llama", "deepspeed", "datasets")
-_IMPORTED_IF_THERE = {"flash-attn": "flash_attn", "torchvision": "torchvision"}
+_IMPORTED_IF_THERE = ("flash_attn", "torchvision")
 _PIP_CHECK = ("-m", "pip", "check")
 _IMPORT_SECONDS, _PIP_SECONDS, _NVIDIA_SMI_SECONDS = 100.0, 60.0, 20.0
 # Other versions of these on another machine can train another model, or not talk to each other.
@@ -130,10 +130,7 @@ def check_requirements(site: Site) -> Iterator[tuple[str, str]]:
 @check("imports", "install a build of it for this torch, or uninstall it where it is optional")
 def check_imports(site: Site) -> Iterator[tuple[str, str]]:
     """Import the libraries of a run, each in a process that a broken one may crash or hang."""
-    names = [*_IMPORTED]
-    for package, name in _IMPORTED_IF_THERE.items():
-        with suppress(PackageNotFoundError):
-            names += [name] if version(package) else []
+    names = [*_IMPORTED, *filter(find_spec, _IMPORTED_IF_THERE)]
     broken = False
     for name in names:
         command = [sys.executable, "-c", f"import {name}"]
@@ -188,17 +185,3 @@ def check_slowing(site: Site) -> Iterator[tuple[str, str]]:
     variables = [name for name in _SLOWING if os.environ.get(name, "0") != "0"]
     if variables:
         yield WARNING, ", ".join(f"{name}={os.environ[name]}" for name in variables)
-
-
-@check("interfaces", "name an interface that this machine has, or none")
-def check_interfaces(site: Site) -> Iterator[tuple[str, str]]:
-    """Find variables that name an interface that is not there."""
-    there = [name for _, name in socket.if_nameindex()]
-    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        value = os.environ.get(variable, "")
-        if not value or value.startswith("^"):  # NCCL: all but these
-            continue
-        nccl = variable.startswith("NCCL") and not value.startswith("=")  # names by their beginning
-        for name in value.lstrip("=").split(","):
-            if not any(n.startswith(name) if nccl else n == name for n in there):
-                yield WRONG, f"{variable}={value}, but this machine has {', '.join(there)}"
