@@ -23,15 +23,13 @@ import numpy as np
 from neftune_dist.config import DataConfig, UserError, user_path
 from neftune_dist.data import cache
 from neftune_dist.data.documents import Conversations, Documents, DocumentWriter, origin
-from neftune_dist.data.mask_preview import MaskAudit
-from neftune_dist.data.report import Report, SourceReport
-from neftune_dist.data.shard_pool import ShardPool
-from neftune_dist.data.shards import ShardMaker
+from neftune_dist.data.report import MaskAudit, Report, SourceReport
+from neftune_dist.data.shards import ShardMaker, ShardPool
 from neftune_dist.data.sources import Source, open_source
 from neftune_dist.data.split import Split, split_documents
 from neftune_dist.data.tokenize import ConversationTokenizer
 
-_VERSION = 10  # raised when the same rows and settings become other files
+_VERSION = 11  # raised when the same rows and settings become other files
 _PROGRESS_SECONDS = 5.0
 # Settings that decide an entry's content, beside the template, and those of each source.
 _DECISIVE = (
@@ -131,7 +129,7 @@ def prepare(
         end_tokens=template.end_of_turn[0],
     )
     for source, counted in zip(sources, dataset.report.sources, strict=True):
-        dataset.report.refuse_useless(counted, source.key, config)
+        counted.refuse_useless(source.key, config)
     return dataset
 
 
@@ -176,7 +174,8 @@ class _Builder:
     @cached_property
     def report(self) -> Report:
         """The counts so far."""
-        return Report([SourceReport(s.name, left_out=[*s.left_out]) for s in self.given])
+        sources = [SourceReport(name=s.name, left_out=[*s.left_out]) for s in self.given]
+        return Report(sources=sources)
 
     def build(self, folder: Path) -> None:
         """Write an entry into `folder`, which is made."""
@@ -201,13 +200,14 @@ class _Builder:
                 missing: set[str] | None = None
                 for shard in pool.shards(maker, source.rows):
                     writer.append(shard.arrays)
-                    report.add(i, shard.report)
+                    own.add(shard.report)
                     ignored.update(shard.ignored)
                     missing = {*shard.missing} & ({*shard.missing} if missing is None else missing)
                     if time.monotonic() - reported > _PROGRESS_SECONDS:
                         reported = time.monotonic()
-                        self.progress(f"data: {report.num_rows} rows tokenised")
-                report.refuse_useless(own, source.key, config)
+                        num_rows = sum(counted.num_rows for counted in report.sources)
+                        self.progress(f"data: {num_rows} rows tokenised")
+                own.refuse_useless(source.key, config)
                 if missing:
                     raise UserError(
                         f"{source.key}={source.name}: no row has {min(missing)!a}, which "
@@ -219,6 +219,7 @@ class _Builder:
     def _count(self, stats: np.ndarray, split: Split, folder: Path) -> None:
         """Report what is trained on and what is left out."""
         report = self.report
+        report.add_up()
         left_out = {"duplicates": split.repeated, "leaked": split.leaked}
         left_out["not_chosen"] = split.not_chosen
         for name, indices in left_out.items():

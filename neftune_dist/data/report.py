@@ -1,74 +1,197 @@
-"""The data report: what became of every row."""
+"""What became of every row, and the loss mask as people check it before the first step."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
+
 from neftune_dist.config import DataConfig, UserError
-from neftune_dist.data.mask_preview import MaskAudit
+from neftune_dist.data.documents import Documents
+from neftune_dist.data.spans import SPEAKERS
 
 NAMED_ROWS = 20  # bad rows that the report names, of one source
+_FEW_ENDS = 0.5  # share of documents with a supervised end below which a warning is given
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
+# By whether a token is learned, two for each case, so that neighbouring tokens differ.
+_COLOURS = {True: ("\x1b[30;42m", "\x1b[30;102m"), False: ("\x1b[37m", "\x1b[90m")}
+_RESET = "\x1b[0m"
 
 
 @dataclass
-class SourceReport:
-    """Counts of one source.
+class MaskAudit:
+    """Tokens of an epoch by speaker, one of `SPEAKERS`.
+
+    Attributes:
+        num_tokens, num_supervised: all tokens, and the supervised ones.
+        end_of_turn_learned: share of documents in which the end of the last supervised answer is
+            supervised.
+        end_advice: why no end of turn can be learned; "" without a reason.
+    """
+
+    num_tokens: dict[str, int] = field(default_factory=dict)
+    num_supervised: dict[str, int] = field(default_factory=dict)
+    end_of_turn_learned: float = 0.0
+    end_advice: str = ""
+
+    @staticmethod
+    def of(by_speaker: np.ndarray, end_learned: np.ndarray, end_advice: str = "") -> MaskAudit:
+        """Sums over documents of these columns of `documents.STATS`."""
+        tokens, supervised = by_speaker.sum(axis=0, dtype=np.int64).T.tolist()
+        return MaskAudit(
+            dict(zip(SPEAKERS, tokens, strict=True)),
+            dict(zip(SPEAKERS, supervised, strict=True)),
+            float(end_learned.mean()),
+            end_advice,
+        )
+
+    def lines(self) -> list[str]:
+        """The counts as printed lines, with warnings of likely mistakes."""
+        total, learned = sum(self.num_tokens.values()), sum(self.num_supervised.values())
+        roles = []
+        for name, tokens in self.num_tokens.items():
+            if tokens:
+                share = self.num_supervised[name] / tokens
+                part = f"{share:.1%} of them learned" if share else "none learned"
+                roles.append(f"{name} {tokens / total:.1%} ({part})")
+        lines = [f"data: tokens by role: {'; '.join(roles)}"]
+        if self.end_of_turn_learned == 0:
+            reason = f" ({self.end_advice})" if self.end_advice else ""
+            warning = "no end of turn is learned: the model will not learn to stop"
+            lines.append(f"data: warning: {warning}{reason}")
+        elif self.end_of_turn_learned < _FEW_ENDS:
+            lines.append(
+                f"data: warning: the end of turn is learned in {self.end_of_turn_learned:.1%} of "
+                "documents only: the model will hardly learn to stop"
+            )
+        for name in ("user", "system", "tool"):
+            if self.num_supervised.get(name):
+                lines.append(
+                    f"data: warning: {self.num_supervised[name] / learned:.1%} of the learned "
+                    f"tokens are said by the {name}: data.supervise=assistant leaves them out"
+                )
+        return lines
+
+
+@dataclass
+class RowCounts:
+    """Counts of rows, and of the documents that were made of them one by one.
+
+    num_added_by_split documents were made of the num_split rows that became several.
+    """
+
+    num_rows: int = 0
+    num_bad_rows: int = 0
+    num_truncated: int = 0
+    num_dropped_too_long: int = 0
+    num_nothing_to_learn: int = 0
+    num_plain_texts: int = 0
+    num_turns_left_out: int = 0
+    num_split: int = 0
+    num_added_by_split: int = 0
+
+
+_ROW_COUNTS = [counter.name for counter in fields(RowCounts)]
+
+
+@dataclass
+class SourceReport(RowCounts):
+    """Counts of one source, or of some rows of one.
 
     Attributes:
         name: the source's.
-        num_rows, num_bad_rows: read, and those that cannot be used.
         num_documents: rows that can be learned from.
         num_too_long: rows over `data.max_length`, cut or lost; the longest has longest_tokens.
         num_occurrences: documents in an epoch; 0 for the held-out source.
         formats: rows of each format that can be used.
+        examples: the place of the first row of what a counter counts.
         bad_rows: the first bad rows, with their place and reason.
         left_out: other files in a directory.
     """
 
-    name: str
-    num_rows: int = 0
-    num_bad_rows: int = 0
+    name: str = ""
     num_documents: int = 0
     num_too_long: int = 0
     longest_tokens: int = 0
     num_occurrences: int = 0
     formats: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
     bad_rows: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
+    def count(self, name: str, place: str, number: int = 1) -> None:
+        """Add to a counter; the first place stays as its example."""
+        setattr(self, name, getattr(self, name) + number)
+        self.examples.setdefault(name, place)
+
+    def add(self, more: SourceReport) -> None:
+        """Add the counts of further rows; the longest and the first of anything stay."""
+        self.longest_tokens = max(self.longest_tokens, more.longest_tokens)
+        for name in (*_ROW_COUNTS, "num_documents", "num_too_long"):
+            setattr(self, name, getattr(self, name) + getattr(more, name))
+        for kind, number in more.formats.items():
+            self.formats[kind] = self.formats.get(kind, 0) + number
+        self.examples = more.examples | self.examples
+        self.bad_rows += more.bad_rows[: NAMED_ROWS - len(self.bad_rows)]
+
+    def refuse_useless(self, key: str, config: DataConfig) -> None:
+        """Raise `UserError` where the source has no document, or too large a share of its rows is
+        bad or too long.
+
+        Args:
+            key: the setting that names it.
+            config: the limits.
+        """
+        name = f"{key}={self.name}"
+        if self.num_rows == 0:
+            raise UserError(f"{name} is empty.")
+        bad, good = self.num_bad_rows, self.num_rows - self.num_bad_rows
+        if bad > config.max_bad_fraction * self.num_rows:
+            raise UserError(
+                f"{name}: {bad} of {self.num_rows} rows cannot be used, more than "
+                f"data.max_bad_fraction={config.max_bad_fraction}; the first: {self.bad_rows[0]}."
+            )
+        if self.num_documents == 0:
+            first = f" (the first: {self.bad_rows[0]})" if self.bad_rows else ""
+            raise UserError(
+                f"{name} holds no document to learn from: of {self.num_rows} rows, {bad} cannot "
+                f"be used{first}, {self.num_dropped_too_long} are over data.max_length="
+                f"{config.max_length}, {self.num_nothing_to_learn} have no supervised token within "
+                "it."
+            )
+        if self.num_too_long > config.max_cut_fraction * good:
+            raise UserError(
+                f"{name}: {self.num_too_long} of {good} documents are longer than "
+                f"data.max_length={config.max_length} and are cut or lost, more than "
+                f"data.max_cut_fraction={config.max_cut_fraction}; the longest has "
+                f"{self.longest_tokens} tokens: raise the first, or accept it by the second."
+            )
+
 
 @dataclass
-class Report:
+class Report(RowCounts):
     """Counts over all sources.
 
-    num_rows, with num_added_by_split documents more of the num_split rows that became several, is
-    the sum of the different training documents, num_held_out and the rows left out:
-    num_dropped_too_long, num_nothing_to_learn, num_bad_rows, num_dropped_duplicates, num_leaked,
-    num_not_chosen. num_documents counts a document as often as an epoch has it; tokens and lengths
-    are those of these occurrences. examples has the first of what a counter counts: the index of
-    the source, and the place in it.
+    num_rows, with num_added_by_split documents more, is the sum of the different training
+    documents, num_held_out and the rows left out: num_dropped_too_long, num_nothing_to_learn,
+    num_bad_rows, num_dropped_duplicates, num_leaked, num_not_chosen. num_documents counts a
+    document as often as an epoch has it; tokens and lengths are those of these occurrences.
+    examples has the first of what a counter counts: the index of the source, and the place in it.
     """
 
-    sources: list[SourceReport]
+    sources: list[SourceReport] = field(default_factory=list)
     content: str = ""  # digest of the training tokens and masks
-    num_rows: int = 0
     num_documents: int = 0
     num_held_out: int = 0
     num_tokens: int = 0
     num_supervised_tokens: int = 0
-    num_truncated: int = 0
-    num_dropped_too_long: int = 0
-    num_nothing_to_learn: int = 0
-    num_bad_rows: int = 0
     num_duplicates: int = 0
     num_dropped_duplicates: int = 0
     num_leaked: int = 0
     num_not_chosen: int = 0
-    num_plain_texts: int = 0
-    num_turns_left_out: int = 0
-    num_split: int = 0
-    num_added_by_split: int = 0
     longest_tokens: int = 0
     examples: dict[str, tuple[int, str]] = field(default_factory=dict)
     audit: MaskAudit = field(default_factory=MaskAudit)
@@ -79,44 +202,13 @@ class Report:
         sources = [SourceReport(**source) for source in stored["sources"]]
         return Report(**{**stored, "sources": sources, "audit": MaskAudit(**stored["audit"])})
 
-    def add(self, index: int, more: Report) -> None:
-        """Add the counts of further rows of the source `index`, the only one of `more`."""
-        _add(self.sources[index], more.sources[0])
-        _add(self, more)
-
-    def refuse_useless(self, source: SourceReport, key: str, config: DataConfig) -> None:
-        """Raise `UserError` where a source of this report has no document, or too large a share of
-        its rows is bad or too long.
-
-        Args:
-            source: counts of all its rows.
-            key: the setting that names it.
-            config: the limits.
-        """
-        name = f"{key}={source.name}"
-        if source.num_rows == 0:
-            raise UserError(f"{name} is empty.")
-        bad, good = source.num_bad_rows, source.num_rows - source.num_bad_rows
-        if bad > config.max_bad_fraction * source.num_rows:
-            raise UserError(
-                f"{name}: {bad} of {source.num_rows} rows cannot be used, more than "
-                f"data.max_bad_fraction={config.max_bad_fraction}; the first: {source.bad_rows[0]}."
-            )
-        if source.num_documents == 0:
-            first = f" (the first: {source.bad_rows[0]})" if source.bad_rows else ""
-            raise UserError(
-                f"{name} holds no document to learn from: of {source.num_rows} rows, {bad} cannot "
-                f"be used{first}, {self.num_dropped_too_long} are over data.max_length="
-                f"{config.max_length}, {self.num_nothing_to_learn} have no supervised token within "
-                "it."
-            )
-        if source.num_too_long > config.max_cut_fraction * good:
-            raise UserError(
-                f"{name}: {source.num_too_long} of {good} documents are longer than "
-                f"data.max_length={config.max_length} and are cut or lost, more than "
-                f"data.max_cut_fraction={config.max_cut_fraction}; the longest has "
-                f"{source.longest_tokens} tokens: raise the first, or accept it by the second."
-            )
+    def add_up(self) -> None:
+        """Take from the sources what is counted row by row."""
+        for name in _ROW_COUNTS:
+            setattr(self, name, sum(getattr(source, name) for source in self.sources))
+        for i, source in enumerate(self.sources):
+            for name, place in source.examples.items():
+                self.examples.setdefault(name, (i, place))
 
     def lines(self) -> list[str]:
         """The report as printed lines."""
@@ -186,17 +278,56 @@ class Report:
         return lines
 
 
-def _add(total: SourceReport | Report, more: SourceReport | Report) -> None:
-    """Add counts; the longest and the first of anything stay."""
-    for name, value in vars(more).items():
-        known = getattr(total, name)
-        if name == "longest_tokens":
-            setattr(total, name, max(known, value))
-        elif isinstance(value, int):
-            setattr(total, name, known + value)
-        elif name == "formats":
-            known |= {kind: known.get(kind, 0) + number for kind, number in value.items()}
-        elif name == "examples":
-            known |= {kind: place for kind, place in value.items() if kind not in known}
-        elif name == "bad_rows":
-            known += value[: NAMED_ROWS - len(known)]
+def preview(
+    documents: Documents, names: list[str], tokenizer: Any, number: int, colour: bool
+) -> Iterator[str]:
+    """Evenly chosen documents as text that shows the tokens, and the learned ones among them.
+
+    Args:
+        documents: of one part.
+        names: of the sources.
+        tokenizer: decodes the tokens.
+        number: of documents, or as many as there are.
+        colour: mark learned tokens by colour, else by ⟦ and ⟧.
+    """
+    number = min(number, len(documents))
+    for k in range(number):
+        index = k * len(documents) // number
+        ids, supervised = documents[index]
+        source, place = documents.origin(index)
+        yield (
+            f"document {index + 1} of {len(documents)}: {names[source]}, {place}: {len(ids)} "
+            f"tokens, {int(supervised.sum())} learned"
+        )
+        yield _marked(tokenizer, ids.tolist(), supervised.tolist(), colour)
+
+
+def _marked(tokenizer: Any, ids: list[int], supervised: list[int], colour: bool) -> str:
+    pieces = []
+    for i, (start, text) in enumerate(_texts(tokenizer, ids)):
+        learned = bool(supervised[start])
+        # The terminal would obey a control character; a line break is shown as a sign and obeyed.
+        text = _CONTROL.sub(lambda found: chr(0x2400 + ord(found[0])), text)
+        breaks, text = "\n" * ("\n" in text), text.replace("\n", "↵")
+        if colour:
+            pieces.append(f"{_COLOURS[learned][i % 2]}{text}{_RESET}{breaks}")
+        else:
+            pieces.append((f"⟦{text}⟧" if learned else text) + breaks)
+    return "".join(pieces)
+
+
+def _texts(tokenizer: Any, ids: list[int]) -> Iterator[tuple[int, str]]:
+    """The index of every token and the text that it adds; tokens that form one character together
+    count as one."""
+    start = 0
+    for end in range(1, len(ids) + 1):
+        known = max(0, start - 1)  # some decoders drop the first space of their input
+        before, through = (
+            tokenizer.decode(part, clean_up_tokenization_spaces=False)
+            for part in (ids[known:start], ids[known:end])
+        )
+        text = through[len(before) :]
+        if text.endswith("\ufffd") and end < len(ids) and end - start < 4:
+            continue
+        yield start, text
+        start = end

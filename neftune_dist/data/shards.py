@@ -1,7 +1,10 @@
 """Shards: the documents of consecutive rows of a source, with what became of those rows.
 
 A shard is a pure function of its rows, the settings and the format of the source's first good row,
-so that any process may make it, and one that was kept on disk is as good as one made now.
+so that any process may make it, and one that was kept on disk is as good as one made now. Many rows
+are sent to other processes, which write their shards to a folder, from which they are read back in
+order: the result is that of one process, byte for byte. Shards stay there until the cache entry is
+whole, so that an interrupted preparation takes them up again.
 """
 
 from __future__ import annotations
@@ -9,24 +12,37 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
+import signal
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from neftune_dist.config import DataConfig, SourceConfig
+from neftune_dist.config import DataConfig, SourceConfig, UserError
 from neftune_dist.data.columns import Columns
 from neftune_dist.data.conversation import Conversation
 from neftune_dist.data.documents import STATS
 from neftune_dist.data.errors import BadRow
 from neftune_dist.data.formats import detect_format, to_conversation
-from neftune_dist.data.report import NAMED_ROWS, Report, SourceReport
+from neftune_dist.data.report import NAMED_ROWS, SourceReport
 from neftune_dist.data.spans import SPEAKERS, Rendered
 from neftune_dist.data.tokenize import ConversationTokenizer, Document
+from neftune_dist.system.cgroups import num_cores
+from neftune_dist.system.children import end_with_parent
 
+# Of a shard: many rows, unless they are large.
+_SHARD_ROWS, _SHARD_BYTES = 1000, 2**22
+# Rows that are tokenised without other processes: these take seconds to start.
+_ALONE_ROWS = 20_000
+_MOST_WORKERS = 16  # chosen for data.num_workers=0; each holds some 0.5 GiB
 _BATCH_CHARACTERS = 2**22  # of rendered text that is tokenised together
 Row = tuple[str, Mapping[str, Any] | BadRow]  # its place in the source first
 _Rendered = tuple[str, Conversation, Rendered]
@@ -39,20 +55,20 @@ class Shard:
     Attributes:
         arrays: stats, `documents.STATS` of every document; input_ids and supervised of all of them;
             conversations and origins, uint8, lines of JSON.
-        report: counts of the rows, with one source.
+        report: counts of the rows.
         ignored, missing: as in `Columns`, in order.
         usual: the format of the source's first good row; "" before it.
     """
 
     arrays: dict[str, np.ndarray]
-    report: Report
+    report: SourceReport
     ignored: list[str]
     missing: list[str]
     usual: str
 
     def save(self, path: Path) -> None:
         """Write the shard; its name appears with its content."""
-        counts = {**vars(self), "report": asdict(self.report)}
+        counts = {**vars(self), "report": vars(self.report)}
         arrays = counts.pop("arrays")
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -67,9 +83,7 @@ class Shard:
             with np.load(path) as stored:  # compares the checksums of a zip file
                 arrays = {name: stored[name] for name in stored.files}
             counts = json.loads(arrays.pop("counts").tobytes())
-            if arrays["stats"].dtype != STATS:  # of another version
-                return None
-            return Shard(arrays, Report.of_stored(counts.pop("report")), **counts)
+            return Shard(arrays, SourceReport(**counts.pop("report")), **counts)
         except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile):
             return None
 
@@ -107,18 +121,16 @@ class _Making:
     def __init__(self, maker: ShardMaker, template: ConversationTokenizer) -> None:
         self.maker, self.template, self.usual = maker, template, maker.usual
         self.columns = Columns(maker.setting.columns, maker.config.ignored)
-        self.own = SourceReport("")
-        self.report = Report([self.own])
+        self.report = SourceReport()
         self.documents: list[Document] = []
         self.stats: list[tuple[Any, ...]] = []
         self.conversations, self.origins = bytearray(), bytearray()
 
     def rendered(self, rows: Sequence[Row]) -> Iterator[_Rendered]:
         """The good rows. Plain texts and conversations do not mix in a source."""
-        report, own, format_name = self.report, self.own, self.maker.setting.format
+        report, format_name = self.report, self.maker.setting.format
         for place, row in rows:
             report.num_rows += 1
-            own.num_rows += 1
             try:
                 if isinstance(row, BadRow):
                     raise row
@@ -128,29 +140,25 @@ class _Making:
                 documents = self.template.documents(conversation)
             except BadRow as error:
                 report.num_bad_rows += 1
-                own.num_bad_rows += 1
-                if len(own.bad_rows) < NAMED_ROWS:
-                    own.bad_rows.append(f"{place}: {error}")
+                if len(report.bad_rows) < NAMED_ROWS:
+                    report.bad_rows.append(f"{place}: {error}")
                 continue
             self.usual = self.usual or found
-            own.formats[found] = own.formats.get(found, 0) + 1
+            report.formats[found] = report.formats.get(found, 0) + 1
             report.num_split += len(documents) > 1
             report.num_added_by_split += len(documents) - 1
             for part, rendered in documents:
-                yield str(place), part, rendered
+                yield place, part, rendered
 
     def add(self, place: str, conversation: Conversation, document: Document) -> None:
         """Add a document, where `data.max_length` leaves something to learn."""
-        origin = (self.maker.source, place)
-        fitted = self._fit(document, origin)
+        fitted = self._fit(document, place)
         if fitted is None:
             return
-        report = self.report
-        self.own.num_documents += 1
-        report.num_plain_texts += bool(conversation.text)
-        report.num_turns_left_out += conversation.num_left_out
+        self.report.num_documents += 1
+        self.report.num_plain_texts += bool(conversation.text)
         if conversation.num_left_out:
-            report.examples.setdefault("num_turns_left_out", origin)
+            self.report.count("num_turns_left_out", place, conversation.num_left_out)
         said = [conversation.turns, conversation.context, conversation.tools, conversation.text]
         kept = json.dumps(vars(conversation)).encode() + b"\n" if self.maker.keep else b""
         self.documents.append(fitted)
@@ -167,28 +175,26 @@ class _Making:
             )
         )
         self.conversations += kept
-        self.origins += json.dumps(origin).encode() + b"\n"
+        self.origins += json.dumps((self.maker.source, place)).encode() + b"\n"
 
-    def _fit(self, document: Document, origin: tuple[int, str]) -> Document | None:
+    def _fit(self, document: Document, place: str) -> Document | None:
         """The document within `data.max_length`; None where it is dropped."""
-        config, own, report = self.maker.config, self.own, self.report
-        max_length, length = config.max_length, len(document.input_ids)
-        own.num_too_long += length > max_length
-        own.longest_tokens = max(own.longest_tokens, length)
-        if length > max_length and config.too_long == "drop":
-            outcome = "num_dropped_too_long"
-        elif not document.supervised[:max_length].any():
-            outcome = "num_nothing_to_learn"
-        elif length > max_length:
-            outcome = "num_truncated"
-        else:
-            return document
-        setattr(report, outcome, getattr(report, outcome) + 1)
-        report.examples.setdefault(outcome, origin)
-        return document.cut(max_length) if outcome == "num_truncated" else None
+        config, report, length = self.maker.config, self.report, len(document.input_ids)
+        is_too_long = length > config.max_length
+        report.num_too_long += is_too_long
+        report.longest_tokens = max(report.longest_tokens, length)
+        if is_too_long and config.too_long == "drop":
+            report.count("num_dropped_too_long", place)
+            return None
+        if not document.supervised[: config.max_length].any():
+            report.count("num_nothing_to_learn", place)
+            return None
+        if is_too_long:
+            report.count("num_truncated", place)
+            return document.cut(config.max_length)
+        return document
 
     def shard(self) -> Shard:
-        """The shard of all documents that were added."""
         documents, no_tokens = self.documents, np.zeros(0, np.int32)
         arrays = {
             "stats": np.array(self.stats, STATS),
@@ -233,3 +239,111 @@ def _normalised_prompt(conversation: Conversation) -> list[str]:
 
 def _digest(value: Any) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(value).encode()).digest()[:8], "big")
+
+
+class ShardPool:
+    """Makes the shards of all sources of a cache entry.
+
+    Args:
+        folder: for shards; made where it is needed.
+        template: of this process; others make their own from its tokenizer and settings.
+    """
+
+    def __init__(self, folder: Path, template: ConversationTokenizer) -> None:
+        self.folder, self.template = folder, template
+        self.num_workers = template.config.num_workers or min(_MOST_WORKERS, int(num_cores()) or 1)
+        self._num_rows = 0
+        self._executor: ProcessPoolExecutor | None = None
+
+    def close(self) -> None:
+        """End the other processes."""
+        if self._executor is not None:
+            self._executor.shutdown(cancel_futures=True)
+
+    def shards(self, maker: ShardMaker, rows: Iterator[Row]) -> Iterator[Shard]:
+        """The shards of one source, in the order of its rows."""
+        first = 0
+        pending: deque[Callable[[], Shard]] = deque()
+        for chunk in _chunks(rows):
+            self._num_rows += len(chunk)
+            if self._num_rows <= _ALONE_ROWS or not maker.usual:
+                shard = maker.make(self.template, chunk)
+                maker = replace(maker, usual=shard.usual)
+                yield shard
+            else:
+                pending.append(self._start(maker, first, chunk))
+                if len(pending) > 2 * self.num_workers:
+                    yield pending.popleft()()
+            first += len(chunk)
+        while pending:
+            yield pending.popleft()()
+
+    def _start(self, maker: ShardMaker, first: int, rows: list[Row]) -> Callable[[], Shard]:
+        """Begin a shard, unless an interrupted preparation has left it; return what waits for
+        it."""
+        path = self.folder / f"{maker.source}_{first:012d}.npz"
+        kept = Shard.load(path)
+        if kept is not None and kept.report.num_rows == len(rows):
+            return lambda: kept
+        if self.num_workers == 1:
+            made = maker.make(self.template, rows)
+            made.save(path)
+            return lambda: made
+        if self._executor is None:
+            self._executor = ProcessPoolExecutor(
+                self.num_workers,
+                get_context("spawn"),
+                _enter_worker,
+                (os.getpid(), self.template.tokenizer, self.template.config),
+            )
+        future = self._executor.submit(_make, maker, rows, path)
+
+        def wait() -> Shard:
+            try:
+                future.result()
+            except BrokenProcessPool as error:
+                raise UserError(
+                    f"One of the {self.num_workers} processes that tokenise the data has ended, "
+                    "perhaps for lack of memory: lower data.num_workers; the same command "
+                    "continues."
+                ) from error
+            shard = Shard.load(path)
+            if shard is None:
+                raise OSError(f"{path} is not what was written")
+            return shard
+
+        return wait
+
+
+def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    """The rows by shards. A mistake that ends the reading is raised after the rows before it."""
+    chunk: list[Row] = []
+    size, mistake = 0, None
+    try:
+        for row in rows:
+            chunk.append(row)
+            size += len(pickle.dumps(row, pickle.HIGHEST_PROTOCOL))
+            if len(chunk) == _SHARD_ROWS or size >= _SHARD_BYTES:
+                yield chunk
+                chunk, size = [], 0
+    except UserError as error:
+        mistake = error
+    if chunk:
+        yield chunk
+    if mistake is not None:
+        raise mistake
+
+
+_worker: ConversationTokenizer  # of a process of the pool
+
+
+def _enter_worker(parent: int, tokenizer: Any, config: DataConfig) -> None:
+    global _worker
+    end_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C, too
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has its process
+    _worker = ConversationTokenizer(tokenizer, config)
+
+
+def _make(maker: ShardMaker, rows: list[Row], path: Path) -> None:
+    maker.make(_worker, rows).save(path)

@@ -123,7 +123,7 @@ def _prepare(config: str, settings: Words, show: int) -> int:
     """Tokenise the data into the cache and report on it."""
     loaded = load_config(config, settings)
     from neftune_dist.data.dataset import prepare
-    from neftune_dist.data.mask_preview import preview
+    from neftune_dist.data.report import preview
     from neftune_dist.model.load import load_tokenizer
     from neftune_dist.model.locate import find
 

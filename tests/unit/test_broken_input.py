@@ -544,3 +544,19 @@ def test_a_small_source_in_a_mixture_may_not_be_all_bad(
     config = DataConfig(mixture=mixture, cache_dir=str(tmp_path / "cache"))
     with pytest.raises(UserError, match=r"data\.mixture\[1\]\.source=.*1 of 1 rows cannot be used"):
         prepare(config, tiny_tokenizer)
+
+
+def test_a_source_without_documents_counts_its_own_rows(
+    write: Callable[..., DataConfig], tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    long = {"instruction": "Count.", "output": "1 " * 400}
+    one, two = write([GOOD] * 3 + [long], "1.jsonl"), write([long] * 2, "2.jsonl")
+    config = DataConfig(
+        mixture=[SourceConfig(one.source), SourceConfig(two.source)],
+        too_long="drop",
+        cache_dir=str(tmp_path / "cache"),
+    )
+    with pytest.raises(
+        UserError, match=r"mixture\[1\].* of 2 rows, 0 .*, 2 are over data\.max_len"
+    ):
+        prepare(config, tiny_tokenizer)

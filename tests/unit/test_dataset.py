@@ -19,7 +19,7 @@ import pytest
 
 from neftune_dist import cli
 from neftune_dist.config import DataConfig, SourceConfig, TrainConfig, UserError
-from neftune_dist.data import builtin, shard_pool
+from neftune_dist.data import builtin, shards
 from neftune_dist.data.conversation import Turn
 from neftune_dist.data.dataset import prepare
 from neftune_dist.data.documents import Documents
@@ -777,7 +777,7 @@ def test_memory_does_not_grow_with_the_rows(
 ) -> None:
     """But for digests and the like. Python's memory and numpy's; the tokenizer's own is that of a
     batch."""
-    monkeypatch.setattr(shard_pool, "_SHARD_ROWS", 50)
+    monkeypatch.setattr(shards, "_SHARD_ROWS", 50)
     peaks = []
     for number in (100, 400, 2_000):  # the first fills what is made once
         path = tmp_path / f"{number}.jsonl"

@@ -20,7 +20,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from neftune_dist.config import DataConfig, SourceConfig, UserError
-from neftune_dist.data import shard_pool
+from neftune_dist.data import shards as pool
 from neftune_dist.data.dataset import prepare
 from neftune_dist.data.documents import DocumentWriter
 from neftune_dist.data.shards import Shard, ShardMaker
@@ -32,8 +32,8 @@ DEADLINE_SECONDS = 120
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other processes begin after 40 rows, and a shard has 20."""
-    monkeypatch.setattr(shard_pool, "_ALONE_ROWS", 40)
-    monkeypatch.setattr(shard_pool, "_SHARD_ROWS", 20)
+    monkeypatch.setattr(pool, "_ALONE_ROWS", 40)
+    monkeypatch.setattr(pool, "_SHARD_ROWS", 20)
 
 
 def rows_of_all_kinds() -> list[dict[str, Any]]:
@@ -87,7 +87,7 @@ def test_several_processes_make_the_entry_of_one(
     monkeypatch.setattr(
         ShardMaker, "make", lambda maker, *given: (maker.usual and never()) or here(maker, *given)
     )
-    monkeypatch.setattr(shard_pool, "_ALONE_ROWS", 0)
+    monkeypatch.setattr(pool, "_ALONE_ROWS", 0)
     again = prepare(three, tiny_tokenizer)
     assert content(three) == content(one)
     assert again.fingerprint == made.fingerprint and again.report == made.report
@@ -99,7 +99,7 @@ def test_shards_of_any_size_make_the_same_entry(
     made = mixture(write, "1")
     prepare(made, tiny_tokenizer)
     for name, value in (("_SHARD_ROWS", 1), ("_SHARD_ROWS", 10_000), ("_SHARD_BYTES", 500)):
-        monkeypatch.setattr(shard_pool, name, value)
+        monkeypatch.setattr(pool, name, value)
         other = mixture(write, f"{name}{value}", num_workers=1)
         prepare(other, tiny_tokenizer)
         assert content(other) == content(made)
@@ -190,13 +190,13 @@ def test_process_that_ends_is_reported(
 
         def shutdown(self, **_: object) -> None: ...
 
-    monkeypatch.setattr(shard_pool, "ProcessPoolExecutor", Dead)
+    monkeypatch.setattr(pool, "ProcessPoolExecutor", Dead)
     with pytest.raises(UserError, match=r"One of the 2 processes.*lower data\.num_workers"):
         prepare(write(numbered(90), num_workers=2), tiny_tokenizer)
 
 
 def prepare_slowly(config: DataConfig, folder: str) -> None:
-    shard_pool._ALONE_ROWS, shard_pool._SHARD_ROWS = 40, 20
+    pool._ALONE_ROWS, pool._SHARD_ROWS = 40, 20
     append = DocumentWriter.append
 
     def slowly(*given: Any) -> None:
@@ -257,7 +257,7 @@ def test_mistake_in_an_earlier_row_comes_first(
     alone: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One process tokenises the rows before the place where the reading ends."""
-    monkeypatch.setattr(shard_pool, "_ALONE_ROWS", alone)
+    monkeypatch.setattr(pool, "_ALONE_ROWS", alone)
 
     class Maker:
         usual, source = "alpaca", 0
@@ -269,9 +269,9 @@ def test_mistake_in_an_earlier_row_comes_first(
         yield from (("", {}) for _ in range(5))
         raise UserError("later")
 
-    pool: Any = shard_pool.ShardPool(
+    made: Any = pool.ShardPool(
         tmp_path,
         SimpleNamespace(config=SimpleNamespace(num_workers=1)),  # type: ignore[arg-type]
     )
     with pytest.raises(UserError, match="earlier"):
-        next(pool.shards(Maker(), rows()))
+        next(made.shards(Maker(), rows()))

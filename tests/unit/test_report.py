@@ -12,7 +12,7 @@ import pytest
 from neftune_dist import cli
 from neftune_dist.config import DataConfig
 from neftune_dist.data.dataset import prepare
-from neftune_dist.data.mask_preview import preview
+from neftune_dist.data.report import preview
 from tests.support.chat_families import FAMILIES, SYSTEM
 from tests.support.corpora import numbered, texts
 from tests.support.documents import with_template
