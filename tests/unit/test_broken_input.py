@@ -553,6 +553,7 @@ def test_a_source_without_documents_counts_its_own_rows(
     one, two = write([GOOD] * 3 + [long], "1.jsonl"), write([long] * 2, "2.jsonl")
     config = DataConfig(
         mixture=[SourceConfig(one.source), SourceConfig(two.source)],
+        max_length=200,
         too_long="drop",
         cache_dir=str(tmp_path / "cache"),
     )
