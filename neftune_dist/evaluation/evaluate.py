@@ -267,7 +267,7 @@ class _Evaluation:
                     return {}, {}
                 ours = self.results.read("answers.json")
                 judgements = compare(ours, theirs, self.config.judge, self.folder, self.world.log)
-            return asdict(win_rate(judgements)), {"judge": [j.preference for j in judgements]}
+            return win_rate(judgements), {"judge": [j.preference for j in judgements]}
 
         settings = {"judge.reference": self.config.judge.reference}
         self.results.make("judge", settings, compute, keep=False)

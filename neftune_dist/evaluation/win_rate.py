@@ -64,53 +64,8 @@ class Judgement:
         )
 
 
-@dataclass(frozen=True)
-class WinRate:
-    """Rates, standard errors and 95 % intervals in percent; see `win_rate`.
-
-    Attributes:
-        win_rate: raw.
-        standard_error: of `win_rate`.
-        interval: of `win_rate`.
-        length_controlled: at equal lengths.
-        length_controlled_interval: of `length_controlled`.
-        length_matched: over the `num_length_matched` judgements whose answers' lengths differ by at
-            most a tenth of the longer one: no model, but fewer pairs.
-        num: judgements; `num_wins + num_losses + num_ties` of them have a preference, `num_failed`
-            failed and `num_unparsed` hold no verdict.
-        num_wins: judgements with ours better.
-        num_losses: judgements with theirs better.
-        num_ties: judgements with neither better.
-        num_unparsed: judgements whose reply holds no verdict.
-        num_failed: judgements of which a request failed.
-        order_agreement: percent of pairs shown in both orders where the preference was the same;
-            None without such pairs.
-        first_shown: percent of those showings that the first answer won; 50 without position bias.
-        mean_length: characters, over the judgements with a preference.
-        mean_reference_length: the same of the other side's answers.
-    """
-
-    win_rate: float | None
-    standard_error: float | None
-    interval: tuple[float, float] | None
-    length_controlled: float | None
-    length_controlled_interval: tuple[float, float] | None
-    length_matched: float | None
-    num_length_matched: int
-    num: int
-    num_wins: int
-    num_losses: int
-    num_ties: int
-    num_unparsed: int
-    num_failed: int
-    order_agreement: float | None
-    first_shown: float | None
-    mean_length: float | None
-    mean_reference_length: float | None
-
-
-def win_rate(judgements: Sequence[Judgement]) -> WinRate:
-    """Raw and length-controlled win rates; None where no judgement has a preference.
+def win_rate(judgements: Sequence[Judgement]) -> dict[str, Any]:
+    """Figures of pairwise judgements, as summary.json has them; None where there is none.
 
     Raw, as in AlpacaEval 1: the mean of `preference - 1`, so that a tie is half a win.
     Length-controlled, in the manner of Dubois et al. (arXiv 2404.04475): with l the difference of
@@ -127,16 +82,25 @@ def win_rate(judgements: Sequence[Judgement]) -> WinRate:
     Intervals are Student's with n - 1 degrees of freedom, over n instructions, since several
     answers to one are not independent: of the mean, clipped to 0 .. 100 %; of a with its sandwich
     variance, s taken as known. None with fewer than two instructions.
+
+    - `win_rate`, its `standard_error` and its 95 % `interval`: raw, in percent, as all rates;
+    - `length_controlled` and `length_controlled_interval`: at equal lengths;
+    - `length_matched`: over the `num_length_matched` judgements whose answers' lengths differ by at
+      most a tenth of the longer one: no model, but fewer pairs;
+    - `num`: judgements, of which `num_wins`, `num_losses` and `num_ties` have a preference,
+      `num_failed` failed, and the reply of `num_unparsed` holds no verdict;
+    - `order_agreement`: percent of pairs shown in both orders where the preference was the same;
+    - `first_shown`: percent of those showings that the first answer won; 50 without position bias;
+    - `mean_length`, `mean_reference_length`: characters of ours and theirs, where judged.
     """
     judged = [j for j in judgements if j.preference is not None]
-    _, item = np.unique(_known_items(judgements), return_inverse=True)
-    num_items = len(set(item.tolist()))
+    item = _known_items(judgements)
+    num_items = len(np.unique(item))
     num_failed = sum(j.failed for j in judgements if j.preference is None)
-    n, won, x = len(judged), _won(judged), _length_feature(judged)
-    agreement, first_shown = _orders(judgements)
+    n, won = len(judged), _won(judged)
     rate = 100 * float(won.mean()) if n else None
-    matched = won[[j.is_length_matched for j in judged]] if n else won
-    a, influences = _fit(won, x)
+    matched = won[np.array([j.is_length_matched for j in judged], dtype=bool)]
+    a, influences = _fit(judged)
     error = interval = controlled_interval = None
     if rate is not None and num_items > 1:
         t, _ = student(0.0, num_items - 1)
@@ -145,34 +109,32 @@ def win_rate(judgements: Sequence[Judgement]) -> WinRate:
             for by_judgement in (100 * (won - won.mean()) / n, influences)
         )
         interval = max(0.0, rate - t * error), min(100.0, rate + t * error)
-        reach = t * of_a
-        controlled_interval = 100 * _sigmoid(a - reach), 100 * _sigmoid(a + reach)
-    return WinRate(
-        win_rate=rate,
-        standard_error=error,
-        interval=interval,
-        length_controlled=100 * _sigmoid(a) if n else None,
-        length_controlled_interval=controlled_interval,
-        length_matched=100 * float(matched.mean()) if len(matched) else None,
-        num_length_matched=len(matched),
-        num=len(judgements),
-        num_wins=int((won > 0.5).sum()),
-        num_losses=int((won < 0.5).sum()),
-        num_ties=int((won == 0.5).sum()),
-        num_unparsed=len(judgements) - n - num_failed,
-        num_failed=num_failed,
-        order_agreement=agreement,
-        first_shown=first_shown,
-        mean_length=fmean(j.our_length for j in judged) if n else None,
-        mean_reference_length=fmean(j.their_length for j in judged) if n else None,
-    )
+        controlled_interval = 100 * _sigmoid(a - t * of_a), 100 * _sigmoid(a + t * of_a)
+    return {
+        "win_rate": rate,
+        "standard_error": error,
+        "interval": interval,
+        "length_controlled": 100 * _sigmoid(a) if n else None,
+        "length_controlled_interval": controlled_interval,
+        "length_matched": 100 * float(matched.mean()) if len(matched) else None,
+        "num_length_matched": len(matched),
+        "num": len(judgements),
+        "num_wins": int((won > 0.5).sum()),
+        "num_losses": int((won < 0.5).sum()),
+        "num_ties": int((won == 0.5).sum()),
+        "num_unparsed": len(judgements) - n - num_failed,
+        "num_failed": num_failed,
+        **_order_figures(judgements),
+        "mean_length": fmean(j.our_length for j in judged) if n else None,
+        "mean_reference_length": fmean(j.their_length for j in judged) if n else None,
+    }
 
 
 def length_controlled_influences(judgements: Sequence[Judgement]) -> np.ndarray:
     """Each instruction's influence on the length-controlled rate in percent, 0 without a
     preference: (num_instructions,)."""
     judged = [j for j in judgements if j.preference is not None]
-    a, influences = _fit(_won(judged), _length_feature(judged))
+    a, influences = _fit(judged)
     num_items = sum(j.sample == 0 for j in judgements)
     summed = np.bincount(_known_items(judgements), influences, minlength=num_items)
     return np.asarray(100 * _sigmoid(a) * (1 - _sigmoid(a)) * summed)
@@ -189,29 +151,25 @@ def _won(judged: Sequence[Judgement]) -> np.ndarray:
     return np.array([j.preference for j in judged], dtype=float) - 1
 
 
-def _length_feature(judged: Sequence[Judgement]) -> np.ndarray:
-    """The length feature tanh(l / s) of each judgement, (n,)."""
-    difference = np.array([j.our_length - j.their_length for j in judged], dtype=float)
-    deviation = difference.std(ddof=1) if len(difference) > 1 else 0.0
-    return np.tanh(difference / deviation) if deviation else np.zeros_like(difference)
-
-
-def _orders(judgements: Sequence[Judgement]) -> tuple[float | None, float | None]:
-    """The figures `order_agreement` and `first_shown` of `WinRate`."""
+def _order_figures(judgements: Sequence[Judgement]) -> dict[str, float | None]:
     both = [j.orders for j in judgements if len(j.orders) == 2 and None not in j.orders]
     if not both:
-        return None, None
+        return {"order_agreement": None, "first_shown": None}
     shown = np.array(both, dtype=float)  # (n, 2): theirs first, ours first
     same = np.sign(shown[:, 0] - 1.5) == np.sign(shown[:, 1] - 1.5)
     first = np.stack([2 - shown[:, 0], shown[:, 1] - 1])
-    return 100 * float(same.mean()), 100 * float(first.mean())
+    return {"order_agreement": 100 * float(same.mean()), "first_shown": 100 * float(first.mean())}
 
 
-def _fit(won: np.ndarray, x: np.ndarray) -> tuple[float, np.ndarray]:
+def _fit(judged: Sequence[Judgement]) -> tuple[float, np.ndarray]:
     """The regression's a, and each judgement's influence on it: row a of H^-1 times its score.
 
     Newton's method on the penalised likelihood, which has a maximum even where all were won.
     """
+    won = _won(judged)
+    difference = np.array([j.our_length - j.their_length for j in judged], dtype=float)
+    deviation = difference.std(ddof=1) if len(difference) > 1 else 0.0
+    x = np.tanh(difference / deviation) if deviation else np.zeros_like(difference)
     inverse_variances = np.array([1e-3, 1.0])  # priors of a and b
     design = np.stack([np.ones_like(x), x], axis=1)  # (n, 2)
     weights = np.zeros(2)

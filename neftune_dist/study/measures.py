@@ -168,7 +168,7 @@ def _won(alpha: float, judgements: Sequence[Sequence[Judgement]]) -> list[Differ
         paired(name, alpha, scale * (preferences - 1), half, weights.astype(float))
         for name, weights in ((RAW, known), (LENGTH_MATCHED, known & matched))
     )
-    controlled = np.array([win_rate(of).length_controlled for of in judgements], dtype=float)
+    controlled = np.array([win_rate(of)["length_controlled"] for of in judgements], dtype=float)
     if np.isnan(controlled).any():
         return [raw]
     # The same instructions are judged at all seeds: their errors are correlated.

@@ -9,7 +9,6 @@ import base64
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -127,7 +126,7 @@ def _markdown(
     alphas, seeds = alphas_of(runs), seeds_of(runs)
     measures = list(dict.fromkeys(d.measure for d in found))
     by_measure = sorted(found, key=lambda d: measures.index(d.measure))
-    against_base = _win_rates({key: asdict(win_rate(of)) for key, of in judged.items()})
+    against_base = _win_rates({key: win_rate(of) for key, of in judged.items()})
     if against_base:
         base = f"Against the answers of alpha {plain(alphas[0])} at the same seed."
         against_base = f"{base}\n\n{against_base}"
@@ -257,7 +256,7 @@ def _by_alpha(runs: Sequence[Run], figures: Mapping[str, Figure], form: str = ".
 
 
 def _win_rates(rates: Mapping[tuple[float, int], Mapping[str, Any]]) -> str:
-    """A table of `WinRate`s by alpha and seed."""
+    """A table of the figures of `win_rate` by alpha and seed."""
     percents = {"win_rate": "win rate", "length_controlled": "at equal lengths"}
     percents |= {"length_matched": "over pairs of like lengths"}
     counts = {"num_length_matched": "such pairs", "num_wins": "wins", "num_losses": "losses"}

@@ -158,7 +158,7 @@ def test_better_answer_wins_in_both_orders(server: Server, compare: Compared) ->
         pair for i in range(6) for pair in [(f"good {i}", f"bad {i}"), (f"bad {i}", f"good {i}")]
     )
     rates = win_rate(found)
-    assert (rates.win_rate, rates.order_agreement, rates.first_shown) == (100, 100, 50)
+    assert (rates["win_rate"], rates["order_agreement"], rates["first_shown"]) == (100, 100, 50)
     stored = (compare.folder / "judgements.jsonl").read_text().splitlines()
     assert [json.loads(line)["preference"] for line in stored] == [2.0] * 6
 
@@ -166,7 +166,7 @@ def test_better_answer_wins_in_both_orders(server: Server, compare: Compared) ->
 def test_worse_answer_loses(server: Server, compare: Compared) -> None:
     server.behave = by_quality
     swapped = compare(settings(server), ours=rows(["bad"] * 3), theirs=rows(["good"] * 3))
-    assert win_rate(swapped).win_rate == 0
+    assert win_rate(swapped)["win_rate"] == 0
 
 
 @pytest.mark.parametrize(("letter", "first_shown"), [("A", 100), ("B", 0)])
@@ -175,8 +175,8 @@ def test_position_bias_is_a_tie(
 ) -> None:
     server.behave = lambda *_: f"Better: {letter}"
     rates = win_rate(compare(settings(server)))
-    assert (rates.win_rate, rates.num_ties, rates.order_agreement) == (50, 6, 0)
-    assert rates.first_shown == first_shown
+    assert (rates["win_rate"], rates["num_ties"], rates["order_agreement"]) == (50, 6, 0)
+    assert rates["first_shown"] == first_shown
 
 
 def test_reply_without_verdict_is_counted_and_never_a_win(
@@ -194,7 +194,7 @@ def test_reply_without_verdict_is_counted_and_never_a_win(
     assert [j.preference for j in found] == [2.0, None, None]
     assert [j.orders for j in found] == [(2.0, 2.0), (2.0, None), (None, None)]
     rates = win_rate(found)
-    assert (rates.num_wins, rates.num_unparsed, rates.num_failed) == (1, 2, 0)
+    assert (rates["num_wins"], rates["num_unparsed"], rates["num_failed"]) == (1, 2, 0)
     assert any("3 of 6 answers hold no verdict" in line for line in compare.lines)
 
 
@@ -290,11 +290,11 @@ def test_lasting_fault_fails_one_comparison(server: Server, compare: Compared) -
     assert [j.preference for j in found] == [2.0, 2.0, 2.0, None, None, 2.0]
     assert [j.failed for j in found] == [False, False, False, True, True, False]
     rates = win_rate(found)
-    assert (rates.win_rate, rates.num_failed, rates.num_unparsed) == (100, 2, 0)
+    assert (rates["win_rate"], rates["num_failed"], rates["num_unparsed"]) == (100, 2, 0)
     attempts = {p: n for p, n in server.attempts.items() if "question 3" in p or "question 4" in p}
     assert sorted(attempts.values()) == [1, 1, 3, 3]  # max_retries=2
     server.behave = by_quality
-    assert win_rate(compare(settings(server))).num_failed == 0  # asked again, they alone
+    assert win_rate(compare(settings(server)))["num_failed"] == 0  # asked again, they alone
     assert sum(server.attempts.values()) == 8 + 8 + 4
 
 
@@ -389,7 +389,7 @@ def test_replies_before_an_outage_are_kept(
     text = compare.refused(settings(server, num_parallel=1, max_retries=0), num=10)
     assert "5 answers are kept" in text and len(server.requests) <= 5 + 5
     server.behave = by_quality
-    assert win_rate(compare(settings(server), num=10)).win_rate == 100
+    assert win_rate(compare(settings(server), num=10))["win_rate"] == 100
     assert sum(n > 1 for n in server.attempts.values()) <= 5
 
 
@@ -413,7 +413,7 @@ def test_refused_options_are_left_out(server: Server, compare: Compared) -> None
         return by_quality(prompt)
 
     server.behave = behave
-    assert win_rate(compare(settings(server), num=2)).win_rate == 100
+    assert win_rate(compare(settings(server), num=2))["win_rate"] == 100
     assert len(server.requests) == 2 + 4
     assert server.requests[-1]["max_completion_tokens"] == 64
 
@@ -477,7 +477,7 @@ def test_ctrl_c_keeps_replies(
     assert sent < 20
     kept = len((compare.folder / "requests.jsonl").read_text().splitlines())
     assert kept >= 4
-    assert win_rate(compare(config, num=10)).win_rate == 100
+    assert win_rate(compare(config, num=10))["win_rate"] == 100
     assert max(server.attempts.values()) <= 2 and sum(server.attempts.values()) <= 20 + 2
 
 
@@ -634,8 +634,8 @@ for annotator in (one, one, two, "alpaca_eval_gpt5"):
     )
     server.close()
     said = done.stdout + done.stderr
-    assert done.stdout.count("[2.0, 2.0, 2.0, None, 1.5] WinRate(win_rate=87.5") == 2, said
-    assert "[1.8, 1.8, 1.8, None, 1.5] WinRate(win_rate=72.5" in done.stdout, said
+    assert done.stdout.count("[2.0, 2.0, 2.0, None, 1.5] {'win_rate': 87.5") == 2, said
+    assert "[1.8, 1.8, 1.8, None, 1.5] {'win_rate': 72.5" in done.stdout, said
     assert "alpaca_eval_gpt5 is none of alpaca_eval's" in done.stdout
     assert len(server.requests) == 4 + 4  # none the second time: from its cache
     metrics = json.loads((tmp_path / "alpaca_eval_gpt4" / "alpaca_eval.json").read_text())

@@ -585,15 +585,15 @@ def test_win_rate_over_like_lengths_leaves_out_the_other_pairs() -> None:
     rows = [Judgement("i", 2.0, 100, 100)] * 9 + [Judgement("i", 1.0, 100, 112)] * 9
     rows += [Judgement("i", 1.0, 100, 110)] * 3
     found = win_rate(rows)
-    assert (found.length_matched, found.num_length_matched) == (75.0, 12)
-    assert win_rate([Judgement("i", 1.0, 9, 99)]).length_matched is None
+    assert (found["length_matched"], found["num_length_matched"]) == (75.0, 12)
+    assert win_rate([Judgement("i", 1.0, 9, 99)])["length_matched"] is None
 
 
 def test_like_lengths_are_compared_beside_the_other_win_rates(tmp_path: Path) -> None:
     runs = make_runs(tmp_path, {}, 1)
     found = {d.measure: d for d in differences(runs, judgements(runs, 1.0, 0.0))}
     matched, raw = found["win_rate_length_matched"], found["win_rate"]
-    rates = [win_rate(of).length_matched for of in judgements(runs, 1.0, 0.0).values()]
+    rates = [win_rate(of)["length_matched"] for of in judgements(runs, 1.0, 0.0).values()]
     assert matched.value == pytest.approx(np.mean(rates))
     assert matched.num_items < raw.num_items == NUM_ITEMS
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +41,15 @@ def test_published_win_rate_of_alpaca_7b(alpaca_eval: Path) -> None:
     all models there, is 26.29."""
     path = alpaca_eval / "alpaca-7b.gpt4_annotations.json.gz"
     found = win_rate(read_annotations(path))
-    assert found.win_rate == pytest.approx(26.459627329192543, abs=1e-12)
-    assert found.standard_error == pytest.approx(1.535711469748, abs=1e-12)
-    assert (found.num_wins, found.num_losses, found.num_ties) == (205, 584, 16)
-    assert (found.num, found.num_unparsed, found.num_failed) == (805, 0, 0)
-    assert found.interval == (pytest.approx(23.5, abs=0.3), pytest.approx(29.5, abs=0.3))
-    assert found.length_controlled == pytest.approx(26.29, abs=1)
-    assert found.mean_length == pytest.approx(396.29, abs=0.01)
+    assert found["win_rate"] == pytest.approx(26.459627329192543, abs=1e-12)
+    assert found["standard_error"] == pytest.approx(1.535711469748, abs=1e-12)
+    assert (found["num_wins"], found["num_losses"], found["num_ties"]) == (205, 584, 16)
+    assert (found["num"], found["num_unparsed"], found["num_failed"]) == (805, 0, 0)
+    assert found["interval"] == (pytest.approx(23.5, abs=0.3), pytest.approx(29.5, abs=0.3))
+    assert found["length_controlled"] == pytest.approx(26.29, abs=1)
+    assert found["mean_length"] == pytest.approx(396.29, abs=0.01)
     # Ends of 20,000 bootstrap resamples' percentiles.
-    low, high = found.length_controlled_interval
+    low, high = found["length_controlled_interval"]
     assert (low, high) == (pytest.approx(22.8, abs=0.3), pytest.approx(29.1, abs=0.3))
 
 
@@ -58,37 +58,37 @@ def test_alpaca_evals_package_gives_the_same_rate(alpaca_eval: Path) -> None:
     path = alpaca_eval / "alpaca-7b.gpt4_annotations.json.gz"
     theirs = metrics.get_winrate(json.loads(gzip.decompress(path.read_bytes())))
     ours = win_rate(read_annotations(path))
-    assert ours.win_rate == pytest.approx(theirs["win_rate"], abs=1e-9)
-    assert ours.standard_error == pytest.approx(theirs["standard_error"], abs=1e-9)
-    assert (ours.num_wins, ours.num_ties) == (theirs["n_wins"], theirs["n_draws"])
+    assert ours["win_rate"] == pytest.approx(theirs["win_rate"], abs=1e-9)
+    assert ours["standard_error"] == pytest.approx(theirs["standard_error"], abs=1e-9)
+    assert (ours["num_wins"], ours["num_ties"]) == (theirs["n_wins"], theirs["n_draws"])
 
 
 def test_judgements_without_preference_are_counted_apart() -> None:
     rows = [judged(2), judged(1), judged(1.5), judged(None), judged(None, failed=True)]
     found = win_rate(rows)
-    assert (found.win_rate, found.num) == (50, 5)
-    assert (found.num_wins, found.num_losses, found.num_ties) == (1, 1, 1)
-    assert (found.num_unparsed, found.num_failed) == (1, 1)
+    assert (found["win_rate"], found["num"]) == (50, 5)
+    assert (found["num_wins"], found["num_losses"], found["num_ties"]) == (1, 1, 1)
+    assert (found["num_unparsed"], found["num_failed"]) == (1, 1)
 
 
 def test_fractional_preferences_are_averaged() -> None:
     found = win_rate([judged(1.25), judged(1.75), judged(1.9)])
-    assert found.win_rate == pytest.approx(100 * (0.25 + 0.75 + 0.9) / 3)
-    assert (found.num_wins, found.num_losses) == (2, 1)
+    assert found["win_rate"] == pytest.approx(100 * (0.25 + 0.75 + 0.9) / 3)
+    assert (found["num_wins"], found["num_losses"]) == (2, 1)
 
 
 def test_no_preference_at_all_is_no_rate() -> None:
     found = win_rate([judged(None), judged(None, failed=True)])
-    assert (found.win_rate, found.interval, found.length_controlled) == (None, None, None)
-    assert (found.num, found.num_unparsed, found.num_failed) == (2, 1, 1)
-    assert json.loads(json.dumps(asdict(win_rate([]))))["num"] == 0
+    assert (found["win_rate"], found["interval"], found["length_controlled"]) == (None, None, None)
+    assert (found["num"], found["num_unparsed"], found["num_failed"]) == (2, 1, 1)
+    assert json.loads(json.dumps(win_rate([])))["num"] == 0
 
 
 @pytest.mark.parametrize(("preference", "rate"), [(2.0, 100.0), (1.0, 0.0)])
 def test_all_won_or_all_lost_stays_finite(preference: float, rate: float) -> None:
     found = win_rate([judged(preference, ours=10 + i) for i in range(40)])
-    assert found.win_rate == rate and found.interval == (rate, rate)
-    assert found.length_controlled == pytest.approx(rate, abs=1)
+    assert found["win_rate"] == rate and found["interval"] == (rate, rate)
+    assert found["length_controlled"] == pytest.approx(rate, abs=1)
 
 
 def test_length_control_removes_a_preference_for_length() -> None:
@@ -100,10 +100,10 @@ def test_length_control_removes_a_preference_for_length() -> None:
         chance = 1 / (1 + np.exp(-2 * np.tanh(difference / 300)))
         rows.append(judged(2.0 if rng.random() < chance else 1.0, 1000 + int(difference), 1000))
     found = win_rate(rows)
-    assert found.win_rate > 68
-    assert found.length_controlled == pytest.approx(50, abs=5)
-    low, high = found.length_controlled_interval
-    assert low < 50 < high and found.interval[0] > 60
+    assert found["win_rate"] > 68
+    assert found["length_controlled"] == pytest.approx(50, abs=5)
+    low, high = found["length_controlled_interval"]
+    assert low < 50 < high and found["interval"][0] > 60
 
 
 def test_length_control_keeps_a_real_advantage() -> None:
@@ -113,13 +113,13 @@ def test_length_control_keeps_a_real_advantage() -> None:
         for _ in range(1000)
     ]
     found = win_rate(rows)
-    assert found.length_controlled == pytest.approx(found.win_rate, abs=1)
-    assert found.length_controlled == pytest.approx(70, abs=4)
+    assert found["length_controlled"] == pytest.approx(found["win_rate"], abs=1)
+    assert found["length_controlled"] == pytest.approx(70, abs=4)
 
 
 def test_without_differences_in_length_both_rates_agree() -> None:
     found = win_rate([judged(2.0)] * 30 + [judged(1.0)] * 70)
-    assert found.length_controlled == pytest.approx(30, abs=0.01)
+    assert found["length_controlled"] == pytest.approx(30, abs=0.01)
 
 
 @pytest.mark.parametrize("length_effect", [0.0, 1.5])
@@ -138,32 +138,36 @@ def test_both_intervals_cover_the_true_rate_in_95_percent_of_cases(length_effect
             for w, d in zip(won, lengths, strict=True)
         ]
 
-    truth = win_rate(made(100_000)).win_rate
+    truth = win_rate(made(100_000))["win_rate"]
     raw = controlled = 0
     for _ in range(200):
         found = win_rate(made(400))
-        raw += found.interval[0] <= truth <= found.interval[1]
-        low, high = found.length_controlled_interval
+        raw += found["interval"][0] <= truth <= found["interval"][1]
+        low, high = found["length_controlled_interval"]
         controlled += low <= 30 <= high
     assert 183 <= raw <= 198 and 180 <= controlled <= 199  # b is shrunk towards 0
 
 
 def test_one_judgement_has_no_interval() -> None:
     found = win_rate([judged(2.0)])
-    assert (found.win_rate, found.interval, found.length_controlled_interval) == (100, None, None)
+    assert (found["win_rate"], found["interval"], found["length_controlled_interval"]) == (
+        100,
+        None,
+        None,
+    )
 
 
 def test_orders_agree_or_show_position_bias() -> None:
     """Orders: theirs shown first, then ours."""
     always_first = judged(1.5, orders=(1.0, 2.0))
     found = win_rate([always_first] * 3)
-    assert (found.order_agreement, found.first_shown) == (0, 100)
+    assert (found["order_agreement"], found["first_shown"]) == (0, 100)
     fair = [judged(2.0, orders=(2.0, 2.0)), judged(1.0, orders=(1.0, 1.0))]
     found = win_rate(fair)
-    assert (found.order_agreement, found.first_shown) == (100, 50)
+    assert (found["order_agreement"], found["first_shown"]) == (100, 50)
     half = replace(always_first, preference=None, orders=(None, 2.0))  # not known
-    assert win_rate([half, *fair]).order_agreement == 100
-    assert win_rate([judged(2.0)]).order_agreement is None
+    assert win_rate([half, *fair])["order_agreement"] == 100
+    assert win_rate([judged(2.0)])["order_agreement"] is None
 
 
 def test_answers_are_paired_by_instruction() -> None:
@@ -225,16 +229,16 @@ def test_samples_of_an_answer_are_one_item_of_the_interval() -> None:
     ]
     four = [replace(j, sample=sample) for j in once for sample in range(4)]
     one, several = win_rate(once), win_rate(four)
-    assert several.win_rate == pytest.approx(one.win_rate) and several.num == 240
-    assert several.standard_error == pytest.approx(one.standard_error)
-    assert several.interval == pytest.approx(one.interval)
+    assert several["win_rate"] == pytest.approx(one["win_rate"]) and several["num"] == 240
+    assert several["standard_error"] == pytest.approx(one["standard_error"])
+    assert several["interval"] == pytest.approx(one["interval"])
     # Four times the judgements shrink b a little less towards 0.
-    assert several.length_controlled_interval == pytest.approx(
-        one.length_controlled_interval, abs=0.1
+    assert several["length_controlled_interval"] == pytest.approx(
+        one["length_controlled_interval"], abs=0.1
     )
     # A sample without a verdict does not join the instruction after it to the one before.
     four[4] = replace(four[4], preference=None)
-    assert win_rate(four).standard_error == pytest.approx(one.standard_error, rel=0.02)
+    assert win_rate(four)["standard_error"] == pytest.approx(one["standard_error"], rel=0.02)
 
 
 def test_samples_are_paired_with_the_only_answer_of_the_other_side() -> None:
