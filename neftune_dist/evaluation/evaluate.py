@@ -250,10 +250,12 @@ class _Evaluation:
         }
 
         def compute() -> Found:
-            model, tokenizer = self._load(), self.target.tokenizer
-            with self.world.agree():
-                found = run_tasks(model, tokenizer, evaluate, self.world.log, self.world)
-            figures = {name: asdict(result) for name, result in found.items()}
+            model, tokenizer, world = self._load(), self.target.tokenizer, self.world
+            most = evaluate.max_task_items
+            with world.agree():
+                figures = run_tasks(
+                    model, tokenizer, words, evaluate.batch_size, most, world.log, world
+                )
             return figures, {"tasks": {name: f.pop("correct") for name, f in figures.items()}}
 
         self.results.make("tasks", settings, compute)

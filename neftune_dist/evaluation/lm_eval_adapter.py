@@ -12,11 +12,11 @@ import copy
 import difflib
 import io
 import logging
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import cache
+from statistics import fmean, stdev
 from typing import Any
 
 import datasets
@@ -30,7 +30,7 @@ from lm_eval.tasks import TaskManager
 from neftune_dist.compat.lm_eval import load_yaml
 from neftune_dist.config import UserError
 from neftune_dist.distributed.world import World
-from neftune_dist.evaluation.tasks import TaskResult, TaskWord
+from neftune_dist.evaluation.tasks import TaskWord
 from neftune_dist.system.text import first_line
 
 _FEWSHOT_SEED = 1234  # lm-eval's own
@@ -84,8 +84,15 @@ def check_known(word: TaskWord) -> None:
         raise UserError(f"evaluate.tasks: lm-eval has no task {word.task}{about}{hint}")
 
 
-def run(lm: TaskModel, word: TaskWord, tasks: dict[str, Task], max_items: int) -> TaskResult:
-    """Run a word's tasks; return their result on every rank.
+def run(lm: TaskModel, word: TaskWord, tasks: dict[str, Task], max_items: int) -> dict[str, Any]:
+    """Run a word's tasks; return their figures and the values of their items on every rank.
+
+    - `accuracy`, `standard_error`: the mean of `correct`, and its error over items;
+    - `correct`: by item, in the task's order, which is the same in every run: 1 or 0; for
+      TruthfulQA's mc2 the share of probability of the true answers;
+    - `num_items`; `metric`: lm-eval's name of it; `num_shots`: examples in front of each item;
+    - `num_truncated`: prompts longer than the model's context, truncated on the left;
+    - `others`: lm-eval's other metrics; for a group such as MMLU the accuracy of each task in it.
 
     Args:
         lm: the model.
@@ -108,14 +115,18 @@ def run(lm: TaskModel, word: TaskWord, tasks: dict[str, Task], max_items: int) -
         means = {k: tasks[name].aggregation()[k](of) for k, of in values.items() if k != metric}
         others = {key: mean for key, mean in means.items() if isinstance(mean, float | int)}
     else:
-        others = {name: sum(of_items) / len(of_items) for name, of_items in correct.items()}
-    return TaskResult.of(
-        [value for of_items in correct.values() for value in of_items],
-        metric=metric,
-        num_shots=max(task.get_config("num_fewshot") for task in tasks.values()),
-        num_truncated=lm.num_truncated,
-        others=others,
-    )
+        others = {name: fmean(of_items) for name, of_items in correct.items()}
+    items = [value for of_items in correct.values() for value in of_items]
+    return {
+        "accuracy": fmean(items),
+        "standard_error": stdev(items) / len(items) ** 0.5 if len(items) > 1 else 0.0,
+        "num_items": len(items),
+        "correct": [int(value) if value in (0, 1) else float(value) for value in items],
+        "metric": metric,
+        "num_shots": max(task.get_config("num_fewshot") for task in tasks.values()),
+        "num_truncated": lm.num_truncated,
+        "others": others,
+    }
 
 
 @cache
@@ -191,7 +202,7 @@ class TaskModel(HFLM):
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         own = copy.deepcopy(tokenizer)  # HFLM gives one without a padding token another
         super().__init__(pretrained=model, tokenizer=own, batch_size=batch_size)
-        self._world, self._log, self._stderr = world, log, sys.stderr
+        self._world, self._log = world, log
         self.begin("")
 
     def begin(self, name: str) -> None:
@@ -253,8 +264,7 @@ class TaskModel(HFLM):
 
     def _progress(self, num_texts: int) -> None:
         if time.monotonic() - self._logged > _LOG_EVERY_SECONDS:
-            with contextlib.redirect_stderr(self._stderr):  # where a log may be, too
-                self._log(f"evaluate: {self._name}, {self._num_done} texts read on this rank")
+            self._log(f"evaluate: {self._name}, {self._num_done} texts read on this rank")
             self._logged = time.monotonic()
         self._num_done += num_texts
 

@@ -1,8 +1,8 @@
 """lm-eval's tasks, from the hub or from local files, for a model in memory.
 
-Parses `evaluate.tasks`, recognises the kind of a local file's rows, and holds the results. lm-eval
-makes, truncates and tokenises the prompts and scores the answers, of local files too
-(`lm_eval_adapter`). No row is left out: items must stay aligned over the runs of a study.
+Parses `evaluate.tasks` and recognises the kind of a local file's rows. lm-eval makes, truncates and
+tokenises the prompts and scores the answers, of local files too (`lm_eval_adapter`). No row is left
+out: items must stay aligned over the runs of a study.
 
 A word is the name of a task, group or tag of lm-eval, with the shots and the metric of the Open LLM
 Leaderboard where `PUBLISHED` has it, else with lm-eval's own; or NAME=FILE, without shots, since a
@@ -18,12 +18,11 @@ file holds no examples beside its items. The fields of a file's rows decide its 
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from neftune_dist.config import EvaluateConfig, UserError, split_list
+from neftune_dist.config import UserError, split_list
 from neftune_dist.data.errors import BadRow, type_name
 from neftune_dist.data.sources import read_row_file
 from neftune_dist.distributed.world import World
@@ -43,44 +42,6 @@ PUBLISHED = {
     "truthfulqa_mc2": ("truthfulqa_mc2", 0, "acc"),
     "ifeval": ("ifeval", 0, "prompt_level_strict_acc"),
 }
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """The result of one task.
-
-    Attributes:
-        accuracy: mean of `correct` over all items.
-        standard_error: of `accuracy` over items; 0 for a single one.
-        num_items: length of `correct`.
-        correct: by item, in the task's order, which is the same in every run: 1 or 0; for
-            TruthfulQA's mc2 the share of probability of the true answers.
-        metric: lm-eval's name of it.
-        num_shots: examples in front of each item.
-        num_truncated: prompts longer than the model's context, truncated on the left.
-        others: lm-eval's other metrics; for a group such as MMLU the accuracy of each task in it.
-    """
-
-    accuracy: float
-    standard_error: float
-    num_items: int
-    correct: list[float]
-    metric: str
-    num_shots: int
-    num_truncated: int
-    others: dict[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, correct: list[float], **about: Any) -> TaskResult:
-        """The result of these items."""
-        spread = statistics.stdev(correct) if len(correct) > 1 else 0.0
-        return cls(
-            accuracy=statistics.fmean(correct),
-            standard_error=spread / len(correct) ** 0.5,
-            num_items=len(correct),
-            correct=[int(value) if value in (0, 1) else float(value) for value in correct],
-            **about,
-        )
 
 
 @dataclass(frozen=True)
@@ -109,31 +70,33 @@ class TaskWord:
 def run_tasks(
     model: Any,
     tokenizer: Any,
-    config: EvaluateConfig,
+    words: Sequence[TaskWord],
+    batch_size: int,
+    max_items: int,
     log: Callable[[str], None],
     world: World | None = None,
-) -> dict[str, TaskResult]:
-    """Run the tasks that `config.tasks` names; return their results by name.
+) -> dict[str, dict[str, Any]]:
+    """Run tasks; return their results by name, as `lm_eval_adapter.run` gives them.
 
     Args:
         model: a causal language model of Hugging Face on its device, in evaluation mode.
         tokenizer: its tokenizer, which is not changed.
-        config: names the tasks and bounds their items and batches.
+        words: of `read_words`.
+        batch_size: texts that the model reads at once.
+        max_items: of each task; 0: all.
         log: called with lines of progress.
         world: the ranks that hold a copy of the model each; they share the work, all call this and
             all get the results. None: this process alone.
 
     Raises:
-        UserError: lm-eval is missing, knows no such task or cannot load its data, a row of a file
-            cannot be used, or an answer is longer than the model can read.
+        UserError: lm-eval knows no such task or cannot load its data, or an answer is longer than
+            the model can read.
     """
-    words = read_words(config.tasks, config.max_task_items)
     from neftune_dist.evaluation import lm_eval_adapter as lm_eval
 
-    lm = lm_eval.TaskModel(model, tokenizer, config.batch_size, log, world)
+    lm = lm_eval.TaskModel(model, tokenizer, batch_size, log, world)
     loaded = [(word, lm_eval.load(word)) for word in words]  # all, before the first takes its hours
-    most = config.max_task_items
-    return {word.name: lm_eval.run(lm, word, tasks, most) for word, tasks in loaded}
+    return {word.name: lm_eval.run(lm, word, tasks, max_items) for word, tasks in loaded}
 
 
 def check_known(words: Sequence[TaskWord]) -> None:
@@ -246,13 +209,6 @@ def _text(row: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def _metrics(**aggregations: str) -> list[dict[str, Any]]:
-    return [
-        {"metric": name, "aggregation": aggregation, "higher_is_better": aggregation == "mean"}
-        for name, aggregation in aggregations.items()
-    ]
-
-
 _OF_LM_EVAL = _Kind((), dict)
 _KINDS = (
     _Kind(
@@ -264,7 +220,6 @@ _KINDS = (
             "doc_to_text": "query",
             "doc_to_choice": "choices",
             "doc_to_target": "gold",
-            "metric_list": _metrics(acc="mean", acc_norm="mean"),
         },
     ),
     _Kind(
@@ -275,7 +230,6 @@ _KINDS = (
             "output_type": "loglikelihood",
             "doc_to_text": "context",
             "doc_to_target": "continuation",
-            "metric_list": _metrics(acc="mean", perplexity="perplexity"),
         },
     ),
     _Kind(

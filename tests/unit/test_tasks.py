@@ -19,15 +19,16 @@ import pytest
 import torch
 import transformers
 
-from neftune_dist.config import EvaluateConfig, UserError
+from neftune_dist.config import UserError
 from neftune_dist.distributed.world import World
 from neftune_dist.evaluation import lm_eval_adapter
-from neftune_dist.evaluation.tasks import TaskResult, run_tasks
+from neftune_dist.evaluation.tasks import read_words, run_tasks
 from tests.support import made_data, tiny_model
 from tests.support.shared_data import shared
 
 DEADLINE_SECONDS = 120
 Samples = dict[str, list[dict[str, Any]]]
+Results = dict[str, dict[str, Any]]
 
 
 class Asked:
@@ -40,9 +41,9 @@ class Asked:
         ).eval()
         self.samples: Samples = {}
 
-    def run(self, tasks: str, most: int = 0, batch_size: int = 4) -> dict[str, TaskResult]:
-        config = EvaluateConfig(tasks=tasks, max_task_items=most, batch_size=batch_size)
-        return run_tasks(self.model, self.tokenizer, config, lambda _: None)
+    def run(self, tasks: str, most: int = 0, batch_size: int = 4) -> Results:
+        words = read_words(tasks, most)
+        return run_tasks(self.model, self.tokenizer, words, batch_size, most, lambda _: None)
 
     def log_likelihood(self, context: str, answer: str, longest: int = 10**9) -> tuple[float, bool]:
         """Of the answer's tokens after the context's, which may be cut on the left; and whether
@@ -128,9 +129,7 @@ def task_files(origin: str, made_folder: Path) -> dict[str, Path]:
     }
 
 
-def compare(
-    asked: Asked, most: int, files: dict[str, Path], recorded: Samples
-) -> dict[str, TaskResult]:
+def compare(asked: Asked, most: int, files: dict[str, Path], recorded: Samples) -> Results:
     """Both tasks by lm-eval and directly."""
     results = asked.run(",".join(f"{name}={path}" for name, path in files.items()), most)
     read = {
@@ -150,10 +149,12 @@ def compare(
         ):
             found.append(int(scores.index(max(scores)) == row["gold"]))
     arc = results["arc_easy"]
-    assert arc.correct == raw
-    assert arc.accuracy == sum(raw) / most
-    assert arc.others["acc_norm"] == pytest.approx(sum(normalised) / most)
-    assert arc.standard_error == pytest.approx(torch.tensor(raw).double().std().item() / most**0.5)
+    assert arc["correct"] == raw
+    assert arc["accuracy"] == sum(raw) / most
+    assert arc["others"]["acc_norm"] == pytest.approx(sum(normalised) / most)
+    assert arc["standard_error"] == pytest.approx(
+        torch.tensor(raw).double().std().item() / most**0.5
+    )
 
     direct_lambada = []
     for line, sample in zip(read["lambada_openai"], recorded["lambada_openai"], strict=True):
@@ -163,9 +164,9 @@ def compare(
         assert score == pytest.approx(direct_lambada[-1][0], abs=5e-4)
         assert is_greedy == direct_lambada[-1][1]
     lambada = results["lambada_openai"]
-    assert lambada.correct == [int(greedy) for _, greedy in direct_lambada]
+    assert lambada["correct"] == [int(greedy) for _, greedy in direct_lambada]
     mean = sum(score for score, _ in direct_lambada) / most
-    assert lambada.others["perplexity"] == pytest.approx(math.exp(-mean), rel=1e-3)
+    assert lambada["others"]["perplexity"] == pytest.approx(math.exp(-mean), rel=1e-3)
     return results
 
 
@@ -179,9 +180,9 @@ def test_local_file_gives_lm_evals_own_requests(
         s["arguments"] for s in recorded["arc_easy"]
     ]
     assert results["plain"] == results["arc_easy"]
-    assert results["plain"].metric == "acc"
+    assert results["plain"]["metric"] == "acc"
     # What the leaderboard reports of the challenge set.
-    assert small.run(f"arc={own}")["arc"].metric == "acc_norm"
+    assert small.run(f"arc={own}")["arc"]["metric"] == "acc_norm"
 
 
 @pytest.mark.parametrize(("word", "num_tasks", "num_shots"), [("arc", 1, 25), ("mmlu", 57, 5)])
@@ -201,20 +202,20 @@ def test_task_names_have_the_leaderboards_shots_and_metrics(
     monkeypatch.setattr(datasets, "load_dataset", lambda **_: hub)
     result = small.run(word, 2, batch_size=16)[word]
     assert len(recorded) == num_tasks
-    assert result.num_items == 2 * num_tasks
-    assert result.num_shots == num_shots
+    assert result["num_items"] == 2 * num_tasks
+    assert result["num_shots"] == num_shots
     for samples in recorded.values():
         for sample in samples:
             assert sample["arguments"][0][0].count("Answer:") == num_shots + 1
     if word == "arc":
-        assert result.metric == "acc_norm"
-        assert set(result.others) == {"acc"}
+        assert result["metric"] == "acc_norm"
+        assert set(result["others"]) == {"acc"}
     else:
-        assert result.metric == "acc"
-        assert set(result.others) == set(recorded)
-        assert result.accuracy == pytest.approx(sum(result.others.values()) / num_tasks)
+        assert result["metric"] == "acc"
+        assert set(result["others"]) == set(recorded)
+        assert result["accuracy"] == pytest.approx(sum(result["others"].values()) / num_tasks)
         by_item = [sample["acc"] for name in sorted(recorded) for sample in recorded[name]]
-        assert result.correct == by_item
+        assert result["correct"] == by_item
 
 
 def test_truthfulqa_is_the_probability_of_true_answers(small: Asked, recorded: Samples) -> None:
@@ -228,8 +229,8 @@ def test_truthfulqa_is_the_probability_of_true_answers(small: Asked, recorded: S
     assert answers[5] == " You grow watermelons in your stomach"
     assert len(answers) == 5 + 7
     likely = [math.exp(small.log_likelihood(prompt, answer)[0]) for answer in answers]
-    assert result.correct[0] == pytest.approx(sum(likely[:5]) / sum(likely), rel=1e-3)
-    assert result.accuracy == pytest.approx(sum(result.correct) / 2)
+    assert result["correct"][0] == pytest.approx(sum(likely[:5]) / sum(likely), rel=1e-3)
+    assert result["accuracy"] == pytest.approx(sum(result["correct"]) / 2)
 
 
 def test_long_prompt_is_truncated_on_the_left_and_counted(
@@ -239,7 +240,7 @@ def test_long_prompt_is_truncated_on_the_left_and_counted(
     long = {"context": " ".join(map(str, range(40))), "continuation": "40 41"}
     short = {"context": "one two", "continuation": "three"}
     result = small.run(f"counting={rows(long, short)}")["counting"]
-    assert result.num_truncated == 1
+    assert result["num_truncated"] == 1
     [(score, _)] = recorded["counting"][0]["filtered_resps"]
     cut, _ = small.log_likelihood(long["context"], " 40 41", longest=24)
     assert score == pytest.approx(cut, abs=1e-4)
@@ -263,7 +264,7 @@ def test_items_and_scores_do_not_depend_on_the_ranks(
 ) -> None:
     words = f"a={rows(*(choice(number) for number in range(7)))}"
     alone = small.run(words)
-    assert alone["a"].num_items == 7
+    assert alone["a"]["num_items"] == 7
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -274,7 +275,6 @@ def test_items_and_scores_do_not_depend_on_the_ranks(
         os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
         os.environ.update(LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         world = World()
-        config = EvaluateConfig(tasks=words, batch_size=4)
         calls = lm_eval_adapter.HFLM._model_call
 
         def counted(lm: Any, inps: Any, *rest: Any, **named: Any) -> Any:
@@ -284,7 +284,8 @@ def test_items_and_scores_do_not_depend_on_the_ranks(
 
         num_read = 0
         lm_eval_adapter.HFLM._model_call = counted
-        results = run_tasks(small.model, small.tokenizer, config, lambda _: None, world)
+        of_words = small.model, small.tokenizer, read_words(words)
+        results = run_tasks(*of_words, 4, 0, lambda _: None, world)
         results_of.put((results, num_read))
         world.close()
 
@@ -307,8 +308,8 @@ def test_max_task_items_takes_the_first_and_leaves_the_tokenizer(
     monkeypatch.setattr(small, "tokenizer", copy.deepcopy(small.tokenizer))
     small.tokenizer.pad_token = None
     few, all_of_them = small.run(words, 4)["a"], small.run(words, batch_size=32)["a"]
-    assert few.correct == all_of_them.correct[:4]
-    assert (few.num_items, all_of_them.num_items) == (4, 9)
+    assert few["correct"] == all_of_them["correct"][:4]
+    assert (few["num_items"], all_of_them["num_items"]) == (4, 9)
     assert small.tokenizer.pad_token is None
 
 
