@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from neftune_dist.distributed.world import World, run_among_ranks
 from neftune_dist.evaluation import text_statistics
 from neftune_dist.evaluation.answers import answer_all, remove_partial
 from neftune_dist.evaluation.judge import compare
-from neftune_dist.evaluation.losses import Losses, document_losses
+from neftune_dist.evaluation.losses import Items, document_losses, mean_loss
 from neftune_dist.evaluation.results import Found, Results
 from neftune_dist.evaluation.target import EvaluationTarget, open_target
 from neftune_dist.evaluation.tasks import TaskWord, check_known, read_words, run_tasks
@@ -169,46 +168,30 @@ class _Evaluation:
             return self.target.model
 
     def _losses(self, dataset: Dataset) -> None:
-        evaluate, config = self.config.evaluate, self.config
-        documents = {"held_out": dataset.held_out, "train": dataset.train}
-        most = {
-            "held_out": evaluate.max_documents or len(dataset.held_out),
-            "train": evaluate.train_documents,
-        }
-        with self.world.agree():
-            chosen = {part: sample_documents(documents[part], most[part]) for part in documents}
-        numbers = {part: len(indices) for part, indices in chosen.items()}
+        config, world = self.config, self.world
+        held_out, train = dataset.held_out, dataset.train
+        with world.agree():
+            of_held_out = sample_documents(held_out, config.evaluate.max_documents or len(held_out))
+            of_train = sample_documents(train, config.evaluate.train_documents)
         settings = {
             "documents": dataset.fingerprint,
-            **numbers,
+            "held_out": len(of_held_out),
+            "train": len(of_train),
             "model.dtype": config.model.dtype,
-            "noise": [asdict(config.noise), config.noise_seed] if numbers["train"] else None,
+            "noise": [asdict(config.noise), config.noise_seed] if len(of_train) else None,
         }
 
-        names = ("held_out", "train", "train_noisy")
-
         def compute() -> Found:
-            model, found = self._load(), {}
-            for name in names:
-                part = name.removesuffix("_noisy")
-                if numbers[part]:
-                    found[name] = document_losses(
-                        model,
-                        documents[part],
-                        chosen[part],
-                        config,
-                        self.world,
-                        noisy=name != part,
-                        progress=partial(self._log_progress, name),
-                    )
-            # Empty where there are none: an earlier evaluation's may have had some.
-            items = {name: found[name].items() if name in found else [] for name in names}
-            return _loss_figures(found), items
+            model = self._load()
+            # Empty lists where there are none: an earlier evaluation's may have had some.
+            items = {
+                "held_out": document_losses(model, held_out, of_held_out, config, world),
+                "train": document_losses(model, train, of_train, config, world),
+                "train_noisy": document_losses(model, train, of_train, config, world, noisy=True),
+            }
+            return _loss_figures(items), items
 
         self.results.make("losses", settings, compute)
-
-    def _log_progress(self, name: str, line: str) -> None:
-        self.world.log(f"losses, {name}: {line}")
 
     def _answers(self) -> None:
         evaluate = self.config.evaluate
@@ -281,14 +264,14 @@ def _default_folder(target: EvaluationTarget) -> Path:
     return target.run_dir / "evaluations" / target.checkpoint.folder.name
 
 
-def _loss_figures(found: dict[str, Losses]) -> dict[str, Any]:
-    held_out, train, noisy = (found.get(name) for name in ("held_out", "train", "train_noisy"))
-    sizes = (len(held_out.sums), sum(held_out.num_tokens)) if held_out else (0, 0)
+def _loss_figures(items: dict[str, Items]) -> dict[str, Any]:
+    means = {name: mean_loss(of) if of else None for name, of in items.items()}
+    held_out = items["held_out"]
     return {
-        **held_out_figures(held_out.mean if held_out else None, *sizes),
-        "train_loss": train and train.mean,
-        "train_loss_noisy": noisy and noisy.mean,
-        "num_train_documents": len(train.sums) if train else 0,
+        **held_out_figures(means["held_out"], len(held_out), sum(int(n) for _, n in held_out)),
+        "train_loss": means["train"],
+        "train_loss_noisy": means["train_noisy"],
+        "num_train_documents": len(items["train"]),
     }
 
 

@@ -15,7 +15,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -41,26 +40,12 @@ _QUADRATIC_TOKENS = 1e9  # of `assign_documents`: work is balanced by tokens
 _PROGRESS_SECONDS = 5.0
 
 
-@dataclass(frozen=True)
-class Losses:
-    """Losses of documents, in order.
+Items = list[list[float]]  # of each document the sum of its token losses, and how many they are
 
-    Attributes:
-        sums: of each document's token losses, in nats.
-        num_tokens: supervised tokens of each document.
-    """
 
-    sums: list[float]
-    num_tokens: list[int]
-
-    @property
-    def mean(self) -> float:
-        """Mean loss over all supervised tokens."""
-        return math.fsum(self.sums) / sum(self.num_tokens)
-
-    def items(self) -> list[list[float]]:
-        """[loss sum, supervised tokens] of each document."""
-        return [list(pair) for pair in zip(self.sums, self.num_tokens, strict=True)]
+def mean_loss(items: Items) -> float:
+    """Mean loss over all supervised tokens."""
+    return math.fsum(total for total, _ in items) / sum(number for _, number in items)
 
 
 def document_losses(
@@ -71,9 +56,9 @@ def document_losses(
     world: World,
     *,
     noisy: bool = False,
-    progress: Callable[[str], None] = lambda _: None,
-) -> Losses:
-    """Losses of some documents: a collective of all ranks.
+) -> Items:
+    """Losses of some documents, in order: a collective of all ranks, of which the first logs
+    progress.
 
     Args:
         model: of a `EvaluationTarget`.
@@ -82,11 +67,12 @@ def document_losses(
         config: of the run: packing, batch size, attention, noise.
         world: the ranks, which share the batches.
         noisy: with `config.noise` at its full `alpha`, whatever its schedule.
-        progress: called with a line every few seconds.
 
     Raises:
         UserError: the model does not keep packed documents apart, or takes none so long.
     """
+    if not len(indices):
+        return []
     packing = config.data.packing
     with world.agree():
         check_model(model, packing)
@@ -109,11 +95,13 @@ def document_losses(
             sums[places] = [float(part.sum()) for part in parts]
             if time.monotonic() - logged > _PROGRESS_SECONDS:
                 logged = time.monotonic()
-                progress(f"{i + 1} of {len(rounds)} batches")
+                noise = "on" if noisy else "off"
+                world.log(f"losses, noise {noise}: {i + 1} of {len(rounds)} batches")
     with world.agree():  # ranks differ in time by what a collective would not wait for
         pass
     total = np.sum(world.gather(sums.tolist()), axis=0)  # of each document one rank has a sum
-    return Losses(total.tolist(), documents.num_supervised[indices].tolist())
+    numbers = documents.num_supervised[indices].tolist()
+    return [list(item) for item in zip(total.tolist(), numbers, strict=True)]
 
 
 _Forward = Callable[[int, MicroBatch], Tensor]  # number of the batch; float32 (num_supervised,)

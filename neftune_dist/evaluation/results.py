@@ -105,9 +105,6 @@ class Results:
                 f"{self.folder} holds the evaluation of another model than {target.name}, or "
                 f"its weights have changed since: {_FIX}."
             )
-        if "answers" in stored:  # of earlier versions: greedy, one to an instruction
-            stored["answers"].setdefault("evaluate.samples", 1)
-            stored["answers"].setdefault("evaluate.temperature", 0.0)
         self._settings = stored
         if (self.folder / "summary.json").exists():
             self.summary |= self.read("summary.json")
