@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from string import Template
 from typing import Any
 
 import markdown
@@ -27,48 +28,29 @@ from neftune_dist.study.provenance import provenance, shown_name
 from neftune_dist.study.results import Run, alphas_of, seeds_of
 from neftune_dist.system import storage
 
-_METHOD = f"""\
-Runs of one seed start from the same weights and train on the same documents in the same steps; they
-differ in alpha alone. A difference compares two runs of one seed on the same item: a held-out
-document (weighted by its supervised tokens), an instruction or a task item. Differences are
-averaged over seeds.
-
-The 95 % interval covers two sources of error, the choice of seeds and the choice of items. Over n
-seeds the variance of the mean is s^2 / n; over items it is that of the linearised weighted mean.
-The two are added, which makes the interval slightly too wide. It is Student's, with n - 1 or
-Satterthwaite's degrees of freedom. It holds for other seeds and other items of the same kind, not
-for other data, models, learning rates or lengths of training. With fewer than {FEWEST_SEEDS} seeds
-it covers items alone, and describes the trained models, not the effect of alpha.
-
-`p` is the p-value of no difference; `p (Holm)` is corrected for all comparisons of this report. A
-win rate is compared with one half. Win rates at equal lengths come from a logistic regression on
-the difference in characters, in the manner of AlpacaEval 2; those over pairs of like lengths leave
-out pairs whose lengths differ by more than a tenth of the longer one.
-
-"Visible from" is the smallest true difference that 4 of 5 such studies would see: (t at 97.5 % + t
-at 80 %) standard errors (Bloom, Evaluation Review 1995), for one comparison alone.
-
-Where an instruction has several answers, its figure is their mean. Prediction noise is the standard
-error of a difference that comes from which answers were drawn, item noise the one from which
-instructions were asked (Wang, arXiv 2512.21326); more answers to each reduce the first alone."""
-
+_FOLDER = Path(__file__).parent
+_METHOD, _PAGE = (
+    Template((_FOLDER / name).read_text(encoding="utf-8")) for name in ("method.md", "page.html")
+)
 # Patterns of Markdown that become HTML which does more than show text.
 _ACTIVE_PATTERNS = (
     *("html", "link", "reference", "short_reference", "image_link", "image_reference"),
     *("short_image_ref", "autolink", "automail"),
 )
 
-_STYLE = """\
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; display: block; overflow-x: auto; font-size: 14px; }
-th, td { padding: .2rem .6rem; border-bottom: 1px solid #8884; vertical-align: top; }
-th + th, td + td { white-space: nowrap; }
-td:first-child { min-width: 10rem; }
-#answers ~ table td { min-width: 12rem; white-space: normal; }
-p { overflow-x: auto; }
-img { max-width: 100%; min-width: 27rem; }"""
-_ANSWERS_TITLE = "Answers side by side"
+_ANSWERS_TITLE = "Answers side by side"  # the page's style names it
+_RATES = {  # figures of `win_rate`, as a table names them
+    "win_rate": "win rate",
+    "length_controlled": "at equal lengths",
+    "length_matched": "over pairs of like lengths",
+    "num_length_matched": "such pairs",
+    "num_wins": "wins",
+    "num_losses": "losses",
+    "num_ties": "ties",
+    "num_unparsed": "not parsed",
+    "num_failed": "request failed",
+    "order_agreement": "same in both orders",
+}
 Figure = Callable[[Run], float | None]  # of a run; None where it was not measured
 
 
@@ -132,12 +114,15 @@ def _markdown(
         against_base = f"{base}\n\n{against_base}"
     # Where `judge.reference` names answers, `evaluate` has compared those of each run with them.
     against_reference = {(r.alpha, r.seed): f for r in runs if (f := r.figures("judge"))}
+    forest = pictured("forest")
+    if forest:
+        forest += "\n\nFilled: significant after Holm's correction. Base: the least alpha."
     sections = {
         "Conclusion": conclusion(found, len(seeds)),
         "Not measured": "\n".join(f"- {note}" for note in notes),
-        "Paired differences": _forest(pictured("forest")) + _differences(by_measure, alphas[0]),
+        "Paired differences": f"{forest}\n\n{_differences(by_measure, alphas[0])}",
         "Noise of the answers": _noises(by_measure),
-        "Power": _power(power, found),
+        "Power": power and f'Before the runs: {power}. After them: "visible from" above.',
         "By seed": _by_seed(by_measure, seeds),
         "Losses": _losses(runs) + pictured("training_loss", "held_out_loss", "losses"),
         "Answers": _means(runs, "answers") + pictured("answers"),
@@ -146,7 +131,7 @@ def _markdown(
         "Judged against the reference": _win_rates(against_reference),
         _ANSWERS_TITLE: _shown_answers(runs),
         "Provenance": "\n".join(f"- {name}: {text}" for name, text in provenance(runs).items()),
-        "Method": _METHOD,
+        "Method": _METHOD.substitute(fewest_seeds=FEWEST_SEEDS),
     }
     parts = [f"## {title}\n\n{text.strip()}" for title, text in sections.items() if text.strip()]
     summary = (
@@ -155,11 +140,6 @@ def _markdown(
         f"alpha {', '.join(map(plain, alphas))}; seeds {', '.join(map(str, seeds))}."
     )
     return "\n\n".join(["# Study of noise.alpha", summary, *parts]) + "\n"
-
-
-def _forest(picture: str) -> str:
-    caption = "Filled: significant after Holm's correction. Base: the least alpha."
-    return f"{picture}\n\n{caption}\n\n" if picture else ""
 
 
 def _differences(found: Sequence[Difference], base: float) -> str:
@@ -181,21 +161,6 @@ def _differences(found: Sequence[Difference], base: float) -> str:
             ]
         )
     return _table(heads, rows)
-
-
-def _power(power: str, found: Sequence[Difference]) -> str:
-    """What the design could see, as said before the runs and as measured after them."""
-    visible = [d for d in found if not math.isnan(d.visible)]
-    widest = {d.measure: 0.0 for d in visible}
-    for d in visible:
-        widest[d.measure] = max(widest[d.measure], d.visible)
-    measured = "; ".join(
-        f"{measure(name).label} {measure(name).shown(v)}{measure(name).unit}"
-        for name, v in widest.items()
-    )
-    before = f"Before the runs: {power}." if power else ""
-    after = f"After them, at the alpha with the widest interval: {measured}." if measured else ""
-    return f"{before}\n\n{after}".strip()
 
 
 def _noises(found: Sequence[Difference]) -> str:
@@ -257,29 +222,21 @@ def _by_alpha(runs: Sequence[Run], figures: Mapping[str, Figure], form: str = ".
 
 def _win_rates(rates: Mapping[tuple[float, int], Mapping[str, Any]]) -> str:
     """A table of the figures of `win_rate` by alpha and seed."""
-    percents = {"win_rate": "win rate", "length_controlled": "at equal lengths"}
-    percents |= {"length_matched": "over pairs of like lengths"}
-    counts = {"num_length_matched": "such pairs", "num_wins": "wins", "num_losses": "losses"}
-    counts |= {"num_ties": "ties", "num_unparsed": "not parsed", "num_failed": "request failed"}
     rows = [
-        [
-            *(plain(alpha), str(seed)),
-            *(_percent(rate.get(key), digits=1) for key in percents),
-            *(str(rate.get(key, "")) for key in counts),
-            _percent(rate.get("order_agreement"), digits=0),
-        ]
-        for (alpha, seed), rate in rates.items()
+        [plain(alpha), str(seed), *(_rate(figures.get(key)) for key in _RATES)]
+        for (alpha, seed), figures in rates.items()
     ]
-    heads = ["alpha", "seed", *percents.values(), *counts.values(), "same in both orders"]
-    return _table(heads, rows)
+    return _table(["alpha", "seed", *_RATES.values()], rows)
+
+
+def _rate(value: float | None) -> str:
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, int) else f"{value:.1f} %"
 
 
 def _p_value(p: float) -> str:
     return "" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _percent(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f} %"
 
 
 def _mean(values: Sequence[float | None], form: str) -> str:
@@ -300,7 +257,9 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _html(text: str, pictures: dict[str, bytes]) -> str:
     """One file: pictures within it, nothing to be loaded, no script. HTML and links in a name or an
     answer are shown as they are written."""
-    converter = markdown.Markdown(extensions=["tables", "sane_lists"])
+    converter = markdown.Markdown(
+        extensions=["tables", "sane_lists", "toc"], extension_configs={"toc": {"marker": ""}}
+    )
     converter.preprocessors.deregister("html_block")
     for pattern in _ACTIVE_PATTERNS:
         converter.inlinePatterns.deregister(pattern)
@@ -316,11 +275,4 @@ def _html(text: str, pictures: dict[str, bytes]) -> str:
     # Of links and tags, those that this module writes.
     body = body.replace("[All of them](answers.md)", '<a href="answers.html">All of them</a>')
     body = body.replace("&lt;br&gt;", "<br>")
-    body = body.replace(f"<h2>{_ANSWERS_TITLE}", f'<h2 id="answers">{_ANSWERS_TITLE}')
-    body = body.replace(f"<h1>{_ANSWERS_TITLE}", f'<h1 id="answers">{_ANSWERS_TITLE}')
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width">\n'
-        f"<title>Study of noise.alpha</title>\n<style>\n{_STYLE}\n</style>\n</head>\n"
-        f"<body>\n{body}\n</body>\n</html>\n"
-    )
+    return _PAGE.substitute(body=body)

@@ -525,7 +525,7 @@ def test_power_is_stated_before_the_runs(tmp_path: Path) -> None:
         config, 2
     )
     text = report.write(tmp_path, make_runs(tmp_path, {}, 3), {}, [], line)
-    assert line in text and re.search(r"widest interval: held-out loss 0\.\d{4}", text)
+    assert line in text and re.search(r"held-out loss \| 5 .* to [+-]0\.\d{4} \| 0\.\d{4} \|", text)
 
 
 @pytest.mark.parametrize(
