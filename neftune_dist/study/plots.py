@@ -109,8 +109,11 @@ def _panels(runs: Sequence[Run], part: str) -> Figure | None:
     if not keys:
         return None
     alphas, seeds = alphas_of(runs), seeds_of(runs)
-    figure, panels = _grid([LABELS.get(key, f"accuracy on {key}") for key in keys], alphas)
-    for axes, key in zip(panels, keys, strict=True):
+    rows = -(-len(keys) // _COLUMNS)
+    figure = Figure(figsize=(3.2 * _COLUMNS, 2.0 * rows), layout="tight")
+    for number, key in enumerate(keys, 1):
+        title = LABELS.get(key, f"accuracy on {key}")
+        axes: Any = figure.add_subplot(rows, _COLUMNS, number, title=title)
         for i, alpha in enumerate(alphas):
             these = [run for run in runs if run.alpha == alpha and key in run.figures(part)]
             values = [run.figures(part)[key] for run in these]
@@ -120,6 +123,11 @@ def _panels(runs: Sequence[Run], part: str) -> Figure | None:
             axes.plot(at, values, "o", color=colour, markersize=4)
             if values:
                 axes.hlines(fmean(values), i - 0.3, i + 0.3, color=colour, linewidth=1.8)
+        axes.set_xticks(range(len(alphas)), list(map(plain, alphas)))
+        axes.set_xlim(-0.6, len(alphas) - 0.4)
+        axes.set_xlabel("alpha")
+        axes.margins(y=0.12)
+        axes.ticklabel_format(axis="y", useOffset=False)
     return figure
 
 
@@ -150,20 +158,6 @@ def _forest(differences: Sequence[Difference]) -> Figure | None:
     axes.set_xlabel("difference in standard errors, with its 95 % interval")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(alphas))
     return figure
-
-
-def _grid(titles: Sequence[str], alphas: Sequence[float]) -> tuple[Figure, list[Any]]:
-    """A figure with a panel for each title, all over the alphas."""
-    rows = -(-len(titles) // _COLUMNS)
-    figure = Figure(figsize=(3.2 * _COLUMNS, 2.0 * rows), layout="tight")
-    panels = [figure.add_subplot(rows, _COLUMNS, i + 1, title=t) for i, t in enumerate(titles)]
-    for axes in panels:
-        axes.set_xticks(range(len(alphas)), list(map(plain, alphas)))
-        axes.set_xlim(-0.6, len(alphas) - 0.4)
-        axes.set_xlabel("alpha")
-        axes.margins(y=0.12)
-        axes.ticklabel_format(axis="y", useOffset=False)
-    return figure, panels
 
 
 def _colour(runs: Sequence[Run], alpha: float) -> str:
