@@ -15,7 +15,7 @@ model's. A row that cannot be asked is a `UserError`: an incomplete set could no
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import shorten
@@ -29,6 +29,7 @@ from neftune_dist.data.errors import BadRow, type_name
 from neftune_dist.data.formats import exchange
 from neftune_dist.data.sources import read_row_file
 from neftune_dist.data.split import sample
+from neftune_dist.data.tokenize import ConversationTokenizer
 
 HELD_OUT = "held_out"
 KEY = "evaluate.instructions"
@@ -106,6 +107,26 @@ def read_prompts(name: str, key: str) -> list[Instruction]:
     if not rows:
         raise UserError(f"{key}={name} holds no prompt.")
     return [_instruction(row, path.stem) for row in rows]
+
+
+def prompt_ids(
+    instructions: Sequence[Instruction], template: ConversationTokenizer, name: str
+) -> list[list[int]]:
+    """Tokens of the prompts of instructions.
+
+    Args:
+        name: of an instruction, in messages.
+
+    Raises:
+        UserError: the template cannot express one of them.
+    """
+    prompts = []
+    for number, instruction in enumerate(instructions, 1):
+        try:
+            prompts.append(template.prompt_ids(instruction.conversation))
+        except BadRow as error:
+            raise UserError(f"{name} {number} cannot be asked: {error}.") from error
+    return prompts
 
 
 def checkable(config: Config) -> bool:

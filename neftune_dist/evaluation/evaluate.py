@@ -17,12 +17,12 @@ from typing import Any
 from neftune_dist.checkpoint.choice import StepChoice
 from neftune_dist.config import UserError, check_evaluation_packages
 from neftune_dist.data.dataset import Dataset, prepare
-from neftune_dist.data.errors import BadRow
 from neftune_dist.data.instructions import (
     HELD_OUT,
     Instruction,
     checkable,
     held_out_instructions,
+    prompt_ids,
     read_instructions,
 )
 from neftune_dist.data.split import sample_documents
@@ -105,7 +105,11 @@ class _Evaluation:
             self.dataset = world.local_rank_zero_first(lambda: prepare(data, tokenizer, world.log))
         with world.agree():
             self.instructions = self._instructions()
-            self.prompts = self._prompts()
+            self.prompts = (
+                prompt_ids(self.instructions, target.template, "Instruction")
+                if self.instructions
+                else []
+            )
             self.theirs = self._answers_to_beat()
         self.results = Results(self.folder, target, world)
 
@@ -139,16 +143,6 @@ class _Evaluation:
         if any(i.conversation.num_left_out for i in found):
             self.world.log("answers: only the first turn of a conversation is asked")
         return found
-
-    def _prompts(self) -> list[list[int]]:
-        """Tokens of the instructions."""
-        prompts = []
-        for i, instruction in enumerate(self.instructions):
-            try:
-                prompts.append(self.target.template.prompt_ids(instruction.conversation))
-            except BadRow as error:
-                raise UserError(f"Instruction {i + 1} cannot be asked: {error}.") from error
-        return prompts
 
     def _answers_to_beat(self) -> list[dict[str, Any]]:
         reference = self.config.judge.reference

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from neftune_dist.compat.transformers import attention_name
-from neftune_dist.config import Config, NoiseConfig
+from neftune_dist.config import Config
 from neftune_dist.data.documents import Documents
 from neftune_dist.data.loader import MicroBatch, collate
 from neftune_dist.data.packing import assign_documents
@@ -31,9 +31,7 @@ from neftune_dist.engine.base import batch_losses
 from neftune_dist.model.attention import attention_of, implementation
 from neftune_dist.model.families import check_lengths, check_model
 from neftune_dist.model.loss import resolve_loss
-from neftune_dist.noise.handle import NEFTuneHandle
-from neftune_dist.noise.layout import TokenLayout
-from neftune_dist.training.noise import configured_noise, noise_signs
+from neftune_dist.training.noise import configured_noise, noise_signs, token_layout
 
 _NEVER = (1 << 32) - 1  # no training reaches this epoch, or has so many ranks
 _QUADRATIC_TOKENS = 1e9  # of `assign_documents`: work is balanced by tokens
@@ -110,39 +108,29 @@ _Forward = Callable[[int, MicroBatch], Tensor]  # number of the batch; float32 (
 @contextmanager
 def _forward(model: Any, config: Config, noisy: bool) -> Iterator[_Forward]:
     kind = resolve_loss("auto", model)
-    if not (noisy and config.noise.alpha):
+    noise = config.noise
+    if not (noisy and noise.alpha):
         with torch.no_grad():
             yield lambda _, batch: batch_losses(model, batch, kind, "none")
         return
-    noise = config.noise
     # Noise that covers padding belongs to no document.
     stream = "rank" if noise.length == "padded" else "sample"
     neftune = configured_noise(config, _NEVER, stream=stream)
     with neftune.attach(model) as handle, torch.enable_grad():
+
+        def noised(number: int, batch: MicroBatch) -> Tensor:
+            handle.step = number
+            losses = []
+            for handle.sign in noise_signs(noise):
+                handle.describe(token_layout(batch))
+                losses.append(batch_losses(model, batch, kind, "none").detach())
+            if handle.num_fired != len(losses):
+                raise RuntimeError("The noise was not added: the model bypasses its embedding.")
+            return torch.stack(losses).mean(0)
+
         # What the noise's hooks look at; the layers below stay in evaluation mode.
         model.training = True
         try:
-            yield lambda i, batch: _noised(model, handle, noise, i, batch, kind)
+            yield noised
         finally:
             model.training = False
-
-
-def _noised(
-    model: Any, handle: NEFTuneHandle, noise: NoiseConfig, i: int, batch: MicroBatch, kind: str
-) -> Tensor:
-    handle.step = i
-    losses = []
-    for handle.sign in noise_signs(noise):
-        handle.describe(
-            TokenLayout.from_arguments(
-                batch.input_ids,
-                batch.attention_mask,
-                cu_seq_lens=batch.cu_seqlens,
-                documents=batch.documents,
-                epochs=batch.epochs,
-            )
-        )
-        losses.append(batch_losses(model, batch, kind, "none").detach())
-    if handle.num_fired != len(losses):
-        raise RuntimeError("The noise was not added: the model bypasses its input embedding.")
-    return torch.stack(losses).mean(0)

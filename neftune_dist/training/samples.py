@@ -14,9 +14,8 @@ from typing import Any
 
 import transformers
 
-from neftune_dist.config import Config, UserError
-from neftune_dist.data.errors import BadRow
-from neftune_dist.data.instructions import Instruction, read_prompts
+from neftune_dist.config import Config
+from neftune_dist.data.instructions import Instruction, prompt_ids, read_prompts
 from neftune_dist.data.tokenize import ConversationTokenizer
 from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import Engine
@@ -63,13 +62,9 @@ def read(config: Config, folder: Path, tokenizer: Any, hf_config: Any) -> Prompt
         return None
     asked = read_prompts(name, _KEY)
     template = ConversationTokenizer(tokenizer, config.data)
-    limit, ids = longest_document(hf_config), []
-    for i, instruction in enumerate(asked):
-        try:
-            ids.append(template.prompt_ids(instruction.conversation))
-        except BadRow as error:
-            raise UserError(f"{_KEY}={name}: prompt {i + 1} cannot be asked: {error}.") from error
-    parts = batches(ids, config.evaluate, limit, f"{_KEY}={name}: prompt")
+    limit, shown = longest_document(hf_config), f"{_KEY}={name}: prompt"
+    ids = prompt_ids(asked, template, shown)
+    parts = batches(ids, config.evaluate, limit, shown)
     ends = end_tokens(folder, hf_config, template.end_of_turn[0])
     return Prompts(asked, ids, parts, limit, tokenizer, ends)
 
