@@ -11,7 +11,6 @@ redirects, and bounds neither the size of a reply nor its whole time.
 
 from __future__ import annotations
 
-import email.utils
 import http.client
 import itertools
 import json
@@ -277,13 +276,8 @@ def _message(text: str) -> str:
 
 
 def _pause(retry_after: str | None) -> float | None:
-    """Seconds to wait by a Retry-After header: a number of them or a date."""
+    """Seconds to wait by a Retry-After header, where it is a number of them."""
     try:
         return max(0.0, float(retry_after or ""))
-    except ValueError:
-        pass
-    try:
-        date = email.utils.parsedate_to_datetime(retry_after or "")
-        return max(0.0, date.timestamp() - time.time())
     except ValueError:
         return None

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from neftune_dist.checkpoint.choice import StepChoice
 from neftune_dist.config import UserError, check_evaluation_packages
 from neftune_dist.data.dataset import Dataset, prepare
 from neftune_dist.data.instructions import (
@@ -40,44 +39,25 @@ from neftune_dist.evaluation.win_rate import pair, read_answers, win_rate
 from neftune_dist.training.held_out import held_out_figures
 
 
-def evaluate(
-    name: str | Path,
-    *,
-    step: StepChoice = None,
-    config_file: str | Path | None = None,
-    settings: Sequence[str] = (),
-    output: Path | None = None,
-) -> int:
+def evaluate(name: str | Path, output: Path | None, **options: Any) -> int:
     """Evaluate a model and return the exit code. Call it on every rank.
 
     Args:
         name: what `open_target` opens.
-        step: of the run's checkpoint; None: the newest; "best": of the lowest held-out loss.
-        config_file: of a model that belongs to no run.
-        settings: `key=value` words.
         output: results folder; None: `evaluations/step_00000020` in the run's directory.
+        options: of `open_target`: step, config_file, settings.
 
     Raises:
         UserError: there is nothing to evaluate, or a part failed; the parts before it are written.
     """
 
     def work(world: World, stop: StopSignal) -> int:
+        place: dict[str, Any] = {"device": world.device, "part": (world.rank, world.size)}
         with stop.at_once():
-            target = world.local_rank_zero_first(
-                lambda: open_target(
-                    name,
-                    step=step,
-                    config_file=config_file,
-                    settings=settings,
-                    device=world.device,
-                    part=(world.rank, world.size),
-                )
-            )
+            target = world.local_rank_zero_first(lambda: open_target(name, **place, **options))
             evaluation = _Evaluation(target, output, world)
-            try:
+            with closing(evaluation.results):
                 evaluation.run()
-            finally:
-                evaluation.results.close()
         return EXIT_DONE
 
     return run_among_ranks(work, "stopped; the same command continues")
@@ -105,11 +85,9 @@ class _Evaluation:
             self.dataset = world.local_rank_zero_first(lambda: prepare(data, tokenizer, world.log))
         with world.agree():
             self.instructions = self._instructions()
-            self.prompts = (
-                prompt_ids(self.instructions, target.template, "Instruction")
-                if self.instructions
-                else []
-            )
+            self.prompts: list[list[int]] = []
+            if self.instructions:
+                self.prompts = prompt_ids(self.instructions, target.template, "Instruction")
             self.theirs = self._answers_to_beat()
         self.results = Results(self.folder, target, world)
 

@@ -13,7 +13,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -316,18 +315,14 @@ def test_slow_reply_is_retried(server: Server, compare: Compared) -> None:
     assert sum("no answer within judge.timeout_seconds=0.25" in line for line in compare.lines) == 4
 
 
-@pytest.mark.parametrize("as_date", [False, True])
-def test_retry_after_pauses_all_threads(
-    as_date: bool, server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_retry_after_pauses_all_threads(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """30 seconds are asked for, of which the test waits for 0.2."""
     monkeypatch.setattr(endpoint, "_LONGEST_PAUSE_SECONDS", 0.2)
     limited, arrived = threading.Event(), []
 
     def behave(prompt: str, attempt: int, handler: Any) -> str | None:
         if prompt == "first" and attempt == 1:
-            after = formatdate(time.time() + 30, usegmt=True) if as_date else "30"
-            return handler.send(429, "slow down", Retry_After=after)
+            return handler.send(429, "slow down", Retry_After="30")
         arrived.append(time.monotonic())
         return "A"
 
