@@ -54,9 +54,6 @@ def bounded(kind: type[int] | type[float], least: float, greatest: float) -> Cal
     return parse
 
 
-MAX_RESTARTS, RENDEZVOUS_MINUTES = bounded(int, 0, 2**20), bounded(float, 0.01, 2**20)
-
-
 # Arguments of several verbs.
 Words = Sequence[str]
 WHOLE = bounded(int, 0, 2**20)
@@ -68,6 +65,19 @@ CONFIG = (
 )
 RUN_DIR = argument("run_dir", type=partial(user_path, key="RUN_DIR"), help="directory of a run")
 OUTPUT = partial(argument, "--output", type=partial(user_path, key="--output"))
+MAX_RESTARTS = argument(
+    "--max-restarts",
+    type=WHOLE,
+    default=3,
+    help="attempts in a row without a new checkpoint before giving up; default: %(default)s",
+)
+RENDEZVOUS_MINUTES = argument(
+    "--rendezvous-minutes",
+    dest="minutes",
+    type=bounded(float, 0.01, 2**20),
+    default=15.0,
+    help="how long nodes wait for each other; default: %(default)s",
+)
 STEP = argument(
     "--step", type=bounded(int, 0, 2**32), help="step of the run's checkpoint; default: the newest"
 )

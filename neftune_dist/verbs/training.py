@@ -22,21 +22,12 @@ from neftune_dist.config import load_config, user_path
 from neftune_dist.distributed import environment, outcome
 from neftune_dist.system import garbage
 
-_LAUNCH = (
-    argument(
-        "--processes",
-        dest="num_processes",
-        type=bounded(int, 0, 2**12),
-        default=0,
-        help="per node; default: one per GPU",
-    ),
-    argument(
-        "--rendezvous-minutes",
-        dest="minutes",
-        type=RENDEZVOUS_MINUTES,
-        default=15.0,
-        help="how long nodes wait for each other; default: %(default)s",
-    ),
+_PROCESSES = argument(
+    "--processes",
+    dest="num_processes",
+    type=bounded(int, 0, 2**12),
+    default=0,
+    help="per node; default: one per GPU",
 )
 
 
@@ -56,16 +47,7 @@ def _train(config: str, settings: Words) -> int:
     return code if outcome.VARIABLE not in os.environ else outcome.EXIT_DONE
 
 
-@verb(
-    *CONFIG,
-    *_LAUNCH,
-    argument(
-        "--max-restarts",
-        type=MAX_RESTARTS,
-        default=3,
-        help="attempts in a row without a new checkpoint before giving up; default: %(default)s",
-    ),
-)
+@verb(*CONFIG, _PROCESSES, RENDEZVOUS_MINUTES, MAX_RESTARTS)
 def _launch(config: str, settings: Words, **options: Any) -> int:
     """Train with all GPUs of this node, or of all nodes of the Slurm job whose batch script this
     is; start again after failures.
@@ -88,7 +70,8 @@ def _submit(**given: Any) -> int:
 
 
 @verb(
-    *_LAUNCH,
+    _PROCESSES,
+    RENDEZVOUS_MINUTES,
     argument("folder", type=partial(user_path, key="FOLDER")),
     argument("words", nargs="*"),
 )

@@ -450,7 +450,8 @@ def test_script_is_train_sbatch_with_fixed_arguments(site: Site, tmp_path: Path)
     assert script.startswith("#!/usr/bin/env bash\n")
     ran = executed(script, tmp_path / "repository")
     launch = ["-m", "neftune_dist", "launch", str(kept / "config.yaml")]
-    assert ran == [*launch, "--processes", "2", "--max-restarts", "7"]
+    options = ["--processes", "2", "--max-restarts", "7", "--rendezvous-minutes", "15"]
+    assert ran == [*launch, *options]
     log = str(run_dir).replace("%", "%%") + "/logs/slurm-%j.out"
     assert f"--output={log}" in tokens(script)
     assert (run_dir / "logs").is_dir()
@@ -693,7 +694,7 @@ def test_each_task_of_an_array_has_a_snapshot_and_finds_it(site: Site, tmp_path:
         assert (kept / "job.sbatch").read_text() == script
         folder = tmp_path / f"repository{index}"
         ran = executed(script, folder, SLURM_ARRAY_TASK_ID=str(index))
-        assert ran[2:] == ["launch", str(kept / "config.yaml"), "--processes", "2"]
+        assert ran[2:6] == ["launch", str(kept / "config.yaml"), "--processes", "2"]
         assert (kept.parents[1] / "logs").is_dir()
     assert f"tail -F {site.here}/runs/50%_1/logs/slurm-100_1.out" in out
     assert f"tensorboard --logdir {site.here}/runs\n" in out

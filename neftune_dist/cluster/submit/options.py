@@ -31,10 +31,8 @@ OPTIONS = (
         "--chain", type=_NUMBER, default=1, metavar="N", help="N jobs, each after the one before"
     ),
     argument("--signal-seconds", type=int, default=300, help="to save in; default: %(default)s"),
-    argument("--max-restarts", type=MAX_RESTARTS, help="see `neftune-dist launch --help`"),
-    argument(
-        "--rendezvous-minutes", type=RENDEZVOUS_MINUTES, help="see `neftune-dist launch --help`"
-    ),
+    MAX_RESTARTS,
+    RENDEZVOUS_MINUTES,
     argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="any other: exclusive, a=b"
     ),

@@ -193,10 +193,8 @@ def _script(given: argparse.Namespace, tasks: list[Task], folders: list[Path]) -
     """slurm/train.sbatch under another header, its words fixed: the snapshots' configurations."""
     options = [option.partition("=") for option in _options(given, tasks)]
     header = [f"#SBATCH {n}={shlex.quote(v)}" if e else f"#SBATCH {n}" for n, e, v in options]
-    words = f"--processes {given.per_node}"
-    for name in ("max_restarts", "rendezvous_minutes"):
-        if getattr(given, name) is not None:
-            words += f" --{name.replace('_', '-')} {getattr(given, name)}"
+    words = f"--processes {given.per_node} --max-restarts {given.max_restarts}"
+    words += f" --rendezvous-minutes {given.minutes:g}"
     configs = [shlex.quote(str(folder / "config.yaml")) for folder in folders]
     fixed = [f"set -- {configs[0]} {words}"]
     if given.array:
