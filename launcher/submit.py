@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = ROOT / ".venv" / "bin" / "python"
-NEEDED = ("omegaconf", "huggingface_hub", "safetensors", "pyarrow", "numpy")
+NEEDED = ("omegaconf", "huggingface_hub", "safetensors", "pyarrow", "numpy", "psutil")
 if sys.version_info < (3, 11) or not all(find_spec(name) for name in NEEDED):
     if PYTHON.exists() and Path(sys.executable) != PYTHON:
         os.execv(str(PYTHON), [str(PYTHON), *sys.argv])

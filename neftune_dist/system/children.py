@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them, however that one ends (Linux)."""
+"""Processes that this one has started, and that end with it, however it ends (Linux)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+
+import psutil
 
 _LIBC = ctypes.CDLL(None)  # loaded here: not between a fork and the program that follows it
 _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36  # of sys/prctl.h
@@ -32,6 +34,11 @@ def end_with_parent(parent: int) -> None:
         _LIBC.prctl(_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def descendants() -> list[int]:
+    """Process numbers of this process's children, their children and so on."""
+    return [process.pid for process in psutil.Process().children(recursive=True)]
 
 
 def adopt_orphans() -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import random
 import socket
-import struct
+
+import psutil
 
 from neftune_dist.config import UserError
 
@@ -58,7 +58,7 @@ def use_interface_towards(host: str) -> None:
     """Have NCCL and gloo use the interface by which this machine reaches `host`.
 
     By themselves they take the interface of the machine's own name, which is often loopback.
-    Variables that are set already stay, and so they do where the interface has no IPv4 address.
+    Variables that are set already stay.
     """
     interface = interface_of(address_towards(host))
     for library in ("NCCL", "GLOO"):
@@ -67,12 +67,8 @@ def use_interface_towards(host: str) -> None:
 
 
 def interface_of(address: str) -> str | None:
-    """Return the name of the interface that has this IPv4 address, or None."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):
-                request = struct.pack("256s", name.encode()[:15])
-                reply = fcntl.ioctl(probe, 0x8915, request)  # SIOCGIFADDR
-                if socket.inet_ntoa(reply[20:24]) == address:
-                    return name
+    """Return the name of the interface that has this address, or None."""
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in entries):
+            return str(name)
     return None

@@ -47,6 +47,7 @@ HOMES = {
     "alpaca_eval": {"evaluation/alpaca_annotators"},
     "matplotlib": {"study/plots"},
     "markdown": {"study/report"},
+    "psutil": {"system/children", "system/network"},
 }
 
 # Documented, in spite of their names.

@@ -72,6 +72,7 @@ def test_interface_that_leads_to_a_host(monkeypatch: pytest.MonkeyPatch) -> None
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
     assert os.environ["NCCL_SOCKET_IFNAME"] == "ib0"  # what the user has set stays
     assert network.interface_of("203.0.113.7") is None
+    assert network.interface_of("::1") == "lo"
     with pytest.raises(UserError, match=r"cannot find nowhere\.invalid"):
         network.address_towards("nowhere.invalid")
 

@@ -32,9 +32,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def children_of_this_test_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A launcher kills all its descendants; those of earlier tests are not the launcher's."""
-    descendants, earlier = supervisor._descendants, set(supervisor._descendants())
+    descendants, earlier = children.descendants, set(children.descendants())
     monkeypatch.setattr(
-        supervisor, "_descendants", lambda: (p for p in descendants() if p not in earlier)
+        children, "descendants", lambda: [p for p in descendants() if p not in earlier]
     )
 
 
@@ -177,11 +177,11 @@ def test_descendants_are_found_over_generations() -> None:
     child = subprocess.Popen([sys.executable, "-c", script])
     try:
         deadline = time.monotonic() + 10
-        while len(found := set(supervisor._descendants())) < 2 and time.monotonic() < deadline:
+        while len(found := set(children.descendants())) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
         assert child.pid in found and len(found) >= 2 and os.getpid() not in found
     finally:
-        for process in supervisor._descendants():
+        for process in children.descendants():
             os.kill(process, signal.SIGKILL)
         child.wait()
 

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -294,34 +294,19 @@ def _unwritten(descriptor: int, block: bytes) -> int:
 
 def _ask_to_stop(pid: int, job: Job | None) -> None:
     # srun passes the signal on to all processes of the step.
-    for process in [pid] if job else list(_descendants()):
+    for process in [pid] if job else children.descendants():
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGUSR1)
 
 
 def _kill_all(command: subprocess.Popen[bytes]) -> None:
     """Kill all descendants, and reap the adopted orphans among them."""
-    for process in list(_descendants()):
+    for process in children.descendants():
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
         if process != command.pid:  # whose exit code is read by `poll`, once
             with contextlib.suppress(ChildProcessError):  # a child of another process
                 os.waitpid(process, os.WNOHANG)
-
-
-def _descendants() -> Iterator[int]:
-    """Process numbers of this process's children, their children and so on."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended
-            # pid (name, which may hold anything) state ppid ...
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(stat.parent.name))
-    waiting = [os.getpid()]
-    while waiting:
-        found = children.get(waiting.pop(), [])
-        yield from found
-        waiting += found
 
 
 def _last_step(run_dir: Path) -> int:
