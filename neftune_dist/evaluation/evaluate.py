@@ -248,4 +248,5 @@ def _loss_figures(items: dict[str, Items]) -> dict[str, Any]:
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:24]
+    text = json.dumps(value, default=str)  # rows of Parquet files hold other values, too
+    return hashlib.sha256(text.encode()).hexdigest()[:24]

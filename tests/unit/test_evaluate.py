@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 import torch.nn.functional as F
@@ -311,6 +314,20 @@ def test_results_folder_is_written_kept_and_protected(
     assert run_evaluate(*words, "evaluate.train_documents=0")[0] == 0
     items = json.loads((out / "items.json").read_text())
     assert [len(items[part]) for part in ("held_out", "train", "train_noisy")] == [5, 0, 0]
+
+
+def test_items_of_a_task_may_hold_what_json_does_not(
+    folder: Path, tmp_path: Path, run_evaluate: Callable[..., Any]
+) -> None:
+    choices = {"text": ["two", "three"], "label": ["A", "B"]}
+    row = {"question": "What comes after one?", "choices": choices, "answerKey": "A"}
+    rows = [{**row, "raw": b"\xff\x00", "price": Decimal("1.5")}] * 2
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "arc.parquet")
+    words = [folder, "--output", tmp_path / "out", "model.dtype=fp32"]
+    code, said = run_evaluate(*words, f"evaluate.tasks=arc_easy={tmp_path / 'arc.parquet'}")
+    assert code == 0, said
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["tasks"]["arc_easy"]["num_items"] == 2
 
 
 def test_unavailable_judge_leaves_other_parts_intact(
