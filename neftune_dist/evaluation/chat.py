@@ -50,15 +50,16 @@ def chat(names: Sequence[str], settings: Sequence[str], *, temperature: float = 
     """
     if len(names) > 2:
         raise UserError(f"chat takes one model or two, not {len(names)}: {', '.join(names)}.")
+    at_terminal = sys.stdin.isatty()
     speakers = []
     try:
         for target in [open_target(name, settings=settings) for name in names]:
-            if sys.stdin.isatty():
+            if at_terminal:
                 print(f"loading {target.name}", flush=True)
             speakers.append(Speaker(target, temperature))
     except KeyboardInterrupt:
         return _INTERRUPTED
-    if sys.stdin.isatty():
+    if at_terminal:
         print(_HELP, flush=True)
     for speaker in speakers:
         if not speaker.remembers:
@@ -124,8 +125,13 @@ class Speaker:
             )
         most = min(asked, longest - len(ids))
         pieces, remark = _Pieces(self.target.tokenizer, set(self.target.end_tokens), show), ""
+        sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0}
+        settings = self.target.generator.arguments(most, **(sampling if self.temperature else {}))
+        given = torch.tensor([ids], device=self.target.device)
+        mask = torch.ones_like(given)
         try:
-            self._generate(ids, most, pieces)
+            with torch.no_grad():
+                self.target.model.generate(given, attention_mask=mask, streamer=pieces, **settings)
             if not pieces.ended:
                 limit = limit if most == asked else "the model takes no more"
                 remark = f"[cut after {pieces.num_tokens} tokens: {limit}]"
@@ -135,14 +141,6 @@ class Speaker:
         said = "".join(pieces.texts).strip()
         self.turns = [*turns, Turn("assistant", said)] if said else earlier
         return said, remark
-
-    @torch.no_grad()
-    def _generate(self, ids: list[int], most: int, pieces: _Pieces) -> None:
-        sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0}
-        settings = self.target.generator.arguments(most, **(sampling if self.temperature else {}))
-        given = torch.tensor([ids], device=self.target.device)
-        mask = torch.ones_like(given)
-        self.target.model.generate(given, attention_mask=mask, streamer=pieces, **settings)
 
 
 class _Pieces(transformers.TextStreamer):
@@ -211,15 +209,14 @@ def _ask(speakers: list[Speaker], question: str) -> None:
         _show(f"\n{remark}\n" if remark else "\n")
         return
     texts: list[str] = []
-    said, remark = "", ""
+    remark = ""
     for speaker in speakers:
+        said = ""
         try:
             if remark != STOPPED:  # one Ctrl-C stops both
                 said, remark = speaker.answer(question, lambda _: None)
-            else:
-                said = ""
         except BadRow as error:
-            said, remark = "", f"[{error}]"
+            remark = f"[{error}]"
         texts.append("\n".join(filter(None, (said, remark))))
     names = [speaker.name for speaker in speakers]
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
