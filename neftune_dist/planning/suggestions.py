@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Sequence
+from operator import attrgetter
+from typing import Any
 
 from neftune_dist.config import Config, UserError, check
 from neftune_dist.planning.memory import Peak
@@ -15,6 +17,22 @@ _MOST_RANKS = 1024
 _RANKS = "--world-size"
 
 Changes = dict[str, str | int | bool | None]
+# What lowers the memory of the batch, and of the state: a setting, its new value, and the values
+# from which that is a step down. The cheapest first.
+_LOWER_BATCH = (
+    ("model.loss", "chunked", ("plain",)),
+    ("model.activation_checkpointing", "selective", ("none",)),
+    ("model.activation_checkpointing", "full", ("none", "selective")),
+    ("engine.sync_every", "micro_batch", ("step",)),
+    ("engine.reshard_after_forward", True, (False,)),
+)
+_LOWER_STATE = (
+    ("engine.zero_stage", 3, (1, 2)),
+    ("engine.name", "fsdp2", ("auto", "replicated")),
+    ("engine.num_replicas", 1, range(2, _MOST_RANKS)),
+    ("optim.states", "8bit", ("fp32", "bf16")),
+    ("engine.offload", "cpu", ("none",)),
+)
 
 
 def suggest_changes(
@@ -49,7 +67,7 @@ def suggest_changes(
     tried: set[str] = set()
     while peak.num_bytes > most_bytes:
         ranks = int(changes.get(_RANKS) or world_size)
-        ladder = _ladder(_changed(config, changes), ranks, peak, peak.num_bytes - most_bytes)
+        ladder = _ladder(_changed(config, changes), ranks, peak, most_bytes)
         step = next((s for s in ladder if _words(s) not in tried), None)
         if step is None:
             return None
@@ -92,59 +110,36 @@ def suggest_faster(
     return None
 
 
-def _ladder(config: Config, ranks: int, peak: Peak, excess: float) -> Iterator[Changes]:
-    """Yield the changes to try next, in order of cost.
+def _ladder(config: Config, ranks: int, peak: Peak, most_bytes: float) -> list[Changes]:
+    """Return the changes to try next, in order of cost.
 
     If the state alone does not fit, no change of the batch helps: changes of the state come first.
     """
     state = sum(peak.parts[kind] for kind in ("weights", "gradients", "optimizer"))
     batch = peak.parts["activations"] + peak.parts["logits"]
-    lower_state = _lower_state(config, ranks, state, excess)
-    lower_batch = _lower_batch(config, batch, excess)
-    state_first = state > peak.num_bytes - excess
-    yield from (*lower_state, *lower_batch) if state_first else (*lower_batch, *lower_state)
+    excess, tokens = peak.num_bytes - most_bytes, config.train.micro_batch_tokens
+    lower_batch = _steps(_LOWER_BATCH, config)
+    for times in _halvings(batch, excess):
+        if tokens >> times >= config.data.max_length:
+            lower_batch.append({"train.micro_batch_tokens": tokens >> times})
+    lower_state = _steps(_LOWER_STATE, config)
+    for times in _halvings(state, excess):
+        if ranks << times <= _MOST_RANKS:
+            lower_state.append({_RANKS: ranks << times})
+    state_first = state > most_bytes
+    return lower_state + lower_batch if state_first else lower_batch + lower_state
 
 
-def _lower_batch(config: Config, batch: float, excess: float) -> Iterator[Changes]:
-    if config.model.loss == "plain":
-        yield {"model.loss": "chunked"}
-    if config.model.activation_checkpointing == "none":
-        yield {"model.activation_checkpointing": "selective"}
-    if config.model.activation_checkpointing != "full":
-        yield {"model.activation_checkpointing": "full"}
-    if config.engine.sync_every == "step":
-        yield {"engine.sync_every": "micro_batch"}
-    if config.engine.reshard_after_forward is False:
-        yield {"engine.reshard_after_forward": True}
-    halvings = _halvings(batch, excess)
-    fewest, tokens = config.data.max_length, config.train.micro_batch_tokens
-    while halvings is not None and tokens >> halvings >= fewest:
-        yield {"train.micro_batch_tokens": tokens >> halvings}
-        halvings += 1
+def _steps(table: Sequence[tuple[str, Any, Collection]], config: Config) -> list[Changes]:
+    return [{key: new} for key, new, old in table if attrgetter(key)(config) in old]
 
 
-def _lower_state(config: Config, ranks: int, state: float, excess: float) -> Iterator[Changes]:
-    if config.engine.name == "deepspeed" and config.engine.zero_stage in (1, 2):
-        yield {"engine.zero_stage": 3}
-    if config.engine.name in ("auto", "replicated") and ranks > 1:
-        yield {"engine.name": "fsdp2"}
-    if (config.engine.num_replicas or 1) > 1:
-        yield {"engine.num_replicas": 1}
-    if config.optim.states != "8bit":
-        yield {"optim.states": "8bit"}
-    if config.engine.offload == "none":
-        yield {"engine.offload": "cpu"}
-    halvings = _halvings(state, excess)
-    while halvings is not None and ranks << halvings <= _MOST_RANKS:
-        yield {_RANKS: ranks << halvings}
-        halvings += 1
-
-
-def _halvings(amount: float, excess: float) -> int | None:
-    """Return how many times to halve `amount` to save `excess`; None: no number is enough."""
+def _halvings(amount: float, excess: float) -> range:
+    """Return how many times `amount` may be halved so that `excess` is saved; empty: none is
+    enough."""
     if amount <= excess:
-        return None
-    return max(1, math.ceil(math.log2(amount / (amount - excess))))
+        return range(0)
+    return range(max(1, math.ceil(math.log2(amount / (amount - excess)))), 32)
 
 
 def _changed(config: Config, changes: Changes) -> Config:
