@@ -14,7 +14,14 @@ from typing import Any
 from neftune_dist.config import UserError, read_json
 from neftune_dist.distributed import outcome
 from neftune_dist.system.checkpoint_names import newest_step
-from neftune_dist.system.records import EVALUATIONS, SAMPLES, STEPS, Records, read_records
+from neftune_dist.system.records import (
+    EVALUATIONS,
+    SAMPLES,
+    STEPS,
+    Records,
+    is_finite,
+    read_records,
+)
 from neftune_dist.system.text import duration_text
 
 _CURVE_ROWS = 8
@@ -82,13 +89,15 @@ def _step_lines(
     now: float,
 ) -> Iterator[str]:
     last, recent = steps[-1], steps[-_SPEED_STEPS:]
-    step = last["step"]
-    of = f" of {num_steps} ({step / num_steps:.0%})" if num_steps else ""
+    step, tokens = last["step"], sum(row["num_tokens"] or 0 for row in recent)
     seconds = sum(row["step_seconds"] or 0.0 for row in recent) / len(recent)
-    left = f"; {duration_text((num_steps - step) * seconds)} left" if num_steps else ""
+    progress = f"step {step}"
+    if num_steps and num_steps >= step:  # less: the run was made longer, and has not saved since
+        left = duration_text((num_steps - step) * seconds)
+        progress += f" of {num_steps} ({step / num_steps:.0%}); {left} left"
     age = duration_text(max(0.0, now - (run_dir / STEPS).stat().st_mtime))
-    yield f"step {step}{of}{left}; recorded {age} ago; newest checkpoint: {newest_step(run_dir)}"
-    held_out = [row for row in evaluations if _number(row.get("held_out_loss")) is not None]
+    yield f"{progress}; recorded {age} ago; newest checkpoint: {newest_step(run_dir)}"
+    held_out = [row for row in evaluations if is_finite(row.get("held_out_loss"))]
     line = f"loss {_shown(last['loss'])}"
     if held_out:
         best = min(held_out, key=lambda row: row["held_out_loss"])
@@ -97,35 +106,34 @@ def _step_lines(
             f"best {_shown(best['held_out_loss'])} (step {best['step']})"
         )
     yield line
-    tokens = sum(row["num_tokens"] or 0 for row in recent)
+
+    def shown(key: str, form: str = ".4f") -> str:
+        return _shown(last.get(key), form)
+
     speed = f"{tokens / (seconds * len(recent)):,.0f}" if seconds else "?"
-    parts = [
-        f"{speed} tokens/s, {seconds:.2f} s a step, world size {_shown(last.get('world_size'), 0)}"
-    ]
-    if (mfu := _number(last.get("mfu"))) is not None:
-        parts.append(f"MFU {mfu:.1%}")
-    parts.append(f"memory {_shown(last.get('memory_gib'), 1)} GiB")
-    parts.append(f"padding {_shown(last.get('padding_fraction'), 3)}")
-    yield ", ".join(parts)
-    rate = _number(last.get("learning_rate"))
     yield (
-        f"noise norm {_shown(last.get('noise_norm'))}, by the law {_shown(last.get('noise_law'))}; "
-        f"gradient norm {_shown(last.get('grad_norm'), 3)}; learning rate "
-        f"{'?' if rate is None else f'{rate:.3g}'}; skipped steps: "
-        f"{_shown(last.get('num_skipped_steps', 0), 0)}"
+        f"{speed} tokens/s, {seconds:.2f} s a step, world size {shown('world_size', '.0f')}, "
+        f"MFU {shown('mfu', '.1%')}, memory {shown('memory_gib', '.1f')} GiB, "
+        f"padding {shown('padding_fraction', '.3f')}"
+    )
+    yield (
+        f"noise norm {shown('noise_norm')}, by the law {shown('noise_law')}; "
+        f"gradient norm {shown('grad_norm', '.3f')}; "
+        f"learning rate {shown('learning_rate', '.3g')}; "
+        f"skipped steps: {shown('num_skipped_steps', '.0f')}"
     )
 
 
 def _curve(losses: Sequence[float | None], width: int) -> Iterator[str]:
     """The loss over the steps as block characters, a mean of neighbouring steps a column."""
-    found = [loss for loss in losses if _number(loss) is not None]
+    found = [loss for loss in losses if loss is not None]
     columns = min(len(found), max(10, width - 10))
     if columns < 2:
         return
     means = []
     for i in range(columns):
         part = found[i * len(found) // columns : (i + 1) * len(found) // columns]
-        means.append(math.fsum(part) / len(part))  # type: ignore[arg-type]
+        means.append(math.fsum(part) / len(part))
     low, high = min(means), max(means)
     eighths = [round((mean - low) / ((high - low) or 1) * 8 * _CURVE_ROWS) for mean in means]
     for row in reversed(range(_CURVE_ROWS)):
@@ -178,14 +186,8 @@ def _num_steps(run_dir: Path) -> int | None:
         return None
 
 
-def _number(value: Any) -> float | None:
-    """A finite number; None for anything else."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number and math.isfinite(value) else None
-
-
-def _shown(value: Any, digits: int = 4) -> str:
+def _shown(value: Any, form: str = ".4f") -> str:
     """A number of a record; "?" for anything else, which a damaged or a foreign file may hold."""
-    if _number(value) is None:
+    if not is_finite(value):
         return "?"
-    return f"{value:.{digits}f}" if abs(value) < _LARGE else f"{value:.3g}"
+    return format(value, form if abs(value) < _LARGE else ".3g")

@@ -72,15 +72,16 @@ def _record(line: bytes, numbers: Sequence[str]) -> dict[str, Any] | None:
         return None
     if isinstance(step, bool) or step < 0:
         return None
-    return row if all(name in row and _is_number(row[name]) for name in numbers) else None
+    missing = object()
+    values = [row.get(name, missing) for name in numbers]
+    return row if all(value is None or is_finite(value) for value in values) else None
 
 
-def _is_number(value: Any) -> bool:
-    """A finite one, or null."""
-    if isinstance(value, int | float):
-        with suppress(OverflowError):
-            return math.isfinite(value)
-    return value is None
+def is_finite(value: Any) -> bool:
+    """Whether it is a number that float can hold, and no infinity or NaN."""
+    with suppress(OverflowError, TypeError):
+        return math.isfinite(value)
+    return False
 
 
 def _refuse(name: str) -> NoReturn:

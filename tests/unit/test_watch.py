@@ -87,7 +87,12 @@ def test_screen_survives_what_a_kill_leaves(run_dir: Path) -> None:
     (run_dir / "checkpoints" / "step_00000010" / "trainer_state.json").write_text("{")
     (run_dir / "evaluations.jsonl").write_text('{"step": 0, "held_out_loss": null}\n')
     screen = "\n".join(screen_lines(run_dir, 0.0))
-    assert "step 22; recorded" in screen and "loss ?" in screen and "by the law ?" in screen
+    assert (
+        "step 22; recorded" in screen
+        and "MFU ?" in screen
+        and "loss ?" in screen
+        and "by the law ?" in screen
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,6 +103,7 @@ def test_screen_survives_what_a_kill_leaves(run_dir: Path) -> None:
         ({"learning_rate": "high", "grad_norm": None, "mfu": "?"}, "learning rate ?"),
         ({"world_size": None, "memory_gib": []}, "world size ?, MFU 45.0%, memory ? GiB"),
         ({"loss": 1e300}, "loss 1e+300"),
+        ({"mfu": 10**400, "memory_gib": True}, "MFU ?, memory 1.0 GiB"),
     ],
 )
 def test_screen_shows_what_is_no_number_as_a_question_mark(
@@ -105,6 +111,11 @@ def test_screen_shows_what_is_no_number_as_a_question_mark(
 ) -> None:
     write(tmp_path / "metrics.jsonl", [record(step, **changes) for step in (1, 2)])
     assert shown in "\n".join(screen_lines(tmp_path, 0.0))
+
+
+def test_length_before_the_run_was_made_longer_is_not_shown(run_dir: Path) -> None:
+    write(run_dir / "metrics.jsonl", [record(step) for step in range(1, 43)])
+    assert any(line.startswith("step 42; recorded ") for line in screen_lines(run_dir, 0.0))
 
 
 def test_screen_counts_damaged_lines(run_dir: Path) -> None:
