@@ -187,6 +187,7 @@ def read_row_file(
                     if isinstance(row, BadRow):
                         raise row
                     found.append(convert(row))
+                    _check_text(row)
                 except BadRow as error:
                     raise UserError(f"{key}={name}, {place}: {error}.") from error
     except (TimeoutError, MemoryError) as error:
@@ -196,6 +197,15 @@ def read_row_file(
     if not found:
         raise UserError(f"{key}={name} holds no row.")
     return found
+
+
+def _check_text(row: Mapping[str, Any]) -> None:
+    """Refuse a row with text that cannot be encoded, at any depth. Raises `BadRow`."""
+    for name, value in row.items():
+        try:
+            json.dumps([name, value], ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:
+            raise BadRow(f"field {name!a} holds a lone surrogate, which is not text") from None
 
 
 def _stripped(row: Mapping[str, Any] | BadRow) -> Mapping[str, Any] | BadRow:

@@ -187,7 +187,8 @@ class Endpoint:
                         raise TimeoutError
                     if len(content) > _LARGEST_REPLY_BYTES:
                         raise http.client.HTTPException("the reply has no end")
-        except (OSError, http.client.HTTPException) as error:  # time-outs are OSErrors
+        # Time-outs are OSErrors; a host's name that is too long is a UnicodeError.
+        except (OSError, http.client.HTTPException, UnicodeError) as error:
             raise self._broken(error) from None
         if response.status >= 300:
             raise self._refusal(response, content)

@@ -366,6 +366,14 @@ def test_endpoint_that_is_down_ends_it(server: Server, compare: Compared) -> Non
     assert sum("again in" in line for line in compare.lines) == 1
 
 
+def test_host_that_cannot_be_reached_is_named(server: Server, compare: Compared) -> None:
+    """Also one whose name no resolver takes."""
+    url = f"http://{'a' * 64}.example/v1"
+    assert f"{url}/chat/completions cannot be reached: " in compare.refused(
+        settings(server, url=url, max_retries=0)
+    )
+
+
 def test_three_refused_requests_end_it(server: Server, compare: Compared) -> None:
     server.behave = lambda _, __, handler: handler.send(400, "bad request")
     assert "answered 400 (bad request)" in compare.refused(settings(server))

@@ -193,6 +193,7 @@ def test_answers_to_other_instructions_are_refused() -> None:
         ('[{"instruction": "i", "output": "o"}', "not valid JSON after row 1"),
         ("[1]", "row 1: not an object of fields"),
         ('[{"instruction": "i"}]', "row 1: the field 'output' is missing or no text"),
+        ('[{"instruction": "i", "output": "\\ud800"}]', "row 1: field 'output' holds a lone surr"),
         ('[{"instruction": 3, "output": "o"}]', "row 1: the field 'instruction' is missing or no"),
         ('[{"instruction": "i", "output": "o"}, {"output": "o"}]', "row 2: the field 'instruction"),
     ],
