@@ -7,6 +7,7 @@ Answers are not trusted: control characters, which a terminal would obey, are no
 
 from __future__ import annotations
 
+import io
 import shutil
 import sys
 import textwrap
@@ -35,6 +36,8 @@ STOPPED = "[stopped]"
 _LEAST_COLUMN = 32  # characters; in narrower terminals one answer follows the other
 _GAP = " | "
 _INTERRUPTED = 130  # as shells have it
+# Scores divided by less may be more than a float holds; the greatest would win anyway.
+_LEAST_TEMPERATURE = 1e-6
 
 
 def chat(names: Sequence[str], settings: Sequence[str], *, temperature: float = 0.0) -> int:
@@ -51,6 +54,10 @@ def chat(names: Sequence[str], settings: Sequence[str], *, temperature: float = 
     if len(names) > 2:
         raise UserError(f"chat takes one model or two, not {len(names)}: {', '.join(names)}.")
     at_terminal = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Bytes that are no text are refused line by line; strictly, all that was read with them
+        # would be lost.
+        sys.stdin.reconfigure(errors="surrogateescape")
     speakers = []
     try:
         for target in [open_target(name, settings=settings) for name in names]:
@@ -126,7 +133,9 @@ class Speaker:
         most = min(asked, longest - len(ids))
         pieces, remark = _Pieces(self.target.tokenizer, set(self.target.end_tokens), show), ""
         sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0}
-        settings = self.target.generator.arguments(most, **(sampling if self.temperature else {}))
+        if self.temperature < _LEAST_TEMPERATURE:
+            sampling = {}
+        settings = self.target.generator.arguments(most, **sampling)
         given = torch.tensor([ids], device=self.target.device)
         mask = torch.ones_like(given)
         try:
@@ -176,6 +185,7 @@ def _talk(speakers: list[Speaker]) -> int:
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
+            line.encode()
         except EOFError:
             if sys.stdin.isatty():
                 print(flush=True)
@@ -183,8 +193,8 @@ def _talk(speakers: list[Speaker]) -> int:
         except KeyboardInterrupt:
             print("\n(Ctrl-D or /quit ends.)", flush=True)
             continue
-        except UnicodeDecodeError as error:
-            _mistake(f"This line is not text in {error.encoding}.")
+        except UnicodeError:
+            _mistake(f"This line is not text in {sys.stdin.encoding}.")
             continue
         command, _, rest = line.partition(" ")
         try:

@@ -159,6 +159,19 @@ def test_penalty_and_limit_are_those_of_evaluate(
     torch.manual_seed(0)
     drawn = {talk("Why?\n", models[0], FEW, "--temperature", 5)[0] for _ in range(3)}
     assert len(drawn) == 3
+    cold, _ = talk("Why?\n", models[0], "evaluate.max_new_tokens=9", "--temperature", 1e-300)
+    assert cold == talk("Why?\n", models[0], "evaluate.max_new_tokens=9")[0]
+
+
+def test_line_of_bytes_that_are_no_text_is_refused_alone(
+    models: list[Path], talk: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = io.TextIOWrapper(io.BytesIO(b"Why\xff?\n/system \xff\nWhy?\n"), "utf-8")
+    monkeypatch.setattr(io, "StringIO", lambda lines: typed)
+    out, err = talk("", models[0], FEW)
+    assert err == "This line is not text in utf-8.\n" * 2
+    monkeypatch.undo()
+    assert out == talk("Why?\n", models[0], FEW)[0]
 
 
 def test_two_models_answer_the_same_question(
