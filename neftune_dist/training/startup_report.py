@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import platform
-import subprocess
-from contextlib import suppress
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from neftune_dist import __version__
 from neftune_dist.compat.transformers import attention_name
 from neftune_dist.config import Config
 from neftune_dist.data.dataset import Dataset
@@ -24,6 +18,7 @@ from neftune_dist.model.attention import VARLEN
 from neftune_dist.model.flash import varlen_kernel
 from neftune_dist.model.optimizations import drops
 from neftune_dist.system.processor import processor_name
+from neftune_dist.system.versions import versions as system_versions
 
 
 def data_lines(dataset: Dataset, sampler: Sampler, loader: Loader) -> list[str]:
@@ -111,24 +106,6 @@ def device_name(device: torch.device) -> str:
     return processor_name()
 
 
-@cache
 def versions() -> dict[str, str]:
-    """The code's commit, "" where it is no checkout, and versions of the packages that affect a
-    run's results, without those that are not installed."""
-    packages = ("torch", "transformers", "deepspeed", "datasets")
-    root = Path(__file__).parents[2]
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = ""
-    if (root / ".git").exists():
-        with suppress(OSError):  # no git
-            commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    found = {
-        "neftune_dist": __version__,
-        "commit": commit,
-        "python": platform.python_version(),
-        "cuda": str(torch.version.cuda),
-    }
-    for name in packages:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+    """The versions that are recorded with a run, see `system.versions`."""
+    return {**system_versions(), "cuda": str(torch.version.cuda)}

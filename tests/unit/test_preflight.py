@@ -14,6 +14,7 @@ from neftune_dist.cluster.submit import inventory, preflight, slurm, snapshot
 from neftune_dist.cluster.submit.inventory import Hub
 from neftune_dist.config import Config, DataConfig, SourceConfig, TrainConfig, UserError
 from neftune_dist.data import sampler
+from neftune_dist.system import versions
 from neftune_dist.system.text import duration_text
 
 
@@ -168,7 +169,10 @@ def test_rows_of_long_files_are_not_counted(
     assert preflight._num_steps(Config(data=data, train=TrainConfig(max_steps=7)), None) == 7
 
 
-def test_code_is_kept(tmp_path: Path) -> None:
+def test_code_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "_CHECKOUT", tmp_path)
+    versions.versions.cache_clear()
+
     def git(*words: str) -> str:
         identity = ("-c", "user.name=x", "-c", "user.email=x@x")
         done = subprocess.run(
@@ -181,10 +185,10 @@ def test_code_is_kept(tmp_path: Path) -> None:
     git("add", ".")
     git("commit", "-m", "x")
     (tmp_path / "a.py").write_text("two\n")
-    (tmp_path / "b.py").touch()
-    files = snapshot.code(tmp_path)
-    commit = git("rev-parse", "HEAD").strip()
-    assert files["code.txt"].splitlines()[1:] == [f"commit {commit}", " M a.py", "?? b.py"]
+    files = snapshot.code()
+    versions.versions.cache_clear()
+    commit = git("rev-parse", "--short=12", "HEAD").strip()
+    assert files["code.txt"].splitlines()[1] == f"commit {commit}-dirty"
     git("checkout", "a.py")
     patch = tmp_path / "code.patch"
     patch.write_text(files["code.patch"])
@@ -193,6 +197,7 @@ def test_code_is_kept(tmp_path: Path) -> None:
 
 
 def test_missing_git_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "not a git repository" in snapshot.code(tmp_path)["code.txt"]
+    versions.versions.cache_clear()
     monkeypatch.setenv("PATH", "/nowhere")
-    assert "commit not known: git: No such file" in snapshot.code(tmp_path)["code.txt"]
+    assert "commit not known\n" in snapshot.code()["code.txt"]
+    versions.versions.cache_clear()

@@ -5,9 +5,7 @@ Torch and the like are imported inside the checks, so that a broken one is a fin
 
 from __future__ import annotations
 
-import hashlib
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -15,43 +13,36 @@ import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, distributions, requires, version
+from importlib.metadata import distributions, requires
 from importlib.util import find_spec
 from pathlib import Path
 
-import neftune_dist
 from neftune_dist.cluster.doctor.findings import OK, WARNING, WRONG, Finding, Site, check, named
 from neftune_dist.system.compilers import missing_compiler
+from neftune_dist.system.versions import versions as system_versions
 
-_NAMED = ("torch", "transformers", "deepspeed", "datasets")
 # By a run, or by transformers where they are installed.
 _IMPORTED = ("torch", "transformers.models.llama.modeling_llama", "deepspeed", "datasets")
 _IMPORTED_IF_THERE = ("flash_attn", "torchvision")
 _PIP_CHECK = ("-m", "pip", "check")
 _IMPORT_SECONDS, _PIP_SECONDS, _NVIDIA_SMI_SECONDS = 100.0, 60.0, 20.0
-# Other versions of these on another machine can train another model, or not talk to each other.
-_MUST_AGREE = {"neftune-dist", "torch", "CUDA of torch", "NCCL", "transformers", "deepspeed"}
+# Other versions of all else on another machine can train another model, or not talk to each other.
+_MAY_DIFFER = {"python", "datasets", "driver"}
 # Set once while debugging and forgotten since.
 _SLOWING = ("CUDA_LAUNCH_BLOCKING", "NCCL_P2P_DISABLE", "NCCL_IB_DISABLE", "NCCL_SHM_DISABLE")
 
 
 def versions() -> dict[str, str]:
     """Versions by which machines are compared, by name, without those that are not installed."""
-    found = {"neftune-dist": f"{neftune_dist.__version__} ({_sources()})"}
-    found["python"] = platform.python_version()
-    for name in _NAMED:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
+    found = {**system_versions()}
     with suppress(Exception):  # the check of imports says why
         import torch
 
-        found["torch"] = torch.__version__
         if torch.version.cuda:
             found |= {"CUDA of torch": torch.version.cuda, "NCCL": _nccl_version()}
     with suppress(OSError, subprocess.SubprocessError):
-        driver = nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
-        found |= {"driver": driver.splitlines()[0]} if driver else {}
-    return found
+        found["driver"] = nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
+    return {name: text.splitlines()[0] for name, text in found.items() if text}
 
 
 def _nccl_version() -> str:
@@ -59,15 +50,6 @@ def _nccl_version() -> str:
     import torch
 
     return ".".join(map(str, torch.cuda.nccl.version()[:3]))
-
-
-def _sources() -> str:
-    """A digest of this package's source files: tells uncommitted edits apart as well."""
-    folder = Path(neftune_dist.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()[:8]
 
 
 def nvidia_smi(*words: str) -> str:
@@ -95,7 +77,7 @@ def compare_versions(of_hosts: Mapping[str, Mapping[str, str]]) -> Iterator[Find
         if len(hosts_by_version) > 1:
             rows = [f"{text} on {named(hosts)}" for text, hosts in hosts_by_version.items()]
             fix = "use one environment (and one driver) on all hosts: a shared disk, or one image"
-            status = WRONG if name in _MUST_AGREE else WARNING
+            status = WARNING if name in _MAY_DIFFER else WRONG
             yield Finding(status, f"{name} differs", "; ".join(rows), fix)
 
 

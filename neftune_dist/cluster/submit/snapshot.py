@@ -1,6 +1,6 @@
 """The snapshot of a submission: RUN_DIR/submit/0001, 0002 and so on.
 
-    config.yaml  resolved, as the job trains it     code.txt    version, commit, changed files
+    config.yaml  resolved, as the job trains it     code.txt    commit and versions
     words        the command                        code.patch  uncommitted changes
     job.sbatch   the script                         job         the ids of its jobs
 
@@ -9,14 +9,12 @@ Imports no torch.
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from neftune_dist import __version__
+from neftune_dist.system.versions import git, versions
 
 
 def next_folder(run_dir: Path) -> Path:
@@ -31,29 +29,10 @@ def jobs(run_dir: Path) -> list[str]:
     return [number for file in files for number in file.read_text().split()]
 
 
-def code(root: Path) -> dict[str, str]:
+def code() -> dict[str, str]:
     """The files that say which code it is, by name."""
-    commit = _git(root, "rev-parse", "HEAD")
-    changes = _git(root, "status", "--porcelain")
-    text = f"neftune_dist {__version__}\ncommit {commit.rstrip()}\n{changes}"
-    return {"code.txt": text, "code.patch": _git(root, "diff", "HEAD", "--binary")}
-
-
-def _git(root: Path, *words: str) -> str:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *words],
-            # `git status` would write its index.
-            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
-            capture_output=True,
-            encoding="utf-8",
-            errors="surrogateescape",
-        )
-    except OSError as error:
-        return f"not known: git: {error.strerror}\n"
-    if done.returncode:
-        return f"not known: {done.stderr.strip()}\n"
-    return done.stdout
+    lines = [f"{name} {text or 'not known'}\n" for name, text in versions().items()]
+    return {"code.txt": "".join(lines), "code.patch": git("diff", "HEAD", "--binary")}
 
 
 def write(folder: Path, files: Mapping[str, str], undo: ExitStack) -> None:

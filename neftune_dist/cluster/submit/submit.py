@@ -232,7 +232,7 @@ def _submit(given: argparse.Namespace, tasks: list[Task], waits_for: list[str]) 
     folders = [snapshot.next_folder(task.run_dir) for task in tasks]
     script, options = _script(given, tasks, folders), _options(given, tasks)
     command = shlex.join(["neftune-dist", *sys.argv[1:]])
-    files = {"words": command + "\n", "job.sbatch": script, **snapshot.code(ROOT)}
+    files = {"words": command + "\n", "job.sbatch": script, **snapshot.code()}
     ids: list[str] = []
     with ExitStack() as undo:
         for task, folder in zip(tasks, folders, strict=True):
