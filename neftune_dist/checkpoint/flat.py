@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,22 +20,23 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import xxhash
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    create_default_global_save_plan,
+)
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
-    LoadPlanner,
     ReadItem,
     SavePlan,
-    SavePlanner,
     TensorWriteData,
     WriteItem,
     WriteItemType,
@@ -46,7 +46,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from neftune_dist.config import UserError
 from neftune_dist.engine.base import FlatShard
 from neftune_dist.model.pickles import KnownReader
-from neftune_dist.optim import QuantizedMoment
+from neftune_dist.optim import Moment, QuantizedMoment
 from neftune_dist.system.garbage import without_collecting
 
 # Largest item of a file: reading a range takes this much memory beside the range.
@@ -102,19 +102,18 @@ class Reader:
     """
 
     def __init__(self, folder: Path, *, alone: bool = False) -> None:
-        self._folder, self._alone = folder, alone
+        self._alone = alone
         # Many ranks' shards are described by millions of small objects; scanning them again and
         # again takes 20 times as long as making them.
         with without_collecting():
             self._reader = KnownReader(folder)
-        self.metadata = self._reader.metadata
 
     @property
     def tensors(self) -> dict[str, int]:
         """Key and number of elements of every tensor."""
         return {
             key: stored.size.numel()
-            for key, stored in self.metadata.state_dict_metadata.items()
+            for key, stored in self._reader.metadata.state_dict_metadata.items()
             if isinstance(stored, TensorStorageMetadata)
         }
 
@@ -124,22 +123,8 @@ class Reader:
         Raises:
             UserError: a tensor that is missing or of another size, or a file that cannot be read.
         """
-        with without_collecting(), warnings.catch_warnings():
-            # DCP warns that it reads without a process group; `alone` asks for that.
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            try:
-                dcp.load(
-                    {},
-                    storage_reader=self._reader,
-                    planner=_LoadPlanner(shards),
-                    no_dist=self._alone,
-                )
-            except dcp.CheckpointException as error:
-                causes = [failure[0] for failure in error.failures.values()]
-                known = next((str(c) for c in causes if isinstance(c, UserError)), None)
-                raise UserError(
-                    known or f"The checkpoint {self._folder} cannot be read: {causes[0]}."
-                ) from error
+        with without_collecting():
+            self._reader.load(_LoadPlanner(shards), alone=self._alone)
 
 
 class _HashingFileSystem(FileSystem):
@@ -194,21 +179,14 @@ class _HashedStream(io.RawIOBase):
         return descriptor
 
 
-class _SavePlanner(SavePlanner):
+class _SavePlanner(DefaultSavePlanner):
     def __init__(self, shards: Sequence[FlatShard]) -> None:
+        super().__init__()
         self.pieces = {
             (shard.key, shard.start + i): (shard, i)
             for shard in shards
             for i in range(0, shard.tensor.numel(), _PIECE_ELEMENTS)
         }
-
-    def set_up_planner(
-        self,
-        state_dict: dict[str, Any],
-        storage_meta: StorageMeta | None = None,
-        is_coordinator: bool = False,
-    ) -> None:
-        pass
 
     def create_local_plan(self) -> SavePlan:
         return SavePlan(
@@ -240,33 +218,22 @@ class _SavePlanner(SavePlanner):
                 )
         return plans, metadata
 
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        return new_plan
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        index = write_item.index
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
         assert index.offset is not None
         shard, i = self.pieces[index.fqn, index.offset[0]]
         return shard.tensor[i : i + _PIECE_ELEMENTS]  # decodes 8-bit moments, piece by piece
 
 
-class _LoadPlanner(LoadPlanner):
+class _LoadPlanner(DefaultLoadPlanner):
     def __init__(self, shards: Sequence[FlatShard]) -> None:
+        super().__init__()
         self.shards = {(s.key, s.start): s for s in shards}
 
-    def set_up_planner(
-        self,
-        state_dict: dict[str, Any],
-        metadata: Metadata | None = None,
-        is_coordinator: bool = False,
-    ) -> None:
-        assert metadata is not None
-        self.stored = metadata.state_dict_metadata
-
     def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
         items: list[ReadItem] = []
         for (key, start), shard in self.shards.items():
-            stored = self.stored.get(key)
+            stored = self.metadata.state_dict_metadata.get(key)
             if not isinstance(stored, TensorStorageMetadata):
                 raise UserError(f"The checkpoint lacks the tensor {key}: it is of another model.")
             if stored.size.numel() != shard.numel:
@@ -278,27 +245,17 @@ class _LoadPlanner(LoadPlanner):
             items += create_read_items_for_chunk_list(key, stored, [chunk])
         return LoadPlan(items)
 
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        return global_plan
+    def lookup_tensor(self, index: MetadataIndex) -> Any:
+        assert index.offset is not None
+        return self.shards[index.fqn, index.offset[0]].tensor
 
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        return central_plan
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise AssertionError("flat checkpoints hold tensors only")
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        whole = self._shard(read_item).tensor
-        if isinstance(whole, QuantizedMoment):  # encoded by `commit_tensor`
+    def transform_tensor(self, read_item: ReadItem, tensor: Moment) -> Tensor:
+        if isinstance(tensor, QuantizedMoment):  # encoded by `commit_tensor`
             return torch.empty(read_item.lengths)
-        return whole.narrow(0, read_item.dest_offsets[0], read_item.lengths[0])
+        piece: Tensor = super().transform_tensor(read_item, tensor)
+        return piece
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        whole = self._shard(read_item).tensor
+        whole = self.lookup_tensor(read_item.dest_index)
         if isinstance(whole, QuantizedMoment):
             whole.write(read_item.dest_offsets[0], tensor)
-
-    def _shard(self, read_item: ReadItem) -> FlatShard:
-        index = read_item.dest_index
-        assert index.offset is not None
-        return self.shards[index.fqn, index.offset[0]]

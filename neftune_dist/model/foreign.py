@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
+    MetadataIndex,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from neftune_dist.config import UserError
@@ -34,45 +35,23 @@ _ZERO_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_state
 
 
 @dataclass(frozen=True)
-class Slice:
-    """One stored tensor; indexing it by rows reads those rows."""
+class Source:
+    """A tensor in files.
+
+    Attributes:
+        shape: of the whole.
+        read_rows: reads rows [first, last) of it; a scalar has one.
+    """
 
     shape: tuple[int, ...]
     read_rows: Callable[[int, int], Tensor]
 
-    def get_shape(self) -> list[int]:
-        """The shape of the whole tensor."""
-        return list(self.shape)
 
-    def __getitem__(self, rows: slice) -> Tensor:
-        return self.read_rows(rows.start, rows.stop)
-
-
-class ForeignWeights:
-    """The tensors of a foreign checkpoint, by name: looks like a safetensors file."""
-
-    def __init__(self, slices: dict[str, Slice]) -> None:
-        self._slices = slices
-
-    def keys(self) -> Iterator[str]:
-        """Names of the tensors."""
-        return iter(self._slices)
-
-    def get_slice(self, name: str) -> Slice:
-        """One tensor, unread."""
-        return self._slices[name]
-
-    def get_tensor(self, name: str) -> Tensor:
-        """One tensor, whole."""
-        whole = self._slices[name]
-        return whole[0 : whole.shape[0] if whole.shape else 1]
-
-
-def open_weights(folder: Path) -> ForeignWeights | None:
-    """The weights in `folder`, or None where it is no checkpoint of these layouts."""
+def open_weights(folder: Path) -> dict[str, Source] | None:
+    """The weights in `folder` by name, or None where it is no checkpoint of these layouts."""
     if (folder / ".metadata").is_file():
         with _explained(folder, "PyTorch's distributed"):
-            return ForeignWeights(_by_every_suffix(_dcp_slices(folder)))
+            return _by_every_suffix(_dcp_sources(folder))
     latest = folder / "latest"
     with _explained(folder, "DeepSpeed's ZeRO"):
         tagged = folder / latest.read_text().strip() if latest.is_file() else folder
@@ -86,8 +65,7 @@ def open_weights(folder: Path) -> ForeignWeights | None:
     if any(model_rank for _, model_rank in files.values()):
         raise UserError(f"The ZeRO checkpoint {tagged} is tensor parallel: it cannot be read here.")
     with _explained(tagged, "DeepSpeed's ZeRO"):
-        slices = _zero_slices(tagged, [files[rank][0] for rank in sorted(files)])
-        return ForeignWeights(_by_every_suffix(slices))
+        return _by_every_suffix(_zero_sources(tagged, [files[rank][0] for rank in sorted(files)]))
 
 
 @contextmanager
@@ -98,26 +76,24 @@ def _explained(folder: Path, layout: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
-        failures = getattr(error, "failures", None)  # of ranks, of which there is one
-        cause = next(iter(failures.values()))[0] if failures else error
-        reason = first_line(cause)
+    except Exception as error:
         raise UserError(
             f"{folder} is no checkpoint of {layout} layout that can be read "
-            f"({type(cause).__name__}: {reason[:200]}): copy it again, or name another one."
+            f"({type(error).__name__}: {first_line(error)[:200]}): copy it again, or name another "
+            "one."
         ) from error
 
 
-def _by_every_suffix(slices: dict[str, Slice]) -> dict[str, Slice]:
-    """Slices by name, and by names without prefixes that trainers add (`model.`, `module.`,
+def _by_every_suffix(sources: dict[str, Source]) -> dict[str, Source]:
+    """Tensors by name, and by names without prefixes that trainers add (`model.`, `module.`,
     `state.app.`), unless that would be ambiguous."""
-    found: dict[str, Slice | None] = {}
-    for name, tensor in slices.items():
+    found: dict[str, Source | None] = {}
+    for name, tensor in sources.items():
         parts = name.split(".")
         for i in range(1, len(parts)):
             suffix = ".".join(parts[i:])
             found[suffix] = None if suffix in found else tensor
-    return {**{k: v for k, v in found.items() if v is not None}, **slices}
+    return {**{k: v for k, v in found.items() if v is not None}, **sources}
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -130,7 +106,7 @@ def _load(file: Path) -> dict[str, Any]:
     return loaded
 
 
-def _zero_slices(folder: Path, files: Sequence[Path]) -> dict[str, Slice]:
+def _zero_sources(folder: Path, files: Sequence[Path]) -> dict[str, Source]:
     states = [_load(file)["optimizer_state_dict"] for file in files]
     model = _load(min(folder.glob("*mp_rank_00_model_states.pt")))
     counts = states[0]["partition_count"]
@@ -140,7 +116,7 @@ def _zero_slices(folder: Path, files: Sequence[Path]) -> dict[str, Slice]:
             f"The ZeRO checkpoint {folder} has {len(files)} of {world_size} partitions."
         )
     by_stage_3 = "fp32_flat_groups" in states[0]
-    slices: dict[str, Slice] = {}
+    sources: dict[str, Source] = {}
     offset = 0
     for group, shapes in enumerate(model["param_shapes"]):
         if by_stage_3:
@@ -150,38 +126,43 @@ def _zero_slices(folder: Path, files: Sequence[Path]) -> dict[str, Slice]:
         else:
             # A group's parameters follow each other, and the whole is cut into the ranks' parts.
             parts = [state["single_partition_of_fp32_groups"][group] for state in states]
-            paddings = (states[0].get("param_alignment_paddings") or {group: [0] * len(shapes)})[
-                group
-            ]
+            no_paddings = {group: [0] * len(shapes)}
+            paddings = (states[0].get("param_alignment_paddings") or no_paddings)[group]
             offset = 0
         for (name, shape), padding in zip(shapes.items(), paddings, strict=True):
             numel = math.prod(shape)
             if by_stage_3:
                 size = -(-numel // world_size)
                 pieces = [(_joined(flat, offset, offset + size)) for flat in ranks]
-                slices[name] = _slice(shape, [piece for rank in pieces for piece in rank])
+                sources[name] = _source(shape, [piece for rank in pieces for piece in rank])
                 offset += size
             else:
-                slices[name] = _slice(shape, _joined(parts, offset, offset + numel))
+                sources[name] = _source(shape, _joined(parts, offset, offset + numel))
                 offset += numel + padding
     for alias, name in model.get("shared_params", {}).items():
-        if name in slices:
-            slices[alias] = slices[name]
-    return slices
+        if name in sources:
+            sources[alias] = sources[name]
+    return sources
 
 
 def _joined(parts: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
     """Views of elements [start, stop) of flat tensors that follow each other."""
-    found, begin = [], 0
-    for part in parts:
-        first, last = max(start - begin, 0), min(stop - begin, part.numel())
+    sizes = [part.numel() for part in parts]
+    return [parts[i][first:last] for i, first, last in ranges(sizes, start, stop)]
+
+
+def ranges(sizes: Iterable[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Of flat tensors of these sizes that follow each other: each that holds some of the elements
+    [start, stop), and the range of its own elements."""
+    begin = 0
+    for i, size in enumerate(sizes):
+        first, last = max(start - begin, 0), min(stop - begin, size)
         if first < last:
-            found.append(part[first:last])
-        begin += part.numel()
-    return found
+            yield i, first, last
+        begin += size
 
 
-def _slice(shape: Sequence[int], pieces: Sequence[Tensor]) -> Slice:
+def _source(shape: Sequence[int], pieces: Sequence[Tensor]) -> Source:
     """A tensor from pieces of its flattened elements, the last of them perhaps padded."""
     row, held = math.prod(shape[1:]), sum(piece.numel() for piece in pieces)
     if held < math.prod(shape):
@@ -192,67 +173,40 @@ def _slice(shape: Sequence[int], pieces: Sequence[Tensor]) -> Slice:
         read = torch.cat([none, *_joined(pieces, first * row, last * row)])
         return read.view(last - first, *shape[1:]) if shape else read
 
-    return Slice(tuple(shape), read_rows)
+    return Source(tuple(shape), read_rows)
 
 
-def _dcp_slices(folder: Path) -> dict[str, Slice]:
+def _dcp_sources(folder: Path) -> dict[str, Source]:
     reader = KnownReader(folder)
-    metadata = reader.metadata
     return {
-        name: Slice(tuple(stored.size), _dcp_rows(reader, name, stored))
-        for name, stored in metadata.state_dict_metadata.items()
+        name: Source(tuple(stored.size), partial(_read_dcp_rows, reader, name, stored))
+        for name, stored in reader.metadata.state_dict_metadata.items()
         if isinstance(stored, TensorStorageMetadata)
     }
 
 
-def _dcp_rows(
-    reader: KnownReader, name: str, stored: TensorStorageMetadata
-) -> Callable[[int, int], Tensor]:
-    def read_rows(first: int, last: int) -> Tensor:
-        size = [last - first, *stored.size[1:]] if stored.size else []
-        offsets = [first, *[0] * (len(size) - 1)] if stored.size else []
-        target = torch.empty(size, dtype=stored.properties.dtype)
-        chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(size))
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            planner = _RowsPlanner(name, stored, chunk, target)
-            with _explained(Path(reader.path), "PyTorch's distributed"):
-                dcp.load({}, storage_reader=reader, planner=planner, no_dist=True)
-        return target
-
-    return read_rows
+def _read_dcp_rows(
+    reader: KnownReader, name: str, stored: TensorStorageMetadata, first: int, last: int
+) -> Tensor:
+    size = [last - first, *stored.size[1:]] if stored.size else []
+    offsets = [first, *[0] * (len(size) - 1)] if stored.size else []
+    chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(size))
+    target = torch.empty(size, dtype=stored.properties.dtype)
+    reader.load(_RowsPlanner(name, stored, chunk, target), alone=True)
+    return target
 
 
-class _RowsPlanner(LoadPlanner):
-    """Loads some rows of one tensor."""
+class _RowsPlanner(DefaultLoadPlanner):
+    """Loads a chunk of one tensor."""
 
     def __init__(
         self, name: str, stored: TensorStorageMetadata, chunk: ChunkStorageMetadata, target: Tensor
     ) -> None:
+        super().__init__()
         self.name, self.stored, self.chunk, self.target = name, stored, chunk, target
-
-    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
-        pass
 
     def create_local_plan(self) -> LoadPlan:
         return LoadPlan(create_read_items_for_chunk_list(self.name, self.stored, [self.chunk]))
 
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        return global_plan
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        return central_plan
-
-    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        raise AssertionError("only tensors are asked for")
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        piece = self.target
-        for dim, (start, length) in enumerate(
-            zip(read_item.dest_offsets, read_item.lengths, strict=True)
-        ):
-            piece = piece.narrow(dim, start, length)
-        return piece
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        pass
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.target

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import LoadPlanner
 
 from neftune_dist.compat.dcp import MemoryFormat, StorageInfo
 from neftune_dist.config import UserError
@@ -90,6 +92,27 @@ class KnownReader(dcp.FileSystemReader):
         super().__init__(folder)
         self.metadata = read_metadata(folder / ".metadata")
         self.metadata.storage_meta = StorageMeta(load_id=self.load_id)
+
+    def load(self, planner: LoadPlanner, *, alone: bool) -> None:
+        """Load the tensors that a planner asks for.
+
+        Args:
+            alone: without a process group; otherwise a collective of all ranks.
+
+        Raises:
+            UserError: of the planner, or for a file that cannot be read.
+        """
+        with warnings.catch_warnings():
+            # DCP warns that it reads without a process group; `alone` asks for that.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            try:
+                dcp.load({}, storage_reader=self, planner=planner, no_dist=alone)
+            except dcp.CheckpointException as error:
+                causes = [failure[0] for failure in error.failures.values()]
+                known = next((str(c) for c in causes if isinstance(c, UserError)), None)
+                raise UserError(
+                    known or f"The checkpoint {self.path} cannot be read: {first_line(causes[0])}."
+                ) from error
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The description that was read when this was made."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from neftune_dist.compat.transformers import stored_parts
 from neftune_dist.config import ModelConfig, UserError, user_path
-from neftune_dist.model.foreign import ForeignWeights, open_weights
+from neftune_dist.model.foreign import Source, open_weights, ranges
 from neftune_dist.model.pickles import load_tensors
 from neftune_dist.model.stored_tensors import (
     Layout,
@@ -74,11 +74,11 @@ class WeightFiles:
         model: Any = None,
     ) -> None:
         self._folder, self._model, self._shapes, self._aliases = folder, model, shapes, aliases
-        self._file_of = _index(folder)
+        self._sources, self._is_foreign = _index(folder)
         self.layout: Layout = {}
         for name, names in aliases.items():
-            found = [c for c in _candidates(names, prefix) if c in self._file_of]
-            tensors = [StoredTensor(source, self._shape(source)) for source in found]
+            found = [c for c in _candidates(names, prefix) if c in self._sources]
+            tensors = [StoredTensor(source, self._sources[source].shape) for source in found]
             for tensor in tensors:
                 self._check(name, [tensor])
             for source in found[1:]:
@@ -90,7 +90,7 @@ class WeightFiles:
         """Find the tensors of parameters whose names the files do not have."""
         converted: Layout = {}
         if missing and self._model is not None:
-            stored = {name: self._shape(name) for name in self._file_of}
+            stored = {name: source.shape for name, source in self._sources.items()}
             converted = converted_layout(self._model, stored, missing)
         for name in missing:
             if name not in converted:
@@ -107,22 +107,17 @@ class WeightFiles:
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened parameter, 1-D, in the file's dtype."""
-        pieces: list[Tensor] = []
-        begin = 0
-        for tensor in self.layout[name]:
-            numel = math.prod(tensor.shape)
-            first, last = max(start - begin, 0), min(stop - begin, numel)
-            if first < last:
-                pieces.append(self._read(tensor.name, first, last))
-            begin += numel
+        tensors = self.layout[name]
+        found = ranges((math.prod(tensor.shape) for tensor in tensors), start, stop)
+        pieces = [self._read(tensors[i].name, first, last) for i, first, last in found]
         if not pieces:
-            return self._read(self.layout[name][0].name, 0, 0)
+            return self._read(tensors[0].name, 0, 0)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def export_layout(self) -> Layout:
         """The layout for an export: that of these files, or, where they are a trainer's
         checkpoint, what `save_pretrained` would write."""
-        if _is_foreign(self._file_of) and self._model is not None:
+        if self._is_foreign and self._model is not None:
             return saved_layout(self._model, self._shapes)
         return self.layout
 
@@ -137,10 +132,10 @@ class WeightFiles:
         """The stored tensors that are no part of a parameter (a wrapper's towers), without their
         content."""
         known = {alias for names in self._aliases.values() for alias in names}
-        read = {part.stored for part in stored_parts(self._model, self._file_of, known)}
+        read = {part.stored for part in stored_parts(self._model, self._sources, known)}
         return {
-            name: torch.empty(self._shape(name), dtype=self._read(name, 0, 0).dtype, device="meta")
-            for name in self._file_of
+            name: torch.empty(source.shape, dtype=self._read(name, 0, 0).dtype, device="meta")
+            for name, source in self._sources.items()
             if name not in read
         }
 
@@ -154,23 +149,12 @@ class WeightFiles:
         shapes = {name: tuple(tensor.shape) for name, tensor in self.others.items()}
         return _digest(self._read, shapes, part)
 
-    def _read(self, source: str, start: int, stop: int) -> Tensor:
-        file = self._file_of[source]
-        whole = file[source] if isinstance(file, dict) else file.get_slice(source)
-        shape = self._shape(source)
-        if not shape:
-            scalar: Tensor = file[source] if isinstance(file, dict) else file.get_tensor(source)
-            return scalar.flatten()[start:stop]
-        row = math.prod(shape[1:])
+    def _read(self, name: str, start: int, stop: int) -> Tensor:
+        source = self._sources[name]
+        row = math.prod(source.shape[1:])
         first, last = start // row, -(-stop // row)
-        rows: Tensor = whole[first:last]
+        rows = source.read_rows(first, last)
         return rows.flatten()[start - first * row : stop - first * row]
-
-    def _shape(self, source: str) -> tuple[int, ...]:
-        file = self._file_of[source]
-        if isinstance(file, dict):
-            return tuple(file[source].shape)
-        return tuple(file.get_slice(source).get_shape())
 
     def _check(self, name: str, tensors: list[StoredTensor]) -> None:
         shape = tuple(self._shapes[name])
@@ -272,18 +256,14 @@ def _digest(
     return total
 
 
-def _is_foreign(file_of: Mapping[str, Any]) -> bool:
-    return any(isinstance(file, ForeignWeights) for file in file_of.values())
-
-
 def is_foreign(folder: Path) -> bool:
     """Whether a folder holds a trainer's checkpoint. Raises `UserError` where it holds none."""
-    return _is_foreign(_index(folder))
+    return _index(folder)[1]
 
 
 def stored_names(folder: Path) -> set[str]:
     """The names of the tensors in a folder's files. Raises `UserError` where it holds none."""
-    return set(_index(folder))
+    return set(_index(folder)[0])
 
 
 def _candidates(names: list[str], prefix: str) -> list[str]:
@@ -295,31 +275,29 @@ def _candidates(names: list[str], prefix: str) -> list[str]:
     ]
 
 
-def _index(folder: Path) -> dict[str, Any]:
-    """The opened file that holds a tensor, by the tensor's name. The files are those that
-    transformers would read."""
+def _index(folder: Path) -> tuple[dict[str, Source], bool]:
+    """The tensors by name, in the files that transformers would read, or else in a trainer's
+    checkpoint; whether it is one."""
     for name in ("model.safetensors", "pytorch_model.bin"):
-        files = weight_files(folder, name)
-        if not files:
-            continue
-        opened = [_open(file) for file in files]
-        return {key: file for file in opened for key in file.keys()}  # noqa: SIM118 (no dict)
+        if files := weight_files(folder, name):
+            return {key: source for file in files for key, source in _open(file).items()}, False
     foreign = open_weights(folder)
     if foreign is None:
         raise UserError(
             f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, nor the "
             "index of either."
         )
-    return dict.fromkeys(foreign.keys(), foreign)
+    return foreign, True
 
 
-def _open(file: Path) -> Any:
-    """Open a safetensors file, or load a pickle as a dict of memory-mapped tensors."""
+def _open(file: Path) -> dict[str, Source]:
+    """The tensors of a safetensors file, or of a pickle, memory-mapped."""
     if not file.is_file():
         raise UserError(f"The weights are incomplete: {file} is missing.")
     try:
         if file.suffix == ".safetensors":
-            return safe_open(file, framework="pt")
+            opened = safe_open(file, framework="pt")
+            return {name: _stored(opened, name) for name in opened.keys()}  # noqa: SIM118 (no dict)
         tensors = load_tensors(file)
     except pickle.UnpicklingError as error:
         raise UserError(
@@ -330,4 +308,20 @@ def _open(file: Path) -> Any:
         raise UserError(f"The weights in {file} cannot be read: {first_line(error)}") from error
     if not isinstance(tensors, dict):
         raise UserError(f"{file} holds no weights by name.")
-    return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    return {
+        name: Source(tuple(tensor.shape), partial(_rows, torch.atleast_1d(tensor)))
+        for name, tensor in tensors.items()
+        if isinstance(tensor, Tensor)
+    }
+
+
+def _stored(opened: Any, name: str) -> Source:
+    """A tensor of an opened safetensors file."""
+    whole = opened.get_slice(name)
+    shape = tuple(whole.get_shape())
+    return Source(shape, partial(_rows, whole if shape else opened.get_tensor(name)[None]))
+
+
+def _rows(whole: Any, first: int, last: int) -> Tensor:
+    rows: Tensor = whole[first:last]
+    return rows
