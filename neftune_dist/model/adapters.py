@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -117,36 +117,26 @@ class AdaptedWeights:
         self._files, self._seed = files, seed
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self._packed = {
-            f"{name}.weight": (module.in_features, module.weight.dtype)
-            for name, module in model.named_modules()
-            if isinstance(module, nf4.NF4Linear)
-        }
-        self._width = {
-            f"{name}.": module.in_features
-            for name, module in model.named_modules()
-            if hasattr(module, "lora_A")
+            name: (layer.in_features, layer.weight.dtype)
+            for name, layer in _packed_layers(model).items()
         }
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened parameter, 1-D."""
         if name in self._packed:
             width, dtype = self._packed[name]
-            return self._by_row(
-                name, start, stop, lambda rows: nf4.pack(rows).view(dtype), width=width
-            )
+            rows, skipped = self._rows(name, width, self._shapes[name][1], start, stop)
+            return nf4.pack(rows).view(dtype).flatten()[skipped:][: stop - start]
         if name.endswith(_LORA_A):
             return self._drawn(name)[start:stop]
         if name.endswith(_LORA_B):
             return torch.zeros(stop - start)
         if name.endswith(_MAGNITUDE):
             prefix = name.removesuffix(_MAGNITUDE)
-            return self._by_row(
-                f"{prefix}{_BASE}weight",
-                start,
-                stop,
-                lambda rows: torch.linalg.vector_norm(rows.float(), dim=1)[:, None],
-                width=self._width[prefix],
-            )
+            width = self._shapes[f"{prefix}{_LORA_A}"][1]
+            rows, _ = self._rows(f"{prefix}{_BASE}weight", width, 1, start, stop)
+            lengths: Tensor = torch.linalg.vector_norm(rows.float(), dim=1)
+            return lengths
         return self._files.read(plain_name(name), start, stop)
 
     def digest(self, part: tuple[int, int] = (0, 1)) -> int:
@@ -157,20 +147,12 @@ class AdaptedWeights:
         """See `WeightFiles.export_layout`."""
         return self._files.export_layout()
 
-    def _by_row(
-        self,
-        name: str,
-        start: int,
-        stop: int,
-        fn: Callable[[Tensor], Tensor],
-        *,
-        width: int,
-    ) -> Tensor:
-        """Apply `fn` to rows of a stored matrix; return elements [start, stop) of its results."""
-        size = 1 if name not in self._packed else self._shapes[name][1]  # of a row's result
+    def _rows(self, name: str, width: int, size: int, start: int, stop: int) -> tuple[Tensor, int]:
+        """The rows of a stored matrix that elements [start, stop) of a parameter with `size`
+        elements a row are made of; and how many elements of theirs come before `start`."""
         first, last = start // size, -(-stop // size)
         rows = self._files.read(plain_name(name), first * width, last * width).view(-1, width)
-        return fn(rows).flatten()[start - first * size : stop - first * size]
+        return rows, start - first * size
 
     def _drawn(self, name: str) -> Tensor:
         """A matrix A as PEFT begins it: Kaiming's uniform with a = sqrt(5), by seed and name."""
@@ -188,9 +170,8 @@ def plain_shapes(model: Any) -> dict[str, tuple[int, ...]]:
         for name, parameter in model.named_parameters()
         if not is_adapter(name)
     }
-    for name, module in model.named_modules():
-        if isinstance(module, nf4.NF4Linear):
-            shapes[plain_name(f"{name}.weight")] = (module.out_features, module.in_features)
+    for name, layer in _packed_layers(model).items():
+        shapes[plain_name(name)] = (layer.out_features, layer.in_features)
     return shapes
 
 
@@ -213,8 +194,13 @@ def peft_name(name: str) -> tuple[str, str]:
 
 def quantized_names(model: Any) -> set[str]:
     """Names of the plain model's parameters that lie in 4 bits in this adapted one."""
+    return set(map(plain_name, _packed_layers(model)))
+
+
+def _packed_layers(model: Any) -> dict[str, nf4.NF4Linear]:
+    """The layers whose matrices lie in 4 bits, by the names of these parameters."""
     return {
-        plain_name(f"{name}.weight")
+        f"{name}.weight": module
         for name, module in model.named_modules()
         if isinstance(module, nf4.NF4Linear)
     }

@@ -132,15 +132,8 @@ def varlen_attention(
     if dropout or (query.is_cuda and query.dtype == torch.float32):  # FlashAttention has neither
         out = by_document(query, key, value, cu_seqlens, scale, window, dropout, sinks, blocks)
         return to_slices(out, own_tokens)[..., :width], None
-    out, _lse = VARLEN_OPERATOR(
-        *(tensor[0].transpose(0, 1) for tensor in (query, key, value)),
-        cu_seqlens,
-        max_seqlen,
-        scale,
-        window,
-        sinks,
-        blocks,
-    )
+    qkv = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    out, _lse = VARLEN_OPERATOR(*qkv, cu_seqlens, max_seqlen, scale, window, sinks, blocks)
     return to_slices(out[None], own_tokens)[..., :width], None
 
 
@@ -165,13 +158,11 @@ def flex_attention(
             f"{type(module).__name__} has dropout, a sliding window or sinks in its attention, "
             "which model.attention=flex does not: use varlen."
         )
-    out = _flex(
-        query,
-        key,
-        value,
-        block_mask=document_mask,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
+    # FlexAttention is no faster than plain attention unless compiled; on a CPU it has no backward.
+    attend = _compiled_flex() if query.is_cuda else flex.flex_attention
+    is_grouped = query.shape[1] != key.shape[1]
+    out: Tensor = attend(
+        query, key, value, block_mask=document_mask, scale=scaling, enable_gqa=is_grouped
     )
     return out.transpose(1, 2), None
 
@@ -225,13 +216,6 @@ def _refuse(module: nn.Module, documents: Any, mask: Tensor | None, softcap: flo
                 f"{type(module).__name__} {what} its attention: documents of this model cannot be "
                 "packed; set data.packing=false."
             )
-
-
-# FlexAttention is no faster than plain attention unless compiled, and on a CPU has no backward.
-def _flex(*args: Any, **kwargs: Any) -> Tensor:
-    run = _compiled_flex() if args[0].is_cuda else flex.flex_attention
-    out: Tensor = run(*args, **kwargs)
-    return out
 
 
 @cache

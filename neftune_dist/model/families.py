@@ -112,15 +112,9 @@ _OTHER = {
     "what is trained",
 }
 # Their positions begin after that of padding, `pad_token_id`.
-_AFTER_PADDING = (
-    "camembert",
-    "data2vec-text",
-    "roberta",
-    "roberta-prelayernorm",
-    "xlm-roberta",
-    "xlm-roberta-xl",
-    "xmod",
-)
+_AFTER_PADDING = """
+    camembert data2vec-text roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod
+"""
 _EAGER = ("gemma3n_text",)  # by sdpa, padding makes its gradient NaN
 _LOGITS = sorted({family.logits for family in FAMILIES.values() if family.logits})
 _CAPS = sorted({family.attention_cap for family in FAMILIES.values() if family.attention_cap})
@@ -211,21 +205,15 @@ def _why_other(hf_config: Any) -> str | None:
     is_remote = "AutoModelForCausalLM" in (getattr(hf_config, "auto_map", None) or {})
     if not is_remote and type(hf_config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return "transformers has no causal language model of that type"
-    sees_later = [
-        f"{name}={value}" for name, value in _BIDIRECTIONAL if _has(hf_config, name, value)
-    ]
-    if sees_later:
-        return f"tokens attend to later ones ({', '.join(sees_later)})"
+    for name, value in _BIDIRECTIONAL:
+        if getattr(hf_config, name, None) == value:
+            return f"tokens attend to later ones ({name}={value})"
     if "index_topk" in hf_config.to_dict():  # DeepSeek-V3.2 and its like, measured
         return (
             "by their sparse attention (index_topk) a token attends to others in a padded batch "
             "than in its document alone, so that the layout would change what is trained"
         )
     return _OTHER.get(hf_config.model_type)
-
-
-def _has(hf_config: Any, name: str, value: Any) -> bool:
-    return bool(getattr(hf_config, name, None) == value)
 
 
 def check_packable(hf_config: Any) -> None:
@@ -306,7 +294,7 @@ def longest_document(hf_config: Any) -> int | None:
     config, last = hf_config.get_text_config(), context_length(hf_config)
     rope = getattr(config, "rope_parameters", None)
     family = FAMILIES.get(config.model_type)
-    if last and config.model_type in _AFTER_PADDING:
+    if last and config.model_type in _AFTER_PADDING.split():
         last -= config.pad_token_id + 1
     if not rope or (family and family.learned_positions):
         return last

@@ -1,6 +1,6 @@
 """PyTorch's FlashAttention for ragged batches on a GPU, version 3 or 4 where installed and fitting.
 
-What the operator of `varlen` calls there, and which version it is.
+The operator of `varlen` attends by it there, block of queries by block.
 """
 
 from __future__ import annotations
@@ -41,102 +41,58 @@ def varlen_kernel(device: torch.device, dtype: str, windowed: bool = False) -> s
     return "varlen (FA2)"
 
 
-def flash_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scale: float,
-    window: int,
-    blocks: Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The operator on a GPU. FlashAttention's results have the query's strides, but `register_fake`
-    promises contiguous ones to compiled graphs. So they are copied where the query was put together
-    from parts, as in Phi and GPT-NeoX."""
-
-    def attend(
-        query: Tensor, key: Tensor, value: Tensor, cu_queries: Tensor, cu_keys: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        out, lse, *_ = flash_attention(
-            query,
-            key,
-            value,
-            cu_queries,
-            cu_keys,
-            min(max_seqlen, len(query)),
-            max_seqlen,
-            0.0,
-            True,
-            False,
-            scale=scale,
-            **_window_sizes(window),
-        )
-        return out, lse
-
-    if not blocks:
-        out, lse = attend(query, key, value, cu_seqlens, cu_seqlens)
-        return out.contiguous(), lse
-    out, lse = query.new_zeros(query.shape), empty_lse(query).zero_()
-    for rows, end, ends in _flash_blocks(cu_seqlens, len(query), blocks):
-        out[rows], lse[:, rows] = attend(query[rows], key[:end], value[:end], *ends)
-    return out, lse
-
-
-def flash_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scale: float,
-    window: int,
-    blocks: Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients on a GPU, contiguous."""
-
-    def gradients(*given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        found: tuple[Tensor, Tensor, Tensor] = flash_attention_backward(
-            *given,
-            min(max_seqlen, len(given[0])),
-            max_seqlen,
-            0.0,
-            True,
-            torch.zeros(2, dtype=torch.uint64, device=query.device),  # of dropout, which is 0
-            torch.empty(0, device=query.device),
-            scale=scale,
-            **_window_sizes(window),
-        )
-        return found
-
-    if not blocks:
-        found = gradients(grad, query, key, value, out, lse, cu_seqlens, cu_seqlens)
-        dq, dk, dv = (part.contiguous() for part in found)
-        return dq, dk, dv
-    dq, dk, dv = query.new_zeros(query.shape), zero_sum(key, blocks), zero_sum(value, blocks)
-    for rows, end, ends in _flash_blocks(cu_seqlens, len(query), blocks):
-        of_rows = grad[rows], query[rows], key[:end], value[:end], out[rows]
-        dq[rows], part_k, part_v = gradients(*of_rows, lse[:, rows].contiguous(), *ends)
-        dk[:end] += part_k
-        dv[:end] += part_v
-    return dq, dk.to(key.dtype), dv.to(value.dtype)
-
-
-def _flash_blocks(
-    cu_seqlens: Tensor, num_queries: int, blocks: Sequence[int]
-) -> Iterator[tuple[slice, int, tuple[Tensor, Tensor]]]:
-    """For each block: the rows of its queries, the end of the keys that they see, and cumulative
-    lengths of queries and keys, in which documents before the block have keys alone.
+def flash_parts(
+    cu_seqlens: Tensor, num_queries: int, num_keys: int, blocks: Sequence[int] | None
+) -> Iterator[tuple[slice, slice, tuple[Tensor, Tensor]]]:
+    """For each block: the rows of its queries, the keys that they see, and cumulative lengths of
+    queries and keys, in which documents before the block have keys alone.
 
     Nothing waits for the lengths. FlashAttention takes the last query for that of the last key.
     """
+    if not blocks:
+        yield slice(num_queries), slice(num_keys), (cu_seqlens, cu_seqlens)
+        return
     for row, first, end in block_rows(num_queries, blocks):
         if first < end:
             lengths = cu_seqlens.clamp(first, end) - first, cu_seqlens.clamp(max=end)
-            yield slice(row, row + end - first), end, lengths
+            yield slice(row, row + end - first), slice(end), lengths
+
+
+def flash_attend(
+    qkv: tuple[Tensor, ...],
+    lengths: tuple[Tensor, Tensor],
+    max_seqlen: int,
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor]:
+    """The attended values of a block, and their log-sum-exps."""
+    longest = min(max_seqlen, len(qkv[0])), max_seqlen
+    settings = 0.0, True, False  # no dropout, causal, no mask to return
+    out, lse, *_ = flash_attention(
+        *qkv, *lengths, *longest, *settings, scale=scale, **_window_sizes(window)
+    )
+    return out, lse
+
+
+def flash_gradients(
+    given: tuple[Tensor, ...],
+    lengths: tuple[Tensor, Tensor],
+    max_seqlen: int,
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of a block's queries, and of the keys and values that they see."""
+    *tensors, lse = given
+    grad = tensors[0]
+    longest = min(max_seqlen, len(grad)), max_seqlen
+    # No dropout, causal, and the state of a generator that dropout would use.
+    seed = torch.zeros(2, dtype=torch.uint64, device=grad.device)
+    settings = 0.0, True, seed, torch.empty(0, device=grad.device)
+    tensors.append(lse.contiguous())
+    found: tuple[Tensor, Tensor, Tensor] = flash_attention_backward(
+        *tensors, *lengths, *longest, *settings, scale=scale, **_window_sizes(window)
+    )
+    return found
 
 
 def _window_sizes(window: int) -> dict[str, int | None]:
@@ -145,15 +101,3 @@ def _window_sizes(window: int) -> dict[str, int | None]:
     if not window:
         return {"window_size_left": None, "window_size_right": None}
     return {"window_size_left": window - 1, "window_size_right": 0}
-
-
-def zero_sum(tensor: Tensor, blocks: Sequence[int] | None) -> Tensor:
-    """A gradient of zeros; in float32 at least where several blocks add to it."""
-    dtype = torch.promote_types(tensor.dtype, torch.float32) if blocks else tensor.dtype
-    return tensor.new_zeros(tensor.shape, dtype=dtype)
-
-
-def empty_lse(query: Tensor) -> Tensor:
-    """Room for log-sum-exps, (num_heads, num_queries)."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    return query.new_empty((query.shape[1], query.shape[0]), dtype=dtype)

@@ -25,43 +25,21 @@ from torch import nn
 from neftune_dist.model.adapters import plain_name, plain_shapes
 from neftune_dist.model.modules import own_parameters, stacks_experts
 
-# Dense bf16 tensor-core rates by the vendors' data sheets, in FLOP/s; by words of the device name,
-# the first that are in it.
-_PEAK_BF16 = {
-    "B200": 2250e12,
-    "GB200": 2250e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A10": 125e12,
-}
-# fp32 without tensor cores.
-_PEAK_FP32 = {
-    "H200": 67e12,
-    "GH200": 67e12,
-    "H100 PCIe": 51e12,
-    "H100 NVL": 60e12,
-    "H100": 67e12,
-    "A100": 19.5e12,
-}
-# What a process can allocate of the device's memory, in GiB: below the number in the device's name,
-# part of which holds error correction and the driver's own. Rounded down.
-_MEMORY_GIB = {
-    "B200": 178,
-    "GB200": 184,
-    "H200": 139,
-    "GH200": 94,
-    "H100": 79,
-    "H100 NVL": 93,
-    "H100 PCIe": 79,
-    "A100": 79,
-    "A100 40GB": 39,
-    "L40S": 44,
-    "A10": 22,
+# By words of the device name, the first that are in it. FLOP/s by the vendors' data sheets: of dense
+# bf16 on tensor cores, and of fp32 without them. GiB that a process can allocate, rounded down: below
+# the number in the name, part of which holds error correction and the driver's own.
+_GPUS = {
+    "B200": (2250e12, None, 178),
+    "GB200": (2250e12, None, 184),
+    "H200": (989e12, 67e12, 139),
+    "GH200": (989e12, 67e12, 94),
+    "H100 PCIe": (756e12, 51e12, 79),
+    "H100 NVL": (835e12, 60e12, 93),
+    "H100": (989e12, 67e12, 79),
+    "A100 40GB": (312e12, 19.5e12, 39),
+    "A100": (312e12, 19.5e12, 79),
+    "L40S": (362e12, None, 44),
+    "A10": (125e12, None, 22),
 }
 
 
@@ -116,10 +94,8 @@ class ModelSize:
 
     def six_n_flops(self, num_tokens: int) -> float:
         """6 N D: operations by the convention that ignores attention and counts the lookup."""
-        active, trained = (
-            self.num_parameters - self.num_idle,
-            self.num_trained - self.num_trained_idle,
-        )
+        active = self.num_parameters - self.num_idle
+        trained = self.num_trained - self.num_trained_idle
         return (4.0 * active + 2.0 * trained) * num_tokens
 
 
@@ -180,10 +156,10 @@ def _width_of(config: Any) -> int:
 
 def peak_flops(device_name: str, dtype: str) -> float | None:
     """A GPU's data-sheet rate in FLOP/s; None where it is not known."""
-    table = _PEAK_BF16 if dtype == "bf16" else _PEAK_FP32
-    return next(
-        (rate for words, rate in table.items() if re.search(rf"\b{words}\b", device_name)), None
-    )
+    for words, (bf16, fp32, _) in _GPUS.items():
+        if re.search(rf"\b{words}\b", device_name):
+            return bf16 if dtype == "bf16" else fp32
+    return None
 
 
 @functools.cache
@@ -201,4 +177,4 @@ def measured_flops(dtype: str) -> float:
 
 def known_gpus() -> dict[str, int]:
     """The GPUs that `peak_flops` knows, by name: the memory of one in GiB."""
-    return dict(_MEMORY_GIB)
+    return {name: memory_gib for name, (_, _, memory_gib) in _GPUS.items()}

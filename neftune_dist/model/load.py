@@ -23,12 +23,7 @@ from neftune_dist.compat.transformers import initialize_weights, mark_initialize
 from neftune_dist.config import AdapterConfig, ModelConfig, UserError, split_list
 from neftune_dist.model import adapters
 from neftune_dist.model.attention import check_flex, with_attention
-from neftune_dist.model.families import (
-    WRAPPERS,
-    check_config,
-    check_model,
-    check_packable,
-)
+from neftune_dist.model.families import WRAPPERS, check_config, check_model, check_packable
 from neftune_dist.model.loss import resolve_loss
 from neftune_dist.model.modules import own_buffers, own_parameters
 from neftune_dist.model.optimizations import configure
@@ -56,13 +51,9 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> Any:
         raise UserError(
             f"The tokenizer in {folder} cannot be loaded: {_plain(error, config)}"
         ) from error
-    tokenizer.add_tokens(
-        [
-            AddedToken(token, special=True, normalized=False)
-            for token in split_list(config.add_tokens)
-        ],
-        special_tokens=True,
-    )
+    names = split_list(config.add_tokens)
+    added = [AddedToken(name, special=True, normalized=False) for name in names]
+    tokenizer.add_tokens(added, special_tokens=True)
     return tokenizer
 
 
@@ -138,19 +129,15 @@ def build(
         ) from error
     check_model(model, packing)
     check_flex(model)
-    if config.add_tokens:
-        _make_room(model, len(load_tokenizer(folder, config)))
+    if config.add_tokens:  # which take rows of the embedding and of the projection
+        num_tokens = len(load_tokenizer(folder, config))
+        if num_tokens > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(num_tokens, mean_resizing=False)
     if adapter is not None and adapter.method != "none":
         adapters.attach(model, adapter, DTYPES[config.dtype])
     configure(model, config)
     resolve_loss(config.loss, model)
     return model.train()
-
-
-def _make_room(model: Any, num_tokens: int) -> None:
-    """Add rows for new tokens to the embedding and to the projection to the vocabulary."""
-    if num_tokens > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(num_tokens, mean_resizing=False)
 
 
 class Weights(Protocol):
@@ -285,11 +272,8 @@ def _parameters_set_aside(model: nn.Module) -> Iterator[None]:
 def stored_buffers(model: Any) -> list[tuple[str, Tensor]]:
     """The buffers that a model's files hold, by name: constants that training leaves alone."""
     saved = model.state_dict().keys()
-    return [
-        (adapters.plain_name(name), buffer)
-        for name, buffer in model.named_buffers()
-        if name in saved
-    ]
+    held = [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
+    return [(adapters.plain_name(name), buffer) for name, buffer in held]
 
 
 def stored_shapes(model: Any) -> dict[str, tuple[int, ...]]:

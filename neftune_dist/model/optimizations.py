@@ -16,17 +16,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from neftune_dist.compat.torch import (
-    COMPUTE_BOUND_OPERATORS,
-    GROUPED_PRODUCT,
-    limit_recompiles,
-)
+from neftune_dist.compat.torch import COMPUTE_BOUND_OPERATORS, GROUPED_PRODUCT, limit_recompiles
 from neftune_dist.compat.transformers import block_class_names
 from neftune_dist.config import ModelConfig, UserError
 from neftune_dist.model.float8 import use_float8
@@ -75,8 +67,12 @@ def configure(model: Any, config: ModelConfig) -> None:
             f"{type(model).__name__} names no repeated blocks: model.activation_checkpointing and "
             "model.compile need them; set none and false."
         )
-    if config.compile:
-        _require_compiler()
+    # torch.compile would look for one at the first step.
+    if config.compile and (missing := missing_compiler(torch.cuda.is_available())):
+        raise UserError(
+            f"model.compile=true needs a compiler, and {missing} is not found: install one, or set "
+            "model.compile=false."
+        )
     if config.kernels == "liger":
         use_liger_kernels(model)
     if config.float8 != "none":
@@ -105,15 +101,6 @@ def _with_named_inputs(forward: Callable[..., Any]) -> Callable[..., Any]:
         return forward(*args, **kwargs)
 
     return block
-
-
-def _require_compiler() -> None:
-    """Raise `UserError` where torch.compile would find no compiler, which is at the first step."""
-    if missing := missing_compiler(torch.cuda.is_available()):
-        raise UserError(
-            f"model.compile=true needs a compiler, and {missing} is not found: install one, or set "
-            "model.compile=false."
-        )
 
 
 def without_compiling() -> AbstractContextManager[Any]:
@@ -146,9 +133,8 @@ def check_compiled(reported: set[str]) -> list[str]:
             shared=True,
         )
     counters = _compile_counters()
-    found = {
-        text.partition("\n")[0] for kind in _BREAK_COUNTERS for text in counters[kind]
-    } - reported
+    reasons = {text.partition("\n")[0] for kind in _BREAK_COUNTERS for text in counters[kind]}
+    found = reasons - reported
     reported |= found
     return [
         f"warning: model.compile: a block is compiled in pieces, with less gain: {reason} "
@@ -166,7 +152,7 @@ def _compile_counters() -> Mapping[str, Mapping[str, int]]:
 def _checkpointed(
     forward: Callable[..., Any], mode: str, kept: AbstractSet[Any], keep_generator: bool
 ) -> Callable[..., Any]:
-    contexts = partial(create_selective_checkpoint_contexts, partial(_policy, kept))
+    contexts = partial(create_selective_checkpoint_contexts, list(kept))
     settings: dict[str, Any] = {"context_fn": contexts} if mode == "selective" else {}
 
     def recomputed(*args: Any, **kwargs: Any) -> Any:
@@ -191,14 +177,6 @@ def kept_operators(model: nn.Module) -> AbstractSet[Any]:
     if any(getattr(module, "has_bias", False) for module in model.modules()):
         return _KEPT_BY_SELECTIVE - {GROUPED_PRODUCT}
     return _KEPT_BY_SELECTIVE
-
-
-def _policy(
-    kept: AbstractSet[Any], _context: Any, operator: Any, *_args: Any, **_kwargs: Any
-) -> CheckpointPolicy:
-    if operator in kept:
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def drops(model: nn.Module) -> bool:

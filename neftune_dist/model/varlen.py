@@ -6,19 +6,16 @@ CPU counterpart document by document elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neftune_dist.compat.torch import (
-    attention_on_cpu,
-    attention_on_cpu_backward,
-)
-from neftune_dist.model.flash import empty_lse, flash_backward, flash_forward, zero_sum
+from neftune_dist.compat.torch import attention_on_cpu, attention_on_cpu_backward
+from neftune_dist.model.flash import flash_attend, flash_gradients, flash_parts
 from neftune_dist.model.ulysses import block_rows
 
 # On a CPU, the backward of a shorter document takes a third of the time in float32, also with
@@ -43,7 +40,7 @@ def by_document(
     # A rank without queries takes part in the exchange of the gradients, too.
     empty = torch.cat([tensor[:, :, :0] for tensor in (query, key, value)], dim=1)
     outs, at = [empty[:, : query.shape[1]].transpose(1, 2)], 0
-    for rows, tokens in _documents(cu_seqlens, query.shape[2], key.shape[2], blocks):
+    for rows, tokens, _ in _documents(cu_seqlens, query.shape[2], key.shape[2], blocks):
         q, k, v = query[:, :, rows], key[:, :, tokens], value[:, :, tokens]
         mask = _mask_unless_causal(q, k, window)
         if sinks is not None:  # a first key, whose logit is the sink and whose value is 0
@@ -68,7 +65,7 @@ def by_document(
 
 def _documents(
     cu_seqlens: Tensor, num_queries: int, num_keys: int, blocks: Sequence[int] | None
-) -> Iterator[tuple[slice, slice]]:
+) -> Iterator[tuple[slice, slice, None]]:
     """For each document, or part of one in a block: the rows of its queries, and the keys that they
     see. The last query is that of the last key."""
     ends = cu_seqlens.tolist()
@@ -78,7 +75,7 @@ def _documents(
         for start, stop in pairwise(ends):
             low, high = max(start, first), min(stop, end)
             if low < high:
-                yield slice(row + low - first, row + high - first), slice(start, high)
+                yield slice(row + low - first, row + high - first), slice(start, high), None
 
 
 def _mask_unless_causal(query: Tensor, key: Tensor, window: int) -> Tensor | None:
@@ -127,32 +124,112 @@ def _varlen(
         The attended values, shaped as query; log-sum-exps (num_heads, num_queries), float32 or
         float64.
     """
-    forward = flash_forward if query.is_cuda else _cpu_forward
-    out, lse = forward(query, key, value, cu_seqlens, max_seqlen, scale, window, blocks)
+    settings = cu_seqlens, (max_seqlen, scale, window), blocks
+    out, lse = attend(_kernel(query), (query, key, value), *settings)
     if sinks is None:
         return out, lse
     whole = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
     return out.mul_((lse - whole).exp().t()[..., None]), whole
 
 
-def _cpu_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+class Kernel(NamedTuple):
+    """How a device attends.
+
+    Attributes:
+        parts: rows of queries and of the keys that they see, of one call of the next two each.
+        attend: the attended values and log-sum-exps of a part.
+        gradients: of a part's queries, keys and values.
+    """
+
+    parts: Callable[..., Iterator[tuple[slice, slice, Any]]]
+    attend: Callable[..., tuple[Tensor, Tensor]]
+    gradients: Callable[..., tuple[Tensor, ...]]
+
+
+def _kernel(query: Tensor) -> Kernel:
+    return FLASH if query.is_cuda else CPU
+
+
+def attend(
+    kernel: Kernel,
+    qkv: tuple[Tensor, Tensor, Tensor],
     cu_seqlens: Tensor,
-    _max_seqlen: int,
-    scale: float,
-    window: int,
-    blocks: Sequence[int] | None = None,
+    settings: tuple[int, float, int],
+    blocks: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
-    """The operator on a CPU, document by document."""
-    out, lse = query.new_zeros(query.shape), empty_lse(query).zero_()
-    for rows, tokens in _documents(cu_seqlens, len(query), len(key), blocks):
-        q, k, v = map(_by_heads, (query[rows], key[tokens], value[tokens]))
-        mask = _mask_unless_causal(q, k, window)
-        part, part_lse = attention_on_cpu(q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale)
-        out[rows], lse[:, rows] = part[0].transpose(0, 1), part_lse[0]
+    """The operator without sinks. FlashAttention's results have the query's strides, but
+    `register_fake` promises contiguous ones to compiled graphs. So they are copied where the query
+    was put together from parts, as in Phi and GPT-NeoX."""
+    query, key, value = qkv
+    parts = kernel.parts(cu_seqlens, len(query), len(key), blocks)
+    if kernel is FLASH and not blocks:
+        [(_, _, lengths)] = parts
+        out, lse = kernel.attend(qkv, lengths, *settings)
+        return out.contiguous(), lse
+    out, lse = query.new_zeros(query.shape), _empty_lse(query).zero_()
+    for rows, tokens, lengths in parts:
+        part = query[rows], key[tokens], value[tokens]
+        out[rows], lse[:, rows] = kernel.attend(part, lengths, *settings)
     return out, lse
+
+
+def gradients(
+    kernel: Kernel,
+    given: tuple[Tensor, ...],
+    cu_seqlens: Tensor,
+    settings: tuple[int, float, int],
+    blocks: Sequence[int] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of queries, keys and values, contiguous.
+
+    Args:
+        given: the gradient of the result, query, key, value, the result, log-sum-exps.
+    """
+    grad, query, key, value, out, lse = given
+    parts = kernel.parts(cu_seqlens, len(query), len(key), blocks)
+    if kernel is FLASH and not blocks:
+        [(_, _, lengths)] = parts
+        found = kernel.gradients(given, lengths, *settings)
+        dq, dk, dv = (part.contiguous() for part in found)
+        return dq, dk, dv
+    # Where several blocks add to them, the gradients of keys are summed in float32 at least.
+    dtype = torch.promote_types(key.dtype, torch.float32) if blocks else key.dtype
+    dq = query.new_zeros(query.shape)
+    dk, dv = (tensor.new_zeros(tensor.shape, dtype=dtype) for tensor in (key, value))
+    for rows, tokens, lengths in parts:
+        part = grad[rows], query[rows], key[tokens], value[tokens], out[rows], lse[:, rows]
+        dq[rows], part_k, part_v = kernel.gradients(part, lengths, *settings)
+        dk[tokens] += part_k
+        dv[tokens] += part_v
+    return dq, dk.to(key.dtype), dv.to(value.dtype)
+
+
+def _attend_on_cpu(
+    qkv: tuple[Tensor, ...], _lengths: None, _max_seqlen: int, scale: float, window: int
+) -> tuple[Tensor, Tensor]:
+    q, k, v = map(_by_heads, qkv)
+    mask = _mask_unless_causal(q, k, window)
+    out, lse = attention_on_cpu(q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale)
+    return out[0].transpose(0, 1), lse[0]
+
+
+def _gradients_on_cpu(
+    given: tuple[Tensor, ...], _lengths: None, _max_seqlen: int, scale: float, window: int
+) -> tuple[Tensor, ...]:
+    *parts, lse = given
+    key = parts[2]
+    if len(key) <= _FLOAT32_LENGTH and key.dtype.itemsize < 4:
+        parts = [part.float() for part in parts]
+    dout, q, k, v, out = map(_by_heads, parts)
+    mask = _mask_unless_causal(q, k, window)
+    found = attention_on_cpu_backward(
+        *(dout, q, k, v, out, lse[None], 0.0, mask is None), attn_mask=mask, scale=scale
+    )
+    return tuple(part[0].transpose(0, 1) for part in found)
+
+
+CPU = Kernel(_documents, _attend_on_cpu, _gradients_on_cpu)
+FLASH = Kernel(flash_parts, flash_attend, flash_gradients)
 
 
 @torch.library.custom_op("neftune_dist::varlen_attention_backward", mutates_args=())
@@ -169,34 +246,14 @@ def _varlen_backward(
     window: int,
     blocks: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if query.is_cuda:
-        return flash_backward(
-            grad, query, key, value, out, lse, cu_seqlens, max_seqlen, scale, window, blocks
-        )
-    dq, dk, dv = query.new_zeros(query.shape), zero_sum(key, blocks), zero_sum(value, blocks)
-    for rows, tokens in _documents(cu_seqlens, len(query), len(key), blocks):
-        parts = [grad[rows], query[rows], key[tokens], value[tokens], out[rows]]
-        if tokens.stop - tokens.start <= _FLOAT32_LENGTH and query.dtype.itemsize < 4:
-            parts = [part.float() for part in parts]
-        dout, q, k, v, o = map(_by_heads, parts)
-        mask = _mask_unless_causal(q, k, window)
-        found = attention_on_cpu_backward(
-            dout,
-            q,
-            k,
-            v,
-            o,
-            lse[None, :, rows],
-            0.0,
-            mask is None,
-            attn_mask=mask,
-            scale=scale,
-        )
-        part_q, part_k, part_v = (part[0].transpose(0, 1) for part in found)
-        dq[rows] = part_q
-        dk[tokens] += part_k
-        dv[tokens] += part_v
-    return dq, dk.to(key.dtype), dv.to(value.dtype)
+    given = grad, query, key, value, out, lse
+    return gradients(_kernel(query), given, cu_seqlens, (max_seqlen, scale, window), blocks)
+
+
+def _empty_lse(query: Tensor) -> Tensor:
+    """Room for log-sum-exps, (num_heads, num_queries)."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty((query.shape[1], query.shape[0]), dtype=dtype)
 
 
 def _by_heads(tensor: Tensor) -> Tensor:
@@ -206,7 +263,7 @@ def _by_heads(tensor: Tensor) -> Tensor:
 
 @_varlen.register_fake
 def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape), empty_lse(query)
+    return query.new_empty(query.shape), _empty_lse(query)
 
 
 @_varlen_backward.register_fake

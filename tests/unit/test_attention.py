@@ -379,28 +379,27 @@ def test_blocks_of_queries_are_attended_as_in_the_whole(
     made = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
     query, key, value, grad = (made(15, heads, 8, dtype=torch.float64) for heads in (4, 2, 2, 4))
     cu_seqlens, blocks = ends((2, 7, 6)), [3, 6, 8, 11, 13, 15]
-    settings = (cu_seqlens, 8, 0.3, window)
-    whole = varlen._cpu_forward(query, key, value, *settings)
-    if kernel == "GPU":
-        monkeypatch.setattr(flash, "flash_attention", ragged_attention)
-        monkeypatch.setattr(flash, "flash_attention_backward", ragged_attention_backward)
-        forward, backward = flash.flash_forward, flash.flash_backward
-    else:
-        forward, backward = varlen._cpu_forward, varlen._varlen_backward
+    settings = (cu_seqlens, (8, 0.3, window))
+    whole = varlen.attend(varlen.CPU, (query, key, value), *settings, None)
+    monkeypatch.setattr(flash, "flash_attention", ragged_attention)
+    monkeypatch.setattr(flash, "flash_attention_backward", ragged_attention_backward)
+    tried = varlen.FLASH if kernel == "GPU" else varlen.CPU
 
     def filled(tensor: Tensor) -> Tensor:
         """The blocks' rows, the last block filled up to 3."""
         return torch.cat([tensor[3:6], tensor[8:11], tensor[13:15], torch.zeros_like(tensor[:1])])
 
     rows = filled(query)
-    out, lse = forward(rows, key, value, *settings, blocks)
+    out, lse = varlen.attend(tried, (rows, key, value), *settings, blocks)
     torch.testing.assert_close(out, filled(whole[0]))
     torch.testing.assert_close(lse.t(), filled(whole[1].t()))
-    found = backward(filled(grad), rows, key, value, out, lse, *settings, blocks)
+    given = (filled(grad), rows, key, value, out, lse)
+    found = varlen.gradients(tried, given, *settings, blocks)
     of_blocks = torch.zeros_like(grad)
     for first, end in ((3, 6), (8, 11), (13, 15)):
         of_blocks[first:end] = grad[first:end]
-    expected = varlen._varlen_backward(of_blocks, query, key, value, *whole, *settings)
+    given = (of_blocks, query, key, value, *whole)
+    expected = varlen.gradients(varlen.CPU, given, *settings, None)
     for one, other in zip(found, (filled(expected[0]), *expected[1:]), strict=True):
         torch.testing.assert_close(one, other)
 
@@ -461,12 +460,13 @@ def test_results_lie_as_a_compiled_block_is_promised(layout: str, heads: tuple[i
     else:
         qkv = [empty(shape) for shape in shapes]
     ends = torch.empty(3, dtype=torch.int32, device="meta")
-    settings: tuple[Any, ...] = (ends, 64, 0.125, 0)
-    out = flash.flash_forward(*qkv, *settings)
-    assert_laid_out_alike(out, VARLEN_OPERATOR(*qkv, *settings))
-    given = (empty(qkv[0].shape), *qkv, *out, *settings)
-    promised = torch.ops.neftune_dist.varlen_attention_backward(*given)
-    assert_laid_out_alike(flash.flash_backward(*given), promised)
+    settings = (64, 0.125, 0)
+    rest = (ends, settings, None)
+    out = varlen.attend(varlen.FLASH, tuple(qkv), *rest)
+    assert_laid_out_alike(out, VARLEN_OPERATOR(*qkv, ends, *settings))
+    given = (empty(qkv[0].shape), *qkv, *out)
+    promised = torch.ops.neftune_dist.varlen_attention_backward(*given, ends, *settings)
+    assert_laid_out_alike(varlen.gradients(varlen.FLASH, given, *rest), promised)
 
 
 def assert_laid_out_alike(found: Sequence[Tensor], promised: Sequence[Tensor]) -> None:
