@@ -29,7 +29,7 @@ from neftune_dist.config import (
     with_checksum,
 )
 from neftune_dist.distributed.world import World
-from neftune_dist.model import load
+from neftune_dist.model import load, locate
 from neftune_dist.model.families import WRAPPERS
 from neftune_dist.model.wrapped import text_settings
 from neftune_dist.system import storage
@@ -40,8 +40,6 @@ CHAT_TEMPLATE = "chat_template.jinja"
 _MARK, _CONFIG, _SEAL = "neftune_run.json", "config.yaml", "files.json"
 # What a run replaces in its directory.
 _REPLACED = (_CONFIG, MODEL_FOLDER, STEPS, EVALUATIONS, SAMPLES)
-# Everything in a model directory that is not weights: configuration, tokenizer, code.
-_SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
 _AGAIN = "the same train command writes it again"
 _AT_ONCE_SECONDS = 1.0
 # An attempt that is dying still has memory to free and files to close: it holds its run directory
@@ -110,14 +108,14 @@ def write_run_files(
         # Templates in a folder are not copied: one file chooses between them as they are chosen.
         if not own or (model_folder / "additional_chat_templates").is_dir():
             keep_template(chat_template, run_dir)
-        keep_end_tokens(end_tokens, run_dir)
+        keep_end_tokens(end_tokens, getattr(model_config, "eos_token_id", None), run_dir)
         seal(run_dir)
 
 
 def keep_small_files(model_folder: Path, run_dir: Path) -> None:
     """Copy the files that a model needs beside its weights. Raises `UserError` as `files_within`
     does."""
-    files = {file for pattern in _SMALL for file in files_within(model_folder, pattern)}
+    files = {file for pattern in locate.SMALL_FILES for file in files_within(model_folder, pattern)}
     target = run_dir / MODEL_FOLDER
     if target.is_symlink():  # to the base model, perhaps, whose files would be changed
         target.unlink()
@@ -182,18 +180,22 @@ def keep_template(source: str | None, run_dir: Path) -> None:
         (target / CHAT_TEMPLATE).write_text(source, encoding="utf-8")
 
 
-def keep_end_tokens(end_tokens: Sequence[int], run_dir: Path) -> None:
+def keep_end_tokens(end_tokens: Sequence[int], own: int | list[int] | None, run_dir: Path) -> None:
     """Add the tokens at which generation stops to the model's `generation_config.json`: a base
-    model's does not name the one with which a chat template ends an answer."""
+    model's does not name the one with which a chat template ends an answer.
+
+    Args:
+        own: of the model's configuration, which counts where there is no such file.
+    """
     path = run_dir / MODEL_FOLDER / "generation_config.json"
-    source = path if path.exists() else path.with_name("config.json")
-    settings = read_json(source, {"eos_token_id?": int | list | None})
+    settings: dict[str, Any] = {"eos_token_id": own}
+    if path.exists():
+        settings = read_json(path, {"eos_token_id?": int | list | None})
     found = settings.get("eos_token_id")
     known = found if isinstance(found, list) else [] if found is None else [found]
     if added := [token for token in end_tokens if token not in known]:
-        kept = settings if path.exists() else {}
-        ends = [*known, *added]
-        path.write_text(json.dumps({**kept, "eos_token_id": ends}, indent=2) + "\n")
+        settings["eos_token_id"] = [*known, *added]
+        path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def seal(run_dir: Path) -> None:

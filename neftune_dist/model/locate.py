@@ -9,7 +9,8 @@ import huggingface_hub
 from neftune_dist.config import ModelConfig, UserError, user_path
 from neftune_dist.system.text import first_line
 
-_SMALL_FILES = ["*.json", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.py"]
+# All of a model directory but its weights: configuration, tokenizer, code.
+SMALL_FILES = ["*.json", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
 def find_local(config: ModelConfig) -> Path | None:
@@ -49,7 +50,7 @@ def find(config: ModelConfig, weights: bool = True) -> Path:
     if folder:
         return folder
     try:
-        wanted = [*_SMALL_FILES, "model*.safetensors"] if weights else _SMALL_FILES
+        wanted = [*SMALL_FILES, "model*.safetensors"] if weights else SMALL_FILES
         folder = Path(
             huggingface_hub.snapshot_download(name, revision=config.revision, allow_patterns=wanted)
         )

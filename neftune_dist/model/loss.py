@@ -13,8 +13,8 @@ the projection, in float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -132,16 +132,27 @@ def _losses_of_logits(
     targets: Tensor,
     reduction: str,
 ) -> Tensor:
-    """The losses from the logits of all supervised tokens at once."""
+    """The losses from the logits of all supervised tokens at once.
+
+    The projection's gradients are multiplied by the factor that `_KeepScale` stores in `scale`.
+    Where the head is no plain matrix, the gradient of the logits has that factor.
+    """
+    scale: list[Tensor] = []
+    is_plain = type(head) is nn.Linear
 
     # `logits_to_keep` would do for one row; rows of a padded batch keep different positions.
     def keep_supervised(_: Any, args: tuple[Tensor]) -> tuple[Tensor]:
         return (args[0].flatten(0, 1)[positions][None],)
 
-    with head.register_forward_pre_hook(keep_supervised), _scaled_after(head) as scale:
+    def project(hidden: Tensor) -> Tensor:
+        given = (hidden, head.weight, head.bias)
+        return F.linear(*(x if x is None else _Scale.apply(x, scale) for x in given))
+
+    scaled = forward_of(head, project) if is_plain else nullcontext()
+    with head.register_forward_pre_hook(keep_supervised), scaled:
         logits = forward()
     loss = F.cross_entropy(logits[0].float(), targets, reduction=reduction)
-    return _KeepScale.apply(loss, scale) if reduction == "sum" else loss
+    return _KeepScale.apply(loss, scale) if is_plain and reduction == "sum" else loss
 
 
 def _loss_in_place_of_logits(
@@ -155,11 +166,16 @@ def _loss_in_place_of_logits(
     (Engines return views of it; scaled or capped, it would have other memory.)"""
     given: list[Tensor] = []
 
+    def project(hidden: Tensor) -> Tensor:
+        """The loss, (1, 1, 1) or (1, num_supervised, 1)."""
+        supervised = hidden.flatten(0, 1)[positions]
+        # No view: FSDP2 warns of those, which an operation in place would take from its hooks.
+        return loss_of(supervised, head.weight, head.bias, targets).view(1, -1, 1).clone()
+
     def keep_result(_: Any, __: Any, output: Tensor) -> None:
         given.append(output)
 
-    as_logits = _loss_as_logits(head, loss_of, positions, targets)
-    with as_logits, head.register_forward_hook(keep_result):
+    with forward_of(head, project), head.register_forward_hook(keep_result):
         loss = forward()
     return loss if given and storage_id(loss) == storage_id(given[0]) else None
 
@@ -167,38 +183,6 @@ def _loss_in_place_of_logits(
 def head_owner(model: Any) -> Any:
     """The transformers model within an engine's wrapper."""
     return getattr(model, "module", model)
-
-
-@contextmanager
-def _loss_as_logits(
-    head: nn.Linear, loss_of: LossSum, positions: Tensor, targets: Tensor
-) -> Iterator[None]:
-    """Let the projection return the loss, as (1, 1, 1) or (1, num_supervised, 1)."""
-
-    def forward(hidden: Tensor) -> Tensor:
-        supervised = hidden.flatten(0, 1)[positions]
-        # No view: FSDP2 warns of those, which an operation in place would take from its hooks.
-        return loss_of(supervised, head.weight, head.bias, targets).view(1, -1, 1).clone()
-
-    with forward_of(head, forward):
-        yield
-
-
-@contextmanager
-def _scaled_after(head: Any) -> Iterator[list[Tensor]]:
-    """Multiply the projection's gradients by the factor that `_KeepScale` stores in the yielded
-    list. (Where the head is no plain matrix, the logits' gradient has that factor.)"""
-    scale: list[Tensor] = []
-    if type(head) is not nn.Linear:
-        yield scale
-        return
-
-    def forward(hidden: Tensor) -> Tensor:
-        given = (hidden, head.weight, head.bias)
-        return F.linear(*(x if x is None else _Scale.apply(x, scale) for x in given))
-
-    with forward_of(head, forward):
-        yield scale
 
 
 class _KeepScale(torch.autograd.Function):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from neftune_dist.config import UserError
 from neftune_dist.data.loader import MicroBatch, collate
@@ -218,6 +218,32 @@ def test_the_factor_of_a_loss_is_not_rounded_to_bfloat16(model_type: str, kind: 
 
     for number in (237, 350, 199):
         assert norm(number) / norm(256) == pytest.approx(1, abs=3e-4)
+
+
+class NormedHead(nn.Module):
+    """The projection of Baichuan 2: no plain matrix."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, F.normalize(self.weight))
+
+
+@pytest.mark.parametrize("head", ["plain", "subclass", "normed"])
+def test_the_factor_of_a_loss_reaches_the_gradients_of_any_head(head: str) -> None:
+    """A step's loss is divided by its supervised tokens after the micro-batch has computed it."""
+    model = make("llama")
+    if head == "subclass":
+        model.lm_head.__class__ = type("OwnLinear", (nn.Linear,), {})
+    if head == "normed":
+        model.lm_head = NormedHead(model.lm_head.weight)
+    expected = gradients(model, naive(model) / 256)
+    found = gradients(model, batch_loss_sum(model, batch(False), resolve_loss("auto", model)) / 256)
+    atol = 1e-5 * max(float(g.abs().max()) for g in expected.values())
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], atol=atol, rtol=0)
 
 
 def test_multiplied_in_float32_and_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -392,21 +392,24 @@ def test_tokenizer_model_alone_names_the_package_that_reads_it(
 
 
 @pytest.mark.parametrize(
-    ("files", "expected"),
+    ("settings", "own", "expected"),
     [
-        ({"generation_config.json": {"eos_token_id": 2, "top_p": 0.9}}, [2, 7]),
-        ({"generation_config.json": {"eos_token_id": [7, 2]}}, [7, 2]),
-        ({"config.json": {"eos_token_id": 2}}, [2, 7]),
-        ({"config.json": {}}, [7]),
+        ({"eos_token_id": 2, "top_p": 0.9}, 3, [2, 7]),
+        ({"eos_token_id": [7, 2]}, 3, [7, 2]),
+        ({"top_p": 0.9}, 3, [7]),
+        (None, 2, [2, 7]),
+        (None, [2, 3], [2, 3, 7]),
+        (None, None, [7]),
     ],
 )
 def test_generation_config_of_a_run_holds_the_end_of_a_turn(
-    files: dict[str, Any], expected: list[int], tmp_path: Path
+    settings: dict[str, Any] | None, own: Any, expected: list[int], tmp_path: Path
 ) -> None:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content))
-    keep_end_tokens([7], tmp_path)
-    made = json.loads((folder / "generation_config.json").read_text())
-    assert made == {**files.get("generation_config.json", {}), "eos_token_id": expected}
+    """Beside those that transformers would stop at: of that file, or else of the model that it has
+    made of config.json, in which a wrapper's text model has them one level down."""
+    file = tmp_path / "model" / "generation_config.json"
+    file.parent.mkdir()
+    if settings is not None:
+        file.write_text(json.dumps(settings))
+    keep_end_tokens([7], own, tmp_path)
+    assert json.loads(file.read_text()) == {**(settings or {}), "eos_token_id": expected}
