@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -113,11 +114,9 @@ def _refuse_place(place: Path, run_dir: Path, state: Mapping[str, Any]) -> None:
             kept[f"the run's {what}"] = Path(os.path.expanduser(name))
     for what, path in kept.items():
         real = Path(os.path.realpath(path))
-        if place in (real, *real.parents) or any(_same(place, p) for p in (real, *real.parents)):
-            is_itself = place == real or _same(place, real)
-            raise UserError(
-                f"--output={place} is {what}{'' if is_itself else ', or holds it'}: choose another."
-            )
+        if any(_same(place, path) for path in (real, *real.parents)):
+            holds = "" if _same(place, real) else ", or holds it"
+            raise UserError(f"--output={place} is {what}{holds}: choose another.")
     for name in ("checkpoints", MODEL_FOLDER):
         if place.is_relative_to(os.path.realpath(run_dir / name)):
             raise UserError(f"--output={place} is where the run keeps its {name}: choose another.")
@@ -181,18 +180,14 @@ def _write_weights(
     size = {name: math.prod(shape) * dtype.itemsize for name, shape in content.shapes.items()}
     if towers is not None:
         size |= {name: tensor.nbytes for name, tensor in towers.others.items()}
-    files: list[list[str]] = [[]]
-    for name in size:
-        if files[-1] and sum(size[n] for n in files[-1]) + size[name] > _FILE_BYTES:
-            files.append([])
-        files[-1].append(name)
+    files = huggingface_hub.split_state_dict_into_shards_factory(
+        size,
+        get_storage_size=int,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=_FILE_BYTES,
+    )
     weight_map = {}
-    for number, names in enumerate(files, 1):
-        file = (
-            "model.safetensors"
-            if len(files) == 1
-            else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        )
+    for file, names in files.filename_to_tensors.items():
         # Tied weights are stored once, as transformers does.
         tensors: dict[str, torch.Tensor] = {}
         for name in names:
@@ -204,8 +199,8 @@ def _write_weights(
             tensors |= split(tensor, content.layout[name])
         weight_map.update(dict.fromkeys(tensors, file))
         _save(tensors, output / file)
-    if len(files) > 1:
-        index = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
+    if files.is_sharded:
+        index = {"metadata": files.metadata, "weight_map": weight_map}
         (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 

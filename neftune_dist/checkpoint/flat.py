@@ -7,6 +7,7 @@ planners assume whole `torch.Tensor`s or DTensors; the two here carry ranges.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from collections.abc import Iterator, Sequence
@@ -86,12 +87,9 @@ class WrittenFile:
     @staticmethod
     def of(path: Path) -> WrittenFile:
         """Read a file on disk. Raises `OSError`."""
-        digest, size = xxhash.xxh3_128(), 0
         with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-                size += len(block)
-        return WrittenFile(size, digest.hexdigest())
+            digest = hashlib.file_digest(file, xxhash.xxh3_128)
+            return WrittenFile(file.tell(), digest.hexdigest())
 
 
 class Reader:

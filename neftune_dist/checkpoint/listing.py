@@ -56,11 +56,8 @@ def contents(run_dir: Path) -> list[str]:
         meaning = f": {_MEANINGS[kind]}" if kind in _MEANINGS else ""
         lines.append(f"  {kind}/NAME  {len(sizes)} tensors, {sum(sizes):,} elements{meaning}")
     lines.append("NAME is the model's own. torch alone reads it:")
-    return [*lines, f"  folder = {str(checkpoint.folder)!r}", *_indented(_READING)]
-
-
-def _indented(text: str) -> list[str]:
-    return [f"  {line}" for line in text.splitlines()]
+    reading = [f"folder = {str(checkpoint.folder)!r}", *_READING.splitlines()]
+    return [*lines, *(f"  {line}" for line in reading)]
 
 
 def _complete(run_dir: Path, verify: bool) -> Iterator[tuple[Path, tuple[str, ...]]]:
@@ -72,7 +69,7 @@ def _complete(run_dir: Path, verify: bool) -> Iterator[tuple[Path, tuple[str, ..
             if not checkpoint.folder.is_dir():
                 continue  # a run that continues has removed it
             flaw = "trainer_state.json is not what was written"
-        size = checkpoint.num_bytes()
+        size = sum(file.size for file in checkpoint.files().values())
         if flaw:
             yield _row(checkpoint.folder, size, f"damaged: {flaw}")
             continue

@@ -19,11 +19,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from neftune_dist import __version__
 from neftune_dist.checkpoint.flat import WrittenFile
-from neftune_dist.config import UserError
+from neftune_dist.config import Nullable, UserError, read_json
 from neftune_dist.system import storage
 
 _PROJECT = "neftune_dist"
@@ -106,23 +105,14 @@ def _other(
 
 def _files(path: Path) -> dict[str, WrittenFile] | None:
     """The files that a mark lists; None: the mark is not this project's."""
-    content = _read(path)
-    if content is None:
-        return None
     try:
-        files = {name: WrittenFile(**file) for name, file in (content["files"] or {}).items()}
-    except (KeyError, TypeError, AttributeError):
+        content = read_json(path, {"made_by": str, "files": Nullable({str: WrittenFile})})
+    except UserError:
         return None
-    return None if any(Path(name).name != name or name == ".." for name in files) else files
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        content = None if path.is_symlink() else json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    is_ours = isinstance(content, dict) and str(content.get("made_by")).startswith(_PROJECT)
-    return content if is_ours else None
+    files: dict[str, WrittenFile] = content["files"] or {}
+    is_ours = content["made_by"].startswith(_PROJECT) and not path.is_symlink()
+    within = all(Path(name).name == name and name != ".." for name in files)
+    return files if is_ours and within else None
 
 
 def _write_mark(folder: Path, mark: str, files: dict[str, WrittenFile] | None) -> None:
@@ -170,7 +160,7 @@ def _recover(folder: Path, new: Path, old: Path, mark: str) -> None:
         # Begun and not yet marked: it is empty, or holds part of a mark.
         names = {entry.name for entry in new.iterdir()}
         begun = all(name.startswith(f".{mark}.") for name in names)
-        if not begun and _read(new / mark) is None:
+        if not begun and _files(new / mark) is None:
             raise _in_the_way(new)
         shutil.rmtree(new)
 

@@ -126,7 +126,9 @@ def check_same_run(
             f"{', '.join(other)}: {_FIX}"
         )
     # Settings unknown to the version that saved it had their default's effect.
-    before, now = _merged(Config().to_dict(), state["config"]), config.to_dict()
+    before, now = Config().to_dict(), config.to_dict()
+    for key, value in state["config"].items():
+        before[key] = {**before.get(key, {}), **value} if isinstance(value, dict) else value
     changed = [key for key in differences(before, now) if not key.startswith(_MAY_CHANGE)]
     template = config.data.template
     from_file = template.endswith(".jinja") and before["data"]["template"].endswith(".jinja")
@@ -177,16 +179,6 @@ def differing_fields(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     """Return the fields in which two architectures differ; one that a version of transformers does
     not know does not count."""
     return [key for key in sorted(saved.keys() & now.keys()) if saved[key] != now[key]]
-
-
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        **base,
-        **{
-            key: _merged(base[key], value) if isinstance(value, dict) and key in base else value
-            for key, value in over.items()
-        },
-    }
 
 
 def _value(config: Mapping[str, Any], key: str) -> Any:

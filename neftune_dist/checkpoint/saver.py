@@ -20,7 +20,6 @@ from typing import Any
 import torch.distributed as dist
 
 from neftune_dist.checkpoint import flat, store
-from neftune_dist.checkpoint.flat import WrittenFile
 from neftune_dist.checkpoint.host_copy import HostCopy
 from neftune_dist.config import CheckpointConfig, UserError
 from neftune_dist.distributed.world import World
@@ -140,9 +139,7 @@ class Saver:
             mine = flat.write(partial, shards, self._group)
         of_ranks: list[Any] = [None] * world.size
         dist.all_gather_object(of_ranks, mine, group=self._group)
-        files: dict[str, WrittenFile] = {}
-        for of_rank in of_ranks:
-            files |= of_rank
+        files = {name: file for of_rank in of_ranks for name, file in of_rank.items()}
         with world.agree():
             if world.is_first:
                 store.publish(partial, state, files, self._settings, best_step)

@@ -77,10 +77,6 @@ class Checkpoint:
             raise damage_error(self, MANIFEST)
         return dict(sorted(manifest["files"].items()))
 
-    def num_bytes(self) -> int:
-        """Size on disk."""
-        return sum(file.size for file in self.files().values())
-
     def first_flaw(self, part: int = 0, num_parts: int = 1) -> str | None:
         """The first file whose bytes are not those written; None: all are. Reads whole files.
 
@@ -148,7 +144,7 @@ def publish(
         # The name is on the disk first: `latest` never names a folder that is not there.
         storage.write(root / "latest", f"{final.name}\n", durable=True)
     try:
-        _prune(root, step, settings, best_step)
+        _prune(root.parent, step, settings, best_step)
         for path, why in odd_entries(root.parent):
             _warn_once(f"{path} is passed over: {why}.")
     except OSError as error:  # the checkpoint is there, and the next save tries again
@@ -158,7 +154,11 @@ def publish(
 
 def find_all(run_dir: Path) -> list[Checkpoint]:
     """Checkpoints whose files have their manifests' sizes, newest first."""
-    return _complete(run_dir / "checkpoints")
+    found = ((step_of(folder), folder) for folder in (run_dir / "checkpoints").glob("step_*"))
+    complete = [
+        Checkpoint(folder, step) for step, folder in found if step is not None and not _flaw(folder)
+    ]
+    return sorted(complete, key=lambda checkpoint: -checkpoint.step)
 
 
 def damage_error(checkpoint: Checkpoint, flaw: str) -> UserError:
@@ -233,14 +233,6 @@ def explained(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _complete(root: Path) -> list[Checkpoint]:
-    found = ((step_of(folder), folder) for folder in root.glob("step_*"))
-    complete = [
-        Checkpoint(folder, step) for step, folder in found if step is not None and not _flaw(folder)
-    ]
-    return sorted(complete, key=lambda checkpoint: -checkpoint.step)
-
-
 def _flaw(folder: Path) -> str | None:
     """The flaw of a checkpoint as far as names and sizes tell; None: none."""
     try:
@@ -288,13 +280,13 @@ def _clear(path: Path, aside_name: str) -> None:
     path.rename(aside)
 
 
-def _prune(root: Path, newest: int, settings: CheckpointConfig, best_step: int | None) -> None:
+def _prune(run_dir: Path, newest: int, settings: CheckpointConfig, best_step: int | None) -> None:
     if not settings.keep:
         return
     every = settings.keep_every_steps
     # A checkpoint of a later step than the one just published was passed over as damaged: it must
     # not count as one of those to keep.
-    for old in [c for c in _complete(root) if c.step <= newest][settings.keep :]:
+    for old in [c for c in find_all(run_dir) if c.step <= newest][settings.keep :]:
         if old.step == best_step or (every and old.step % every == 0):
             continue
         if old.folder.is_symlink():

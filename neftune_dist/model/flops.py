@@ -25,9 +25,9 @@ from torch import nn
 from neftune_dist.model.adapters import plain_name, plain_shapes
 from neftune_dist.model.modules import own_parameters, stacks_experts
 
-# By words of the device name, the first that are in it. FLOP/s by the vendors' data sheets: of dense
-# bf16 on tensor cores, and of fp32 without them. GiB that a process can allocate, rounded down: below
-# the number in the name, part of which holds error correction and the driver's own.
+# By words of the device name, the first that are in it. FLOP/s by the vendors' data sheets: of bf16
+# on tensor cores, dense, and of fp32 without them. GiB that a process can allocate, rounded down:
+# below the number in the name, part of which holds error correction and the driver's own.
 _GPUS = {
     "B200": (2250e12, None, 178),
     "GB200": (2250e12, None, 184),
