@@ -92,21 +92,18 @@ class Content:
         if adapter.method == "none":
             constants = frozenset(shapes.keys() - trained.shapes.keys())
             shapes |= trained.shapes  # with rows for new tokens
-            layout = from_record(state.get("stored", {}), shapes)
 
             def read(name: str) -> Tensor:
                 return of_files(name) if name in constants else trained.read(name)
+        else:
+            constants = frozenset(name for name, _ in load.stored_buffers(plain))
+            in_4_bits = quantized_names(load.build(base, config, packing, adapter))
+            parts = {name: trained.read(name) for name in trained.shapes}
 
-            return Content(shapes, read, layout, constants)
-        in_4_bits = quantized_names(load.build(base, config, packing, adapter))
-        parts = {name: trained.read(name) for name in trained.shapes}
+            def read(name: str) -> Tensor:
+                return merged(name, of_files(name), parts, adapter, name in in_4_bits)
 
-        def merge(name: str) -> Tensor:
-            return merged(name, of_files(name), parts, adapter, name in in_4_bits)
-
-        layout = from_record(state.get("stored", {}), shapes)
-        buffers = frozenset(name for name, _ in load.stored_buffers(plain))
-        return Content(shapes, merge, layout, buffers)
+        return Content(shapes, read, from_record(state.get("stored", {}), shapes), constants)
 
 
 def open_towers(folder: Path, state: Mapping[str, Any]) -> WeightFiles | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,22 +27,17 @@ def use_float8(model: Any, recipe: str, within: Sequence[nn.Module]) -> None:
     require("torchao", f"model.float8={recipe}", "neftune-dist[float8]")
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    settings: dict[str, Any] = {}
-    if torch.cuda.is_available():
-        if torch.cuda.get_device_capability() < (8, 9):
-            raise UserError(
-                f"model.float8={recipe} needs a GPU with float8 matrix products (Hopper or later)."
-            )
+    if recipe == "tensorwise":
+        sharded = dist.is_initialized() and dist.get_world_size() > 1
+        config = Float8LinearConfig(enable_fsdp_float8_all_gather=sharded)
     else:
-        settings["emulate"] = True
-    sharded = dist.is_initialized() and dist.get_world_size() > 1
-    config = (
-        Float8LinearConfig(enable_fsdp_float8_all_gather=sharded, **settings)
-        if recipe == "tensorwise"
-        else Float8LinearConfig.from_recipe_name(recipe)
-    )
-    if recipe != "tensorwise" and settings:
-        object.__setattr__(config, "emulate", True)
+        config = Float8LinearConfig.from_recipe_name(recipe)
+    if not torch.cuda.is_available():
+        config = replace(config, emulate=True)
+    elif torch.cuda.get_device_capability() < (8, 9):
+        raise UserError(
+            f"model.float8={recipe} needs a GPU with float8 matrix products (Hopper or later)."
+        )
     inside = {id(m) for module in within for m in module.modules()}
 
     def convertible(module: nn.Module, _name: str) -> bool:

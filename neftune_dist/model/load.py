@@ -43,14 +43,10 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> Any:
             f"The tokenizer in {folder} is a tokenizer.model alone, and reading it needs the "
             f"package {package}: pip install {package}, or add its tokenizer.json."
         )
-    try:
+    with _explained(f"The tokenizer in {folder} cannot be loaded", config):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=config.trust_remote_code
         )
-    except Exception as error:  # transformers raises whatever its parsers do
-        raise UserError(
-            f"The tokenizer in {folder} cannot be loaded: {_plain(error, config)}"
-        ) from error
     names = split_list(config.add_tokens)
     added = [AddedToken(name, special=True, normalized=False) for name in names]
     tokenizer.add_tokens(added, special_tokens=True)
@@ -76,14 +72,10 @@ def trained_model_config(folder: Path, config: ModelConfig) -> Any:
 
 def load_model_config(folder: Path, config: ModelConfig) -> Any:
     """The model's own configuration (transformers' config.json)."""
-    try:
+    with _explained(f"The model configuration in {folder} cannot be loaded", config):
         return transformers.AutoConfig.from_pretrained(
             folder, trust_remote_code=config.trust_remote_code
         )
-    except Exception as error:  # transformers raises whatever its parsers do
-        raise UserError(
-            f"The model configuration in {folder} cannot be loaded: {_plain(error, config)}"
-        ) from error
 
 
 def build(
@@ -119,14 +111,12 @@ def build(
             trust_remote_code=config.trust_remote_code,
         )
 
-    try:
-        with torch.device("meta"):
-            model = with_attention(make, hf_config, config.attention, packing)
-    except Exception as error:  # transformers raises whatever its parsers do
-        raise UserError(
-            f"transformers cannot build a causal language model of type {hf_config.model_type} "
-            f"from {folder / 'config.json'}: {_plain(error, config)}"
-        ) from error
+    failed = (
+        f"transformers cannot build a causal language model of type {hf_config.model_type} from "
+        f"{folder / 'config.json'}"
+    )
+    with _explained(failed, config), torch.device("meta"):
+        model = with_attention(make, hf_config, config.attention, packing)
     check_model(model, packing)
     check_flex(model)
     if config.add_tokens:  # which take rows of the embedding and of the projection
@@ -314,6 +304,15 @@ def _without(settings: Any, names: Collection[str]) -> Any:
     if not isinstance(settings, dict):
         return settings
     return {key: _without(value, names) for key, value in settings.items() if key not in names}
+
+
+@contextmanager
+def _explained(failed: str, config: ModelConfig) -> Iterator[None]:
+    """Turn any exception into a `UserError`: transformers raises whatever its parsers do."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{failed}: {_plain(error, config)}") from error
 
 
 def _plain(error: Exception, config: ModelConfig) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -51,13 +52,10 @@ def find(config: ModelConfig, weights: bool = True) -> Path:
         return folder
     try:
         wanted = [*SMALL_FILES, "model*.safetensors"] if weights else SMALL_FILES
-        folder = Path(
-            huggingface_hub.snapshot_download(name, revision=config.revision, allow_patterns=wanted)
-        )
+        download = partial(huggingface_hub.snapshot_download, name, revision=config.revision)
+        folder = Path(download(allow_patterns=wanted))
         if weights and not list(folder.glob("model*.safetensors")):
-            huggingface_hub.snapshot_download(
-                name, revision=config.revision, allow_patterns=["pytorch_model*.bin"]
-            )
+            download(allow_patterns=["pytorch_model*.bin"])
     except Exception as error:  # the hub's client raises a dozen unrelated types
         raise UserError(
             f"model.name_or_path={name} is no local directory, and the model of that name cannot "

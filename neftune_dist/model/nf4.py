@@ -45,24 +45,27 @@ def pack(rows: Tensor) -> Tensor:
     values = _functional().get_4bit_type("nf4", device=str(rows.device))
     codes = torch.bucketize(units, (values[1:] + values[:-1]) / 2).to(torch.uint8)
     codes = codes.view(num_rows, -1, 2)
-    num_codes, num_scales = width // 2, width // BLOCK
-    packed[:, :num_codes] = (codes[..., 0] << 4) | codes[..., 1]
-    packed[:, num_codes : num_codes + num_scales] = levels
-    bounds = torch.cat([least, step], 1).view(torch.uint8)
-    packed[:, num_codes + num_scales : num_codes + num_scales + 8] = bounds
+    own_codes, own_levels, own_bounds = _fields(packed, width)
+    own_codes[:] = (codes[..., 0] << 4) | codes[..., 1]
+    own_levels[:] = levels
+    own_bounds[:] = torch.cat([least, step], 1).view(torch.uint8)
     return packed
+
+
+def _fields(packed: Tensor, width: int) -> tuple[Tensor, ...]:
+    """Views of the codes, the scales in 8 bits, and the bytes of their least and their step."""
+    sizes = [width // 2, width // BLOCK, 8]
+    fields: tuple[Tensor, ...] = packed[:, : sum(sizes)].split(sizes, dim=1)
+    return fields
 
 
 def unpack(packed: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """The weights of packed rows: uint8 (num_rows, row_bytes) to (num_rows, width) of `dtype`."""
-    num_rows, num_codes, num_scales = len(packed), width // 2, width // BLOCK
-    levels = packed[:, num_codes : num_codes + num_scales]
-    bounds = packed[:, num_codes + num_scales : num_codes + num_scales + 8].contiguous()
-    least, step = bounds.view(torch.float32).split(1, 1)
+    codes, levels, bounds = _fields(packed, width)
+    least, step = bounds.contiguous().view(torch.float32).split(1, 1)
     scales = least + levels * step
-    codes = packed[:, :num_codes].contiguous().view(-1, 1)
     weights: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
-        codes, scales.flatten(), BLOCK, "nf4", (num_rows, width), dtype
+        codes.reshape(-1, 1), scales.flatten(), BLOCK, "nf4", (len(packed), width), dtype
     )
     return weights
 

@@ -38,10 +38,8 @@ def _keeps_projection(model: Any, head: Any, base: Any, width: int) -> bool:
     where = {"device": head.weight.device}
     hidden = _BaseOutput([torch.zeros(1, 2, width, dtype=head.weight.dtype, **where)])
     ids = torch.zeros(1, 2, dtype=torch.int64, **where)
-    as_hidden, kept = (
-        forward_of(base, lambda *_, **__: hidden),
-        head.register_forward_hook(keep_result),
-    )
+    as_hidden = forward_of(base, lambda *_, **__: hidden)
+    kept = head.register_forward_hook(keep_result)
     with torch.no_grad(), as_hidden, kept, without_compiling():
         logits = model(input_ids=ids, use_cache=False).logits
     output, before = given[-1]

@@ -40,6 +40,7 @@ def by_document(
     # A rank without queries takes part in the exchange of the gradients, too.
     empty = torch.cat([tensor[:, :, :0] for tensor in (query, key, value)], dim=1)
     outs, at = [empty[:, : query.shape[1]].transpose(1, 2)], 0
+    shared = query.shape[1] != key.shape[1]  # several heads have the same keys
     for rows, tokens, _ in _documents(cu_seqlens, query.shape[2], key.shape[2], blocks):
         q, k, v = query[:, :, rows], key[:, :, tokens], value[:, :, tokens]
         mask = _mask_unless_causal(q, k, window)
@@ -49,14 +50,7 @@ def by_document(
             mask = torch.cat([column, mask.expand(len(sinks), -1, -1)], dim=2)[None]
             k, v = (F.pad(tensor, (0, 0, 1, 0)) for tensor in (k, v))
         attended = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None,
-            dropout_p=dropout,
-            scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
+            q, k, v, mask, is_causal=mask is None, dropout_p=dropout, scale=scale, enable_gqa=shared
         )
         outs.append(F.pad(attended.transpose(1, 2), (0, 0, 0, 0, rows.start - at, 0)))
         at = rows.stop
