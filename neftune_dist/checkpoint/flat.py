@@ -133,8 +133,7 @@ class _HashingFileSystem(FileSystem):
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
-        with open(path, mode) as file:
-            stream = _HashedStream(file)
+        with _HashedStream(path) as stream:
             try:
                 yield stream
             except Exception as error:
@@ -147,34 +146,27 @@ class _HashingFileSystem(FileSystem):
         self.written[Path(new_path).name] = self.written.pop(Path(path).name)
 
 
-class _HashedStream(io.RawIOBase):
-    """Writes through to a file, from its beginning to its end, and hashes the bytes."""
+class _HashedStream(io.BufferedWriter):
+    """A new file; the bytes that are written to it, from its beginning to its end, are hashed."""
 
-    def __init__(self, file: Any) -> None:
-        self._file = file
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(io.FileIO(path, "w"))
         self.size, self.digest = 0, xxhash.xxh3_128()
         self.error: OSError | None = None  # the first that the file gave
 
     def write(self, data: Any) -> int:
         try:
-            self._file.write(data)
+            written = super().write(data)
         except OSError as error:
             self.error = self.error or error
             raise
+        self.size += written
         self.digest.update(data)
-        self.size += memoryview(data).nbytes
-        return memoryview(data).nbytes
-
-    def tell(self) -> int:
-        return self.size
-
-    def flush(self) -> None:
-        self._file.flush()
+        return written
 
     def fileno(self) -> int:
-        self._file.flush()
-        descriptor: int = self._file.fileno()
-        return descriptor
+        self.flush()  # torch syncs the file that it asks for
+        return super().fileno()
 
 
 class _SavePlanner(DefaultSavePlanner):

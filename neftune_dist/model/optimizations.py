@@ -153,20 +153,10 @@ def _checkpointed(
     forward: Callable[..., Any], mode: str, kept: AbstractSet[Any], keep_generator: bool
 ) -> Callable[..., Any]:
     contexts = partial(create_selective_checkpoint_contexts, list(kept))
-    settings: dict[str, Any] = {"context_fn": contexts} if mode == "selective" else {}
-
-    def recomputed(*args: Any, **kwargs: Any) -> Any:
-        # The state of torch's generators is fetched from the GPU only where something is drawn.
-        return checkpoint(
-            forward,
-            *args,
-            use_reentrant=False,
-            preserve_rng_state=keep_generator,
-            **settings,
-            **kwargs,
-        )
-
-    return recomputed
+    selective: dict[str, Any] = {"context_fn": contexts} if mode == "selective" else {}
+    # The state of torch's generators is fetched from the GPU only where something is drawn.
+    settings = {"use_reentrant": False, "preserve_rng_state": keep_generator, **selective}
+    return partial(checkpoint, forward, **settings)
 
 
 def kept_operators(model: nn.Module) -> AbstractSet[Any]:
