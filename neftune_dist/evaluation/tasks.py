@@ -18,6 +18,7 @@ file holds no examples beside its items. The fields of a file's rows decide its 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ from neftune_dist.data.sources import read_row_file
 from neftune_dist.distributed.world import World
 
 _KEY = "evaluate.tasks"
+_NAME = re.compile(r"[\w .+()-]+")  # lm-eval's, and what tables and plots show as it is
 Row = dict[str, Any]
 
 
@@ -113,9 +115,10 @@ def read_words(text: str | None, max_items: int = 0) -> list[TaskWord]:
     words: dict[str, TaskWord] = {}
     for text_of_word in split_list(text):
         name, is_file, path = (part.strip() for part in text_of_word.partition("="))
-        if not name or (is_file and not path) or (not is_file and "/" in name):
+        if not _NAME.fullmatch(name) or (is_file and not path):
             raise UserError(
-                f"{_KEY}={text_of_word} is neither a task of lm-eval nor of the form NAME=FILE."
+                f"{_KEY}={text_of_word} is neither a task of lm-eval nor of the form NAME=FILE, with "
+                "a NAME of letters, digits, spaces and _ . + - ( )."
             )
         if name in words:
             raise UserError(f"{_KEY} names {name} twice.")

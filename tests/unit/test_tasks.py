@@ -320,6 +320,8 @@ def test_max_task_items_takes_the_first_and_leaves_the_tokenizer(
         ("mmlu", r"the items of mmlu could not be loaded from the hub: .*; .*: mmlu=FILE\."),
         ("a/b", r"a/b is neither a task of lm-eval nor of the form NAME=FILE"),
         ("=x.jsonl", r"=x.jsonl is neither a task"),
+        ("a|b={good}", r"a\|b=.* is neither a task .* with a NAME of letters"),
+        ("$5 or $10={good}", r"\$10=.* is neither a task"),  # mathematics to matplotlib
         ("a=missing.jsonl", r"evaluate.tasks=missing.jsonl does not exist"),
         ("a={good},a={good}", r"names a twice"),
         ("a={nothing}", r"nothing.jsonl holds no row"),
