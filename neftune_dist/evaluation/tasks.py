@@ -117,8 +117,8 @@ def read_words(text: str | None, max_items: int = 0) -> list[TaskWord]:
         name, is_file, path = (part.strip() for part in text_of_word.partition("="))
         if not _NAME.fullmatch(name) or (is_file and not path):
             raise UserError(
-                f"{_KEY}={text_of_word} is neither a task of lm-eval nor of the form NAME=FILE, with "
-                "a NAME of letters, digits, spaces and _ . + - ( )."
+                f"{_KEY}={text_of_word} is neither a task of lm-eval nor of the form NAME=FILE, "
+                "with a NAME of letters, digits, spaces and _ . + - ( )."
             )
         if name in words:
             raise UserError(f"{_KEY} names {name} twice.")
