@@ -43,7 +43,12 @@ class Config:
 
     def to_yaml(self) -> str:
         """The resolved configuration, loadable again by `load_config`."""
-        return OmegaConf.to_yaml(OmegaConf.create(_escaped(asdict(self))))
+        return settings_yaml(asdict(self))
+
+
+def settings_yaml(values: dict[str, Any]) -> str:
+    """Settings as YAML that `load_config` reads back alike."""
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(values)))
 
 
 KNOBS = find_knobs(Config)

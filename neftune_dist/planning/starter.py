@@ -5,11 +5,15 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from neftune_dist.config import KNOBS, Config, UserError, load_config, shipped_configs
+from neftune_dist.config import (
+    KNOBS,
+    Config,
+    UserError,
+    load_config,
+    settings_yaml,
+    shipped_configs,
+)
 from neftune_dist.planning.report import GIB, needed, read
 
 _BASE = "alpaca-7b"
@@ -66,12 +70,12 @@ def write_configuration(name: str, words: Sequence[str], output: Path | None) ->
 
 def _setting_lines(config: Config) -> Iterator[str]:
     """The decisive settings and those that differ from their defaults, section by section."""
-    section = ""
+    section, values = "", config.to_dict()
     for key, knob in KNOBS.items():
         if "[]" in key:
             continue
         above, _, name = key.rpartition(".")
-        value: Any = getattr(getattr(config, above) if above else config, name)
+        value = (values[above] if above else values)[name]
         if key not in _DECISIVE and value == knob.default:
             continue
         if above != section:
@@ -79,9 +83,8 @@ def _setting_lines(config: Config) -> Iterator[str]:
             yield from ("", f"{above}:")
         indent = "  " if above else ""
         yield from (f"{indent}# {line}" for line in textwrap.wrap(knob.description, 94))
-        shown = yaml.safe_dump(value, allow_unicode=True, default_flow_style=True, width=10_000)
-        shown = shown.removesuffix("...\n").strip()
-        yield f"{indent}{name}: {shown}  # {knob.values}"
+        *lines, last = settings_yaml({name: value}).rstrip("\n").split("\n")
+        yield from (f"{indent}{line}" for line in (*lines, f"{last}  # {knob.values}"))
 
 
 def _memory_lines(config: Config, path: Path) -> list[str]:

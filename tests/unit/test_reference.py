@@ -195,6 +195,16 @@ def test_init_writes_a_file_that_loads_with_memory_by_plan(
     assert "# Scale of the noise; 0 turns it off." in text
 
 
+@pytest.mark.parametrize("value", ["1e3", "\\${a}", "a # b: c", "x" * 60 + " " + "y" * 60])
+def test_init_writes_text_that_yaml_would_read_otherwise(
+    value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [f"model.name_or_path={tmp_path / 'absent'}", f"data.source={value}"]
+    assert ended("init", "mine", *words) == 0
+    assert load_config("mine.yaml") == load_config("alpaca-7b", ["run_dir=runs/mine", *words])
+
+
 def test_init_says_how_to_plan_where_the_model_is_out_of_reach(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
