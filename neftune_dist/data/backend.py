@@ -18,26 +18,22 @@ _MOST_TOKENS = 64  # that are placed together: the bytes of a character, the pie
 
 
 def backend_of(tokenizer: Any, literal: bool = False) -> Any:
-    """What tokenises for a tokenizer of transformers; `literal` as in `bare`."""
-    fast = tokenizer.is_fast
-    return bare(tokenizer.backend_tokenizer, literal) if fast else SlowBackend(tokenizer, literal)
-
-
-def bare(backend: Any, literal: bool = False) -> Any:
-    """The tokenizer without a post-processor: special tokens are added by `tokenize`, and some
-    post-processors strip spaces from the offsets, which would hide their speaker. It is shared
-    between callers.
+    """What tokenises for a tokenizer of transformers. It is shared between callers.
 
     Args:
-        backend: the tokenizer, which is copied.
+        tokenizer: a fast one, or one in Python.
         literal: whether special tokens in a text are read as plain text.
     """
-    return _parsed(backend.to_str(), literal)
+    if not tokenizer.is_fast:
+        return SlowBackend(tokenizer, literal)
+    return _parsed(tokenizer.backend_tokenizer.to_str(), literal)
 
 
 # Parsing takes a tenth of a second to a second, by the vocabulary; a verb needs the same two often.
 @lru_cache(maxsize=4)
 def _parsed(text: str, literal: bool) -> Any:
+    """A tokenizer without a post-processor: special tokens are added by `tokenize`, and some
+    post-processors strip spaces from the offsets, which would hide their speaker."""
     made: Any = Tokenizer.from_str(text)
     made.post_processor = None
     made.no_truncation()

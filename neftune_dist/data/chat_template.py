@@ -138,7 +138,7 @@ class ChatTemplate:
                             f"turn {number} has several thoughts, or '</think>' inside the "
                             "answer: the chat template writes one thought, before the answer"
                         )
-            made.append(Turn(turn.role, content, *turn[2:5], reasoning, turn.learned))
+            made.append(turn._replace(content=content, reasoning=reasoning))
         return Conversation(tuple(made), tools=conversation.tools)
 
     def messages(self, conversation: Conversation) -> list[Message]:
@@ -302,8 +302,3 @@ def _call(arguments: Any = None) -> dict[str, Any]:
     """A call for a probe."""
     function = {"name": "look_up", "arguments": arguments or {"word": "tree"}}
     return {"type": "function", "function": function}
-
-
-def tools_of(conversation: Conversation) -> Tools:
-    """The schemas of the functions that the assistant may call, for a template."""
-    return json.loads(conversation.tools) if conversation.tools else None

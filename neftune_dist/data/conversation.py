@@ -51,6 +51,11 @@ class Conversation:
     text: str = ""
     num_left_out: int = 0
 
+    @property
+    def functions(self) -> list[Any] | None:
+        """The functions of `tools`, as templates take them; None without any."""
+        return json.loads(self.tools) if self.tools else None
+
     def messages(self) -> list[dict[str, Any]]:
         """The messages for a chat template; an Alpaca row's context follows its instruction. Keys
         beside `role` and `content` are present where they are not empty."""

@@ -115,7 +115,7 @@ def _of_directory(path: Path, setting: str, split: str) -> SourceFiles:
     if (path / "dataset_dict.json").is_file():
         splits = read_json(path / "dataset_dict.json", {"splits": [str]})["splits"]
         chosen = path / _chosen(split, splits, setting)
-        if not _is_saved(chosen):
+        if chosen.parent != path or not _is_saved(chosen):
             raise UserError(f"{setting}: {chosen} is not a dataset that `datasets` saved.")
         others = tuple(f"{name} (split)" for name in splits if name != chosen.name)
         return SourceFiles(_saved(chosen), others, has_splits=True, hidden=_hidden(chosen))
@@ -219,8 +219,8 @@ def _saved(path: Path) -> tuple[Path, ...]:
     state = read_json(path / "state.json", {"_data_files": [{"filename": str}]})
     paths = tuple(path / listed["filename"] for listed in state["_data_files"])
     for file in paths:
-        if not file.is_file():
-            raise UserError(f"{path / 'state.json'} lists {file.name!a}, which is missing.")
+        if file.parent != path or not file.is_file():
+            raise UserError(f"{path / 'state.json'} lists {str(file)!a}, which is no file in it.")
     return paths
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-from neftune_dist.data.chat_template import OPENED_THOUGHT, ChatTemplate, tools_of
+from neftune_dist.data.chat_template import OPENED_THOUGHT, ChatTemplate
 from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.errors import BadRow
 from neftune_dist.data.marks import (
@@ -87,7 +87,13 @@ class LossMask:
             if not left and not found:
                 return [(conversation, fitted.rendered(here))]
             if here:
-                part = _learning(conversation, len(view.turns), here, first=not found)
+                turns = tuple(
+                    turn._replace(learned=turn.role != "assistant" or i in here)
+                    for i, turn in enumerate(conversation.turns[: len(view.turns)])
+                )
+                # The turns that the row left out count once.
+                left_out = 0 if found else conversation.num_left_out
+                part = replace(conversation, turns=turns, num_left_out=left_out)
                 found.append((part, fitted.rendered(here)))
             if not left:
                 return found[::-1]
@@ -98,14 +104,9 @@ class LossMask:
         functions = view.tools + "".join("".join(turn[2:5]) for turn in view.turns)
         if MARK.search(functions):
             raise BadRow("a tool or a call has words with which chat templates are checked")
-        if functions and (found := self._missing(with_functions(marked(view)[0]))):
-            kind, index = found
-            tools = tools_of(view) or []
-            what = f"what the assistant calls in turn {index + 1}"
-            if kind == "tool":
-                what = f"the tools, such as {tools[index]['function']['name']}"
-            raise BadRow(f"the chat template leaves out {what}")
-        text = self._template.apply(self._template.messages(view), tools_of(view))
+        if functions and (missing := self._missing(with_functions(marked(view)[0]))):
+            raise BadRow(f"the chat template leaves out {missing}")
+        text = self._template.apply(self._template.messages(view), view.functions)
         for fine in (False, True):
             shape, pieces = marked(view, fine)
             layout = self._new_layout(shape) if fine else self._layout(shape)
@@ -155,19 +156,6 @@ class _Fitted:
         return Span(begin, end, "assistant", learned)
 
 
-def _learning(
-    conversation: Conversation, length: int, learned: list[int], first: bool
-) -> Conversation:
-    """The beginning of a conversation in which these answers alone are learned. The `first` one
-    counts the turns that the row left out."""
-    turns = tuple(
-        Turn(*turn[:-1], turn.role != "assistant" or i in learned)
-        for i, turn in enumerate(conversation.turns[:length])
-    )
-    left_out = conversation.num_left_out if first else 0
-    return replace(conversation, turns=turns, num_left_out=left_out)
-
-
 class _Layout:
     """The text of a conversation of marks.
 
@@ -189,7 +177,7 @@ class _Layout:
     ) -> None:
         self._template, self._shape, self._turns = template, shape, shape.turns
         self._layout_of = layout_of
-        self._messages, self._tools = template.messages(shape), tools_of(shape)
+        self._messages, self._tools = template.messages(shape), shape.functions
         self.text = template.apply(self._messages, self._tools)
         parts = MARK.split(self.text)
         self._frames, self.marks = parts[::2], parts[1::2]
@@ -302,17 +290,16 @@ class _Layout:
         return said if stays else own
 
 
-def _missing_function(template: ChatTemplate, shape: Conversation) -> tuple[str, int] | None:
-    """The first function that the text of `with_functions` lacks: ("tool", its index) or ("call",
-    the index of its turn)."""
-    text = template.apply(template.messages(shape), tools_of(shape))
-    for k in range(len(tools_of(shape) or [])):
+def _missing_function(template: ChatTemplate, shape: Conversation) -> str:
+    """The first function that the text of `with_functions` lacks, in words; "" where it has all."""
+    text = template.apply(template.messages(shape), shape.functions)
+    for k in range(len(shape.functions or [])):
         if any(mark not in text for mark in tool_marks(k)):
-            return "tool", k
+            return f"the tools, such as tool {k + 1}"
     for i, turn in enumerate(shape.turns):
         if any(mark not in text for mark in CALL_MARK.findall(turn.tool_calls)):
-            return "call", i
-    return None
+            return f"what the assistant calls in turn {i + 1}"
+    return ""
 
 
 def _changed(turns: Sequence[Turn], i: int) -> BadRow:

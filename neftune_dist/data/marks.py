@@ -10,8 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 
-from neftune_dist.data.chat_template import tools_of
-from neftune_dist.data.conversation import Conversation, Turn
+from neftune_dist.data.conversation import Conversation
 
 MARK = re.compile(r"(Zq8vK\d+[cr]\d+Wj)")  # of a content or of reasoning
 CALL_MARK = re.compile(r"Zq8vK\d+[fkv]\d+Wj")  # of a function called, and of its argument
@@ -29,25 +28,17 @@ def marked(conversation: Conversation, fine: bool = False) -> tuple[Conversation
     """
     pieces: dict[str, str] = {}
 
-    def of(text: str, i: int, kind: str) -> str:
-        if not text or text.isspace():
-            return text
-        made = []
-        for k, piece in enumerate(_TAG.split(text) if fine else [text]):
-            if k % 2 or not piece or piece.isspace():
-                made.append(piece)
-                continue
-            mark = f"Zq8vK{i}{kind}{k}Wj"
-            pieces[mark] = piece
-            made.append(mark)
-        return "".join(made)
+    def of(text: str, kind: str) -> str:
+        parts = _TAG.split(text) if fine else [text]
+        for k, part in enumerate(parts):
+            if k % 2 == 0 and part.strip():
+                parts[k] = f"Zq8vK{kind}{k}Wj"
+                pieces[parts[k]] = part
+        return "".join(parts)
 
     turns = tuple(
-        Turn(
-            turn.role,
-            of(turn.content, i, "c"),
-            *turn[2:5],
-            reasoning=of(turn.reasoning, i, "r"),
+        turn._replace(
+            content=of(turn.content, f"{i}c"), reasoning=of(turn.reasoning, f"{i}r"), learned=True
         )
         for i, turn in enumerate(conversation.turns)
     )
@@ -67,9 +58,9 @@ def with_functions(marked: Conversation) -> Conversation:
             call["function"] = {"name": name, "arguments": {key: value}}
         answered = ids.get(turn.tool_call_id, turn.tool_call_id)
         named = json.dumps(calls) if calls else ""
-        turns.append(Turn(turn.role, turn.content, named, answered, turn.name, turn.reasoning))
+        turns.append(turn._replace(tool_calls=named, tool_call_id=answered))
     tools = []
-    for k in range(len(tools_of(marked) or [])):
+    for k in range(len(marked.functions or [])):
         text = {"type": "string", "description": "Any."}
         schema = {"type": "object", "properties": {tool_marks(k)[1]: text}}
         name, _, meaning = tool_marks(k)

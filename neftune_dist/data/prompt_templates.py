@@ -115,15 +115,14 @@ def render(template: str, conversation: Conversation, last_only: bool) -> Render
     if last_only:
         learned = learned[-1:]
     alone = template == "llama2"
-    return Rendered(
-        tuple(
-            _chunk(parts, learned=i in learned, starts=i == 0 or alone, literal=alone)
-            for i, parts in enumerate(exchanges)
-        )
-    )
+    chunks = [
+        _chunk(parts, learned=i in learned, starts=i == 0 or alone, literal=alone)
+        for i, parts in enumerate(exchanges)
+    ]
+    return Rendered(tuple(chunks))
 
 
-def as_jinja(template: str, *, prefix: str, end: str, gap: str, system: str | None) -> str:
+def as_jinja(template: str, prefix: str, end: str, gap: str, system: str | None) -> str:
     """The prompt as a Jinja program for `apply_chat_template`.
 
     Args:
@@ -173,11 +172,10 @@ def _alpaca(conversation: Conversation) -> list[list[_Part]]:
             f"{', '.join(roles[:4])}{', ...' if len(roles) > 4 else ''}"
         )
     asked, said = (turn.content for turn in conversation.turns)
+    parts = [(FRAME, _ALPACA_WITHOUT_INPUT), ("user", asked)]
     if conversation.context:
-        about = [(FRAME, "\n\n### Input:\n"), ("user", conversation.context)]
-        parts = [(FRAME, _ALPACA_WITH_INPUT), ("user", asked), *about]
-    else:
-        parts = [(FRAME, _ALPACA_WITHOUT_INPUT), ("user", asked)]
+        parts = [(FRAME, _ALPACA_WITH_INPUT), ("user", asked)]
+        parts += [(FRAME, "\n\n### Input:\n"), ("user", conversation.context)]
     return [[*parts, (FRAME, "\n\n### Response:"), ("assistant", said)]]
 
 

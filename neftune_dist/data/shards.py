@@ -38,10 +38,8 @@ from neftune_dist.data.tokenize import ConversationTokenizer, Document
 from neftune_dist.system.cgroups import num_cores
 from neftune_dist.system.children import end_with_parent
 
-# Of a shard: many rows, unless they are large.
-_SHARD_ROWS, _SHARD_BYTES = 1000, 2**22
-# Rows that are tokenised without other processes: these take seconds to start.
-_ALONE_ROWS = 20_000
+_SHARD_ROWS, _SHARD_BYTES = 1000, 2**22  # the most of a shard
+_ALONE_ROWS = 20_000  # tokenised without other processes, which take seconds to start
 _MOST_WORKERS = 16  # chosen for data.num_workers=0; each holds some 0.5 GiB
 _BATCH_CHARACTERS = 2**22  # of rendered text that is tokenised together
 Row = tuple[str, Mapping[str, Any] | BadRow]  # its place in the source first
@@ -261,7 +259,16 @@ class ShardPool:
             self._executor.shutdown(cancel_futures=True)
 
     def shards(self, maker: ShardMaker, rows: Iterator[Row]) -> Iterator[Shard]:
-        """The shards of one source, in the order of its rows."""
+        """The shards of one source, in the order of its rows. Raises `UserError`."""
+        try:
+            yield from self._shards(maker, rows)
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"One of the {self.num_workers} processes that tokenise the data has ended, "
+                "perhaps for lack of memory: lower data.num_workers; the same command continues."
+            ) from error
+
+    def _shards(self, maker: ShardMaker, rows: Iterator[Row]) -> Iterator[Shard]:
         first = 0
         pending: deque[Callable[[], Shard]] = deque()
         for chunk in _chunks(rows):
@@ -299,14 +306,7 @@ class ShardPool:
         future = self._executor.submit(_make, maker, rows, path)
 
         def wait() -> Shard:
-            try:
-                future.result()
-            except BrokenProcessPool as error:
-                raise UserError(
-                    f"One of the {self.num_workers} processes that tokenise the data has ended, "
-                    "perhaps for lack of memory: lower data.num_workers; the same command "
-                    "continues."
-                ) from error
+            future.result()
             shard = Shard.load(path)
             if shard is None:
                 raise OSError(f"{path} is not what was written")

@@ -28,6 +28,7 @@ from neftune_dist.data.errors import BadRow, Numbered
 from neftune_dist.system.text import first_line
 
 _SECONDS, _GIB = 60.0, 4.0  # limits of `read_row_file`, for a downloaded file
+_MOST_LEVELS = 100  # of lists and objects in a row
 _LFS = b"version https://git-lfs.github.com/"
 Rows = Iterator[tuple[str, "Mapping[str, Any] | BadRow"]]
 T = TypeVar("T")
@@ -137,8 +138,26 @@ def _open_hub(config: SourceConfig, key: str, skip: Collection[str]) -> Source:
 
 
 def _with_places(rows: Any, file: str = "") -> Rows:
+    """Rows with their places, and without white space around their keys."""
     for number, row in rows:
+        try:
+            if not isinstance(row, BadRow):
+                _refuse_depth(row)
+                row = fields.stripped(row)
+        except BadRow as error:
+            row = error
         yield f"{file}row {number}", row
+
+
+def _refuse_depth(row: Mapping[str, Any]) -> None:
+    """Raise `BadRow` for nesting in which what looks into a row would leave Python's stack."""
+    level: list[Any] = [row]
+    for _ in range(_MOST_LEVELS):
+        parts = [part.values() if isinstance(part, dict) else part for part in level]
+        level = [item for part in parts for item in part if isinstance(item, dict | list)]
+        if not level:
+            return
+    raise BadRow(f"it nests lists and objects more than {_MOST_LEVELS} levels deep")
 
 
 def _rows_of_file(path: Path, key: str, skip: Collection[str]) -> Numbered:
@@ -146,7 +165,7 @@ def _rows_of_file(path: Path, key: str, skip: Collection[str]) -> Numbered:
     setting, kind, number = f"{key}={path}", files.file_kind(path), 0
     try:
         for number, row in _READERS[kind](path, skip):
-            yield number, _stripped(row)
+            yield number, row
     except UnicodeDecodeError as error:
         raise UserError(f"{setting} is not UTF-8 text{_after(number)}: {error}.") from error
     except (zlib.error, gzip.BadGzipFile, EOFError) as error:
@@ -206,13 +225,6 @@ def _check_text(row: Mapping[str, Any]) -> None:
             json.dumps([name, value], ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError:
             raise BadRow(f"field {name!a} holds a lone surrogate, which is not text") from None
-
-
-def _stripped(row: Mapping[str, Any] | BadRow) -> Mapping[str, Any] | BadRow:
-    try:
-        return row if isinstance(row, BadRow) else fields.stripped(row)
-    except BadRow as error:
-        return error
 
 
 def _after(number: int) -> str:

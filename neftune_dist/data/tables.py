@@ -12,7 +12,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
@@ -117,10 +116,6 @@ def _values(array: Any) -> list[Any]:
         return _values(array.storage)
     if pyarrow.types.is_dictionary(kind):
         return _values(array.dictionary_decode())
-    if pyarrow.types.is_run_end_encoded(kind):
-        rows = np.arange(array.offset, array.offset + len(array))
-        values = _values(array.values)
-        return [values[run] for run in np.searchsorted(array.run_ends, rows, side="right")]
     if pyarrow.types.is_struct(kind):
         names = _unique([field.name for field in kind])
         columns = [array.is_valid().to_pylist(), *map(_values, array.flatten())]
@@ -130,7 +125,8 @@ def _values(array: Any) -> list[Any]:
             else None
             for is_valid, *values in zip(*columns, strict=True)
         ]
-    if not pyarrow.types.is_nested(kind) or pyarrow.types.is_union(kind):
+    is_rare = pyarrow.types.is_union(kind) or pyarrow.types.is_run_end_encoded(kind)
+    if is_rare or not pyarrow.types.is_nested(kind):
         return array.to_pylist()  # type: ignore[no-any-return]
     if pyarrow.types.is_map(kind):
         pairs = pyarrow.struct([("key", kind.key_type), ("value", kind.item_type)])

@@ -134,7 +134,7 @@ class ConversationTokenizer:
     def prompt_ids(self, conversation: Conversation) -> list[int]:
         """The tokens before the first answer, as its document begins."""
         *asked, answer = conversation.turns[: len(conversation.opening()) + 1]
-        turns = (*asked, Turn(*answer[:-1], learned=True))
+        turns = (*asked, answer._replace(learned=True))
         return self._before_last_answer(replace(conversation, turns=turns))
 
     def reply_ids(self, turns: Sequence[Turn]) -> list[int]:
@@ -171,11 +171,7 @@ class ConversationTokenizer:
         talks = [_EXCHANGE] if alone else [_TALK, (Turn("system", "Be\nbrief."), *_TALK)]
         for gap in ("", " "):
             source = prompt_templates.as_jinja(
-                self.config.template,
-                prefix=prefix,
-                end=self.tokenizer.eos_token,
-                gap=gap,
-                system=system,
+                self.config.template, prefix, self.tokenizer.eos_token, gap, system
             )
             if all(self._is_made_by(source, Conversation(turns)) for turns in talks):
                 return source
@@ -193,9 +189,8 @@ class ConversationTokenizer:
             if self.config.supervise == "all":
                 supervised |= speakers != SPEAKERS.index("assistant")
             supervised[:1] = 0  # no token precedes it that could predict it
-            documents.append(
-                Document(ids, supervised, speakers, self._ends(ids, supervised, speakers))
-            )
+            end_learned = self._ends(ids, supervised, speakers)
+            documents.append(Document(ids, supervised, speakers, end_learned))
         return documents
 
     @cached_property
@@ -245,7 +240,9 @@ class ConversationTokenizer:
     def _documents(
         self, conversation: Conversation, supervise: str
     ) -> list[tuple[Conversation, Rendered]]:
-        view = self._with_system(conversation)
+        view, system = conversation, self.config.system_prompt
+        if system is not None and all(turn.role != "system" for turn in conversation.turns):
+            view = replace(conversation, turns=(Turn("system", system), *conversation.turns))
         if self._chat is None:
             rendered = prompt_templates.render(
                 self.config.template, view, last_only=supervise == "last"
@@ -257,12 +254,6 @@ class ConversationTokenizer:
         if view is conversation:
             return found
         return [(replace(part, turns=part.turns[1:]), item) for part, item in found]
-
-    def _with_system(self, conversation: Conversation) -> Conversation:
-        system = self.config.system_prompt
-        if system is None or any(turn.role == "system" for turn in conversation.turns):
-            return conversation
-        return replace(conversation, turns=(Turn("system", system), *conversation.turns))
 
     def _encode_chunks(
         self, chunks: Sequence[Chunk]

@@ -51,7 +51,7 @@ HOMES = {
 }
 
 # Documented, in spite of their names.
-PUBLIC = {"_exit", "_current_frames", "_typeshed"}
+PUBLIC = {"_exit", "_current_frames", "_replace", "_typeshed"}
 # Private names of libraries, by module. A new one is a decision: is there no public way? Then it
 # belongs in `compat/`, with its reason.
 PRIVATE_NAMES = {

@@ -561,3 +561,17 @@ def test_a_source_without_documents_counts_its_own_rows(
         UserError, match=r"mixture\[1\].* of 2 rows, 0 .*, 2 are over data\.max_len"
     ):
         prepare(config, tiny_tokenizer)
+
+
+def test_a_row_that_nests_too_deeply_is_a_bad_row(
+    write: Callable[..., DataConfig], tiny_tokenizer: Any
+) -> None:
+    """One that Python's reader of JSON takes, where a field is looked into."""
+    nested: Any = "x"
+    for _ in range(900):
+        nested = [nested]
+    rows = [GOOD] * 4 + [{**GOOD, "meta": nested}, {"of no": "format", "a": nested}]
+    report = prepare(write(rows, max_bad_fraction=0.5), tiny_tokenizer).report
+    assert report.sources[0].bad_rows == [
+        f"row {i}: it nests lists and objects more than 100 levels deep" for i in (5, 6)
+    ]

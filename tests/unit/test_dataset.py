@@ -867,15 +867,3 @@ def test_open_documents_hold_no_column_in_memory(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert len(documents) == number and len(ids) == 2
     assert peak < index.nbytes / 6
-
-
-def test_document_outside_of_the_tokens_is_seen_at_opening(tmp_path: Path) -> None:
-    number = 70_000  # more than are compared at once
-    np.zeros(number, np.int32).tofile(tmp_path / "input_ids.bin")
-    np.zeros(number, np.uint8).tofile(tmp_path / "supervised.bin")
-    index = np.ones((5, number), np.int64)
-    index[0] = np.arange(number)
-    index[0, -1] += 1
-    np.save(tmp_path / "train.npy", index)
-    with pytest.raises(ValueError, match="70001 tokens are needed, of 70000"):
-        Documents(tmp_path, "train")

@@ -177,13 +177,19 @@ def test_mistakes_are_those_of_one_process(
         prepare(config, tiny_tokenizer)
 
 
+@pytest.mark.parametrize("when", ["while it makes a shard", "afterwards"])
 def test_process_that_ends_is_reported(
-    write: Callable[..., DataConfig], tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    when: str,
+    write: Callable[..., DataConfig],
+    tiny_tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Dead:
         def __init__(self, *_: object) -> None: ...
 
         def submit(self, *_: object) -> Future[None]:
+            if when == "afterwards":
+                raise BrokenProcessPool
             future: Future[None] = Future()
             future.set_exception(BrokenProcessPool())
             return future

@@ -210,8 +210,24 @@ def test_saved_dataset_is_what_its_state_lists(tmp_path: Path) -> None:
     assert len(mapped) == 3 and list((tmp_path / "saved").glob("cache-*.arrow"))
     assert [row for _, row in read(tmp_path / "saved")] == ROWS
     (tmp_path / "saved" / "data-00001-of-00002.arrow").unlink()
-    with pytest.raises(UserError, match=r"state\.json lists 'data-00001-of-00002.arrow', which is"):
+    with pytest.raises(UserError, match=r"state\.json lists '.*/data-00001-of-00002.arrow', which"):
         read(tmp_path / "saved")
+
+
+def test_saved_dataset_lists_no_file_elsewhere(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "dict" / name)
+    state = tmp_path / "dict" / "one" / "state.json"
+    listed = {"_data_files": [{"filename": "../other/data-00000-of-00001.arrow"}]}
+    state.write_text(json.dumps(json.loads(state.read_text()) | listed))
+    with pytest.raises(
+        UserError, match=r"one/state\.json lists '.*other.*', which is no file in it"
+    ):
+        read(tmp_path / "dict" / "one")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["../dict/other"]}')
+    with pytest.raises(UserError, match="is not a dataset that `datasets` saved"):
+        open_source(SourceConfig(str(tmp_path / "saved"), split="../dict/other"))
 
 
 def test_dataset_dict_is_its_training_split(tmp_path: Path) -> None:
@@ -408,13 +424,12 @@ def test_columns_encoded_by_value_are_what_they_encode(tmp_path: Path) -> None:
     columns = {}
     for name, values in (("text", texts), ("when", times)):
         columns[name] = pyarrow.DictionaryArray.from_arrays(places, values)
-        columns[f"run_{name}"] = pyarrow.RunEndEncodedArray.from_arrays(ends, values)
+    columns["run_text"] = pyarrow.RunEndEncodedArray.from_arrays(ends, texts)
     table = pyarrow.table(columns)
     with pyarrow.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
         writer.write_table(table)
-    null = {"when": None, "run_when": None}
     assert [row for _, row in read(tmp_path / "a.arrow")] == [
-        {"text": text, "run_text": text, **null} for text in expected
+        {"text": text, "when": None, "run_text": text} for text in expected
     ]
 
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from neftune_dist.config import UserError
-from neftune_dist.data.backend import SlowBackend, bare
+from neftune_dist.data.backend import SlowBackend, backend_of
 from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.errors import BadRow
 from neftune_dist.data.formats import detect_format, to_conversation
@@ -454,7 +454,7 @@ def test_literal_tokenizer_reads_special_tokens_as_text(tmp_path: Path) -> None:
     """Copies are shared, and one does not become the other; a token added later is in the next."""
     tokenizer = tiny_model.make_tokenizer(tmp_path)
     for _ in range(2):
-        assert len(bare(tokenizer.backend_tokenizer, literal=True).encode("</s>").ids) > 1
-        assert bare(tokenizer.backend_tokenizer).encode("</s>").ids == [tokenizer.eos_token_id]
+        assert len(backend_of(tokenizer, literal=True).encode("</s>").ids) > 1
+        assert backend_of(tokenizer).encode("</s>").ids == [tokenizer.eos_token_id]
     tokenizer.add_tokens(["<|new|>"])
-    assert len(bare(tokenizer.backend_tokenizer).encode("<|new|>").ids) == 1
+    assert len(backend_of(tokenizer).encode("<|new|>").ids) == 1
