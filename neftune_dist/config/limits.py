@@ -11,7 +11,7 @@ import resource
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 
 _GIB = 2**30
@@ -24,7 +24,9 @@ _running = False  # whether a block of this process is limited
 
 
 @contextmanager
-def limited(seconds: float, gib: float) -> Iterator[None]:
+def limited(
+    seconds: float, gib: float, error: type[Exception] | None = None, what: str = ""
+) -> Iterator[None]:
     """Limit the block's processor time, and its memory beyond what the process has now.
 
     The limit is on processor time, because on a busy machine honest work takes longer by the clock.
@@ -35,15 +37,25 @@ def limited(seconds: float, gib: float) -> Iterator[None]:
     Args:
         seconds: processor time.
         gib: memory; infinity for no limit.
+        error: raised in place of those below, with a sentence that says how much `what` took.
 
     Raises:
         TimeoutError: the time is over.
         MemoryError: the memory is used up; libraries may raise other errors for it.
     """
+    try:
+        with nullcontext() if _running else _limits(seconds, gib):
+            yield
+    except (TimeoutError, MemoryError) as found:  # Arrow's memory error is a MemoryError
+        if error is None:
+            raise
+        limits = f"{seconds:g} s or {gib:g} GiB of memory"
+        raise error(f"{what} takes more than {limits}.") from found
+
+
+@contextmanager
+def _limits(seconds: float, gib: float) -> Iterator[None]:
     global _running
-    if _running:
-        yield
-        return
     timed = threading.current_thread() is threading.main_thread()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     ceilings = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]

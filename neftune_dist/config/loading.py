@@ -35,15 +35,12 @@ def load_config(path: str | os.PathLike[str] | None, words: Sequence[str] = ()) 
 
     Raises `UserError` naming the key, the value and what is allowed.
     """
+    where = f"The configuration {brief(path if path is not None else ' '.join(words))}"
     try:
-        with limited(_READING_SECONDS, _READING_GIB):
+        with limited(_READING_SECONDS, _READING_GIB, UserError, where):
             return _load(path, words)
-    except (TimeoutError, MemoryError, RecursionError) as error:
-        where = path if path is not None else " ".join(words)
-        raise UserError(
-            f"The configuration {brief(where)} cannot be read within {_READING_SECONDS:g} s and "
-            f"{_READING_GIB:g} GiB: it nests too deeply, or its aliases repeat too much."
-        ) from error
+    except RecursionError as error:
+        raise UserError(f"{where} nests too deeply, or its aliases repeat too much.") from error
 
 
 def _load(path: str | os.PathLike[str] | None, words: Sequence[str]) -> Config:

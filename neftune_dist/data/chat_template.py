@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import re
 import string
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from datetime import datetime
 from functools import cached_property
 from typing import Any
@@ -175,7 +174,10 @@ class ChatTemplate:
                     messages, tools=tools, chat_template=self.source, tokenize=False, **switches
                 )
                 if len(text) > _CHARACTERS:
-                    raise MemoryError
+                    raise UserError(
+                        f"The chat template makes more than {_CHARACTERS:,} characters of one "
+                        "conversation."
+                    )
         except UserError:
             raise
         except Exception as error:  # a template is a program, and can fail in any way
@@ -195,19 +197,10 @@ class ChatTemplate:
         return sorted(prompts, key=len, reverse=True)
 
 
-@contextmanager
-def bounded() -> Iterator[None]:
-    """Limit the time and memory of a template for one conversation. Raises `UserError` where the
-    template exceeds them."""
-    try:
-        with limited(_SECONDS, _GIB):
-            yield
-    except (TimeoutError, MemoryError) as error:
-        # An error of the template, not of the row: the next row would take as long.
-        raise UserError(
-            f"The chat template takes more than {_SECONDS:g} s, {_GIB:g} GiB of memory or "
-            f"{_CHARACTERS:,} characters for one conversation: it is not used."
-        ) from error
+def bounded() -> AbstractContextManager[None]:
+    """Limit the time and memory of a template for one conversation. Raises `UserError`, as it is an
+    error of the template, not of the row: the next row would take as long."""
+    return limited(_SECONDS, _GIB, UserError, "The chat template, for one conversation,")
 
 
 def with_system(source: str, said: str) -> str:

@@ -173,7 +173,7 @@ def _rows_of_file(path: Path, key: str, skip: Collection[str]) -> Numbered:
     except (pyarrow.ArrowException, BadRow, ValueError, RecursionError, csv.Error) as error:
         tables_of = {"parquet": "a readable Parquet file", "arrow": "a readable Arrow file"}
         form = tables_of.get(kind, f"valid {kind.upper()}")
-        reason = getattr(error, "msg", None) or str(error).splitlines()[0]
+        reason = getattr(error, "msg", None) or first_line(error)
         raise UserError(f"{setting} is not {form}{_after(number)}: {reason}.") from error
     except OSError as error:
         form = "is a damaged zstd file" if path.suffix.lower() == ".zst" else "cannot be read"
@@ -199,20 +199,15 @@ def read_row_file(
     if not files.is_local(name):
         raise UserError(f"{key}={name} is no file (.json or .jsonl, .gz too).")
     found = []
-    try:
-        with limited(_SECONDS, _GIB):
-            for place, row in islice(open_source(SourceConfig(name), key).rows, most or None):
-                try:
-                    if isinstance(row, BadRow):
-                        raise row
-                    found.append(convert(row))
-                    _check_text(row)
-                except BadRow as error:
-                    raise UserError(f"{key}={name}, {place}: {error}.") from error
-    except (TimeoutError, MemoryError) as error:
-        raise UserError(
-            f"{key}={name} takes more than {_SECONDS:g} s or {_GIB:g} GiB of memory."
-        ) from error
+    with limited(_SECONDS, _GIB, UserError, f"{key}={name}"):
+        for place, row in islice(open_source(SourceConfig(name), key).rows, most or None):
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                found.append(convert(row))
+                _check_text(row)
+            except BadRow as error:
+                raise UserError(f"{key}={name}, {place}: {error}.") from error
     if not found:
         raise UserError(f"{key}={name} holds no row.")
     return found

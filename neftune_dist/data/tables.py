@@ -7,7 +7,7 @@ it: batches are validated in full before a value is read, and read within limits
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -149,12 +149,5 @@ def _unique(names: list[str]) -> list[str]:
     return names
 
 
-@contextmanager
-def _batch_limits() -> Iterator[None]:
-    try:
-        with limited(_BATCH_SECONDS, _BATCH_GIB):
-            yield
-    except (TimeoutError, MemoryError) as error:  # Arrow's memory error is a MemoryError
-        raise ValueError(
-            f"some rows of it take more than {_BATCH_GIB:g} GiB of memory or {_BATCH_SECONDS:g} s"
-        ) from error
+def _batch_limits() -> AbstractContextManager[None]:
+    return limited(_BATCH_SECONDS, _BATCH_GIB, ValueError, "reading some rows of it")

@@ -122,7 +122,7 @@ def test_values_that_stand_for_any_amount_are_refused(tmp_path: Path) -> None:
     assert path.stat().st_size < 2**22
     command = [sys.executable, "-c", READ_GREEDY, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert "some rows of it take more than 0.2 GiB" in done.stdout, (done.stdout, done.stderr)
+    assert "reading some rows of it takes more than" in done.stdout, (done.stdout, done.stderr)
 
 
 FUZZ = """
