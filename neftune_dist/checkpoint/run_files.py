@@ -33,6 +33,7 @@ from neftune_dist.model import load, locate
 from neftune_dist.model.families import WRAPPERS
 from neftune_dist.model.wrapped import text_settings
 from neftune_dist.system import storage
+from neftune_dist.system.model_files import generation_settings
 from neftune_dist.system.records import EVALUATIONS, SAMPLES, STEPS
 
 MODEL_FOLDER = "model"
@@ -188,13 +189,9 @@ def keep_end_tokens(end_tokens: Sequence[int], own: int | list[int] | None, run_
         own: of the model's configuration, which counts where there is no such file.
     """
     path = run_dir / MODEL_FOLDER / "generation_config.json"
-    settings: dict[str, Any] = {"eos_token_id": own}
-    if path.exists():
-        settings = read_json(path, {"eos_token_id?": int | list | None})
-    found = settings.get("eos_token_id")
-    known = found if isinstance(found, list) else [] if found is None else [found]
-    if added := [token for token in end_tokens if token not in known]:
-        settings["eos_token_id"] = [*known, *added]
+    settings = generation_settings(path.parent, own)
+    if added := [token for token in end_tokens if token not in settings["eos_token_id"]]:
+        settings["eos_token_id"] += added
         path.write_text(json.dumps(settings, indent=2) + "\n")
 
 

@@ -115,7 +115,8 @@ class EvaluationTarget:
         if self.checkpoint is not None:
             files: Any = sorted(self.checkpoint.files().items())
         else:
-            stats = [(path.name, path.stat()) for path in sorted(self.folder.iterdir())]
+            present = (path for path in sorted(self.folder.iterdir()) if path.exists())
+            stats = [(path.name, path.stat()) for path in present]
             files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
         return hashlib.sha256(repr(files).encode()).hexdigest()[:24]
 

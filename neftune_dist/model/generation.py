@@ -12,7 +12,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from neftune_dist.config import EvaluateConfig, UserError, read_json
+from neftune_dist.config import EvaluateConfig, UserError
+from neftune_dist.system.model_files import generation_settings
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,8 @@ def end_tokens(folder: Path, hf_config: Any, of_template: Sequence[int]) -> list
         hf_config: its configuration.
         of_template: as `ConversationTokenizer.end_of_turn` gives them.
     """
-    own = folder / "generation_config.json"
-    found = hf_config.eos_token_id
-    if own.exists():
-        found = read_json(own, {"eos_token_id?": int | list | None}).get("eos_token_id")
-    ends = {*(found if isinstance(found, list) else [found]), *of_template}
-    return sorted(ends - {None})
+    own = generation_settings(folder, hf_config.eos_token_id)["eos_token_id"]
+    return sorted({*own, *of_template})
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
-"""The files of a model directory that hold its weights, without torch."""
+"""Files of a model directory, without torch: weights, and how it generates."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from neftune_dist.config import read_json
 
@@ -21,3 +22,22 @@ def weight_files(folder: Path, name: str = "model.safetensors") -> list[Path]:
     fix = "it is no index of weight files, so copy it again"
     weight_map = read_json(index, {"weight_map": {str: str}}, fix=fix)["weight_map"]
     return [folder / file for file in sorted(set(weight_map.values()))]
+
+
+def generation_settings(folder: Path, own: int | list[int] | None) -> dict[str, Any]:
+    """The settings of a model's `generation_config.json`, its `eos_token_id` as a list.
+
+    Args:
+        own: `eos_token_id` of the model's configuration, which counts where there is no such file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path, settings = folder / "generation_config.json", {"eos_token_id": own}
+    if path.exists():
+        settings = read_json(path, {"eos_token_id?": int | list | None})
+    found = settings.get("eos_token_id")
+    if isinstance(found, list) and path.exists():
+        read_json(path, {"eos_token_id": [int | None]})  # names the one that is no token
+    tokens = found if isinstance(found, list) else [found]
+    return {**settings, "eos_token_id": [token for token in tokens if token is not None]}

@@ -187,6 +187,18 @@ def test_path_without_a_model_is_refused(folder: Path, tmp_path: Path) -> None:
         open_target(tmp_path, config_file="x")
 
 
+@pytest.mark.parametrize(
+    ("ends", "says"),
+    [([2, "a"], "[1] is text"), ([[1]], "[0] is a list"), ("a", "eos_token_id is")],
+)
+def test_generation_settings_without_token_ids_are_refused(
+    ends: Any, says: str, folder: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "model")
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    assert f"generation_config.json is damaged: {says}" in refused(copy)
+
+
 def test_incomplete_weights_are_refused(folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(folder, tmp_path / "model")
     weights = load_file(copy / "model.safetensors")
