@@ -17,7 +17,7 @@ from neftune_dist.arguments import (
     bounded,
     verb,
 )
-from neftune_dist.cluster.submit.options import OPTIONS
+from neftune_dist.cluster.submit.slurm import OPTIONS
 from neftune_dist.config import load_config, user_path
 from neftune_dist.distributed import environment, outcome
 from neftune_dist.system import garbage

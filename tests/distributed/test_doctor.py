@@ -22,7 +22,7 @@ LOCAL = ["versions", "requirements", "imports", "GPUs", "host memory", "shared m
 LOCAL += ["run directory"]
 # In place of seconds of imports and of `pip check`, which test_alone waits for.
 QUICK = {"_IMPORTED": ("json",), "_PIP_CHECK": ("-c", "")}
-BETWEEN = ["InfiniBand", "shared run dir", "clock"]
+BETWEEN = ["shared run dir", "clock"]
 
 
 @dataclass(frozen=True)
@@ -188,9 +188,9 @@ class ElsewhereRunDir:
     folder: str
 
     def __call__(self) -> None:
-        from neftune_dist.cluster.doctor import machine, nodes
+        from neftune_dist.cluster.doctor import joint, machine
 
-        for module in (nodes, machine):
+        for module in (joint, machine):
             module.existing = lambda _: Path(self.folder)  # type: ignore[attr-defined]
 
 
@@ -198,7 +198,7 @@ def test_run_directory_that_is_not_shared_is_wrong(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     ill = {rank: ElsewhereRunDir(str(tmp_path / "ab"[rank == 1])) for rank in range(3)}
-    limits = {"nodes": {"_SEEN_SECONDS": 0.5}}
+    limits = {"joint": {"_SEEN_SECONDS": 0.5}}
     code, rows, _ = run(Host(ill, limits), tmp_path / "runs", ranks=3)
     assert code == 2
     (shared,) = wrong(rows)
@@ -269,7 +269,7 @@ def hangs() -> None:
 def test_rank_that_fails_or_hangs_in_a_collective_is_named(
     ill: Callable[[], None], seen: str, tmp_path: Path
 ) -> None:
-    limits = {"collectives": {"_SECONDS": 6.0, "_GRACE_SECONDS": 1.0}}
+    limits = {"joint": {"_COLLECTIVES_SECONDS": 6.0, "_GRACE_SECONDS": 1.0}}
     began = time.monotonic()
     code, rows, _ = run(Host({1: ill}, limits), tmp_path)
     assert time.monotonic() - began < PROMPT_SECONDS
@@ -409,7 +409,7 @@ def dies_in_its_checks() -> None:
 
 def test_rank_that_dies_in_a_collective_is_named(tmp_path: Path) -> None:
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    limits = {"collectives": {"_SECONDS": 15.0, "_GRACE_SECONDS": 2.0}}
+    limits = {"joint": {"_COLLECTIVES_SECONDS": 15.0, "_GRACE_SECONDS": 2.0}}
     limits["run"] = {"_LEAVE_SECONDS": 1.0}
     ranks = [
         start(tmp_path, limits, **place, RANK="0"),

@@ -49,14 +49,12 @@ class Site:
         run_dir: where it will write; need not exist.
         model: a directory or a hub id, if any.
         num_ranks: ranks on this host.
-        num_hosts: hosts of the run.
         versions: filled by the check of versions; all hosts' are compared.
     """
 
     run_dir: Path
     model: str | None = None
     num_ranks: int = 1
-    num_hosts: int = 1
     versions: dict[str, str] = field(default_factory=dict)
 
 

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from neftune_dist.cluster.doctor import collectives, machine, nodes, software  # noqa: F401 (checks)
+from neftune_dist.cluster.doctor import joint, machine, software  # noqa: F401 (checks)
 from neftune_dist.cluster.doctor.findings import (
     CHECKS,
     WRONG,
@@ -82,7 +82,7 @@ def _check(ranks: Ranks, expected: Sequence[str], site: Site, findings: list[Fin
     if ranks.is_first:
         host = ranks.host_of[ranks.place.rank]
         on_host = [*ranks.host_of.values()].count(host)
-        site = replace(site, num_ranks=on_host, num_hosts=len(hosts))
+        site = replace(site, num_ranks=on_host)
         findings += examine(CHECKS, site, host, _CHECKS_SECONDS)
         report = [[asdict(finding) for finding in findings], site.versions]
     # Only after this do the other ranks touch the GPUs, which have to be idle for the checks.
@@ -93,11 +93,11 @@ def _check(ranks: Ranks, expected: Sequence[str], site: Site, findings: list[Fin
     findings += _absent(ranks, expected, reports)
     findings += software.compare_versions({h: versions for h, (_, versions) in reports.items()})
     if len(ranks.firsts) > 1:
-        findings += nodes.check_shared(ranks, site.run_dir)
-        findings += nodes.check_clocks(ranks)
+        findings += joint.check_shared(ranks, site.run_dir)
+        findings += joint.check_clocks(ranks)
     if len(ranks.present) == num_ranks:
         _notice(ranks, "each host has been checked; now the collectives of all ranks")
-        findings += collectives.check_collectives(ranks)
+        findings += joint.check_collectives(ranks)
 
 
 def _absent(

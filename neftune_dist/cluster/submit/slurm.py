@@ -1,4 +1,4 @@
-"""Slurm as seen from a login node: partitions, and jobs in the queue.
+"""Slurm as seen from a login node: the options of a submission, partitions, jobs in the queue.
 
 Runs Slurm's commands and reads their output. A request that no partition can meet is a
 `UserError`. Imports no torch.
@@ -6,18 +6,47 @@ Runs Slurm's commands and reads their output. A request that no partition can me
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import re
 import subprocess
 from collections.abc import Iterable, Sequence
 
+from neftune_dist.arguments import MAX_RESTARTS, RENDEZVOUS_MINUTES, argument, bounded
 from neftune_dist.config import UserError
 
 _ANSWER_SECONDS = 20.0  # the controller may be busy, or away
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 _RANGE = re.compile(r"(\d+)(?:-(\d+)(?::([1-9]\d*))?)?")
 _MOST_TASKS = 1000
+PASSED_ON = ("cpus-per-task", "mem", "partition", "account", "qos", "constraint", "exclude")
+_NUMBER = bounded(int, 1, 2**16)
+OPTIONS = (
+    argument("--nodes", type=_NUMBER, required=True, metavar="N", help="number of nodes"),
+    argument("--gpus-per-node", metavar="[TYPE:]G", help="one rank a GPU"),
+    argument("--processes", type=_NUMBER, metavar="P", help="or so many CPU ranks on each node"),
+    argument("--time", required=True, metavar="HH:MM:SS", help="the limit, at which the run saves"),
+    *(argument(f"--{name}", help="as sbatch has it") for name in PASSED_ON),
+    argument("--job-name", help="default: the run directory's name"),
+    argument(
+        "--mail", metavar="ADDRESS", help="gets mail when the job begins, ends, fails, is requeued"
+    ),
+    argument(
+        "--array", metavar="SPEC", help="one run an index (0-3, 1,5, 0-9%%2), put in place of {}"
+    ),
+    argument("--dependency", metavar="LIST", help="afterok:123 and so on"),
+    argument(
+        "--chain", type=_NUMBER, default=1, metavar="N", help="N jobs, each after the one before"
+    ),
+    argument("--signal-seconds", type=int, default=300, help="to save in; default: %(default)s"),
+    MAX_RESTARTS,
+    RENDEZVOUS_MINUTES,
+    argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="any other: exclusive, a=b"
+    ),
+    argument("--dry-run", action="store_true", help="check and print; write and queue nothing"),
+)
 
 
 class SlurmUnavailable(UserError):
@@ -160,3 +189,29 @@ def after(ids: Sequence[str]) -> str:
 def filled(pattern: str, **symbols: str) -> str:
     """Fill in the symbols (%j, %a) of an output file's name."""
     return re.sub("%(.)", lambda match: {"%": "%", **symbols}.get(match[1], match[0]), pattern)
+
+
+def check_options(given: argparse.Namespace) -> None:
+    """Refuse values that make no sense; adds `per_node`, the ranks on each node."""
+    gpus = given.gpus_per_node
+    if (gpus is None) == (given.processes is None):
+        raise UserError("--gpus-per-node or --processes is needed, and only one of them.")
+    if gpus is not None and not re.fullmatch(r"([\w.-]+:)?[1-9]\d{0,3}", gpus, re.ASCII):
+        raise UserError(f"--gpus-per-node={gpus} is not of the form 8 or h100:8.")
+    for name in (*PASSED_ON, "job-name", "mail", "array", "dependency"):
+        if getattr(given, name.replace("-", "_")) == "":
+            raise UserError(f"--{name} is empty: give it a value, or leave it out.")
+    given.per_node = given.processes or int(given.gpus_per_node.rpartition(":")[2])
+    if not 1 <= given.signal_seconds < seconds("--time", given.time):
+        raise UserError(
+            f"--signal-seconds={given.signal_seconds}, in which the run saves before its limit, "
+            f"must be 1 or more and less than --time={given.time}."
+        )
+    own = {name.replace("_", "-") for name in vars(given)}
+    own |= {"ntasks-per-node", "signal", "open-mode", "output", "chdir", "mail-user"}
+    for option in given.sbatch:
+        match = re.fullmatch(r"(?:--)?([a-z][a-z-]*)(=.*)?", option)
+        if not match:
+            raise UserError(f"--sbatch={option} is no long option such as exclusive or mem=0.")
+        if match[1] in own:
+            raise UserError(f"--sbatch={option}: --{match[1]} is an option of submit.py itself.")

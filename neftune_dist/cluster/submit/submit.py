@@ -23,7 +23,6 @@ from pathlib import Path
 from neftune_dist import __version__
 from neftune_dist.cluster.submit import slurm, snapshot
 from neftune_dist.cluster.submit.inventory import Hub
-from neftune_dist.cluster.submit.options import PASSED_ON, check_options
 from neftune_dist.cluster.submit.preflight import Outlook, anchor, check_space, preflight
 from neftune_dist.config import Config, UserError, load_config
 
@@ -62,7 +61,7 @@ def submit(given: argparse.Namespace) -> int:
     """Check, submit, say how to watch and to stop; the exit code."""
     if not (ROOT / _SITE).is_file():
         raise UserError(f"{ROOT} has no {_SITE}: neftune-dist init --slurm writes it.")
-    check_options(given)
+    slurm.check_options(given)
     tasks = _tasks(given)
     check_space((task.run_dir, task.outlook.num_bytes) for task in tasks)
     waits_for, unavailable = [], ""
@@ -169,7 +168,7 @@ def _options(given: argparse.Namespace, tasks: list[Task]) -> list[str]:
         "nodes": given.nodes,
         "ntasks-per-node": 1,
         "gpus-per-node": given.gpus_per_node,
-        **{name: getattr(given, name.replace("-", "_")) for name in PASSED_ON},
+        **{name: getattr(given, name.replace("-", "_")) for name in slurm.PASSED_ON},
         "time": given.time,
         "array": given.array,
         "signal": f"B:USR1@{given.signal_seconds}",
