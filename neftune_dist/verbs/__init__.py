@@ -5,4 +5,4 @@ are answered before torch is loaded.
 """
 
 from neftune_dist.verbs import training  # isort: skip (the order of `--help`)
-from neftune_dist.verbs import completion, preparation, results
+from neftune_dist.verbs import completion, results

@@ -1,8 +1,11 @@
-"""Verbs that train."""
+"""Verbs that prepare a run and train: its configuration, data, memory and machine."""
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
+import sys
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -11,17 +14,28 @@ from typing import Any
 from neftune_dist.arguments import (
     CONFIG,
     MAX_RESTARTS,
+    OUTPUT,
     RENDEZVOUS_MINUTES,
+    SETTINGS,
+    WHOLE,
     Words,
     argument,
     bounded,
     verb,
 )
 from neftune_dist.cluster.submit.slurm import OPTIONS
-from neftune_dist.config import load_config, user_path
+from neftune_dist.config import (
+    UserError,
+    copy_batch_scripts,
+    json_schema,
+    load_config,
+    reference,
+    user_path,
+)
 from neftune_dist.distributed import environment, outcome
 from neftune_dist.system import garbage
 
+_flushed = partial(print, flush=True)
 _PROCESSES = argument(
     "--processes",
     dest="num_processes",
@@ -80,3 +94,131 @@ def _node(folder: Path, words: list[str], **options: Any) -> int:
     from neftune_dist.cluster.launch.node import node
 
     return node(folder, words, **options)
+
+
+@verb(
+    argument("key", nargs="?", default="", metavar="KEY", help="such as noise or noise.alpha"),
+    argument("--schema", action="store_true", help="print a JSON schema, for editors, of them all"),
+)
+def _config(key: str, schema: bool) -> int:
+    """Print every setting, or those of a section, with default, type, range and meaning."""
+    if schema and key:
+        raise UserError("--schema is of all settings: leave KEY out.")
+    print(json.dumps(json_schema(), indent=2) if schema else reference(key))
+    return outcome.EXIT_DONE
+
+
+@verb(
+    argument(
+        "name",
+        nargs="?",
+        metavar="NAME",
+        help="of the run, or a shipped configuration to begin from, such as sharegpt-7b",
+    ),
+    SETTINGS,
+    OUTPUT(help="default: NAME.yaml; with --slurm the folder slurm"),
+    argument(
+        "--slurm", action="store_true", help="write the batch scripts for Slurm and site.sh instead"
+    ),
+)
+def _init(name: str | None, settings: Words, output: Path | None, slurm: bool) -> int:
+    """Write a configuration to begin with: the settings that a run decides, each with its meaning,
+    and the memory that they need."""
+    if (name is None) != slurm:
+        raise UserError("init needs the NAME of a run, or --slurm alone for the batch scripts.")
+    if name is None:
+        for path in copy_batch_scripts(output):
+            print(f"made {path}")
+        return outcome.EXIT_DONE
+    from neftune_dist.planning.starter import write_configuration
+
+    made = write_configuration(name, settings, output)
+    file = shlex.quote(str(made))
+    print(f"made {made}\nnext: neftune-dist plan {file}; neftune-dist launch {file}")
+    return outcome.EXIT_DONE
+
+
+@verb(
+    *CONFIG,
+    argument("--world-size", type=bounded(int, 1, 2**12), default=1, help="number of ranks"),
+    argument("--gpu", help="GPU of each rank, such as H100; default: all known ones"),
+    argument(
+        "--mfu",
+        type=bounded(float, 0.001, 1),
+        default=0.4,
+        help="share of the GPU's peak rate to assume for the time; default: %(default)s",
+    ),
+    argument(
+        "--without-data",
+        dest="with_data",
+        action="store_false",
+        help="read no data and assume full micro-batches; steps and time stay unknown",
+    ),
+    argument("--verbose", action="store_true", help="print the whole resolved configuration, too"),
+)
+def _plan(config: str, settings: Words, **options: Any) -> int:
+    """Check a run and estimate memory per rank, steps, disk, FLOPs and hours. Needs no GPU and
+    no weights.
+
+    Memory is that of the real training step, run on tensors without content as one rank of the
+    world. With --gpu, a run that does not fit ends with exit code 2 and settings that make it fit.
+    """
+    loaded = load_config(config, settings)
+    # A machine with GPUs plans as one without.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from neftune_dist.planning.report import plan
+
+    plan(loaded, log=_flushed, **options)
+    return outcome.EXIT_DONE
+
+
+@verb(
+    *CONFIG,
+    argument(
+        "--show",
+        type=WHOLE,
+        default=0,
+        metavar="N",
+        help="print N documents, supervised tokens in colour or in brackets",
+    ),
+)
+def _prepare(config: str, settings: Words, show: int) -> int:
+    """Tokenise the data into the cache and report on it."""
+    loaded = load_config(config, settings)
+    from neftune_dist.data.dataset import prepare
+    from neftune_dist.data.report import preview
+    from neftune_dist.model.load import load_tokenizer
+    from neftune_dist.model.locate import find
+
+    tokenizer = load_tokenizer(find(loaded.model), loaded.model)
+    dataset = prepare(loaded.data, tokenizer, _flushed)
+    for line in dataset.report.lines():
+        print(line)
+    names = [source.name for source in dataset.report.sources]
+    for text in preview(dataset.train, names, tokenizer, show, _is_colourful()):
+        print(f"\n{text}")
+    return outcome.EXIT_DONE
+
+
+def _is_colourful() -> bool:
+    """Whether output may hold the colour codes of a terminal (no-color.org)."""
+    if os.environ.get("FORCE_COLOR"):
+        return True
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+@verb(
+    argument(
+        "--run-dir",
+        type=partial(user_path, key="--run-dir"),
+        default=".",
+        help="where runs will be written",
+    ),
+    argument("--model", help="also check that this model directory or hub id can be read here"),
+)
+def _doctor(run_dir: Path, model: str | None) -> int:
+    """Check this machine: versions, known conflicts, GPUs, memory, disk. Under torchrun or
+    srun: all machines, and the run directory, clocks and collectives that they share."""
+    from neftune_dist.cluster.doctor.run import doctor
+
+    return doctor(run_dir, model)

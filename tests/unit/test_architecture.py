@@ -235,7 +235,6 @@ def test_imports_stand_at_the_top() -> None:
     allowed = {
         "training/train",
         "verbs/training",
-        "verbs/preparation",
         "verbs/results",
         "data/sources",
         "noise/op",
