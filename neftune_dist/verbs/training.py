@@ -23,7 +23,7 @@ from neftune_dist.arguments import (
     bounded,
     verb,
 )
-from neftune_dist.cluster.submit.slurm import OPTIONS
+from neftune_dist.cluster.submit import slurm
 from neftune_dist.config import (
     UserError,
     copy_batch_scripts,
@@ -75,9 +75,10 @@ def _launch(config: str, settings: Words, **options: Any) -> int:
     return launch(loaded, [config, *settings], **options)
 
 
-@verb(*CONFIG, *OPTIONS)
+@verb(*CONFIG, *slurm.OPTIONS)
 def _submit(**given: Any) -> int:
     """Submit a training run to Slurm, after every check that a login node can make."""
+    slurm.adopt_site()
     from neftune_dist.cluster.submit.submit import submit
 
     return submit(Namespace(**given))

@@ -9,9 +9,9 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from huggingface_hub import constants
 
 from neftune_dist.cluster.submit import inventory, preflight, slurm, snapshot
-from neftune_dist.cluster.submit.inventory import Hub
 from neftune_dist.config import Config, DataConfig, SourceConfig, TrainConfig, UserError
 from neftune_dist.data import sampler
 from neftune_dist.system import versions
@@ -80,10 +80,6 @@ def test_durations_are_written_in_their_two_largest_units() -> None:
     assert texts == ["59 s", "10 min", "3 h 20 min", "2 d 7 h"]
 
 
-def no_hub() -> Hub:
-    raise AssertionError("the hub is asked for a local file")
-
-
 @pytest.mark.parametrize(
     ("name", "content", "number"),
     [
@@ -100,42 +96,42 @@ def no_hub() -> Hub:
 def test_rows_are_counted(tmp_path: Path, name: str, content: bytes, number: int) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    assert inventory.count_rows(DataConfig(source=str(path)), no_hub) == number
+    assert inventory.count_rows(DataConfig(source=str(path))) == number
 
 
 def test_rows_of_parquet_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["x"] * 12}), path)
-    assert inventory.count_rows(DataConfig(source=str(path)), no_hub) == 12
+    assert inventory.count_rows(DataConfig(source=str(path))) == 12
     (tmp_path / "b.jsonl").write_text("{}\n" * 5)
-    assert inventory.count_rows(DataConfig(source=str(tmp_path)), no_hub) == 17
-    assert inventory.count_rows(DataConfig(source=f"{tmp_path}/*.j*"), no_hub) == 5
+    assert inventory.count_rows(DataConfig(source=str(tmp_path))) == 17
+    assert inventory.count_rows(DataConfig(source=f"{tmp_path}/*.j*")) == 5
     path = tmp_path / "c.parquet"
     path.write_bytes(b"no such file")
     with pytest.raises(
         UserError, match=r"data\.source=.*c\.parquet is not a readable Parquet file"
     ):
-        inventory.count_rows(DataConfig(source=str(path)), no_hub)
+        inventory.count_rows(DataConfig(source=str(path)))
 
 
-def test_rows_of_a_mixture_are_counted(tmp_path: Path) -> None:
+def test_rows_of_a_mixture_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = (str(tmp_path / name) for name in ("a.jsonl", "b.jsonl"))
     Path(one).write_text("{}\n" * 10)
     Path(two).write_text("{}\n" * 8)
     data = DataConfig(mixture=[SourceConfig(one, weight=2), SourceConfig(two, max_documents=5)])
-    assert inventory.count_rows(data, no_hub) == 25
+    assert inventory.count_rows(data) == 25
     data.mixture[0].weight = 0.25
-    assert inventory.count_rows(data, no_hub) == 7  # of 2.5, half to even
+    assert inventory.count_rows(data) == 7  # of 2.5, half to even
     data.held_out_source = str(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match=r"data\.held_out_source=.* does not exist"):
-        inventory.count_rows(data, no_hub)
+        inventory.count_rows(data)
     data.held_out_source = "org/name"
-    hub = Hub(True, tmp_path, tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"data\.held_out_source=org/name is not on this machine"):
-        inventory.count_rows(data, lambda: hub)
+        inventory.count_rows(data)
     data.mixture[1].source = str(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match=r"data\.mixture\[1\]\.source=.* does not exist"):
-        inventory.count_rows(data, no_hub)
+        inventory.count_rows(data)
 
 
 def test_paths_of_data_are_made_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -165,7 +161,7 @@ def test_rows_of_long_files_are_not_counted(
     monkeypatch.setattr(inventory, "_COUNTED_BYTES", 10)
     (tmp_path / "a.json").write_text("{}\n" * 100)
     data = DataConfig(source=str(tmp_path / "a.json"))
-    assert inventory.count_rows(data, no_hub) is None
+    assert inventory.count_rows(data) is None
     assert preflight._num_steps(Config(data=data, train=TrainConfig(max_steps=7)), None) == 7
 
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from huggingface_hub import constants
 
 from neftune_dist import cli
-from neftune_dist.cluster.submit import preflight, slurm, snapshot, submit
-from neftune_dist.cluster.submit.inventory import Hub
+from neftune_dist.cluster.submit import preflight, slurm, snapshot
 from neftune_dist.config import Config, load_config
 
 ROOT = Path(__file__).parents[2]
@@ -131,7 +131,10 @@ def site(
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("SBATCH_PARTITION", raising=False)
-    submit._hub.cache_clear()
+    # As huggingface_hub reads these where it is imported afterwards.
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub" / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return found
 
 
@@ -431,7 +434,7 @@ def executed(script: str, folder: Path, **variables: str) -> list[str]:
     (folder / "python3").write_text('#!/bin/sh\nfor word; do printf "%s\\0" "$word"; done\n')
     (folder / "python3").chmod(0o755)
     done = subprocess.run(
-        ["bash", "-c", script.replace(str(submit.ROOT), str(folder))],
+        ["bash", "-c", script.replace(str(slurm.ROOT), str(folder))],
         env={"PATH": f"{folder}:/usr/bin:/bin", **variables},
         capture_output=True,
         text=True,
@@ -798,7 +801,7 @@ def test_cached_dataset_is_found_offline(site: Site, tmp_path: Path) -> None:
 def test_model_and_data_of_the_hub_are_left_to_the_job(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     out = site.ok("run.yaml", *SIZE, "model.name_or_path=org/name", "data.source=org/rows")
     assert "model: org/name, size not known from here, which the job takes from the hub" in out
     assert "disk: not checked" in out
@@ -807,14 +810,16 @@ def test_model_and_data_of_the_hub_are_left_to_the_job(
 def test_hub_is_read_from_the_sites_settings(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr(submit, "ROOT", tmp_path)
+    monkeypatch.setattr(slurm, "ROOT", tmp_path)
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm" / "site.sh").write_text(
-        "export HF_HUB_OFFLINE=1 HF_HOME=/shared/hf; echo hi"
+        "export HF_HUB_OFFLINE=yes HF_HOME=/shared/hf; echo hi"
     )
-    hub = submit._hub()
-    assert hub == Hub(True, Path("/shared/hf/hub"), Path("/shared/hf/datasets"))
+    slurm.adopt_site()
+    assert (os.environ["HF_HUB_OFFLINE"], os.environ["HF_HOME"]) == ("yes", "/shared/hf")
+    program = "from huggingface_hub import constants as c; print(c.HF_HUB_OFFLINE, c.HF_HUB_CACHE)"
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert done.stdout == "True /shared/hf/hub\n"
 
 
 def test_verb_submit_does_what_the_script_does(site: Site) -> None:
@@ -830,7 +835,7 @@ def test_folder_without_the_batch_scripts_is_refused(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where the package was installed from a wheel."""
-    monkeypatch.setattr(submit, "ROOT", site.here)
+    monkeypatch.setattr(slurm, "ROOT", site.here)
     done = site.run("run.yaml", *SIZE)
     assert done.code == 2 and "neftune-dist init --slurm" in done.err
     with pytest.raises(SystemExit):

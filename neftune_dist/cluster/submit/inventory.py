@@ -7,13 +7,13 @@ caches. A file that the job would miss is a `UserError` here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from safetensors import safe_open
 
 from neftune_dist.config import BUILTIN_SOURCE, DataConfig, ModelConfig, SourceConfig, UserError
@@ -24,54 +24,10 @@ from neftune_dist.model import locate
 from neftune_dist.system.model_files import weight_files
 from neftune_dist.system.text import first_line
 
-_TRUE = ("1", "ON", "YES", "TRUE")
 _COUNTED_BYTES = 256 * 2**20  # read in seconds; rows of longer files are not counted
 
 
-@dataclass(frozen=True)
-class Hub:
-    """The Hugging Face hub as the job will see it.
-
-    Attributes:
-        offline: the job may not ask it.
-        cache: folder of its models and datasets.
-        datasets: folder of the datasets that the package `datasets` has prepared.
-    """
-
-    offline: bool
-    cache: Path
-    datasets: Path
-
-    @staticmethod
-    def of(environment: Mapping[str, str]) -> Hub:
-        """Read the variables that the hub's clients read."""
-        home = environment.get("HF_HOME")
-        if not home:
-            home = (environment.get("XDG_CACHE_HOME") or "~/.cache") + "/huggingface"
-        switches = [environment.get(name, "") for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")]
-        return Hub(
-            any(switch.upper() in _TRUE for switch in switches),
-            Path(environment.get("HF_HUB_CACHE") or f"{home}/hub").expanduser(),
-            Path(environment.get("HF_DATASETS_CACHE") or f"{home}/datasets").expanduser(),
-        )
-
-    def find(self, kind: str, name: str, revision: str | None) -> Path | None:
-        """Return the folder of what the cache holds, or None.
-
-        Args:
-            kind: model or dataset.
-            name: its id, such as org/name.
-            revision: a branch, tag or commit; None: main.
-        """
-        within: Any = {"cache_dir": self.cache, "local_files_only": True}
-        try:
-            return Path(snapshot_download(name, repo_type=kind, revision=revision, **within))
-        except (OSError, ValueError):
-            folder = self.datasets / name.replace("/", "___")
-            return folder if kind == "dataset" and folder.is_dir() else None
-
-
-def find_model(model: ModelConfig, hub: Callable[[], Hub]) -> Path | None:
+def find_model(model: ModelConfig) -> Path | None:
     """Return the model's directory; None where the job has to download it. Raises `UserError`."""
     name = model.name_or_path
     if model.weights is not None and not Path(model.weights).is_dir():
@@ -79,7 +35,7 @@ def find_model(model: ModelConfig, hub: Callable[[], Hub]) -> Path | None:
     folder = locate.find_local(model)
     if folder is None and not files.HUB_ID.fullmatch(name):
         raise UserError(f"model.name_or_path={name} is neither a directory nor a hub id.")
-    return folder or _cached("model.name_or_path", "model", name, model.revision, hub())
+    return folder or _cached("model.name_or_path", "model", name, model.revision)
 
 
 def count_parameters(folders: Iterable[Path]) -> int | None:
@@ -109,35 +65,31 @@ def _count_in_file(file: Path) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
-def count_rows(data: DataConfig, hub: Callable[[], Hub]) -> int | None:
+def count_rows(data: DataConfig) -> int | None:
     """Documents of an epoch and those held out, if every row is one; None where that takes long.
-
-    Args:
-        data: its sources.
-        hub: asked for only where a source is not local.
 
     Raises:
         UserError: a source is missing, or a file of it cannot be read.
     """
     numbers = []
     for key, config in data.sources.items():
-        number = _count_source(config, key, hub)
+        number = _count_source(config, key)
         if number is not None:
             number = round(min(number, config.max_documents or number) * config.weight)
         numbers.append(number)
     if data.held_out:
-        _count_source(data.held_out, "data.held_out_source", hub)
+        _count_source(data.held_out, "data.held_out_source")
     known = [number for number in numbers if number is not None]
     return sum(known) if len(known) == len(numbers) else None
 
 
-def _count_source(config: SourceConfig, key: str, hub: Callable[[], Hub]) -> int | None:
+def _count_source(config: SourceConfig, key: str) -> int | None:
     source = config.source
     if source == BUILTIN_SOURCE or files.is_local(source):
         return _count(key, source, config.revision, config.split)
     if not files.HUB_ID.fullmatch(source):
         raise UserError(f"{key}={source} is neither a file nor a hub id such as org/name.")
-    _cached(key, "dataset", source, config.revision, hub())
+    _cached(key, "dataset", source, config.revision)
     return None
 
 
@@ -154,11 +106,20 @@ def _count(key: str, source: str, revision: str | None, split: str) -> int | Non
     return number
 
 
-def _cached(key: str, kind: str, name: str, revision: str | None, hub: Hub) -> Path | None:
-    found = hub.find(kind, name, revision)
-    if found is None and hub.offline:
+def _cached(key: str, kind: str, name: str, revision: str | None) -> Path | None:
+    """The folder of what the hub's caches hold; None where the job may ask the hub for it."""
+    with suppress(OSError, ValueError):
+        return Path(
+            snapshot_download(name, repo_type=kind, revision=revision, local_files_only=True)
+        )
+    prepared = os.environ.get("HF_DATASETS_CACHE") or f"{constants.HF_HOME}/datasets"
+    folder = Path(prepared, name.replace("/", "___"))  # by the package `datasets`
+    if kind == "dataset" and folder.is_dir():
+        return folder
+    if constants.HF_HUB_OFFLINE or os.environ.get("HF_DATASETS_OFFLINE", "0") != "0":
         raise UserError(
             f"{key}={name} is not on this machine: it is no local path, the hub's cache "
-            f"{hub.cache} does not hold it, and HF_HUB_OFFLINE keeps the job from asking the hub."
+            f"{constants.HF_HUB_CACHE} does not hold it, and HF_HUB_OFFLINE keeps the job from "
+            "asking the hub."
         )
-    return found
+    return None

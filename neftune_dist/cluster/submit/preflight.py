@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from neftune_dist.cluster.submit import inventory
-from neftune_dist.cluster.submit.inventory import Hub
 from neftune_dist.config import Config, UserError, check_world_size, user_path
 from neftune_dist.data import files
 from neftune_dist.data.sampler import num_steps
@@ -62,13 +61,12 @@ def anchor(section: Any) -> None:
             setattr(section, knob.name, os.path.abspath(user_path(value, knob.name)))
 
 
-def preflight(config: Config, world_size: int, hub: Callable[[], Hub]) -> Outlook:
+def preflight(config: Config, world_size: int) -> Outlook:
     """Check a run and predict its steps, disk and time.
 
     Args:
         config: its paths are absolute.
         world_size: ranks of the run.
-        hub: asked for only where the model or the data is not local.
 
     Raises:
         UserError: the job would fail.
@@ -76,10 +74,10 @@ def preflight(config: Config, world_size: int, hub: Callable[[], Hub]) -> Outloo
     run_dir = Path(config.run_dir)
     check_world_size(config, world_size)
     _check_run_dir(run_dir, config.checkpoint.resume)
-    model, weights = inventory.find_model(config.model, hub), config.model.weights
+    model, weights = inventory.find_model(config.model), config.model.weights
     folders = [folder for folder in (model, weights and Path(weights)) if folder]
     parameters = inventory.count_parameters(folders)
-    rows = inventory.count_rows(config.data, hub)
+    rows = inventory.count_rows(config.data)
     steps, made = _num_steps(config, rows), newest_step(run_dir)
     left = None if steps is None else max(0, steps - made)
     seconds, time = _predict(run_dir, world_size, left)

@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from neftune_dist.arguments import MAX_RESTARTS, RENDEZVOUS_MINUTES, argument, bounded
 from neftune_dist.config import UserError
@@ -20,6 +21,11 @@ _ANSWER_SECONDS = 20.0  # the controller may be busy, or away
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 _RANGE = re.compile(r"(\d+)(?:-(\d+)(?::([1-9]\d*))?)?")
 _MOST_TASKS = 1000
+# The folder that holds slurm/ and that the nodes see, too: the repository, or where the package was
+# installed without one the user's own.
+_CHECKOUT = Path(__file__).resolve().parents[3]
+_SITE = Path("slurm", "site.sh")
+ROOT = _CHECKOUT if (_CHECKOUT / _SITE).is_file() else Path.cwd()
 PASSED_ON = ("cpus-per-task", "mem", "partition", "account", "qos", "constraint", "exclude")
 _NUMBER = bounded(int, 1, 2**16)
 OPTIONS = (
@@ -47,6 +53,19 @@ OPTIONS = (
     ),
     argument("--dry-run", action="store_true", help="check and print; write and queue nothing"),
 )
+
+
+def adopt_site() -> None:
+    """Take the settings of the hub from slurm/site.sh, as the job will. huggingface_hub reads them
+    once, when it is imported."""
+    if not (ROOT / _SITE).is_file():
+        raise UserError(f"{ROOT} has no {_SITE}: neftune-dist init --slurm writes it.")
+    command = ["/bin/bash", "-c", f". {_SITE} >/dev/null 2>&1; /usr/bin/env -0"]
+    sourced = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in sourced.stdout.split("\0"):
+        name, _, value = line.partition("=")
+        if name.startswith(("HF_", "XDG_CACHE_HOME")):
+            os.environ[name] = value
 
 
 class SlurmUnavailable(UserError):

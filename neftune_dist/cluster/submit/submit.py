@@ -13,24 +13,16 @@ import argparse
 import math
 import os
 import shlex
-import subprocess
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from neftune_dist import __version__
 from neftune_dist.cluster.submit import slurm, snapshot
-from neftune_dist.cluster.submit.inventory import Hub
 from neftune_dist.cluster.submit.preflight import Outlook, anchor, check_space, preflight
 from neftune_dist.config import Config, UserError, load_config
 
-# The folder that holds slurm/ and that the nodes see, too: the repository, or where the package was
-# installed without one the user's own.
-_CHECKOUT = Path(__file__).resolve().parents[3]
-_SITE = Path("slurm", "site.sh")
-ROOT = _CHECKOUT if (_CHECKOUT / _SITE).is_file() else Path.cwd()
 INDEX = "{}"  # in a word: an array task's index
 MARK = "index-of-the-task"
 
@@ -59,8 +51,6 @@ class Task:
 
 def submit(given: argparse.Namespace) -> int:
     """Check, submit, say how to watch and to stop; the exit code."""
-    if not (ROOT / _SITE).is_file():
-        raise UserError(f"{ROOT} has no {_SITE}: neftune-dist init --slurm writes it.")
     slurm.check_options(given)
     tasks = _tasks(given)
     check_space((task.run_dir, task.outlook.num_bytes) for task in tasks)
@@ -100,7 +90,7 @@ def _tasks(given: argparse.Namespace) -> list[Task]:
             )
         if run_dir != place.replace(MARK, str(index)):
             raise UserError(f"--array: run_dir={run_dir} may differ in the task's index alone.")
-        tasks[run_dir] = Task(index, config, preflight(config, world_size, _hub), log)
+        tasks[run_dir] = Task(index, config, preflight(config, world_size), log)
     return list(tasks.values())
 
 
@@ -118,14 +108,6 @@ def _config(given: argparse.Namespace, index: int | None, in_run_dir: str) -> Co
     if "\\" in config.run_dir:
         raise UserError(f"run_dir={config.run_dir}: Slurm cannot log to a backslash.")
     return config
-
-
-@cache
-def _hub() -> Hub:
-    """The hub as the job sees it, which takes the site's settings from there."""
-    command = ["bash", "-c", ". slurm/site.sh >/dev/null 2>&1; env -0"]
-    sourced = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    return Hub.of(dict(line.split("=", 1) for line in sourced.stdout.split("\0") if "=" in line))
 
 
 def _check_cluster(given: argparse.Namespace, tasks: list[Task]) -> list[str]:
@@ -174,7 +156,7 @@ def _options(given: argparse.Namespace, tasks: list[Task]) -> list[str]:
         "signal": f"B:USR1@{given.signal_seconds}",
         "open-mode": "append",
         "output": tasks[0].log,
-        "chdir": ROOT,  # which the nodes have; where the user stands, they may not
+        "chdir": slurm.ROOT,  # which the nodes have; where the user stands, they may not
         "mail-user": given.mail,
         "mail-type": "BEGIN,END,FAIL,REQUEUE" if given.mail else None,
     }
@@ -199,12 +181,12 @@ def _script(given: argparse.Namespace, tasks: list[Task], folders: list[Path]) -
     if given.array:
         cases = [f"  {t.index}) set -- {c} {words} ;;" for t, c in zip(tasks, configs, strict=True)]
         fixed = ['case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac"]
-    body = (ROOT / "slurm" / "train.sbatch").read_text().splitlines()
+    body = (slurm.ROOT / "slurm" / "train.sbatch").read_text().splitlines()
     while body[0].startswith("#"):
         del body[0]
     made = f"# Made by launcher/submit.py {__version__} from slurm/train.sbatch."
     # The repository's root, wherever it is submitted from.
-    fixed.append(f"SLURM_SUBMIT_DIR={shlex.quote(str(ROOT))}")
+    fixed.append(f"SLURM_SUBMIT_DIR={shlex.quote(str(slurm.ROOT))}")
     return "\n".join(["#!/usr/bin/env bash", made, *header, *fixed, *body, ""])
 
 
