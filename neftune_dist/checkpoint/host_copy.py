@@ -58,11 +58,6 @@ class HostCopy:
             torch.cuda.synchronize(self._device)
         return copies
 
-    @property
-    def is_pinned(self) -> bool:
-        """Whether all of it could be pinned; waits for that. (A system may limit locked memory.)"""
-        return bool(self._pinning) and all(piece.result() for piece in self._pinning)
-
     def _room(self, like: Tensor) -> Tensor:
         first = self._offset
         self._offset += _aligned(like.nbytes)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from neftune_dist.data.loader import MicroBatch
-from neftune_dist.model.loss import token_losses
 from neftune_dist.optim import (
     MakeOptimizer,
     Moment,
@@ -179,25 +178,4 @@ def describe_state(shards: Sequence[FlatShard]) -> str:
     return (
         f"state: master weights {kept[0]}, Adam moments {kept[1]}, kept and updated in "
         f"{' and '.join(sorted(where))} memory"
-    )
-
-
-def batch_loss_sum(model: Any, batch: MicroBatch, kind: str) -> Tensor:
-    """Sum of a micro-batch's token losses, by the kind that `resolve_loss` gave."""
-    return batch_losses(model, batch, kind, "sum")
-
-
-def batch_losses(model: Any, batch: MicroBatch, kind: str, reduction: str) -> Tensor:
-    """`token_losses` of a micro-batch."""
-    return token_losses(
-        model,
-        kind=kind,
-        reduction=reduction,
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        attention_mask=batch.attention_mask,
-        cu_seqlens=batch.cu_seqlens,
-        longest=max(batch.document_lengths),
-        positions=batch.positions,
-        targets=batch.targets,
     )

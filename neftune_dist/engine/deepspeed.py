@@ -33,7 +33,6 @@ from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import (
     FROZEN,
     FlatShard,
-    batch_loss_sum,
     describe_state,
     dtype_name,
     state_shards,
@@ -41,7 +40,7 @@ from neftune_dist.engine.base import (
     trained_shapes,
 )
 from neftune_dist.model.load import DTYPES, initialize_buffers
-from neftune_dist.model.loss import resolve_loss
+from neftune_dist.model.loss import resolve_loss, token_losses
 from neftune_dist.model.modules import own_buffers, own_parameters, replace_buffers
 from neftune_dist.model.optimizations import blocks
 from neftune_dist.optim import (
@@ -149,7 +148,7 @@ class DeepSpeedEngine:
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """See `Engine.forward`."""
-        return batch_loss_sum(self.engine, batch, self.loss)
+        return token_losses(self.engine, batch, self.loss)
 
     def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
         """See `Engine.backward`."""

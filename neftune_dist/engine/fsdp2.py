@@ -34,7 +34,6 @@ from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import (
     FROZEN,
     FlatShard,
-    batch_loss_sum,
     clip_and_update,
     describe_state,
     dtype_name,
@@ -44,7 +43,7 @@ from neftune_dist.engine.base import (
 )
 from neftune_dist.model.float8 import update_float8_scales
 from neftune_dist.model.load import DTYPES, initialize_buffers
-from neftune_dist.model.loss import resolve_loss
+from neftune_dist.model.loss import resolve_loss, token_losses
 from neftune_dist.model.modules import replace_buffers
 from neftune_dist.model.optimizations import blocks
 from neftune_dist.optim import (
@@ -133,7 +132,7 @@ class FSDP2Engine:
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """See `Engine.forward`."""
-        return batch_loss_sum(self.model, batch, self.loss)
+        return token_losses(self.model, batch, self.loss)
 
     def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
         """See `Engine.backward`."""

@@ -27,10 +27,9 @@ from neftune_dist.data.documents import Documents
 from neftune_dist.data.loader import MicroBatch, collate
 from neftune_dist.data.packing import assign_documents
 from neftune_dist.distributed.world import World
-from neftune_dist.engine.base import batch_losses
 from neftune_dist.model.attention import attention_of, implementation
 from neftune_dist.model.families import check_lengths, check_model
-from neftune_dist.model.loss import resolve_loss
+from neftune_dist.model.loss import resolve_loss, token_losses
 from neftune_dist.training.noise import configured_noise, noise_signs, token_layout
 
 _NEVER = (1 << 32) - 1  # no training reaches this epoch, or has so many ranks
@@ -111,7 +110,7 @@ def _forward(model: Any, config: Config, noisy: bool) -> Iterator[_Forward]:
     noise = config.noise
     if not (noisy and noise.alpha):
         with torch.no_grad():
-            yield lambda _, batch: batch_losses(model, batch, kind, "none")
+            yield lambda _, batch: token_losses(model, batch, kind, "none")
         return
     # Noise that covers padding belongs to no document.
     stream = "rank" if noise.length == "padded" else "sample"
@@ -123,7 +122,7 @@ def _forward(model: Any, config: Config, noisy: bool) -> Iterator[_Forward]:
             losses = []
             for handle.sign in noise_signs(noise):
                 handle.describe(token_layout(batch))
-                losses.append(batch_losses(model, batch, kind, "none").detach())
+                losses.append(token_losses(model, batch, kind, "none").detach())
             if handle.num_fired != len(losses):
                 raise RuntimeError("The noise was not added: the model bypasses its embedding.")
             return torch.stack(losses).mean(0)

@@ -207,7 +207,7 @@ def _open_files(
                 f"{place} is a trainer's checkpoint, and {type(outer).__name__} holds more than "
                 "the text model that is trained: start from its Hugging Face files."
             )
-    files = WeightFiles(place, aliases, in_files, outer.base_model_prefix, outer)
+    files = WeightFiles(place, aliases, in_files, outer)
     return files, in_files, in_files != shapes
 
 

@@ -65,30 +65,13 @@ def _why_plain(model: Any) -> str | None:
     return None
 
 
-def token_losses(
-    model: Any,
-    *,
-    kind: str,
-    input_ids: Tensor,
-    position_ids: Tensor,
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    longest: int,
-    positions: Tensor,
-    targets: Tensor,
-    reduction: str,
-) -> Tensor:
-    """The cross-entropies of the targets.
+def token_losses(model: Any, batch: Any, kind: str, reduction: str = "sum") -> Tensor:
+    """The cross-entropies of a micro-batch's targets.
 
     Args:
         model: the causal LM as its engine wraps it. It is called like the plain one.
+        batch: a `MicroBatch` of `data.loader`, which this package does not import.
         kind: plain (all logits at once), chunked or liger, see `resolve_loss`.
-        input_ids, position_ids: (batch, sequence); positions count where documents are packed.
-        attention_mask: (batch, sequence); None where one row holds packed documents.
-        cu_seqlens: int32 (num_documents + 1,), the packed documents' cumulative lengths.
-        longest: their greatest length.
-        positions: (num_supervised,), indices into the flattened tokens.
-        targets: (num_supervised,), the tokens that follow.
         reduction: sum or none.
 
     Returns:
@@ -99,25 +82,25 @@ def token_losses(
             stand in for them.
     """
     head = model.get_output_embeddings()
-    if attention_mask is None:
-        assert cu_seqlens is not None
-        arguments = packed_arguments(head_owner(model), cu_seqlens, longest)
-        arguments["position_ids"] = position_ids
+    if batch.attention_mask is None:
+        longest = max(batch.document_lengths)
+        arguments = packed_arguments(head_owner(model), batch.cu_seqlens, longest)
+        arguments["position_ids"] = batch.position_ids
     else:
         # Padded on the right, so that positions are the model's own: RoBERTa's do not begin at 0.
-        arguments = {"attention_mask": attention_mask}
+        arguments = {"attention_mask": batch.attention_mask}
 
     def forward() -> Tensor:
-        logits: Tensor = model(input_ids=input_ids, use_cache=False, **arguments).logits
+        logits: Tensor = model(input_ids=batch.input_ids, use_cache=False, **arguments).logits
         return logits
 
     if kind == "plain":
-        return _losses_of_logits(head, forward, positions, targets, reduction)
+        return _losses_of_logits(head, forward, batch, reduction)
     loss_of: LossSum = token_cross_entropies
     if reduction == "sum":
         loss_of = liger_cross_entropy() if kind == "liger" else chunked_cross_entropy
-    loss = _loss_in_place_of_logits(head, forward, loss_of, positions, targets)
-    if loss is None or loss.numel() != (1 if reduction == "sum" else len(targets)):
+    loss = _loss_in_place_of_logits(head, forward, batch, loss_of)
+    if loss is None or loss.numel() != (1 if reduction == "sum" else len(batch.targets)):
         raise UserError(
             f"{type(head_owner(model)).__name__} changes its logits after their projection: set "
             "model.loss=plain."
@@ -126,11 +109,7 @@ def token_losses(
 
 
 def _losses_of_logits(
-    head: nn.Module,
-    forward: Callable[[], Tensor],
-    positions: Tensor,
-    targets: Tensor,
-    reduction: str,
+    head: nn.Module, forward: Callable[[], Tensor], batch: Any, reduction: str
 ) -> Tensor:
     """The losses from the logits of all supervised tokens at once.
 
@@ -142,7 +121,7 @@ def _losses_of_logits(
 
     # `logits_to_keep` would do for one row; rows of a padded batch keep different positions.
     def keep_supervised(_: Any, args: tuple[Tensor]) -> tuple[Tensor]:
-        return (args[0].flatten(0, 1)[positions][None],)
+        return (args[0].flatten(0, 1)[batch.positions][None],)
 
     def project(hidden: Tensor) -> Tensor:
         given = (hidden, head.weight, head.bias)
@@ -151,16 +130,12 @@ def _losses_of_logits(
     scaled = forward_of(head, project) if is_plain else nullcontext()
     with head.register_forward_pre_hook(keep_supervised), scaled:
         logits = forward()
-    loss = F.cross_entropy(logits[0].float(), targets, reduction=reduction)
+    loss = F.cross_entropy(logits[0].float(), batch.targets, reduction=reduction)
     return _KeepScale.apply(loss, scale) if is_plain and reduction == "sum" else loss
 
 
 def _loss_in_place_of_logits(
-    head: nn.Linear,
-    forward: Callable[[], Tensor],
-    loss_of: LossSum,
-    positions: Tensor,
-    targets: Tensor,
+    head: nn.Linear, forward: Callable[[], Tensor], batch: Any, loss_of: LossSum
 ) -> Tensor | None:
     """The loss that the head computes, as the model returns it; None where the model changed it.
     (Engines return views of it; scaled or capped, it would have other memory.)"""
@@ -168,9 +143,9 @@ def _loss_in_place_of_logits(
 
     def project(hidden: Tensor) -> Tensor:
         """The loss, (1, 1, 1) or (1, num_supervised, 1)."""
-        supervised = hidden.flatten(0, 1)[positions]
+        supervised = hidden.flatten(0, 1)[batch.positions]
         # No view: FSDP2 warns of those, which an operation in place would take from its hooks.
-        return loss_of(supervised, head.weight, head.bias, targets).view(1, -1, 1).clone()
+        return loss_of(supervised, head.weight, head.bias, batch.targets).view(1, -1, 1).clone()
 
     def keep_result(_: Any, __: Any, output: Tensor) -> None:
         given.append(output)

@@ -54,9 +54,8 @@ class WeightFiles:
         folder: of the files.
         aliases: of the model's parameters, from `parameter_aliases`.
         shapes: of the model's parameters, by first name.
-        prefix: the model's `base_model_prefix`, which older files leave out or put on.
-        model: the transformers model, which says how other tensors become its parameters; None:
-            the files hold its parameters by name.
+        model: the transformers model, which says how other tensors become its parameters. Older
+            files leave out its `base_model_prefix`, or put it on.
 
     Attributes:
         layout: the stored tensors that each parameter is, or is made of.
@@ -70,14 +69,13 @@ class WeightFiles:
         folder: Path,
         aliases: Mapping[str, list[str]],
         shapes: Mapping[str, tuple[int, ...]],
-        prefix: str,
-        model: Any = None,
+        model: Any,
     ) -> None:
         self._folder, self._model, self._shapes, self._aliases = folder, model, shapes, aliases
         self._sources, self._is_foreign = _index(folder)
         self.layout: Layout = {}
         for name, names in aliases.items():
-            found = [c for c in _candidates(names, prefix) if c in self._sources]
+            found = [c for c in _candidates(names, model.base_model_prefix) if c in self._sources]
             tensors = [StoredTensor(source, self._sources[source].shape) for source in found]
             for tensor in tensors:
                 self._check(name, [tensor])
@@ -89,7 +87,7 @@ class WeightFiles:
     def _convert(self, missing: Mapping[str, list[str]]) -> None:
         """Find the tensors of parameters whose names the files do not have."""
         converted: Layout = {}
-        if missing and self._model is not None:
+        if missing:
             stored = {name: source.shape for name, source in self._sources.items()}
             converted = converted_layout(self._model, stored, missing)
         for name in missing:
@@ -117,7 +115,7 @@ class WeightFiles:
     def export_layout(self) -> Layout:
         """The layout for an export: that of these files, or, where they are a trainer's
         checkpoint, what `save_pretrained` would write."""
-        if self._is_foreign and self._model is not None:
+        if self._is_foreign:
             return saved_layout(self._model, self._shapes)
         return self.layout
 

@@ -37,8 +37,8 @@ from neftune_dist.data.packing import assign_documents
 from neftune_dist.data.sampler import make_sampler
 from neftune_dist.distributed.straggler import Streaks, relative_speeds
 from neftune_dist.distributed.world import World
-from neftune_dist.engine.base import batch_loss_sum
 from neftune_dist.model.attention import VARLEN
+from neftune_dist.model.loss import token_losses
 from neftune_dist.model.varlen import VARLEN_OPERATOR
 from neftune_dist.training.metrics import RankResult
 from tests.support import reference_packing
@@ -130,7 +130,7 @@ def lengths() -> None:
         ids = np.random.default_rng(0).integers(0, 1000, length)
         documents = documents_of([(ids, np.ones(length, bool))])
         batch = collate(documents, np.zeros(1, np.int64), np.zeros(1), True)
-        whole = seconds(lambda: batch_loss_sum(model, batch, "chunked").backward())  # noqa: B023
+        whole = seconds(lambda: token_losses(model, batch, "chunked").backward())  # noqa: B023
         heads = [torch.randn(length, n, 16, requires_grad=True) for n in (4, 2, 2)]
         ends = torch.tensor([0, length], dtype=torch.int32)
         attention = seconds(

@@ -323,7 +323,7 @@ def noise_cost(args: argparse.Namespace) -> None:
         weights_folder(config.model, args.model),
         load.parameter_aliases(model),
         {name: tuple(p.shape) for name, p in model.named_parameters()},
-        model.base_model_prefix,
+        model,
     )
     noise = NEFTune(args.alpha or 5.0).attach(model)
     seconds_of_noise = _time_embedding(model)

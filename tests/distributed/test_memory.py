@@ -60,13 +60,13 @@ def worker(folder: Path) -> None:
     world = World()
     peak = Peak()
     model = load.build(folder, ModelConfig(str(folder), dtype="fp32"), packing=True)
-    aliases, prefix = load.parameter_aliases(model), model.base_model_prefix
+    aliases = load.parameter_aliases(model)
     config = Config()
     config.model.dtype = "fp32"
     engine = FSDP2Engine(config, world)
     engine.setup(model, MakeOptimizer(config.optim))
     assert [name for name, _ in engine.named] == list(aliases)
-    files = WeightFiles(folder, aliases, engine.shapes, prefix)
+    files = WeightFiles(folder, aliases, engine.shapes, model)
     shards = engine.flat_state()
     for shard in shards:
         if shard.kind == MASTER:

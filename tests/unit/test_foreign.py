@@ -70,7 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def open_weights(folder: Path, weights: Path) -> tuple[WeightFiles, dict[str, tuple[int, ...]]]:
     model = load.build(folder / "model", ModelConfig(str(folder / "model")), packing=True)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    return WeightFiles(weights, load.parameter_aliases(model), shapes, "model"), shapes
+    return WeightFiles(weights, load.parameter_aliases(model), shapes, model), shapes
 
 
 def assert_ranges(weights: WeightFiles, shapes: dict[str, tuple[int, ...]], expected: dict) -> None:

@@ -10,6 +10,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -28,6 +29,7 @@ from tests.support import tiny_model
 from tests.support.families import family
 
 CPU = torch.device("cpu")
+UNNAMED = SimpleNamespace(base_model_prefix="")  # a model whose parameters have the files' names
 # Families that do not pack, with buffers of every kind, and rotary frequencies of every kind.
 EAGER = {
     *("bloom", "codegen", "gemma2", "gpt_neo", "gptj", "mpt"),
@@ -300,7 +302,7 @@ def test_the_digest_is_of_names_and_dtypes_as_well(tmp_path: Path) -> None:
             {name: torch.zeros(3, dtype=dtype) for name in names}, folder / "model.safetensors"
         )
         aliases = {name: [name] for name in names}
-        return WeightFiles(folder, aliases, dict.fromkeys(names, (3,)), "").digest()
+        return WeightFiles(folder, aliases, dict.fromkeys(names, (3,)), UNNAMED).digest()
 
     assert len({digest("ab"), digest("ac"), digest("ab", torch.float16)}) == 3
 
@@ -396,7 +398,9 @@ def test_names_with_a_base_prefix_that_the_model_lacks_are_found(llama: Path) ->
     shapes = {"weight": (97, 32)}
     expected = tensors_of(llama)
     rewrite(llama, {"base.weight": expected["lm_head.weight"]})
-    files = WeightFiles(llama, {"weight": ["weight"]}, shapes, "base")
+    files = WeightFiles(
+        llama, {"weight": ["weight"]}, shapes, SimpleNamespace(base_model_prefix="base")
+    )
     assert torch.equal(files.read("weight", 3, 40), expected["lm_head.weight"].flatten()[3:40])
     with pytest.raises(UserError, match="lack"):
         files_of(model, llama)
@@ -408,7 +412,7 @@ def test_scalars_vectors_and_empty_ranges_are_read(llama: Path) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for pickled in (False, True):
         rewrite(llama, tensors, pickled=pickled)
-        files = WeightFiles(llama, {name: [name] for name in tensors}, shapes, "")
+        files = WeightFiles(llama, {name: [name] for name in tensors}, shapes, UNNAMED)
         for name, tensor in tensors.items():
             flat = tensor.flatten()
             for start in range(len(flat) + 1):

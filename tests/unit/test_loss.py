@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from neftune_dist.config import UserError
 from neftune_dist.data.loader import MicroBatch, collate
-from neftune_dist.engine.base import batch_loss_sum, batch_losses
 from neftune_dist.model.attention import VARLEN, packed_arguments
 from neftune_dist.model.loss import (
     chunked_cross_entropy,
     multiply_,
     resolve_loss,
     token_cross_entropies,
+    token_losses,
 )
 from neftune_dist.model.projection import keeps_projection
 from tests.support.corpora import documents_of
@@ -78,17 +78,17 @@ def test_packed_is_padded_is_naive(
     atol = 1e-5 * max(float(g.abs().max()) for g in expected_gradients.values())
     for packing in (True, False):
         model.set_attn_implementation(VARLEN if packing else "sdpa")
-        loss = batch_loss_sum(model, batch(packing), resolve_loss(kind, model))
+        loss = token_losses(model, batch(packing), resolve_loss(kind, model))
         assert loss.dtype == torch.float32
         assert loss.shape == ()
         assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
         for name, gradient in gradients(model, loss).items():
             torch.testing.assert_close(gradient, expected_gradients[name], atol=atol, rtol=0)
-        losses = batch_losses(model, batch(packing), resolve_loss(kind, model), "none")
+        losses = token_losses(model, batch(packing), resolve_loss(kind, model), "none")
         assert losses.shape == (12,)
         parts = [float(part.sum()) for part in losses.split([4, 0, 1, 6, 1])]
         alone = [
-            batch_loss_sum(model, batch(packing, [i]), resolve_loss(kind, model)).item()
+            token_losses(model, batch(packing, [i]), resolve_loss(kind, model)).item()
             for i in range(5)
         ]
         assert parts == pytest.approx(alone, rel=1e-6)
@@ -97,7 +97,7 @@ def test_packed_is_padded_is_naive(
 def test_capped_logits_are_capped() -> None:
     model = make("gemma2", final_logit_softcapping=2.0)
     model.set_attn_implementation("eager")
-    loss = batch_loss_sum(model, batch(packing=False), resolve_loss("auto", model))
+    loss = token_losses(model, batch(packing=False), resolve_loss("auto", model))
     assert loss.item() == pytest.approx(naive(model).item(), rel=1e-6)
 
 
@@ -110,7 +110,7 @@ def test_nothing_to_learn_is_exactly_zero(
 ) -> None:
     model = make(model_type)
     model.set_attn_implementation(VARLEN if packing else "sdpa")
-    loss = batch_loss_sum(model, batch(packing, indices), kind)
+    loss = token_losses(model, batch(packing, indices), kind)
     assert loss.item() == 0.0
     # Zeros, not None: every parameter takes part in the collectives of the backward.
     assert all(not gradient.any() for gradient in gradients(model, loss).values())
@@ -124,7 +124,7 @@ def test_logits_are_computed_for_supervised_positions_only(packing: bool) -> Non
     model.lm_head.register_forward_hook(lambda _m, _a, out: rows.append(out.numel() // 97))
     model.zero_grad()
     work = batch(packing)
-    batch_loss_sum(model, work, "plain").backward()
+    token_losses(model, work, "plain").backward()
     assert rows == [len(work.targets)] == [12]
     # And the model is left as it was: its next forward gives every logit.
     model.set_attn_implementation("sdpa")
@@ -135,7 +135,7 @@ def test_the_sum_is_float32_under_bfloat16() -> None:
     model = make("llama").to(torch.bfloat16)
     model.set_attn_implementation(VARLEN)
     work = batch(packing=True)
-    loss = batch_loss_sum(model, work, "chunked")
+    loss = token_losses(model, work, "chunked")
     assert loss.dtype == torch.float32
     logits = model(
         input_ids=work.input_ids,
@@ -212,7 +212,7 @@ def test_the_factor_of_a_loss_is_not_rounded_to_bfloat16(model_type: str, kind: 
     weight = model.get_output_embeddings().weight
 
     def norm(number: int) -> float:
-        loss = batch_loss_sum(model, work, kind) / number
+        loss = token_losses(model, work, kind) / number
         (gradient,) = torch.autograd.grad(loss, weight)
         return float(gradient.double().norm()) * number
 
@@ -240,7 +240,7 @@ def test_the_factor_of_a_loss_reaches_the_gradients_of_any_head(head: str) -> No
     if head == "normed":
         model.lm_head = NormedHead(model.lm_head.weight)
     expected = gradients(model, naive(model) / 256)
-    found = gradients(model, batch_loss_sum(model, batch(False), resolve_loss("auto", model)) / 256)
+    found = gradients(model, token_losses(model, batch(False), resolve_loss("auto", model)) / 256)
     atol = 1e-5 * max(float(g.abs().max()) for g in expected.values())
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], atol=atol, rtol=0)
@@ -279,7 +279,7 @@ def test_no_logits_are_left_over() -> None:
     model.set_attn_implementation(VARLEN)
     sizes = []
     model.lm_head.register_forward_hook(lambda _m, _a, out: sizes.append(out.numel()))
-    batch_loss_sum(model, batch(packing=True), "chunked").backward()
+    token_losses(model, batch(packing=True), "chunked").backward()
     assert sizes == [1]
     # And the model is left as it was: its next forward gives every logit.
     assert "forward" not in vars(model.lm_head)
@@ -293,7 +293,7 @@ def test_scaled_logits_are_not_lost(model_type: str) -> None:
         resolve_loss("chunked", model)
     model.set_attn_implementation(VARLEN)
     with pytest.raises(UserError, match=r"changes its logits.*model.loss=plain"):
-        batch_loss_sum(model, batch(packing=True), "chunked")
+        token_losses(model, batch(packing=True), "chunked")
     assert resolve_loss("auto", make("llama")) == "chunked"
 
 

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from neftune_dist.config import ModelConfig, UserError
 from neftune_dist.data.loader import MicroBatch, collate
-from neftune_dist.engine.base import batch_loss_sum
 from neftune_dist.model.attention import FLEX, VARLEN, varlen_attention
 from neftune_dist.model.load import build
+from neftune_dist.model.loss import token_losses
 from neftune_dist.model.optimizations import (
     blocks,
     check_compiled,
@@ -61,7 +61,7 @@ def train(model: Any, work: list[MicroBatch]) -> list[list[Tensor]]:
     results = []
     for batch in work:
         model.zero_grad()
-        loss = batch_loss_sum(model, batch, "chunked")
+        loss = token_losses(model, batch, "chunked")
         loss.backward()
         results.append([loss.detach(), *[p.grad.clone() for p in model.parameters()]])
     return results
@@ -122,7 +122,7 @@ def test_selective_computes_no_product_twice() -> None:
     calls = {}
     for mode in ("none", "selective", "full"):
         model, counted = make(activation_checkpointing=mode), Operators()
-        loss = batch_loss_sum(model, batches()[0], "chunked")
+        loss = token_losses(model, batches()[0], "chunked")
         with counted:
             loss.backward()
         calls[mode] = counted.calls
@@ -139,7 +139,7 @@ def test_selective_computes_no_product_of_experts_twice() -> None:
     calls = {}
     for mode in ("none", "selective", "full"):
         model, counted = make("olmoe", activation_checkpointing=mode), Operators()
-        loss = batch_loss_sum(model, batches()[0], "chunked")
+        loss = token_losses(model, batches()[0], "chunked")
         with counted:
             loss.backward()
         calls[mode] = counted.calls[torch.ops.aten._grouped_mm.default]
@@ -248,7 +248,7 @@ def test_attention_with_negligible_dropout_is_the_operators(
 def test_flex_is_varlen(model_type: str) -> None:
     for batch in batches():
         losses = [
-            batch_loss_sum(make(model_type, attention).eval(), batch, "chunked")
+            token_losses(make(model_type, attention).eval(), batch, "chunked")
             for attention in (VARLEN, FLEX)
         ]
         torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
@@ -256,7 +256,7 @@ def test_flex_is_varlen(model_type: str) -> None:
 
 def test_flex_refuses_sliding_windows() -> None:
     with pytest.raises(RuntimeError, match=r"sliding window.*use varlen"):
-        batch_loss_sum(make("mistral", FLEX), batches()[0], "plain")
+        token_losses(make("mistral", FLEX), batches()[0], "plain")
 
 
 @pytest.mark.parametrize(
