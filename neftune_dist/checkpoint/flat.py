@@ -91,6 +91,13 @@ class WrittenFile:
             digest = hashlib.file_digest(file, xxhash.xxh3_128)
             return WrittenFile(file.tell(), digest.hexdigest())
 
+    def is_at(self, path: Path) -> bool:
+        """Whether the file on disk can be read and has these bytes."""
+        try:
+            return WrittenFile.of(path) == self
+        except OSError:
+            return False
+
 
 class Reader:
     """A checkpoint's tensors. Their description is read once.

@@ -97,7 +97,7 @@ def _other(
         if listed is None or not entry.is_file(follow_symlinks=False):
             return entry.name
         path = Path(entry.path)
-        same = WrittenFile.of(path) == listed if thorough else path.stat().st_size == listed.size
+        same = listed.is_at(path) if thorough else path.stat().st_size == listed.size
         if not same:
             return entry.name
     return None

@@ -78,8 +78,8 @@ class Content:
             return trained
         config, base, plain = _base(state)
         packing = state["config"]["data"]["packing"]
-        files = load.open_weights(plain, base, config, seed=0)
-        if known is not None and known != f"{files.digest():032x}":
+        weights = load.open_weights(plain, base, config, seed=0)
+        if known is not None and known != f"{weights.files.digest():032x}":
             raise UserError(
                 f"The checkpoint {folder} was trained beside other weights than those now in "
                 f"{weights_folder(config, base)}: restore them there."
@@ -87,7 +87,7 @@ class Content:
         shapes = load.stored_shapes(plain)
 
         def of_files(name: str) -> Tensor:
-            return files.read(name, 0, math.prod(shapes[name])).view(shapes[name])
+            return weights.read(name, 0, math.prod(shapes[name])).view(shapes[name])
 
         if adapter.method == "none":
             constants = frozenset(shapes.keys() - trained.shapes.keys())

@@ -58,11 +58,8 @@ class Checkpoint:
     def trainer_state(self) -> dict[str, Any]:
         """The state saved beside the tensors. Raises `UserError` where the file is damaged."""
         path = self.folder / STATE
-        try:
-            sound = WrittenFile.of(path) == self.files().get(STATE)
-        except OSError:
-            sound = False
-        if not sound:
+        written = self.files().get(STATE)
+        if written is None or not written.is_at(path):
             raise damage_error(self, STATE)
         state: dict[str, Any] = read_json(path)
         return state
@@ -83,13 +80,8 @@ class Checkpoint:
         Args:
             part, num_parts: check every `num_parts`-th file, from number `part` on.
         """
-        for name, file in list(self.files().items())[part::num_parts]:
-            try:
-                if WrittenFile.of(self.folder / name) != file:
-                    return name
-            except OSError:
-                return name
-        return None
+        mine = list(self.files().items())[part::num_parts]
+        return next((name for name, file in mine if not file.is_at(self.folder / name)), None)
 
 
 def begin(run_dir: Path, step: int) -> Path:

@@ -22,7 +22,6 @@ from neftune_dist.config import AdapterConfig, UserError, require, split_list
 from neftune_dist.model import nf4
 from neftune_dist.model.modules import replace_parameters, stacks_experts
 from neftune_dist.model.optimizations import blocks
-from neftune_dist.model.stored_tensors import Layout
 from neftune_dist.model.weights import WeightFiles
 
 _LORA_A, _LORA_B = "lora_A.default.weight", "lora_B.default.weight"
@@ -138,14 +137,6 @@ class AdaptedWeights:
             lengths: Tensor = torch.linalg.vector_norm(rows.float(), dim=1)
             return lengths
         return self._files.read(plain_name(name), start, stop)
-
-    def digest(self, part: tuple[int, int] = (0, 1)) -> int:
-        """The digest of the plain model's weights, see `WeightFiles.digest`."""
-        return self._files.digest(part)
-
-    def export_layout(self) -> Layout:
-        """See `WeightFiles.export_layout`."""
-        return self._files.export_layout()
 
     def _rows(self, name: str, width: int, size: int, start: int, stop: int) -> tuple[Tensor, int]:
         """The rows of a stored matrix that elements [start, stop) of a parameter with `size`

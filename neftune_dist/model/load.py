@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import transformers
@@ -27,8 +27,13 @@ from neftune_dist.model.families import WRAPPERS, check_config, check_model, che
 from neftune_dist.model.loss import resolve_loss
 from neftune_dist.model.modules import own_buffers, own_parameters
 from neftune_dist.model.optimizations import configure
-from neftune_dist.model.stored_tensors import Layout
-from neftune_dist.model.weights import GrownWeights, WeightFiles, is_foreign, weights_folder
+from neftune_dist.model.weights import (
+    GrownWeights,
+    WeightFiles,
+    Weights,
+    is_foreign,
+    weights_folder,
+)
 from neftune_dist.model.wrapped import Wrapper, trained_config
 from neftune_dist.system.text import first_line
 
@@ -130,19 +135,6 @@ def build(
     return model.train()
 
 
-class Weights(Protocol):
-    """The content of a model's parameters."""
-
-    def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the flattened parameter, 1-D."""
-
-    def digest(self, part: tuple[int, int] = (0, 1)) -> int:
-        """A digest of all parameters, see `WeightFiles.digest`."""
-
-    def export_layout(self) -> Layout:
-        """The stored tensors that an export writes for each parameter."""
-
-
 def open_weights(model: Any, folder: Path, config: ModelConfig, seed: int) -> Weights:
     """The first content of a new run's parameters, frozen ones included.
 
@@ -157,10 +149,10 @@ def open_weights(model: Any, folder: Path, config: ModelConfig, seed: int) -> We
     """
     files, in_files, is_grown = _open_files(model, folder, config)
     if is_grown:
-        return GrownWeights(files, in_files)
-    if not any(adapters.is_adapter(name) for name in parameter_aliases(model)):
-        return files
-    return adapters.AdaptedWeights(model, files, seed)
+        return Weights(files, GrownWeights(files, in_files).read)
+    if any(adapters.is_adapter(name) for name in parameter_aliases(model)):
+        return Weights(files, adapters.AdaptedWeights(model, files, seed).read)
+    return Weights(files, files.read)
 
 
 def open_towers(model: Any, folder: Path, config: ModelConfig) -> WeightFiles | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -156,8 +157,7 @@ class WeightFiles:
 
     def _check(self, name: str, tensors: list[StoredTensor]) -> None:
         shape = tuple(self._shapes[name])
-        found = joined_shape(tensors, shape)
-        if found is None or found != shape:
+        if joined_shape(tensors, shape) != shape:
             raise UserError(
                 f"{tensors[0].name} in {self._folder} has shape {tensors[0].shape}, the model's "
                 f"configuration says {shape}."
@@ -185,6 +185,19 @@ class WeightFiles:
                 )
 
 
+@dataclass(frozen=True)
+class Weights:
+    """The first content of a run's parameters.
+
+    Attributes:
+        files: of the base model.
+        read: elements [start, stop) of the flattened parameter of that name, 1-D.
+    """
+
+    files: WeightFiles
+    read: Callable[[str, int, int], Tensor]
+
+
 class GrownWeights:
     """Weights of a model with added tokens: some parameters have more rows than in the files. Rows
     added for new tokens start at the mean of the existing rows.
@@ -202,22 +215,13 @@ class GrownWeights:
         """Elements [start, stop) of the flattened parameter, 1-D."""
         shape = self._shapes[name]
         numel = math.prod(shape)
-        known = self._files.read(name, start, min(stop, numel)) if start < numel else None
-        if known is not None and stop <= numel:
-            return known
+        if stop <= numel:
+            return self._files.read(name, start, stop)
+        known = [self._files.read(name, start, numel).float()] if start < numel else []
         width = math.prod(shape[1:])
         first = max(start, numel)
         row = self._mean(name).repeat(-(-(stop - first) // width) + 1)
-        further = row[first % width :][: stop - first]
-        return further if known is None else torch.cat([known.float(), further])
-
-    def digest(self, part: tuple[int, int] = (0, 1)) -> int:
-        """The digest of the files, see `WeightFiles.digest`."""
-        return self._files.digest(part)
-
-    def export_layout(self) -> Layout:
-        """See `WeightFiles.export_layout`."""
-        return self._files.export_layout()
+        return torch.cat([*known, row[first % width :][: stop - first]])
 
     def _mean(self, name: str) -> Tensor:
         if name not in self._means:

@@ -108,10 +108,10 @@ def read_inputs(
         needs_base, weights = load.holds_constants(model), None
         if not found or needs_base:
             weights = load.open_weights(model, folder, config.model, config.train.seed)
-        stored = to_record(weights.export_layout()) if weights else {}
+        stored = to_record(weights.files.export_layout()) if weights else {}
         part, digests = (world.rank, world.size), {}
         if weights and needs_base:
-            digests["base"] = weights.digest(part)
+            digests["base"] = weights.files.digest(part)
         if towers := load.open_towers(model, folder, config.model):
             digests["towers"] = towers.digest_others(part)
     identity |= {kind: _xor_over_ranks(digest, world) for kind, digest in digests.items()}

@@ -88,9 +88,7 @@ def build(folder: Path, **settings: Any) -> Any:
 
 
 def files_of(model: Any, folder: Path, **settings: Any) -> WeightFiles:
-    files = load.open_weights(model, folder, ModelConfig(**settings), seed=0)
-    assert isinstance(files, WeightFiles)
-    return files
+    return load.open_weights(model, folder, ModelConfig(**settings), seed=0).files
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from neftune_dist.config import ModelConfig, UserError
 from neftune_dist.model import load
 from neftune_dist.model.stored_tensors import from_record, saved_layout, split, to_record
+from neftune_dist.model.weights import WeightFiles
 from tests.support.families import family
 
 EXPERTS = "model.layers.0.mlp.experts"
@@ -52,7 +53,7 @@ def test_parameters_are_read_by_ranges_and_cut_into_the_same_tensors(
     files = load_file(tmp_path / "model.safetensors")
     parameters = dict(saved.named_parameters())
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    record = json.loads(json.dumps(to_record(weights.export_layout())))
+    record = json.loads(json.dumps(to_record(weights.files.export_layout())))
     assert record, "nothing is stored under other names"
     layout, cut = from_record(record, shapes), {}
     for name, parameter in parameters.items():
@@ -70,13 +71,13 @@ def test_a_range_reads_only_the_tensors_that_it_lies_in(
 ) -> None:
     save("olmoe", tmp_path)
     _, weights = opened(tmp_path)
-    read, seen = type(weights)._read, []
+    read, seen = WeightFiles._read, []
 
     def noted(self: Any, source: str, start: int, stop: int) -> torch.Tensor:
         seen.append((source.removeprefix(f"{EXPERTS}."), stop - start))
         return read(self, source, start, stop)
 
-    monkeypatch.setattr(type(weights), "_read", noted)
+    monkeypatch.setattr(WeightFiles, "_read", noted)
     size = 48 * 32  # of a gate's matrix
     weights.read(f"{EXPERTS}.gate_up_proj", 3 * size - 10, 4 * size + 20)
     assert seen == [
@@ -93,7 +94,7 @@ def test_experts_that_are_stacked_in_the_files_stay_so(tmp_path: Path) -> None:
     name = f"{EXPERTS}.down_proj"
     expected = saved.get_parameter(name).detach().flatten()
     assert torch.equal(weights.read(name, 7, 4000), expected[7:4000])
-    assert to_record(weights.export_layout()) == {}
+    assert to_record(weights.files.export_layout()) == {}
 
 
 @pytest.mark.parametrize(
@@ -131,6 +132,6 @@ def test_trainer_s_checkpoint_is_exported_as_transformers_saves(tmp_path: Path) 
     name = f"{EXPERTS}.gate_up_proj"
     expected = saved.get_parameter(name).detach().flatten()
     assert torch.equal(weights.read(name, 7, 4000), expected[7:4000])
-    exported = [tensor for found in weights.export_layout().values() for tensor in found]
+    exported = [tensor for found in weights.files.export_layout().values() for tensor in found]
     files = load_file(tmp_path / "model.safetensors")
     assert dict(exported) == {name: tuple(tensor.shape) for name, tensor in files.items()}
