@@ -250,6 +250,10 @@ def _check(found: Any) -> None:
             _require(
                 all(start >= 0 and 0 <= size <= whole - start for start, size, whole in pieces)
             )
+        # DCP leaves what no chunk covers as it is: memory without content.
+        held, numel = sum(chunk.sizes.numel() for chunk in stored.chunks), stored.size.numel()
+        if held != numel:
+            raise ValueError(f"it has {held} of the {numel} elements of {key!a}")
     _require(isinstance(found.storage_data, dict))
     for index, place in found.storage_data.items():
         _require(type(index) is MetadataIndex and type(index.fqn) is str)

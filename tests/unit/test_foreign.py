@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import pickle
 import subprocess
@@ -17,7 +18,9 @@ import torch.distributed.checkpoint as dcp
 import transformers
 from torch import Tensor
 
+from neftune_dist.checkpoint import flat
 from neftune_dist.config import ModelConfig, UserError
+from neftune_dist.engine.base import MASTER, FlatShard
 from neftune_dist.model import foreign, load
 from neftune_dist.model.weights import WeightFiles
 from tests.support import tiny_model
@@ -222,6 +225,29 @@ def test_garbage_in_a_zero_checkpoint_is_one_sentence(stage: int, tmp_path: Path
     (tmp_path / "latest").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError):
         foreign.open_weights(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["a chunk less", "a chunk twice", "none", "a longer tensor"])
+def test_description_that_does_not_cover_a_tensor_is_refused(change: str, tmp_path: Path) -> None:
+    """DCP would load such a tensor in part, and leave the rest as memory without content."""
+    whole = torch.arange(50.0)
+    halves = [FlatShard(MASTER, "a", start, whole[start : start + 25], 50) for start in (0, 25)]
+    flat.write(tmp_path, halves)
+    description = pickle.loads((tmp_path / ".metadata").read_bytes())
+    stored = description.state_dict_metadata["master/a"]
+    match change:
+        case "a chunk less":
+            stored.chunks.pop()
+        case "a chunk twice":
+            stored.chunks.append(stored.chunks[0])
+        case "none":
+            stored.chunks.clear()
+        case "a longer tensor":
+            stored.size = torch.Size([51])
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(description))
+    for open_it in (foreign.open_weights, functools.partial(flat.Reader, alone=True)):
+        with pytest.raises(UserError, match=r"elements of 'master/a'"):
+            open_it(tmp_path)
 
 
 def test_garbage_in_a_distributed_checkpoint_is_one_sentence(tmp_path: Path) -> None:
