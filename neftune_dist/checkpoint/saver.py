@@ -35,15 +35,12 @@ _LAST_SAVE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class _HostMemory:
-    """Bytes on one machine: those a copy needs, and those available."""
+    """A rank's machine, by its first rank; bytes that the rank's copy takes there, and those that
+    are available."""
 
+    machine: int
     needed: int
     available: int
-
-    @property
-    def room(self) -> float:
-        """Bytes that would be left of the share that a copy may take; negative: too few."""
-        return _SHARE_OF_MEMORY * self.available - self.needed
 
 
 class Saver:
@@ -63,9 +60,9 @@ class Saver:
     def prepare(self, engine: Engine) -> None:
         """Decide how to save, and allocate the memory for it before the first save."""
         if self._asynchronous is None:
-            self._asynchronous = self._decide(engine.flat_state())
+            shards = engine.flat_state() if engine.is_saving_replica else []
+            self._asynchronous = self._decide(shards)
             if self._asynchronous:
-                shards = engine.flat_state() if engine.is_saving_replica else []
                 self._copy = HostCopy(shards, self._world.device)
 
     def save(
@@ -148,12 +145,17 @@ class Saver:
         """Whether to copy and continue: as configured, or where every machine has the memory."""
         if self._settings.mode != "auto":
             return self._settings.mode == "async"
-        needed = sum(shard.tensor.nbytes for shard in shards) * self._world.local_size
-        ranks = self._world.gather_fields(_HostMemory(needed, cgroups.memory_bytes()[0]))
-        tightest = min(ranks, key=lambda memory: memory.room)
-        if tightest.room <= 0:
-            self._world.log(
-                f"checkpoint: saved synchronously: a copy takes {size_text(tightest.needed)} of "
-                f"host memory a machine, of which {size_text(tightest.available)} are free"
-            )
-        return tightest.room > 0
+        world, needed = self._world, sum(shard.tensor.nbytes for shard in shards)
+        machine, available = world.rank - world.local_rank, cgroups.memory_bytes()[0]
+        ranks = world.gather_fields(_HostMemory(machine, needed, available))
+        for machine in {rank.machine for rank in ranks}:
+            there = [rank for rank in ranks if rank.machine == machine]
+            needed = sum(rank.needed for rank in there)
+            available = min(rank.available for rank in there)
+            if needed >= _SHARE_OF_MEMORY * available:
+                world.log(
+                    f"checkpoint: saved synchronously: a copy takes {size_text(needed)} of host "
+                    f"memory on a machine, of which {size_text(available)} are free"
+                )
+                return False
+        return True

@@ -143,9 +143,8 @@ def _active_shares(model: Any) -> dict[int, tuple[int, int]]:
 
 def _attention_width(config: Any) -> int:
     """num_heads * head_dim, of layers that differ (Gemma 4's) the rounded mean."""
-    if getattr(config, "is_heterogeneous", False):
-        return round(sum(map(_width_of, config.per_layer_config)) / len(config.per_layer_config))
-    return _width_of(config)
+    layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+    return round(sum(map(_width_of, layers)) / len(layers))
 
 
 def _width_of(config: Any) -> int:

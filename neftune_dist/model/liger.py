@@ -32,9 +32,8 @@ def use_liger_kernels(model: Any) -> None:
     before = {id(m): m.forward for m in model.modules()}
     apply = known[model.config.model_type]
     # The loss stays this package's own; not every family has both switches.
-    off = {"cross_entropy", "fused_linear_cross_entropy"} & inspect.signature(
-        apply
-    ).parameters.keys()
+    switches = inspect.signature(apply).parameters.keys()
+    off = {"cross_entropy", "fused_linear_cross_entropy"} & switches
     apply(model=model, **dict.fromkeys(off, False))
     if all(before[id(m)] == m.forward for m in model.modules()):
         raise UserError(f"model.kernels=liger changed nothing in {type(model).__name__}.")

@@ -77,11 +77,11 @@ def configure(model: Any, config: ModelConfig) -> None:
         use_liger_kernels(model)
     if config.float8 != "none":
         use_float8(model, config.float8, within=blocks(model))
+    recomputation = _recomputation(model, config.activation_checkpointing)
     for block in blocks(model):
         forward = block.forward
         if config.activation_checkpointing != "none":
-            mode, kept = config.activation_checkpointing, kept_operators(model)
-            forward = _checkpointed(forward, mode, kept, drops(model))
+            forward = partial(checkpoint, forward, **recomputation)
         if config.compile:
             forward = torch.compile(_with_named_inputs(forward))
         if forward is not block.forward:
@@ -149,14 +149,14 @@ def _compile_counters() -> Mapping[str, Mapping[str, int]]:
     return dynamo.counters if dynamo else defaultdict(Counter)
 
 
-def _checkpointed(
-    forward: Callable[..., Any], mode: str, kept: AbstractSet[Any], keep_generator: bool
-) -> Callable[..., Any]:
-    contexts = partial(create_selective_checkpoint_contexts, list(kept))
-    selective: dict[str, Any] = {"context_fn": contexts} if mode == "selective" else {}
+def _recomputation(model: nn.Module, mode: str) -> dict[str, Any]:
+    """Arguments of torch's `checkpoint`."""
     # The state of torch's generators is fetched from the GPU only where something is drawn.
-    settings = {"use_reentrant": False, "preserve_rng_state": keep_generator, **selective}
-    return partial(checkpoint, forward, **settings)
+    settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": drops(model)}
+    if mode == "selective":
+        kept = list(kept_operators(model))
+        settings["context_fn"] = partial(create_selective_checkpoint_contexts, kept)
+    return settings
 
 
 def kept_operators(model: nn.Module) -> AbstractSet[Any]:

@@ -137,35 +137,56 @@ def test_replica_that_is_not_saved_writes_nothing(
 
 
 @pytest.mark.parametrize(
-    ("local_size", "available", "others", "copies"),
+    ("local_size", "available", "others", "are_saved", "copies"),
     [
-        (1, 46, 46, True),
-        (1, 44, 44, False),
-        (2, 89, 89, False),
-        (2, 91, 91, True),
-        (1, 99, 44, False),
+        (1, 46, 46, True, True),
+        (1, 44, 44, True, False),
+        (2, 89, 89, True, False),
+        (2, 91, 91, True, True),
+        (1, 99, 44, True, False),
+        (2, 46, 1, False, True),
+        (2, 44, 1, False, False),
     ],
 )
 def test_copies_where_every_machine_has_the_memory(
     local_size: int,
     available: int,
     others: int,
+    are_saved: bool,
     copies: bool,
     engine: Any,
     world: World,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """36 bytes a rank, of 80 % of those available."""
+    """36 bytes a rank that saves, of 80 % of those available: here and on another machine; or of
+    the first rank alone, where every rank has the whole model."""
+
+    def gather(mine: Any) -> list[Any]:
+        other = mine if are_saved else replace(mine, needed=0)
+        there = replace(other, machine=local_size, available=others)
+        return [mine, *[other] * (local_size - 1), *[there] * local_size]
+
     monkeypatch.setattr(cgroups, "memory_bytes", lambda: (available, 0, 0))
     saver = Saver(tmp_path, CheckpointConfig(mode="auto"), world)
     lines: list[str] = []
     saver._world = SimpleNamespace(  # type: ignore[assignment]
-        local_size=local_size,
+        rank=0,
+        local_rank=0,
         device=torch.device("cpu"),
         log=lines.append,
-        gather_fields=lambda mine: [mine, replace(mine, available=others)],
+        gather_fields=gather,
     )
     saver.prepare(engine)
     assert (saver._copy is not None) == copies
     assert len(lines) == (not copies)
+
+
+def test_a_replica_that_is_not_saved_takes_no_memory(
+    engine: Any, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cgroups, "memory_bytes", lambda: (44, 0, 0))  # too few for a copy
+    engine.is_saving_replica = False
+    saver = Saver(tmp_path, CheckpointConfig(mode="auto"), world)
+    saver.prepare(engine)
+    assert saver._copy is not None
