@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from neftune_dist.checkpoint import choice, flat, store
@@ -36,10 +36,20 @@ def listing(run_dir: Path, *, verify: bool) -> list[str]:
     """
     if not (run_dir / "checkpoints").is_dir():
         raise UserError(f"{run_dir} holds no checkpoints.")
-    rows = dict(sorted([*_complete(run_dir, verify), *_others(run_dir)]))
-    if not rows:
+    complete = {checkpoint.folder: checkpoint for checkpoint in store.find_all(run_dir)}
+    fates = {path: f"passed over: {why}" for path, why in store.odd_entries(run_dir)}
+    fates |= {path: "unfinished; the next save removes it" for path in store.leftovers(run_dir)}
+    fates |= {path: f"damaged: {flaw}" for path, flaw in store.damaged_folders(run_dir)}
+    table: list[tuple[str, ...]] = [_HEADS]
+    for folder in sorted({*complete, *fates}):
+        with suppress(FileNotFoundError):  # a run that continues has removed or renamed it
+            if folder in complete:
+                table.append(_complete_row(complete[folder], verify))
+            else:
+                sizes = (path.stat().st_size for path in folder.rglob("*") if path.is_file())
+                table.append(_row(folder, sum(sizes), fates[folder]))
+    if len(table) == 1:
         return [f"{run_dir} holds no checkpoints yet."]
-    table = [_HEADS, *rows.values()]
     widths = [max(len(row[i]) for row in table) for i in range(len(_HEADS))]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
 
@@ -60,29 +70,26 @@ def contents(run_dir: Path) -> list[str]:
     return [*lines, *(f"  {line}" for line in reading)]
 
 
-def _complete(run_dir: Path, verify: bool) -> Iterator[tuple[Path, tuple[str, ...]]]:
-    for checkpoint in store.find_all(run_dir):
-        try:
-            state = checkpoint.trainer_state()
-            flaw = _flaw(checkpoint) if verify else None
-        except UserError:
-            if not checkpoint.folder.is_dir():
-                continue  # a run that continues has removed it
-            flaw = "trainer_state.json is not what was written"
+def _complete_row(checkpoint: store.Checkpoint, verify: bool) -> tuple[str, ...]:
+    size = 0
+    try:
         size = sum(file.size for file in checkpoint.files().values())
-        if flaw:
-            yield _row(checkpoint.folder, size, f"damaged: {flaw}")
-            continue
-        engine = state["config"]["engine"]
-        stage = f" stage {engine['zero_stage'] or 3}" if engine["name"] == "deepspeed" else ""
-        left = state["num_steps"] - checkpoint.step
-        yield _row(
-            checkpoint.folder,
-            size,
-            "complete, verified" if verify else "complete",
-            f"{engine['name']}{stage}, {state['world_size']} ranks",
-            f"{left} steps to {state['num_steps']}, on any engine and number of ranks",
-        )
+        state = checkpoint.trainer_state()
+        flaw = _flaw(checkpoint) if verify else None
+    except UserError:
+        flaw = "trainer_state.json is not what was written"
+    if flaw:
+        return _row(checkpoint.folder, size, f"damaged: {flaw}")
+    engine = state["config"]["engine"]
+    stage = f" stage {engine['zero_stage'] or 3}" if engine["name"] == "deepspeed" else ""
+    left = state["num_steps"] - checkpoint.step
+    return _row(
+        checkpoint.folder,
+        size,
+        "complete, verified" if verify else "complete",
+        f"{engine['name']}{stage}, {state['world_size']} ranks",
+        f"{left} steps to {state['num_steps']}, on any engine and number of ranks",
+    )
 
 
 def _flaw(checkpoint: store.Checkpoint) -> str | None:
@@ -97,22 +104,10 @@ def _flaw(checkpoint: store.Checkpoint) -> str | None:
     return None
 
 
-def _others(run_dir: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
-    complete = {checkpoint.folder for checkpoint in store.find_all(run_dir)}
-    fates = [(path, f"passed over: {why}") for path, why in store.odd_entries(run_dir)]
-    fates += [(path, "unfinished; the next save removes it") for path in store.leftovers(run_dir)]
-    fates += [(path, f"damaged: {flaw}") for path, flaw in store.damaged_folders(run_dir)]
-    for path, fate in fates:
-        if path not in complete:
-            held = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-            yield _row(path, held, fate)
-
-
 def _row(
     folder: Path, num_bytes: int, state: str, saved_by: str = "", continues: str = "nothing"
-) -> tuple[Path, tuple[str, ...]]:
-    """A folder, by which rows are sorted, and its cells."""
+) -> tuple[str, ...]:
     step = step_of(folder.with_name(folder.name.partition(".")[0]))
     age = duration_text(max(0.0, time.time() - folder.lstat().st_mtime))
     cells = ("?" if step is None else str(step), size_text(num_bytes), age)
-    return folder, (*cells, state, saved_by, continues)
+    return (*cells, state, saved_by, continues)

@@ -205,6 +205,30 @@ def test_foreign_entries_are_kept_and_named_once(
         assert told.count(f"checkpoints/{name} is passed over: ") == 1
 
 
+@pytest.mark.parametrize("kind", ["find_all", "leftovers", "odd_entries", "damaged_folders"])
+def test_entry_that_a_run_removes_meanwhile_is_left_out_of_the_list(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(tmp_path, 1, CheckpointConfig(keep=0))
+    gone = publish(tmp_path, 2, CheckpointConfig(keep=0))
+    if kind == "leftovers":
+        gone = gone.rename(gone.with_suffix(".partial"))
+    if kind == "odd_entries":
+        (gone / "mine").touch()
+    if kind == "damaged_folders":
+        (gone / "manifest.json").unlink()
+    look = getattr(store, kind)
+
+    def look_then_remove(run_dir: Path) -> Any:
+        found = look(run_dir)
+        shutil.rmtree(gone)
+        return found
+
+    monkeypatch.setattr(store, kind, look_then_remove)
+    (line,) = listing(tmp_path, verify=True)[1:]
+    assert line.split()[0] == "1"
+
+
 def test_linked_checkpoint_is_read_and_only_its_link_removed(tmp_path: Path) -> None:
     settings, run_dir = CheckpointConfig(keep=2), tmp_path / "run"
     moved = publish(run_dir, 1, settings).rename(tmp_path / "step_00000001")
