@@ -42,9 +42,10 @@ from neftune_dist.model.weights import WeightFiles
 from neftune_dist.model.wrapped import Wrapper, text_settings
 from neftune_dist.system import storage
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Of --dtype, where it is not "original"; and those in which weights are written.
+_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_WRITTEN = (*_NAMES.values(), "float64")
 MARK = "neftune_export.json"  # in an export, which lists its files
-_ORIGINAL_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _FILE_BYTES = 4 * 2**30
 
 
@@ -133,21 +134,18 @@ def _same(one: Path, other: Path) -> bool:
 def _set_dtype(path: Path, dtype: str) -> torch.dtype:
     config = read_json(path)
     text = text_settings(config)
-    if dtype == "original":
-        stated = [part.get(key) for part in (config, text) for key in ("dtype", "torch_dtype")]
-        name = next(filter(None, stated), "float32")
-        if name not in _ORIGINAL_DTYPES:
-            raise UserError(
-                f"{path.name} of the base model has dtype={name}, in which no weights can be "
-                "written: set --dtype."
-            )
-        chosen = getattr(torch, name)
-    else:
-        chosen = DTYPES[dtype]
-    config["dtype"] = config["torch_dtype"] = dtype_name(chosen)
-    text.update({key: dtype_name(chosen) for key in ("dtype", "torch_dtype") if key in text})
+    keys = ("dtype", "torch_dtype")
+    stated = [part.get(key) for part in (config, text) for key in keys]
+    name = _NAMES.get(dtype) or next(filter(None, stated), "float32")
+    if name not in _WRITTEN:
+        raise UserError(
+            f"{path.name} of the base model has dtype={name}, in which no weights can be written: "
+            "set --dtype."
+        )
+    config.update(dict.fromkeys(keys, name))
+    text.update({key: name for key in keys if key in text})
     path.write_text(json.dumps(config, indent=2) + "\n")
-    assert isinstance(chosen, torch.dtype)
+    chosen: torch.dtype = getattr(torch, name)
     return chosen
 
 

@@ -121,24 +121,19 @@ def _zero_sources(folder: Path, files: Sequence[Path]) -> dict[str, Source]:
     for group, shapes in enumerate(model["param_shapes"]):
         if by_stage_3:
             # Every parameter is cut in equal parts; a rank's parts follow each other.
-            ranks = [state["fp32_flat_groups"] for state in states]
+            streams = [state["fp32_flat_groups"] for state in states]
             paddings = [0] * len(shapes)
         else:
             # A group's parameters follow each other, and the whole is cut into the ranks' parts.
-            parts = [state["single_partition_of_fp32_groups"][group] for state in states]
+            streams = [[state["single_partition_of_fp32_groups"][group] for state in states]]
             no_paddings = {group: [0] * len(shapes)}
             paddings = (states[0].get("param_alignment_paddings") or no_paddings)[group]
             offset = 0
         for (name, shape), padding in zip(shapes.items(), paddings, strict=True):
-            numel = math.prod(shape)
-            if by_stage_3:
-                size = -(-numel // world_size)
-                pieces = [(_joined(flat, offset, offset + size)) for flat in ranks]
-                sources[name] = _source(shape, [piece for rank in pieces for piece in rank])
-                offset += size
-            else:
-                sources[name] = _source(shape, _joined(parts, offset, offset + numel))
-                offset += numel + padding
+            size = -(-math.prod(shape) // len(streams))
+            parts = [_joined(stream, offset, offset + size) for stream in streams]
+            sources[name] = _source(shape, [piece for part in parts for piece in part])
+            offset += size + padding
     for alias, name in model.get("shared_params", {}).items():
         if name in sources:
             sources[alias] = sources[name]
