@@ -150,7 +150,7 @@ class WeightFiles:
 
     def _read(self, name: str, start: int, stop: int) -> Tensor:
         source = self._sources[name]
-        row = math.prod(source.shape[1:])
+        row = max(1, math.prod(source.shape[1:]))
         first, last = start // row, -(-stop // row)
         rows = source.read_rows(first, last)
         return rows.flatten()[start - first * row : stop - first * row]
@@ -249,8 +249,8 @@ def _digest(
     for name in largest_first[index::count]:
         shape = shapes[name]
         found = xxhash.xxh3_128(f"{name} {shape} {read(name, 0, 1).dtype}".encode())
-        row, numel = math.prod(shape[1:]), math.prod(shape)
-        step = max(1, _DIGESTED_ELEMENTS // max(1, row)) * row
+        row, numel = max(1, math.prod(shape[1:])), math.prod(shape)
+        step = max(1, _DIGESTED_ELEMENTS // row) * row
         for start in range(0, numel, step):
             values = read(name, start, min(numel, start + step))
             found.update(values.contiguous().view(torch.uint8).numpy().data)

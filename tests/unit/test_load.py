@@ -406,7 +406,7 @@ def test_names_with_a_base_prefix_that_the_model_lacks_are_found(llama: Path) ->
 
 def test_scalars_vectors_and_empty_ranges_are_read(llama: Path) -> None:
     tensors = {"s": torch.tensor(3.0), "v": torch.arange(5.0), "t": torch.arange(24.0)}
-    tensors["t"] = tensors["t"].view(2, 3, 4)
+    tensors |= {"t": tensors["t"].view(2, 3, 4), "e": torch.zeros(3, 0)}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for pickled in (False, True):
         rewrite(llama, tensors, pickled=pickled)
@@ -416,6 +416,7 @@ def test_scalars_vectors_and_empty_ranges_are_read(llama: Path) -> None:
             for start in range(len(flat) + 1):
                 for stop in range(start, len(flat) + 1):
                     assert torch.equal(files.read(name, start, stop), flat[start:stop])
+        assert files.digest()
 
 
 def test_missing_tensor_is_named(llama: Path) -> None:
