@@ -24,7 +24,6 @@ from neftune_dist.optim import QuantizedMoment
 _ALIGNMENT = 64
 # Bytes to touch and register at a time, and the threads that do so.
 _PIECE_BYTES, _NUM_THREADS = 1 << 30, 8
-_PAGE_BYTES = mmap.PAGESIZE
 
 
 class HostCopy:
@@ -83,7 +82,7 @@ def _tensors(shard: FlatShard) -> Iterable[Tensor]:
 
 def _register(piece: Tensor) -> bool:
     """Give the piece its pages, then lock them; whether that worked."""
-    piece[::_PAGE_BYTES].zero_()
+    piece[:: mmap.PAGESIZE].zero_()
     return int(torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), piece.nbytes, 0)) == 0
 
 

@@ -42,16 +42,13 @@ def varlen_kernel(device: torch.device, dtype: str, windowed: bool = False) -> s
 
 
 def flash_parts(
-    cu_seqlens: Tensor, num_queries: int, num_keys: int, blocks: Sequence[int] | None
+    cu_seqlens: Tensor, num_queries: int, _num_keys: int, blocks: Sequence[int]
 ) -> Iterator[tuple[slice, slice, tuple[Tensor, Tensor]]]:
     """For each block: the rows of its queries, the keys that they see, and cumulative lengths of
     queries and keys, in which documents before the block have keys alone.
 
     Nothing waits for the lengths. FlashAttention takes the last query for that of the last key.
     """
-    if not blocks:
-        yield slice(num_queries), slice(num_keys), (cu_seqlens, cu_seqlens)
-        return
     for row, first, end in block_rows(num_queries, blocks):
         if first < end:
             lengths = cu_seqlens.clamp(first, end) - first, cu_seqlens.clamp(max=end)

@@ -127,10 +127,11 @@ def _varlen(
 
 
 class Kernel(NamedTuple):
-    """How a device attends.
+    """How a device attends: part by part, of one call each.
 
     Attributes:
-        parts: rows of queries and of the keys that they see, of one call of the next two each.
+        parts: of each part the rows of its queries, the keys that they see, and what else the other
+            two need to know of its documents.
         attend: the attended values and log-sum-exps of a part.
         gradients: of a part's queries, keys and values.
     """
@@ -151,17 +152,18 @@ def attend(
     settings: tuple[int, float, int],
     blocks: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
-    """The operator without sinks. FlashAttention's results have the query's strides, but
-    `register_fake` promises contiguous ones to compiled graphs. So they are copied where the query
-    was put together from parts, as in Phi and GPT-NeoX."""
-    query, key, value = qkv
-    parts = kernel.parts(cu_seqlens, len(query), len(key), blocks)
+    """The operator without sinks; `settings` are its max_seqlen, scale and window.
+
+    FlashAttention's results have the query's strides, but `register_fake` promises contiguous ones
+    to compiled graphs. So they are copied where the query was put together from parts, as in Phi
+    and GPT-NeoX.
+    """
     if kernel is FLASH and not blocks:
-        [(_, _, lengths)] = parts
-        out, lse = kernel.attend(qkv, lengths, *settings)
+        out, lse = kernel.attend(qkv, (cu_seqlens, cu_seqlens), *settings)
         return out.contiguous(), lse
+    query, key, value = qkv
     out, lse = query.new_zeros(query.shape), _empty_lse(query).zero_()
-    for rows, tokens, lengths in parts:
+    for rows, tokens, lengths in kernel.parts(cu_seqlens, len(query), len(key), blocks):
         part = query[rows], key[tokens], value[tokens]
         out[rows], lse[:, rows] = kernel.attend(part, lengths, *settings)
     return out, lse
@@ -179,18 +181,16 @@ def gradients(
     Args:
         given: the gradient of the result, query, key, value, the result, log-sum-exps.
     """
-    grad, query, key, value, out, lse = given
-    parts = kernel.parts(cu_seqlens, len(query), len(key), blocks)
     if kernel is FLASH and not blocks:
-        [(_, _, lengths)] = parts
-        found = kernel.gradients(given, lengths, *settings)
+        found = kernel.gradients(given, (cu_seqlens, cu_seqlens), *settings)
         dq, dk, dv = (part.contiguous() for part in found)
         return dq, dk, dv
+    grad, query, key, value, out, lse = given
     # Where several blocks add to them, the gradients of keys are summed in float32 at least.
     dtype = torch.promote_types(key.dtype, torch.float32) if blocks else key.dtype
     dq = query.new_zeros(query.shape)
     dk, dv = (tensor.new_zeros(tensor.shape, dtype=dtype) for tensor in (key, value))
-    for rows, tokens, lengths in parts:
+    for rows, tokens, lengths in kernel.parts(cu_seqlens, len(query), len(key), blocks):
         part = grad[rows], query[rows], key[tokens], value[tokens], out[rows], lse[:, rows]
         dq[rows], part_k, part_v = kernel.gradients(part, lengths, *settings)
         dk[tokens] += part_k
