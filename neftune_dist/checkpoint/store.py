@@ -243,8 +243,10 @@ def _flaw(folder: Path) -> str | None:
 
 def _unlisted(folder: Path) -> str | None:
     """The first entry of a checkpoint's folder that its manifest does not list; None: none."""
-    listed = {*Checkpoint(folder, 0).files(), MANIFEST}
-    names = (entry.name for entry in folder.iterdir())
+    try:
+        listed, names = {*Checkpoint(folder, 0).files(), MANIFEST}, os.listdir(folder)
+    except (UserError, FileNotFoundError):  # a run that continues has removed it
+        return None
     return min((n for n in names if n not in listed and not n.startswith(".nfs")), default=None)
 
 
@@ -254,7 +256,10 @@ def _is_of_saves(path: Path) -> bool:
         return False
     if path.is_symlink():  # which goes alone, not what it leads to
         return True
-    return path.is_dir() and all(_FILES.fullmatch(entry.name) for entry in path.iterdir())
+    try:
+        return all(map(_FILES.fullmatch, os.listdir(path)))
+    except (NotADirectoryError, FileNotFoundError):  # a file, or a run has removed it meanwhile
+        return False
 
 
 def _clear(path: Path, aside_name: str) -> None:

@@ -205,6 +205,26 @@ def test_foreign_entries_are_kept_and_named_once(
         assert told.count(f"checkpoints/{name} is passed over: ") == 1
 
 
+def test_checkpoint_that_a_run_removes_while_it_is_looked_at_is_left_out_of_the_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(tmp_path, 1, CheckpointConfig(keep=0))
+    gone = publish(tmp_path, 2, CheckpointConfig(keep=0))
+    (gone / "mine").touch()
+    look, looks = store._flaw, []
+
+    def look_then_remove(folder: Path) -> str | None:
+        found = look(folder)
+        looks.append(folder)
+        if looks.count(gone) == 2:  # to find it; then to see whether it holds something else
+            shutil.rmtree(gone, ignore_errors=True)
+        return found
+
+    monkeypatch.setattr(store, "_flaw", look_then_remove)
+    (line,) = listing(tmp_path, verify=True)[1:]
+    assert line.split()[0] == "1" and looks.count(gone) >= 2
+
+
 @pytest.mark.parametrize("kind", ["find_all", "leftovers", "odd_entries", "damaged_folders"])
 def test_entry_that_a_run_removes_meanwhile_is_left_out_of_the_list(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
