@@ -118,7 +118,8 @@ class SlowBackend:
         while len(offsets) < len(tokens):
             first = len(offsets)
             for last in range(first + 1, min(first + _MOST_TOKENS, len(tokens)) + 1):
-                found = _place(text, place, self._text(tokens[first:last]))
+                said = self._tokenizer.convert_tokens_to_string(tokens[first:last])
+                found = _place(text, place, said)
                 if found:
                     break
             else:
@@ -132,10 +133,6 @@ class SlowBackend:
                 "use a model with a tokenizer.json"
             )
         return _Encoding(self._tokenizer.convert_tokens_to_ids(tokens), offsets)
-
-    def _text(self, tokens: list[str]) -> str:
-        text: str = self._tokenizer.convert_tokens_to_string(tokens)
-        return text
 
 
 def _place(text: str, place: int, said: str) -> tuple[int, int] | None:

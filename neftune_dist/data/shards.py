@@ -10,6 +10,7 @@ whole, so that an interrupted preparation takes them up again.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -35,6 +36,7 @@ from neftune_dist.data.formats import detect_format, to_conversation
 from neftune_dist.data.report import NAMED_ROWS, SourceReport
 from neftune_dist.data.spans import SPEAKERS, Rendered
 from neftune_dist.data.tokenize import ConversationTokenizer, Document
+from neftune_dist.system import storage
 from neftune_dist.system.cgroups import num_cores
 from neftune_dist.system.children import end_with_parent
 
@@ -68,11 +70,10 @@ class Shard:
         """Write the shard; its name appears with its content."""
         counts = {**vars(self), "report": vars(self.report)}
         arrays = counts.pop("arrays")
+        content = io.BytesIO()
+        np.savez(content, counts=_bytes(json.dumps(counts).encode()), **arrays)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-        with partial.open("wb") as file:
-            np.savez(file, counts=_bytes(json.dumps(counts).encode()), **arrays)
-        partial.replace(path)
+        storage.write(path, content.getvalue())
 
     @staticmethod
     def load(path: Path) -> Shard | None:

@@ -30,6 +30,10 @@ from neftune_dist.system.text import first_line
 _SECONDS, _GIB = 60.0, 4.0  # limits of `read_row_file`, for a downloaded file
 _MOST_LEVELS = 100  # of lists and objects in a row
 _LFS = b"version https://git-lfs.github.com/"
+_READING_ERRORS = (
+    *(OSError, EOFError, ValueError, RecursionError, BadRow),
+    *(zlib.error, csv.Error, pyarrow.ArrowException),
+)
 Rows = Iterator[tuple[str, "Mapping[str, Any] | BadRow"]]
 T = TypeVar("T")
 
@@ -162,22 +166,28 @@ def _refuse_depth(row: Mapping[str, Any]) -> None:
 
 def _rows_of_file(path: Path, key: str, skip: Collection[str]) -> Numbered:
     """The rows of one file. An error that ends the reading names the last row before it."""
-    setting, kind, number = f"{key}={path}", files.file_kind(path), 0
+    kind, number = files.file_kind(path), 0
     try:
         for number, row in _READERS[kind](path, skip):
             yield number, row
-    except UnicodeDecodeError as error:
-        raise UserError(f"{setting} is not UTF-8 text{_after(number)}: {error}.") from error
-    except (zlib.error, gzip.BadGzipFile, EOFError) as error:
-        raise UserError(f"{setting} is a damaged gzip file{_after(number)}: {error}.") from error
-    except (pyarrow.ArrowException, BadRow, ValueError, RecursionError, csv.Error) as error:
-        tables_of = {"parquet": "a readable Parquet file", "arrow": "a readable Arrow file"}
-        form = tables_of.get(kind, f"valid {kind.upper()}")
-        reason = getattr(error, "msg", None) or first_line(error)
-        raise UserError(f"{setting} is not {form}{_after(number)}: {reason}.") from error
-    except OSError as error:
-        form = "is a damaged zstd file" if path.suffix.lower() == ".zst" else "cannot be read"
-        raise UserError(f"{setting} {form}{_after(number)}: {error.strerror or error}.") from error
+    except TimeoutError:  # of the caller's limit
+        raise
+    except _READING_ERRORS as error:
+        if isinstance(error, UnicodeDecodeError):
+            flaw = "is not UTF-8 text"
+        elif isinstance(error, zlib.error | gzip.BadGzipFile | EOFError):
+            flaw = "is a damaged gzip file"
+        elif isinstance(error, OSError) and path.suffix.lower() == ".zst":
+            flaw = "is a damaged zstd file"
+        elif isinstance(error, OSError) and error.errno:
+            flaw = "cannot be read"
+        else:
+            tables_of = {"parquet": "a readable Parquet file", "arrow": "a readable Arrow file"}
+            flaw = f"is not {tables_of.get(kind, f'valid {kind.upper()}')}"
+        after = f" after row {number}" if number else ""
+        reason = getattr(error, "strerror", None) or getattr(error, "msg", None)
+        reason = reason or first_line(error)
+        raise UserError(f"{key}={path} {flaw}{after}: {reason}.") from error
 
 
 def read_row_file(
@@ -220,10 +230,6 @@ def _check_text(row: Mapping[str, Any]) -> None:
             json.dumps([name, value], ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError:
             raise BadRow(f"field {name!a} holds a lone surrogate, which is not text") from None
-
-
-def _after(number: int) -> str:
-    return f" after row {number}" if number else ""
 
 
 _READERS: dict[str, Callable[[Path, Collection[str]], Numbered]] = {

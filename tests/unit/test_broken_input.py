@@ -137,6 +137,15 @@ def test_a_parquet_file_that_was_cut(tmp_path: Path) -> None:
     assert "is not a readable Parquet file" in sentence(tmp_path / "a.parquet")
 
 
+def test_damaged_pages_of_a_parquet_file_are_one_sentence(tmp_path: Path) -> None:
+    """pyarrow's own message has several lines."""
+    parquet(tmp_path / "a.parquet", ROWS)
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[4:24] = b"\xff" * 20  # the first page's header
+    (tmp_path / "a.parquet").write_bytes(content)
+    assert "is not a readable Parquet file" in sentence(tmp_path / "a.parquet")
+
+
 def test_a_directory_without_rows(tmp_path: Path) -> None:
     assert "is a directory without a .json" in sentence(tmp_path)
     (tmp_path / "folder.json").mkdir()
