@@ -174,8 +174,8 @@ def _of_card(path: Path, setting: str) -> dict[str, tuple[Path, ...]] | Path | N
                 "name the files of one in place of the directory."
             )
         root, files = path / chosen.get("data_dir", ""), chosen.get("data_files")
-        if not root.resolve().is_relative_to(path.resolve()):
-            raise UserError(f"{card} names {root}, which is outside of the directory.")
+        if not root.resolve().is_relative_to(path.resolve()) or not root.is_dir():
+            raise UserError(f"{card} names {root}, which is no folder in the directory.")
         if files is None:
             return root if root != path else None
         listed: list[Any] = [files] if isinstance(files, str) else files
@@ -190,7 +190,9 @@ def _of_card(path: Path, setting: str) -> dict[str, tuple[Path, ...]] | Path | N
                 place = Path(glob.escape(str(root))) / pattern
                 found = _of_glob(place, f"{card} names {pattern}, which").paths
                 splits[entry["split"]] = (*splits.get(entry["split"], ()), *found)
-    except (OSError, yaml.YAMLError, RecursionError, TypeError, AttributeError, KeyError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of YAML, or of what is not the type that it should be
         raise UserError(
             f"{card} has 'configs' that cannot be read ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:150]}): write them as the hub does, or remove it."

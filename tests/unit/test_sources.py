@@ -332,9 +332,12 @@ def test_folder_by_the_configs_of_its_readme(name: str, tmp_path: Path) -> None:
         ("configs:\n- {config_name: a, data_files: no.jsonl}", "names no.jsonl, which matches no"),
         ("configs:\n- {config_name: a, data_files: ../a.jsonl}", "outside of the directory"),
         ("configs:\n- {config_name: a, data_files: /a.jsonl}", "outside of the directory"),
-        ("configs:\n- {config_name: a, data_dir: ..}", "outside of the directory"),
+        ("configs:\n- {config_name: a, data_dir: ..}", "which is no folder in the directory"),
+        ("configs:\n- {config_name: a, data_dir: none}", "which is no folder in the directory"),
+        (f"configs:\n- {{config_name: a, data_dir: {'a' * 300}}}", "'configs' that cannot be read"),
         ("configs: [", r"has 'configs' that cannot be read \(ParserError: while parsing"),
         ("configs: 5", "has 'configs' that cannot be read"),
+        ('configs:\n- {config_name: a, data_dir: "\\0"}', "has 'configs' that cannot be read"),
         ("configs:\n- {config_name: a, data_files: [{split: train}]}", "cannot be read"),
     ],
 )
