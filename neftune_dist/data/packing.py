@@ -19,7 +19,6 @@ from itertools import pairwise
 
 import numpy as np
 
-from neftune_dist.config import UserError
 from neftune_dist.data.balance import balance
 
 # rounds[k][r]: positions within the step's documents that rank r takes in its micro-batch k.
@@ -36,7 +35,7 @@ def assign_documents(
     """Assign documents to the micro-batches of all ranks.
 
     Args:
-        lengths: int64 (num_documents,), tokens.
+        lengths: int64 (num_documents,), tokens, none above micro_batch_tokens.
         world_size: ranks that do not share documents.
         micro_batch_tokens: the most tokens of a micro-batch.
         packing: a micro-batch computes its tokens; otherwise its rows times its longest row.
@@ -45,15 +44,8 @@ def assign_documents(
 
     Returns:
         rounds[k][r]: the documents, as positions in `lengths`, of micro-batch k of rank r.
-
-    Raises:
-        UserError: a document is longer than micro_batch_tokens.
     """
-    if (longest := lengths.max(initial=0)) > micro_batch_tokens:
-        raise UserError(
-            f"A document of {longest} tokens does not fit into train.micro_batch_tokens="
-            f"{micro_batch_tokens}, and a document is never split: raise it."
-        )
+    assert lengths.max(initial=0) <= micro_batch_tokens  # as `data.max_length`
     work = lengths * (1 + lengths / quadratic_tokens)
     by_length = np.argsort(-lengths, kind="stable")  # the longest first
     bins: np.ndarray  # int64 (num_documents,), the micro-batch: round * world_size + rank

@@ -75,9 +75,9 @@ def document_losses(
         check_model(model, packing)
         lengths = documents.lengths[indices]
         check_lengths(model.config, int(lengths.max()))
-        rounds = assign_documents(
-            lengths, 1, config.train.micro_batch_tokens, packing, _QUADRATIC_TOKENS
-        )
+        # One rank takes whole what several share in training.
+        tokens = config.train.micro_batch_tokens * config.engine.sequence_parallel
+        rounds = assign_documents(lengths, 1, tokens, packing, _QUADRATIC_TOKENS)
     sums, logged = np.zeros(len(indices)), time.monotonic()
     padded = attention_name(model)
     attention = implementation(config.model.attention, True) if packing else padded

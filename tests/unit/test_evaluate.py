@@ -92,6 +92,17 @@ def test_losses_are_those_of_each_document_alone(folder: Path, world: World, pac
     assert target.model.config._attn_implementation == "sdpa"  # as generation needs it
 
 
+def test_documents_that_ranks_share_in_training_are_evaluated_whole(
+    folder: Path, world: World
+) -> None:
+    """Though they are longer than one rank's micro-batch."""
+    config = settings(folder, "train.micro_batch_tokens=16", "engine.sequence_parallel=2")
+    model = open_target(folder, settings=["model.dtype=fp32"]).model
+    found = document_losses(model, documents_of(documents()), np.arange(6), config, world)
+    expected = [alone(model, *document) for document in documents()]
+    assert sums(found) == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("packing", ["true", "false"])
 def test_losses_with_noise_are_those_of_the_law(folder: Path, world: World, packing: str) -> None:
     config = settings(folder, f"data.packing={packing}", "noise.alpha=15", "train.seed=3")

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from neftune_dist.config import UserError
 from neftune_dist.data.balance import _pairs
 from neftune_dist.data.packing import Rounds, assign_documents
 from tests.support import reference_packing
@@ -219,12 +218,6 @@ def test_no_documents_give_one_empty_round(packing: bool) -> None:
 def test_a_document_that_fills_the_capacity(packing: bool) -> None:
     rounds = assign_documents(np.array([64, 64, 1]), 1, 64, packing, QUADRATIC_TOKENS)
     assert sorted(group for ranks in rounds for group in ranks) == [(0,), (1,), (2,)]
-
-
-@pytest.mark.parametrize("packing", [True, False])
-def test_a_document_above_the_capacity_is_refused(packing: bool) -> None:
-    with pytest.raises(UserError, match=r"65 tokens.*train\.micro_batch_tokens=64"):
-        assign_documents(np.array([3, 65]), 2, 64, packing, QUADRATIC_TOKENS)
 
 
 @pytest.mark.parametrize("capacity", [1024, 8192])
