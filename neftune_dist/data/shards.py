@@ -2,9 +2,9 @@
 
 A shard is a pure function of its rows, the settings and the format of the source's first good row,
 so that any process may make it, and one that was kept on disk is as good as one made now. Many rows
-are sent to other processes, which write their shards to a folder, from which they are read back in
-order: the result is that of one process, byte for byte. Shards stay there until the cache entry is
-whole, so that an interrupted preparation takes them up again.
+are sent to other processes, whose shards come back in order: the result is that of one process,
+byte for byte. They are also written to a folder, where they stay until the cache entry is whole, so
+that an interrupted preparation takes them up again.
 """
 
 from __future__ import annotations
@@ -304,16 +304,7 @@ class ShardPool:
                 _enter_worker,
                 (os.getpid(), self.template.tokenizer, self.template.config),
             )
-        future = self._executor.submit(_make, maker, rows, path)
-
-        def wait() -> Shard:
-            future.result()
-            shard = Shard.load(path)
-            if shard is None:
-                raise OSError(f"{path} is not what was written")
-            return shard
-
-        return wait
+        return self._executor.submit(_make, maker, rows, path).result
 
 
 def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
@@ -346,5 +337,7 @@ def _enter_worker(parent: int, tokenizer: Any, config: DataConfig) -> None:
     _worker = ConversationTokenizer(tokenizer, config)
 
 
-def _make(maker: ShardMaker, rows: list[Row], path: Path) -> None:
-    maker.make(_worker, rows).save(path)
+def _make(maker: ShardMaker, rows: list[Row], path: Path) -> Shard:
+    made = maker.make(_worker, rows)
+    made.save(path)
+    return made
