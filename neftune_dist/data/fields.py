@@ -80,7 +80,8 @@ _THOUGHTS = (
     *("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "tool_plan", "think"),
     *("thinking_content", "thought_process", "reasoning_text", "chain_of_thought", "cot"),
 )
-REASONING = frozenset(_THOUGHTS)
+_DETAILS = "reasoning_details"
+REASONING = frozenset((*_THOUGHTS, _DETAILS))
 
 
 def refuse_unused(
@@ -217,6 +218,11 @@ def reasoning(found: Mapping[str, Any]) -> str:
     if REASONING.isdisjoint(found):
         return ""
     thoughts = {name: text(found, name) for name in _THOUGHTS if found.get(name) not in _EMPTY}
+    if (details := found.get(_DETAILS)) not in _EMPTY:
+        parts: list[Any] = details if isinstance(details, list) else [details]
+        if not all(isinstance(part, dict) for part in parts):
+            raise BadRow(f"field '{_DETAILS}' is not a list of objects with a 'text'")
+        thoughts[_DETAILS] = "".join(text(part, "text") for part in parts)
     if len({thought.strip() for thought in thoughts.values()}) > 1:
         raise BadRow(f"fields {' and '.join(thoughts)} hold different thoughts")
     return next(iter(thoughts.values()), "")

@@ -322,7 +322,8 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     (turns(*MESSAGES, loss=0), "the row is marked as not to be learned"),
     # Thoughts.
     (answer(reasoning="a", thinking="b"), "fields reasoning and thinking hold different thoughts"),
-    (answer(reasoning_details=[{"text": "so"}]), "turn 2: field 'reasoning_details' would not be"),
+    (answer(reasoning_details="so"), "field 'reasoning_details' is not a list of objects with a"),
+    (answer(reasoning_details=[{"data": "x"}]), "turn 2: field 'text' is missing"),
     (answer(role="user", thought="hm"), "turn 2: a turn of the user is marked as learned, or has"),
     # Unknown formats.
     ({"frage": "a", "antwort": "b"}, "set data.columns={prompt: frage, completion: antwort}"),

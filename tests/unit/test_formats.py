@@ -310,7 +310,7 @@ THOUGHTS += ("think", "thinking_content", "thought_process", "chain_of_thought",
 @pytest.mark.parametrize("name", THOUGHTS)
 def test_thoughts_are_kept_apart_from_the_answer(name: str) -> None:
     row = turns(*MESSAGES, *MESSAGES)
-    row["messages"][1] |= {name: "so"}
+    row["messages"][1] |= {name: "so", "reasoning_details": [{"type": "x", "text": "so"}]}
     row["messages"][3] |= {name: "", "reasoning_details": None}
     made = to_conversation(row, "messages")
     assert [turn.reasoning for turn in made.turns] == ["", "so", "", ""]
