@@ -22,8 +22,9 @@ def free_port() -> int:
         UserError: MASTER_PORT is no port or in use, or no port is free.
     """
     given = os.environ.get("MASTER_PORT")
-    if given and not given.isdecimal():
-        raise UserError(f"MASTER_PORT={given} is no port.")
+    # int takes digits of other scripts, too, and bind takes 0 for a port that others do not know.
+    if given and not (given.isascii() and given.isdecimal() and 0 < int(given[:6]) < 2**16):
+        raise UserError(f"MASTER_PORT={given} is no port from 1 to 65535.")
     for port in [int(given)] if given else random.sample(_PORTS, 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -125,9 +125,10 @@ def _config(key: str, schema: bool) -> int:
 def _init(name: str | None, settings: Words, output: Path | None, slurm: bool) -> int:
     """Write a configuration to begin with: the settings that a run decides, each with its meaning,
     and the memory that they need."""
-    if (name is None) != slurm:
+    has_name = bool(name and Path(name).name.strip("."))
+    if has_name == slurm or (name and not has_name):
         raise UserError("init needs the NAME of a run, or --slurm alone for the batch scripts.")
-    if name is None:
+    if not name:
         for path in copy_batch_scripts(output):
             print(f"made {path}")
         return outcome.EXIT_DONE

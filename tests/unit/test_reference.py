@@ -267,6 +267,15 @@ def test_init_takes_a_name_or_slurm(words: tuple[str, ...]) -> None:
     assert ended("init", *words) == 2
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "a/..", "/"])
+def test_init_of_what_names_no_run_exits_2(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert ended("init", name) == 2
+    assert not list(tmp_path.iterdir())
+
+
 # The command line itself.
 
 

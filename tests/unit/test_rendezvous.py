@@ -58,9 +58,10 @@ def test_free_port_is_unused_or_the_users(monkeypatch: pytest.MonkeyPatch) -> No
             network.free_port()
     monkeypatch.setenv("MASTER_PORT", str(port))
     assert network.free_port() == port
-    monkeypatch.setenv("MASTER_PORT", "high")
-    with pytest.raises(UserError, match="MASTER_PORT=high is no port"):
-        network.free_port()
+    for wrong in ("high", "0", "65536", "99999999999999999999", "٣٣٣٣"):
+        monkeypatch.setenv("MASTER_PORT", wrong)
+        with pytest.raises(UserError, match=f"MASTER_PORT={wrong} is no port"):
+            network.free_port()
 
 
 def test_interface_that_leads_to_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
