@@ -249,12 +249,10 @@ def verdict(past: Sequence[Outcome], max_restarts: int) -> Verdict:
     ends = [(attempt.kind, attempt.step, attempt.error) for attempt in past[-2:]]
     if last.kind == FAILED and len(ends) == 2 and ends[0] == ends[1]:
         return Verdict(False, code, f"{what}; twice the same, so it is not tried again")
-    fruitless = 0
-    for i in reversed(range(len(past))):
-        best = max((attempt.checkpoint for attempt in past[:i]), default=0)
-        if past[i].checkpoint > best:
-            break
-        fruitless += 1
+    best = fruitless = 0
+    for attempt in past:
+        fruitless = 0 if attempt.checkpoint > best else fruitless + 1
+        best = max(best, attempt.checkpoint)
     if fruitless > max_restarts:
         why = f"{what}; the last {fruitless} attempts published no new checkpoint"
         return Verdict(False, EXIT_FAILED, why)

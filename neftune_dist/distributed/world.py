@@ -69,9 +69,13 @@ def _meet(place: environment.Place, device: torch.device, store: dist.Store | No
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
     try:
-        known: dict[str, Any] = {"rank": place.rank, "world_size": place.size} if store else {}
         dist.init_process_group(
-            backend, store=store, timeout=_COLLECTIVE_TIMEOUT, device_id=device_id, **known
+            backend,
+            store=store,
+            rank=place.rank,
+            world_size=place.size,
+            timeout=_COLLECTIVE_TIMEOUT,
+            device_id=device_id,
         )
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         if outcome.VARIABLE in os.environ:  # the launcher knows why the others are gone
@@ -107,9 +111,8 @@ class World:
         self._patience_seconds = math.inf
         if torch.cuda.is_available():
             # Micro-batches differ in length: segments that grow leave no holes between them. To be
-            # set before the first allocation; the second name is for torch before 2.9.
-            for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-                os.environ.setdefault(name, "expandable_segments:True")
+            # set before the first allocation.
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
             if self.local_rank >= torch.cuda.device_count():
                 raise UserError(
                     f"Rank {self.rank} is number {self.local_rank} on its machine, where it sees "

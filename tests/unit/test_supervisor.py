@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from neftune_dist.cluster.launch import supervisor
+from neftune_dist.cluster.launch import node, supervisor
 from neftune_dist.cluster.launch.supervisor import Job
 from neftune_dist.config import Config, UserError
 from neftune_dist.distributed import outcome
@@ -250,3 +250,19 @@ def test_job_is_found_or_what_it_lacks_is_named(
         return
     with pytest.raises(UserError, match=f"SLURM_JOB_ID=7, but {lack}: outside of a job, unset"):
         Job.find()
+
+
+def test_node_whose_environment_is_wrong_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistake, not a node that was lost: the job is not put back into the queue for it."""
+    monkeypatch.delenv("NEFTUNE_DIST_HOSTS", raising=False)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "two")
+    monkeypatch.setenv(outcome.VARIABLE, str(tmp_path))
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        assert node.node(tmp_path, [], num_processes=0, minutes=1.0) == 1
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    ended = outcome.conclude(tmp_path, 0, 0, "srun ended with code 1")
+    assert ended.kind == outcome.MISTAKE and "SLURM_GPUS_ON_NODE='two'" in ended.error

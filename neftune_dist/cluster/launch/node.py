@@ -36,10 +36,11 @@ def node(folder: Path, words: Sequence[str], *, num_processes: int, minutes: flo
     hosts = os.environ.get("NEFTUNE_DIST_HOSTS", socket.gethostname()).split(",")
     index = environment.number("SLURM_PROCID", 0) if len(hosts) > 1 else 0
     rendezvous.arrive(folder, index)
-    number = num_processes or num_gpus() or 1
+    number = num_processes or 1
     # Until torchrun's ranks are there, nothing needs saving.
     signal.signal(signal.SIGUSR1, lambda *_: _leave(index * number))
     try:
+        number = num_processes or num_gpus() or 1
         if len(hosts) == 1:
             address, port = LOOPBACK, network.free_port()
             os.environ.setdefault("GLOO_SOCKET_IFNAME", network.interface_of(LOOPBACK) or "lo")
