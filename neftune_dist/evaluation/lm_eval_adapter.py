@@ -22,6 +22,7 @@ from typing import Any
 import datasets
 import torch.distributed as dist
 from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
@@ -112,8 +113,8 @@ def run(lm: TaskModel, word: TaskWord, tasks: dict[str, Task], max_items: int) -
     correct = {name: values[metric] for name, values in by_task.items()}
     if len(tasks) == 1:
         [(name, values)] = by_task.items()
-        means = {k: tasks[name].aggregation()[k](of) for k, of in values.items() if k != metric}
-        others = {key: mean for key, mean in means.items() if isinstance(mean, float | int)}
+        totals = {k: tasks[name].aggregation()[k](of) for k, of in values.items() if k != metric}
+        others = {key: total for key, total in totals.items() if isinstance(total, float | int)}
     else:
         others = {name: fmean(of_items) for name, of_items in correct.items()}
     items = [value for of_items in correct.values() for value in of_items]
@@ -149,9 +150,13 @@ def _checked(task: Any) -> Task:
     `ValueError` that names the item."""
     for number, item in enumerate(task.eval_docs, 1):
         try:
-            task.doc_to_text(item), task.doc_to_target(item)
+            text, target = task.doc_to_text(item), task.doc_to_target(item)
             if task.config.doc_to_choice is not None:
-                task.doc_to_choice(item)
+                gold, choices = text if task.multiple_input else target, task.doc_to_choice(item)
+                # lm-eval would count an item without a right choice as a wrong answer.
+                for right in gold if isinstance(gold, list) else [gold]:
+                    if right not in choices and right not in range(len(choices)):
+                        raise ValueError(f"{right!r} is none of its {len(choices)} choices")
         except Exception as error:  # a template is a program, and can fail in any way
             raise ValueError(f"item {number}: {error}") from error
     return task  # type: ignore[no-any-return]
@@ -170,12 +175,13 @@ def _values(samples: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _averaged(name: str, tasks: dict[str, Task], by_task: dict[str, dict[str, list[Any]]]) -> str:
-    """The first metric that all tasks have and that gives every item one number."""
+    """The first metric that all tasks have, that gives every item one number, and that is their
+    mean: the items of a perplexity are log-likelihoods."""
     first, *rest = by_task.values()
+    aggregations = next(iter(tasks.values())).aggregation()
     for metric, values in first.items():
-        if all(metric in of_task for of_task in rest) and all(
-            isinstance(value, float | int) for value in values
-        ):
+        is_number = all(isinstance(value, float | int) for value in values)
+        if is_number and aggregations[metric] is mean and all(metric in of for of in rest):
             return metric
     raise UserError(
         f"evaluate.tasks: {name} has no score by item that could be compared: "
@@ -239,7 +245,8 @@ class TaskModel(HFLM):
             raise UserError(f"evaluate.tasks: {self._name}: lm-eval says: {error}") from error
 
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-        for (_, answer), context_ids, answer_ids in requests:
+        for texts, context_ids, answer_ids in requests:
+            answer = texts[1] if texts else ""  # of parts of a whole text, whose tokens are given
             if not answer_ids:
                 raise UserError(
                     f"evaluate.tasks: {self._name}: the tokenizer makes no token of the answer "

@@ -233,6 +233,16 @@ def test_truthfulqa_is_the_probability_of_true_answers(small: Asked, recorded: S
     assert result["accuracy"] == pytest.approx(sum(result["correct"]) / 2)
 
 
+def test_score_is_a_mean_over_items_not_a_perplexity(
+    small: Asked, rows: Callable[..., str], recorded: Samples
+) -> None:
+    """Of lm-eval's LAMBADA, whose first metric is the perplexity."""
+    result = small.run(f"lambada_openai={rows({'text': 'one two'}, {'text': 'three four'})}")
+    found = result["lambada_openai"]
+    assert (found["metric"], set(found["others"])) == ("acc", {"perplexity"})
+    assert found["correct"] == [sample["acc"] for sample in recorded["lambada_openai"]]
+
+
 def test_long_prompt_is_truncated_on_the_left_and_counted(
     small: Asked, rows: Callable[..., str], recorded: Samples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,6 +343,9 @@ def test_max_task_items_takes_the_first_and_leaves_the_tokenizer(
         ("a={other}", r"lm-eval has no task a, and the fields of .*other.jsonl are of no known"),
         ("mmlu={other}", r"lm-eval has no task mmlu, and the fields of .* are of no known kind"),
         ("hellaswag={other}", r"other.jsonl does not hold what lm-eval's hellaswag reads: .*ctx_a"),
+        ("boolq={unlabelled}", r"reads: item 2: None is none of its 2 choices"),
+        ("boolq={third}", r"reads: item 2: 2 is none of its 2 choices"),
+        ("wikitext={page}", r"wikitext has no score by item .*: wikitext report word_perplexity"),
         ("arc_easy={null}", r"null.jsonl does not hold what lm-eval's arc_easy reads: item 2: "),
     ],
 )
@@ -341,6 +354,7 @@ def test_unusable_tasks_are_refused(
 ) -> None:
     lacking = {key: value for key, value in choice(1).items() if key != "gold"}
     spoken = {"context": "a", "continuation": "b"}
+    asked = {"passage": "a", "question": "b", "label": 1}
     files = {
         "good": [choice(0)],
         "nothing": [],
@@ -350,6 +364,9 @@ def test_unusable_tasks_are_refused(
         "torn": [choice(0, choices=["\ud800", "b", "c"])],
         "silent": [spoken, {**spoken, "continuation": " "}],
         "other": [{"prompt": "a"}],
+        "unlabelled": [asked, {**asked, "label": None}],
+        "third": [asked, {**asked, "label": 2}],
+        "page": [{"page": "some words of a page"}],
         "null": [lm_evals_own(choice(0)), {**lm_evals_own(choice(0)), "answerKey": None}],
     }
     paths = {name: rows(*content, name=f"{name}.jsonl") for name, content in files.items()}
