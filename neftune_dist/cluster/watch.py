@@ -14,14 +14,7 @@ from typing import Any
 from neftune_dist.config import UserError, read_json
 from neftune_dist.distributed import outcome
 from neftune_dist.system.checkpoint_names import newest_step
-from neftune_dist.system.records import (
-    EVALUATIONS,
-    SAMPLES,
-    STEPS,
-    Records,
-    is_finite,
-    read_records,
-)
+from neftune_dist.system.records import EVALUATIONS, SAMPLES, STEPS, is_finite, read_records
 from neftune_dist.system.text import duration_text
 
 _CURVE_ROWS = 8
@@ -61,8 +54,8 @@ def watch(run_dir: Path, every_seconds: float, once: bool) -> None:
 
 def screen_lines(run_dir: Path, now: float, width: int = 80) -> Iterator[str]:
     """The lines of a run's screen at a time, in seconds since 1970."""
-    records = _records(run_dir / STEPS)
-    steps, evaluations = records.rows, _records(run_dir / EVALUATIONS).rows
+    records = read_records(run_dir / STEPS, ("loss", "step_seconds", "num_tokens"))
+    steps, evaluations = records.rows, read_records(run_dir / EVALUATIONS).rows
     num_steps = _num_steps(run_dir)
     yield f"{run_dir.resolve()}  {datetime.fromtimestamp(now):%Y-%m-%d %H:%M:%S}"
     if not steps:
@@ -72,7 +65,7 @@ def screen_lines(run_dir: Path, now: float, width: int = 80) -> Iterator[str]:
         yield from _curve([row["loss"] for row in steps], width)
     if records.num_lost:
         yield f"damaged lines of {STEPS}, left out: {records.num_lost}"
-    if samples := _records(run_dir / SAMPLES).rows:
+    if samples := read_records(run_dir / SAMPLES).rows:
         last = samples[-1]
         said = " ".join(f"{last.get('instruction')} -> {last.get('output')}".split())
         yield f"sample of step {last['step']}: {_printable(said)}"
@@ -167,14 +160,6 @@ def _last_warning(run_dir: Path) -> str:
 def _printable(text: str) -> str:
     """The text without control characters, which a terminal would obey."""
     return "".join(c for c in text if c.isprintable())
-
-
-def _records(path: Path) -> Records:
-    numbers = ("loss", "step_seconds", "num_tokens") if path.name == STEPS else ()
-    try:
-        return read_records(path, numbers)
-    except FileNotFoundError:
-        return Records([], 0)
 
 
 def _num_steps(run_dir: Path) -> int | None:

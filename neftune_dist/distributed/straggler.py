@@ -25,9 +25,9 @@ _IN_A_ROW = 3
 # Thresholds: least speed relative to the median rank; most time spent waiting for data.
 _LEAST_SPEED = 1 / 1.5
 _MOST_WAITING = 0.1
-# Side of the square matrices, and products of them, that take a few milliseconds of a GPU or less
+# Side of the square matrices, and products of them, that take a millisecond or two of a GPU or less
 # of a core.
-_CUDA_PROBE, _CPU_PROBE = (2048, 8), (256, 1)
+_CUDA_PROBE, _CPU_PROBE = (2048, 3), (256, 1)
 
 
 class Stragglers:
@@ -87,23 +87,19 @@ class Stragglers:
     @torch.no_grad()
     def _probe(self) -> float:
         """Seconds of the fixed arithmetic, on a device that has nothing else to do."""
-        if self._world.device.type == "cuda":
-            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            began.record()
-            self._compute()
-            ended.record()
-            ended.synchronize()
-            return float(began.elapsed_time(ended)) / 1000
         best = float("inf")
         for _ in range(3):  # the least disturbed one counts
+            self._finish()
             start = time.perf_counter()
-            self._compute()
+            for _ in range(self._products):
+                torch.mm(self._factor, self._factor, out=self._product)
+            self._finish()
             best = min(best, time.perf_counter() - start)
         return best
 
-    def _compute(self) -> None:
-        for _ in range(self._products):
-            torch.mm(self._factor, self._factor, out=self._product)
+    def _finish(self) -> None:
+        if self._world.device.type == "cuda":
+            torch.cuda.synchronize(self._world.device)
 
 
 class Streaks:

@@ -22,11 +22,11 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from neftune_dist.config import UserError
 from neftune_dist.distributed import outcome
 from neftune_dist.distributed.hang_report import Report, explain, flight_record, observe
 from neftune_dist.distributed.mailbox import Mailbox, wait_until
 from neftune_dist.distributed.world import World
+from neftune_dist.system import storage
 
 # How often a rank looks at its clock and asks the store; a tenth of the limit where that is less.
 _POLL_SECONDS = 2.0
@@ -58,12 +58,10 @@ class Watchdog:
         self._mark = (0, "before the first step", time.monotonic(), False)
         self._main = threading.get_ident()
         self._closed, self._ending = threading.Event(), threading.Lock()
-        try:
+        with storage.writing(str(folder)):
             folder.mkdir(parents=True, exist_ok=True)
             # Open from the start: faulthandler's timer cannot open it.
             self._stacks = self._path("stacks.txt").open("a")
-        except OSError as error:
-            raise UserError(f"{folder} cannot be written: {error.strerror or error}.") from error
         self._store = world.own_store("watchdog")
         works = [self._guard, self._listen] if self._size > 1 else [self._guard]
         self._threads = [threading.Thread(target=work, daemon=True) for work in works]

@@ -182,6 +182,7 @@ def _evaluation(folder: Path) -> dict[str, Any]:
 
 def _rows(path: Path, numbers: Sequence[str]) -> list[dict[str, Any]]:
     try:
+        path.stat()
         found = read_records(path, numbers)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error

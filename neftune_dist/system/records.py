@@ -38,13 +38,15 @@ class Records:
 
 
 def read_records(path: Path, numbers: Sequence[str] = (), last_bytes: int | None = None) -> Records:
-    """Read a file of records. Raises `OSError`.
+    """Read a file of records; one that does not exist has none. Raises `OSError`.
 
     Args:
         path: of the file.
         numbers: keys that every record must have, beside its step, as a number or null.
         last_bytes: read no more than so many, at the end of the file.
     """
+    if not path.exists():
+        return Records([], 0)
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         first = max(0, size - last_bytes) if last_bytes is not None else 0

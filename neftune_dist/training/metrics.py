@@ -30,7 +30,7 @@ from neftune_dist.model.flops import ModelSize, measured_flops, peak_flops
 from neftune_dist.model.optimizations import num_compiled_graphs
 from neftune_dist.noise.law import expected_norm
 from neftune_dist.system import storage
-from neftune_dist.system.records import EVALUATIONS, SAMPLES, STEPS, Records, read_records
+from neftune_dist.system.records import EVALUATIONS, SAMPLES, STEPS, read_records
 from neftune_dist.system.text import duration_text
 from neftune_dist.training.noise import num_passes
 from neftune_dist.training.trackers import Trackers
@@ -309,7 +309,7 @@ def _keep_until(run_dir: Path, step: int, expected: Collection[str]) -> None:
     for name in (STEPS, EVALUATIONS, SAMPLES):
         path = run_dir / name
         exists = path.exists()
-        found = read_records(path) if exists else Records([], 0)
+        found = read_records(path)
         kept = [row for row in found.rows if row["step"] <= step]
         missing = found.num_missing(step) if name == STEPS else 0
         # A run that began here has a record of step 0, which is evaluated.

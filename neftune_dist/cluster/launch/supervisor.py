@@ -312,6 +312,6 @@ def _kill_all(command: subprocess.Popen[bytes]) -> None:
 def _last_step(run_dir: Path) -> int:
     """The last recorded step; 0 where there is none."""
     with contextlib.suppress(OSError):
-        rows = read_records(run_dir / STEPS, last_bytes=2**16).rows
-        return int(rows[-1]["step"]) if rows else 0
+        if rows := read_records(run_dir / STEPS, last_bytes=2**16).rows:
+            return int(rows[-1]["step"])
     return 0

@@ -184,9 +184,6 @@ def _predict(run_dir: Path, world_size: int, left: int | None) -> tuple[float | 
 
 def _step_seconds(path: Path, world_size: int) -> Sequence[float]:
     """Seconds of the newest steps that were made on `world_size` ranks."""
-    try:
-        rows = read_records(path, ("world_size", "step_seconds"), _RECENT_BYTES).rows
-    except OSError:
-        return []
+    rows = read_records(path, ("world_size", "step_seconds"), _RECENT_BYTES).rows
     own = [row["step_seconds"] for row in rows if row["world_size"] == world_size]
     return [float(seconds) for seconds in own if seconds is not None]
