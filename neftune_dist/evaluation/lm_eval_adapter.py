@@ -14,7 +14,7 @@ import io
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from statistics import fmean, stdev
 from typing import Any
@@ -44,8 +44,17 @@ def load(word: TaskWord) -> dict[str, Task]:
     """Load lm-eval's tasks of a word, by name: more than one where it names a group or a tag.
 
     Raises:
-        UserError: lm-eval knows none, or its data or its packages are missing.
+        UserError: lm-eval knows none, its data or its packages are missing, or it has no score by
+            item.
     """
+    tasks = _loaded(word)
+    for task in tasks.values():
+        if not word.metric and mean not in task.aggregation().values():
+            raise _unscored(word.name, tasks, task.aggregation())
+    return tasks
+
+
+def _loaded(word: TaskWord) -> dict[str, Task]:
     if word.settings is not None:
         return {word.name: ConfigurableTask(config=_local(word, word.settings))}
     check_known(word)
@@ -183,9 +192,13 @@ def _averaged(name: str, tasks: dict[str, Task], by_task: dict[str, dict[str, li
         is_number = all(isinstance(value, float | int) for value in values)
         if is_number and aggregations[metric] is mean and all(metric in of for of in rest):
             return metric
-    raise UserError(
+    raise _unscored(name, tasks, first)
+
+
+def _unscored(name: str, tasks: Iterable[str], metrics: Iterable[str]) -> UserError:
+    return UserError(
         f"evaluate.tasks: {name} has no score by item that could be compared: "
-        f"{', '.join(tasks)} report {', '.join(first)}."
+        f"{', '.join(tasks)} report {', '.join(metrics)}."
     )
 
 
@@ -219,9 +232,6 @@ class TaskModel(HFLM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Any]:
         return self._shared(super().loglikelihood, requests)
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> Any:
-        return self._shared(super().loglikelihood_rolling, requests)
-
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         return self._shared(super().generate_until, requests)
 
@@ -245,8 +255,7 @@ class TaskModel(HFLM):
             raise UserError(f"evaluate.tasks: {self._name}: lm-eval says: {error}") from error
 
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-        for texts, context_ids, answer_ids in requests:
-            answer = texts[1] if texts else ""  # of parts of a whole text, whose tokens are given
+        for (_, answer), context_ids, answer_ids in requests:
             if not answer_ids:
                 raise UserError(
                     f"evaluate.tasks: {self._name}: the tokenizer makes no token of the answer "
