@@ -1,10 +1,13 @@
-"""Checkpoints as far as their names tell, without torch: RUN_DIR/checkpoints/step_00000020."""
+"""Checkpoints as far as names and settings tell, without torch:
+RUN_DIR/checkpoints/step_00000020."""
 
 from __future__ import annotations
 
 import re
 from contextlib import suppress
 from pathlib import Path
+
+from neftune_dist.config import OptimConfig
 
 MANIFEST = "manifest.json"  # in a checkpoint, written last
 _STEP = re.compile(r"step_(\d{8,})")
@@ -14,6 +17,12 @@ def step_of(folder: Path) -> int | None:
     """The step in the name of a published checkpoint; None for any other name."""
     match = _STEP.fullmatch(folder.name)
     return int(match[1]) if match else None
+
+
+def bytes_per_parameter(optim: OptimConfig) -> int:
+    """What a checkpoint holds of each trained parameter: it and two moments, in float32 unless the
+    moments are in bf16."""
+    return 8 if optim.states == "bf16" else 12
 
 
 def newest_step(run_dir: Path) -> int:

@@ -344,6 +344,7 @@ def test_checkpoints_must_fit(site: Site, monkeypatch: pytest.MonkeyPatch) -> No
     assert f"on the disk of {site.here}: set a lower checkpoint.keep" in done.err
     assert not (site.here / "runs").exists()
     site.ok("run.yaml", *SIZE, "checkpoint.keep=1")
+    site.ok("run.yaml", *SIZE, "run_dir=small", "optim.states=bf16")  # 8 bytes a parameter
     disk(needed, monkeypatch)
     site.ok("run.yaml", *SIZE, "run_dir=other")
 

@@ -19,12 +19,11 @@ from neftune_dist.cluster.submit import inventory
 from neftune_dist.config import Config, UserError, check_world_size, user_path
 from neftune_dist.data import files
 from neftune_dist.data.sampler import num_steps
-from neftune_dist.system.checkpoint_names import MANIFEST, newest_step
+from neftune_dist.system.checkpoint_names import MANIFEST, bytes_per_parameter, newest_step
 from neftune_dist.system.records import STEPS, read_records
 from neftune_dist.system.storage import existing
 from neftune_dist.system.text import duration_text, size_text
 
-CHECKPOINT_BYTES = 12  # a parameter: float32 master and two moments
 _RECENT_BYTES = 2**18  # of metrics.jsonl
 _WORDS = (None, "", "auto", "never", "held_out")  # in the place of paths
 _HUB_IDS = ("name_or_path", "source", "held_out_source")  # settings with an id or a path
@@ -83,7 +82,7 @@ def preflight(config: Config, world_size: int) -> Outlook:
     seconds, time = _predict(run_dir, world_size, left)
     # Of an adapter's size, torch would have to be asked; it is small.
     whole = config.adapter.method == "none"
-    checkpoint = (parameters or 0) * CHECKPOINT_BYTES if whole else 0
+    checkpoint = (parameters or 0) * bytes_per_parameter(config.optim) if whole else 0
     number = _num_checkpoints(config, steps, made)
     disk = f"{number} x {size_text(checkpoint)} for checkpoints" if checkpoint else "not checked"
     size = f"{parameters / 1e6:.1f} M parameters" if parameters else "size not known from here"
