@@ -141,7 +141,9 @@ def _attempt_lines(run_dir: Path) -> Iterator[str]:
     for number, attempt in enumerate(past[first:], first + 1):
         error = f": {attempt.error}" if attempt.error else ""
         at = f" at step {attempt.step}" if attempt.step else ""
-        yield f"attempt {number} of {len(past)}: {attempt.kind}{at}{error}"
+        going_on = number == len(past) and not attempt.when  # no end is recorded
+        kind = "under way, unless its launcher was killed" if going_on else attempt.kind
+        yield f"attempt {number} of {len(past)}: {kind}{at}{error}"
 
 
 def _last_warning(run_dir: Path) -> str:

@@ -51,7 +51,7 @@ class Outcome:
         step: updates made by then.
         error: one line; empty where there was none.
         checkpoint: the newest published step when the attempt had ended.
-        when: seconds since 1970.
+        when: seconds since 1970; 0 where it is not recorded.
     """
 
     kind: str
