@@ -5,7 +5,7 @@ they may differ in alpha and seed alone, and must have seen the same documents.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -71,9 +71,7 @@ class Run:
     @property
     def training(self) -> float:
         """Loss over the last tenth of the steps, noise on; skipped steps may have none."""
-        tail = self.steps[-max(1, len(self.steps) // 10) :]
-        losses = [step["loss"] for step in tail if step["loss"] is not None]
-        return fmean(losses) if losses else math.nan
+        return _mean("loss", self.steps[-max(1, len(self.steps) // 10) :])
 
     @property
     def num_samples(self) -> int:
@@ -82,7 +80,7 @@ class Run:
 
     def mean(self, key: str) -> float:
         """Mean of a record's key over the steps: `noise_norm`, `noise_law`."""
-        return fmean(step[key] for step in self.steps)
+        return _mean(key, self.steps)
 
     def figures(self, part: str) -> dict[str, float]:
         """Numbers of a part of the evaluation's summary; of a task its accuracy."""
@@ -95,6 +93,11 @@ class Run:
     def documents(self) -> list[tuple[int, int, int]]:
         """(step, tokens, supervised tokens) of each step; equal for equal documents."""
         return [(s["step"], s["num_tokens"], s["num_supervised_tokens"]) for s in self.steps]
+
+
+def _mean(key: str, steps: Sequence[Mapping[str, Any]]) -> float:
+    known = [step[key] for step in steps if step[key] is not None]
+    return fmean(known) if known else math.nan
 
 
 def alphas_of(runs: Sequence[Run]) -> list[float]:
