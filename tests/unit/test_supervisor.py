@@ -110,7 +110,7 @@ def test_failures_without_progress_end_the_run(
         "outcome.tell(0, outcome.FAILED, error=f'now it is {time.time()}')\n"
         "sys.exit(1)"
     )
-    monkeypatch.setattr(supervisor, "_command", lambda *_: [sys.executable, "-c", script])
+    monkeypatch.setattr(supervisor, "_start", lambda *_: [sys.executable, "-c", script])
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     config, run_dir = Config(), tmp_path / "run"
     config.run_dir = str(run_dir)
@@ -206,20 +206,17 @@ def test_lost_output_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert b"".join(written) == b"two" + note + b"three"
 
 
-def test_words_of_the_command_for_every_node(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_words_of_the_command_for_every_node(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEFTUNE_DIST_PYTHON", "/container/python")
     monkeypatch.setenv("NEFTUNE_DIST_CONTAINER", "apptainer exec 'my image.sif'")
     monkeypatch.setenv("NEFTUNE_DIST_SRUN_OPTIONS", "--mpi=none")
-    alone = supervisor._command(None, tmp_path, ["c.yaml", "a=1"], 4, 15)
+    alone = supervisor._start(None, 4, 15)
     assert alone[:4] == list(supervisor._IGNORING_USR1)
     assert alone[4:7] == ["apptainer", "exec", "my image.sif"]
     assert alone[7:11] == ["/container/python", "-m", "neftune_dist", "node"]
-    assert alone[11:15] == ["--processes", "4", "--rendezvous-minutes", "15"]
-    assert alone[15:] == [str(tmp_path), "--", "c.yaml", "a=1"]
+    assert alone[11:] == ["--processes", "4", "--rendezvous-minutes", "15"]
     job = supervisor.Job("17", ("n1", "n2", "n3"))
-    step = supervisor._command(job, tmp_path, [], 4, 15)
+    step = supervisor._start(job, 4, 15)
     assert step[0] == "srun" and "--nodes=3" in step and "--ntasks=3" in step
     assert step.index("--mpi=none") < step.index("bash")
     assert f"--wait={supervisor._END_SECONDS:.0f}" in step
@@ -266,3 +263,16 @@ def test_node_whose_environment_is_wrong_says_so(
         signal.signal(signal.SIGUSR1, before)
     ended = outcome.conclude(tmp_path, 0, 0, "srun ended with code 1")
     assert ended.kind == outcome.MISTAKE and "SLURM_GPUS_ON_NODE='two'" in ended.error
+
+
+def test_mistake_in_the_environment_is_no_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attempts without a new checkpoint are counted, and given up after some."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setenv("NEFTUNE_DIST_CONTAINER", "apptainer exec 'my image")
+    monkeypatch.setattr(supervisor, "Requests", requests)
+    config = Config(run_dir=str(tmp_path))
+    with pytest.raises(UserError, match=r"NEFTUNE_DIST_CONTAINER=.* cannot be read"):
+        supervisor.launch(config, [], num_processes=1, max_restarts=3, minutes=1.0)
+    assert outcome.outcomes(tmp_path) == []

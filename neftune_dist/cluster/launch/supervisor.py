@@ -136,6 +136,7 @@ def launch(
     busy = f"run_dir={run_dir} is in use by another launch, which goes on."
     with storage.hold(run_dir / ".launch.lock", busy, seconds=2.0):
         requests, job = Requests(), Job.find()
+        start = _start(job, num_processes, minutes)
         # Orphans of a process that was killed become children of this one, which ends them.
         children.adopt_orphans()
         words, going_on = [*words], environment.number("SLURM_RESTART_COUNT", 0) > 0
@@ -147,7 +148,7 @@ def launch(
             with storage.writing(f"run_dir={run_dir}"):
                 folder = outcome.begin(run_dir)
             _say(f"{folder.name} of {run_dir}, output of all ranks in {folder}")
-            command = _command(job, folder, words, num_processes, minutes)
+            command = [*start, str(folder), "--", *words]
             with (folder / "console.log").open("wb", buffering=0) as console:
                 error_text = _attend(command, folder, console, requests, job, minutes * 60)
             steps, published = _last_step(run_dir), newest_step(run_dir)
@@ -180,14 +181,12 @@ def _say(line: str, folder: Path | None = None) -> None:
             console.write(f"neftune-dist: {line}\n")
 
 
-def _command(
-    job: Job | None, folder: Path, words: Sequence[str], num_processes: int, minutes: float
-) -> list[str]:
-    """The command that starts `node` on every node."""
+def _start(job: Job | None, num_processes: int, minutes: float) -> list[str]:
+    """The command that starts `node` on every node, but for its folder and the words of `train`."""
     python = os.environ.get("NEFTUNE_DIST_PYTHON", sys.executable)
     options = ["--processes", str(num_processes), "--rendezvous-minutes", str(minutes)]
-    run = [python, "-m", "neftune_dist", "node", *options, str(folder), "--", *words]
-    run = [*_IGNORING_USR1, *_listed("NEFTUNE_DIST_CONTAINER"), *run]
+    node = [python, "-m", "neftune_dist", "node", *options]
+    run = [*_IGNORING_USR1, *_listed("NEFTUNE_DIST_CONTAINER"), *node]
     if job is None:
         return run
     number = str(len(job.hosts))
