@@ -112,12 +112,10 @@ def _read_word(word: str) -> Any:
         text = json.dumps(text, ensure_ascii=False)  # quoted: YAML reads run_dir=007 as 7
     try:
         _check_depth(text)
-        update = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={text}"]), resolve=False)
-        section, _, name = key.rpartition(".")
-        if types == (list,) and isinstance(update, dict):
-            items = update[section][name]
-            update[section][name] = items and [_spaced(item) for item in items]
-        elif dict in types and isinstance(update, dict):
+        given = OmegaConf.from_dotlist([f"{key}={text}"])
+        update: Any = OmegaConf.to_container(given, resolve=False)
+        if {list, dict} & {*types}:
+            section, _, name = key.rpartition(".")
             update[section][name] = _spaced(update[section][name])
         return update
     except (YAMLError, OmegaConfBaseException, RecursionError, ValueError, LookupError) as error:
@@ -125,7 +123,9 @@ def _read_word(word: str) -> Any:
 
 
 def _spaced(item: Any) -> Any:
-    """Split an entry without spaces, {source:a.json,weight:2}, which YAML reads as keys alone."""
+    """Split entries without spaces, {source:a.json,weight:2}, which YAML reads as keys alone."""
+    if isinstance(item, list):
+        return [_spaced(part) for part in item]
     if not isinstance(item, dict):
         return item
     spaced: dict[Any, Any] = {}

@@ -491,6 +491,8 @@ def test_word_replaces_the_mixture_of_a_file(yaml: Callable[[str], Path]) -> Non
         ("[{source: a.json, max_documents: 1.5}]", "max_documents=1.5 is not a whole number"),
         ("[{source: a.json, format: csv}]", "data.mixture[0].format=csv is not known; allowed: a"),
         ("[{source: a.json", "cannot be read"),
+        ("true", "data.mixture is a list of entries"),
+        ("7", "data.mixture is a list of entries"),
     ],
 )
 def test_wrong_mixture_is_refused(text: str, said: str) -> None:
