@@ -110,14 +110,9 @@ def parse(words: Sequence[str] | None = None) -> dict[str, Any]:
     takes_settings = hasattr(given, "settings")
     late = [w for w in rest if takes_settings and "=" in w and not w.startswith("-")]
     if unknown := [word for word in rest if word not in late]:
-        parser.error(unknown_words(unknown, takes_settings))
+        name = unknown[0].removeprefix("--").partition("=")[0]
+        hint = f"; a setting is written {name}=VALUE" if takes_settings and name in KNOBS else ""
+        parser.error(f"unknown words: {' '.join(unknown)}{hint}")
     if late:
         given.settings = [*given.settings, *late]
     return vars(given)
-
-
-def unknown_words(words: Sequence[str], takes_settings: bool = True) -> str:
-    """What is wrong with words that a verb does not know, and how a setting among them is given."""
-    name = words[0].removeprefix("--").partition("=")[0]
-    hint = f"; a setting is written {name}=VALUE" if takes_settings and name in KNOBS else ""
-    return f"unknown words: {' '.join(words)}{hint}"
