@@ -99,7 +99,7 @@ class WrittenFile:
             return False
 
 
-class Reader:
+class Reader(KnownReader):
     """A checkpoint's tensors. Their description is read once.
 
     Args:
@@ -111,14 +111,14 @@ class Reader:
         # Many ranks' shards are described by millions of small objects; scanning them again and
         # again takes 20 times as long as making them.
         with without_collecting():
-            self._reader = KnownReader(folder)
+            super().__init__(folder)
 
     @property
     def tensors(self) -> dict[str, int]:
         """Key and number of elements of every tensor."""
         return {
             key: stored.size.numel()
-            for key, stored in self._reader.metadata.state_dict_metadata.items()
+            for key, stored in self.metadata.state_dict_metadata.items()
             if isinstance(stored, TensorStorageMetadata)
         }
 
@@ -129,7 +129,7 @@ class Reader:
             UserError: a tensor that is missing or of another size, or a file that cannot be read.
         """
         with without_collecting():
-            self._reader.load(_LoadPlanner(shards), alone=self._alone)
+            self.load(_LoadPlanner(shards), alone=self._alone)
 
 
 class _HashingFileSystem(FileSystem):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -159,7 +158,7 @@ def _recomputation(model: nn.Module, mode: str) -> dict[str, Any]:
     return settings
 
 
-def kept_operators(model: nn.Module) -> AbstractSet[Any]:
+def kept_operators(model: nn.Module) -> set[Any]:
     """The operators whose results selective recomputation keeps: matrix products and attention. The
     others (norms, activations, rotations) take a few percent of the time for about half of the
     memory."""
