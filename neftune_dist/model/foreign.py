@@ -69,7 +69,7 @@ def open_weights(folder: Path) -> dict[str, Source] | None:
 
 
 @contextmanager
-def _explained(folder: Path, layout: str) -> Iterator[None]:
+def _explained(place: Path, layout: str) -> Iterator[None]:
     """Turn any exception that a foreign file causes in torch's readers and in the code here into a
     `UserError`: every field of it was written by another program."""
     try:
@@ -78,7 +78,7 @@ def _explained(folder: Path, layout: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise UserError(
-            f"{folder} is no checkpoint of {layout} layout that can be read "
+            f"{place} is no checkpoint of {layout} layout that can be read "
             f"({type(error).__name__}: {first_line(error)[:200]}): copy it again, or name another "
             "one."
         ) from error
@@ -97,13 +97,9 @@ def _by_every_suffix(sources: dict[str, Source]) -> dict[str, Source]:
 
 
 def _load(file: Path) -> dict[str, Any]:
-    try:
+    with _explained(file, "DeepSpeed's ZeRO"):
         loaded: dict[str, Any] = load_tensors(file, ignored="deepspeed.")
-    except Exception as error:  # kinds of damage raise many types
-        raise UserError(
-            f"{file} cannot be read as a part of a ZeRO checkpoint: {first_line(error)}"
-        ) from error
-    return loaded
+        return loaded
 
 
 def _zero_sources(folder: Path, files: Sequence[Path]) -> dict[str, Source]:
