@@ -126,7 +126,7 @@ def _curve(losses: Sequence[float | None], width: int) -> Iterator[str]:
     means = []
     for i in range(columns):
         part = found[i * len(found) // columns : (i + 1) * len(found) // columns]
-        means.append(math.fsum(part) / len(part))
+        means.append(math.fsum(loss / len(part) for loss in part))  # a sum may be infinite
     low, high = min(means), max(means)
     eighths = [round((mean - low) / ((high - low) or 1) * 8 * _CURVE_ROWS) for mean in means]
     for row in reversed(range(_CURVE_ROWS)):

@@ -114,6 +114,11 @@ def test_screen_shows_what_is_no_number_as_a_question_mark(
     assert shown in "\n".join(screen_lines(tmp_path, 0.0))
 
 
+def test_losses_may_be_as_large_as_float_holds(run_dir: Path) -> None:
+    write(run_dir / "metrics.jsonl", [record(step, loss=1.5e308) for step in range(1, 300)])
+    assert any(line.startswith("1.5e+308") for line in screen_lines(run_dir, 0.0))
+
+
 def test_length_before_the_run_was_made_longer_is_not_shown(run_dir: Path) -> None:
     write(run_dir / "metrics.jsonl", [record(step) for step in range(1, 43)])
     assert any(line.startswith("step 42; recorded ") for line in screen_lines(run_dir, 0.0))
