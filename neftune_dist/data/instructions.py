@@ -99,14 +99,20 @@ def read_prompts(name: str, key: str) -> list[Instruction]:
     if path.suffix != ".txt":
         return read_instructions(name, 0, key)[0]
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, ValueError) as error:  # not UTF-8
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise UserError(f"{key}={name} cannot be read: {reason}.") from error
-    rows = [{"instruction": line} for line in lines if line]
-    if not rows:
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if line:
+                found.append(_instruction({"instruction": line}, path.stem))
+        except BadRow as error:
+            raise UserError(f"{key}={name}, line {number}: {error}.") from error
+    if not found:
         raise UserError(f"{key}={name} holds no prompt.")
-    return [_instruction(row, path.stem) for row in rows]
+    return found
 
 
 def prompt_ids(

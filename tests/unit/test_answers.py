@@ -287,3 +287,14 @@ def test_prompts_of_a_file_in_the_home_directory(
     (tmp_path / "prompts.txt").write_text("Hello?\n\nWhy?\n")
     asked = read_prompts("~/prompts.txt", "evaluate.sample_prompts")
     assert [instruction.text for instruction in asked] == ["Hello?", "Why?"]
+
+
+def test_prompt_that_cannot_be_asked_is_named_by_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\ufeffHello?\n\n<image> What?\n", encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"prompts\.txt, line 3: <image> stands for what a text mod"
+    ):
+        read_prompts(str(path), "evaluate.sample_prompts")
+    path.write_text("\ufeffHello?\n", encoding="utf-8")
+    assert read_prompts(str(path), "evaluate.sample_prompts")[0].text == "Hello?"
