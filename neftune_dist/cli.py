@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from neftune_dist import verbs  # noqa: F401 (fills VERBS)
 from neftune_dist.arguments import VERBS, parse
-from neftune_dist.config import UserError
+from neftune_dist.config import UserError, imports_reported
 from neftune_dist.distributed import outcome
 from neftune_dist.system import children, console, garbage
 
@@ -72,7 +72,8 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
         arguments = parse(words)
         verb = arguments.pop("verb")
         run, _ = VERBS[verb]
-        code = run(**arguments)
+        with imports_reported():
+            code = run(**arguments)
     except (UserError, outcome.Final, RecursionError) as error:
         if isinstance(error, RecursionError):
             if "a JSON" not in str(error):

@@ -27,6 +27,7 @@ from neftune_dist.cluster.submit import slurm
 from neftune_dist.config import (
     UserError,
     copy_batch_scripts,
+    imports_reported,
     json_schema,
     load_config,
     reference,
@@ -48,7 +49,7 @@ _PROCESSES = argument(
 @verb(*CONFIG)
 def _train(config: str, settings: Words) -> int:
     """Fine-tune, alone or under torchrun; continues from the newest checkpoint."""
-    with outcome.reported() as report:
+    with outcome.reported() as report, imports_reported():
         loaded = load_config(config, settings)
         environment.find_place()  # a mistake in it is reported before torch is loaded
         from neftune_dist.training.train import train

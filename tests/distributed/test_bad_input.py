@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
 import types
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from neftune_dist.distributed import outcome
 from tests.support import tiny_model
 
 PROMPT_SECONDS = 120  # a deadline: half a minute was not enough beside much other work
@@ -132,6 +135,29 @@ def _hurry() -> None:
     from neftune_dist.checkpoint import run_files
 
     run_files._CLAIM_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class BrokenPackage:
+    """PEFT is installed, and cannot be imported; a launcher wants to hear of the run's end."""
+
+    folder: Path
+
+    def __call__(self) -> None:
+        (self.folder / "peft.py").write_text("from torch import no_such_name")
+        sys.path.insert(0, str(self.folder))
+        del sys.modules["peft"]
+        os.environ[outcome.VARIABLE] = str(self.folder)
+
+
+def test_package_that_cannot_be_imported_is_a_mistake(config: Path, tmp_path: Path) -> None:
+    """Of which a launcher starts nothing again."""
+    words = (config, f"run_dir={tmp_path / 'run'}", "adapter.method=lora")
+    done = tiny_model.run_forked("train", *words, before=BrokenPackage(tmp_path))
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    ended = json.loads((tmp_path / "rank_0.json").read_text())
+    assert ended["kind"] == outcome.MISTAKE
+    assert ended["error"].startswith("`import peft` fails: cannot import name 'no_such")
 
 
 def taken_store() -> None:

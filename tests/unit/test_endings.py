@@ -106,6 +106,21 @@ def test_impossible_number_exits_2(
     assert "is out of range" in err or "is not a whole number" in err
 
 
+def test_package_that_cannot_be_imported_exits_2(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Unless it is one of ours: that is a fault of this program."""
+    monkeypatch.delitem(sys.modules, "neftune_dist.checkpoint.export", raising=False)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    code, err = main(capfd, "export", ".")
+    assert code == 2 and err.count("\n") == 1
+    assert "`from safetensors.torch import save_file` fails: import of safetensors.torch" in err
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "neftune_dist.checkpoint.export", None)
+    with pytest.raises(ImportError):
+        cli.main(["export", "."])
+
+
 ALL = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
