@@ -50,7 +50,7 @@ def _load(path: str | os.PathLike[str] | None, words: Sequence[str]) -> Config:
     for where, update in updates:
         _check_update(update, where)
         try:
-            config = OmegaConf.merge(config, update)
+            config.merge_with(update)  # in place: `OmegaConf.merge` would copy all for each word
         except OmegaConfBaseException as error:
             raise UserError(f"{where} cannot be read: {_reason(error)}.") from error
     try:

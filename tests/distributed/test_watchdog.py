@@ -189,7 +189,7 @@ def test_rank_without_running_threads_ends(config: Path, tmp_path: Path) -> None
 
 def test_hang_is_reported_to_the_launcher(config: Path, tmp_path: Path) -> None:
     """Under torchrun, which ends all ranks as soon as one has ended; and the words are the same
-    when the same happens again, so that it is not tried a third time."""
+    when the same happens again, so that the launcher would not try it a third time."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\n"
         "if 'RANK' in os.environ and 'train' in sys.orig_argv:\n"
@@ -203,19 +203,21 @@ def test_hang_is_reported_to_the_launcher(config: Path, tmp_path: Path) -> None:
         f"run_dir={run_dir}",
         LIMIT,
         "checkpoint.every_steps=0",
-        "--processes=2",
+        *("--processes=2", "--max-restarts=0"),
         PYTHONPATH=os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])]),
     )
     assert done.returncode == outcome.EXIT_FAILED, done.stdout + done.stderr
-    first, second = outcome.outcomes(run_dir)
-    assert (first.kind, first.error) == (second.kind, second.error)
-    assert first.kind == outcome.FAILED
-    assert re.match(r"hang: rank 1 did not come to \w+; .* in sleep_forever;", first.error)
-    for number in (1, 2):
-        folder = run_dir / "logs" / f"attempt_{number:04d}"
-        assert first.error in (folder / "hang.txt").read_text()
-        for rank in range(2):
-            assert ("sleep_forever" in Hang(done, folder).stacks(rank)) == (rank == 1)
+    (ended,) = outcome.outcomes(run_dir)
+    assert ended.kind == outcome.FAILED
+    assert re.match(r"hang: rank 1 did not come to \w+; .* in sleep_forever;", ended.error)
+    folder = run_dir / "logs" / "attempt_0001"
+    assert ended.error in (folder / "hang.txt").read_text()
+    for rank in range(2):
+        assert ("sleep_forever" in Hang(done, folder).stacks(rank)) == (rank == 1)
+    fault = Fault(1, FORWARD["fsdp2"], sleep_forever, first=6)
+    words = ("checkpoint.every_steps=0",)
+    again = run(config, tmp_path / "again", *words, ranks=2, before=fault)
+    assert ended.error == f"hang: {again.cause}"
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ pytestmark = pytest.mark.skipif(cluster.missing() is not None, reason=str(cluste
 WORDS = ("train.max_steps=12", "checkpoint.every_steps=5", "evaluate.every_steps=6")
 PHASES = ("load", "tokenise", "evaluate", "save")
 ZERO_3 = ("engine.name=deepspeed", "engine.zero_stage=3")
-ONE_BY_TWO = ("--nodes=1", "--gpus-per-node=2")
 TRAIN = "slurm/train.sbatch"
 
 
@@ -61,22 +60,16 @@ def limited(slurm: Cluster, config: Path) -> Job:
 
 @pytest.fixture(scope="module", autouse=True)
 def signalled(slurm: Cluster, config: Path, limited: Job) -> Job:
-    """A job that is signalled in another phase of every attempt but the last, by its rank 0."""
+    """A job of one rank that is signalled in another phase of every attempt but the last. Several
+    ranks are signalled in `limited`."""
     return slurm.sbatch(
-        *ONE_BY_TWO,
+        *("--nodes=1", "--gpus-per-node=1"),
         TRAIN,
         config,
         f"run_dir={slurm.folder / 'signalled'}",
         *WORDS,
         faults={"signal_in": PHASES, "phase_seconds": 6},
     )
-
-
-@pytest.fixture(scope="module")
-def two_ranks(slurm: Cluster, config: Path) -> Path:
-    """The same run, two ranks on this machine."""
-    tiny_model.train(config, slurm.folder / "two_ranks", *WORDS, ranks=2)
-    return slurm.folder / "two_ranks"
 
 
 def test_three_nodes_with_zero_3_train_what_one_does(slurm: Cluster, config: Path) -> None:
@@ -130,15 +123,17 @@ def test_submitted_job_trains_what_one_node_does(slurm: Cluster, config: Path) -
     assert_same_run(run_dir, one_node)
 
 
-def test_time_limit_met_twice_loses_nothing(slurm: Cluster, limited: Job, two_ranks: Path) -> None:
+def test_time_limit_met_twice_loses_nothing(slurm: Cluster, config: Path, limited: Job) -> None:
+    tiny_model.train(config, slurm.folder / "two_ranks", *WORDS, ranks=2)
     assert limited.wait(600) == "COMPLETED", limited.output.read_text()
     assert limited.restarts >= 2, limited.output.read_text()
-    assert_same_run(slurm.folder / "limited", two_ranks)
+    assert_same_run(slurm.folder / "limited", slurm.folder / "two_ranks")
 
 
 def test_usr1_in_every_phase_requeues_and_loses_nothing(
-    slurm: Cluster, signalled: Job, two_ranks: Path
+    slurm: Cluster, config: Path, signalled: Job
 ) -> None:
+    tiny_model.train(config, slurm.folder / "one_rank", *WORDS)
     assert signalled.wait(600) == "COMPLETED", signalled.output.read_text()
     assert signalled.restarts == len(PHASES), signalled.output.read_text()
-    assert_same_run(slurm.folder / "signalled", two_ranks)
+    assert_same_run(slurm.folder / "signalled", slurm.folder / "one_rank")
