@@ -7,8 +7,6 @@ and prompts; the figures do not depend on their number.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -30,11 +28,18 @@ from neftune_dist.distributed.signals import StopSignal
 from neftune_dist.distributed.world import World, run_among_ranks
 from neftune_dist.evaluation import text_statistics
 from neftune_dist.evaluation.answers import answer_all, remove_partial
+from neftune_dist.evaluation.journal import digest
 from neftune_dist.evaluation.judge import compare
 from neftune_dist.evaluation.losses import Items, document_losses, mean_loss
 from neftune_dist.evaluation.results import Found, Results
 from neftune_dist.evaluation.target import EvaluationTarget, open_target
-from neftune_dist.evaluation.tasks import TaskWord, check_known, read_words, run_tasks
+from neftune_dist.evaluation.tasks import (
+    FINISHED,
+    TaskWord,
+    check_known,
+    read_words,
+    run_tasks,
+)
 from neftune_dist.evaluation.win_rate import pair, read_answers, win_rate
 from neftune_dist.training.held_out import held_out_figures
 
@@ -168,7 +173,7 @@ class _Evaluation:
     def _answers(self) -> None:
         evaluate = self.config.evaluate
         settings = {
-            "prompts": _digest([self.prompts, [i.reference for i in self.instructions]]),
+            "prompts": digest([self.prompts, [i.reference for i in self.instructions]]),
             "evaluate.max_new_tokens": evaluate.max_new_tokens,
             "evaluate.repetition_penalty": evaluate.repetition_penalty,
             "evaluate.samples": evaluate.samples,
@@ -199,7 +204,7 @@ class _Evaluation:
     def _tasks(self, words: list[TaskWord]) -> None:
         evaluate = self.config.evaluate
         settings = {
-            "tasks": _digest([asdict(word) for word in words]),
+            "tasks": digest([asdict(word) for word in words]),
             "evaluate.max_task_items": evaluate.max_task_items,
             "model.dtype": self.config.model.dtype,
         }
@@ -209,11 +214,20 @@ class _Evaluation:
             most = evaluate.max_task_items
             with world.agree():
                 figures = run_tasks(
-                    model, tokenizer, words, evaluate.batch_size, most, world.log, world
+                    model,
+                    tokenizer,
+                    words,
+                    evaluate.batch_size,
+                    most,
+                    world.log,
+                    world,
+                    self.folder,
                 )
             return figures, {"tasks": {name: f.pop("correct") for name, f in figures.items()}}
 
         self.results.make("tasks", settings, compute)
+        if self.world.is_first:
+            (self.folder / FINISHED).unlink(missing_ok=True)
 
     def _judge(self, theirs: list[dict[str, Any]]) -> None:
         """Judge the answers, always again: replies are cached in the folder and cost nothing."""
@@ -245,8 +259,3 @@ def _loss_figures(items: dict[str, Items]) -> dict[str, Any]:
         "train_loss_noisy": means["train_noisy"],
         "num_train_documents": len(items["train"]),
     }
-
-
-def _digest(value: Any) -> str:
-    text = json.dumps(value, default=str)  # rows of Parquet files hold other values, too
-    return hashlib.sha256(text.encode()).hexdigest()[:24]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import threading
@@ -23,6 +24,11 @@ def read_rows(path: Path, form: Any) -> list[Any]:
             except ValueError:
                 continue
     return rows
+
+
+def digest(value: Any) -> str:
+    """A name for what rows depend on; values that JSON lacks count by their text."""
+    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:24]
 
 
 class Journal:

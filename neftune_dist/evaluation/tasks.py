@@ -20,14 +20,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from neftune_dist.config import UserError, split_list
 from neftune_dist.data.errors import BadRow, type_name
 from neftune_dist.data.sources import read_row_file
 from neftune_dist.distributed.world import World
+from neftune_dist.evaluation.journal import Journal, digest, read_rows
 
+FINISHED = "tasks.jsonl"
+_FINISHED_FORM = {"task": str, "result": {"correct": [float], "accuracy": float}}
 _KEY = "evaluate.tasks"
 _NAME = re.compile(r"[\w .+()-]+")  # lm-eval's, and what tables and plots show as it is
 Row = dict[str, Any]
@@ -77,6 +81,7 @@ def run_tasks(
     max_items: int,
     log: Callable[[str], None],
     world: World | None = None,
+    folder: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Run tasks; return their results by name, as `lm_eval_adapter.run` gives them.
 
@@ -89,6 +94,8 @@ def run_tasks(
         log: called with lines of progress.
         world: the ranks that hold a copy of the model each; they share the work, all call this and
             all get the results. None: this process alone.
+        folder: keeps the result of every task that is finished, which a second call takes from
+            there. None: nothing is kept.
 
     Raises:
         UserError: lm-eval knows no such task or cannot load its data, or an answer is longer than
@@ -96,9 +103,21 @@ def run_tasks(
     """
     from neftune_dist.evaluation import lm_eval_adapter as lm_eval
 
+    names = {word.name: digest([asdict(word), max_items, str(model.dtype)]) for word in words}
+    done: dict[str, dict[str, Any]] = {}
+    if folder is not None:
+        done = {row["task"]: row["result"] for row in read_rows(folder / FINISHED, _FINISHED_FORM)}
+    left = [word for word in words if names[word.name] not in done]
+    if left != [*words]:
+        log(f"tasks: {len(words) - len(left)} of {len(words)} kept from an earlier call")
     lm = lm_eval.TaskModel(model, tokenizer, batch_size, log, world)
-    loaded = [(word, lm_eval.load(word)) for word in words]  # all, before the first takes its hours
-    return {word.name: lm_eval.run(lm, word, tasks, max_items) for word, tasks in loaded}
+    loaded = [(word, lm_eval.load(word)) for word in left]  # all, before the first takes its hours
+    for word, tasks in loaded:
+        # Where all ranks have read what is kept: the work is shared, so that none is ahead.
+        result = done[names[word.name]] = lm_eval.run(lm, word, tasks, max_items)
+        if folder is not None and (world is None or world.is_first):
+            Journal(folder / FINISHED).append([{"task": names[word.name], "result": result}])
+    return {word.name: done[names[word.name]] for word in words}
 
 
 def check_known(words: Sequence[TaskWord]) -> None:

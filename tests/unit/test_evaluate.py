@@ -353,6 +353,44 @@ def test_items_of_a_task_may_hold_what_json_does_not(
     assert summary["tasks"]["arc_easy"]["num_items"] == 2
 
 
+def test_finished_tasks_are_kept_by_a_second_call(
+    folder: Path,
+    tmp_path: Path,
+    run_evaluate: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stop, or another task that fails, does not lose them; with other settings they are made."""
+    words = []
+    for name in ("a", "b"):
+        rows = [{"query": name, "choices": ["x", "yy"], "gold": i % 2} for i in range(3)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+        words.append(f"{name}={tmp_path / name}.json")
+    out = tmp_path / "out"
+    command = [folder, "--output", out, "model.dtype=fp32", f"evaluate.tasks={','.join(words)}"]
+    lm_eval_adapter = pytest.importorskip("neftune_dist.evaluation.lm_eval_adapter")
+    asked, run = [], lm_eval_adapter.run
+
+    def counted(lm: Any, word: Any, *rest: Any) -> Any:
+        asked.append(word.name)
+        if len(asked) in (2, 5):
+            raise UserError("no longer")
+        return run(lm, word, *rest)
+
+    monkeypatch.setattr(lm_eval_adapter, "run", counted)
+    assert run_evaluate(*command)[0] == 2
+    code, said = run_evaluate(*command)
+    assert code == 0 and "tasks: 1 of 2 kept from an earlier call" in said, said
+    assert asked == ["a", "b", "b"]
+    assert not (out / "tasks.jsonl").exists()
+    found = json.loads((out / "summary.json").read_text())["tasks"]
+    assert [task["num_items"] for task in found.values()] == [3, 3]
+    assert run_evaluate(*command, "evaluate.max_task_items=2")[0] == 2
+    assert run_evaluate(*command, "evaluate.max_task_items=1")[0] == 0
+    assert asked == ["a", "b", "b", "a", "b", "a", "b"]
+    found = json.loads((out / "summary.json").read_text())["tasks"]
+    assert [task["num_items"] for task in found.values()] == [1, 1]
+
+
 def test_unavailable_judge_leaves_other_parts_intact(
     folder: Path,
     tmp_path: Path,
