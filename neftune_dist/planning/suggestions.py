@@ -120,7 +120,7 @@ def _ladder(config: Config, ranks: int, peak: Peak, most_bytes: float) -> list[C
     excess, tokens = peak.num_bytes - most_bytes, config.train.micro_batch_tokens
     lower_batch = _steps(_LOWER_BATCH, config)
     for times in _halvings(batch, excess):
-        if tokens >> times >= config.data.max_length:
+        if (tokens >> times) * config.engine.sequence_parallel >= config.data.max_length:
             lower_batch.append({"train.micro_batch_tokens": tokens >> times})
     lower_state = _steps(_LOWER_STATE, config)
     for times in _halvings(state, excess):

@@ -304,6 +304,8 @@ def suggested(room: float, *words: str, ranks: int = 8) -> tuple[str | None, lis
         (103, [], "model.activation_checkpointing=full train.micro_batch_tokens=2048"),
         # Documents must fit; so not by a smaller batch.
         (103, ["data.max_length=4096"], "model.activation_checkpointing=full optim.states=8bit"),
+        (103, ["data.max_length=4096", "engine.sequence_parallel=2"],
+         "model.activation_checkpointing=full train.micro_batch_tokens=2048"),
         # The state alone is too large: that comes first; what turns out to be needless goes.
         (75, [], "optim.states=8bit model.activation_checkpointing=full"),
         (60, [], "model.activation_checkpointing=full engine.offload=cpu"),
