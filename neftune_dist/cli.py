@@ -14,9 +14,10 @@ from typing import NoReturn
 
 from neftune_dist import verbs  # noqa: F401 (fills VERBS)
 from neftune_dist.arguments import VERBS, parse
-from neftune_dist.config import UserError, imports_reported
+from neftune_dist.config import UserError
 from neftune_dist.distributed import outcome
 from neftune_dist.system import children, console, garbage
+from neftune_dist.system.imports import imports_reported
 
 _RANK_0_FIRST_SECONDS = 5.0
 # Verbs whose purpose is their output: they have failed if it cannot be written.

@@ -2,38 +2,10 @@
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
-from pathlib import Path
 
 from neftune_dist.config.config import Config
 from neftune_dist.config.errors import UserError
-
-_OWN = Path(__file__).parents[1]  # the folder of this package
-
-
-@contextmanager
-def imports_reported() -> Iterator[None]:
-    """Make it a mistake of the user's where another project's package is installed and cannot be
-    imported: it is damaged, or another package lacks what it needs.
-
-    Raises:
-        UserError: an import failed; it names the line.
-    """
-    try:
-        yield
-    except ImportError as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if _OWN in Path(frame.filename).parents]
-        if not own or (error.name or "").startswith(_OWN.name):
-            raise
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-        raise UserError(
-            f"`{own[-1].line}` fails: {reason}. Install that package again, in a version that fits "
-            "the others, or leave out the setting that needs it."
-        ) from error
 
 
 def require(package: str, setting: str, install: str) -> None:

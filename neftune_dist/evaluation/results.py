@@ -30,13 +30,8 @@ from neftune_dist.system import storage
 # What an evaluation writes, by pattern.
 _OURS = (
     *("summary.json", "items.json", "answers.json", "answers.jsonl", "answers[0-9]*.jsonl"),
-    *(
-        "tasks.jsonl",
-        "judgements.jsonl",
-        "requests.jsonl",
-        "alpaca_eval.json",
-        "annotations_cache.json",
-    ),
+    *("tasks.jsonl", "judgements.jsonl", "requests.jsonl"),
+    *("alpaca_eval.json", "annotations_cache.json"),
 )
 LABELS = {  # of figures in summary.json, in tables and logs
     **text_statistics.LABELS,

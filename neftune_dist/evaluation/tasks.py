@@ -103,21 +103,22 @@ def run_tasks(
     """
     from neftune_dist.evaluation import lm_eval_adapter as lm_eval
 
-    names = {word.name: digest([asdict(word), max_items, str(model.dtype)]) for word in words}
+    keys = {word.name: digest([asdict(word), max_items, str(model.dtype)]) for word in words}
     done: dict[str, dict[str, Any]] = {}
     if folder is not None:
         done = {row["task"]: row["result"] for row in read_rows(folder / FINISHED, _FINISHED_FORM)}
-    left = [word for word in words if names[word.name] not in done]
+    left = [word for word in words if keys[word.name] not in done]
     if left != [*words]:
         log(f"tasks: {len(words) - len(left)} of {len(words)} kept from an earlier call")
     lm = lm_eval.TaskModel(model, tokenizer, batch_size, log, world)
     loaded = [(word, lm_eval.load(word)) for word in left]  # all, before the first takes its hours
     for word, tasks in loaded:
-        # Where all ranks have read what is kept: the work is shared, so that none is ahead.
-        result = done[names[word.name]] = lm_eval.run(lm, word, tasks, max_items)
+        # All ranks take part in it, so that by its end each has read the file, and none misses what
+        # is added here.
+        result = done[keys[word.name]] = lm_eval.run(lm, word, tasks, max_items)
         if folder is not None and (world is None or world.is_first):
-            Journal(folder / FINISHED).append([{"task": names[word.name], "result": result}])
-    return {word.name: done[names[word.name]] for word in words}
+            Journal(folder / FINISHED).append([{"task": keys[word.name], "result": result}])
+    return {word.name: done[keys[word.name]] for word in words}
 
 
 def check_known(words: Sequence[TaskWord]) -> None:

@@ -27,7 +27,6 @@ from neftune_dist.cluster.submit import slurm
 from neftune_dist.config import (
     UserError,
     copy_batch_scripts,
-    imports_reported,
     json_schema,
     load_config,
     reference,
@@ -35,6 +34,7 @@ from neftune_dist.config import (
 )
 from neftune_dist.distributed import environment, outcome
 from neftune_dist.system import garbage
+from neftune_dist.system.imports import imports_reported
 
 _flushed = partial(print, flush=True)
 _PROCESSES = argument(

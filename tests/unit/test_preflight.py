@@ -181,10 +181,12 @@ def test_code_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     git("add", ".")
     git("commit", "-m", "x")
     (tmp_path / "a.py").write_text("two\n")
+    (tmp_path / "unknown.py").write_text("three\n")
     files = snapshot.code()
     versions.versions.cache_clear()
     commit = git("rev-parse", "--short=12", "HEAD").strip()
     assert files["code.txt"].splitlines()[1] == f"commit {commit}-dirty"
+    assert files["code.txt"].endswith(" M a.py\n?? unknown.py\n")
     git("checkout", "a.py")
     patch = tmp_path / "code.patch"
     patch.write_text(files["code.patch"])

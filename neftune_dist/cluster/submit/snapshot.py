@@ -1,6 +1,6 @@
 """The snapshot of a submission: RUN_DIR/submit/0001, 0002 and so on.
 
-    config.yaml  resolved, as the job trains it     code.txt    commit and versions
+    config.yaml  resolved, as the job trains it     code.txt    commit, versions, changed files
     words        the command                        code.patch  uncommitted changes
     job.sbatch   the script                         job         the ids of its jobs
 
@@ -32,7 +32,9 @@ def jobs(run_dir: Path) -> list[str]:
 def code() -> dict[str, str]:
     """The files that say which code it is, by name."""
     lines = [f"{name} {text or 'not known'}\n" for name, text in versions().items()]
-    return {"code.txt": "".join(lines), "code.patch": git("diff", "HEAD", "--binary")}
+    # Files that git does not know are in no patch, and do not make a commit "-dirty".
+    text = "".join(lines) + git("status", "--porcelain")
+    return {"code.txt": text, "code.patch": git("diff", "HEAD", "--binary")}
 
 
 def write(folder: Path, files: Mapping[str, str], undo: ExitStack) -> None:
