@@ -68,8 +68,8 @@ class NEFTuneCallback(TrainerCallback):
             )
         if schedule not in ("constant", "linear", "cosine"):
             raise ValueError(f"schedule={schedule!r} is not known: constant, linear or cosine.")
-        if warmup_steps < 0:
-            raise ValueError(f"warmup_steps={warmup_steps} is out of range: from 0.")
+        if not isinstance(warmup_steps, int) or warmup_steps < 0:  # the trainer's may be a share
+            raise ValueError(f"warmup_steps={warmup_steps} is not a number of steps, from 0.")
         if not 0 <= final_fraction <= 1:
             raise ValueError(f"final_fraction={final_fraction} is out of range: from 0 to 1.")
         if schedule == "constant" and final_fraction:

@@ -54,8 +54,10 @@ def check_embedding(embedding: nn.Module) -> None:
 
 
 def embedding_scale(embedding: nn.Module) -> float:
-    """The factor that the embedding multiplies its lookup by; 1 for most families."""
-    held = (getattr(embedding, name) for name in EMBEDDING_SCALES if hasattr(embedding, name))
+    """The factor that the embedding multiplies its lookup by; 1 for most families. PEFT wraps the
+    module that has it."""
+    modules = list(embedding.modules())
+    held = (getattr(m, name) for m in modules for name in EMBEDDING_SCALES if hasattr(m, name))
     return float(next(held, 1.0))
 
 

@@ -66,7 +66,7 @@ class NEFTuneHandle:
         # Where documents are packed without a mask, it fills the row after the last one.
         self.padding_token: int | None = padding_token(model)
         self._rank = _data_parallel_rank() if neftune.rank is None else neftune.rank
-
+        self._needs_rank = neftune.rank is None and neftune.stream == "rank"
         self._weight_is_shared = False
         self._number = next(_numbers)
         self._described: TokenLayout | None = None  # for the next forward
@@ -90,7 +90,7 @@ class NEFTuneHandle:
                 model.register_forward_pre_hook(self._before_model, with_kwargs=True),
                 model.register_forward_hook(self._after_model),
             ]
-            if neftune.rank is None:
+            if self._needs_rank:
                 self._removers.append(embedding.register_forward_pre_hook(self._before_embedding))
 
     @property
@@ -185,10 +185,10 @@ class NEFTuneHandle:
     ) -> None:
         if is_recomputing():
             return
-        described, self._described = self._described, None
         _UNDER_WAY.pop(self._number, None)
         if not (model.training and torch.is_grad_enabled()):
             return
+        described, self._described = self._described, None
         if self._needs_sign:
             raise ValueError(
                 "distribution='symmetric' adds noise and its opposite: pass every batch forward "
@@ -202,6 +202,11 @@ class NEFTuneHandle:
         if described is not None:
             _UNDER_WAY[self._number] = described
             return
+        if self.neftune.slices is not None:
+            raise ValueError(
+                "A slice's arguments do not say how long its documents are: describe the slice of "
+                "every batch to the handle (TokenLayout.take)."
+            )
         # (Lengths differ where the model has *args of its own; names beyond them are not read.)
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         _UNDER_WAY[self._number] = TokenLayout.from_call(given, self.padding_token)
@@ -224,7 +229,7 @@ class NEFTuneHandle:
             # Memory that is not the lookup's own: tensor parallelism returns a view that autograd
             # does not let anybody change in place.
             output = output.clone()
-        if self.neftune.rank is None and (self._tensor_parallel or self._weight_is_shared):
+        if self._needs_rank and (self._tensor_parallel or self._weight_is_shared):
             raise ValueError(
                 "The model is tensor parallel: set NEFTune(rank=...) to the data-parallel rank, "
                 "which ranks that hold copies of one batch share."

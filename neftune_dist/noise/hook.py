@@ -28,7 +28,8 @@ class NEFTune:
             twice, under `NEFTuneHandle.sign` 1 and -1.
         slices: process group of the ranks that hold the slices of this rank's sequences, equally
             long: a document's norm is then that of all of it, counted by the rank that has its
-            first token. A collective of the group in every noised forward.
+            first token. A collective of the group in every noised forward; describe every batch to
+            the handle (`TokenLayout.take`).
         length: `document`: the law. `padded`: L is the length of the padded or packed row, and
             padding is noised as well, as by the widely copied hook, for comparison.
 
@@ -62,6 +63,15 @@ class NEFTune:
             raise ValueError(
                 "length='padded' noises the padding too, which belongs to no document: it goes "
                 "with stream='rank'."
+            )
+        if slices is not None and length == "padded":
+            raise ValueError(
+                "length='padded' takes the length of the row, and slices hold parts of it: it goes "
+                "with slices=None."
+            )
+        if slices is not None and stream == "rank" and rank is None:
+            raise ValueError(
+                "slices= needs rank=, the data-parallel rank: one for all ranks of that group."
             )
         if not 0 <= seed < 1 << 63:
             raise ValueError(f"seed={seed} is out of range: from 0 to 2^63 - 1.")

@@ -364,6 +364,7 @@ def test_deepspeeds_tensor_parallelism_is_refused(folder: Path) -> None:
         ({"seed": -1}, "seed=-1"),
         ({"schedule": "step"}, "schedule='step'"),
         ({"warmup_steps": -1}, "warmup_steps=-1"),
+        ({"warmup_steps": 0.1}, r"warmup_steps=0\.1 is not a number of steps"),
         ({"schedule": "linear", "final_fraction": 1.5}, "final_fraction=1.5"),
         ({"final_fraction": 0.1}, "final_fraction has no effect"),
     ],

@@ -382,7 +382,10 @@ def test_a_description_holds_for_one_forward(model: Any) -> None:
     with NEFTune(5.0).attach(model) as noise:
         noise.describe(TokenLayout.from_lengths(torch.tensor([3, 4])))
         for num_tokens, num_documents in ((7, 2), (5, 1)):
-            model(input_ids=torch.zeros(1, num_tokens, dtype=torch.int64))
+            ids = torch.zeros(1, num_tokens, dtype=torch.int64)
+            with torch.no_grad():  # which gets no noise, so it is not the forward described
+                model(input_ids=ids)
+            model(input_ids=ids)
             assert int(noise.take_noise_norms()[1]) == num_documents
 
 
@@ -399,6 +402,19 @@ def test_a_slice_counts_documents_by_their_number_in_the_whole_sequence(
         norm_sum, number = noise.take_noise_norms()
     assert int(number) == 4
     assert float(norm_sum) == pytest.approx(4 * expected_norm(5.0), rel=0.2)
+
+
+def test_tensor_parallel_ranks_share_a_documents_noise_without_a_rank(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(model), "tp_size", 2)
+    one, ids = torch.tensor([3]), torch.zeros(1, 3, dtype=torch.int64)
+    with NEFTune(5.0, stream="sample").attach(model) as noise:
+        noise.describe(TokenLayout.from_lengths(one, documents=one, epochs=one))
+        model(input_ids=ids)
+        assert noise.num_fired == 1
+    with NEFTune(5.0).attach(model), pytest.raises(ValueError, match=r"set NEFTune\(rank="):
+        model(input_ids=ids)
 
 
 def test_wrong_settings_and_inputs_raise(model: Any) -> None:

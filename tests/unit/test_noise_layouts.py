@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -502,6 +503,7 @@ def describe_too_few() -> None:
 
 
 ONES = torch.ones_like(IDS)
+GROUP: Any = SimpleNamespace(size=lambda: 2)
 BAD: dict[str, tuple[str, Callable[[], Any]]] = {
     "alpha negative": ("alpha=-1.0 is out of range", lambda: NEFTune(-1.0)),
     "alpha NaN": ("alpha=nan is out of range", lambda: NEFTune(math.nan)),
@@ -524,6 +526,15 @@ BAD: dict[str, tuple[str, Callable[[], Any]]] = {
     "padding has no document": (
         "goes with stream='rank'",
         lambda: NEFTune(5.0, stream="sample", length="padded"),
+    ),
+    "slices of a padded row": (
+        "goes with slices=None",
+        lambda: NEFTune(5.0, slices=GROUP, length="padded"),
+    ),
+    "slices without a rank": ("slices= needs rank=", lambda: NEFTune(5.0, slices=GROUP)),
+    "slices that are not described": (
+        "describe the slice of every batch",
+        lambda: attached(slices=GROUP, rank=0)(input_ids=IDS),
     ),
     "step negative": ("step=-1 is out of range", lambda: set_step(-1)),
     "step too large": ("step=4294967296 is out of range", lambda: set_step(1 << 32)),

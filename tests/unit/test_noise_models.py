@@ -174,6 +174,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "attention": {"target_modules": ["q_proj", "v_proj"]},
     "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
     "embedding saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "rows of the embedding": {"target_modules": ["q_proj"], "trainable_token_indices": [5, 7]},
 }
 
 
@@ -193,6 +194,21 @@ def test_lora_trains_under_the_same_noise(name: str) -> None:
     with NEFTune(ALPHA).attach(model) as noise:
         assert_equal(model, loss_of(model, input_ids=IDS), expected)
         assert noise.num_fired == 1
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapted_embedding_keeps_its_scale(name: str) -> None:
+    model = adapted(make("gemma3_text"), name)
+    embedding = model.get_input_embeddings()
+    clean = embedding(IDS)
+    with NEFTune(ALPHA).attach(model):
+        seen: list[Tensor] = []
+        reader = embedding.register_forward_hook(lambda *given: seen.append(given[2].detach()))
+        loss_of(model, input_ids=IDS)
+        reader.remove()
+    scale = float(make("gemma3_text").model.embed_tokens.scalar_embed_scale)
+    assert scale > 2
+    torch.testing.assert_close(seen[0] - clean, scale * law(clean.shape[-1]), atol=1e-5, rtol=1e-4)
 
 
 def test_adapters_put_on_afterwards_leave_the_noise_or_are_refused() -> None:
