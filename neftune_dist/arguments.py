@@ -58,7 +58,9 @@ def bounded(kind: type[int] | type[float], least: float, greatest: float) -> Cal
 Words = Sequence[str]
 WHOLE = bounded(int, 0, 2**20)
 
-SETTINGS = argument("settings", nargs="*", metavar="key=value", help="such as noise.alpha=5")
+SETTINGS = argument(
+    "settings", nargs="*", default=[], metavar="key=value", help="such as noise.alpha=5"
+)
 CONFIG = (
     argument("config", help="YAML file, or the name of a shipped one, such as alpaca-7b"),
     SETTINGS,

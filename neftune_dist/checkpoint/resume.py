@@ -139,8 +139,9 @@ def check_same_run(
         shown = ", ".join(
             f"{key} (then {_value(before, key)}, now {_value(now, key)})" for key in refused
         )
-        can = [key for key in refused if key.startswith(ACCEPTABLE_CHANGES)]
-        accept = f"or accept with checkpoint.accept_changes={','.join(can)}, " if can else ""
+        can = [key for key in changed if key.startswith(ACCEPTABLE_CHANGES)]  # accepted ones, too
+        accept = f"or accept with checkpoint.accept_changes={','.join(can)}, "
+        accept = accept if {*can} & {*refused} else ""
         raise UserError(
             f"The checkpoint {found.folder} was made with other settings of {shown}: restore them, "
             f"{accept}or set another run_dir."

@@ -19,7 +19,6 @@ from neftune_dist.config.checks import check
 from neftune_dist.config.config import KNOBS, Config
 from neftune_dist.config.errors import UserError, brief
 from neftune_dist.config.limits import limited
-from neftune_dist.config.paths import user_path
 from neftune_dist.config.shipped import find_config
 
 _MAX_DEPTH = 100  # of nested lists and mappings
@@ -31,7 +30,7 @@ def load_config(path: str | os.PathLike[str] | None, words: Sequence[str] = ()) 
     """Load and check a configuration: defaults, then a YAML file, then `key=value` words.
 
     `path` may be the name of a shipped configuration, too. A file may begin with `extends:
-    OTHER.yaml`, a file beside it whose settings come first.
+    OTHER.yaml`, a file beside it or a shipped one's name, whose settings come first.
 
     Raises `UserError` naming the key, the value and what is allowed.
     """
@@ -63,6 +62,8 @@ def _load(path: str | os.PathLike[str] | None, words: Sequence[str]) -> Config:
 
 
 def _read_yaml(path: Path) -> Any:
+    if path.is_fifo():
+        raise UserError(f"{path} is a pipe: give a file, since a configuration is read repeatedly.")
     try:
         _check_depth(path.read_text(encoding="utf-8"))
         loaded = OmegaConf.load(path)
@@ -96,7 +97,7 @@ def _read_files(path: Path, extended_by: tuple[Path, ...] = ()) -> list[tuple[st
         return [(str(path), loaded)]
     if not isinstance(extends, str) or not extends:
         raise UserError(f"{path}: extends={brief(extends)} is not a file name.")
-    parent = user_path(str(path.parent / extends), f"{path}: extends")
+    parent = find_config(extends, path.parent)
     chain = (*extended_by, path)
     if os.path.realpath(parent) in map(os.path.realpath, chain):
         raise UserError(f"{path}: extends={extends} leads back to the file itself.")

@@ -108,7 +108,7 @@ def json_schema() -> dict[str, Any]:
     schema = _section_schema("")
     extends = {
         "type": "string",
-        "description": "A configuration file beside this one, whose settings come first.",
+        "description": "A file beside this one, or a shipped one's name: its settings come first.",
     }
     sections = {name: _section_schema(f"{name}.") for name in _SECTIONS}
     schema["properties"] = {"extends": extends, **schema["properties"], **sections}

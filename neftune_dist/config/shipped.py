@@ -22,13 +22,14 @@ def shipped_configs() -> dict[str, Path]:
     return {path.stem: path for path in sorted((SHIPPED / "configs").glob("*.yaml"))}
 
 
-def find_config(given: str | os.PathLike[str]) -> Path:
-    """The file of a configuration that is given as a path or as a shipped one's name.
+def find_config(given: str | os.PathLike[str], folder: Path = Path()) -> Path:
+    """The file of a configuration that is given as a path, below `folder`, or as a shipped one's
+    name.
 
     Raises:
         UserError: there is no such file; the message names the nearest one.
     """
-    path, shipped = user_path(os.fspath(given), "CONFIG"), shipped_configs()
+    path, shipped = folder / user_path(os.fspath(given), "CONFIG"), shipped_configs()
     if path.is_file():
         return path
     if os.fspath(given) in shipped:
@@ -42,7 +43,7 @@ def find_config(given: str | os.PathLike[str]) -> Path:
         for found in difflib.get_close_matches(name, sorted({*beside, *shipped}), n=1)
     ]
     hint = f"did you mean {near[0]}?" if near else f"shipped are {', '.join(shipped)}."
-    raise UserError(f"The configuration file {given} cannot be read: there is no such file; {hint}")
+    raise UserError(f"The configuration file {path} cannot be read: there is no such file; {hint}")
 
 
 def copy_batch_scripts(output: Path | None) -> list[Path]:

@@ -25,7 +25,7 @@ from neftune_dist.training import samples
 from neftune_dist.training.held_out import evaluation_due
 from neftune_dist.training.loop import Progress
 from neftune_dist.training.metrics import is_evaluated
-from neftune_dist.training.startup_report import dropout_lines, noise_lines
+from neftune_dist.training.startup_report import dropout_lines, noise_lines, warmup_lines
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class Inputs:
         if "towers" in self.identity:
             lines[0] += ": a wrapper's text model; the towers stay as they are in the base's files"
         lines += [*noise_lines(self.config), *dropout_lines(self.model)]
+        lines += warmup_lines(self.config, self.sampler.num_steps)
         if self.found:
             where = f"{self.found.folder}, step {self.found.step} of {self.sampler.num_steps}"
             lines += [f"resume: {line}" for line in (where, *self.changes)]

@@ -62,6 +62,19 @@ def compute_line(engine: Engine, config: Config) -> str:
     return f"compute: {', '.join(parts)}"
 
 
+def warmup_lines(config: Config, num_steps: int) -> list[str]:
+    """A warning for each warm-up that outlasts the run."""
+    steps = {"optim": config.optim.warmup_steps}
+    if config.noise.alpha:
+        steps["noise"] = config.noise.warmup_steps
+    return [
+        f"warning: {section}.warmup_steps={number} outlasts the run's {num_steps} steps, which "
+        f"reach {num_steps / number:.0%} of the peak"
+        for section, number in steps.items()
+        if number > num_steps
+    ]
+
+
 def dropout_lines(model: Any) -> list[str]:
     """A line for a model with dropout, which depends on the layout."""
     if not drops(model):

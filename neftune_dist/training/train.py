@@ -159,7 +159,7 @@ def _with_dtype(config: Config, found: store.Checkpoint | None, world: World) ->
 def _end(progress: Progress, num_steps: int) -> str:
     """How far a finished run has come, and where it was best."""
     if progress.step >= num_steps:
-        return f"{num_steps} steps"
+        return f"{progress.step} steps"
     return (
         f"ended at step {progress.step} of {num_steps}, after {progress.num_worse} evaluations "
         f"without a better held-out loss than {progress.best_loss:.4f} of step "

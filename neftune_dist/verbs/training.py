@@ -126,6 +126,7 @@ def _config(key: str, schema: bool) -> int:
 def _init(name: str | None, settings: Words, output: Path | None, slurm: bool) -> int:
     """Write a configuration to begin with: the settings that a run decides, each with its meaning,
     and the memory that they need."""
+    name = name and name.removesuffix(".yaml")
     has_name = bool(name and Path(name).name.strip("."))
     if has_name == slurm or (name and not has_name):
         raise UserError("init needs the NAME of a run, or --slurm alone for the batch scripts.")

@@ -271,6 +271,10 @@ def test_full_disk_exits_2_and_keeps_last_checkpoint(config: Path, tmp_path: Pat
         (["noise.alpha=10"], "noise.alpha"),
         (["data.max_length=64"], "data.max_length (then 96, now 64)"),
         (["optim.learning_rate=2e-3"], "checkpoint.accept_changes=optim.learning_rate"),
+        (
+            ["noise.alpha=10", "optim.beta1=0.8", "checkpoint.accept_changes=optim.beta1"],
+            "checkpoint.accept_changes=noise.alpha,optim.beta1,",
+        ),
     ],
 )
 def test_another_run_is_refused(

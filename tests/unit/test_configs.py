@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -49,10 +50,22 @@ def test_file_extends_another(tmp_path: Path) -> None:
     assert (config.noise.alpha, config.noise.seed, config.train.seed) == (10, 4, 1)
 
 
+def test_file_extends_a_shipped_one_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("extends: alpaca-7b\n")
+    assert load_config(tmp_path / "mine.yaml") == load_config("alpaca-7b")
+
+
+def test_a_pipe_is_no_configuration(tmp_path: Path) -> None:
+    """Launchers read it several times, and a pipe is empty the second time."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is a pipe: give a file"):
+        load_config(tmp_path / "pipe", ["model.name_or_path=m"])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("extends: none.yaml", "none.yaml cannot be read: No such file"),
+        ("extends: none.yaml", "none.yaml cannot be read: there is no such file"),
         ("extends: [a.yaml]", "extends=['a.yaml'] is not a file name"),
         ("extends: other.yaml", "extends=self.yaml leads back to the file itself"),
         ("noise: {extends: other.yaml}", "unknown key noise.extends"),

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from neftune_dist.config import OptimConfig
+from neftune_dist.config import OptimConfig, load_config
 from neftune_dist.optim import (
     STATE_NAMES,
     MakeOptimizer,
@@ -21,6 +21,7 @@ from neftune_dist.optim import (
     skip_update_where,
     squared_norm,
 )
+from neftune_dist.training.startup_report import warmup_lines
 
 SCHEDULES = ["cosine", "linear", "constant"]
 
@@ -239,3 +240,11 @@ def test_no_update_where_the_norm_is_not_finite() -> None:
         prepare_update(optimizer, 0.1, squared_norm([parameter.grad]).sqrt(), 1.0)
         optimizer.step()
         assert torch.equal(parameter.detach(), torch.ones(3))
+
+
+def test_warm_up_that_outlasts_the_run_is_a_warning() -> None:
+    words = ["model.name_or_path=m", "optim.warmup_steps=40", "noise.warmup_steps=20"]
+    (line,) = warmup_lines(load_config(None, words), 20)
+    assert line.startswith("warning: optim.warmup_steps=40 outlasts") and "50% of the peak" in line
+    assert len(warmup_lines(load_config(None, words), 10)) == 2
+    assert len(warmup_lines(load_config(None, [*words, "noise.alpha=0"]), 10)) == 1

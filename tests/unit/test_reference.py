@@ -209,7 +209,7 @@ def test_init_says_how_to_plan_where_the_model_is_out_of_reach(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert ended("init", "evol-7b", f"model.name_or_path={tmp_path / 'absent'}") == 0
+    assert ended("init", "evol-7b.yaml", f"model.name_or_path={tmp_path / 'absent'}") == 0
     assert "# Memory: neftune-dist plan evol-7b.yaml" in Path("evol-7b.yaml").read_text()
 
 
@@ -267,7 +267,7 @@ def test_init_takes_a_name_or_slurm(words: tuple[str, ...]) -> None:
     assert ended("init", *words) == 2
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/..", "/"])
+@pytest.mark.parametrize("name", ["", ".", ".yaml", "..", "a/..", "/"])
 def test_init_of_what_names_no_run_exits_2(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,6 +277,11 @@ def test_init_of_what_names_no_run_exits_2(
 
 
 # The command line itself.
+
+
+def test_settings_are_not_required(capsys: pytest.CaptureFixture) -> None:
+    assert ended("train") == 2
+    assert "required: config (see" in capsys.readouterr().err
 
 
 def test_version_is_printed(capsys: pytest.CaptureFixture) -> None:
@@ -297,7 +302,7 @@ def test_nearest_configuration_is_offered(
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").touch()
     assert ended("train", given) == 2
-    assert f"file {given} cannot be read: there is no such file; did you mean {meant}?" in (
+    assert f"file {Path(given)} cannot be read: there is no such file; did you mean {meant}?" in (
         capsys.readouterr().err
     )
 
