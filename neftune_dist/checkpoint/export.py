@@ -64,7 +64,7 @@ def export(
     Args:
         output: default RUN_DIR/export, or RUN_DIR/adapter. Replaced if it is an earlier export.
         step: of the checkpoint; None: the newest complete one; "best": of the lowest held-out loss.
-        dtype: original (the base model's), fp32, bf16 or fp16.
+        dtype: original (the base model's, of an adapter fp32), fp32, bf16 or fp16.
         adapter: write the trained adapter alone, as PEFT loads it.
         before_writing: called once nothing but damage could prevent the export.
         log: takes a line about what was written.
@@ -95,7 +95,9 @@ def export(
         if adapter:
             (folder / "config.json").unlink()
             wrapper = _wrapper(run_dir) if "towers" in state["identity"] else None
-            _write_adapter(Content.trained(checkpoint.folder, state), wrapper, state, folder)
+            chosen = torch.float32 if dtype == "original" else chosen
+            content = Content.trained(checkpoint.folder, state)
+            _write_adapter(content, wrapper, state, folder, chosen)
         else:
             towers = open_towers(checkpoint.folder, state)
             _write_weights(Content.of(checkpoint.folder, state), towers, folder, chosen)
@@ -193,13 +195,22 @@ def _write_weights(
                 tensors[name] = towers.read_other(name)
                 continue
             tensor = content.read(name)
-            tensor = tensor if name in content.constants else tensor.to(dtype)
+            if name not in content.constants:
+                tensor = _rounded(name, tensor, dtype)
             tensors |= split(tensor, content.layout[name])
         weight_map.update(dict.fromkeys(tensors, file))
         _save(tensors, output / file)
     if files.is_sharded:
         index = {"metadata": files.metadata, "weight_map": weight_map}
         (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def _rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in `dtype`. Raises `UserError` where that makes a number infinite."""
+    rounded = tensor.to(dtype)
+    if dtype == torch.float16 and not torch.equal(rounded.isinf(), tensor.isinf()):
+        raise UserError(f"{name} has values too large for fp16: set --dtype=bf16 or fp32.")
+    return rounded
 
 
 def _wrapper(run_dir: Path) -> Wrapper | None:
@@ -210,12 +221,16 @@ def _wrapper(run_dir: Path) -> Wrapper | None:
 
 
 def _write_adapter(
-    trained: Content, wrapper: Wrapper | None, state: Mapping[str, Any], output: Path
+    trained: Content,
+    wrapper: Wrapper | None,
+    state: Mapping[str, Any],
+    output: Path,
+    dtype: torch.dtype,
 ) -> None:
     tensors, layers = {}, set()
     for name in trained.shapes:
         layer, saved = peft_name(wrapper.name(name) if wrapper else name)
-        tensors[saved] = trained.read(name)
+        tensors[saved] = _rounded(name, trained.read(name), dtype)
         layers.add(layer)
     # Towers have layers of these names, too.
     targets = wrapper.pattern(layers) if wrapper else sorted(layers)

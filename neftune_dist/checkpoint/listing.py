@@ -39,6 +39,7 @@ def listing(run_dir: Path, *, verify: bool) -> list[str]:
     complete = {checkpoint.folder: checkpoint for checkpoint in store.find_all(run_dir)}
     fates = {path: f"passed over: {why}" for path, why in store.odd_entries(run_dir)}
     fates |= {path: "unfinished; the next save removes it" for path in store.leftovers(run_dir)}
+    fates |= {path: "damaged and put aside; nothing reads it" for path in store.put_aside(run_dir)}
     fates |= {path: f"damaged: {flaw}" for path, flaw in store.damaged_folders(run_dir)}
     table: list[tuple[str, ...]] = [_HEADS]
     for folder in sorted({*complete, *fates}):
@@ -55,9 +56,10 @@ def listing(run_dir: Path, *, verify: bool) -> list[str]:
 
 
 def contents(run_dir: Path) -> list[str]:
-    """Return lines that say what the newest checkpoint holds, and how torch alone reads it. Raises
-    `UserError`."""
-    checkpoint = choice.choose(run_dir, None)
+    """Return lines that say what the newest complete checkpoint holds, and how torch alone reads
+    it. Raises `UserError`."""
+    newest = next((checkpoint.step for checkpoint in store.find_all(run_dir)), None)
+    checkpoint = choice.choose(run_dir, newest)
     kinds: dict[str, list[int]] = {}
     for key, num_elements in flat.Reader(checkpoint.folder, alone=True).tensors.items():
         kinds.setdefault(key.partition("/")[0], []).append(num_elements)

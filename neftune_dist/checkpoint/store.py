@@ -58,8 +58,7 @@ class Checkpoint:
     def trainer_state(self) -> dict[str, Any]:
         """The state saved beside the tensors. Raises `UserError` where the file is damaged."""
         path = self.folder / STATE
-        written = self.files().get(STATE)
-        if written is None or not written.is_at(path):
+        if not self.files()[STATE].is_at(path):
             raise damage_error(self, STATE)
         state: dict[str, Any] = read_json(path)
         return state
@@ -70,7 +69,7 @@ class Checkpoint:
             manifest = read_json(self.folder / MANIFEST, _MANIFEST_FORM)
         except UserError as error:
             raise damage_error(self, MANIFEST) from error
-        if manifest["step"] != step_of(self.folder):
+        if manifest["step"] != step_of(self.folder) or STATE not in manifest["files"]:
             raise damage_error(self, MANIFEST)
         return dict(sorted(manifest["files"].items()))
 
@@ -175,7 +174,16 @@ def damaged_folders(run_dir: Path) -> list[tuple[Path, str]]:
 
 def leftovers(run_dir: Path) -> list[Path]:
     """Folders left by a crash while saving or pruning; the next save removes them."""
-    return sorted(filter(_is_of_saves, (run_dir / "checkpoints").glob(f"step_*{_PARTIAL}")))
+    return _of_saves(run_dir, f"step_*{_PARTIAL}")
+
+
+def put_aside(run_dir: Path) -> list[Path]:
+    """Damaged checkpoints whose names a later save of the same step has taken."""
+    return _of_saves(run_dir, f"step_*{_DAMAGED}*")
+
+
+def _of_saves(run_dir: Path, pattern: str) -> list[Path]:
+    return sorted(filter(_is_of_saves, (run_dir / "checkpoints").glob(pattern)))
 
 
 def odd_entries(run_dir: Path) -> list[tuple[Path, str]]:

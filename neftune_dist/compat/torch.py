@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout, _world
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from neftune_dist.config import UserError
 
 # ------------------------------------------------------------------------------------- operators
 
@@ -111,6 +114,15 @@ def limit_recompiles(num_blocks: int) -> None:
     config.fail_on_recompile_limit_hit = True
     config.recompile_limit = max(config.recompile_limit, 4 * num_blocks)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * num_blocks)
+
+
+@contextmanager
+def recompile_limit_as(message: str) -> Iterator[None]:
+    """Raise `UserError(message)` where the block goes beyond the limit of `limit_recompiles`."""
+    try:
+        yield
+    except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+        raise UserError(message) from error
 
 
 # ----------------------------------------------------------------------------------- distributed

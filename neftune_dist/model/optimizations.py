@@ -17,7 +17,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from neftune_dist.compat.torch import COMPUTE_BOUND_OPERATORS, GROUPED_PRODUCT, limit_recompiles
+from neftune_dist.compat.torch import (
+    COMPUTE_BOUND_OPERATORS,
+    GROUPED_PRODUCT,
+    limit_recompiles,
+    recompile_limit_as,
+)
 from neftune_dist.compat.transformers import block_class_names
 from neftune_dist.config import ModelConfig, UserError
 from neftune_dist.model.float8 import use_float8
@@ -82,7 +87,7 @@ def configure(model: Any, config: ModelConfig) -> None:
         if config.activation_checkpointing != "none":
             forward = partial(checkpoint, forward, **recomputation)
         if config.compile:
-            forward = torch.compile(_with_named_inputs(forward))
+            forward = _within_limit(torch.compile(_with_named_inputs(forward)))
         if forward is not block.forward:
             block.forward = forward  # type: ignore[method-assign]
     if config.compile:
@@ -98,6 +103,20 @@ def _with_named_inputs(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     def block(*args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
+
+    return block
+
+
+def _within_limit(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a compiled block so that too many graphs are a `UserError`."""
+
+    def block(*args: Any, **kwargs: Any) -> Any:
+        with recompile_limit_as(
+            "model.compile=true: torch.compile has made another graph of this model's blocks "
+            "again and again, up to its limit (TORCH_LOGS=recompiles says why): set "
+            "model.compile=false."
+        ):
+            return compiled(*args, **kwargs)
 
     return block
 

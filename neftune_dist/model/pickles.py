@@ -187,15 +187,15 @@ def check_stored(file: IO[bytes] | Path) -> None:
     file could then fill any memory.
 
     Raises:
-        UnpicklingError: they are, or it is no such file.
+        ValueError: they are, or it is no such file.
     """
     try:
         with zipfile.ZipFile(file) as parts:
             compressed = [part for part in parts.infolist() if part.compress_type]
     except zipfile.BadZipFile as error:
-        raise pickle.UnpicklingError("it is no file of torch.save") from error
+        raise ValueError("it is cut off, or no file of torch.save (since torch 1.6)") from error
     if compressed:
-        raise pickle.UnpicklingError("its parts are compressed")
+        raise ValueError("its parts are compressed")
 
 
 class _Unpickler(pickle.Unpickler):

@@ -310,10 +310,14 @@ def _open(file: Path) -> dict[str, Source]:
         raise UserError(f"The weights in {file} cannot be read: {first_line(error)}") from error
     if not isinstance(tensors, dict):
         raise UserError(f"{file} holds no weights by name.")
+    held = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    for name, tensor in held.items():
+        if tensor.is_meta or tensor.layout != torch.strided:
+            kind = "a tensor without content" if tensor.is_meta else f"of layout {tensor.layout}"
+            raise UserError(f"{name} in {file} is {kind}: store it as a plain tensor.")
     return {
         name: Source(tuple(tensor.shape), partial(_rows, torch.atleast_1d(tensor)))
-        for name, tensor in tensors.items()
-        if isinstance(tensor, Tensor)
+        for name, tensor in held.items()
     }
 
 

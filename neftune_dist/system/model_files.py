@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from neftune_dist.config import read_json
+from neftune_dist.config import UserError, read_json
 
 
 def weight_files(folder: Path, name: str = "model.safetensors") -> list[Path]:
     """The file `name`, or those that its index lists; none where neither is there.
 
     Raises:
-        UserError: the index cannot be read as one.
+        UserError: the index cannot be read as one, or names a file elsewhere.
     """
     single, index = folder / name, folder / f"{name}.index.json"
     if single.is_file():
@@ -21,7 +21,13 @@ def weight_files(folder: Path, name: str = "model.safetensors") -> list[Path]:
         return []
     fix = "it is no index of weight files, so copy it again"
     weight_map = read_json(index, {"weight_map": {str: str}}, fix=fix)["weight_map"]
-    return [folder / file for file in sorted(set(weight_map.values()))]
+    files = sorted(set(weight_map.values()))
+    for file in files:
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise UserError(
+                f"{index} names {file}, outside its folder: put the weights beside the index."
+            )
+    return [folder / file for file in files]
 
 
 def generation_settings(folder: Path, own: int | list[int] | None) -> dict[str, Any]:

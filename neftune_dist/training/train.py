@@ -140,6 +140,12 @@ def _claim(config: Config, run_dir: Path, world: World) -> FileLock:
 
 
 def _read(config: Config, run_dir: Path, world: World) -> Inputs:
+    if config.model.attention == "flex" and world.device.type == "cpu":
+        raise UserError(
+            "model.attention=flex trains on GPUs alone (FlexAttention has no backward on a CPU): "
+            "set varlen.",
+            shared=True,
+        )
     found = resume.find(run_dir, config, world)
     return read_inputs(_with_dtype(config, found, world), run_dir, found, world)
 

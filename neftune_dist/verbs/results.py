@@ -82,7 +82,7 @@ def _chosen(step: int | None, best: bool) -> int | Literal["best"] | None:
         "--dtype",
         choices=("original", "fp32", "bf16", "fp16"),
         default="original",
-        help="of the weights; original: as in the model that was fine-tuned",
+        help="of the weights; original: as in the model that was fine-tuned, of an adapter fp32",
     ),
     argument(
         "--push-to-hub",

@@ -221,6 +221,16 @@ def test_width_that_has_no_blocks_exits_2(tmp_path: Path) -> None:
     assert "mlp.down_proj.weight have 112: set adapter.base=plain" in done.stderr
 
 
+def test_adapter_is_exported_in_the_dtype_asked_for(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    tiny_model.train(config, run, *METHODS["lora"], "train.max_steps=1")
+    for word, dtype in (("original", torch.float32), ("bf16", torch.bfloat16)):
+        done = tiny_model.run_forked("export", run, "--adapter", "--dtype", word)
+        assert f"({str(dtype).removeprefix('torch.')})" in done.stdout, done.stderr
+        tensors = load_file(run / "adapter/adapter_model.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {dtype}
+
+
 def test_another_adapter_is_another_run(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     tiny_model.train(config, run, *METHODS["lora"], "train.max_steps=1")

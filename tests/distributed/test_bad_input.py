@@ -50,6 +50,7 @@ CASES = {
     "hub out of reach": (["model.name_or_path=nobody/nothing"], "nobody/nothing"),
     "tensor missing": (["model.name_or_path={}/broken"], "lack model.norm.weight"),
     "tensor misshapen": (["model.name_or_path={}/misshapen"], "has shape (63,)"),
+    "flex on a CPU": (["model.attention=flex"], "model.attention=flex trains on GPUs alone"),
     "replicas": (["engine.num_replicas=3"], "engine.num_replicas=3"),
     "run_dir": (["run_dir=/proc/nowhere"], "/proc/nowhere"),
 }

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 from neftune_dist.checkpoint import export
+from neftune_dist.config import UserError
 
 ROTATIONS: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default", "rope_theta": 5e5},
@@ -72,3 +74,12 @@ def test_tokenizer_has_a_class_that_transformers_4_knows(
     text = "Two  12s, ünd <s>more</s>."
     assert read(text).input_ids == tiny_tokenizer(text).input_ids
     assert read.eos_token == tiny_tokenizer.eos_token
+
+
+def test_numbers_too_large_for_fp16_are_refused() -> None:
+    values = torch.tensor([1.0, -7e4])
+    with pytest.raises(UserError, match=r"up_proj has values too large for fp16: set --dtype=bf16"):
+        export._rounded("up_proj", values, torch.float16)
+    assert export._rounded("up_proj", values, torch.bfloat16).isfinite().all()
+    infinite = torch.tensor([float("inf"), 1.0])  # as it was trained
+    assert export._rounded("up_proj", infinite, torch.float16).tolist() == infinite.tolist()

@@ -466,6 +466,36 @@ def test_truncated_file_is_named(llama: Path, keep: int, pickled: bool) -> None:
         files_of(build(llama), llama)
 
 
+@pytest.mark.parametrize("place", ["../model.safetensors", "a/../../b", "/tmp/model.safetensors"])
+def test_index_that_leaves_its_folder_is_refused(llama: Path, place: str) -> None:
+    (llama / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": place}}))
+    with pytest.raises(UserError, match=rf"names {place}, outside its folder"):
+        files_of(build(llama), llama)
+
+
+def test_old_and_cut_pickles_carry_no_code(llama: Path) -> None:
+    tensors = tensors_of(llama)
+    rewrite(llama, tensors, pickled=True)
+    file = llama / "pytorch_model.bin"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UserError, match="cut off"):
+        files_of(build(llama), llama)
+    torch.save(tensors, file, _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match=r"torch 1\.6"):
+        files_of(build(llama), llama)
+
+
+@pytest.mark.parametrize("kind", ["without content", "torch.sparse_coo"])
+def test_tensors_that_are_not_plain_are_named(llama: Path, kind: str) -> None:
+    tensors = tensors_of(llama)
+    norm = tensors["model.norm.weight"]
+    tensors["model.norm.weight"] = norm.to_sparse() if "sparse" in kind else norm.to("meta")
+    rewrite(llama, {}, pickled=True)
+    torch.save(tensors, llama / "pytorch_model.bin")
+    with pytest.raises(UserError, match=rf"model\.norm\.weight in .* is .*{kind}"):
+        files_of(build(llama), llama)
+
+
 def test_pointer_instead_of_a_file_is_refused(llama: Path) -> None:
     rewrite(llama, {})
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from neftune_dist.config import ModelConfig, UserError
 from neftune_dist.data.loader import MicroBatch, collate
+from neftune_dist.model import optimizations
 from neftune_dist.model.attention import FLEX, VARLEN, varlen_attention
 from neftune_dist.model.load import build
 from neftune_dist.model.loss import token_losses
@@ -169,6 +170,17 @@ def test_blocks_that_all_differ_are_all_compiled(monkeypatch: pytest.MonkeyPatch
         train(make("gpt2", family_settings=settings), batches()[:2]), found, strict=True
     ):
         torch.testing.assert_close(one[0], other[0], rtol=1e-5, atol=0)
+
+
+def test_too_many_graphs_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(optimizations, "limit_recompiles", lambda _: None)
+    settings = {"scale_attn_by_inverse_layer_idx": True, "num_hidden_layers": 12}
+    limits = {"recompile_limit": 8, "accumulated_recompile_limit": 8}
+    with torch._dynamo.config.patch(**limits, fail_on_recompile_limit_hit=True):  # type: ignore[attr-defined]
+        torch.compiler.reset()
+        with pytest.raises(UserError, match=r"another graph.*TORCH_LOGS.*model\.compile=false"):
+            train(make("gpt2", compile=True, family_settings=settings), batches()[:1])
 
 
 def test_running_the_head_compiles_nothing() -> None:

@@ -14,7 +14,7 @@ import xxhash
 from neftune_dist.checkpoint import choice, flat, marked_folder, store
 from neftune_dist.checkpoint.flat import WrittenFile
 from neftune_dist.checkpoint.listing import listing
-from neftune_dist.config import CheckpointConfig, UserError
+from neftune_dist.config import CheckpointConfig, UserError, with_checksum
 from neftune_dist.engine.base import MASTER, FlatShard
 from tests.support.disk_log import disk_log
 
@@ -110,6 +110,7 @@ def test_prune_keeps_newest_sound_checkpoint(tmp_path: Path) -> None:
     assert eight.first_flaw() == "__0_0.distcp"
     assert seven.first_flaw() is None
     assert publish(tmp_path, 8, settings).with_name("step_00000008.damaged").is_dir()
+    assert [path.name for path in store.put_aside(tmp_path)] == ["step_00000008.damaged"]
     assert steps(tmp_path) == [8]
     assert store.find_all(tmp_path)[0].first_flaw() is None
 
@@ -133,6 +134,16 @@ def test_manifest_of_another_step_is_refused(tmp_path: Path) -> None:
     shutil.copy(one / "manifest.json", two / "manifest.json")
     with pytest.raises(UserError, match=r"manifest\.json"):
         store.Checkpoint(two, 2).files()
+
+
+def test_manifest_without_trainer_state_makes_a_checkpoint_damaged(tmp_path: Path) -> None:
+    folder = publish(tmp_path, 1, CheckpointConfig())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = {name: file for name, file in manifest["files"].items() if name != store.STATE}
+    (folder / "manifest.json").write_text(json.dumps(with_checksum({"step": 1, "files": files})))
+    assert store.find_all(tmp_path) == []
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        store.Checkpoint(folder, 1).trainer_state()
 
 
 def test_changed_trainer_state_is_refused(tmp_path: Path) -> None:
