@@ -15,7 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from neftune_dist.config import UserError
 from neftune_dist.data.loader import MicroBatch
+from neftune_dist.model.modules import replace_parameters
 from neftune_dist.optim import (
     MakeOptimizer,
     Moment,
@@ -129,9 +131,48 @@ def trained_and_frozen(
     return trained, frozen
 
 
-def trained_shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    """Whole shape of each trained parameter, by first name; taken before the model is sharded."""
-    return {name: tuple(parameter.shape) for name, parameter in trained_and_frozen(model)[0]}
+def lay_out(model: Any) -> dict[str, tuple[int, ...]]:
+    """Make the trained parameters of a model on the meta device float32 in plain order, as their
+    masters are; return the whole shape of each by first name. Raises `UserError` where one has no
+    element."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in trained_and_frozen(model)[0]}
+    if empty := [name for name, shape in shapes.items() if 0 in shape]:
+        raise UserError(f"{type(model).__name__} is not trained here: {empty[0]} has no element.")
+
+    def plain(parameter: nn.Parameter) -> nn.Parameter:
+        is_plain = parameter.dtype == torch.float32 and parameter.is_contiguous()
+        if is_plain or not parameter.requires_grad:
+            return parameter
+        return nn.Parameter(torch.empty(parameter.shape, dtype=torch.float32, device="meta"))
+
+    replace_parameters(model, plain)
+    return shapes
+
+
+def check_shardable(model: Any, needs_all_gradients: bool) -> None:
+    """Raise `UserError` where FSDP2 and DeepSpeed cannot shard the model.
+
+    Args:
+        needs_all_gradients: ranks add up their gradients one after another, so that each needs one
+            for every parameter.
+    """
+    name = type(model).__name__
+    if scalars := [place for place, parameter in model.named_parameters() if not parameter.dim()]:
+        raise UserError(
+            f"{name} has the scalar parameter {scalars[0]}, which is not sharded: set "
+            "engine.name=replicated."
+        )
+    experts = [
+        place
+        for place, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and place.endswith("experts")
+    ]
+    if experts and needs_all_gradients:
+        raise UserError(
+            f"{name} has its experts in modules of their own ({experts[0]}), and a rank makes no "
+            "gradient for those that got none of its tokens: set engine.name=replicated, or "
+            "engine.name=deepspeed engine.zero_stage=3."
+        )
 
 
 def state_shards(optimizer: torch.optim.Optimizer, pieces: Sequence[ParamSlice]) -> list[FlatShard]:

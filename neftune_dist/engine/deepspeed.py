@@ -33,11 +33,12 @@ from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import (
     FROZEN,
     FlatShard,
+    check_shardable,
     describe_state,
     dtype_name,
+    lay_out,
     state_shards,
     trained_and_frozen,
-    trained_shapes,
 )
 from neftune_dist.model.load import DTYPES, initialize_buffers
 from neftune_dist.model.loss import resolve_loss, token_losses
@@ -47,7 +48,6 @@ from neftune_dist.optim import (
     MakeOptimizer,
     ParamSlice,
     initialize_state,
-    local,
     set_learning_rate,
     set_updates,
     squared_norm,
@@ -78,7 +78,8 @@ class DeepSpeedEngine:
 
     def setup(self, model: Any, make_optimizer: MakeOptimizer) -> None:
         """See `Engine.setup`."""
-        self.shapes = trained_shapes(model)
+        check_shardable(model, needs_all_gradients=self.world.size > 1 and self.stage < 3)
+        self.shapes = lay_out(model)
         self.loss = resolve_loss(self.loss, model)
         self.settings["zero_optimization"] |= _sizes(model, self.stage)
         whole = _Materializer(model, self.world.device, self.compute_dtype)
@@ -124,22 +125,22 @@ class DeepSpeedEngine:
     def _watch_gradients(self) -> None:
         """Note which parameters get a gradient: others are left alone, as by the other engines.
 
-        To ZeRO the gradient of an unused parameter is zero, and weight decay would shrink it.
+        To ZeRO the gradient of an unused parameter is zero: weight decay would shrink it, and what
+        its moments hold would move it.
         """
         self.received: set[str] = set()
-        self.unused = [name for name, _ in self.named]
         for name, parameter in self.named:
             parameter.register_post_accumulate_grad_hook(
                 lambda _, name=name: self.received.add(name)
             )
 
-    def _find_unused(self) -> None:
-        """Take the parameters to which some rank has made a gradient off `unused`."""
-        flags = torch.tensor([float(name in self.received) for name in self.unused])
-        flags = flags.to(self.device)
+    def _unused(self) -> set[str]:
+        """The parameters to which no rank has made a gradient in this step."""
+        names = [name for name, _ in self.named]
+        flags = torch.tensor([float(name in self.received) for name in names]).to(self.device)
+        self.received.clear()
         dist.all_reduce(flags)
-        left = zip(self.unused, flags.tolist(), strict=True)
-        self.unused = [name for name, received in left if not received]
+        return {name for name, flag in zip(names, flags.tolist(), strict=True) if not flag}
 
     def after_load(self, num_updates: int) -> None:
         """See `Engine.after_load`: the compute copies are made from the masters."""
@@ -162,20 +163,21 @@ class DeepSpeedEngine:
     def step(self, learning_rate: float) -> float:
         """See `Engine.step`."""
         set_learning_rate(self.zero.optimizer, learning_rate)
-        if self.unused:
-            self._find_unused()
-        masters = [local(p.tensor)[p.part] for p in self.pieces if p.name in self.unused]
-        before = [master.clone() for master in masters]
+        unused = self._unused()
+        kept = [shard for shard in self.flat_state() if shard.name in unused]
+        before = [shard.copied_into(torch.empty_like) for shard in kept]
+        for shard, content in zip(kept, before, strict=True):
+            content.copy_(shard.tensor)  # type: ignore[arg-type]
         # Where the norm is not finite it updates nothing, and reports the norm as infinite.
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())
         if not math.isfinite(norm):
             # Offloaded, stages 1 and 2 would add the next step's gradient to this one.
-            kept = getattr(self.zero, "averaged_gradients", {})
-            kept.update(dict.fromkeys(kept))
-        if self.unused:
-            for master, content in zip(masters, before, strict=True):
-                master.copy_(content)
+            gradients = getattr(self.zero, "averaged_gradients", {})
+            gradients.update(dict.fromkeys(gradients))
+        if unused:
+            for shard, content in zip(kept, before, strict=True):
+                shard.tensor.copy_(content)  # type: ignore[arg-type]
             copy_masters_to_compute(self.zero, self.stage)
         return norm
 

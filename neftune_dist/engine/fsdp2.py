@@ -28,18 +28,19 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from neftune_dist.compat.torch import local_shape_and_offset
-from neftune_dist.config import Config, UserError, check_divides
+from neftune_dist.config import Config, check_divides
 from neftune_dist.data.loader import MicroBatch
 from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import (
     FROZEN,
     FlatShard,
+    check_shardable,
     clip_and_update,
     describe_state,
     dtype_name,
+    lay_out,
     state_shards,
     trained_and_frozen,
-    trained_shapes,
 )
 from neftune_dist.model.float8 import update_float8_scales
 from neftune_dist.model.load import DTYPES, initialize_buffers
@@ -89,8 +90,8 @@ class FSDP2Engine:
 
     def setup(self, model: Any, make_optimizer: MakeOptimizer) -> None:
         """See `Engine.setup`."""
-        _refuse_scalars(model)
-        self.shapes = trained_shapes(model)
+        check_shardable(model, needs_all_gradients=self.world.size > 1)
+        self.shapes = lay_out(model)
         self.loss = resolve_loss(self.loss, model)
         policy = MixedPrecisionPolicy(
             param_dtype=self.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -215,12 +216,3 @@ def _separate(units: list[nn.Module], model: nn.Module) -> list[nn.Module]:
         return all(names[key] == count for key, count in own.items())
 
     return [unit for unit in units if is_separate(unit)]
-
-
-def _refuse_scalars(model: nn.Module) -> None:
-    scalars = [name for name, parameter in model.named_parameters() if not parameter.dim()]
-    if scalars:
-        raise UserError(
-            f"{type(model).__name__} has the scalar parameter {scalars[0]}, which FSDP2 cannot "
-            "shard: set engine.name=replicated or deepspeed."
-        )

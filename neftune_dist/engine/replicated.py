@@ -25,9 +25,9 @@ from neftune_dist.engine.base import (
     clip_and_update,
     describe_state,
     dtype_name,
+    lay_out,
     state_shards,
     trained_and_frozen,
-    trained_shapes,
 )
 from neftune_dist.engine.gradient_sums import GradientSums
 from neftune_dist.model.load import DTYPES, initialize_buffers
@@ -57,7 +57,7 @@ class ReplicatedEngine:
 
     def setup(self, model: Any, make_optimizer: MakeOptimizer) -> None:
         """See `Engine.setup`."""
-        self.shapes = trained_shapes(model)
+        self.shapes = lay_out(model)
         self.loss = resolve_loss(self.loss, model)
         self._materialize(model)
         initialize_buffers(model, self.device)

@@ -153,6 +153,10 @@ def prepare_update(
     """
     set_learning_rate(optimizer, rate)
     skip_update_where(optimizer, ~norm.isfinite())
+    # A checkpoint has one count for all parameters: those without a gradient count the update, too.
+    for group in optimizer.param_groups:
+        for count in [optimizer.state[p]["step"] for p in group["params"] if p.grad is None]:
+            count += norm.isfinite().to(count)
     if max_norm:
         excess = ((norm + 1e-6) / max_norm).clamp(min=1.0)
         divide_gradients(optimizer, excess.to(torch.float32))

@@ -14,15 +14,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
-from neftune_dist.config import load_config
+from neftune_dist.config import UserError, load_config
 from neftune_dist.data.loader import MicroBatch
 from neftune_dist.distributed.world import World
 from neftune_dist.engine import make_engine
-from neftune_dist.engine.base import FROZEN, MASTER, Engine
+from neftune_dist.engine.base import FROZEN, MASTER, Engine, check_shardable, lay_out
 from neftune_dist.model import load
-from neftune_dist.optim import MakeOptimizer
+from neftune_dist.model.modules import forward_of
+from neftune_dist.optim import STATE_NAMES, MakeOptimizer
 from tests.support import tiny_model
 
 ENGINES = {
@@ -33,6 +34,7 @@ ENGINES = {
     "zero-3": ["engine.name=deepspeed", "engine.zero_stage=3"],
 }
 RATE = 1e-2
+KINDS = (MASTER, *STATE_NAMES)
 # Adam's epsilon makes the size of a gradient count.
 SETTINGS = ["optim.epsilon=1e-2", "optim.weight_decay=0.1"]
 
@@ -66,6 +68,11 @@ class Made:
         for i, batch in enumerate(batches):
             loss = self.engine.forward(batch) / num_targets(batches)
             self.engine.backward(loss, i == len(batches) - 1)
+
+
+def state_of(engine: Engine) -> dict[str, Tensor]:
+    """A copy of all masters and moments, by key."""
+    return {s.key: s.tensor[:].clone() for s in engine.flat_state()}
 
 
 def num_targets(batches: Sequence[MicroBatch]) -> int:
@@ -227,6 +234,62 @@ def test_gradient_that_is_not_finite_changes_nothing(
 
 
 @pytest.mark.parametrize("name", ENGINES)
+def test_parameter_without_a_gradient_in_a_step_is_left_alone(
+    name: str, folder: Path, world: World
+) -> None:
+    """Its moments as well, and it counts the update, as it does after a resume."""
+    made = make(name, folder, world)
+    norm = made.model.model.layers[0].post_attention_layernorm
+    key = "model.layers.0.post_attention_layernorm.weight"
+    made.accumulate(batch(0))
+    made.engine.step(RATE)
+    before = state_of(made.engine)
+    with forward_of(norm, lambda hidden: hidden):
+        made.accumulate(batch(1))
+        made.engine.step(RATE)
+    after = state_of(made.engine)
+    assert {k for k, held in after.items() if torch.equal(held, before[k])} == {
+        f"{kind}/{key}" for kind in KINDS
+    }
+    resumed = make(name, folder, world)
+    for shard in resumed.engine.flat_state():
+        shard.tensor.copy_(after[shard.key])
+    resumed.engine.after_load(2)
+    for one in (made, resumed):
+        one.accumulate(batch(2))
+        one.engine.step(RATE)
+    last = state_of(resumed.engine)
+    assert all(torch.equal(held, last[k]) for k, held in state_of(made.engine).items())
+
+
+def test_trained_parameters_are_laid_out_as_masters_are() -> None:
+    module = nn.Linear(3, 5, device="meta")
+    module.weight = nn.Parameter(torch.empty(3, 5, device="meta").t())
+    module.bias.requires_grad_(False)
+    bias, tied = module.bias, nn.ModuleList([module, nn.Linear(3, 5, device="meta")])
+    tied[1].weight = module.weight
+    tied[1].bias = nn.Parameter(torch.empty(5, dtype=torch.float16, device="meta"))
+    assert lay_out(tied) == {"0.weight": (5, 3), "1.bias": (5,)}
+    assert module.weight.is_contiguous() and tied[1].bias.dtype == torch.float32
+    assert tied[1].weight is module.weight and module.bias is bias
+    module.extra = nn.Parameter(torch.empty(2, 0, device="meta"))
+    with pytest.raises(UserError, match=r"0\.extra has no element"):
+        lay_out(tied)
+
+
+def test_models_that_are_not_sharded_are_refused() -> None:
+    model = nn.Linear(3, 5)
+    check_shardable(model, True)
+    model.experts = nn.ModuleList([nn.Linear(3, 3)])
+    check_shardable(model, False)
+    with pytest.raises(UserError, match=r"modules of their own \(experts\).*zero_stage=3"):
+        check_shardable(model, True)
+    model.gain = nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(UserError, match=r"scalar parameter gain.*engine\.name=replicated"):
+        check_shardable(model, False)
+
+
+@pytest.mark.parametrize("name", ENGINES)
 def test_state_names_every_tensor_and_shape_once(name: str, folder: Path, world: World) -> None:
     made = make(name, folder, world, "model.dtype=bf16")
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -234,7 +297,7 @@ def test_state_names_every_tensor_and_shape_once(name: str, folder: Path, world:
     assert dict(made.engine.shapes) == shapes
     state = made.engine.flat_state()
     assert sorted(s.key for s in state) == sorted(
-        f"{kind}/{key}" for kind in (MASTER, "exp_avg", "exp_avg_sq") for key in shapes
+        f"{kind}/{key}" for kind in KINDS for key in shapes
     )
     for shard in state:
         assert shard.numel == math.prod(shapes[shard.name]) == shard.tensor.numel()
