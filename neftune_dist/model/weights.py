@@ -138,6 +138,15 @@ class WeightFiles:
             if name not in read
         }
 
+    def left_out(self) -> str | None:
+        """A line about the stored tensors that the model has no use for; None: there are none."""
+        known = {tensor.name for tensors in self.layout.values() for tensor in tensors}
+        names = [] if self._is_foreign else sorted(self.others.keys() - known)
+        if not names:
+            return None
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        return f"weights: {len(names)} stored are no part of the model, nor of an export: {shown}"
+
     def read_other(self, name: str) -> Tensor:
         """One of `others`, with its content."""
         shape = self.others[name].shape

@@ -147,7 +147,14 @@ def _read(config: Config, run_dir: Path, world: World) -> Inputs:
             shared=True,
         )
     found = resume.find(run_dir, config, world)
-    return read_inputs(_with_dtype(config, found, world), run_dir, found, world)
+    inputs = read_inputs(_with_dtype(config, found, world), run_dir, found, world)
+    if (
+        inputs.weights
+        and "towers" not in inputs.identity
+        and (line := inputs.weights.files.left_out())
+    ):
+        world.log(line)
+    return inputs
 
 
 def _with_dtype(config: Config, found: store.Checkpoint | None, world: World) -> Config:

@@ -70,6 +70,19 @@ def test_two_ranks_report_it_once(name: str, config: Path, tmp_path: Path) -> No
     assert "Traceback" not in done.stderr + done.stdout
 
 
+def test_tensor_that_is_left_over_is_named_before_the_first_step(
+    config: Path, tmp_path: Path
+) -> None:
+    model = tiny_model.make_model(tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"] = torch.ones(2)
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    words = f"run_dir={tmp_path / 'run'}", f"model.name_or_path={model}", "train.max_steps=1"
+    done = tiny_model.run_forked("train", config, *words)
+    assert done.returncode == 0, done.stderr
+    assert "no part of the model, nor of an export: model.layers.2.mlp" in done.stdout
+
+
 def test_torchrun_reports_it_once(config: Path, tmp_path: Path) -> None:
     words, needle = CASES["missing file"]
     done = tiny_model.run("train", config, f"run_dir={tmp_path / 'run'}", *words, ranks=2)

@@ -473,6 +473,17 @@ def test_index_that_leaves_its_folder_is_refused(llama: Path, place: str) -> Non
         files_of(build(llama), llama)
 
 
+def test_tensors_that_the_model_has_no_use_for_are_named(llama: Path) -> None:
+    tensors = tensors_of(llama)
+    rewrite(llama, {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    assert files_of(build(llama), llama).left_out() is None
+    more = {f"model.layers.{i}.mlp.up_proj.weight": torch.ones(2) for i in (5, 6, 7, 8)}
+    rewrite(llama, tensors | more)
+    line = files_of(build(llama), llama).left_out()
+    assert line and line.startswith("weights: 4 stored are no part of the model")
+    assert line.endswith("model.layers.7.mlp.up_proj.weight, ...")
+
+
 def test_old_and_cut_pickles_carry_no_code(llama: Path) -> None:
     tensors = tensors_of(llama)
     rewrite(llama, tensors, pickled=True)
