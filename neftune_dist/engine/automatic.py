@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import nn
 
 from neftune_dist.config import KNOBS, Config
+from neftune_dist.optim import state_bytes
 from neftune_dist.system.text import size_text
 
 # Of the device's memory, what a whole model with its gradients and moments may take; the rest is
@@ -14,7 +15,6 @@ from neftune_dist.system.text import size_text
 _STATE_SHARE, _STATE_SHARE_OF_ONE = 0.6, 0.83
 # Settings that only engines which shard the model read.
 _SHARDING = ("num_replicas", "reshard_after_forward", "sync_every", "offload")
-_MOMENT_BYTES = {"fp32": 8, "bf16": 4, "8bit": 2}  # of a parameter, by optim.states
 
 
 def choose_engine(
@@ -52,8 +52,9 @@ def choose_engine(
 def _replica_bytes(config: Config, model: nn.Module) -> int:
     """What `replicated` keeps of a model on each rank, without its activations."""
     compute = 2 if config.model.dtype == "bf16" else 0  # float32 masters are computed with
-    trained = compute + 4 + 4 + _MOMENT_BYTES[config.optim.states]
     return sum(
-        p.numel() * trained if p.requires_grad else p.numel() * p.element_size()
+        p.numel() * (compute + 4 + 4) + state_bytes(config.optim, p.numel())
+        if p.requires_grad
+        else p.numel() * p.element_size()
         for p in model.parameters()
     )
