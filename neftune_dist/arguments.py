@@ -6,6 +6,7 @@ import argparse
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from neftune_dist import __version__
@@ -54,6 +55,17 @@ def bounded(kind: type[int] | type[float], least: float, greatest: float) -> Cal
     return parse
 
 
+def _run_dir(text: str) -> Path:
+    path = user_path(text, "RUN_DIR")
+    for part in (path, path.parent):
+        # A run of its own may lie in a folder of that name.
+        if part.name == "checkpoints" and (part.parent / "config.yaml").is_file():
+            raise UserError(
+                f"RUN_DIR={text} is a part of a run: give its directory, {part.parent}."
+            )
+    return path
+
+
 # Arguments of several verbs.
 Words = Sequence[str]
 WHOLE = bounded(int, 0, 2**20)
@@ -65,7 +77,7 @@ CONFIG = (
     argument("config", help="YAML file, or the name of a shipped one, such as alpaca-7b"),
     SETTINGS,
 )
-RUN_DIR = argument("run_dir", type=partial(user_path, key="RUN_DIR"), help="directory of a run")
+RUN_DIR = argument("run_dir", type=_run_dir, help="directory of a run")
 OUTPUT = partial(argument, "--output", type=partial(user_path, key="--output"))
 MAX_RESTARTS = argument(
     "--max-restarts",

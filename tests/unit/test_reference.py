@@ -284,6 +284,18 @@ def test_settings_are_not_required(capsys: pytest.CaptureFixture) -> None:
     assert "required: config (see" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("verb", ["export", "checkpoints", "watch"])
+def test_part_of_a_run_is_no_run(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    part = tmp_path / "run/checkpoints/step_00000004"
+    part.mkdir(parents=True)
+    assert ended(verb, str(part)) == 2
+    assert "part of a run" not in capsys.readouterr().err
+    (tmp_path / "run/config.yaml").touch()
+    for place in (part, part.parent):
+        assert ended(verb, str(place)) == 2
+        assert f"is a part of a run: give its directory, {tmp_path}/run." in capsys.readouterr().err
+
+
 def test_version_is_printed(capsys: pytest.CaptureFixture) -> None:
     assert ended("--version") == 0
     assert capsys.readouterr().out == f"neftune-dist {__version__}\n"
