@@ -79,7 +79,7 @@ def _complete_row(checkpoint: store.Checkpoint, verify: bool) -> tuple[str, ...]
         state = checkpoint.trainer_state()
         flaw = _flaw(checkpoint) if verify else None
     except UserError:
-        flaw = "trainer_state.json is not what was written"
+        flaw = "trainer_state.json cannot be read"
     if flaw:
         return _row(checkpoint.folder, size, f"damaged: {flaw}")
     engine = state["config"]["engine"]

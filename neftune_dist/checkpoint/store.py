@@ -44,6 +44,16 @@ _FILES = re.compile(
 )
 STATE = "trainer_state.json"
 _MANIFEST_FORM = {"step": int, "files": {str: WrittenFile}}
+# What is read of the trainer's state; versions to come may write more.
+_STATE_FORM = {
+    "progress": dict,
+    "num_steps": int,
+    "identity": {"architecture": dict},
+    "shapes": {str: [int]},
+    "config": {str: dict | str | None},
+    "world_size": int,
+    "versions": {"neftune_dist": str},
+}
 # A node may see another's new folder on a shared file system as late as this.
 _VISIBLE_SECONDS = 60.0
 
@@ -56,11 +66,13 @@ class Checkpoint:
     step: int
 
     def trainer_state(self) -> dict[str, Any]:
-        """The state saved beside the tensors. Raises `UserError` where the file is damaged."""
+        """The state saved beside the tensors. Raises `UserError` where the file is damaged, or of a
+        version of this package that recorded less."""
         path = self.folder / STATE
         if not self.files()[STATE].is_at(path):
             raise damage_error(self, STATE)
-        state: dict[str, Any] = read_json(path)
+        fix = "another version of neftune_dist made this checkpoint: use that one"
+        state: dict[str, Any] = read_json(path, _STATE_FORM, fix=fix)
         return state
 
     def files(self) -> dict[str, WrittenFile]:

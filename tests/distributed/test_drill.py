@@ -303,7 +303,7 @@ def test_checkpoint_without_readable_trainer_state_is_listed_as_damaged(copy: Pa
         assert "Traceback" not in done.stderr
         rows = done.stdout.splitlines()[1:]
         assert [int(row.split()[0]) for row in rows] == list(range(1, drill.STEPS + 1))
-        assert "damaged: trainer_state.json is not what was written" in rows[-1]
+        assert "damaged: trainer_state.json cannot be read" in rows[-1]
         assert "damaged: trainer_state.json has" in rows[-2]
         assert all(row.endswith("nothing") for row in rows[-2:])
         assert all(" complete" in row and "fsdp2, 1 ranks" in row for row in rows[:-2])

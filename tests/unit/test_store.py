@@ -18,6 +18,16 @@ from neftune_dist.config import CheckpointConfig, UserError, with_checksum
 from neftune_dist.engine.base import MASTER, FlatShard
 from tests.support.disk_log import disk_log
 
+STATE: dict[str, Any] = {
+    "progress": {},
+    "num_steps": 9,
+    "identity": {"architecture": {}},
+    "shapes": {},
+    "config": {"engine": {"name": "fsdp2"}},
+    "world_size": 1,
+    "versions": {"neftune_dist": "0"},
+}
+
 
 def publish(
     run_dir: Path,
@@ -32,7 +42,7 @@ def publish(
     content = f"all the tensors of step {step}".encode()
     (partial / "__0_0.distcp").write_bytes(content)
     written = WrittenFile(len(content), xxhash.xxh3_128(content).hexdigest())
-    state: dict[str, Any] = {"step": step}
+    state = {"step": step, **STATE}
     if progress is not None or best_step is not None:
         state["progress"] = {"best_step": best_step} if progress is None else progress
     files = {"__0_0.distcp": written}
@@ -89,7 +99,7 @@ def test_prune_keeps_by_count_and_interval(
     assert steps(tmp_path) == kept
     for checkpoint in store.find_all(tmp_path):
         assert checkpoint.first_flaw() is None
-        assert checkpoint.trainer_state() == {"step": checkpoint.step}
+        assert checkpoint.trainer_state() == {"step": checkpoint.step, **STATE}
     left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert left == {"latest", *(f"step_{step:08d}" for step in kept)}
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000005\n"
@@ -134,6 +144,17 @@ def test_manifest_of_another_step_is_refused(tmp_path: Path) -> None:
     shutil.copy(one / "manifest.json", two / "manifest.json")
     with pytest.raises(UserError, match=r"manifest\.json"):
         store.Checkpoint(two, 2).files()
+
+
+@pytest.mark.parametrize("key", STATE)
+def test_state_of_a_version_that_recorded_less_is_refused(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(STATE, key)
+    folder = publish(tmp_path, 1, CheckpointConfig())
+    with pytest.raises(UserError, match=rf"{key}.*another version of neftune_dist made"):
+        store.Checkpoint(folder, 1).trainer_state()
+    assert "trainer_state.json cannot be read" in "".join(listing(tmp_path, verify=True))
 
 
 def test_manifest_without_trainer_state_makes_a_checkpoint_damaged(tmp_path: Path) -> None:
