@@ -162,6 +162,8 @@ def check_config(hf_config: Any) -> None:
         hf_config = text_config(hf_config)
     if reason := _why_other(hf_config):
         raise UserError(f"Models of type {hf_config.model_type} are not trained here: {reason}.")
+    if getattr(hf_config, "num_hidden_layers", 1) == 0:
+        raise UserError("config.json describes a model without layers (num_hidden_layers=0).")
     if getattr(hf_config, "output_router_logits", False):
         raise UserError(
             "config.json asks for a loss that balances the experts (output_router_logits), which "

@@ -473,6 +473,13 @@ def test_index_that_leaves_its_folder_is_refused(llama: Path, place: str) -> Non
         files_of(build(llama), llama)
 
 
+def test_model_without_layers_is_refused(llama: Path) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 0}))
+    with pytest.raises(UserError, match="num_hidden_layers=0"):
+        build(llama)
+
+
 def test_tensors_that_the_model_has_no_use_for_are_named(llama: Path) -> None:
     tensors = tensors_of(llama)
     rewrite(llama, {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
