@@ -82,6 +82,9 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
             error = UserError("A JSON file nests thousands of brackets: it is damaged.")
         code = outcome.EXIT_MISTAKE if isinstance(error, UserError) else outcome.EXIT_FAILED
         _print_error(error, shared=not isinstance(error, UserError) or error.shared)
+    except KeyboardInterrupt:  # before a verb listens to it, such as while it imports torch
+        code = 128 + signal.SIGINT
+        _print_error("stopped by Ctrl-C.", shared=True)
     except OSError as error:
         if error.errno not in _ADVICE:
             raise

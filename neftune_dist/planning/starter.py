@@ -64,7 +64,12 @@ def write_configuration(name: str, words: Sequence[str], output: Path | None) ->
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("x", encoding="utf-8") as file:  # another process may have made it meanwhile
-        file.write("\n".join(lines) + "\n")
+        try:
+            file.write("\n".join(lines) + "\n")
+            file.flush()
+        except OSError as error:  # no half of a configuration is left behind
+            path.unlink()
+            raise UserError(f"{path} cannot be written: {error.strerror}.") from error
     return path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from neftune_dist import __version__
+from neftune_dist.arguments import VERBS
 from neftune_dist.cli import main
 from neftune_dist.config import (
     KNOBS,
@@ -282,6 +284,30 @@ def test_init_of_what_names_no_run_exits_2(
 def test_settings_are_not_required(capsys: pytest.CaptureFixture) -> None:
     assert ended("train") == 2
     assert "required: config (see" in capsys.readouterr().err
+
+
+def test_init_on_a_full_disk_leaves_no_half_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        assert ended("init", "mine", f"model.name_or_path={tmp_path / 'absent'}") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert not Path("mine.yaml").exists()
+
+
+def test_ctrl_c_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def interrupted(**given: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(VERBS, "config", (interrupted, VERBS["config"][1]))
+    assert ended("config") == 130
+    assert capsys.readouterr().err == "neftune-dist: stopped by Ctrl-C.\n"
 
 
 @pytest.mark.parametrize("verb", ["export", "checkpoints", "watch"])
