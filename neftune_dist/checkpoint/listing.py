@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from neftune_dist.checkpoint import choice, flat, store
 from neftune_dist.config import UserError
@@ -22,11 +24,30 @@ _MEANINGS = {
     "exp_avg": "Adam's first moments",
     "exp_avg_sq": "Adam's second moments",
 }
-_HEADS = ("step", "size", "age", "state", "saved by", "continues")
+_DAMAGED = "damaged: "
 
 
-def listing(run_dir: Path, *, verify: bool) -> list[str]:
-    """Return the lines of the verb `checkpoints`, oldest first.
+class Row(NamedTuple):
+    """A folder among a run's checkpoints, in words."""
+
+    step: str
+    size: str
+    age: str
+    state: str
+    saved_by: str = ""
+    continues: str = "nothing"
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether it should be a checkpoint and is not what was written."""
+        return self.state.startswith(_DAMAGED)
+
+
+_HEADS = Row("step", "size", "age", "state", "saved by", "continues")
+
+
+def rows(run_dir: Path, *, verify: bool) -> list[Row]:
+    """Return what the verb `checkpoints` says of each folder, oldest first.
 
     Args:
         verify: also read every file and compare its checksum.
@@ -40,18 +61,22 @@ def listing(run_dir: Path, *, verify: bool) -> list[str]:
     fates = {path: f"passed over: {why}" for path, why in store.odd_entries(run_dir)}
     fates |= {path: "unfinished; the next save removes it" for path in store.leftovers(run_dir)}
     fates |= {path: "damaged and put aside; nothing reads it" for path in store.put_aside(run_dir)}
-    fates |= {path: f"damaged: {flaw}" for path, flaw in store.damaged_folders(run_dir)}
-    table: list[tuple[str, ...]] = [_HEADS]
+    fates |= {path: f"{_DAMAGED}{flaw}" for path, flaw in store.damaged_folders(run_dir)}
+    found = []
     for folder in sorted({*complete, *fates}):
         with suppress(FileNotFoundError):  # a run that continues has removed or renamed it
             if folder in complete:
-                table.append(_complete_row(complete[folder], verify))
+                found.append(_complete_row(complete[folder], verify))
             else:
                 sizes = (path.stat().st_size for path in folder.rglob("*") if path.is_file())
-                table.append(_row(folder, sum(sizes), fates[folder]))
-    if len(table) == 1:
-        return [f"{run_dir} holds no checkpoints yet."]
-    widths = [max(len(row[i]) for row in table) for i in range(len(_HEADS))]
+                found.append(_row(folder, sum(sizes), fates[folder]))
+    return found
+
+
+def table(found: Sequence[Row]) -> list[str]:
+    """Lines of a table."""
+    table = [_HEADS, *found]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
 
 
@@ -72,7 +97,7 @@ def contents(run_dir: Path) -> list[str]:
     return [*lines, *(f"  {line}" for line in reading)]
 
 
-def _complete_row(checkpoint: store.Checkpoint, verify: bool) -> tuple[str, ...]:
+def _complete_row(checkpoint: store.Checkpoint, verify: bool) -> Row:
     size = 0
     try:
         size = sum(file.size for file in checkpoint.files().values())
@@ -81,7 +106,7 @@ def _complete_row(checkpoint: store.Checkpoint, verify: bool) -> tuple[str, ...]
     except UserError:
         flaw = "trainer_state.json cannot be read"
     if flaw:
-        return _row(checkpoint.folder, size, f"damaged: {flaw}")
+        return _row(checkpoint.folder, size, f"{_DAMAGED}{flaw}")
     engine = state["config"]["engine"]
     stage = f" stage {engine['zero_stage'] or 3}" if engine["name"] == "deepspeed" else ""
     left = state["num_steps"] - checkpoint.step
@@ -108,8 +133,8 @@ def _flaw(checkpoint: store.Checkpoint) -> str | None:
 
 def _row(
     folder: Path, num_bytes: int, state: str, saved_by: str = "", continues: str = "nothing"
-) -> tuple[str, ...]:
+) -> Row:
     step = step_of(folder.with_name(folder.name.partition(".")[0]))
     age = duration_text(max(0.0, time.time() - folder.lstat().st_mtime))
-    cells = ("?" if step is None else str(step), size_text(num_bytes), age)
-    return (*cells, state, saved_by, continues)
+    shown = "?" if step is None else str(step)
+    return Row(shown, size_text(num_bytes), age, state, saved_by, continues)

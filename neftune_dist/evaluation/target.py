@@ -29,6 +29,7 @@ from neftune_dist.checkpoint.run_files import (
     run_config,
 )
 from neftune_dist.config import Config, ModelConfig, UserError, load_config, user_path
+from neftune_dist.config.errors import brief
 from neftune_dist.data.tokenize import ConversationTokenizer
 from neftune_dist.model import load, locate
 from neftune_dist.model.generation import Generator, end_tokens
@@ -37,6 +38,11 @@ from neftune_dist.model.precision import fast_dtype, with_dtype
 
 # Keys that describe the configuration's own model, not the one to evaluate.
 _KEYS_OF_THE_RUNS_MODEL = ("model.revision=null", "model.weights=null", "model.add_tokens=null")
+# What is read of a configuration; of the noise and its seed, where documents that were trained on
+# are measured.
+_SECTIONS = ("data.", "evaluate.", "judge.", "model.")
+_READ = (*_SECTIONS, "train.micro_batch_tokens.", "engine.sequence_parallel.")
+_NOISE = ("noise.", "train.seed.")
 _Read = Callable[[str], Tensor]  # the whole parameter or stored buffer of that name
 
 
@@ -180,6 +186,7 @@ def open_target(
         raise UserError(f"--step={step} has no effect: {name} is {kind}.")
     if not is_run and not is_checkpoint:
         found = _model_fields(str(name), path, config_file, settings)
+        _check_read(found["config"], settings)
         found["config"] = with_dtype(found["config"], fast_dtype(device))
         return EvaluationTarget(**found, device=device, part=part)
     if config_file is not None:
@@ -191,6 +198,7 @@ def open_target(
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{name} belongs to no run: {run_dir} has no config.yaml.")
     config = with_dtype(run_config(run_dir, settings), fast_dtype(device))
+    _check_read(config, settings)
     chosen = choice.choose(run_dir, step) if is_run else store.open_checkpoint(path)
     state = chosen.trainer_state()
     check_architecture(run_dir, state)
@@ -205,6 +213,21 @@ def open_target(
         step=chosen.step,
         alpha=float(state["config"]["noise"]["alpha"]),
     )
+
+
+def _check_read(config: Config, settings: Sequence[str]) -> None:
+    """Raise `UserError` for a `key=value` word that decides nothing once a model is trained."""
+    for word in settings:
+        key = f"{word.partition('=')[0]}."
+        if key.startswith(_NOISE) and not config.evaluate.train_documents:
+            raise UserError(
+                f"{brief(word)} has no effect: noise is added to training documents alone, of "
+                "which evaluate.train_documents=0 measures none."
+            )
+        if not key.startswith(_READ + _NOISE):
+            raise UserError(
+                f"{brief(word)} has no effect on a model that is trained: leave it out."
+            )
 
 
 def _model_fields(

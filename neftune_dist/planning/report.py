@@ -129,6 +129,7 @@ def plan(
         UserError: a mistake in `config`, an unknown GPU, or a run that does not fit on it.
     """
     gpus = known_gpus()
+    gpu = next((name for name in gpus if name.lower() == (gpu or "").lower()), gpu)
     if gpu is not None and gpu not in gpus:
         raise UserError(f"--gpu={gpu} is not known; known: {', '.join(gpus)}.")
     check_world_size(config, world_size)

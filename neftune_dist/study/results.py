@@ -13,6 +13,7 @@ from typing import Any
 
 from neftune_dist.checkpoint.run_files import run_config
 from neftune_dist.config import Config, UserError, differences, read_json
+from neftune_dist.config.errors import brief
 from neftune_dist.evaluation.results import FORMS
 from neftune_dist.study.grid import evaluation_folder
 from neftune_dist.system.records import EVALUATIONS, STEPS, read_records
@@ -112,6 +113,8 @@ def seeds_of(runs: Sequence[Run]) -> list[int]:
 
 def read_run(folder: Path, alpha: float, seed: int) -> Run:
     """Read a finished run, with its evaluation where there is one. Raises `UserError`."""
+    if not folder.exists():
+        raise UserError(f"{folder} is missing: the study's command makes it without --report-only.")
     steps = _rows(folder / STEPS, _NUMBERS)
     evaluations = _rows(folder / EVALUATIONS, ("held_out_loss",))
     held_out = {row["step"]: row["held_out_loss"] for row in evaluations}
@@ -139,9 +142,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
     Documents and steps are compared among the runs of a seed, the evaluated items among all."""
     for run in runs:
         first = next(other for other in runs if other.seed == run.seed)
-        changed = differences(runs[0].config.to_dict(), run.config.to_dict())
-        others = [k for k in changed if k not in _FREE and not k.startswith(_FREE_SECTIONS)]
-        if others:
+        if others := _changed(runs[0].config, run.config):
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             _refuse(runs[0], run, f"{others[0]}{more}")
         if run.documents != first.documents:
@@ -155,6 +156,31 @@ def check_comparable(runs: Sequence[Run]) -> None:
         for run, found in having:
             if found != having[0][1]:
                 _refuse(having[0][0], run, f"the {name} that they were evaluated on")
+
+
+def check_as_asked(run: Run, asked: Config) -> None:
+    """Refuse a run that was made with other settings than those asked for, which would have no
+    effect on its report. Raises `UserError`."""
+    for key in _changed(asked, run.config):
+        wanted, made = (_value(config, key) for config in (asked, run.config))
+        if wanted != "auto":  # a run has what was decided
+            raise UserError(
+                f"{run.folder} was made with {key}={brief(made)}, not {brief(wanted)}: restore it, "
+                "or set another run_dir."
+            )
+
+
+def _value(config: Config, key: str) -> Any:
+    found: Any = config.to_dict()
+    for name in key.split("."):
+        found = (found or {}).get(name)
+    return found
+
+
+def _changed(one: Config, two: Config) -> list[str]:
+    """Keys in which runs must not differ that are compared."""
+    changed = differences(one.to_dict(), two.to_dict())
+    return [key for key in changed if key not in _FREE and not key.startswith(_FREE_SECTIONS)]
 
 
 def _refuse(one: Run, two: Run, difference: str) -> None:

@@ -29,7 +29,7 @@ from neftune_dist.study import grid, report
 from neftune_dist.study.design import check_items, power_line
 from neftune_dist.study.grid import plain, run_dir
 from neftune_dist.study.measures import Judged
-from neftune_dist.study.results import Run, alphas_of, check_comparable, read_run
+from neftune_dist.study.results import Run, alphas_of, check_as_asked, check_comparable, read_run
 from neftune_dist.system import storage
 from neftune_dist.system.text import duration_text
 
@@ -97,6 +97,9 @@ def study(
         return 0
     runs = [read_run(run_dir(folder, *place), *place) for place in places]
     check_comparable(runs)
+    if report_only:  # otherwise the runs themselves have refused what differs
+        words = grid.run_words(settings, folder, runs[0].alpha, runs[0].seed)
+        check_as_asked(runs[0], load_config(config_path, words))
     report.claim(folder)
     with storage.hold(folder / ".lock", f"{folder} is being reported on by another study."):
         _report(runs, config, folder, power)

@@ -52,12 +52,19 @@ def _watch(run_dir: Path, once: bool, every: float) -> int:
     ),
 )
 def _checkpoints(run_dir: Path, verify: bool, contents: bool) -> int:
-    """List a run's checkpoints and what they can resume."""
+    """List a run's checkpoints and what they can resume. With --verify, damage ends with exit code
+    2."""
     from neftune_dist.checkpoint import listing
 
-    lines = listing.listing(run_dir, verify=verify)
+    rows = listing.rows(run_dir, verify=verify)
+    lines = listing.table(rows) if rows else [f"{run_dir} holds no checkpoints yet."]
     for line in [*lines, *(listing.contents(run_dir) if contents else [])]:
         print(line)
+    if verify and (damaged := [row.step for row in rows if row.is_damaged]):
+        raise UserError(
+            f"{run_dir}: damaged are the checkpoints of steps {', '.join(damaged)}; a resumed run "
+            "takes the newest complete one."
+        )
     return outcome.EXIT_DONE
 
 

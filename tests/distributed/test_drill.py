@@ -281,7 +281,9 @@ def test_checkpoints_lists_sound_and_damaged_ones(copy: Path) -> None:
     flip_a_bit(next_newest / "__0_0.distcp")
     shutil.copytree(next_newest, newest.with_name("step_00000009.partial"))
     shown = tiny_model.run_forked("checkpoints", copy).stdout
-    told = tiny_model.run_forked("checkpoints", copy, "--verify").stdout
+    verified = tiny_model.run_forked("checkpoints", copy, "--verify")
+    assert verified.returncode == 2 and "damaged are the checkpoints of" in verified.stderr
+    told = verified.stdout
     assert shown.count(" complete ") == drill.STEPS - 1
     assert told.count(" complete, verified ") == drill.STEPS - 2
     assert "__0_0.distcp is not what was written" in told

@@ -320,12 +320,14 @@ def test_only_makes_one_run_of_a_job_array(
     request: dict[str, Any] = {"alphas": [0, 5], "num_seeds": 2, "num_ranks": 1}
     words = [f"run_dir={tmp_path}"]
     for number, name in enumerate(RUNS):
-        with pytest.raises(UserError, match=name):
+        with pytest.raises(UserError, match=f"{name} is missing: .* without --report-only"):
             study(config, words, **request, report_only=True)
         assert study(config, words, **request, only=number) == 0
         made = {path.name for path in tmp_path.iterdir()} - {"neftune_study.json"}
         assert made == set(RUNS[: number + 1])
     assert len(commands) == 2 * len(RUNS)
+    with pytest.raises(UserError, match=r"made with optim.learning_rate=\S+, not 0.5: restore it"):
+        study(config, [*words, "optim.learning_rate=0.5"], **request, report_only=True)
     # The copies are all of alpha 0 and seed 0, and are taken for what their directories say.
     assert study(config, words, **request, report_only=True) == 0
     assert (tmp_path / "report.html").exists() and len(commands) == 2 * len(RUNS)

@@ -192,6 +192,9 @@ def test_path_without_a_model_is_refused(folder: Path, tmp_path: Path) -> None:
     assert "is no checkpoint directory" in refused(tmp_path / "checkpoints" / "step_00000007")
     assert "holds no complete checkpoint" in refused(tmp_path)
     assert "did you mean evaluate.max_new_tokens" in refused(folder, "evaluate.max_new_token=3")
+    for word in ("optim.learning_rate=0.5", "noise.alpha=4", "run_dir=elsewhere", "train.seed=1"):
+        assert f"{word} has no effect" in refused(folder, word)
+    assert open_target(folder, settings=["noise.alpha=4", "evaluate.train_documents=2"])
     with pytest.raises(UserError, match="--step=4 has no effect"):
         open_target(folder, step=4)
     with pytest.raises(UserError, match="--config=x has no effect"):

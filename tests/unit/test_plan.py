@@ -365,7 +365,7 @@ def test_fewer_exchanges_are_offered_where_they_fit(
     def offered(room: float) -> list[str]:
         gib = room * (1 + report.MARGIN_SHARE) / 2**30 + report.MARGIN_GIB
         monkeypatch.setattr(report, "known_gpus", lambda: {"H100": gib})
-        lines = lines_of(folder, gpu="H100", ranks=8, with_data=False)
+        lines = lines_of(folder, gpu="h100", ranks=8, with_data=False)
         return [line.split()[2] for line in lines if line.startswith("fewer exchanges")]
 
     assert offered(once.num_bytes + 8) == [words[0]]

@@ -13,7 +13,7 @@ import xxhash
 
 from neftune_dist.checkpoint import choice, flat, marked_folder, store
 from neftune_dist.checkpoint.flat import WrittenFile
-from neftune_dist.checkpoint.listing import listing
+from neftune_dist.checkpoint.listing import rows, table
 from neftune_dist.config import CheckpointConfig, UserError, with_checksum
 from neftune_dist.engine.base import MASTER, FlatShard
 from tests.support.disk_log import disk_log
@@ -154,7 +154,7 @@ def test_state_of_a_version_that_recorded_less_is_refused(
     folder = publish(tmp_path, 1, CheckpointConfig())
     with pytest.raises(UserError, match=rf"{key}.*another version of neftune_dist made"):
         store.Checkpoint(folder, 1).trainer_state()
-    assert "trainer_state.json cannot be read" in "".join(listing(tmp_path, verify=True))
+    assert "trainer_state.json cannot be read" in rows(tmp_path, verify=True)[0].state
 
 
 def test_manifest_without_trainer_state_makes_a_checkpoint_damaged(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_foreign_entries_are_kept_and_named_once(
     root = tmp_path / "run" / "checkpoints"
     root.mkdir(parents=True)
     before = make_odd(root, elsewhere)
-    shown = "\n".join(listing(tmp_path / "run", verify=True))
+    shown = "\n".join(table(rows(tmp_path / "run", verify=True)))
     assert shown.count("passed over: a link that leads nowhere") == 1
     assert shown.count("passed over: not made by a save") == 6
     settings = CheckpointConfig(keep=1)
@@ -253,8 +253,8 @@ def test_checkpoint_that_a_run_removes_while_it_is_looked_at_is_left_out_of_the_
         return found
 
     monkeypatch.setattr(store, "_flaw", look_then_remove)
-    (line,) = listing(tmp_path, verify=True)[1:]
-    assert line.split()[0] == "1" and looks.count(gone) >= 2
+    (row,) = rows(tmp_path, verify=True)
+    assert row.step == "1" and looks.count(gone) >= 2
 
 
 @pytest.mark.parametrize("kind", ["find_all", "leftovers", "odd_entries", "damaged_folders"])
@@ -277,8 +277,8 @@ def test_entry_that_a_run_removes_meanwhile_is_left_out_of_the_list(
         return found
 
     monkeypatch.setattr(store, kind, look_then_remove)
-    (line,) = listing(tmp_path, verify=True)[1:]
-    assert line.split()[0] == "1"
+    (row,) = rows(tmp_path, verify=True)
+    assert row.step == "1"
 
 
 def test_linked_checkpoint_is_read_and_only_its_link_removed(tmp_path: Path) -> None:
