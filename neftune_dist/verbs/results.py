@@ -62,7 +62,7 @@ def _checkpoints(run_dir: Path, verify: bool, contents: bool) -> int:
         print(line)
     if verify and (damaged := [row.step for row in rows if row.is_damaged]):
         raise UserError(
-            f"{run_dir}: damaged are the checkpoints of steps {', '.join(damaged)}; a resumed run "
+            f"{run_dir} holds damaged checkpoints, of step {', '.join(damaged)}: a resumed run "
             "takes the newest complete one."
         )
     return outcome.EXIT_DONE

@@ -282,7 +282,7 @@ def test_checkpoints_lists_sound_and_damaged_ones(copy: Path) -> None:
     shutil.copytree(next_newest, newest.with_name("step_00000009.partial"))
     shown = tiny_model.run_forked("checkpoints", copy).stdout
     verified = tiny_model.run_forked("checkpoints", copy, "--verify")
-    assert verified.returncode == 2 and "damaged are the checkpoints of" in verified.stderr
+    assert verified.returncode == 2 and "holds damaged checkpoints, of step" in verified.stderr
     told = verified.stdout
     assert shown.count(" complete ") == drill.STEPS - 1
     assert told.count(" complete, verified ") == drill.STEPS - 2

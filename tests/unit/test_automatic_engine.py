@@ -75,10 +75,8 @@ def test_state_of_a_whole_model_is_what_the_engine_keeps(
     kept = [*built.parameters(), *engine.masters, *(m.grad for m in engine.masters)]
     sizes = {t.data_ptr(): t.nbytes for t in kept if t is not None}
     moments = sum(s.tensor.nbytes for s in engine.flat_state() if s.kind != MASTER)
-    total = (
-        sum(sizes.values()) + moments
-    )  # of which blocks of 8 bits that are not full are left out
-    assert needed_bytes(model, *words) == pytest.approx(total, rel=0.005)
+    # Blocks of 8-bit moments that small parameters do not fill are left out.
+    assert needed_bytes(model, *words) == pytest.approx(sum(sizes.values()) + moments, rel=0.005)
 
 
 @pytest.mark.parametrize(
