@@ -47,7 +47,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from neftune_dist.config import UserError
 from neftune_dist.engine.base import FlatShard
 from neftune_dist.model.pickles import KnownReader
-from neftune_dist.optim import Moment, QuantizedMoment
+from neftune_dist.optim.param_slice import Moment
+from neftune_dist.optim.quantized_state import QuantizedMoment
 from neftune_dist.system.garbage import without_collecting
 
 # Largest item of a file: reading a range takes this much memory beside the range.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from neftune_dist.engine.base import FlatShard
-from neftune_dist.optim import QuantizedMoment
+from neftune_dist.optim.quantized_state import QuantizedMoment
 
 # Tensors begin at multiples of this many bytes, as torch aligns them.
 _ALIGNMENT = 64

@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import nn
 
 from neftune_dist.config import KNOBS, Config
-from neftune_dist.optim import state_bytes
+from neftune_dist.optim.adamw import state_bytes
 from neftune_dist.system.text import size_text
 
 # Of the device's memory, what a whole model with its gradients and moments may take; the rest is

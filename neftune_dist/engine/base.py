@@ -18,18 +18,11 @@ from torch import Tensor, nn
 from neftune_dist.config import UserError
 from neftune_dist.data.loader import MicroBatch
 from neftune_dist.model.modules import replace_parameters
-from neftune_dist.optim import (
-    MakeOptimizer,
-    Moment,
-    ParamSlice,
-    QuantizedMoment,
-    local,
-    moments,
-    precision_of,
-    prepare_update,
-)
+from neftune_dist.optim.adamw import MakeOptimizer, moments, precision_of, prepare_update
+from neftune_dist.optim.param_slice import Moment, ParamSlice, local
+from neftune_dist.optim.quantized_state import QuantizedMoment
 
-# The float32 master weights, beside the moments named in optim.STATE_NAMES.
+# The float32 master weights, beside the moments (`optim.param_slice.STATE_NAMES`).
 MASTER = "master"
 # A parameter that is not trained, in the dtype in which it computes. It is read and never saved.
 FROZEN = "frozen"

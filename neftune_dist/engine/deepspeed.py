@@ -44,14 +44,14 @@ from neftune_dist.model.load import DTYPES, initialize_buffers
 from neftune_dist.model.loss import resolve_loss, token_losses
 from neftune_dist.model.modules import own_buffers, own_parameters, replace_buffers
 from neftune_dist.model.optimizations import blocks
-from neftune_dist.optim import (
+from neftune_dist.optim.adamw import (
     MakeOptimizer,
-    ParamSlice,
     initialize_state,
     set_learning_rate,
     set_updates,
     squared_norm,
 )
+from neftune_dist.optim.param_slice import ParamSlice
 
 
 class DeepSpeedEngine:

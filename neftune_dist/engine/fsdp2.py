@@ -47,14 +47,8 @@ from neftune_dist.model.load import DTYPES, initialize_buffers
 from neftune_dist.model.loss import resolve_loss, token_losses
 from neftune_dist.model.modules import replace_buffers
 from neftune_dist.model.optimizations import blocks
-from neftune_dist.optim import (
-    MakeOptimizer,
-    ParamSlice,
-    initialize_state,
-    local,
-    set_updates,
-    squared_norm,
-)
+from neftune_dist.optim.adamw import MakeOptimizer, initialize_state, set_updates, squared_norm
+from neftune_dist.optim.param_slice import ParamSlice, local
 
 
 class FSDP2Engine:

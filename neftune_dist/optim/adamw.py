@@ -1,9 +1,8 @@
-"""The optimizer and the learning rate.
+"""AdamW (Loshchilov and Hutter, arXiv 1711.05101) on the shards that an engine holds.
 
-The learning rate is a pure function of the step, so a resumed run needs no scheduler state. The
-optimizer is AdamW (Loshchilov and Hutter, arXiv 1711.05101), on whatever shards the engine holds:
-torch's where moments are float32, `LowPrecisionAdamW` where they are smaller. Its state is made at
-once, so that a fresh run and a resumed one look the same.
+`MakeOptimizer` chooses the class by `optim.states`: torch's fused AdamW for float32 moments,
+`LowPrecisionAdamW` for bfloat16 and 8-bit ones. The moments are allocated at once, not at the first
+step, so that a checkpoint is loaded into a fresh run as into a resumed one.
 """
 
 from __future__ import annotations
@@ -17,26 +16,11 @@ from torch import Tensor
 
 from neftune_dist.compat.torch import foreach_norm
 from neftune_dist.config import OptimConfig
-from neftune_dist.optim.adamw_low_precision import (
-    MIN_NUMEL_8BIT,
-    STATE_NAMES,
-    LowPrecisionAdamW,
-    Moment,
-    ParamSlice,
-    local,
-)
+from neftune_dist.optim.adamw_low_precision import MIN_NUMEL_8BIT, LowPrecisionAdamW
+from neftune_dist.optim.param_slice import STATE_NAMES, Moment, ParamSlice, local
 from neftune_dist.optim.quantized_state import BLOCK, QuantizedMoment
-from neftune_dist.optim.schedule import Schedule
 
 _NORM_ELEMENTS = 1 << 18  # of gradients in host memory, at a time
-
-
-def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
-    """The learning rate of step 0 <= step < num_steps."""
-    schedule = Schedule(
-        config.learning_rate, config.schedule, config.warmup_steps, config.final_fraction
-    )
-    return schedule.value(step, num_steps)
 
 
 @dataclass(frozen=True)
@@ -127,39 +111,30 @@ def set_updates(optimizer: torch.optim.Optimizer, num_updates: int) -> None:
         state["step"].fill_(num_updates)
 
 
-def skip_update_where(optimizer: torch.optim.Optimizer, unwanted: Tensor) -> None:
-    """Let the next update change nothing (no parameter, no moment, no count) where `unwanted`, a
-    bool scalar on the parameters' device, is true. So the host need not wait for its value."""
-    # Torch's fused optimizers look for it; it is what GradScaler sets.
-    optimizer.found_inf = unwanted.float()  # type: ignore[attr-defined]
-
-
-def divide_gradients(optimizer: torch.optim.Optimizer, divisor: Tensor) -> None:
-    """Set the divisor, float32 () on the gradients' device, that the next update divides gradients
-    by as it reads them. The gradients in memory may be divided by it as well, or not."""
-    # As with found_inf: what GradScaler sets, and torch's fused optimizers look for.
-    optimizer.grad_scale = divisor  # type: ignore[attr-defined]
-
-
 def prepare_update(
-    optimizer: torch.optim.Optimizer, rate: float, norm: Tensor, max_norm: float
+    optimizer: torch.optim.Optimizer, learning_rate: float, norm: Tensor, max_norm: float
 ) -> None:
-    """Set rate and clipping of the next update, which alone reads the gradients.
+    """Set the learning rate, the skip and the clipping of the next update, without waiting for the
+    GPU: the optimizer reads all three on the device.
+
+    The two attributes set here are those that GradScaler sets and that torch's fused optimizers
+    read: `found_inf` (1: change no parameter, no moment, no count) and `grad_scale` (divide the
+    gradients by it as they are read).
 
     Args:
-        rate: the learning rate.
-        norm: of the gradients, float64 () on their device; if it is not finite, nothing changes.
-        max_norm: the gradients are divided by norm / max_norm where that is above 1; 0: never.
+        norm: L2 norm of the gradients, float64 () on their device; if it is not finite, the update
+            changes nothing.
+        max_norm: gradients of a greater norm are scaled down to it; 0: no clipping.
     """
-    set_learning_rate(optimizer, rate)
-    skip_update_where(optimizer, ~norm.isfinite())
-    # A checkpoint has one count for all parameters: those without a gradient count the update, too.
+    set_learning_rate(optimizer, learning_rate)
+    optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+    # A checkpoint has one count for all parameters, so those without a gradient count the update.
     for group in optimizer.param_groups:
         for count in [optimizer.state[p]["step"] for p in group["params"] if p.grad is None]:
             count += norm.isfinite().to(count)
     if max_norm:
         excess = ((norm + 1e-6) / max_norm).clamp(min=1.0)
-        divide_gradients(optimizer, excess.to(torch.float32))
+        optimizer.grad_scale = excess.to(torch.float32)  # type: ignore[attr-defined]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

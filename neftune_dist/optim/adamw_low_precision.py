@@ -7,57 +7,21 @@ say what lies where, and on no more of one at a time than a cache holds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from neftune_dist.optim.param_slice import STATE_NAMES, Moment, ParamSlice, local
 from neftune_dist.optim.quantized_state import BLOCK, QuantizedMoment, square_root
 from neftune_dist.optim.rounding import draw_words, round_into
 
-STATE_NAMES = ("exp_avg", "exp_avg_sq")
-# Of whole tensors; smaller ones (norms, biases) keep float32 where others have 8 bits.
+# Elements of a whole tensor from which 8-bit moments are used; smaller tensors (norms, biases) keep
+# float32.
 MIN_NUMEL_8BIT = 4096
 _CHUNK = 1 << 18  # elements at a time, for each thread
-
-# A moment of a slice, 1-D: float32 or bfloat16, or read as float32.
-Moment: TypeAlias = Tensor | QuantizedMoment
-
-
-@dataclass(frozen=True)
-class ParamSlice:
-    """A range of one flattened parameter, which is a part of one of an optimizer's tensors.
-
-    Attributes:
-        tensor: the optimizer's tensor; a DTensor's shard counts as flat.
-        part: where in that tensor the range lies.
-        name: the parameter's.
-        start: of the range within the whole parameter.
-        numel: elements of the whole parameter.
-    """
-
-    tensor: Tensor
-    part: slice
-    name: str
-    start: int
-    numel: int
-
-    @property
-    def size(self) -> int:
-        """Elements of the slice."""
-        return int(self.part.stop - self.part.start)
-
-    def split(self, multiple: int) -> Iterator[tuple[int, int]]:
-        """Ranges (first, stop) within the slice that meet at multiples of `multiple` in the whole
-        parameter."""
-        first = 0
-        while first < self.size:
-            stop = min(self.size, first + multiple - (self.start + first) % multiple)
-            yield first, stop
-            first = stop
 
 
 @dataclass(frozen=True)
@@ -90,12 +54,6 @@ class Update:
     def step_size(self) -> float:
         """Factor of the change of the parameter; it corrects the first moment's start at 0."""
         return -self.rate / (1 - self.beta1**self.number)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's elements, flat: a view."""
-    mine = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return mine.detach().view(-1)
 
 
 class LowPrecisionAdamW(torch.optim.Optimizer):

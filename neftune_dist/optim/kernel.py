@@ -28,7 +28,8 @@ from neftune_dist.optim.quantized_state import (
 from neftune_dist.optim.rounding import KEY_POSITIONS, LAST_SHIFT, ROUNDS, draw_keys
 
 if TYPE_CHECKING:
-    from neftune_dist.optim.adamw_low_precision import Moment, ParamSlice, Update
+    from neftune_dist.optim.adamw_low_precision import Update
+    from neftune_dist.optim.param_slice import Moment, ParamSlice
 
 _WARPS = 4
 _ROWS = {8: 4, 16: 2, 32: 2}  # by bits of a moment: rows of 256 elements that a program updates

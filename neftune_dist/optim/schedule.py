@@ -1,9 +1,14 @@
-"""How a setting (the learning rate, alpha) changes over a run: warm-up, then a decay."""
+"""How a setting (the learning rate, the noise's alpha) changes over a run: warm-up, then a decay.
+
+A value is a pure function of the step, so a resumed run needs no scheduler state.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+
+from neftune_dist.config import OptimConfig
 
 
 @dataclass(frozen=True)
@@ -34,3 +39,11 @@ class Schedule:
         done = (step - self.warmup_steps) / max(1, num_steps - self.warmup_steps)
         left = 0.5 * (1 + math.cos(math.pi * done)) if self.shape == "cosine" else 1 - done
         return self.peak * (self.final_fraction + (1 - self.final_fraction) * left)
+
+
+def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
+    """The learning rate of step 0 <= step < num_steps."""
+    schedule = Schedule(
+        config.learning_rate, config.schedule, config.warmup_steps, config.final_fraction
+    )
+    return schedule.value(step, num_steps)

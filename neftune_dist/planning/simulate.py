@@ -32,7 +32,8 @@ from neftune_dist.engine.base import MASTER
 from neftune_dist.model import load
 from neftune_dist.model.precision import with_dtype
 from neftune_dist.model.ulysses import share_sequences
-from neftune_dist.optim import MakeOptimizer, QuantizedMoment
+from neftune_dist.optim.adamw import MakeOptimizer
+from neftune_dist.optim.quantized_state import QuantizedMoment
 from neftune_dist.planning.memory import Memory, Peak
 from neftune_dist.training.noise import attach_noise, token_layout
 

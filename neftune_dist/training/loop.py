@@ -32,7 +32,7 @@ from neftune_dist.engine.base import Engine
 from neftune_dist.model.flops import ModelSize
 from neftune_dist.model.optimizations import check_compiled
 from neftune_dist.noise.handle import NEFTuneHandle
-from neftune_dist.optim import learning_rate
+from neftune_dist.optim.schedule import learning_rate
 from neftune_dist.training.held_out import HeldOut, evaluation_due
 from neftune_dist.training.metrics import RankResult, Recorder, Totals, memory_gib, step_record
 from neftune_dist.training.noise import noise_alpha, noise_signs, num_passes, token_layout

@@ -32,7 +32,7 @@ from neftune_dist.model.load import fill_buffers
 from neftune_dist.model.precision import fast_dtype, with_dtype
 from neftune_dist.model.ulysses import share_sequences
 from neftune_dist.noise.handle import NEFTuneHandle
-from neftune_dist.optim import MakeOptimizer
+from neftune_dist.optim.adamw import MakeOptimizer
 from neftune_dist.training.held_out import HeldOut
 from neftune_dist.training.inputs import Inputs, read_inputs
 from neftune_dist.training.loop import Progress, Trainer

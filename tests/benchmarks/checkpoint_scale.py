@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from neftune_dist.checkpoint import flat
 from neftune_dist.checkpoint.flat import _LoadPlanner, _SavePlanner
 from neftune_dist.engine.base import MASTER, FlatShard
-from neftune_dist.optim import STATE_NAMES
+from neftune_dist.optim.param_slice import STATE_NAMES
 from neftune_dist.system import garbage
 
 

@@ -29,7 +29,7 @@ from neftune_dist.checkpoint.saver import Saver
 from neftune_dist.config import CheckpointConfig, Config
 from neftune_dist.distributed.world import World
 from neftune_dist.model import load
-from neftune_dist.optim import MakeOptimizer
+from neftune_dist.optim.adamw import MakeOptimizer
 
 SAVES = 3
 

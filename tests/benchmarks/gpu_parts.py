@@ -33,7 +33,7 @@ from neftune_dist.noise.hook import NEFTune
 from neftune_dist.noise.law import RankStream, scalar, scales
 from neftune_dist.noise.layout import TokenLayout
 from neftune_dist.noise.op import add_noise, add_noise_
-from neftune_dist.optim import MakeOptimizer
+from neftune_dist.optim.adamw import MakeOptimizer
 from neftune_dist.training.noise import token_layout
 
 GIB = 2**30

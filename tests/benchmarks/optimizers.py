@@ -34,14 +34,8 @@ import torch
 
 from neftune_dist.config import KNOBS, ModelConfig, OptimConfig
 from neftune_dist.model import load
-from neftune_dist.optim import (
-    MakeOptimizer,
-    ParamSlice,
-    divide_gradients,
-    initialize_state,
-    squared_norm,
-    state_bytes,
-)
+from neftune_dist.optim.adamw import MakeOptimizer, initialize_state, squared_norm, state_bytes
+from neftune_dist.optim.param_slice import ParamSlice
 
 WORDS = [
     "model.dtype=fp32",
@@ -155,7 +149,7 @@ def measure_updates(device: torch.device, numel: int, out: Path) -> None:
             param_slice = ParamSlice(parameter, slice(0, numel), "w", 0, numel)
             initialize_state(optimizer, [parameter], [param_slice])
             if clipped:
-                divide_gradients(optimizer, torch.ones((), device=device))
+                optimizer.grad_scale = torch.ones((), device=device)
             writes_grad = 4 * (clipped and states == "fp32")
             report(
                 f"{states} update" + ", clipped" * clipped,

@@ -20,7 +20,7 @@ from neftune_dist.engine.base import MASTER
 from neftune_dist.engine.fsdp2 import FSDP2Engine
 from neftune_dist.model import load
 from neftune_dist.model.weights import WeightFiles
-from neftune_dist.optim import MakeOptimizer
+from neftune_dist.optim.adamw import MakeOptimizer
 from tests.support import tiny_model
 
 MIB = 2**20

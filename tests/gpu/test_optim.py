@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from neftune_dist.optim import squared_norm
+from neftune_dist.optim.adamw import squared_norm
 from tests.support import moment_updates
 from tests.support.moment_updates import CASES, Case
 

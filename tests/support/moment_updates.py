@@ -12,14 +12,9 @@ import torch
 from torch import Tensor
 
 from neftune_dist.config import OptimConfig
-from neftune_dist.optim import (
-    MakeOptimizer,
-    ParamSlice,
-    QuantizedMoment,
-    divide_gradients,
-    initialize_state,
-    moments,
-)
+from neftune_dist.optim.adamw import MakeOptimizer, initialize_state, moments
+from neftune_dist.optim.param_slice import ParamSlice
+from neftune_dist.optim.quantized_state import QuantizedMoment
 
 NUM_UPDATES = 4
 
@@ -75,7 +70,7 @@ def make(states: str, case: Case, values: Tensor) -> tuple[Any, Tensor, ParamSli
     optimizer = MakeOptimizer(config, seed=3)([("w", parameter)], {"w": (case.numel, 1)})
     initialize_state(optimizer, [parameter], [param_slice])
     if case.grad_scale is not None:
-        divide_gradients(optimizer, torch.tensor(case.grad_scale, device=values.device))
+        optimizer.grad_scale = torch.tensor(case.grad_scale, device=values.device)
     return optimizer, parameter, param_slice
 
 

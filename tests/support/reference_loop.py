@@ -15,7 +15,7 @@ from neftune_dist.config import Config, load_config
 from neftune_dist.data.dataset import prepare
 from neftune_dist.data.sampler import make_sampler
 from neftune_dist.noise.layout import TokenLayout
-from neftune_dist.optim import learning_rate
+from neftune_dist.optim.schedule import learning_rate
 
 TOLERANCE = 1e-5  # relative, of what float32 runs of other layouts record
 

@@ -14,7 +14,7 @@ from neftune_dist.engine.automatic import choose_engine
 from neftune_dist.engine.base import MASTER
 from neftune_dist.engine.replicated import ReplicatedEngine
 from neftune_dist.model import load
-from neftune_dist.optim import MakeOptimizer
+from neftune_dist.optim.adamw import MakeOptimizer
 from neftune_dist.planning.batches import fullest
 from neftune_dist.planning.report import GIB, plan, read
 from tests.support import tiny_model

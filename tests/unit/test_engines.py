@@ -23,7 +23,8 @@ from neftune_dist.engine import make_engine
 from neftune_dist.engine.base import FROZEN, MASTER, Engine, check_shardable, lay_out
 from neftune_dist.model import load
 from neftune_dist.model.modules import forward_of
-from neftune_dist.optim import STATE_NAMES, MakeOptimizer
+from neftune_dist.optim.adamw import MakeOptimizer
+from neftune_dist.optim.param_slice import STATE_NAMES
 from tests.support import tiny_model
 
 ENGINES = {

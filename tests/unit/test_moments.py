@@ -16,20 +16,17 @@ from neftune_dist.checkpoint import flat
 from neftune_dist.checkpoint.host_copy import HostCopy
 from neftune_dist.config import OptimConfig
 from neftune_dist.engine.base import FlatShard
-from neftune_dist.optim import (
-    STATE_NAMES,
+from neftune_dist.optim import adamw_low_precision
+from neftune_dist.optim.adamw import (
     MakeOptimizer,
-    ParamSlice,
-    QuantizedMoment,
-    adamw_low_precision,
     initialize_state,
     moments,
     precision_of,
     set_updates,
-    skip_update_where,
     state_bytes,
 )
-from neftune_dist.optim.quantized_state import BLOCK
+from neftune_dist.optim.param_slice import STATE_NAMES, ParamSlice
+from neftune_dist.optim.quantized_state import BLOCK, QuantizedMoment
 from neftune_dist.optim.rounding import draw_words, round_into
 from tests.support import moment_updates
 
@@ -180,10 +177,10 @@ def test_through_a_checkpoint_training_goes_on_to_the_bit(
 def test_a_skipped_update_changes_nothing(states: str) -> None:
     training = Training(states, []).run(range(2))
     before = training.values()
-    skip_update_where(training.optimizer, torch.tensor(True))
+    training.optimizer.found_inf = torch.ones(())
     training.step(2)
     assert equal(training.values(), before)
-    skip_update_where(training.optimizer, torch.tensor(False))
+    training.optimizer.found_inf = torch.zeros(())
     expected = Training(states, []).run(range(3)).values()
     training.step(2)
     assert equal(training.values(), expected)
