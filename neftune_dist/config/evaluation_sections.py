@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from neftune_dist.config.knobs import number, path
 
+# Settings of `evaluate` that `train` alone reads.
+WHILE_TRAINING = ("every_steps", "sample_prompts")
+
 
 @dataclass
 class EvaluateConfig:

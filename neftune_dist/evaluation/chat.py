@@ -60,7 +60,7 @@ def chat(names: Sequence[str], settings: Sequence[str], *, temperature: float = 
         sys.stdin.reconfigure(errors="surrogateescape")
     speakers = []
     try:
-        for target in [open_target(name, settings=settings) for name in names]:
+        for target in [open_target(n, settings=settings, is_measured=False) for n in names]:
             if at_terminal:
                 print(f"loading {target.name}", flush=True)
             speakers.append(Speaker(target, temperature))

@@ -28,7 +28,14 @@ from neftune_dist.checkpoint.run_files import (
     check_sealed,
     run_config,
 )
-from neftune_dist.config import Config, ModelConfig, UserError, load_config, user_path
+from neftune_dist.config import (
+    WHILE_TRAINING,
+    Config,
+    ModelConfig,
+    UserError,
+    load_config,
+    user_path,
+)
 from neftune_dist.config.errors import brief
 from neftune_dist.data.tokenize import ConversationTokenizer
 from neftune_dist.model import load, locate
@@ -38,11 +45,15 @@ from neftune_dist.model.precision import fast_dtype, with_dtype
 
 # Keys that describe the configuration's own model, not the one to evaluate.
 _KEYS_OF_THE_RUNS_MODEL = ("model.revision=null", "model.weights=null", "model.add_tokens=null")
-# What is read of a configuration; of the noise and its seed, where documents that were trained on
-# are measured.
-_SECTIONS = ("data.", "evaluate.", "judge.", "model.")
-_READ = (*_SECTIONS, "train.micro_batch_tokens.", "engine.sequence_parallel.")
-_NOISE = ("noise.", "train.seed.")
+# What is read of a configuration, as settings or whole sections: by a chat; by an evaluation, too;
+# of a model that no run here has trained; where documents that were trained on are measured.
+_TALK = (
+    *("data", "model.dtype", "model.attention", "model.trust_remote_code"),
+    *("evaluate.max_new_tokens", "evaluate.repetition_penalty"),
+)
+_MEASURES = ("evaluate", "judge", "train.micro_batch_tokens", "engine.sequence_parallel")
+_OF_NO_RUN = ("model.add_tokens", "model.revision")
+_NOISE = ("noise", "train.seed")
 _Read = Callable[[str], Tensor]  # the whole parameter or stored buffer of that name
 
 
@@ -162,6 +173,7 @@ def open_target(
     settings: Sequence[str] = (),
     device: torch.device | None = None,
     part: tuple[int, int] = (0, 1),
+    is_measured: bool = True,
 ) -> EvaluationTarget:
     """Open the model of that name.
 
@@ -173,6 +185,7 @@ def open_target(
         settings: `key=value` words, applied last.
         device: None: the GPU where there is one.
         part: see `EvaluationTarget`.
+        is_measured: False: settings that measurements alone read are refused.
 
     Raises:
         UserError: there is none, or an argument has no effect on it.
@@ -185,8 +198,7 @@ def open_target(
         kind = "a checkpoint itself" if is_checkpoint else "no run directory"
         raise UserError(f"--step={step} has no effect: {name} is {kind}.")
     if not is_run and not is_checkpoint:
-        found = _model_fields(str(name), path, config_file, settings)
-        _check_read(found["config"], settings)
+        found = _model_fields(str(name), path, config_file, settings, is_measured)
         found["config"] = with_dtype(found["config"], fast_dtype(device))
         return EvaluationTarget(**found, device=device, part=part)
     if config_file is not None:
@@ -198,7 +210,7 @@ def open_target(
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{name} belongs to no run: {run_dir} has no config.yaml.")
     config = with_dtype(run_config(run_dir, settings), fast_dtype(device))
-    _check_read(config, settings)
+    _check_read(config, settings, (), is_measured)
     chosen = choice.choose(run_dir, step) if is_run else store.open_checkpoint(path)
     state = chosen.trainer_state()
     check_architecture(run_dir, state)
@@ -215,23 +227,37 @@ def open_target(
     )
 
 
-def _check_read(config: Config, settings: Sequence[str]) -> None:
+def _check_read(
+    config: Config, settings: Sequence[str], others: tuple[str, ...], is_measured: bool
+) -> None:
     """Raise `UserError` for a `key=value` word that decides nothing once a model is trained."""
+    read = _TALK + others + (_MEASURES + _NOISE if is_measured else ())
     for word in settings:
-        key = f"{word.partition('=')[0]}."
-        if key.startswith(_NOISE) and not config.evaluate.train_documents:
-            raise UserError(
-                f"{brief(word)} has no effect: noise is added to training documents alone, of "
-                "which evaluate.train_documents=0 measures none."
+        key = word.partition("=")[0]
+        reason = ""
+        if not _is_within(key, read) or key in (f"evaluate.{name}" for name in WHILE_TRAINING):
+            reason = "on a model that is trained: leave it out"
+        elif _is_within(key, _NOISE) and not config.evaluate.train_documents:
+            reason = (
+                "since noise is added to training documents alone, of which "
+                "evaluate.train_documents=0 measures none"
             )
-        if not key.startswith(_READ + _NOISE):
-            raise UserError(
-                f"{brief(word)} has no effect on a model that is trained: leave it out."
-            )
+        elif _is_within(key, ["judge"]) and key != "judge.reference" and not config.judge.reference:
+            reason = "without judge.reference, whose answers are compared with"
+        if reason:
+            raise UserError(f"{brief(word)} has no effect {reason}.")
+
+
+def _is_within(key: str, names: Sequence[str]) -> bool:
+    return any(f"{key}.".startswith(f"{name}.") for name in names)
 
 
 def _model_fields(
-    name: str, path: Path, config_file: str | Path | None, settings: Sequence[str]
+    name: str,
+    path: Path,
+    config_file: str | Path | None,
+    settings: Sequence[str],
+    is_measured: bool,
 ) -> dict[str, Any]:
     """Name, configuration and folder of a model that belongs to no run."""
     if path.exists() and not (path / "config.json").is_file():
@@ -243,5 +269,6 @@ def _model_fields(
         check_sealed(Path(config_file).parent)  # a run's own, perhaps
     words = [f"model.name_or_path={name}", *_KEYS_OF_THE_RUNS_MODEL, *settings]
     config = load_config(config_file, words)
+    _check_read(config, settings, _OF_NO_RUN, is_measured)
     shown = path.resolve().name if path.exists() else name.replace("/", "-")
     return {"name": shown, "config": config, "folder": locate.find(config.model)}

@@ -15,7 +15,7 @@ from pathlib import Path
 from subprocess import PIPE, Popen
 from types import FrameType
 
-from neftune_dist.config import Config
+from neftune_dist.config import WHILE_TRAINING, Config
 from neftune_dist.distributed.outcome import EXIT_STOPPED
 from neftune_dist.system import children
 
@@ -54,10 +54,13 @@ def noise_words(alpha: float) -> list[str]:
 def evaluation_words(config: Config) -> list[str]:
     """The words after `evaluate RUN_DIR`: the study's settings, even where the run was trained with
     others."""
+    # Without answers to beat, `evaluate` asks no judge.
+    judge = asdict(config.judge) if config.judge.reference else {"reference": None}
     return [
         f"{section}.{key}={'null' if value is None else value}"
-        for section in ("evaluate", "judge")
-        for key, value in asdict(getattr(config, section)).items()
+        for section, values in (("evaluate", asdict(config.evaluate)), ("judge", judge))
+        for key, value in values.items()
+        if key not in WHILE_TRAINING
     ]
 
 

@@ -87,43 +87,47 @@ def writing(what: str) -> Iterator[None]:
         raise UserError(f"{what} cannot be written: {error.strerror or error}.") from error
 
 
-def claim(folder: Path, names: Sequence[str], mark: str, setting: str) -> None:
+def claim(folder: Path, mark: str, setting: str, known: Sequence[str] = ()) -> None:
     """Make a folder where it is missing, and mark it as ours.
 
     Args:
         folder: to be claimed.
-        names: see `refuse_foreign`.
         mark: the file that says the folder is ours.
         setting: that names the folder, such as `run_dir=runs/7b`.
+        known: patterns of what may lie there before it is marked, beside hidden files.
 
     Raises:
-        UserError: the folder holds what we would overwrite, or cannot be written.
+        UserError: the folder holds anything else and has no mark, or cannot be written.
     """
-    refuse_foreign(folder, names, mark, setting)
+    refuse_foreign(folder, ["*"], mark, setting, (".*", "lost+found", *known))
     with writing(setting):
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / mark).is_file():
             write(folder / mark, json.dumps({"made_by": f"neftune_dist {__version__}"}) + "\n")
 
 
-def refuse_foreign(folder: Path, names: Sequence[str], mark: str, setting: str) -> None:
-    """Raise `UserError` where a folder without our mark holds what we would overwrite.
+def refuse_foreign(
+    folder: Path, names: Sequence[str], mark: str, setting: str, known: Sequence[str] = ()
+) -> None:
+    """Raise `UserError` where a folder without our mark holds what others have written.
 
     Args:
         folder: to be written into.
-        names: of what would be overwritten, as glob patterns.
+        names: of what is refused, as glob patterns.
         mark: the file that says the folder is ours.
         setting: that names the folder, such as `run_dir=runs/7b`.
+        known: of what is not refused, as glob patterns.
     """
     if (folder / mark).is_file() or not folder.is_dir():
         return
     with writing(setting):
         present = sorted(os.listdir(folder))
     for there in present:
-        if any(fnmatchcase(there, name) for name in names):
+        is_refused, is_known = (any(fnmatchcase(there, n) for n in of) for of in (names, known))
+        if is_refused and not is_known:
             raise UserError(
                 f"{setting} holds {there}, but no {mark}, so this project did not write it and "
-                "does not overwrite it: choose another directory, or move it away."
+                "does not write there: choose another directory, or move it away."
             )
 
 

@@ -299,13 +299,18 @@ def umask() -> int:
 
 
 def test_run_directory_with_foreign_files_is_not_trained_in(copy: Path) -> None:
-    """`run_dir=.` where the configuration lies replaced it."""
+    """Such as where the configuration lies, a model's folder, the root of the file system."""
     config = tiny_model.make_config(copy / "project", train={"max_steps": 1})
-    before = snapshot(copy / "project")
-    done = tiny_model.run_forked("train", config, f"run_dir={config.parent}")
-    assert done.returncode == 2
-    assert "holds config.yaml, but no neftune_run.json" in done.stderr
-    assert snapshot(copy / "project") == before
+    before = snapshot(copy)
+    for folder, holds in (
+        (config.parent, "config.yaml"),
+        (copy / "model", "chat_template.jinja"),
+        ("/", ""),
+    ):
+        done = tiny_model.run_forked("train", config, f"run_dir={folder}")
+        assert done.returncode == 2
+        assert re.search(rf"holds {holds}\S*, but no neftune_run.json", done.stderr)
+    assert snapshot(copy) == before
 
 
 @pytest.mark.parametrize("name", ["answers.json", "answers3.jsonl", "settings.json"])

@@ -192,13 +192,34 @@ def test_path_without_a_model_is_refused(folder: Path, tmp_path: Path) -> None:
     assert "is no checkpoint directory" in refused(tmp_path / "checkpoints" / "step_00000007")
     assert "holds no complete checkpoint" in refused(tmp_path)
     assert "did you mean evaluate.max_new_tokens" in refused(folder, "evaluate.max_new_token=3")
-    for word in ("optim.learning_rate=0.5", "noise.alpha=4", "run_dir=elsewhere", "train.seed=1"):
-        assert f"{word} has no effect" in refused(folder, word)
-    assert open_target(folder, settings=["noise.alpha=4", "evaluate.train_documents=2"])
     with pytest.raises(UserError, match="--step=4 has no effect"):
         open_target(folder, step=4)
     with pytest.raises(UserError, match="--config=x has no effect"):
         open_target(tmp_path, config_file="x")
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("optim.learning_rate=0.5", "noise.alpha=4", "run_dir=elsewhere", "train.seed=1"),
+        *("model.loss=chunked", "model.compile=true", "model.kernels=liger", "model.weights=x"),
+        *("model.name_or_path=x", "model.activation_checkpointing=full", "evaluate.every_steps=3"),
+        "judge.num_parallel=2",
+    ],
+)
+def test_setting_without_effect_is_refused(word: str, folder: Path) -> None:
+    judge = ["judge.url=http://x", "judge.model=m"] if word.startswith("judge") else []
+    with pytest.raises(UserError, match="has no effect"):
+        open_target(folder, settings=[*judge, word])
+
+
+def test_setting_with_an_effect_is_taken(folder: Path) -> None:
+    assert open_target(folder, settings=["noise.alpha=4", "evaluate.train_documents=2"])
+    judge = ["judge.reference=x", "judge.url=http://x", "judge.model=m"]
+    assert open_target(folder, settings=judge).config.judge.model == "m"
+    assert open_target(folder, settings=["evaluate.max_new_tokens=3"], is_measured=False)
+    with pytest.raises(UserError, match=r"evaluate\.tasks=x has no effect"):
+        open_target(folder, settings=["evaluate.tasks=x"], is_measured=False)
 
 
 @pytest.mark.parametrize(

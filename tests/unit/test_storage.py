@@ -109,19 +109,19 @@ def test_no_two_processes_hold_a_lock_at_once(tmp_path: Path) -> None:
     assert (tmp_path / "number").read_text() == "600"
 
 
-def test_folder_with_foreign_files_is_not_claimed(tmp_path: Path) -> None:
-    folder = tmp_path / "project"
-    folder.mkdir()
-    (folder / "notes.txt").touch()
-    storage.claim(folder, ("config.yaml", "answers[0-9]*.jsonl"), "ours.json", "run_dir=project")
-    (folder / "config.yaml").write_text("a run's, now")
-    storage.claim(folder, ("config.yaml", "answers[0-9]*.jsonl"), "ours.json", "run_dir=project")
-    for name in ("config.yaml", "answers12.jsonl"):
-        other = tmp_path / name.partition(".")[0]
+def test_only_an_empty_folder_or_one_of_ours_is_claimed(tmp_path: Path) -> None:
+    ours = tmp_path / "ours"
+    (ours / "logs").mkdir(parents=True)
+    (ours / ".lock").touch()
+    storage.claim(ours, "ours.json", "run_dir=ours", ["logs"])
+    (ours / "config.yaml").write_text("a run's, now")
+    storage.claim(ours, "ours.json", "run_dir=ours")
+    for name in ("config.yaml", "logs", "notes.txt"):
+        other = tmp_path / name
         other.mkdir()
         (other / name).symlink_to("nowhere")
         with pytest.raises(UserError, match=f"run_dir=x holds {name}, but no ours.json"):
-            storage.claim(other, ("config.yaml", "answers[0-9]*.jsonl"), "ours.json", "run_dir=x")
+            storage.claim(other, "ours.json", "run_dir=x")
         assert [path.name for path in other.iterdir()] == [name]
 
 
