@@ -8,7 +8,12 @@ are refused with `UserError`.
 from neftune_dist.config.checks import check, check_divides, check_world_size
 from neftune_dist.config.config import ACCEPTABLE_CHANGES, KNOBS, Config, differences, settings_yaml
 from neftune_dist.config.errors import UserError
-from neftune_dist.config.evaluation_sections import WHILE_TRAINING, EvaluateConfig, JudgeConfig
+from neftune_dist.config.evaluation_sections import (
+    HELD_OUT,
+    WHILE_TRAINING,
+    EvaluateConfig,
+    JudgeConfig,
+)
 from neftune_dist.config.json_files import (
     Nullable,
     match_schema,

@@ -12,7 +12,7 @@ from typing import Any
 
 from neftune_dist.config.config import ACCEPTABLE_CHANGES, KNOBS, Config
 from neftune_dist.config.errors import UserError, brief
-from neftune_dist.config.evaluation_sections import JudgeConfig
+from neftune_dist.config.evaluation_sections import HELD_OUT, JudgeConfig
 from neftune_dist.config.paths import user_path
 from neftune_dist.config.sections import (
     BUILTIN_SOURCE,
@@ -126,8 +126,11 @@ def _unused(config: Config) -> Iterator[tuple[Iterable[str], str]]:
         yield keys, "without held-out documents (data.num_held_out)"
     elif not config.evaluate.every_steps:
         yield ["train.patience", "checkpoint.keep_best"], "without evaluate.every_steps"
-    if not config.evaluate.instructions:
-        yield ["evaluate.samples", "evaluate.temperature"], "without evaluate.instructions"
+    if not config.evaluate.instructions or (
+        config.evaluate.instructions == HELD_OUT and not data.holds_out
+    ):
+        keys = [f"evaluate.{name}" for name in ("samples", "temperature", "max_instructions")]
+        yield keys, "without evaluate.instructions=FILE or held-out documents"
     if not config.evaluate.temperature:
         reason = "with evaluate.temperature=0, whose greedy answers are all alike"
         yield ["evaluate.samples"], reason

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from neftune_dist.config.knobs import number, path
 
+HELD_OUT = "held_out"  # as evaluate.instructions
 # Settings of `evaluate` that `train` alone reads.
 WHILE_TRAINING = ("every_steps", "sample_prompts")
 
@@ -20,7 +21,7 @@ class EvaluateConfig:
     """Held-out documents to evaluate, chosen by a hash; 0: all."""
     train_documents: int = number(0, ge=0)
     """Training documents, chosen by a hash, for the loss with and without noise."""
-    instructions: str | None = path("held_out")
+    instructions: str | None = path(HELD_OUT)
     """Instructions to answer: held_out, or a file in AlpacaEval's format; null: none."""
     max_instructions: int = number(200, ge=0)
     """Instructions to answer: of held_out chosen by a hash, of a file the first; 0: all."""

@@ -41,12 +41,13 @@ def _checksum(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def read_json(path: Path, schema: Any = dict, *, fix: str = "") -> Any:
+def read_json(path: Path, schema: Any = dict, *, fix: str = "", has_checksum: bool = False) -> Any:
     """Read a JSON file that matches a schema; a dataclass as schema gives an instance of it.
 
     Args:
         schema: see above.
         fix: advice for a user whose file is damaged: "remove it".
+        has_checksum: whether it is damaged without a checksum, too.
 
     Raises:
         UserError: the file cannot be read, is no JSON, or does not match; with the place in it.
@@ -57,12 +58,12 @@ def read_json(path: Path, schema: Any = dict, *, fix: str = "") -> Any:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}{end}") from error
     try:
-        return parse_json(content, schema)
+        return parse_json(content, schema, has_checksum)
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}{end}") from error
 
 
-def parse_json(content: bytes | str, schema: Any = dict) -> Any:
+def parse_json(content: bytes | str, schema: Any = dict, has_checksum: bool = False) -> Any:
     """Parse a JSON file's content, or a line of it, as `read_json` does. Raises `ValueError`."""
     try:
         value = json.loads(content)
@@ -72,8 +73,8 @@ def parse_json(content: bytes | str, schema: Any = dict) -> Any:
         raise ValueError("it is not UTF-8") from None
     except ValueError as error:
         raise ValueError(f"it is no JSON ({error})") from None
-    if isinstance(value, dict) and _CHECKSUM in value:
-        written = value.pop(_CHECKSUM)
+    if isinstance(value, dict) and (has_checksum or _CHECKSUM in value):
+        written = value.pop(_CHECKSUM, None)
         if written != _checksum(value):
             raise ValueError("its checksum does not match its content")
     return match_schema(value, schema)

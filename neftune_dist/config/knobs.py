@@ -27,6 +27,7 @@ from neftune_dist.config.paths import user_path
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 _KINDS |= {list: "a list of entries", dict: "a mapping of names"}
 _COMPARISONS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+_TOO_GREAT = 2**1000  # for a float, and to be shown
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
@@ -103,6 +104,8 @@ class Knob:
         """Refuse a value of another type by a `UserError` that calls the knob `name`."""
         # By type(), because True is an instance of int; "???" is OmegaConf's word for no value.
         allowed = (*self.types, int) if float in self.types else self.types
+        if type(value) is int and abs(value) >= _TOO_GREAT:
+            raise UserError(f"{name} is a number of too many digits.")
         if type(value) not in allowed or value == "???":
             quotes = str in self.types and type(value) in (int, float, bool)
             shown = "null" if value is None else brief(value)
@@ -115,7 +118,7 @@ class Knob:
             raise UserError(f"{name}={brief(value)} is not known; allowed: {self.allowed}.")
         if value is None:
             return
-        if value == "":
+        if isinstance(value, str) and not value.replace(",", " ").strip():
             raise UserError(f"{name} is empty.")
         # NaN fails every comparison.
         if not all(getattr(operator, test)(value, bound) for test, bound in self.bounds.items()):

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import MarkedYAMLError, YAMLError
 
 from neftune_dist.config.checks import check
 from neftune_dist.config.config import KNOBS, Config
@@ -22,6 +22,8 @@ from neftune_dist.config.limits import limited
 from neftune_dist.config.shipped import find_config
 
 _MAX_DEPTH = 100  # of nested lists and mappings
+# YAML 1.1 reads 064 as octal, 52, and 1:30 as sexagesimal, 90.
+_AMBIGUOUS = re.compile(r"[-+]?(0[0-7_]+|[1-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 # Aliases (`*name`) and interpolations let a short file stand for any amount of content.
 _READING_SECONDS, _READING_GIB = 20.0, 1.0
 
@@ -65,7 +67,7 @@ def _read_yaml(path: Path) -> Any:
     if path.is_fifo():
         raise UserError(f"{path} is a pipe: give a file, since a configuration is read repeatedly.")
     try:
-        _check_depth(path.read_text(encoding="utf-8"))
+        _check_text(path.read_text(encoding="utf-8"))
         loaded = OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException, RecursionError) as error:
         where = getattr(error, "problem_mark", None)
@@ -79,22 +81,30 @@ def _read_yaml(path: Path) -> Any:
     return OmegaConf.to_container(loaded, resolve=False)
 
 
-def _check_depth(text: str) -> None:
-    """Refuse deep nesting before the parser, which is written in C, overflows the stack."""
+def _check_text(text: str) -> None:
+    """Refuse deep nesting before the parser, which is written in C, overflows the stack, and
+    numbers that mean others than they show."""
     depth = 0
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > _MAX_DEPTH:
             raise YAMLError(f"lists and mappings nest more than {_MAX_DEPTH} levels deep")
+        is_plain = isinstance(event, yaml.ScalarEvent) and event.implicit[0]
+        if is_plain and _AMBIGUOUS.fullmatch(event.value):
+            problem = (
+                f"{brief(event.value)} is not decimal in YAML: write the number without zeros "
+            )
+            problem += "in front and colons, or put the text in quotes"
+            raise MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
 
 
 def _read_files(path: Path, extended_by: tuple[Path, ...] = ()) -> list[tuple[str, Any]]:
     """The settings of the files that this one extends, then its own, each with its file's name."""
     loaded = _read_yaml(path)
-    extends = loaded.pop("extends", None)
-    if extends is None:
+    if "extends" not in loaded:
         return [(str(path), loaded)]
+    extends = loaded.pop("extends")
     if not isinstance(extends, str) or not extends:
         raise UserError(f"{path}: extends={brief(extends)} is not a file name.")
     parent = find_config(extends, path.parent)
@@ -112,7 +122,7 @@ def _read_word(word: str) -> Any:
     if str in types and text != "null":
         text = json.dumps(text, ensure_ascii=False)  # quoted: YAML reads run_dir=007 as 7
     try:
-        _check_depth(text)
+        _check_text(text)
         given = OmegaConf.from_dotlist([f"{key}={text}"])
         update: Any = OmegaConf.to_container(given, resolve=False)
         if {list, dict} & {*types}:

@@ -21,7 +21,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from neftune_dist.config import BUILTIN_SOURCE, Config, UserError, user_path
+from neftune_dist.config import BUILTIN_SOURCE, HELD_OUT, Config, UserError, user_path
 from neftune_dist.data import fields
 from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.dataset import Dataset
@@ -31,7 +31,6 @@ from neftune_dist.data.sources import read_row_file
 from neftune_dist.data.split import sample
 from neftune_dist.data.tokenize import ConversationTokenizer
 
-HELD_OUT = "held_out"
 KEY = "evaluate.instructions"
 # `prompt_ids` renders the prompt in front of an answer, so there must be one.
 _SOME_ANSWER = Turn("assistant", ".")

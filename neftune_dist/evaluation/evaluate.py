@@ -12,10 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from neftune_dist.config import UserError, check_evaluation_packages
+from neftune_dist.config import HELD_OUT, UserError, check_evaluation_packages
 from neftune_dist.data.dataset import Dataset, prepare
 from neftune_dist.data.instructions import (
-    HELD_OUT,
     Instruction,
     checkable,
     held_out_instructions,
@@ -31,7 +30,7 @@ from neftune_dist.evaluation.answers import answer_all, remove_partial
 from neftune_dist.evaluation.journal import digest
 from neftune_dist.evaluation.judge import compare
 from neftune_dist.evaluation.losses import Items, document_losses, mean_loss
-from neftune_dist.evaluation.results import Found, Results
+from neftune_dist.evaluation.results import Found, Results, read_results
 from neftune_dist.evaluation.target import EvaluationTarget, open_target
 from neftune_dist.evaluation.tasks import (
     FINISHED,
@@ -231,7 +230,7 @@ class _Evaluation:
             with self.world.agree():
                 if not self.world.is_first:
                     return {}, {}
-                ours = self.results.read("answers.json")
+                ours = read_results(self.folder)["answers"]
                 judgements = compare(ours, theirs, self.config.judge, self.folder, self.world.log)
             return win_rate(judgements), {"judge": [j.preference for j in judgements]}
 

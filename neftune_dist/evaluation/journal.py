@@ -10,17 +10,24 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from neftune_dist.config import parse_json, with_checksum
+from neftune_dist.config import UserError, parse_json, with_checksum
 from neftune_dist.system import storage
 
 
 def read_rows(path: Path, form: Any) -> list[Any]:
-    """Rows that match the schema `form`; damaged lines and a line without an end are left out."""
-    rows = []
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+    """Rows that match the schema `form`; damaged lines and a line without an end are left out.
+    Raises `UserError` where it cannot be read."""
+    rows, content = [], b""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    for line in content.splitlines(keepends=True):
         if line.endswith(b"\n"):
             try:
-                rows.append(parse_json(line, form))
+                rows.append(parse_json(line, form, has_checksum=True))
             except ValueError:
                 continue
     return rows

@@ -116,7 +116,8 @@ def _verdict(reply: Reply | None) -> float | None:
         return None
     named = {found[1].lower() for line in lines if (found := _NAMED.fullmatch(line))}
     verdict = last[1].lower()
-    return _FIRST_BETTER[verdict] if named <= {verdict} else None
+    # Case folding takes other letters for i and s, too.
+    return _FIRST_BETTER.get(verdict) if named <= {verdict} else None
 
 
 def _warn(replies: Mapping[str, Reply | None], log: Callable[[str], None]) -> None:

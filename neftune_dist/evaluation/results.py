@@ -97,24 +97,18 @@ class Results:
         with storage.writing(str(self.folder)):
             self.folder.mkdir(parents=True, exist_ok=True)
         held.enter_context(storage.hold(self.folder / ".lock", busy))
-        if not (self.folder / "settings.json").exists():
-            self._write("settings.json", self._settings)
-            return
-        stored = self.read("settings.json")
-        if stored.get("subject") != target.identity:
-            raise UserError(
-                f"{self.folder} holds the evaluation of another model than {target.name}, or "
-                f"its weights have changed since: {_FIX}."
-            )
-        self._settings = stored
-        if (self.folder / "summary.json").exists():
-            self.summary |= self.read("summary.json")
-            self.items = self.read("items.json")
-            written = stored.get("answers_sha256")
-            if written and self.summary["answers"] and self._answers_digest() != written:
+        stored = read_results(self.folder)
+        if stored:
+            self._settings = stored.pop("settings")
+            if self._settings["subject"] != target.identity:
                 raise UserError(
-                    f"{self.folder / 'answers.json'} has changed since it was written: {_FIX}."
+                    f"{self.folder} holds the evaluation of another model than {target.name}, or "
+                    f"its weights have changed since: {_FIX}."
                 )
+            self.summary |= stored.get("summary", {})
+            self.items = stored.get("items", {})
+        else:
+            self._write("settings.json", self._settings)
 
     def close(self) -> None:
         """Release the folder for another process."""
@@ -162,22 +156,35 @@ class Results:
     def put_answers(self, rows: list[dict[str, Any]]) -> None:
         """Write answers.json. Rank 0."""
         self._write("answers.json", rows)
-        self._settings["answers_sha256"] = self._answers_digest()
-
-    def _answers_digest(self) -> str:
-        try:
-            return hashlib.sha256((self.folder / "answers.json").read_bytes()).hexdigest()
-        except OSError:  # it has been removed
-            return ""
-
-    def read(self, name: str) -> Any:
-        """Read one of the files. Raises `UserError` where it is damaged."""
-        return read_json(self.folder / name, FORMS[name], fix=_FIX)
+        self._settings["answers_sha256"] = _digest(self.folder)
 
     def _write(self, name: str, content: Any) -> None:
         content = with_checksum(content) if isinstance(content, dict) else content
         with storage.writing(str(self.folder)):
             storage.write(self.folder / name, json.dumps(content, indent=1) + "\n")
+
+
+def read_results(folder: Path, fix: str = _FIX) -> dict[str, Any]:
+    """What an evaluation has written into a folder so far: settings, summary, items, and answers
+    where the summary has some. Raises `UserError` where a file is damaged or missing."""
+
+    def read(name: str) -> Any:
+        file, is_object = f"{name}.json", name != "answers"
+        return read_json(folder / file, FORMS[file], fix=fix, has_checksum=is_object)
+
+    names = ["settings"] if (folder / "settings.json").exists() else []
+    if (folder / "summary.json").exists():
+        names = ["settings", "summary", "items"]
+    found = {name: read(name) for name in names}
+    if found.get("summary", {}).get("answers"):
+        found["answers"] = read("answers")
+        if _digest(folder) != found["settings"].get("answers_sha256"):
+            raise UserError(f"{folder / 'answers.json'} has changed since it was written: {fix}.")
+    return found
+
+
+def _digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "answers.json").read_bytes()).hexdigest()
 
 
 def lines(part: str, figures: Mapping[str, Any]) -> list[str]:

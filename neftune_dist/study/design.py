@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 
-from neftune_dist.config import Config, UserError
-from neftune_dist.data.instructions import HELD_OUT, read_instructions
+from neftune_dist.config import HELD_OUT, Config, UserError
+from neftune_dist.data.instructions import read_instructions
 from neftune_dist.evaluation.intervals import smallest_visible
 from neftune_dist.study.compare import FEWEST_ITEMS, FEWEST_SEEDS, count
 

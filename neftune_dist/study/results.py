@@ -14,7 +14,7 @@ from typing import Any
 from neftune_dist.checkpoint.run_files import run_config
 from neftune_dist.config import Config, UserError, differences, read_json
 from neftune_dist.config.errors import brief
-from neftune_dist.evaluation.results import FORMS
+from neftune_dist.evaluation.results import PARTS, read_results
 from neftune_dist.study.grid import evaluation_folder
 from neftune_dist.system.records import EVALUATIONS, STEPS, read_records
 
@@ -26,6 +26,7 @@ _FREE = (
 _FREE_SECTIONS = ("logging.", "checkpoint.", "evaluate.", "judge.")
 _NUMBERS = ("loss", "num_tokens", "num_supervised_tokens", "noise_norm", "noise_law")  # of a step
 _STATE = {"versions?": {str: str}, "device?": str, "identity?": dict, "world_size?": int}
+_AGAIN = "remove the folder, and the study's command evaluates that run again"
 _SAME_LOSS = 1e-3  # relative, before training: other hardware, not other weights
 
 
@@ -126,8 +127,9 @@ def read_run(folder: Path, alpha: float, seed: int) -> Run:
         for step, loss in sorted(held_out.items())
         if step <= last
     ]
-    found = _evaluation(evaluation_folder(folder, last))
-    state = folder / "checkpoints" / evaluation_folder(folder, last).name / "trainer_state.json"
+    place = evaluation_folder(folder, last)
+    found = read_results(place, _AGAIN) if (place / "summary.json").exists() else {}
+    state = folder / "checkpoints" / place.name / "trainer_state.json"
     if state.exists():
         found["state"] = read_json(state, _STATE)
     run = Run(alpha, seed, folder, run_config(folder), steps, losses, **found)
@@ -161,9 +163,12 @@ def check_comparable(runs: Sequence[Run]) -> None:
 def check_as_asked(run: Run, asked: Config) -> None:
     """Refuse a run that was made with other settings than those asked for, which would have no
     effect on its report. Raises `UserError`."""
-    for key in _changed(asked, run.config):
-        wanted, made = (_value(config, key) for config in (asked, run.config))
-        if wanted != "auto":  # a run has what was decided
+    made_with = {key: _value(run.config, key) for key in _changed(asked, run.config)}
+    for part in filter(None, map(run.settings.get, PARTS)):  # as it was evaluated
+        made_with |= {key: value for key, value in part.items() if key.startswith("evaluate.")}
+    for key, made in made_with.items():
+        wanted = _value(asked, key)
+        if wanted not in ("auto", made):  # a run has what was decided
             raise UserError(
                 f"{run.folder} was made with {key}={brief(made)}, not {brief(wanted)}: restore it, "
                 "or set another run_dir."
@@ -197,16 +202,6 @@ _EVALUATED: dict[str, Callable[[Run], Any]] = {
     "instructions": lambda run: [answer["instruction"] for answer in run.answers],
     "tasks": lambda run: {name: len(items) for name, items in run.items.get("tasks", {}).items()},
 }
-
-
-def _evaluation(folder: Path) -> dict[str, Any]:
-    """summary, items, answers and settings of an evaluation; the last two may be missing, or all of
-    them."""
-    names = ["summary", "items"] if (folder / "summary.json").exists() else []
-    names += [n for n in ("answers", "settings") if names and (folder / f"{n}.json").exists()]
-    fix = "remove the folder, and the study's command evaluates that run again"
-    files = {name: f"{name}.json" for name in names}
-    return {name: read_json(folder / f, FORMS[f], fix=fix) for name, f in files.items()}
 
 
 def _rows(path: Path, numbers: Sequence[str]) -> list[dict[str, Any]]:

@@ -73,6 +73,7 @@ def study(
     check_items(config)
     folder = user_path(config.run_dir, "run_dir")
     seeds = range(config.train.seed, config.train.seed + num_seeds)
+    load_config(config_path, grid.run_words(settings, folder, alphas[0], seeds[-1]))
     places = grid.pairs(alphas, seeds)
     if only is not None and not 0 <= only < len(places):
         raise UserError(f"--only={only}: the runs of this study are 0 to {len(places) - 1}.")

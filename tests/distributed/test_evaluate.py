@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from neftune_dist.config import with_checksum
 from tests.support import tiny_model
 
 NAMES = ("summary", "items", "answers")
@@ -61,7 +62,7 @@ def test_two_ranks_give_the_results_of_one(run_dir: Path, tmp_path: Path) -> Non
         {"index": i, **{key: row[key] for key in ("output", "num_tokens", "finished")}}
         for i, row in enumerate(one["answers"])
     ]
-    kept = "".join(json.dumps(row) + "\n" for row in rows[:7])
+    kept = "".join(json.dumps(with_checksum(row)) + "\n" for row in rows[:7])
     (cut / "answers.jsonl").write_text(kept + json.dumps(rows[7])[:9])
     again = tiny_model.run_forked("evaluate", run_dir, "--output", cut, ranks=2)
     assert again.returncode == 0, again.stdout + again.stderr

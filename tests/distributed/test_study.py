@@ -233,7 +233,8 @@ def test_stopped_study_saves_and_exits_75(config: Path, tmp_path: Path) -> None:
         ({"alphas": [0, math.nan]}, [], "noise.alpha=nan"),
         ({"only": 2}, [], "--only=2: the runs of this study are 0 to 1"),
         ({"only": -1}, [], "--only=-1"),
-        ({}, ["data.num_held_out=0"], "data.num_held_out"),
+        ({}, ["data.num_held_out=0", "evaluate.max_instructions=200"], "data.num_held_out"),
+        ({"num_seeds": 2}, [f"train.seed={2**63 - 1}"], "train.seed=9223372036854775808 is out"),
         ({}, ["evaluate.tasks=mmluu"], "lm-eval has no task mmluu; did you mean mmlu"),
         ({}, ["evaluate.tasks=a=missing.jsonl"], "missing.jsonl does not exist"),
     ],
@@ -328,6 +329,8 @@ def test_only_makes_one_run_of_a_job_array(
     assert len(commands) == 2 * len(RUNS)
     with pytest.raises(UserError, match=r"made with optim.learning_rate=\S+, not 0.5: restore it"):
         study(config, [*words, "optim.learning_rate=0.5"], **request, report_only=True)
+    with pytest.raises(UserError, match=r"made with evaluate.max_new_tokens=4, not 5: restore it"):
+        study(config, [*words, "evaluate.max_new_tokens=5"], **request, report_only=True)
     # The copies are all of alpha 0 and seed 0, and are taken for what their directories say.
     # The runs have the dtype that was decided where the study asks for auto.
     assert study(config, [*words, "model.dtype=auto"], **request, report_only=True) == 0

@@ -224,6 +224,7 @@ def test_replies_cut_at_the_limit_are_logged(server: Server, compare: Compared) 
         ("Better: A\nNo, wait.", None),
         ("AB", None),
         ("neither", None),
+        ("T\u0130E", None),  # which matches "tie" without regard to case
     ],
 )
 def test_verdicts_are_read_strictly(text: str, first_better: float | None) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import random
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from neftune_dist.config import Config, UserError
+from neftune_dist.config import Config, UserError, with_checksum
 from neftune_dist.evaluation.intervals import quantile, smallest_visible, student
 from neftune_dist.evaluation.win_rate import Judgement, win_rate
 from neftune_dist.study import grid, plots, report
@@ -101,10 +102,17 @@ def write_run(folder: Path, alpha: float, seed: int, effects: Effects, without: 
         summary[part] = None
         items.pop(part, None)
         answers = [] if part == "answers" else answers
-    contents = {"summary": summary, "items": items, "answers": answers}
-    for name, content in contents.items():
-        (evaluation / f"{name}.json").write_text(json.dumps(content))
+    write_results(evaluation, {"summary": summary, "items": items, "answers": answers})
     return run
+
+
+def write_results(evaluation: Path, contents: dict[str, Any]) -> None:
+    """The files of an evaluation as `evaluate` seals them."""
+    text = json.dumps(contents.pop("answers"))
+    (evaluation / "answers.json").write_text(text)
+    settings = {"subject": "x", "answers_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    for name, content in (contents | {"settings": settings}).items():
+        (evaluation / f"{name}.json").write_text(json.dumps(with_checksum(content)))
 
 
 def make_runs(folder: Path, effects: Effects, num_seeds: int = 4, without: str = "") -> list[Run]:
@@ -242,6 +250,13 @@ def change(name: str, old: str, new: str) -> Callable[[Path], None]:
         (path,) = run.rglob(name)
         assert old in path.read_text()
         path.write_text(path.read_text().replace(old, new, 1))
+        if path.suffix == ".json":
+            files = {
+                name: path.with_name(f"{name}.json") for name in ("summary", "items", "answers")
+            }
+            contents = {name: json.loads(file.read_text()) for name, file in files.items()}
+            contents["items"].pop("checksum"), contents["summary"].pop("checksum")
+            write_results(path.parent, contents)
 
     return edit
 
@@ -265,6 +280,41 @@ def test_runs_that_differ_in_more_than_alpha_are_refused(
     runs[-1] = read_run(runs[-1].folder, 5.0, 1)
     with pytest.raises(UserError, match=f"alpha_5_seed_1 differ in .*{what}"):
         check_comparable(runs)
+
+
+def damaged(text: str, draw: random.Random) -> str:
+    """A file of results cut off, or with a value of another type or without one somewhere."""
+    if draw.random() < 0.2:
+        return text[: draw.randrange(len(text))]
+    content = json.loads(text)
+    if draw.random() < 0.5 and isinstance(content, dict):
+        content.pop("checksum")
+    at: Any = content
+    while isinstance(at, dict | list) and at:
+        above, key = at, draw.choice([*at] if isinstance(at, dict) else range(len(at)))
+        at = above[key]
+        if draw.random() < 0.2:
+            break
+    above[key] = draw.choice([None, True, "x", [], {}, [[1]], -1, math.nan, 1e308, "\ud800"])
+    return json.dumps(content)
+
+
+@pytest.mark.parametrize("name", ["summary", "items", "answers", "settings"])
+def test_damaged_results_are_one_sentence(tmp_path: Path, name: str) -> None:
+    run, draw = write_run(tmp_path, 5.0, 0, {}), random.Random(0)
+    (path,) = run.rglob(f"{name}.json")
+    whole = path.read_text()
+    for _ in range(60):
+        path.write_text(text := damaged(whole, draw), errors="surrogatepass")
+        if text != whole:
+            with pytest.raises(UserError, match=rf"{name}\.json .*remove the folder"):
+                read_run(run, 5.0, 0)
+    path.unlink()
+    if name == "summary":  # it has not been evaluated
+        assert not read_run(run, 5.0, 0).items
+    else:
+        with pytest.raises(UserError, match=rf"{name}\.json cannot be read: .*; remove the folder"):
+            read_run(run, 5.0, 0)
 
 
 @pytest.mark.parametrize("num_seeds", [2, 3, 6])
