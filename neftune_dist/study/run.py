@@ -68,8 +68,7 @@ def study(
     if len(set(alphas)) < len(alphas):
         raise UserError(f"--alphas={','.join(map(plain, alphas))}: the values must be distinct.")
     # At all alphas, of which a configuration may refuse some.
-    configs = [load_config(config_path, [*settings, *grid.noise_words(alpha)]) for alpha in alphas]
-    config = configs[0]
+    config, *_ = [load_config(config_path, [*settings, *grid.noise_words(a)]) for a in alphas]
     check_items(config)
     folder = user_path(config.run_dir, "run_dir")
     seeds = range(config.train.seed, config.train.seed + num_seeds)
