@@ -10,6 +10,8 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
+
 from neftune_dist.config import UserError, user_path
 from neftune_dist.config.limits import limited
 from neftune_dist.data import prompt_templates
@@ -180,6 +182,10 @@ class ChatTemplate:
                     )
         except UserError:
             raise
+        except TemplateSyntaxError as error:
+            raise UserError(
+                f"The chat template is no valid Jinja: line {error.lineno}: {error.message}."
+            ) from error
         except Exception as error:  # a template is a program, and can fail in any way
             said = str(error)  # which a template can make of any length
             if len(said) > _SHOWN_CHARACTERS:

@@ -7,14 +7,18 @@ constant.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from neftune_dist.data import fields
-from neftune_dist.data.errors import BadRow
+from neftune_dist.data.errors import BadRow, Hint
 
 # Fields that a row may lack.
 _OPTIONAL = ("system", "input", "context", "tools")
+# Beside those that recognise a format, fields that all but plain texts may have.
+_BESIDE = {"system", "system_prompt", "system_message", "tools"}
+_ROLES = ("role", "from")
+_BETTER = ("chosen", "preferred_output")  # of two answers to compare
 _LISTS = ("messages", "conversations", "conversation", "prompt", "completion")
 # The fields of ours for lists of turns, by the keys of a turn.
 _TURNS = (
@@ -23,9 +27,10 @@ _TURNS = (
     ("conversations", {"input", "output"}),
 )
 _ASKED = re.compile("question|instruction|prompt|query|problem|request|user|human|input|ask", re.I)
-_NO_TEXT = re.compile(r"[-+.\deE]*|null|true|false|yes|no|on|off|~", re.I)  # to YAML, unquoted
 _THOUGHT = re.compile("reason|think|thought|(^|_)cot(_|$)", re.I)
-_SAID = re.compile("answer|response|completion|output|reply|solution|assistant|target|gpt", re.I)
+_SAID = re.compile(
+    "answer|response|completion|output|reply|solution|assistant|target|gpt|chosen|^preferred", re.I
+)
 
 
 class Columns:
@@ -36,12 +41,15 @@ class Columns:
         ignored: names that were found and left out.
     """
 
-    def __init__(self, mapping: Mapping[str, Any], ignore: Collection[str]) -> None:
+    def __init__(
+        self, mapping: Mapping[str, Any], ignore: Collection[str], key: str = "data.columns"
+    ) -> None:
+        self._mapping, self._key = mapping, key
         self._paths = {field: path for field, path in mapping.items() if isinstance(path, str)}
         self._constants = {
             field: value["constant"] for field, value in mapping.items() if isinstance(value, dict)
         }
-        self._ignore = frozenset(ignore)
+        self._ignore = dict.fromkeys(ignore)  # in order
         self.missing = {path for field, path in self._paths.items() if field in _OPTIONAL}
         self.ignored: set[str] = set()
 
@@ -60,7 +68,7 @@ class Columns:
                 if field in _OPTIONAL:
                     continue
                 raise BadRow(
-                    f"data.columns reads '{field}' from {path!a}, which is missing; there are "
+                    f"{self._key} reads '{field}' from {path!a}, which is missing; there are "
                     f"{listed(row)}"
                 ) from None
             taken.add(top)
@@ -69,10 +77,32 @@ class Columns:
         for field in found.keys() & rest.keys():
             if rest[field] not in (None, ""):
                 raise BadRow(
-                    f"data.columns gives '{field}', which the row has, too: name one of them, or "
-                    f"leave out the row's by data.ignore_fields={field}"
+                    f"{self._key} gives '{field}', which the row has, too: name one of them, or "
+                    "leave out the row's by ",
+                    Hint(ignore=(field,)),
                 )
         return rest | found
+
+    def reason(self, error: BadRow, row: Mapping[str, Any]) -> str:
+        """Why a row is bad. Its hints name the settings that are there already, too, which those
+        that they advise would replace."""
+        parts = (self._beside(part, row) if isinstance(part, Hint) else part for part in error.args)
+        return "".join(map(str, parts))
+
+    def _beside(self, hint: Hint, row: Mapping[str, Any]) -> str:
+        # What the row has by the mapping alone: the hint names our field, the user its path.
+        ours = {name: path for name, path in self._mapping.items() if name not in row}
+        advised = {name: path.partition(".") for name, path in (hint.columns or {}).items()}
+        unused = ours.keys() & {*hint.ignore, *(top for top, _, _ in advised.values())}
+        columns = {name: path for name, path in self._mapping.items() if name not in unused}
+        for name, (top, dot, rest) in advised.items():
+            columns[name] = f"{ours.get(top, top)}{dot}{rest}" if dot else ours.get(top, top)
+        left = (ours.get(name, name) for name in hint.ignore)
+        tops = (
+            path if path in row else path.partition(".")[0] for path in left if type(path) is str
+        )
+        ignore = tuple(dict.fromkeys((*self._ignore, *tops))) if hint.ignore else ()
+        return Hint(columns if advised or unused else None, ignore).text(self._key)
 
     def _without_ignored(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The row, its turns and their calls without the ignored fields."""
@@ -88,7 +118,7 @@ class Columns:
     def _kept(self, found: Any) -> Any:
         if not isinstance(found, dict):
             return found
-        self.ignored |= self._ignore & found.keys()
+        self.ignored |= self._ignore.keys() & found.keys()
         return {name: value for name, value in found.items() if name not in self._ignore}
 
 
@@ -115,15 +145,21 @@ def listed(row: Mapping[str, Any]) -> str:
     return text if len(text) <= 80 else f"{text[:75]}[...]"
 
 
-def suggestion(row: Mapping[str, Any]) -> str:
-    """The settings that would read a row of an unknown format, as far as names and types say; ""
-    without an idea."""
-    found, texts, thoughts, listed_texts = {}, [], "", ""
+def suggestions(row: Mapping[str, Any]) -> Iterator[Hint]:
+    """Settings that may read a row of an unknown format, as far as names and types say; the best
+    guess first."""
+    turns: dict[str, str] = {}
+    texts, thoughts, listed_texts = [], "", ""
+    better = next((name for name in _BETTER if name in row), "")
+    if not better and any(map(fields.is_compared, row)):
+        return
     for name, value in row.items():
-        if fields.is_harmless(name, value) or re.search(r"[,;:\t]", name):
+        if fields.is_harmless(name, value) or re.search(r"[,;:\t]", name) or name in _BESIDE:
+            continue
+        if fields.is_compared(name) and name != better:
             continue
         if field := _turns_in(value):
-            found = {field: name}
+            turns = {field: name} if better in ("", name) else turns
         elif isinstance(value, list) and len(value) > 1 and isinstance(value[0], str):
             listed_texts = name
         paths = _texts_in(name, value)
@@ -131,30 +167,36 @@ def suggestion(row: Mapping[str, Any]) -> str:
             thoughts = paths[0]
         else:
             texts += paths
+    if better and "prompt" in row:
+        yield _hint(row, {"completion": better})
+    if turns:
+        yield _hint(row, turns)
     # A list of texts is a conversation if it stands alone; beside a question it is its answers.
     if listed_texts and len(texts) == 1:
-        found = {"conversations": listed_texts}
-    if not found and len(texts) > 1:
-        said = next((name for name in texts if _SAID.search(name)), None)
+        yield _hint(row, {"conversations": listed_texts})
+    if len(texts) > 1:
+        answers = re.compile(rf"{better}(\.|$)") if better else _SAID
+        said = next((name for name in texts if answers.search(name)), None)
         asked = next((name for name in texts if _ASKED.search(name) and name != said), None)
         asked = asked or next(name for name in texts if name != said)
         said = said or next(name for name in texts if name != asked)
         # An instruction's input or context is read without a mapping.
         about = {"input", "context"} & row.keys() - {asked, said}
         ours = ("instruction", "output") if about else ("prompt", "completion")
-        found = {ours[0]: asked, ours[1]: said} | ({"reasoning": thoughts} if thoughts else {})
-    elif not found and texts and not (_SAID.search(texts[0]) or _ASKED.search(texts[0])):
-        found = {"text": texts[0]}
-    if not found:
-        return ""
+        found = {ours[0]: asked, ours[1]: said}
+        yield _hint(row, found | ({"reasoning": thoughts} if thoughts else {}))
+    elif texts and not (_SAID.search(texts[0]) or _ASKED.search(texts[0])):
+        yield _hint(row, {"text": texts[0]})
+
+
+def _hint(row: Mapping[str, Any], found: dict[str, str]) -> Hint:
+    """The mapping, with the fields to leave out: all that are neither harmless nor read."""
     used = {path.partition(".")[0] for path in found.values()}
-    left = [name for name, value in row.items() if not fields.is_harmless(name, value)]
-    left = [name for name in left if name not in used and name not in _OPTIONAL]
-    quoted = {ours: f"'{at}'" if _NO_TEXT.fullmatch(at) else at for ours, at in found.items()}
-    mapped = ", ".join(f"{ours}: {theirs}" for ours, theirs in quoted.items())
-    ignored = f" data.ignore_fields={','.join(left)}" if left else ""
-    made = f"data.columns={{{mapped}}}{ignored}"
-    return made if len(made) < 150 and made.isascii() and made.isprintable() else ""
+    used |= {*()} if "text" in found else _BESIDE
+    used |= {"input", "context"} if "instruction" in found else {*()}
+    used |= {"prompt"} if "completion" in found else {*()}
+    left = (name for name, value in row.items() if not fields.is_harmless(name, value))
+    return Hint(found, tuple(name for name in left if name not in used))
 
 
 def _turns_in(value: Any) -> str:
@@ -172,6 +214,7 @@ def _texts_in(path: str, value: Any) -> list[str]:
     if isinstance(value, str):
         return [path] if value else []
     parts = list(value.items()) if isinstance(value, dict) else []
+    parts = [(k, v) for k, v in parts if k not in _ROLES and not fields.is_harmless(k, v)]
     if isinstance(value, list) and (len(value) == 1 or all(isinstance(v, str) for v in value)):
         parts = list(enumerate(value[:1]))
     return [text for name, part in parts for text in _texts_in(f"{path}.{name}", part)]

@@ -186,7 +186,7 @@ class _Builder:
             for i, (source, own) in enumerate(zip(self.given, report.sources, strict=True)):
                 # Any document may be held out, unless there is a source for that.
                 keep = i >= len(config.sources) if config.held_out_source else config.holds_out
-                maker = ShardMaker(config, i, source.config, keep)
+                maker = ShardMaker(config, i, source.config, source.key, keep)
                 missing: set[str] | None = None
                 for shard in pool.shards(maker, source.rows):
                     writer.append(shard.arrays)
@@ -201,7 +201,7 @@ class _Builder:
                 if missing:
                     raise UserError(
                         f"{source.key}={source.name}: no row has {min(missing)!a}, which "
-                        "data.columns names."
+                        f"{source.key.removesuffix('source')}columns names."
                     )
         if never := sorted(set(config.ignored) - ignored):
             raise UserError(f"data.ignore_fields: no row has {never[0]!a}: leave it out.")

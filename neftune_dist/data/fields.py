@@ -13,10 +13,11 @@ from numbers import Number
 from textwrap import shorten
 from typing import Any
 
-from neftune_dist.data.errors import BadRow, parse_json, type_name
+from neftune_dist.data.errors import BadRow, Hint, parse_json, type_name
 
 # Control characters other than white space: damage, or the escape codes of a terminal.
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
+_MOST_NAMES = 20  # of fields in a hint
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 # Fields that say nothing of what is learned, by their last word in snake case or their whole name.
@@ -45,8 +46,6 @@ _ANY_LENGTH = re.compile(r"(\w+_)?(meta|metadata|moderation|usage)|original_\w+|
 _MEANINGS = {
     r"(\w+_)?labels?|kto_\w+|(un)?desirable|prefer(red|ence)": "marks answers as good or bad "
     "(KTO): keep the good rows, and leave the field out",
-    "chosen|rejected": "is one of two answers to compare (DPO): data.columns={completion: chosen} "
-    "data.ignore_fields=rejected reads the better one",
     r"(image|picture|audio|video)s?(_(url|path|file|bytes)s?)?|pixel_values": "is what a text "
     "model cannot see or hear, and the answer may need",
     "history": "holds turns: give all turns as 'messages'",
@@ -56,6 +55,8 @@ _MEANINGS = {
     "leave it out by data.ignore_fields",
 }
 _MEANING = {re.compile(names): meaning for names, meaning in _MEANINGS.items()}
+# Two answers to compare.
+_COMPARED = re.compile(r"chosen|rejected|(non_)?preferred_output")
 # A text that stands for a picture in what the user says.
 _PLACEHOLDER = re.compile(
     r"<\|?((?:image|img|audio|video)(?:_pad|_\d+)?)\|?>|\[IMG\]|<start_of_image>"
@@ -81,6 +82,7 @@ _THOUGHTS = (
     *("thinking_content", "thought_process", "reasoning_text", "chain_of_thought", "cot"),
 )
 _DETAILS = "reasoning_details"
+_SWITCHES = {"on", "off", "yes", "no", "true", "false", "low", "medium", "high", "none", "auto"}
 REASONING = frozenset((*_THOUGHTS, _DETAILS))
 
 
@@ -101,6 +103,9 @@ def refuse_unused(
     for name, value in found.items():
         if name in used or value in _EMPTY:
             continue
+        if is_compared(name):
+            compared = tuple(filter(is_compared, found.keys() - used))
+            raise BadRow(f"{compared_flaw(name)}: ", Hint(ignore=compared), " leaves it out")
         refuse_meaning(name)
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str):
@@ -111,7 +116,9 @@ def refuse_unused(
         names = shorten(", ".join(ascii(name)[1:-1] for name in unused), 60)
         raise BadRow(
             f"field{'s' * (len(unused) > 1)} '{names}' would not be learned: data.columns uses a "
-            f"field, data.ignore_fields={names.replace(', ', ',')} leaves it out"
+            "field, ",
+            Hint(ignore=tuple(unused[:_MOST_NAMES])),
+            " leaves it out",
         )
 
 
@@ -119,6 +126,16 @@ def refuse_meaning(name: str) -> None:
     """Raise `BadRow` for a field of preferences, of pictures or the like, by its name."""
     if meaning := _meaning_of(name):
         raise BadRow(f"field '{name}' {meaning}")
+
+
+def is_compared(name: str) -> bool:
+    """Whether a field is one of two answers to compare, by its name."""
+    return _COMPARED.fullmatch(_snake(name)) is not None
+
+
+def compared_flaw(name: str) -> str:
+    """Why such a field cannot be learned."""
+    return f"field '{name}' is one of two answers to compare (DPO)"
 
 
 def _refuse_value(name: str, value: str) -> None:
@@ -130,7 +147,8 @@ def _refuse_value(name: str, value: str) -> None:
     if _SPLIT.fullmatch(_snake(name)) and _NOT_TRAINED.fullmatch(value.lower()):
         raise BadRow(
             f"field '{name}' says that the row is of the split {value!a}: put the rows to train on "
-            f"into a file of their own, or use all by data.ignore_fields={name}"
+            "into a file of their own, or use all by ",
+            Hint(ignore=(name,)),
         )
 
 
@@ -204,7 +222,9 @@ def is_learned(found: Mapping[str, Any]) -> bool | None:
         if truth is None:
             raise BadRow(
                 f"field '{name}' is {shorten(ascii(value), 40)}, neither 0 nor 1: answers are "
-                f"learned alike, or not at all (data.ignore_fields={name})"
+                "learned alike, or not at all (",
+                Hint(ignore=(name,)),
+                ")",
             )
         marks[name] = truth != (name in _NOT_LEARNED)
     if len({*marks.values()}) > 1:
@@ -223,6 +243,13 @@ def reasoning(found: Mapping[str, Any]) -> str:
         if not all(isinstance(part, dict) for part in parts):
             raise BadRow(f"field '{_DETAILS}' is not a list of objects with a 'text'")
         thoughts[_DETAILS] = "".join(text(part, "text") for part in parts)
+    for name, thought in thoughts.items():
+        if thought.strip().lower() in _SWITCHES:
+            raise BadRow(
+                f"field '{name}' is {thought!a}, which turns reasoning on or off and is none: ",
+                Hint(ignore=(name,)),
+                " leaves it out",
+            )
     if len({thought.strip() for thought in thoughts.values()}) > 1:
         raise BadRow(f"fields {' and '.join(thoughts)} hold different thoughts")
     return next(iter(thoughts.values()), "")

@@ -137,7 +137,8 @@ def _of_directory(path: Path, setting: str, split: str) -> SourceFiles:
     rows = [
         entry
         for entry in entries
-        if file_kind(entry) and entry.name not in _METADATA and entry.is_file()
+        if file_kind(entry) and entry.name not in _METADATA
+        if entry.is_file() or not entry.exists()  # a link to nothing is an error later
         if entry in listed.get(entry.parent, (entry,))
     ]
     if not rows:

@@ -21,7 +21,7 @@ from typing import Any
 
 from neftune_dist.data import columns, fields
 from neftune_dist.data.conversation import Conversation, Turn
-from neftune_dist.data.errors import BadRow
+from neftune_dist.data.errors import BadRow, Hint
 from neftune_dist.data.turns import read_tools, read_turns
 
 _PAIRS = (
@@ -61,10 +61,27 @@ def detect_format(row: _Row, usual: str = "") -> str:
         return found[0]
     for name in row:
         fields.refuse_meaning(name)
+    hint = next((hint for hint in columns.suggestions(row) if _reads(hint, row)), None)
+    if compared := next(filter(fields.is_compared, row), None):
+        advice = [": ", hint, " reads the better one"]
+        if hint is None:
+            advice = [": give the better one as 'completion', and its question as 'prompt'"]
+        raise BadRow(fields.compared_flaw(compared), *advice)
     known = "; ".join(", ".join(form.needed[0]) for form in _FORMATS.values())
-    advice = columns.suggestion(row)
-    advice = f": to read them so, set {advice}" if advice else f" ({known})"
-    raise BadRow(f"the fields {columns.listed(row)} are of no known format{advice}")
+    advice = [": to read them so, set ", hint] if hint else [f" ({known})"]
+    raise BadRow(f"the fields {columns.listed(row)} are of no known format", *advice)
+
+
+def _reads(hint: Hint, row: _Row) -> bool:
+    """Whether the row can be used with the settings of a hint, which can be typed."""
+    if not "".join((*(hint.columns or {}).values(), *hint.ignore)).isprintable():
+        return False
+    try:
+        mapped = columns.Columns(hint.columns or {}, hint.ignore).apply(row)
+        to_conversation(mapped, detect_format(mapped))
+    except BadRow:
+        return False
+    return True
 
 
 def to_conversation(row: _Row, format_name: str) -> Conversation:
@@ -105,9 +122,11 @@ def _pair(row: _Row, names: Sequence[str]) -> Conversation:
         raise BadRow("the answer is empty")
     if isinstance(task := row.get("task"), str) and len(task.split()) > _TASK_WORDS:
         raise BadRow(
-            "field 'task' is a sentence, and would not be learned: "
-            "data.columns={instruction: task} puts it before the input, data.ignore_fields=task "
-            "leaves it out"
+            "field 'task' is a sentence, and would not be learned: ",
+            Hint({"instruction": "task"}),
+            " puts it before the input, ",
+            Hint(ignore=("task",)),
+            " leaves it out",
         )
     return exchange(row, names[0], Turn("assistant", said, reasoning=fields.reasoning(row)))
 
@@ -143,7 +162,11 @@ def _plain_text(row: _Row, names: Sequence[str]) -> Conversation:
 def _lists(row: _Row, names: Sequence[str]) -> Conversation:
     for name in (*_CONTEXTS.get(names[0], ()), *fields.REASONING):
         if row.get(name) not in (None, ""):
-            raise BadRow(f"field '{name}' stands beside lists of turns, and would not be learned")
+            raise BadRow(
+                f"field '{name}' stands beside lists of turns, and would not be learned: ",
+                Hint(ignore=(name,)),
+                " leaves it out",
+            )
     before, after = (read_turns(row, name) for name in names)
     for number, turn in enumerate(before, 1):
         if turn.role == "assistant":

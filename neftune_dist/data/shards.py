@@ -93,7 +93,7 @@ class ShardMaker:
 
     Attributes:
         config: the section `data`.
-        source, setting: the source's index, and its settings.
+        source, setting, key: the source's index, its settings, and the key of that which names it.
         keep: store the conversations too, because they may be held out.
         usual: the format of the source's first good row; "" before it.
     """
@@ -101,6 +101,7 @@ class ShardMaker:
     config: DataConfig
     source: int
     setting: SourceConfig
+    key: str
     keep: bool
     usual: str = ""
 
@@ -119,7 +120,8 @@ class _Making:
 
     def __init__(self, maker: ShardMaker, template: ConversationTokenizer) -> None:
         self.maker, self.template, self.usual = maker, template, maker.usual
-        self.columns = Columns(maker.setting.columns, maker.config.ignored)
+        key = maker.key.removesuffix("source") + "columns"
+        self.columns = Columns(maker.setting.columns, maker.config.ignored, key)
         self.report = SourceReport()
         self.documents: list[Document] = []
         self.stats: list[tuple[Any, ...]] = []
@@ -128,19 +130,20 @@ class _Making:
     def rendered(self, rows: Sequence[Row]) -> Iterator[_Rendered]:
         """The good rows. Plain texts and conversations do not mix in a source."""
         report, format_name = self.report, self.maker.setting.format
-        for place, row in rows:
+        for place, given in rows:
             report.num_rows += 1
             try:
-                if isinstance(row, BadRow):
-                    raise row
-                row = self.columns.apply(row)
+                if isinstance(given, BadRow):
+                    raise given
+                row = self.columns.apply(given)
                 found = detect_format(row, self.usual) if format_name == "auto" else format_name
                 conversation = to_conversation(row, found)
                 documents = self.template.documents(conversation)
             except BadRow as error:
                 report.num_bad_rows += 1
                 if len(report.bad_rows) < NAMED_ROWS:
-                    report.bad_rows.append(f"{place}: {error}")
+                    known = {} if isinstance(given, BadRow) else given
+                    report.bad_rows.append(f"{place}: {self.columns.reason(error, known)}")
                 continue
             self.usual = self.usual or found
             report.formats[found] = report.formats.get(found, 0) + 1

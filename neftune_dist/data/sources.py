@@ -102,7 +102,7 @@ def _open_files(config: SourceConfig, key: str, skip: Collection[str]) -> Source
     root = os.path.commonpath([path.parent for path in found.paths])
     several = len(found.paths) > 1
     named = {path: str(path.relative_to(root)) if several else "" for path in found.paths}
-    digests = []
+    digests, states = [], {}
     for path, name in named.items():
         try:
             with path.open("rb") as file:
@@ -111,6 +111,7 @@ def _open_files(config: SourceConfig, key: str, skip: Collection[str]) -> Source
                         f"{key}={path} is a pointer of Git LFS, not the file: git lfs pull gets it."
                     )
                 file.seek(0)
+                states[path] = _state(path)
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise UserError(f"{key}={path} cannot be read: {error.strerror or error}.") from error
@@ -118,7 +119,7 @@ def _open_files(config: SourceConfig, key: str, skip: Collection[str]) -> Source
     total = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
     hidden = {*skip, *found.hidden}
     rows = chain.from_iterable(
-        _with_places(_rows_of_file(path, key, hidden), f"{name}, " if name else "")
+        _with_places(_rows_of_file(path, key, hidden, states[path]), f"{name}, " if name else "")
         for path, name in named.items()
     )
     return Source(config, key, os.path.expanduser(config.source), total, rows, found.left_out)
@@ -164,12 +165,21 @@ def _refuse_depth(row: Mapping[str, Any]) -> None:
     raise BadRow(f"it nests lists and objects more than {_MOST_LEVELS} levels deep")
 
 
-def _rows_of_file(path: Path, key: str, skip: Collection[str]) -> Numbered:
-    """The rows of one file. An error that ends the reading names the last row before it."""
+def _state(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written or replaced."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _rows_of_file(path: Path, key: str, skip: Collection[str], state: tuple[int, ...]) -> Numbered:
+    """The rows of one file, which had a `state` when its digest was computed. An error that ends
+    the reading names the last row before it."""
     kind, number = files.file_kind(path), 0
     try:
         for number, row in _READERS[kind](path, skip):
             yield number, row
+        if _state(path) != state:  # else a cache entry would hold other rows than its name says
+            raise UserError(f"{key}={path} was changed while it was read: run it again.")
     except TimeoutError:  # of the caller's limit
         raise
     except _READING_ERRORS as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 from neftune_dist.data import fields
 from neftune_dist.data.conversation import ROLES, Turn
-from neftune_dist.data.errors import BadRow, type_name
+from neftune_dist.data.errors import BadRow, Hint, type_name
 
 _OPENAI_ROLES = {**{role: role for role in ROLES}, "developer": "system"}
 # Names of roles in ShareGPT files. A function call is the assistant's.
@@ -17,8 +17,7 @@ _ALIASES |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "function_
 _ALIASES |= {"observation": "tool"}
 # Fields that are read, of a turn, a tool's turn, a call and its function.
 _READ = {"tool_calls", *fields.MARKS, *fields.REASONING}
-_TURN = {by: _READ | {by, said} for by, said in (("from", "value"), ("role", "content"))}
-_TOOL_TURN = {by: read | {"tool_call_id", "name"} for by, read in _TURN.items()}
+_OF_TOOL = {"tool_call_id", "name"}
 _CALL = {"function", "id", "type", "index"}
 _FUNCTION = {"name", "arguments", "id", "type", "index"}
 
@@ -38,7 +37,7 @@ def read_turns(row: Mapping[str, Any], field: str) -> list[Turn]:
         try:
             turns.append(_turn(message, _OPENAI_ROLES if is_openai else _ALIASES))
         except BadRow as error:
-            raise BadRow(f"turn {number}: {error}") from None
+            raise BadRow(f"turn {number}: ", *error.args) from None
     return turns
 
 
@@ -71,18 +70,23 @@ def _turn(message: Any, aliases: Mapping[str, str]) -> Turn:
     if not isinstance(message, dict):
         raise BadRow(f"not an object with 'role' and 'content' but {type_name(message)}")
     message = fields.stripped(message)
-    by = "from" if "from" in message and aliases is _ALIASES else "role"
-    said = "value" if by == "from" else "content"
+    by, said = "role", "content"
+    if aliases is _ALIASES:  # either name of one with either name of the other
+        by = "from" if "from" in message else by
+        said = "value" if "value" in message else said
     if by not in message and "from" in message:
         raise BadRow(
-            "field 'role' is missing; 'from' and 'value' are read from a field 'conversations' "
-            "(data.columns={conversations: ...})"
+            "field 'role' is missing; 'from' and 'value' are read from a field 'conversations' (",
+            Hint({"conversations": "..."}),
+            ")",
         )
     called = fields.text(message, by)
     role = aliases.get(called.lower() if aliases is _ALIASES else called)
     if role is None:
         raise BadRow(f"the role {called[:40]!a} is not known; known: {', '.join(aliases)}")
-    fields.refuse_unused(message, (_TOOL_TURN if role == "tool" else _TURN)[by])
+    if said not in message and not message.get("tool_calls"):
+        raise BadRow(f"field '{said}' is missing; there are {', '.join(map(ascii, message))[:80]}")
+    fields.refuse_unused(message, _READ | {by, said} | (_OF_TOOL if role == "tool" else set()))
     learned, reasoning = fields.is_learned(message), fields.reasoning(message)
     if role != "assistant" and (learned or reasoning):
         raise BadRow(f"a turn of the {role} is marked as learned, or has a field of thoughts")

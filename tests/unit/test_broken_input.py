@@ -324,7 +324,17 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     (answer(reasoning="a", thinking="b"), "fields reasoning and thinking hold different thoughts"),
     (answer(reasoning_details="so"), "field 'reasoning_details' is not a list of objects with a"),
     (answer(reasoning_details=[{"data": "x"}]), "turn 2: field 'text' is missing"),
+    (
+        {"prompt": "a", "completion": "b", "reasoning": "On"},
+        "field 'reasoning' is 'On', which turns reasoning on or off and is none: data.ignore_f",
+    ),
     (answer(role="user", thought="hm"), "turn 2: a turn of the user is marked as learned, or has"),
+    ({"chosen": "a", "rejected": "b"}, "(DPO): give the better one as 'completion', and its que"),
+    ({"prompt": "a", "rejected": "b"}, "(DPO): give the better one as 'completion', and its que"),
+    (
+        {"conversations": [{"from": "human", "text": "a"}]},
+        "turn 1: field 'content' is missing; the",
+    ),
     # Unknown formats.
     ({"frage": "a", "antwort": "b"}, "set data.columns={prompt: frage, completion: antwort}"),
     (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import re
 import time
 import tracemalloc
 from collections import Counter, defaultdict
@@ -16,6 +17,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+import yaml
 
 from neftune_dist import cli
 from neftune_dist.config import DataConfig, SourceConfig, TrainConfig, UserError
@@ -24,6 +26,7 @@ from neftune_dist.data.conversation import Turn
 from neftune_dist.data.dataset import prepare
 from neftune_dist.data.documents import Documents
 from neftune_dist.data.sampler import make_sampler
+from neftune_dist.data.sources import open_source
 from neftune_dist.data.split import sample_documents
 from tests.support.corpora import entries, numbered, texts
 
@@ -198,6 +201,91 @@ def test_rows_of_two_formats_in_one_file(
     assert (report.num_documents, report.num_duplicates) == (4, 3)
     assert report.sources[0].formats == {"messages": 2, "prompt_completion": 2}
     assert any("rows of several formats: 2 messages, 2 prompt_comp" in s for s in report.lines())
+
+
+ANSWERS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+WORSE = [ANSWERS[0], {"role": "assistant", "content": "bad"}]
+HINTED: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    # UltraFeedback, binarized; Intel's pairs; TRL's with prompts of turns; OpenAI's.
+    ({"prompt": "q", "chosen": ANSWERS, "rejected": WORSE, "score_chosen": 8.5}, {}),
+    ({"prompt": "q", "chosen": "a", "rejected": "bad"}, {}),
+    ({"prompt": "q", "completion": "a", "rejected": "bad"}, {}),
+    ({"prompt": ANSWERS[:1], "chosen": ANSWERS[1:], "rejected": WORSE[1:]}, {}),
+    (
+        {
+            "input": {"messages": ANSWERS[:1]},
+            "preferred_output": ANSWERS[1:],
+            "non_preferred_output": WORSE[1:],
+        },
+        {},
+    ),
+    # Settings that are there already are a part of what is advised.
+    ({"q": "q", "a": "a", "mood": "b", "why": "c"}, {"ignore_fields": "mood"}),
+    ({"q": "q", "a": "a", "mood": "b"}, {"columns": {"prompt": "q", "completion": "a"}}),
+    ({"frage": "q", "antwort": "a", "ton": "b"}, {"columns": {"prompt": "frage"}}),
+    ({"frage": {"text": "q"}, "antwort": "a"}, {"columns": {"question": "frage"}}),
+    ({"antwort": "a"}, {"columns": {"prompt": {"constant": "q, as: ever"}}}),
+    ({"text": "q a", "who": "b"}, {"columns": {"system": "who"}}),
+    ({"q": "q", "a": "a", "task": "Say it so.", "b": "c"}, {"ignore_fields": "b"}),
+    ({"messages": ANSWERS, "问": "b"}, {}),
+    ({"messages": ANSWERS, **{f"field_{i}": "b" for i in range(15)}}, {}),
+    ({"system": "b", "chat": "q a"}, {}),
+    ({"system_prompt": "b", "problem": "q", "solution": "a"}, {}),
+    ({"prompt": "q", "completion": "a", "reasoning": "on"}, {}),
+    ({"prompt": ANSWERS[:1], "completion": ANSWERS[1:], "reasoning": "off"}, {}),
+    ({"messages": ANSWERS, "split": "test", "b": "c"}, {"ignore_fields": "b"}),
+    ({"messages": [ANSWERS[0], {**ANSWERS[1], "weight": 0.5}]}, {}),
+]
+
+
+@pytest.mark.parametrize("key", ["data.source", "data.mixture[1].source"])
+@pytest.mark.parametrize(("row", "settings"), HINTED)
+def test_settings_that_a_refusal_advises_read_the_row(
+    row: dict[str, Any],
+    settings: dict[str, Any],
+    key: str,
+    write: Callable[..., DataConfig],
+    tiny_tokenizer: Any,
+) -> None:
+    """As they stand in the sentence, in place of those that were given. None is advised twice."""
+    plain, config = write(numbered(2), "plain.jsonl"), write([row], **settings)
+    setting, seen = key.replace("source", "columns"), set[str]()
+    while True:
+        given = config
+        if "mixture" in key:
+            entry = SourceConfig(config.source, columns=config.columns)
+            given = replace(config, columns={}, mixture=[SourceConfig(plain.source), entry])
+        try:
+            dataset = prepare(given, tiny_tokenizer)
+            break
+        except UserError as error:
+            sentence = str(error)
+        assert sentence not in seen, sentence
+        seen.add(sentence)
+        # YAML ends with its own brace; of two hints the first is taken.
+        if columns := re.search(rf"{re.escape(setting)}=(\{{.*?\}}+)(?=[ .])", sentence):
+            config = replace(config, columns=yaml.safe_load(columns[1]))
+        if ignored := re.search(r"data\.ignore_fields=(\S+?)\)?\.?(?= |$)", sentence):
+            config = replace(config, ignore_fields=ignored[1])
+        assert columns or ignored, sentence
+    assert seen
+    learned = [
+        tiny_tokenizer.decode(ids[mask.astype(bool)].tolist())
+        for ids, mask in (dataset.train[i] for i in range(len(dataset.train)))
+    ]
+    text = tiny_tokenizer.decode(dataset.train[len(dataset.train) - 1][0].tolist())
+    assert text.count("q") and learned[-1].endswith("a</s>") and "bad" not in learned[-1], text
+
+
+def test_a_file_that_changes_while_it_is_read(
+    write: Callable[..., DataConfig], tiny_tokenizer: Any
+) -> None:
+    """The entry would have the name of other rows."""
+    config = write(numbered(4))
+    source, path = open_source(SourceConfig(config.source)), Path(config.source)
+    path.write_text(path.read_text().replace("1, done", "7, done"))
+    with pytest.raises(UserError, match=r"rows\.jsonl was changed while it was read"):
+        list(source.rows)
 
 
 def test_ignored_fields_of_turns_and_calls(

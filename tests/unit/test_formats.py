@@ -80,6 +80,16 @@ CASES: dict[str, tuple[str, dict[str, Any], Conversation]] = {
         said(("user", "a"), ("bard", "b"), ("human", "a"), ("model", "b")),
         Conversation((*ASKED, *ASKED)),
     ),
+    "sharegpt, names of both kinds": (
+        "sharegpt",
+        {
+            "conversations": [
+                {"from": "human", "content": "a"},
+                {"role": "gpt", "value": "b", "content": ""},
+            ]
+        },
+        Conversation(ASKED),
+    ),
     "sharegpt with a system turn": (
         "sharegpt",
         said(("system", "s"), ("human", "a"), ("gpt", "b")),

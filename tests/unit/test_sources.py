@@ -243,6 +243,14 @@ def test_dataset_dict_is_its_training_split(tmp_path: Path) -> None:
         open_source(SourceConfig(str(tmp_path / "saved"), split="dev"))
 
 
+def test_a_link_to_nothing_is_no_file_to_leave_out(tmp_path: Path) -> None:
+    """As in the hub's cache, where a download was lost."""
+    (tmp_path / "a.jsonl").write_bytes(lines(ROWS))
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "blob")
+    with pytest.raises(UserError, match=r"b\.jsonl cannot be read: No such file or directory"):
+        read(tmp_path)
+
+
 HUB_FOLDERS: dict[str, tuple[dict[str, list[str]], str]] = {
     # Files by split, and files of no split.
     "plain": ({"train": ["train.jsonl"], "test": ["test.jsonl"], "": ["README.md"]}, "train"),

@@ -356,7 +356,6 @@ def test_a_template_that_changes_the_answer_is_refused(tiny_tokenizer: Any) -> N
     "broken",
     [
         "{{ raise_exception('System role not supported') }}",
-        "{% for m in messages %}",
         "{{ messages[7]['content'] }}",
         "{{ messages + 5 }}",
         "{{ 1 // 0 }}",
@@ -364,6 +363,14 @@ def test_a_template_that_changes_the_answer_is_refused(tiny_tokenizer: Any) -> N
 )
 def test_a_template_that_fails_spoils_the_row_only(broken: str, tiny_tokenizer: Any) -> None:
     with pytest.raises(BadRow, match="the chat template refuses the turns"):
+        make(with_template(tiny_tokenizer, broken)).render(conversation("a", "b"))
+
+
+@pytest.mark.parametrize("broken", ["\n{% for m in messages %}", "\n{{ messages | shout }}"])
+def test_a_template_that_is_no_jinja_is_not_the_rows_mistake(
+    broken: str, tiny_tokenizer: Any
+) -> None:
+    with pytest.raises(UserError, match=r"^The chat template is no valid Jinja: line 2: "):
         make(with_template(tiny_tokenizer, broken)).render(conversation("a", "b"))
 
 
