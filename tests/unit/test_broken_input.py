@@ -330,6 +330,13 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     ),
     (answer(role="user", thought="hm"), "turn 2: a turn of the user is marked as learned, or has"),
     ({"chosen": "a", "rejected": "b"}, "(DPO): give the better one as 'completion', and its que"),
+    (
+        {
+            "prompt": turns(("user", "a"), *MESSAGES[1:], ("user", "c"))["messages"],
+            "chosen": [{"role": "assistant", "content": "d"}],
+        },
+        "(DPO): give the better one as 'completion', and its question as 'prompt'",
+    ),
     ({"prompt": "a", "rejected": "b"}, "(DPO): give the better one as 'completion', and its que"),
     (
         {"conversations": [{"from": "human", "text": "a"}]},
