@@ -33,8 +33,16 @@ def verb(*arguments: Argument) -> Callable[[Run], Run]:
 
 
 def argument(*names: str, **options: Any) -> Argument:
-    """An argument of a verb, as `add_argument` takes it."""
+    """An argument of a verb, as `add_argument` takes it; text may not be empty."""
+    if options.get("action", "append") == "append":
+        options.setdefault("type", _text)
     return names, options
+
+
+def _text(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: give a value, or leave it out")
+    return text
 
 
 def bounded(kind: type[int] | type[float], least: float, greatest: float) -> Callable[[str], float]:

@@ -111,7 +111,7 @@ def _exit_code(code: int, verb: str) -> int:
 
 def _print_error(error: Exception | str, shared: bool) -> None:
     """Print one sentence to standard error, on one rank only if it is shared by all."""
-    rank = os.environ.get("RANK", "0")
+    rank = os.environ.get("RANK") or "0"
     if rank != "0":
         # The launcher ends all ranks as soon as one has ended. Let that one be rank 0, which says
         # the same; if it lives on, the mistake is this rank's alone and is said here.

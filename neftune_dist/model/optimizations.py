@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -91,6 +91,9 @@ def configure(model: Any, config: ModelConfig) -> None:
         if forward is not block.forward:
             block.forward = forward  # type: ignore[method-assign]
     if config.compile:
+        # They are the process's: those of another model say nothing of this one.
+        torch.compiler.reset()
+        _compile_counters().clear()
         known = torch.compiler.config.dynamic_sources
         if _DYNAMIC_SOURCES not in known:
             torch.compiler.config.dynamic_sources = f"{known},{_DYNAMIC_SOURCES}"
@@ -161,7 +164,7 @@ def check_compiled(reported: set[str]) -> list[str]:
     ]
 
 
-def _compile_counters() -> Mapping[str, Mapping[str, int]]:
+def _compile_counters() -> dict[str, Counter[str]]:
     """torch.compile's counters: of each kind, how often each message or event came."""
     dynamo = sys.modules.get("torch._dynamo.utils")  # not worth a second's import where unused
     return dynamo.counters if dynamo else defaultdict(Counter)

@@ -303,8 +303,6 @@ def _index(folder: Path) -> tuple[dict[str, Source], bool]:
 
 def _open(file: Path) -> dict[str, Source]:
     """The tensors of a safetensors file, or of a pickle, memory-mapped."""
-    if not file.is_file():
-        raise UserError(f"The weights are incomplete: {file} is missing.")
     try:
         if file.suffix == ".safetensors":
             opened = safe_open(file, framework="pt")

@@ -12,22 +12,30 @@ def weight_files(folder: Path, name: str = "model.safetensors") -> list[Path]:
     """The file `name`, or those that its index lists; none where neither is there.
 
     Raises:
-        UserError: the index cannot be read as one, or names a file elsewhere.
+        UserError: the index cannot be read as one, or names a file elsewhere; or a file is missing
+            or may not be read.
     """
-    single, index = folder / name, folder / f"{name}.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        return []
-    fix = "it is no index of weight files, so copy it again"
-    weight_map = read_json(index, {"weight_map": {str: str}}, fix=fix)["weight_map"]
-    files = sorted(set(weight_map.values()))
-    for file in files:
+    names, index = [name], folder / f"{name}.index.json"
+    if not (folder / name).is_file():
+        if not index.is_file():
+            return []
+        fix = "it is no index of weight files, so copy it again"
+        weight_map = read_json(index, {"weight_map": {str: str}}, fix=fix)["weight_map"]
+        names = sorted(set(weight_map.values()))
+    for file in names:
         if Path(file).is_absolute() or ".." in Path(file).parts:
             raise UserError(
                 f"{index} names {file}, outside its folder: put the weights beside the index."
             )
-    return [folder / file for file in files]
+        try:  # safetensors calls every such error "No such file"
+            (folder / file).open("rb").close()
+        except FileNotFoundError as error:
+            raise UserError(f"The weights are incomplete: {folder / file} is missing.") from error
+        except OSError as error:
+            raise UserError(
+                f"The weights in {folder / file} cannot be read: {error.strerror}."
+            ) from error
+    return [folder / file for file in names]
 
 
 def generation_settings(folder: Path, own: int | list[int] | None) -> dict[str, Any]:

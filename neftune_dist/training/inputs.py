@@ -123,7 +123,7 @@ def read_inputs(
         if found:
             state = found.trainer_state()
             changes = resume.check_same_run(found, state, identity, config)
-            progress = Progress(**state["progress"])
+            progress = _progress(state, config, sampler.num_steps)
             stored = state.get("stored", {})
     due = evaluation_due(config.evaluate, progress.step, sampler.num_steps)
     due = due and (len(dataset.held_out) > 0 or prompts is not None)
@@ -150,6 +150,19 @@ def read_inputs(
         prompts=prompts,
         changes=changes,
     )
+
+
+def _progress(state: dict[str, Any], config: Config, num_steps: int) -> Progress:
+    """That of a checkpoint. Raises `UserError` where it leaves nothing to train to another run,
+    whose directory would get no checkpoint."""
+    progress, patience = Progress(**state["progress"]), config.train.patience
+    if config.checkpoint.resume != "auto" and progress.is_over(num_steps, patience):
+        raise UserError(
+            f"checkpoint.resume={config.checkpoint.resume} leaves nothing to train: it is of step "
+            f"{progress.step}, and this run has {num_steps} steps and train.patience={patience}: "
+            "set a larger train.max_steps or train.num_epochs."
+        )
+    return progress
 
 
 def _with_engine(config: Config, model: Any, world: World) -> Config:

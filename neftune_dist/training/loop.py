@@ -89,9 +89,10 @@ class Progress:
             return replace(self, best_loss=loss, best_step=self.step, num_worse=0)
         return replace(self, num_worse=self.num_worse + 1)
 
-    def lost_patience(self, patience: int) -> bool:
-        """Whether the held-out loss has not improved for so many evaluations; 0: never."""
-        return 0 < patience <= self.num_worse
+    def is_over(self, num_steps: int, patience: int) -> bool:
+        """Whether all steps are made, or the held-out loss has not improved for `patience`
+        evaluations; 0: never."""
+        return self.step >= num_steps or 0 < patience <= self.num_worse
 
 
 @dataclass
@@ -153,7 +154,7 @@ class Trainer:
             step = self.progress.step
             if evaluation_due(self.config.evaluate, step, num_steps):
                 evaluated = self.evaluate()
-            ended = step == num_steps or self.progress.lost_patience(patience)
+            ended = self.progress.is_over(num_steps, patience)
             stopping = stopping or not evaluated or ended
             due = saving.every_steps > 0 and step % saving.every_steps == 0
             if stopping or due or (saving.keep_best and self.progress.best_step == step):
@@ -166,8 +167,7 @@ class Trainer:
         self.saver.wait()
         for line in self.totals.lines():
             self.world.log(line)
-        ended = self.progress.step == num_steps or self.progress.lost_patience(patience)
-        return ended and evaluated
+        return self.progress.is_over(num_steps, patience) and evaluated
 
     def batches(self) -> Iterator[StepBatch]:
         """The loader's remaining steps; the watchdog limits the wait for each of them."""

@@ -73,9 +73,8 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
     loader, held_out = Loader(inputs.dataset.train, inputs.sampler, layout), inputs.dataset.held_out
     for line in data_lines(inputs.dataset, inputs.sampler, loader):
         world.log(line)
-    if not inputs.evaluation_due and (
-        inputs.progress.step >= num_steps or inputs.progress.lost_patience(config.train.patience)
-    ):
+    is_over = inputs.progress.is_over(num_steps, config.train.patience)
+    if is_over and not inputs.evaluation_due:
         world.log(f"done: {_end(inputs.progress, num_steps)}; nothing is left to train")
         return EXIT_DONE
     engine, noise = _make_engine(config, inputs, sharing, world, stop)

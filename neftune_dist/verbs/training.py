@@ -57,9 +57,9 @@ def _train(config: str, settings: Words) -> int:
         garbage.keep_imports()
 
         code = train(loaded)
-        report(outcome.DONE if code == outcome.EXIT_DONE else outcome.STOPPED)
-    # A launcher reads the report; torchrun would make any code but 0 a failure.
-    return code if outcome.VARIABLE not in os.environ else outcome.EXIT_DONE
+        if report(outcome.DONE if code == outcome.EXIT_DONE else outcome.STOPPED):
+            return outcome.EXIT_DONE  # torchrun would make any other code a failure
+    return code
 
 
 @verb(*CONFIG, _PROCESSES, RENDEZVOUS_MINUTES, MAX_RESTARTS)
@@ -99,14 +99,14 @@ def _node(folder: Path, words: list[str], **options: Any) -> int:
 
 
 @verb(
-    argument("key", nargs="?", default="", metavar="KEY", help="such as noise or noise.alpha"),
+    argument("key", nargs="?", metavar="KEY", help="such as noise or noise.alpha"),
     argument("--schema", action="store_true", help="print a JSON schema, for editors, of them all"),
 )
-def _config(key: str, schema: bool) -> int:
+def _config(key: str | None, schema: bool) -> int:
     """Print every setting, or those of a section, with default, type, range and meaning."""
     if schema and key:
         raise UserError("--schema is of all settings: leave KEY out.")
-    print(json.dumps(json_schema(), indent=2) if schema else reference(key))
+    print(json.dumps(json_schema(), indent=2) if schema else reference(key or ""))
     return outcome.EXIT_DONE
 
 

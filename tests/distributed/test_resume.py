@@ -204,6 +204,13 @@ def test_finished_run_can_be_extended(config: Path, tmp_path: Path) -> None:
         config, run_dir, "optim.schedule=constant", "train.max_steps=10", *words
     )
     assert [record["step"] for record in records] == list(range(1, 11))
+    # Another run would end before its first step, and have no checkpoint.
+    newest, other = run_dir / "checkpoints/step_00000010", tmp_path / "other"
+    words = [f"run_dir={other}", f"checkpoint.resume={newest}", "optim.schedule=constant"]
+    done = tiny_model.run_forked("train", config, *words, "train.max_steps=10")
+    assert done.returncode == 2
+    assert f"{newest} leaves nothing to train: it is of step 10" in done.stderr
+    assert not (other / "metrics.jsonl").exists()
 
 
 def test_dropout_resumes_bitwise(config: Path, tmp_path: Path) -> None:

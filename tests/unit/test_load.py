@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -446,6 +447,21 @@ def test_directory_without_weights_is_refused(llama: Path) -> None:
 def test_missing_weight_file_is_named(llama: Path) -> None:
     sorted(llama.glob("*.safetensors"))[1].unlink()
     with pytest.raises(UserError, match=r"incomplete.*-00002-of-.*missing"):
+        files_of(build(llama), llama)
+
+
+def test_weight_file_that_may_not_be_read_says_so(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Path.open
+
+    def forbidden(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.suffix == ".safetensors":
+            raise PermissionError(errno.EACCES, "Permission denied")  # which root never gets
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    with pytest.raises(UserError, match=r"safetensors cannot be read: Permission denied\."):
         files_of(build(llama), llama)
 
 

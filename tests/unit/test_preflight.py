@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import subprocess
+from argparse import Namespace
 from pathlib import Path
 
 import pyarrow
@@ -11,6 +12,7 @@ import pyarrow.parquet
 import pytest
 from huggingface_hub import constants
 
+from neftune_dist import arguments, cli  # noqa: F401 (fills VERBS)
 from neftune_dist.cluster.submit import inventory, preflight, slurm, snapshot
 from neftune_dist.config import Config, DataConfig, SourceConfig, TrainConfig, UserError
 from neftune_dist.data import sampler
@@ -73,6 +75,25 @@ def test_steps_are_those_of_the_schedule() -> None:
 )
 def test_times_are_read_as_slurm_reads_them(text: str, seconds: float) -> None:
     assert slurm.seconds("--time", text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "afterok:1",
+            "AfterOK:1:2",
+            "after:1+5:2",
+            "afterany:1,afternotok:2",
+            "afterok:1?after:2",
+        ),
+        *("singleton", "aftercorr:1_2", "afterok:1_*", "afterok:1+1", "afterburstbuffer:1", "123"),
+    ],
+)
+def test_conditions_that_sbatch_takes_are_taken(text: str) -> None:
+    """Each was accepted by `sbatch --test-only` of Slurm 22.05, as INFINITE is for --time."""
+    words = ["submit", "x", "--nodes=1", "--processes=1", "--time=INFINITE", "--dependency", text]
+    slurm.check_options(Namespace(**arguments.parse(words)))
 
 
 def test_durations_are_written_in_their_two_largest_units() -> None:

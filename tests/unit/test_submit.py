@@ -198,6 +198,13 @@ REFUSALS: list[tuple[str | tuple[str, str], str]] = [
     ("--array x run_dir={}", "--array=x is not of the form"),
     ("--array 0-1 run_dir={} optim.warmup_steps=-{}", "optim.warmup_steps=-1 is out of range"),
     ("--sbatch=output=x", "--output is an option of submit.py itself"),
+    ("--sbatch=arr=0-3", "--array is an option of submit.py itself"),
+    ("--dependency afterok:x", "--dependency=afterok:x is no list of conditions"),
+    ("--dependency afterok:1,", "--dependency=afterok:1, is no list of conditions"),
+    ("--dependency singleton:1", "--dependency=singleton:1 is no list of conditions"),
+    ("--time ٣:00:00", "is no time"),
+    ("--signal-seconds 65536", "argument --signal-seconds: 65536 is out of range"),
+    (("--mem", ""), "argument --mem: it is empty"),
     ("--sbatch=-N", "--sbatch=-N is no long option"),
     (("--job-name", "a\nb"), "contains control characters"),
     ("--gpus 8", "--gpus"),
@@ -315,6 +322,16 @@ def test_refusal_of_slurm_is_repeated_and_leaves_nothing(site: Site) -> None:
     assert done.code == 2
     sentence = "Slurm refused the job: Which project?; Batch job submission failed: Invalid.\n"
     assert done.err == f"neftune-dist: {sentence}"
+    assert site.tree() == before
+
+
+@pytest.mark.parametrize("said", ["", "slurm 22.05.8"])
+def test_sbatch_that_queues_nothing_leaves_nothing(site: Site, said: str) -> None:
+    site.answer("sbatch", said)  # such as with --sbatch test-only, or --sbatch version
+    before = site.tree()
+    done = site.run("run.yaml", *SIZE)
+    assert done.code == 2
+    assert f"sbatch queued nothing; it says: {said or 'nothing'}\n" in done.err
     assert site.tree() == before
 
 
@@ -537,6 +554,14 @@ def test_dry_run_shows_the_answer_of_slurm(site: Site) -> None:
     site.answer("sbatch", "", 1, "allocation failure: Invalid account")
     out = site.ok("run.yaml", *SIZE, "--dry-run")
     assert "Slurm: would not start it now: allocation failure: Invalid account.\n" in out
+
+
+def test_dry_run_exits_2_where_sbatch_cannot_read_the_options(site: Site) -> None:
+    site.answer("sbatch", "", 255, "sbatch: error: Invalid --mem specification")
+    done = site.run("run.yaml", *SIZE, "--dry-run", "--mem", "much", "--dependency", "afterok:5")
+    assert (done.code, done.out) == (2, "")
+    assert "sbatch refuses these options: Invalid --mem specification.\n" in done.err
+    assert "--dependency=afterok:5" in site.asked("sbatch")[0]
 
 
 def test_dry_run_works_without_slurm(

@@ -222,12 +222,20 @@ def test_words_of_the_command_for_every_node(monkeypatch: pytest.MonkeyPatch) ->
     assert f"--wait={supervisor._END_SECONDS:.0f}" in step
 
 
+_FORGOTTEN = "Slurm knows no such job"
+
+
 @pytest.mark.parametrize(
     ("variables", "programs", "lack"),
     [
         ({"SLURM_JOB_NODELIST": ""}, ("srun", "scontrol"), "SLURM_JOB_NODELIST names no node"),
         ({"SLURM_JOB_NODELIST": "n[1-2]"}, (), "srun and scontrol are not here"),
         ({"SLURM_JOB_NODELIST": "n[1-2]"}, ("srun", "scontrol"), ""),
+        (
+            {"SLURM_JOB_NODELIST": "n[1-2]", "SAYS": "Invalid job id"},
+            ("srun", "scontrol"),
+            _FORGOTTEN,
+        ),
     ],
 )
 def test_job_is_found_or_what_it_lacks_is_named(
@@ -241,12 +249,23 @@ def test_job_is_found_or_what_it_lacks_is_named(
     for name, value in {"SLURM_JOB_ID": "7", "PATH": str(tmp_path), **variables}.items():
         monkeypatch.setenv(name, value)
     for name in programs:
-        (tmp_path / name).touch(0o755)
+        (tmp_path / name).write_text('#!/bin/sh\necho "$SAYS" >&2; exit 1\n')
+        (tmp_path / name).chmod(0o755)
     if not lack:
         assert Job.find() == Job("7", ("n1", "n2"))
         return
     with pytest.raises(UserError, match=f"SLURM_JOB_ID=7, but {lack}: outside of a job, unset"):
         Job.find()
+
+
+@pytest.mark.parametrize(("says", "kill"), [("Invalid job id specified", False), ("away", True)])
+def test_job_that_slurm_forgot_or_that_is_to_end_at_once_is_not_requeued(
+    says: str, kill: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "{says}" >&2; exit 1\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert not Job("7", ("n1",)).requeue(requests(kill=kill))
 
 
 def test_node_whose_environment_is_wrong_says_so(

@@ -18,6 +18,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -44,6 +45,8 @@ _END_SECONDS = 60.0
 _REQUEUED_SECONDS = 300.0
 # How long the nodes take to report to a controller that was away which steps have ended.
 _SETTLE_SECONDS = 60.0
+# What scontrol says of a job that is none; after other errors it may answer later.
+_UNKNOWN = "Invalid job id"
 _IGNORING_USR1 = ("bash", "-c", 'trap "" USR1; exec "$@"', "ignoring-usr1")
 
 
@@ -66,19 +69,27 @@ class Job:
         if not number or "SLURM_STEP_ID" in os.environ:
             return None
         hosts = environment.expand_hosts(os.environ.get("SLURM_JOB_NODELIST", ""))
-        if not (hosts and shutil.which("srun") and shutil.which("scontrol")):
-            lack = "srun and scontrol are not here" if hosts else "SLURM_JOB_NODELIST names no node"
+        job, lack = Job(number, tuple(hosts)), ""
+        if not hosts:
+            lack = "SLURM_JOB_NODELIST names no node"
+        elif not (shutil.which("srun") and shutil.which("scontrol")):
+            lack = "srun and scontrol are not here"
+        elif _UNKNOWN in job._scontrol("show", "job").stderr:
+            lack = "Slurm knows no such job"
+        if lack:
             raise UserError(
                 f"The environment says SLURM_JOB_ID={number}, but {lack}: outside of a job, unset "
                 "SLURM_JOB_ID."
             )
-        return Job(number, tuple(hosts))
+        return job
 
-    def requeue(self) -> bool:
+    def requeue(self, requests: Requests) -> bool:
         """Put the job back into the queue, which ends this process within seconds; False where that
-        is refused."""
+        is refused, or where this process is asked to end at once."""
         away = False
-        while self._scontrol("show", "job").returncode:
+        while (shown := self._scontrol("show", "job")).returncode and _UNKNOWN not in shown.stderr:
+            if requests.kill:
+                return False
             _say("Slurm's controller does not answer")
             away = True
             time.sleep(_POLL_SECONDS * 25)
@@ -165,7 +176,7 @@ def launch(
                 _say(f"{verdict.reason}; starting again from step {published}", folder)
                 continue
             ours = requests.requeue or not requests.stop
-            if job and ours and job.requeue():
+            if job and ours and job.requeue(requests):
                 _say(f"{verdict.reason}; requeued, to go on from step {published}", folder)
                 time.sleep(_REQUEUED_SECONDS)
                 return verdict.code
@@ -227,14 +238,13 @@ def _attend(
     Args:
         seconds: in which all nodes must have started it.
     """
-    variables = {**os.environ, outcome.VARIABLE: str(folder)}
-    if job:
-        variables["NEFTUNE_DIST_HOSTS"] = ",".join(job.hosts)
+    hosts = job.hosts if job else [socket.gethostname()]
+    own = {outcome.VARIABLE: str(folder), "NEFTUNE_DIST_HOSTS": ",".join(hosts)}
     try:
         # In another session: Ctrl-C comes to this process alone, which asks the ranks to save.
         process = subprocess.Popen(
             command,
-            env=variables,
+            env={**os.environ, **own},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

@@ -58,8 +58,6 @@ def _count_in_file(file: Path) -> int:
     try:
         with safe_open(file, framework="np") as opened:
             shapes = [opened.get_slice(name).get_shape() for name in opened.keys()]  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise UserError(f"The weights are incomplete: {file} is missing.") from error
     except Exception as error:  # the library has its own
         raise UserError(f"The weights in {file} cannot be read: {first_line(error)}.") from error
     return sum(math.prod(shape) for shape in shapes)

@@ -18,8 +18,12 @@ from neftune_dist.arguments import MAX_RESTARTS, RENDEZVOUS_MINUTES, argument, b
 from neftune_dist.config import UserError
 
 _ANSWER_SECONDS = 20.0  # the controller may be busy, or away
-_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
-_RANGE = re.compile(r"(\d+)(?:-(\d+)(?::([1-9]\d*))?)?")
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", re.ASCII)
+_RANGE = re.compile(r"(\d+)(?:-(\d+)(?::([1-9]\d*))?)?", re.ASCII)
+# Jobs, tasks of arrays, parts of heterogeneous jobs; of `after`, minutes later.
+_JOBS = r"[1-9]\d*(_\d+|_\*|\+\d+)?"
+_CONDITION = rf"singleton|(after(any|burstbuffer|corr|notok|ok)?:)?{_JOBS}(:{_JOBS})*"
+_DEPENDENCY = re.compile(rf"({_CONDITION})([,?]({_CONDITION}))*", re.ASCII | re.IGNORECASE)
 _MOST_TASKS = 1000
 # The folder that holds slurm/ and that the nodes see, too: the repository, or where the package was
 # installed without one the user's own.
@@ -45,7 +49,12 @@ OPTIONS = (
     argument(
         "--chain", type=_NUMBER, default=1, metavar="N", help="N jobs, each after the one before"
     ),
-    argument("--signal-seconds", type=int, default=300, help="to save in; default: %(default)s"),
+    argument(
+        "--signal-seconds",
+        type=bounded(int, 1, 65535),  # of Slurm
+        default=300,
+        help="to save in; default: %(default)s",
+    ),
     MAX_RESTARTS,
     RENDEZVOUS_MINUTES,
     argument(
@@ -217,20 +226,23 @@ def check_options(given: argparse.Namespace) -> None:
         raise UserError("--gpus-per-node or --processes is needed, and only one of them.")
     if gpus is not None and not re.fullmatch(r"([\w.-]+:)?[1-9]\d{0,3}", gpus, re.ASCII):
         raise UserError(f"--gpus-per-node={gpus} is not of the form 8 or h100:8.")
-    for name in (*PASSED_ON, "job-name", "mail", "array", "dependency"):
-        if getattr(given, name.replace("-", "_")) == "":
-            raise UserError(f"--{name} is empty: give it a value, or leave it out.")
+    if given.dependency and not _DEPENDENCY.fullmatch(given.dependency):
+        raise UserError(
+            f"--dependency={given.dependency} is no list of conditions that sbatch knows: write "
+            "afterok:123, afterany:123:124, singleton and so on, separated by commas."
+        )
     given.per_node = given.processes or int(given.gpus_per_node.rpartition(":")[2])
-    if not 1 <= given.signal_seconds < seconds("--time", given.time):
+    if given.signal_seconds >= seconds("--time", given.time):
         raise UserError(
             f"--signal-seconds={given.signal_seconds}, in which the run saves before its limit, "
-            f"must be 1 or more and less than --time={given.time}."
+            f"must be less than --time={given.time}."
         )
-    own = {name.replace("_", "-") for name in vars(given)}
-    own |= {"ntasks-per-node", "signal", "open-mode", "output", "chdir", "mail-user"}
+    own = [name.replace("_", "-") for name in vars(given)]
+    own += ["ntasks-per-node", "signal", "open-mode", "output", "chdir", "mail-user"]
     for option in given.sbatch:
         match = re.fullmatch(r"(?:--)?([a-z][a-z-]*)(=.*)?", option)
         if not match:
             raise UserError(f"--sbatch={option} is no long option such as exclusive or mem=0.")
-        if match[1] in own:
-            raise UserError(f"--sbatch={option}: --{match[1]} is an option of submit.py itself.")
+        for name in own:
+            if name.startswith(match[1]):  # sbatch takes options by their beginnings, too
+                raise UserError(f"--sbatch={option}: --{name} is an option of submit.py itself.")

@@ -19,14 +19,14 @@ from neftune_dist.system.versions import git, versions
 
 def next_folder(run_dir: Path) -> Path:
     """The folder of the next snapshot."""
-    taken = [int(path.name) for path in run_dir.glob("submit/*") if path.name.isdigit()]
+    taken = [int(path.name) for path in run_dir.glob("submit/*") if path.name.isdecimal()]
     return run_dir / "submit" / f"{max(taken, default=0) + 1:04d}"
 
 
 def jobs(run_dir: Path) -> list[str]:
     """The ids of all jobs that were submitted for the run."""
     files = sorted(run_dir.glob("submit/*/job"))
-    return [number for file in files for number in file.read_text().split()]
+    return [number for file in files for number in file.read_text(errors="replace").split()]
 
 
 def code() -> dict[str, str]:

@@ -201,10 +201,15 @@ def _dry_run(given: argparse.Namespace, tasks: list[Task], unavailable: str) -> 
     if unavailable:
         lines.append(f"Slurm: {unavailable} Nodes, limits and queue were not looked at.")
     else:
-        tried = slurm.run("sbatch", "--test-only", *_options(given, tasks), script=script)
-        # No refusal: it may also be that nodes are down at present.
-        answer = f"would not start it now: {slurm.reason(tried)}."
-        lines.append(f"Slurm: {answer if tried.returncode else slurm.reason(tried)}")
+        waits = [f"--dependency={given.dependency}"] if given.dependency else []
+        options = _options(given, tasks) + waits
+        tried = slurm.run("sbatch", "--test-only", *options, script=script)
+        answer = slurm.reason(tried)
+        if tried.returncode and "allocation failure" not in answer:  # of sbatch's own reading
+            raise UserError(f"sbatch refuses these options: {answer}.")
+        # That of the controller is no refusal: it may also be that nodes are down at present.
+        refused = f"would not start it now: {answer}."
+        lines.append(f"Slurm: {refused if tried.returncode else answer}")
     return [*lines, "A dry run: nothing was written or queued."]
 
 
@@ -229,7 +234,11 @@ def _submit(given: argparse.Namespace, tasks: list[Task], waits_for: list[str]) 
             if done.returncode:
                 raise UserError(f"Slurm refused the job: {slurm.reason(done)}.")
             print(done.stderr, end="", file=sys.stderr)  # what the site has to say
-            ids.append(done.stdout.split()[-1].partition(";")[0])
+            number = " ".join(done.stdout.split()[-1:]).partition(";")[0]
+            if not number.isdecimal():
+                said = done.stdout.strip() or "nothing"
+                raise UserError(f"sbatch queued nothing; it says: {said}")
+            ids.append(number)
             undo.callback(slurm.run, "scancel", ids[-1])
             waits = slurm.after(ids[-1:])
         for task, folder in zip(tasks, folders, strict=True):
