@@ -53,6 +53,12 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> Any:
             folder, trust_remote_code=config.trust_remote_code
         )
     names = split_list(config.add_tokens)
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    if known := [name for name in names if name in special]:
+        raise UserError(
+            f"model.add_tokens={config.add_tokens}: the tokenizer in {folder} has the "
+            f"special token {known[0]} already: leave it out."
+        )
     added = [AddedToken(name, special=True, normalized=False) for name in names]
     tokenizer.add_tokens(added, special_tokens=True)
     return tokenizer

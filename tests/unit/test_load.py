@@ -735,6 +735,13 @@ def test_architecture_ignores_settings_that_change_no_parameter(tmp_path: Path) 
     assert load.architecture(other) != seen
 
 
+def test_added_token_that_is_there_is_refused(tmp_path: Path) -> None:
+    folder = tiny_model.make_model(tmp_path)
+    load.load_tokenizer(folder, ModelConfig(str(folder), add_tokens="<|a|>"))
+    with pytest.raises(UserError, match=r"add_tokens=<\|a\|>,</s>: .* token </s> already: leave"):
+        load.load_tokenizer(folder, ModelConfig(str(folder), add_tokens="<|a|>,</s>"))
+
+
 def test_new_tokens_get_rows_before_sharding(tmp_path: Path) -> None:
     """Whatever range a rank asks for: the files' rows, then their mean; tied and untied."""
     for tied in (True, False):
