@@ -23,7 +23,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from neftune_dist.distributed.environment import Place
+from neftune_dist.distributed.environment import Place, number
 
 _REQUESTS_PER_SECOND = 5000.0
 _REQUESTS_PER_QUESTION = 2
@@ -106,7 +106,8 @@ class Mailbox:
 def connect(place: Place, seconds: float) -> dist.Store:
     """Return the rendezvous store of the ranks of `place`, without waiting for all of them.
 
-    Rank 0 hosts it, unless torchrun's agent does.
+    Rank 0 hosts it, unless torchrun's agent does, which keeps it when it starts the ranks again
+    (--max-restarts): each time they have keys of their own.
 
     Raises:
         TimeoutError: no process listens at rank 0's address within `seconds`.
@@ -125,7 +126,12 @@ def connect(place: Place, seconds: float) -> dist.Store:
         wait_for_workers=False,
     )
     store.set_timeout(timedelta(seconds=_ANSWER_SECONDS))
-    return store
+    return dist.PrefixStore(f"start {restarts()}", store)
+
+
+def restarts() -> int:
+    """How often torchrun has started the ranks again."""
+    return number("TORCHELASTIC_RESTART_COUNT", 0)
 
 
 def _await_listener(place: Place, seconds: float) -> None:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from neftune_dist.compat.torch import default_store, process_groups, set_collective_timeout
 from neftune_dist.config import UserError, check_divides
 from neftune_dist.distributed import environment, outcome
-from neftune_dist.distributed.mailbox import pauses, wait_until
+from neftune_dist.distributed.mailbox import connect, pauses, restarts, wait_until
 from neftune_dist.distributed.signals import Stopped, StopSignal
 from neftune_dist.system import cgroups
 from neftune_dist.system.malloc import keep_freed_memory
@@ -69,6 +69,10 @@ def _meet(place: environment.Place, device: torch.device, store: dist.Store | No
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
     try:
+        # torch itself would read the addresses of the ranks that died from torchrun's store.
+        if store is None and restarts():
+            store = connect(place, _COLLECTIVE_TIMEOUT.total_seconds())
+            store.set_timeout(_COLLECTIVE_TIMEOUT)
         dist.init_process_group(
             backend,
             store=store,

@@ -11,11 +11,14 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from neftune_dist.checkpoint import store
+from neftune_dist.cluster.launch.torchrun import LOOPBACK, listen
+from neftune_dist.distributed.world import World
 from tests.distributed import drill
 from tests.slurm.cluster import ROOT, SCRIPT, process_of_rank
 from tests.support import tiny_model
@@ -141,6 +144,25 @@ def test_unread_console_does_not_end_a_run(config: Path, tmp_path: Path) -> None
         assert process.wait(tiny_model.DEADLINE_SECONDS) == 75
     assert kinds(run_dir) == ["failed", "stopped"]
     assert "stopped at step" in (second / "console.log").read_text()
+
+
+def _meet(port: int, restarts: int) -> None:
+    """A rank of torchrun's, whose agent keeps the store; the first ones die."""
+    os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(restarts)
+    time.sleep(restarts * int(os.environ["RANK"]))  # so that the other one looks first
+    world = World()
+    assert world.gather([1.0]) == [[1.0], [1.0]]
+    if not restarts:
+        os._exit(0)
+    world.close()
+
+
+def test_ranks_that_torchrun_starts_again_do_not_look_for_the_dead() -> None:
+    agents = listen(LOOPBACK, 0)
+    for restarts in range(2):
+        done = tiny_model.call_forked(partial(_meet, agents.port, restarts), ranks=2)
+        assert done.returncode == 0, done.stderr
 
 
 def test_removed_run_directory_is_one_sentence(config: Path, tmp_path: Path) -> None:
