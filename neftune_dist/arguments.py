@@ -78,9 +78,9 @@ def _run_dir(text: str) -> Path:
 Words = Sequence[str]
 WHOLE = bounded(int, 0, 2**20)
 
-SETTINGS = argument(
-    "settings", nargs="*", default=[], metavar="key=value", help="such as noise.alpha=5"
-)
+_SETTINGS = partial(argument, "settings", nargs="*", default=[], metavar="key=value")
+SETTINGS = _SETTINGS(help="such as noise.alpha=5")
+EVALUATION_SETTINGS = _SETTINGS(help="such as evaluate.max_instructions=50")
 CONFIG = (
     argument("config", help="YAML file, or the name of a shipped one, such as alpaca-7b"),
     SETTINGS,

@@ -16,7 +16,7 @@ class EvaluateConfig:
     """Held-out loss during training, and the measurements of `neftune-dist evaluate`."""
 
     every_steps: int = number(0, ge=0, le=2**32)
-    """Evaluate every so many steps; 0: only before the first and after the last."""
+    """Steps between evaluations; 0: only before the first step and after the last."""
     max_documents: int = number(0, ge=0)
     """Held-out documents to evaluate, chosen by a hash; 0: all."""
     train_documents: int = number(0, ge=0)

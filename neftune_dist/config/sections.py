@@ -47,7 +47,7 @@ class ModelConfig:
     compile: bool = False
     """Compile each transformer block with torch.compile."""
     kernels: str = choice("torch", "liger")
-    """liger fuses norms, rotary embedding and SwiGLU (GPU)."""
+    """liger: Liger's fused norms, rotary embedding and SwiGLU (GPU)."""
     float8: str = choice("none", "tensorwise", "rowwise")
     """Matrix products of the blocks in float8, scaled by tensor or by row (Hopper GPUs)."""
     trust_remote_code: bool = False
@@ -56,7 +56,7 @@ class ModelConfig:
 
 @dataclass
 class AdapterConfig:
-    """Small matrices trained in place of the weights, which stay frozen (PEFT)."""
+    """LoRA or DoRA (PEFT): small matrices that are trained beside the frozen weights."""
 
     method: str = choice("none", "lora", "dora")
     """LoRA or DoRA; none: full fine-tuning."""
@@ -71,8 +71,8 @@ class AdapterConfig:
     dropout: float = number(0.0, ge=0, lt=1)
     """Dropout of the adapter's input."""
     targets: str = "all"
-    """Layers that get an adapter: all matrices of the blocks, or names such as q_proj,v_proj; where
-    experts are stacked, which get none, all_but_experts."""
+    """Layers with an adapter: all (every matrix of the blocks), names such as q_proj,v_proj, or
+    all_but_experts for models whose experts are stacked."""
 
 
 @dataclass
@@ -107,7 +107,7 @@ class DataConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     format: str = choice(*_FORMATS)
-    """Meaning of a row's fields; auto recognises it."""
+    """Format of the rows; auto recognises it by their fields."""
     columns: dict[str, Any] = field(default_factory=dict)
     """Columns under other names: {prompt: question, completion: data.0.text}; a text for every row:
     {system: {constant: Be brief.}}."""
@@ -122,9 +122,11 @@ class DataConfig:
     system_prompt: str | None = None
     """System prompt of conversations that have none."""
     supervise: str = choice("assistant", "last", "all")
-    """Supervised tokens: all assistant turns (with their ends), the last answer alone, or all."""
+    """Tokens in the loss: assistant: all answers with their end tokens; last: the last answer; all:
+    every token, the prompt's too."""
     split_conversations: str = choice("as_needed", "never")
-    """Answers rendered differently once turns follow: documents of their own, or refuse the row."""
+    """Where the template renders an answer differently once turns follow: as_needed makes several
+    documents of the row, never refuses it."""
     max_length: int = number(512, ge=2, le=2**20)
     """Most tokens of a document."""
     too_long: str = choice("truncate", "drop")
@@ -195,7 +197,8 @@ class NoiseConfig:
     length: str = choice("document", "padded")
     """L: the document's real tokens; padded: the length of its row, as in other implementations."""
     stream: str = choice("rank", "sample")
-    """rank: each rank draws its own noise; sample: the document determines it in any layout."""
+    """rank: every rank draws its own noise; sample: a document gets the same noise for any number
+    of ranks, engine and packing."""
     schedule: str = choice("constant", "linear", "cosine")
     """Decay of alpha after the warm-up."""
     warmup_steps: int = number(0, ge=0, le=2**32)
@@ -208,7 +211,7 @@ class NoiseConfig:
 
 @dataclass
 class EngineConfig:
-    """How the model lies on the ranks."""
+    """How the model is distributed over the ranks."""
 
     name: str = choice("auto", "fsdp2", "deepspeed", "replicated")
     """FSDP2, DeepSpeed ZeRO, or replicated: every rank holds the whole model, which is the fastest
@@ -263,17 +266,17 @@ class TrainConfig:
     max_steps: int | None = number(None, ge=1, lt=2**32)  # the step's word of a noise counter
     """Steps to train."""
     num_epochs: float | None = number(None, gt=0, le=2**20)
-    """Epochs to train, rounded to whole steps; null without train.max_steps: 3."""
+    """Epochs to train, rounded to whole steps; null: 3, unless train.max_steps is set."""
     global_batch_size: int = number(128, ge=1, le=2**24)
     """Documents per step over all ranks; an epoch's last step has the rest."""
     micro_batch_tokens: int = number(8192, ge=2, lt=2**31)
     """Most tokens, padding included, of one forward pass on one rank."""
     patience: int = number(0, ge=0, le=2**32)
-    """End after so many evaluations in a row without a better held-out loss; 0: never."""
+    """End the run after this many evaluations in a row without a better held-out loss; 0: never."""
     max_skipped_steps: int = number(3, ge=0, le=2**32)
     """Consecutive steps with a non-finite loss or gradient to skip before the run stops."""
     profile_steps: int = number(0, ge=0, le=100)
-    """Profile so many steps after the second: a trace and a table in run_dir/profile; 0: none."""
+    """Steps to profile, after the second: a trace and a table in run_dir/profile; 0: none."""
     hang_minutes: float = number(15.0, gt=0, le=2**20)
     """Stop the run if one phase of a step, such as a forward pass, takes longer."""
     seed: int = number(0, ge=0, le=_MAX_SEED)
@@ -285,11 +288,11 @@ class CheckpointConfig:
     """Saving and resuming."""
 
     every_steps: int = number(0, ge=0, le=2**32)
-    """Save every so many steps; 0: only at the end and when the run is stopped."""
+    """Steps between checkpoints; 0: only at the end and when the run is stopped."""
     keep: int = number(2, ge=0, le=2**32)
     """Newest complete checkpoints to keep; 0: all."""
     keep_every_steps: int = number(0, ge=0, le=2**32)
-    """Never delete the checkpoints of every so many steps; 0: none is exempt."""
+    """Never delete checkpoints whose step is a multiple of this; 0: no exception."""
     keep_best: bool = False
     """Save after an evaluation with the lowest held-out loss so far, and keep that checkpoint."""
     mode: str = choice("auto", "async", "sync")

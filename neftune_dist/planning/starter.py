@@ -57,8 +57,8 @@ def write_configuration(name: str, words: Sequence[str], output: Path | None) ->
     base = shipped_configs().get(name, shipped_configs()[_BASE])
     config = load_config(base, [f"run_dir=runs/{name}", *words])
     lines = [
-        f"# {name}: settings, each below its meaning and what it may be. All others have their",
-        "# defaults: neftune-dist config",
+        f"# {name}: each setting stands below its meaning; its allowed values follow it. All other",
+        "# settings have their defaults: neftune-dist config",
         *(f"# {line}" for line in _memory_lines(config, path)),
         *_setting_lines(config),
     ]

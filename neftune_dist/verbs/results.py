@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from neftune_dist.arguments import (
     CONFIG,
+    EVALUATION_SETTINGS,
     OUTPUT,
     RUN_DIR,
-    SETTINGS,
     STEP,
     Words,
     argument,
@@ -48,7 +48,7 @@ def _watch(run_dir: Path, once: bool, every: float) -> int:
     argument(
         "--contents",
         action="store_true",
-        help="say what the newest one holds, and how torch alone reads it",
+        help="say what the newest one holds, and how to read it with torch alone",
     ),
 )
 def _checkpoints(run_dir: Path, verify: bool, contents: bool) -> int:
@@ -89,12 +89,12 @@ def _chosen(step: int | None, best: bool) -> int | Literal["best"] | None:
         "--dtype",
         choices=("original", "fp32", "bf16", "fp16"),
         default="original",
-        help="of the weights; original: as in the model that was fine-tuned, of an adapter fp32",
+        help="dtype of the weights; original: that of the base model, of an adapter fp32",
     ),
     argument(
         "--push-to-hub",
         metavar="ORG/NAME",
-        help="also upload it, to a repository that is made private where it is missing",
+        help="also upload it; a missing repository is created, private",
     ),
 )
 def _export(
@@ -123,13 +123,18 @@ def _export(
         help="a run directory, a checkpoint (RUN_DIR/checkpoints/step_00000020), a model directory "
         "or a hub id",
     ),
-    SETTINGS,
+    EVALUATION_SETTINGS,
     STEP,
     _BEST,
     argument(
-        "--config", dest="config_file", help="YAML file, for a model that no run here has trained"
+        "--config",
+        dest="config_file",
+        help="YAML file of settings, for a model that was not trained here",
     ),
-    argument("--model", help="another model, under the configuration of the run TARGET"),
+    argument(
+        "--model",
+        help="evaluate this model, such as the base, with the configuration of the run TARGET",
+    ),
     OUTPUT(help="default: RUN_DIR/evaluations/step_00000020 or similar"),
 )
 def _evaluate(target: str, step: int | None, best: bool, model: str | None, **options: Any) -> int:
@@ -165,7 +170,7 @@ def _evaluate(target: str, step: int | None, best: bool, model: str | None, **op
         "--temperature",
         type=bounded(float, 0, 1000),
         default=0.0,
-        help="of sampling; default: 0, greedy decoding",
+        help="temperature of sampling; default: 0, greedy decoding",
     ),
 )
 def _chat(settings: Words, temperature: float) -> int:
@@ -201,7 +206,7 @@ def _numbers(text: str) -> list[float]:
         dest="num_seeds",
         type=bounded(int, 1, 1000),
         default=1,
-        help="number of seeds from train.seed on",
+        help="number of seeds, from train.seed on; default: %(default)s",
     ),
     argument(
         "--ranks",
@@ -214,9 +219,13 @@ def _numbers(text: str) -> list[float]:
         "--only",
         type=int,
         metavar="K",
-        help="make run K alone, counted from 0, without a report: a task of a Slurm array",
+        help="make only run K, counted from 0, without a report (for a task of a Slurm array)",
     ),
-    argument("--report-only", action="store_true", help="report on runs that have been made"),
+    argument(
+        "--report-only",
+        action="store_true",
+        help="train and evaluate nothing; report on the runs that are there",
+    ),
 )
 def _study(config: str, settings: Words, **options: Any) -> int:
     """Train and evaluate pairs of runs that differ in alpha alone, and report on them.

@@ -42,7 +42,7 @@ _PROCESSES = argument(
     dest="num_processes",
     type=bounded(int, 0, 2**12),
     default=0,
-    help="per node; default: one per GPU",
+    help="ranks on each node; default: one per GPU",
 )
 
 
@@ -100,7 +100,9 @@ def _node(folder: Path, words: list[str], **options: Any) -> int:
 
 @verb(
     argument("key", nargs="?", metavar="KEY", help="such as noise or noise.alpha"),
-    argument("--schema", action="store_true", help="print a JSON schema, for editors, of them all"),
+    argument(
+        "--schema", action="store_true", help="print a JSON schema of all settings, for editors"
+    ),
 )
 def _config(key: str | None, schema: bool) -> int:
     """Print every setting, or those of a section, with default, type, range and meaning."""
@@ -115,7 +117,7 @@ def _config(key: str | None, schema: bool) -> int:
         "name",
         nargs="?",
         metavar="NAME",
-        help="of the run, or a shipped configuration to begin from, such as sharegpt-7b",
+        help="name of the run, or a shipped configuration to begin from, such as sharegpt-7b",
     ),
     SETTINGS,
     OUTPUT(help="default: NAME.yaml; with --slurm the folder slurm"),
@@ -124,8 +126,8 @@ def _config(key: str | None, schema: bool) -> int:
     ),
 )
 def _init(name: str | None, settings: Words, output: Path | None, slurm: bool) -> int:
-    """Write a configuration to begin with: the settings that a run decides, each with its meaning,
-    and the memory that they need."""
+    """Write a configuration to begin with: the settings that most runs change, each with its
+    meaning, and the memory that the run needs."""
     name = name and name.removesuffix(".yaml")
     has_name = bool(name and Path(name).name.strip("."))
     if has_name == slurm or (name and not has_name):
@@ -164,8 +166,8 @@ def _plan(config: str, settings: Words, **options: Any) -> int:
     """Check a run and estimate memory per rank, steps, disk, FLOPs and hours. Needs no GPU and
     no weights.
 
-    Memory is that of the real training step, run on tensors without content as one rank of the
-    world. With --gpu, a run that does not fit ends with exit code 2 and settings that make it fit.
+    Memory is measured on the real training step of one rank, run on fake tensors. With --gpu, a
+    run that does not fit ends with exit code 2 and names settings with which it fits.
     """
     loaded = load_config(config, settings)
     # A machine with GPUs plans as one without.

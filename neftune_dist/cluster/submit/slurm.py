@@ -34,31 +34,48 @@ PASSED_ON = ("cpus-per-task", "mem", "partition", "account", "qos", "constraint"
 _NUMBER = bounded(int, 1, 2**16)
 OPTIONS = (
     argument("--nodes", type=_NUMBER, required=True, metavar="N", help="number of nodes"),
-    argument("--gpus-per-node", metavar="[TYPE:]G", help="one rank a GPU"),
-    argument("--processes", type=_NUMBER, metavar="P", help="or so many CPU ranks on each node"),
-    argument("--time", required=True, metavar="HH:MM:SS", help="the limit, at which the run saves"),
-    *(argument(f"--{name}", help="as sbatch has it") for name in PASSED_ON),
+    argument("--gpus-per-node", metavar="[TYPE:]G", help="GPUs of each node, one rank per GPU"),
+    argument(
+        "--processes",
+        type=_NUMBER,
+        metavar="P",
+        help="CPU ranks of each node, in place of --gpus-per-node",
+    ),
+    argument(
+        "--time", required=True, metavar="HH:MM:SS", help="time limit; the run saves before it"
+    ),
+    *(argument(f"--{name}", help="passed on to sbatch") for name in PASSED_ON),
     argument("--job-name", help="default: the run directory's name"),
     argument(
-        "--mail", metavar="ADDRESS", help="gets mail when the job begins, ends, fails, is requeued"
+        "--mail", metavar="ADDRESS", help="mail when the job begins, ends, fails or is requeued"
     ),
     argument(
-        "--array", metavar="SPEC", help="one run an index (0-3, 1,5, 0-9%%2), put in place of {}"
+        "--array",
+        metavar="SPEC",
+        help="one run per index (0-3 or 1,5 or 0-9%%2); {} in settings becomes the index",
     ),
-    argument("--dependency", metavar="LIST", help="afterok:123 and so on"),
+    argument("--dependency", metavar="LIST", help="as sbatch: afterok:123"),
     argument(
-        "--chain", type=_NUMBER, default=1, metavar="N", help="N jobs, each after the one before"
+        "--chain",
+        type=_NUMBER,
+        default=1,
+        metavar="N",
+        help="submit N jobs, each of which continues the one before",
     ),
     argument(
         "--signal-seconds",
         type=bounded(int, 1, 65535),  # of Slurm
         default=300,
-        help="to save in; default: %(default)s",
+        help="seconds before the time limit to save in; default: %(default)s",
     ),
     MAX_RESTARTS,
     RENDEZVOUS_MINUTES,
     argument(
-        "--sbatch", action="append", default=[], metavar="OPTION", help="any other: exclusive, a=b"
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="another option of sbatch, such as exclusive or gres=...",
     ),
     argument("--dry-run", action="store_true", help="check and print; write and queue nothing"),
 )
