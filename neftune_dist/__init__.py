@@ -10,7 +10,7 @@ def __getattr__(name: str) -> Any:
     # Late, because importing the package must not import torch: a login node validates
     # configurations without it.
     if name == "NEFTune":
-        from neftune_dist.noise.hook import NEFTune
+        from neftune_dist.noise.neftune import NEFTune
 
         return NEFTune
     if name == "NEFTuneCallback":

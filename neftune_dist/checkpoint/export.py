@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from neftune_dist.checkpoint import choice, marked_folder, store
-from neftune_dist.checkpoint.merged import Content, adapter_of, open_towers
+from neftune_dist.checkpoint.merged import ModelTensors, adapter_of, open_towers
 from neftune_dist.checkpoint.run_files import (
     CHAT_TEMPLATE,
     MODEL_FOLDER,
@@ -37,9 +37,9 @@ from neftune_dist.config import ModelConfig, UserError, read_json
 from neftune_dist.engine.base import dtype_name
 from neftune_dist.model import load
 from neftune_dist.model.adapters import peft_name, peft_settings
+from neftune_dist.model.multimodal import Wrapper, text_settings
 from neftune_dist.model.stored_tensors import split
 from neftune_dist.model.weights import WeightFiles
-from neftune_dist.model.wrapped import Wrapper, text_settings
 from neftune_dist.system import storage
 
 # Of --dtype, where it is not "original"; and those in which weights are written.
@@ -96,11 +96,11 @@ def export(
             (folder / "config.json").unlink()
             wrapper = _wrapper(run_dir) if "towers" in state["identity"] else None
             chosen = torch.float32 if dtype == "original" else chosen
-            content = Content.trained(checkpoint.folder, state)
+            content = ModelTensors.trained(checkpoint.folder, state)
             _write_adapter(content, wrapper, state, folder, chosen)
         else:
             towers = open_towers(checkpoint.folder, state)
-            _write_weights(Content.of(checkpoint.folder, state), towers, folder, chosen)
+            _write_weights(ModelTensors.of(checkpoint.folder, state), towers, folder, chosen)
         (folder / "README.md").write_text(_card(state, folder))
     log(f"exported step {checkpoint.step} to {output} ({dtype_name(chosen)})")
     return output
@@ -174,7 +174,7 @@ def _add_earlier_names(folder: Path) -> None:
 
 
 def _write_weights(
-    content: Content, towers: WeightFiles | None, output: Path, dtype: torch.dtype
+    content: ModelTensors, towers: WeightFiles | None, output: Path, dtype: torch.dtype
 ) -> None:
     """Write the model's tensors in `dtype`, and towers as they are in the base's files."""
     size = {name: math.prod(shape) * dtype.itemsize for name, shape in content.shapes.items()}
@@ -221,7 +221,7 @@ def _wrapper(run_dir: Path) -> Wrapper | None:
 
 
 def _write_adapter(
-    trained: Content,
+    trained: ModelTensors,
     wrapper: Wrapper | None,
     state: Mapping[str, Any],
     output: Path,

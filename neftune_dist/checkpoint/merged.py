@@ -26,7 +26,7 @@ from neftune_dist.model.weights import WeightFiles, weights_folder
 
 
 @dataclass(frozen=True)
-class Content:
+class ModelTensors:
     """A model's tensors.
 
     Attributes:
@@ -42,7 +42,7 @@ class Content:
     constants: frozenset[str] = frozenset()
 
     @staticmethod
-    def trained(folder: Path, state: Mapping[str, Any]) -> Content:
+    def trained(folder: Path, state: Mapping[str, Any]) -> ModelTensors:
         """The trained tensors in a checkpoint (with adapters, the adapters alone), float32.
 
         Args:
@@ -62,17 +62,17 @@ class Content:
                 reader.read([FlatShard(MASTER, name, 0, tensor, numel)])
             return tensor.view(shapes[name])
 
-        return Content(shapes, read, from_record(state.get("stored", {}), shapes))
+        return ModelTensors(shapes, read, from_record(state.get("stored", {}), shapes))
 
     @staticmethod
-    def of(folder: Path, state: Mapping[str, Any]) -> Content:
+    def of(folder: Path, state: Mapping[str, Any]) -> ModelTensors:
         """The plain model, with adapters merged into their frozen weights, and with what the base
         model's files hold beside trained parameters.
 
         Raises:
             UserError: the frozen weights are missing, or have changed.
         """
-        trained = Content.trained(folder, state)
+        trained = ModelTensors.trained(folder, state)
         adapter, known = adapter_of(state), state["identity"].get("base")
         if adapter.method == "none" and known is None:
             return trained
@@ -103,7 +103,7 @@ class Content:
             def read(name: str) -> Tensor:
                 return merged(name, of_files(name), parts, adapter, name in in_4_bits)
 
-        return Content(shapes, read, from_record(state.get("stored", {}), shapes), constants)
+        return ModelTensors(shapes, read, from_record(state.get("stored", {}), shapes), constants)
 
 
 def open_towers(folder: Path, state: Mapping[str, Any]) -> WeightFiles | None:
@@ -147,7 +147,7 @@ def _reading(folder: Path) -> Iterator[None]:
     except UserError as error:
         if folder.is_dir():
             raise
-        raise store.damage_error(store.Checkpoint(folder, 0), "") from error
+        raise store.damage_error(store.Checkpoint(folder), "") from error
 
 
 def adapter_of(state: Mapping[str, Any]) -> AdapterConfig:

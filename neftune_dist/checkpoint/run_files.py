@@ -31,7 +31,7 @@ from neftune_dist.config import (
 from neftune_dist.distributed.world import World
 from neftune_dist.model import load, locate
 from neftune_dist.model.families import WRAPPERS
-from neftune_dist.model.wrapped import text_settings
+from neftune_dist.model.multimodal import text_settings
 from neftune_dist.system import storage
 from neftune_dist.system.model_files import generation_settings
 

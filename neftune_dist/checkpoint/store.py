@@ -60,10 +60,14 @@ _VISIBLE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint. step: of the run, when it was saved."""
+    """A checkpoint, by its folder. `find_all` and `open_checkpoint` give complete ones."""
 
     folder: Path
-    step: int
+
+    @property
+    def step(self) -> int:
+        """The step after which it was saved, from the folder's name."""
+        return step_of(self.folder) or 0
 
     def trainer_state(self) -> dict[str, Any]:
         """The state saved beside the tensors. Raises `UserError` where the file is damaged, or of a
@@ -157,10 +161,8 @@ def publish(
 
 def find_all(run_dir: Path) -> list[Checkpoint]:
     """Checkpoints whose files have their manifests' sizes, newest first."""
-    found = ((step_of(folder), folder) for folder in (run_dir / "checkpoints").glob("step_*"))
-    complete = [
-        Checkpoint(folder, step) for step, folder in found if step is not None and not _flaw(folder)
-    ]
+    folders = (run_dir / "checkpoints").glob("step_*")
+    complete = [Checkpoint(f) for f in folders if step_of(f) is not None and not _flaw(f)]
     return sorted(complete, key=lambda checkpoint: -checkpoint.step)
 
 
@@ -222,15 +224,14 @@ def open_checkpoint(path: Path, *, patient: bool = False, key: str = "") -> Chec
     Raises:
         UserError: there is none, or it is incomplete.
     """
-    step = step_of(path)
     deadline = time.monotonic() + (_VISIBLE_SECONDS if patient else 0)
     while (flaw := _flaw(path)) and time.monotonic() < deadline:
         time.sleep(0.5)
-    if step is None or not path.is_dir():
+    if step_of(path) is None or not path.is_dir():
         raise UserError(f"{key}{path} is no checkpoint directory (step_00000020).")
     if flaw:
         raise UserError(f"The checkpoint {path} is incomplete or damaged: {flaw}.")
-    return Checkpoint(path, step)
+    return Checkpoint(path)
 
 
 @contextmanager
@@ -248,7 +249,7 @@ def explained(folder: Path) -> Iterator[None]:
 def _flaw(folder: Path) -> str | None:
     """The flaw of a checkpoint as far as names and sizes tell; None: none."""
     try:
-        files = Checkpoint(folder, 0).files()
+        files = Checkpoint(folder).files()
     except UserError:
         return f"{MANIFEST} is missing or cannot be read"
     for name, file in files.items():
@@ -264,7 +265,7 @@ def _flaw(folder: Path) -> str | None:
 def _unlisted(folder: Path) -> str | None:
     """The first entry of a checkpoint's folder that its manifest does not list; None: none."""
     try:
-        listed, names = {*Checkpoint(folder, 0).files(), MANIFEST}, os.listdir(folder)
+        listed, names = {*Checkpoint(folder).files(), MANIFEST}, os.listdir(folder)
     except (UserError, FileNotFoundError):  # a run that continues has removed it
         return None
     return min((n for n in names if n not in listed and not n.startswith(".nfs")), default=None)

@@ -21,7 +21,7 @@ import transformers
 from torch import Tensor, nn
 
 from neftune_dist.checkpoint import choice, store
-from neftune_dist.checkpoint.merged import Content
+from neftune_dist.checkpoint.merged import ModelTensors
 from neftune_dist.checkpoint.run_files import (
     MODEL_FOLDER,
     check_architecture,
@@ -152,7 +152,7 @@ class EvaluationTarget:
         assert self.checkpoint is not None
         if flaw := self.checkpoint.first_flaw(*self.part):
             raise store.damage_error(self.checkpoint, flaw)
-        content = Content.of(self.checkpoint.folder, self.checkpoint.trainer_state())
+        content = ModelTensors.of(self.checkpoint.folder, self.checkpoint.trainer_state())
         if load.stored_shapes(model) != content.shapes:
             raise UserError(
                 f"The checkpoint {self.checkpoint.folder} is of another model than {self.folder}."

@@ -83,7 +83,7 @@ EMBEDDING_SCALES = tuple(
     dict.fromkeys(name for family in FAMILIES.values() for name in family.embedding_scale)
 )
 # Multimodal wrappers, by model_type. They compute text as their text model alone does. To add one,
-# add its name: `tests/unit/test_wrapped.py` proves it.
+# add its name: `tests/unit/test_multimodal.py` proves it.
 _WRAPPERS = """
     aria cohere_compass deepseek_vl deepseek_vl_hybrid exaone4_5 fuyu gemma3 gemma3n gemma4
     gemma4_unified glmasr got_ocr2 idefics2 idefics3 internvl janus kimi_k25 lfm2_vl lfm3_vl

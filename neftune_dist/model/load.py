@@ -26,6 +26,7 @@ from neftune_dist.model.attention import check_flex, with_attention
 from neftune_dist.model.families import WRAPPERS, check_config, check_model, check_packable
 from neftune_dist.model.loss import resolve_loss
 from neftune_dist.model.modules import own_buffers, own_parameters
+from neftune_dist.model.multimodal import Wrapper, trained_config
 from neftune_dist.model.optimizations import configure
 from neftune_dist.model.weights import (
     GrownWeights,
@@ -34,7 +35,6 @@ from neftune_dist.model.weights import (
     is_foreign,
     weights_folder,
 )
-from neftune_dist.model.wrapped import Wrapper, trained_config
 from neftune_dist.system.text import first_line
 
 _NO_ARCHITECTURE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")

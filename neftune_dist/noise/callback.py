@@ -12,8 +12,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from neftune_dist.noise.handle import NEFTuneHandle
-from neftune_dist.noise.hook import NEFTune
 from neftune_dist.noise.law import expected_norm
+from neftune_dist.noise.neftune import NEFTune
 from neftune_dist.optim.schedule import Schedule
 
 try:

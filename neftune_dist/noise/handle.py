@@ -36,7 +36,7 @@ from neftune_dist.noise.op import add_noise, count_forward_
 from neftune_dist.noise.recomputation import LastForward, is_recomputing
 
 if TYPE_CHECKING:
-    from neftune_dist.noise.hook import NEFTune
+    from neftune_dist.noise.neftune import NEFTune
 
 _MARK = "_neftune_handle"
 # Layout of the forward pass under way, by the handle's number. Here and not in the handle, because

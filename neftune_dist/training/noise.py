@@ -10,9 +10,9 @@ from torch.distributed import ProcessGroup
 from neftune_dist.config import Config, NoiseConfig, UserError
 from neftune_dist.data.loader import MicroBatch
 from neftune_dist.noise.handle import NEFTuneHandle
-from neftune_dist.noise.hook import NEFTune
 from neftune_dist.noise.law import SIGNS
 from neftune_dist.noise.layout import TokenLayout
+from neftune_dist.noise.neftune import NEFTune
 from neftune_dist.optim.schedule import Schedule
 
 

@@ -29,9 +29,9 @@ from neftune_dist.engine import make_engine
 from neftune_dist.engine.base import MASTER
 from neftune_dist.model import load
 from neftune_dist.model.flops import model_size, peak_flops
-from neftune_dist.noise.hook import NEFTune
 from neftune_dist.noise.law import RankStream, scalar, scales
 from neftune_dist.noise.layout import TokenLayout
+from neftune_dist.noise.neftune import NEFTune
 from neftune_dist.noise.op import add_noise, add_noise_
 from neftune_dist.optim.adamw import MakeOptimizer
 from neftune_dist.training.noise import token_layout

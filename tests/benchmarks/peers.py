@@ -40,7 +40,7 @@ from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import MASTER
 from neftune_dist.model import load, locate
 from neftune_dist.model.flops import ModelSize, model_size
-from neftune_dist.noise.hook import NEFTune
+from neftune_dist.noise.neftune import NEFTune
 from neftune_dist.training.noise import token_layout
 from runs import (
     common_arguments,

@@ -12,7 +12,7 @@ import pytest
 
 from neftune_dist import cli
 from neftune_dist.checkpoint import choice, flat, store
-from neftune_dist.checkpoint.merged import Content
+from neftune_dist.checkpoint.merged import ModelTensors
 from tests.support import tiny_model
 
 
@@ -49,7 +49,7 @@ def test_checkpoint_pruned_while_it_is_read_is_one_sentence(
     """By a run that goes on: one sentence, whenever it happens."""
     own = tmp_path / "run"
     shutil.copytree(run_dir, own)
-    owners: dict[str, Any] = {"content": Content, "shards": flat.Reader}
+    owners: dict[str, Any] = {"content": ModelTensors, "shards": flat.Reader}
     owner = owners.get(moment, store.Checkpoint)
     name = {"identity": "files", "content": "of", "shards": "read"}.get(moment, moment)
     work = getattr(owner, name)

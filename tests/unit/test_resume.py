@@ -56,7 +56,7 @@ def publish(run_dir: Path, step: int) -> store.Checkpoint:
     run_dir.mkdir(exist_ok=True)
     partial = store.begin(run_dir, step)
     store.publish(partial, json.dumps({"step": step}), {}, CheckpointConfig(keep=0))
-    return store.Checkpoint(partial.with_suffix(""), step)
+    return store.Checkpoint(partial.with_suffix(""))
 
 
 def find(run_dir: Path, world: FakeWorld, **settings: Any) -> store.Checkpoint | None:
@@ -110,7 +110,7 @@ def check(change: Callable[[dict[str, Any], Config], None], accept: str | None =
     change(identity, config)
     if accept:
         config.checkpoint.accept_changes = accept
-    found = store.Checkpoint(Path("checkpoints/step_00000001"), 1)
+    found = store.Checkpoint(Path("checkpoints/step_00000001"))
     return resume.check_same_run(found, state, identity, config)
 
 
@@ -136,7 +136,7 @@ def test_another_order_of_documents_is_refused(recorded: dict[str, str]) -> None
     """The first versions recorded none."""
     identity = {key: value for key, value in IDENTITY.items() if key != "order"}
     state = {"identity": {**identity, **recorded}, "config": Config().to_dict()}
-    found = store.Checkpoint(Path("checkpoints/step_00000001"), 1)
+    found = store.Checkpoint(Path("checkpoints/step_00000001"))
     then = recorded.get("order", "sorted")
     with pytest.raises(UserError, match=rf"documents in another order \({then}, now feistel-1\)"):
         resume.check_same_run(found, state, IDENTITY, Config())
@@ -146,7 +146,7 @@ def test_another_order_of_documents_is_refused(recorded: dict[str, str]) -> None
 def test_checkpoint_that_records_no_identity_is_refused(key: str) -> None:
     identity = {name: value for name, value in IDENTITY.items() if name != key}
     state = {"identity": identity, "config": Config().to_dict()}
-    found = store.Checkpoint(Path("checkpoints/step_00000001"), 1)
+    found = store.Checkpoint(Path("checkpoints/step_00000001"))
     with pytest.raises(UserError, match="restore the configuration that made it"):
         resume.check_same_run(found, state, IDENTITY, Config())
 

@@ -143,7 +143,7 @@ def test_manifest_of_another_step_is_refused(tmp_path: Path) -> None:
     one, two = (publish(tmp_path, step, settings) for step in (1, 2))
     shutil.copy(one / "manifest.json", two / "manifest.json")
     with pytest.raises(UserError, match=r"manifest\.json"):
-        store.Checkpoint(two, 2).files()
+        store.Checkpoint(two).files()
 
 
 @pytest.mark.parametrize("key", STATE)
@@ -153,7 +153,7 @@ def test_state_of_a_version_that_recorded_less_is_refused(
     monkeypatch.delitem(STATE, key)
     folder = publish(tmp_path, 1, CheckpointConfig())
     with pytest.raises(UserError, match=rf"{key}.*another version of neftune_dist made"):
-        store.Checkpoint(folder, 1).trainer_state()
+        store.Checkpoint(folder).trainer_state()
     assert "trainer_state.json cannot be read" in rows(tmp_path, verify=True)[0].state
 
 
@@ -164,14 +164,14 @@ def test_manifest_without_trainer_state_makes_a_checkpoint_damaged(tmp_path: Pat
     (folder / "manifest.json").write_text(json.dumps(with_checksum({"step": 1, "files": files})))
     assert store.find_all(tmp_path) == []
     with pytest.raises(UserError, match=r"manifest\.json"):
-        store.Checkpoint(folder, 1).trainer_state()
+        store.Checkpoint(folder).trainer_state()
 
 
 def test_changed_trainer_state_is_refused(tmp_path: Path) -> None:
     folder = publish(tmp_path, 1, CheckpointConfig())
     (folder / store.STATE).write_text('{"step": 3}')  # of the same length
     with pytest.raises(UserError, match=store.STATE):
-        store.Checkpoint(folder, 1).trainer_state()
+        store.Checkpoint(folder).trainer_state()
 
 
 def test_unfinished_checkpoint_is_never_read_and_removed_by_next_save(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """`NEFTune(alpha).attach(model)`: the noise on any causal LM's input embedding, in any loop.
 
-Here are the settings; `handle` has the hooks.
+This module has the settings and their checks; `handle` has the forward hooks.
 """
 
 from __future__ import annotations
