@@ -40,7 +40,7 @@ class HostCopy:
         num_bytes = sum(_aligned(part.nbytes) for part in held)
         self._memory = mmap.mmap(-1, max(1, num_bytes))
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
-        self._rooms: list[Any] = [shard.copied_into(self._room) for shard in shards]
+        self._copies: list[Any] = [shard.empty_copy(self._allocate) for shard in shards]
         self._pinning: list[Future[bool]] = []
         if device.type == "cuda":
             self._pin()
@@ -50,14 +50,15 @@ class HostCopy:
         if self._pinning:
             wait(self._pinning)
         copies = []
-        for shard, room in zip(shards, self._rooms, strict=True):
-            room.copy_(shard.tensor, non_blocking=True)
-            copies.append(replace(shard, tensor=room))
+        for shard, copied in zip(shards, self._copies, strict=True):
+            copied.copy_(shard.tensor, non_blocking=True)
+            copies.append(replace(shard, tensor=copied))
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return copies
 
-    def _room(self, like: Tensor) -> Tensor:
+    def _allocate(self, like: Tensor) -> Tensor:
+        """The next part of the memory, as a tensor of the shape and dtype of `like`."""
         first = self._offset
         self._offset += _aligned(like.nbytes)
         return self._bytes[first : first + like.nbytes].view(like.dtype).view(like.shape)

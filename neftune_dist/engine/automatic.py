@@ -1,4 +1,4 @@
-"""The engine where `engine.name=auto` leaves it to the sizes of the model and of the device."""
+"""The choice of an engine for `engine.name=auto`, by the sizes of the model and of the device."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from neftune_dist.config import KNOBS, Config
 from neftune_dist.optim.adamw import state_bytes
 from neftune_dist.system.text import size_text
 
-# Of the device's memory, what a whole model with its gradients and moments may take; the rest is
-# for activations. A single rank may give more to them: to shard would save it a tenth at most.
+# The most that weights, gradients and moments may take of a device's memory under `replicated`; the
+# rest is for activations. With one rank the share is greater, because sharding would save little.
 _STATE_SHARE, _STATE_SHARE_OF_ONE = 0.6, 0.83
-# Settings that only engines which shard the model read.
+# Settings that only the sharding engines read: where one is set, FSDP2 is chosen.
 _SHARDING = ("num_replicas", "reshard_after_forward", "sync_every", "offload")
 
 

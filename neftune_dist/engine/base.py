@@ -52,13 +52,11 @@ class FlatShard:
         """The tensor's key in a checkpoint."""
         return f"{self.kind}/{self.name}"
 
-    def copied_into(self, room: Callable[[Tensor], Tensor]) -> Moment:
-        """Return memory for a copy of `tensor`, made by `room`, which allocates like a tensor."""
-        return (
-            self.tensor.like(room)
-            if isinstance(self.tensor, QuantizedMoment)
-            else room(self.tensor)
-        )
+    def empty_copy(self, empty_like: Callable[[Tensor], Tensor]) -> Moment:
+        """Memory for a copy of `tensor`, allocated by `empty_like`, which works as torch's."""
+        if isinstance(self.tensor, QuantizedMoment):
+            return self.tensor.empty_copy(empty_like)
+        return empty_like(self.tensor)
 
 
 class Engine(Protocol):
@@ -124,10 +122,16 @@ def trained_and_frozen(
     return trained, frozen
 
 
-def lay_out(model: Any) -> dict[str, tuple[int, ...]]:
-    """Make the trained parameters of a model on the meta device float32 in plain order, as their
-    masters are; return the whole shape of each by first name. Raises `UserError` where one has no
-    element."""
+def make_trained_float32(model: Any) -> dict[str, tuple[int, ...]]:
+    """Make the trained parameters of a model on the meta device float32 and contiguous, as their
+    masters are.
+
+    Returns:
+        The whole shape of each trained parameter by first name.
+
+    Raises:
+        UserError: a trained parameter has no element.
+    """
     shapes = {name: tuple(parameter.shape) for name, parameter in trained_and_frozen(model)[0]}
     if empty := [name for name, shape in shapes.items() if 0 in shape]:
         raise UserError(f"{type(model).__name__} is not trained here: {empty[0]} has no element.")
@@ -146,8 +150,8 @@ def check_shardable(model: Any, needs_all_gradients: bool) -> None:
     """Raise `UserError` where FSDP2 and DeepSpeed cannot shard the model.
 
     Args:
-        needs_all_gradients: ranks add up their gradients one after another, so that each needs one
-            for every parameter.
+        needs_all_gradients: whether the engine reduces gradients in a fixed order, for which every
+            rank must make a gradient for every parameter.
     """
     name = type(model).__name__
     if scalars := [place for place, parameter in model.named_parameters() if not parameter.dim()]:
@@ -168,14 +172,14 @@ def check_shardable(model: Any, needs_all_gradients: bool) -> None:
         )
 
 
-def state_shards(optimizer: torch.optim.Optimizer, pieces: Sequence[ParamSlice]) -> list[FlatShard]:
-    """Return masters and moments of an optimizer's pieces, for `Engine.flat_state`."""
+def state_shards(optimizer: torch.optim.Optimizer, slices: Sequence[ParamSlice]) -> list[FlatShard]:
+    """The masters and moments of an optimizer's slices, for `Engine.flat_state`."""
     return [
-        FlatShard(kind, piece.name, piece.start, tensor, piece.numel)
-        for piece in pieces
+        FlatShard(kind, held.name, held.start, tensor, held.numel)
+        for held in slices
         for kind, tensor in {
-            MASTER: local(piece.tensor)[piece.part],
-            **moments(optimizer, piece),
+            MASTER: local(held.tensor)[held.part],
+            **moments(optimizer, held),
         }.items()
     ]
 
@@ -183,7 +187,7 @@ def state_shards(optimizer: torch.optim.Optimizer, pieces: Sequence[ParamSlice])
 def clip_and_update(
     optimizer: torch.optim.Optimizer, learning_rate: float, norm: Tensor, max_grad_norm: float
 ) -> None:
-    """Clip, update and zero, where the engine drives its optimizer itself.
+    """`Engine.step` of the engines that call their optimizer themselves: clip, update, zero.
 
     Args:
         norm: of all ranks' gradients, on their device; where it is not finite nothing changes.

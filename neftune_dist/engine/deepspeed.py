@@ -2,9 +2,9 @@
 
 Parameters compute in `model.dtype`; each rank keeps float32 masters and Adam moments of its
 partition; gradients are reduced and accumulated in float32. DeepSpeed makes a model's partitions
-from whole tensors; here each tensor is whole for a moment only (stage 3), and empty: the weights
-come later, into the partitions. With `engine.offload=cpu` masters, gradients and moments lie in
-host memory, and the update is made there.
+from whole tensors. Here these are empty, and under stage 3 each exists for a moment only; the
+weights are read into the partitions later. With `engine.offload=cpu` masters, gradients and moments
+lie in host memory, and the update is made there.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from neftune_dist.engine.base import (
     check_shardable,
     describe_state,
     dtype_name,
-    lay_out,
+    make_trained_float32,
     state_shards,
     trained_and_frozen,
 )
@@ -79,9 +79,9 @@ class DeepSpeedEngine:
     def setup(self, model: Any, make_optimizer: MakeOptimizer) -> None:
         """See `Engine.setup`."""
         check_shardable(model, needs_all_gradients=self.world.size > 1 and self.stage < 3)
-        self.shapes = lay_out(model)
+        self.shapes = make_trained_float32(model)
         self.loss = resolve_loss(self.loss, model)
-        self.settings["zero_optimization"] |= _sizes(model, self.stage)
+        self.settings["zero_optimization"] |= _bucket_sizes(model, self.stage)
         whole = _Materializer(model, self.world.device, self.compute_dtype)
         dtypes = [buffer.dtype for module in model.modules() for _, buffer in own_buffers(module)]
         with redirect_stdout(io.StringIO()):  # DeepSpeed prints memory reports on every rank
@@ -94,13 +94,13 @@ class DeepSpeedEngine:
                 if units := blocks(model):
                     deepspeed.utils.set_z3_leaf_modules(model, list({type(b) for b in units}))
                 for block in units:
-                    block.register_forward_hook(_without_list)
+                    block.register_forward_hook(_list_to_tuple)
             else:
                 list(whole.parameters())
             self.named, self.frozen = trained_and_frozen(model)
             if self.frozen and self.stage == 3:
-                # DeepSpeed learns from the gradient of a block's input that its backward is over;
-                # the first block's needs one even where nothing in front of it is trained.
+                # A block's backward is over, for DeepSpeed, when its input's gradient is there. So
+                # the first block's input needs a gradient even where the embedding is frozen.
                 model.get_input_embeddings().register_forward_hook(_require_gradient)
             initialize_buffers(model, self.world.device)
             self.engine, *_ = deepspeed.initialize(
@@ -118,15 +118,16 @@ class DeepSpeedEngine:
         self.zero = self.engine.optimizer
         replace_norms(self.zero, self.world.device, squared_norm)
         self.masters = masters(self.zero)
-        self.pieces = list(self._pieces())
-        initialize_state(self.zero.optimizer, self.masters, self.pieces)
+        self.slices = list(self._slices())
+        initialize_state(self.zero.optimizer, self.masters, self.slices)
         self._watch_gradients()
 
     def _watch_gradients(self) -> None:
-        """Note which parameters get a gradient: others are left alone, as by the other engines.
+        """Record which parameters get a gradient; `step` restores the others, as other engines skip
+        them.
 
-        To ZeRO the gradient of an unused parameter is zero: weight decay would shrink it, and what
-        its moments hold would move it.
+        ZeRO takes the gradient of an unused parameter for zero: weight decay would shrink it, and
+        its moments would move it.
         """
         self.received: set[str] = set()
         for name, parameter in self.named:
@@ -165,14 +166,14 @@ class DeepSpeedEngine:
         set_learning_rate(self.zero.optimizer, learning_rate)
         unused = self._unused()
         kept = [shard for shard in self.flat_state() if shard.name in unused]
-        before = [shard.copied_into(torch.empty_like) for shard in kept]
+        before = [shard.empty_copy(torch.empty_like) for shard in kept]
         for shard, content in zip(kept, before, strict=True):
             content.copy_(shard.tensor)  # type: ignore[arg-type]
-        # Where the norm is not finite it updates nothing, and reports the norm as infinite.
+        # Where the norm is not finite DeepSpeed updates nothing, and reports an infinite norm.
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())
         if not math.isfinite(norm):
-            # Offloaded, stages 1 and 2 would add the next step's gradient to this one.
+            # With offloading, stages 1 and 2 would add the next step's gradients to these.
             gradients = getattr(self.zero, "averaged_gradients", {})
             gradients.update(dict.fromkeys(gradients))
         if unused:
@@ -183,7 +184,7 @@ class DeepSpeedEngine:
 
     def flat_state(self) -> list[FlatShard]:
         """See `Engine.flat_state`."""
-        return state_shards(self.zero.optimizer, self.pieces)
+        return state_shards(self.zero.optimizer, self.slices)
 
     def frozen_state(self) -> list[FlatShard]:
         """See `Engine.frozen_state`."""
@@ -199,7 +200,7 @@ class DeepSpeedEngine:
                 shards.append(FlatShard(FROZEN, name, start, held.view(-1), numel))
         return shards
 
-    def _pieces(self) -> Iterator[ParamSlice]:
+    def _slices(self) -> Iterator[ParamSlice]:
         for name, parameter in self.named:
             numel = math.prod(self.shapes[name])
             for start, master, part in self._ranges(parameter, numel):
@@ -254,7 +255,7 @@ def _settings(config: Config, stage: int, on_gpu: bool) -> dict[str, Any]:
         # Micro-batches are driven by hand; these satisfy DeepSpeed's own arithmetic.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        # Without the check, ZeRO-2 in bf16 updates by a gradient that is not finite, too.
+        # Without the check, ZeRO-2 in bf16 also applies gradients that are not finite.
         "bf16": {"enabled": config.model.dtype == "bf16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
@@ -267,11 +268,11 @@ def _settings(config: Config, stage: int, on_gpu: bool) -> dict[str, Any]:
     }
 
 
-def _sizes(model: nn.Module, stage: int) -> dict[str, int]:
-    """Elements of DeepSpeed's buckets: one block, for gradients to reduce and weights to prefetch.
+def _bucket_sizes(model: nn.Module, stage: int) -> dict[str, int]:
+    """Elements of DeepSpeed's buckets, of gradients to reduce and weights to prefetch: a block.
 
-    Its defaults do not depend on the model: at 7B they hold a buffer of 2.5 blocks, and prefetch a
-    quarter of a block.
+    DeepSpeed's defaults do not depend on the model: at 7B they are 2.5 blocks of gradients and a
+    quarter of a block of weights.
     """
     largest = max(parameter.numel() for parameter in model.parameters())
     of_blocks = [sum(p.numel() for p in block.parameters()) for block in blocks(model)]
@@ -286,14 +287,16 @@ def _require_gradient(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
     return output.requires_grad_()
 
 
-def _without_list(_module: nn.Module, _args: Any, output: Any) -> Any:
-    """Torch's hooks on the backward, by which DeepSpeed follows it, pass over lists (GPT-1's)."""
+def _list_to_tuple(_module: nn.Module, _args: Any, output: Any) -> Any:
+    """Make a list of outputs (GPT-1's) a tuple: torch's backward hooks, on which DeepSpeed relies,
+    ignore tensors in lists."""
     return tuple(output) if isinstance(output, list) else output
 
 
 class _Materializer(nn.Module):
-    """Turns a model's meta parameters into empty real ones, one at a time, as DeepSpeed iterates:
-    it has partitioned one before it asks for the next. Ties are kept."""
+    """Makes a model's meta parameters real, one at a time while DeepSpeed iterates `parameters()`:
+    it has partitioned one before it asks for the next. A tied parameter is made once, for all its
+    modules, so that it stays tied and has one partition."""
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()

@@ -38,7 +38,7 @@ from neftune_dist.engine.base import (
     clip_and_update,
     describe_state,
     dtype_name,
-    lay_out,
+    make_trained_float32,
     state_shards,
     trained_and_frozen,
 )
@@ -85,7 +85,7 @@ class FSDP2Engine:
     def setup(self, model: Any, make_optimizer: MakeOptimizer) -> None:
         """See `Engine.setup`."""
         check_shardable(model, needs_all_gradients=self.world.size > 1)
-        self.shapes = lay_out(model)
+        self.shapes = make_trained_float32(model)
         self.loss = resolve_loss(self.loss, model)
         policy = MixedPrecisionPolicy(
             param_dtype=self.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -101,8 +101,8 @@ class FSDP2Engine:
             reshard = self.reshard_after_forward and block is not units[-1]
             fully_shard(block, reshard_after_forward=reshard, **options)
         fully_shard(model, **options)
-        # FSDP2 gathers the next block's weights when the GPU begins this one; asked for one block
-        # earlier, they have arrived when they are needed.
+        # Without this, FSDP2 starts to gather the next block's weights when the GPU begins this
+        # block. Started one block earlier, they have arrived when they are needed.
         for block, following in pairwise(units):
             block.set_modules_to_forward_prefetch([following])
         model.to_empty(device=self.state_device)
@@ -112,8 +112,8 @@ class FSDP2Engine:
         self.model = model
         self.named, self.frozen = trained_and_frozen(model)
         self.optimizer = make_optimizer(self.named, self.shapes)
-        self.pieces = list(self._pieces())
-        initialize_state(self.optimizer, [p for _, p in self.named], self.pieces)
+        self.slices = list(self._slices())
+        initialize_state(self.optimizer, [p for _, p in self.named], self.slices)
 
     def after_load(self, num_updates: int) -> None:
         """See `Engine.after_load`: the shards are the masters, so nothing is copied."""
@@ -121,7 +121,7 @@ class FSDP2Engine:
         self._refresh_scales()
 
     def _refresh_scales(self) -> None:
-        """Take the scales of float8 weights again, from weights that have changed."""
+        """Compute the scales of float8 weights again, after the weights have changed."""
         if self.settings.float8 == "tensorwise":
             update_float8_scales(self.model)
 
@@ -135,7 +135,7 @@ class FSDP2Engine:
         if self.syncs_once:
             self.model.set_requires_gradient_sync(last_micro_batch)
             self.model.set_reshard_after_backward(last_micro_batch)
-        # FSDP2 divides the sum over ranks by their number.
+        # FSDP2 divides the sum over ranks by their number: cancelled here (law 3).
         (loss * self.world.size).backward()
 
     def step(self, learning_rate: float) -> float:
@@ -150,7 +150,7 @@ class FSDP2Engine:
 
     def flat_state(self) -> list[FlatShard]:
         """See `Engine.flat_state`."""
-        return state_shards(self.optimizer, self.pieces)
+        return state_shards(self.optimizer, self.slices)
 
     def frozen_state(self) -> list[FlatShard]:
         """See `Engine.frozen_state`."""
@@ -160,7 +160,7 @@ class FSDP2Engine:
             for start, held in self._range(parameter)
         ]
 
-    def _pieces(self) -> Iterator[ParamSlice]:
+    def _slices(self) -> Iterator[ParamSlice]:
         for name, parameter in self.named:
             for start, held in self._range(parameter):
                 yield ParamSlice(parameter, slice(0, held), name, start, parameter.numel())
@@ -171,8 +171,8 @@ class FSDP2Engine:
         assert isinstance(parameter, DTensor)
         shape, offset = local_shape_and_offset(parameter)
         if 0 not in shape:
-            row = parameter.numel() // parameter.shape[0] if offset else 0
-            yield offset[0] * row if offset else 0, math.prod(shape)
+            # Sharded along dimension 0, of which a row is contiguous.
+            yield offset[0] * math.prod(parameter.shape[1:]), math.prod(shape)
 
     @property
     def is_saving_replica(self) -> bool:
@@ -199,8 +199,8 @@ class FSDP2Engine:
 
 
 def _separate(units: list[nn.Module], model: nn.Module) -> list[nn.Module]:
-    """The units without those that share a parameter with the rest of the model (Zamba's): FSDP2
-    shards a parameter once."""
+    """The units that share no parameter with the rest of the model, because FSDP2 can shard a
+    parameter in one unit only (Zamba's blocks share some; the root unit then holds them)."""
     names: dict[int, int] = Counter(
         id(p) for _, p in model.named_parameters(remove_duplicate=False)
     )

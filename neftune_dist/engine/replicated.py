@@ -25,7 +25,7 @@ from neftune_dist.engine.base import (
     clip_and_update,
     describe_state,
     dtype_name,
-    lay_out,
+    make_trained_float32,
     state_shards,
     trained_and_frozen,
 )
@@ -51,7 +51,7 @@ class ReplicatedEngine:
 
     def setup(self, model: Any, make_optimizer: MakeOptimizer) -> None:
         """See `Engine.setup`."""
-        self.shapes = lay_out(model)
+        self.shapes = make_trained_float32(model)
         self.loss = resolve_loss(self.loss, model)
         self._materialize(model)
         initialize_buffers(model, self.device)
@@ -61,11 +61,11 @@ class ReplicatedEngine:
         self._collect_gradients()
         names = [name for name, _ in self.named]
         self.optimizer = make_optimizer(list(zip(names, self.masters, strict=True)), self.shapes)
-        self.pieces = [
+        self.slices = [
             ParamSlice(master, slice(0, master.numel()), name, 0, master.numel())
             for name, master in zip(names, self.masters, strict=True)
         ]
-        initialize_state(self.optimizer, self.masters, self.pieces)
+        initialize_state(self.optimizer, self.masters, self.slices)
 
     def _materialize(self, model: nn.Module) -> None:
         """Memory for a model on the meta device; parameters that are tied stay one."""
@@ -123,7 +123,7 @@ class ReplicatedEngine:
 
     def flat_state(self) -> list[FlatShard]:
         """See `Engine.flat_state`."""
-        return state_shards(self.optimizer, self.pieces)
+        return state_shards(self.optimizer, self.slices)
 
     def frozen_state(self) -> list[FlatShard]:
         """See `Engine.frozen_state`."""

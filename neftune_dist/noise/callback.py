@@ -23,7 +23,7 @@ try:
 except ImportError:  # transformers imports PEFT where it is installed, and PEFT accelerate
     if find_spec("accelerate") is not None:
         raise
-    TrainerCallback = object  # what is made of it says what is missing
+    TrainerCallback = object  # the constructor below says that accelerate is missing
 
 
 class NEFTuneCallback(TrainerCallback):
@@ -145,7 +145,7 @@ class NEFTuneCallback(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Add the noise since the last log to the training loss's entry; warn where none was."""
+        """Add the noise's figures to the log entry that has the training loss."""
         logs = kwargs.get("logs") or {}
         if self.handle is None or "loss" not in logs:
             return
@@ -156,13 +156,13 @@ class NEFTuneCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the noise off; warn where there was none and no log said so."""
+        """Take the noise off; first check the steps since the last log."""
         if self.handle is not None and self._alphas:
             self._since_last_log(state)
         self._remove()
 
     def _since_last_log(self, state: TrainerState) -> dict[str, float]:
-        """What is logged of the noise of the steps since the last log; warns where it had none."""
+        """The log's figures for the steps since the last log; warns if no forward got noise."""
         assert self.handle is not None
         norm_sum, num_documents = (float(value) for value in self.handle.take_noise_norms())
         expected = [expected_norm(alpha, self.distribution) for alpha in self._alphas]

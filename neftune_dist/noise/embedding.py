@@ -1,7 +1,7 @@
-"""A model's input embedding, found within its wrappers, and the facts about it for the noise.
+"""A model's input embedding inside its wrappers, and the properties of it that the noise needs.
 
-Refused with `ValueError`: a model without a single input embedding, or one that does more than look
-up and scale.
+Raises `ValueError` for a model without an input embedding, and for an embedding that does more than
+look up and scale.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from neftune_dist.model.families import EMBEDDING_SCALES
 
 
 def innermost(model: nn.Module) -> nn.Module:
-    """The model itself, out of wrappers that call it (torch.compile, DDP, DeepSpeed)."""
+    """The model without the wrappers that call it (torch.compile, DDP, DeepSpeed)."""
     if isinstance(model, nn.DataParallel):
         raise ValueError(
             "nn.DataParallel copies the model for every pass, and the noise's hooks with it: start "
@@ -44,8 +44,11 @@ def input_embedding(model: nn.Module) -> nn.Module:
 
 
 def check_embedding(embedding: nn.Module) -> None:
-    """Refuse an embedding that is more than a lookup and a factor (Inkling's). A norm after it
-    (Bloom's) does no harm: that takes the noise for a part of the embedding."""
+    """Refuse an embedding module with a norm inside (Inkling's).
+
+    A norm that follows the module (Bloom's) is fine: the noise is added before it, at its size
+    relative to the embedding.
+    """
     if any("norm" in type(module).__name__.lower() for module in embedding.modules()):
         raise ValueError(
             f"{type(embedding).__name__} normalises what it looks up: after it NEFTune's noise "
@@ -73,7 +76,7 @@ def local_activation(output: Tensor) -> Tensor:
     """This process's tensor of an embedding's output, which may be a DTensor.
 
     Raises:
-        ValueError: it is a part of the activation.
+        ValueError: the DTensor is sharded or a partial sum.
     """
     if not isinstance(output, DTensor):
         return output

@@ -33,15 +33,15 @@ from neftune_dist.noise.embedding import (
 from neftune_dist.noise.law import MAX_MICRO_STEPS, RankStream, SampleStream
 from neftune_dist.noise.layout import TokenLayout
 from neftune_dist.noise.op import add_noise, count_forward_
-from neftune_dist.noise.recomputation import LastForward, is_recomputing
+from neftune_dist.noise.recomputation import LastForward, NoisedForward, is_recomputing
 
 if TYPE_CHECKING:
     from neftune_dist.noise.neftune import NEFTune
 
 _MARK = "_neftune_handle"
-# Layout of the forward pass under way, by the handle's number. Here and not in the handle, because
-# torch.compile takes tensors that it reaches through the embedding's hooks for parameters, whose
-# shapes never change.
+# Layout of the forward pass under way, by the handle's number. A global, not an attribute of the
+# handle: torch.compile reaches the handle through the embedding's hooks and would treat the tensors
+# it finds there as parameters, whose shapes never change.
 _UNDER_WAY: dict[int, TokenLayout] = {}
 _numbers = itertools.count()
 
@@ -77,7 +77,7 @@ class NEFTuneHandle:
         self._strength, self._sign = neftune.alpha, 1
         self._needs_sign = neftune.distribution == "symmetric"
         self._alpha = torch.tensor(neftune.alpha, dtype=torch.float64)  # strength times sign
-        # Of the documents noised since they were last taken: the sum of norms, and the number.
+        # Since `take_noise_norms` was last called: the sum of the documents' norms, their number.
         self._norms = torch.zeros(2, dtype=torch.float64)
 
         setattr(embedding, _MARK, self)
@@ -195,8 +195,8 @@ class NEFTuneHandle:
                 "twice, after `sign = 1` and after `sign = -1` on the handle."
             )
         if not torch.compiler.is_compiling():
-            # Last of the embedding's hooks: one that sums up a vocabulary-parallel embedding's
-            # parts, or gathers its rows, must have run.
+            # After all other hooks of the embedding: under vocabulary parallelism one of them sums
+            # the partial embeddings, or gathers the rows, and the noise is added to the result.
             move_forward_hook_last(self._embedding, self._hook_id)
             self._last.begin()
         if described is not None:
@@ -226,8 +226,7 @@ class NEFTuneHandle:
         if layout is None and not (module.training and is_recomputing()):
             return None  # not training, or a second lookup
         if not torch.compiler.is_compiling() and is_view(output):
-            # Memory that is not the lookup's own: tensor parallelism returns a view that autograd
-            # does not let anybody change in place.
+            # Tensor parallelism returns a view that autograd does not let anybody change in place.
             output = output.clone()
         if self._needs_rank and (self._tensor_parallel or self._weight_is_shared):
             raise ValueError(
@@ -238,8 +237,7 @@ class NEFTuneHandle:
         # backward of a lookup reads its indices, never its output.
         x = local_activation(output.detach())
         if layout is None:
-            last = self._last.recall()
-            self._add(x, last.layout, last.alpha, last.step, last.micro_step)
+            self._add(x, self._last.recall())
             return output
         if layout.num_tokens != x.numel() // x.shape[-1]:
             raise ValueError(
@@ -252,14 +250,15 @@ class NEFTuneHandle:
             self._norms = self._norms.to(x.device)
         alpha = self._alpha.clone()
         step, micro_step, _ = count_forward_(self._clock).unbind()
-        squares = self._add(x, layout, alpha, step, micro_step)
+        forward = NoisedForward(layout, alpha, step, micro_step)
+        squares = self._add(x, forward)
         documents = (layout.length > 0) & (layout.position == 0)
         if self.neftune.slices is not None:
             torch.distributed.all_reduce(squares, group=self.neftune.slices)
             squares = torch.where(documents, squares[layout.segment], 0.0)
         self._norms.add_(torch.stack((squares.sqrt().sum(), documents.sum().to(torch.float64))))
         if not torch.compiler.is_compiling():
-            self._last.keep(layout, alpha, step, micro_step)
+            self._last.keep(forward)
         return output
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -271,22 +270,22 @@ class NEFTuneHandle:
                 "checkpoint activations with use_reentrant=False."
             )
 
-    def _add(
-        self, x: Tensor, layout: TokenLayout, alpha: Tensor, step: Tensor, micro_step: Tensor
-    ) -> Tensor:
-        n = self.neftune
+    def _add(self, x: Tensor, forward: NoisedForward) -> Tensor:
+        """Add a forward's noise to the embeddings x; return `add_noise`'s squared norms."""
+        n, layout = self.neftune, forward.layout
         stream: RankStream | SampleStream
         if n.stream == "rank":
-            # A loop that never sets the step runs on regardless.
-            overflow, within = micro_step // MAX_MICRO_STEPS, micro_step % MAX_MICRO_STEPS
-            stream = RankStream(n.seed, self._rank, step + overflow, within)
+            # In a loop that never sets the step, micro-steps past the limit count as steps.
+            overflow = forward.micro_step // MAX_MICRO_STEPS
+            within = forward.micro_step % MAX_MICRO_STEPS
+            stream = RankStream(n.seed, self._rank, forward.step + overflow, within)
         else:
             stream = SampleStream(n.seed)
         return add_noise(
             x,
             layout,
             stream,
-            alpha,
+            forward.alpha,
             distribution=n.distribution,
             embed_scale=self._embed_scale,
             row_length=x.shape[-2] if n.length == "padded" else None,
@@ -295,8 +294,7 @@ class NEFTuneHandle:
 
 
 def check_alpha(alpha: float) -> None:
-    """Raise `ValueError` where the strength is out of range."""
-    # Written so that NaN is refused.
+    """Raise `ValueError` where the strength is out of range, or NaN."""
     if isinstance(alpha, str) or not 0 <= alpha <= 1000:
         raise ValueError(f"alpha={alpha!r} is out of range: a number from 0 to 1000.")
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from neftune_dist.noise.philox import KEY_STEPS, MULTIPLIERS
 
 _DISTRIBUTIONS = {"uniform": 0, "gaussian": 1, "symmetric": 2}
-# Bytes that a program works on at a time, and its warps. A thread has 64, over which the work that
-# all its channels share is spread; logarithm and sine in float64 leave registers for 16.
+# By distribution: bytes that a program handles at a time, and its number of warps. That is 64 bytes
+# a thread, which spread the cost of what a thread computes once; for gaussian 16, because logarithm
+# and sine in float64 take the registers.
 _TILES = {"uniform": (4096, 2), "gaussian": (2048, 4), "symmetric": (4096, 2)}
 _LEAST_CHANNELS = 512
 _A, _B = tl.constexpr(MULTIPLIERS[0]), tl.constexpr(MULTIPLIERS[1])
@@ -28,8 +29,11 @@ _TAU = tl.constexpr(math.tau)
 
 @triton.jit
 def philox(c0, c1, c2, c3, k0, k1):
-    """Philox4x32-10 on uint32 words. Its cost is the noise's: as products of 64 bits they are one
-    instruction each, where Triton's `philox` takes two, for the high half and for the low one."""
+    """Philox4x32-10 on uint32 words.
+
+    Most of the kernel's time is spent here. Each product is one 64-bit multiplication; Triton's own
+    `philox` takes two, for the high and the low half.
+    """
     for _ in tl.static_range(10):
         product0 = c0.to(tl.uint64) * _A
         product1 = c2.to(tl.uint64) * _B
@@ -78,8 +82,11 @@ def _draw_block(c0, c1, c2, c3, k0, k1, DISTRIBUTION: tl.constexpr):
 def _draw_tile(
     c0, c1, c2, c3, k0, k1, DISTRIBUTION: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr
 ):
-    """The draws of CHANNELS neighbouring channels, the first of which are the counter's. A thread
-    draws what it loads, 16 bytes at a time: the channels of one counter or, WIDE, of two."""
+    """The draws of CHANNELS neighbouring channels, from the counter's first channel on.
+
+    A thread draws for the channels that it loads, 16 bytes at a time: those of one counter
+    (float32) or, where WIDE, of two (16-bit dtypes).
+    """
     if WIDE:
         block = (2 * tl.arange(0, CHANNELS // 8)).to(tl.uint32) + c1
         d0, d1, d2, d3 = _draw_block(c0, block, c2, c3, k0, k1, DISTRIBUTION)
@@ -133,7 +140,7 @@ def _add_noise(
         for first in range(0, hidden_size, CHANNELS):
             channel = first + tl.arange(0, CHANNELS)
             place = x + channel.to(tl.int64) * channel_stride
-            # Where a last tile is not cut, the mask is known when this is compiled.
+            # Without a partial last tile the mask is a constant of the compiled kernel.
             inside = channel < hidden_size if IS_CUT else tl.full((CHANNELS,), True, tl.int1)
             draws = _draw_tile(c0, c1 + first // 4, c2, c3, k0, k1, DISTRIBUTION, CHANNELS, WIDE)
             before = tl.load(place, mask=inside, other=0.0)
@@ -157,9 +164,9 @@ def launch(
     row_stride, column_stride, channel_stride = x.stride()
     squares = torch.empty(rows * columns, dtype=torch.float32, device=x.device)
     if rows == 1 or row_stride == columns * column_stride:
-        # One long row, of which Triton knows that there is nothing to divide by.
+        # One long row: Triton compiles a kernel for columns == 1, without the division.
         columns, row_stride = 1, column_stride
-    # As int32, whatever the seed: another type is another kernel.
+    # Always in the range of int32: for an int64 Triton would compile another kernel.
     keys = ((half + 2**31) % 2**32 - 2**31 for half in (seed, seed >> 32))
     channels, num_warps = _tile(hidden_size, x.element_size(), distribution)
     if len(squares):
@@ -187,8 +194,11 @@ def launch(
 
 
 def _tile(hidden_size: int, itemsize: int, distribution: str) -> tuple[int, int]:
-    """Channels that a program works on at a time, a power of 2, and its warps. The channels divide
-    the hidden size, unless its divisors are small: then lanes beyond it idle."""
+    """Channels that a program handles at a time, a power of 2, and its number of warps.
+
+    The channels divide the hidden size, unless its largest power of 2 is small: then one tile
+    reaches beyond it, and the lanes there idle.
+    """
     most_bytes, warps = _TILES[distribution]
     most = most_bytes // itemsize
     channels = hidden_size & -hidden_size

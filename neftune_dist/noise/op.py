@@ -127,7 +127,7 @@ def _add_piece_(
     memory: Tensor,
     draws: Tensor,
 ) -> Tensor:
-    """The operator on a piece, all at once.
+    """`add_noise_` for some tokens, on the CPU.
 
     Args:
         x: (num_tokens, hidden_size).
@@ -148,7 +148,7 @@ def _add_piece_(
     if not bool(noised.all()):
         after = torch.where(noised, after, x)
     squares = (after.to(torch.float32) - before).square_().sum(1)
-    squares = torch.where(noised[:, 0], squares, 0.0)  # infinity less itself is none
+    squares = torch.where(noised[:, 0], squares, 0.0)  # inf - inf is NaN
     x.copy_(after)  # last: where x is float32, before is x itself
     return squares
 
@@ -164,7 +164,7 @@ def add_noise(
     row_length: int | None = None,
     num_segments: int | None = None,
 ) -> Tensor:
-    """Add the law's noise to embeddings in place, and return its documents' norms.
+    """Add the law's noise to embeddings in place; return the squared norm of each document's noise.
 
     Args:
         x: (rows, columns, hidden_size), or (num_tokens, hidden_size); any floating dtype.
@@ -172,16 +172,17 @@ def add_noise(
         num_segments: above every segment of the layout; None: x's number of tokens.
 
     Returns:
-        float64 (num_segments,): at index i the squared L2 norm of the noise of document i of the
-        batch, over embed_scale; 0 beyond the number of documents. The bits do not depend on the
-        order in which a device adds them up.
+        float64 (num_segments,): at index i, of document i of the batch, the squared L2 norm of its
+        noise divided by embed_scale; 0 beyond the number of documents. The bits do not depend on
+        the order in which a device adds them up.
     """
     scale = scales(layout, x.shape[-1], alpha, embed_scale=embed_scale, row_length=row_length)
     rows = x if x.dim() == 3 else x[None]
     squares = add_noise_(rows, scale, *stream.words(layout), stream.seed, distribution)
     strength = scalar(alpha, torch.float64, x.device)
     unit = (strength * embed_scale).square().clamp_min(1e-300)
-    # In whole numbers, whose sum knows no order: a document's share of alpha^2 in units of 2^-40.
+    # Summed as integers, so that the order of the additions does not matter: a token's share of
+    # (alpha embed_scale)^2 in units of 2^-40.
     share = (squares / unit * 2.0**40).clamp_max(2.0**60).to(torch.int64)
     share = torch.where(layout.length > 0, share, 0)
     total = share.new_zeros(num_segments or len(share)).index_add(0, layout.segment, share)

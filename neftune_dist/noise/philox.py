@@ -73,8 +73,9 @@ def to_draws(words: Sequence[Tensor], distribution: str, out: Tensor | None = No
     uniform: in (-1, 1), `(2 (word >> 8) + 1) / 2^24 - 1`: an odd multiple of 2^-24, so it is exact
     in float32 and no rounding mode of any device can change it.
     symmetric: 1 or -1, by the word's highest bit.
-    gaussian: of variance 1/3, from pairs of words by Box and Muller's transform in float64, rounded
-    once: devices' logarithms differ in their last bit, which changes about one draw in 2^28.
+    gaussian: of variance 1/3, from pairs of words by the Box-Muller transform in float64, rounded
+    once to float32: devices' logarithms differ in the last bit of float64, which changes about one
+    draw in 2^28.
 
     Args:
         words: four tensors of one shape (...); their content is lost.

@@ -1,7 +1,7 @@
 """Activation checkpointing around the input embedding: its recomputation gets the same noise again.
 
-A recomputation is a forward inside a backward. The noised forward that it repeats is the last one,
-or it is refused: nothing says which other one it was.
+A recomputation is a forward inside a backward. It must repeat the last noised forward: autograd
+does not say which forward is recomputed, so a recomputation of an earlier one is refused.
 """
 
 from __future__ import annotations
@@ -20,13 +20,11 @@ class NoisedForward:
     """The layout, strength and counters that a forward pass was noised with.
 
     Attributes:
-        first_node: autograd's number of the first node that the model made.
         layout: of its tokens.
         alpha: float64 (), with the sign.
         step, micro_step: int64 ().
     """
 
-    first_node: int
     layout: TokenLayout
     alpha: Tensor
     step: Tensor
@@ -37,17 +35,18 @@ class LastForward:
     """The last noised forward pass of a model."""
 
     def __init__(self) -> None:
-        self._first_node = 0
+        self._begun_at = 0  # autograd's number of the first node of the forward under way
+        self._first_node = 0  # and of the last noised forward
         self._forward: NoisedForward | None = None
         self._recomputed_in = -1  # autograd's number of a backward
 
     def begin(self) -> None:
         """Note where in autograd's order a forward pass begins."""
-        self._first_node = next_node_number()
+        self._begun_at = next_node_number()
 
-    def keep(self, layout: TokenLayout, alpha: Tensor, step: Tensor, micro_step: Tensor) -> None:
-        """Remember the forward pass that has begun as the last one."""
-        self._forward = NoisedForward(self._first_node, layout, alpha, step, micro_step)
+    def keep(self, forward: NoisedForward) -> None:
+        """Remember the forward pass that has begun as the last noised one."""
+        self._first_node, self._forward = self._begun_at, forward
 
     def recall(self) -> NoisedForward:
         """The forward pass that the backward under way recomputes.
@@ -58,7 +57,7 @@ class LastForward:
         last, backward = self._forward, backward_id()
         if (
             last is None
-            or current_node_number() < last.first_node
+            or current_node_number() < self._first_node
             or backward == self._recomputed_in  # two forwards in one checkpoint
         ):
             raise RuntimeError(

@@ -21,8 +21,8 @@ from torch import Tensor
 from neftune_dist.optim.quantized_state import (
     BLOCK,
     CODE_FORMATS,
-    GREATEST_SCALE,
-    LEAST_SCALE,
+    GREATEST_EXPONENT,
+    LEAST_EXPONENT,
     QuantizedMoment,
 )
 from neftune_dist.optim.rounding import KEY_POSITIONS, LAST_SHIFT, ROUNDS, draw_keys
@@ -37,8 +37,8 @@ _ROWS = {8: 4, 16: 2, 32: 2}  # by bits of a moment: rows of 256 elements that a
 _ONE_BITS = 127 << 23  # the bits of 1.0
 _BLOCK = tl.constexpr(BLOCK)
 _ONE = tl.constexpr(_ONE_BITS)
-_LEAST = tl.constexpr(_ONE_BITS + (LEAST_SCALE << 23))
-_GREATEST = tl.constexpr(_ONE_BITS + (GREATEST_SCALE << 23))
+_LEAST = tl.constexpr(_ONE_BITS + (LEAST_EXPONENT << 23))
+_GREATEST = tl.constexpr(_ONE_BITS + (GREATEST_EXPONENT << 23))
 _MANTISSA_BITS, _TOP = (tl.constexpr(value) for value in CODE_FORMATS[False])
 _ROOT_MANTISSA_BITS, _ROOT_TOP = (tl.constexpr(value) for value in CODE_FORMATS[True])
 _SHIFT0, _SHIFT1, _SHIFT2 = (tl.constexpr(shift) for shift, _ in ROUNDS)

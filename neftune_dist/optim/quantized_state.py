@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 BLOCK = 256  # elements of a block
-# Scales stay between these powers of 2: the smallest code times the smallest scale has a square
-# that float32 still holds at full precision, as has the greatest scale.
-LEAST_SCALE, GREATEST_SCALE = -46, 63
-_LEAST_SCALE, _GREATEST_SCALE = 2.0**LEAST_SCALE, 2.0**GREATEST_SCALE
-# By whether the root is kept: mantissa bits of a code, and the code of 1.0. Two bits less than 32
-# remain for the exponent, and the code's highest bit is the sign where there is one.
+# Scales stay between 2^LEAST_EXPONENT and 2^GREATEST_EXPONENT: the smallest code times the smallest
+# scale has a square that float32 still holds at full precision, as has the greatest scale.
+LEAST_EXPONENT, GREATEST_EXPONENT = -46, 63
+_LEAST_SCALE, _GREATEST_SCALE = 2.0**LEAST_EXPONENT, 2.0**GREATEST_EXPONENT
+# By whether the root is kept: mantissa bits of a code, and the code of 1.0. Either code has 4 bits
+# of exponent; without a root the highest of its 8 bits is the sign.
 CODE_FORMATS = {False: (3, 127), True: (4, 255)}
 _ONE = 127 << 23  # the bits of 1.0
 
@@ -58,7 +58,7 @@ class QuantizedMoment:
         self.codes = torch.zeros(rows, BLOCK, dtype=torch.uint8, device=device)
         self.scales = torch.full((rows,), _LEAST_SCALE, device=device)
         self._mantissa_bits, self._top = CODE_FORMATS[root]
-        # QuantizedMoment of which a part has been written: their values, and how many are missing.
+        # Blocks that `write` has filled in part, by number: their values, how many are missing.
         self._begun: dict[int, tuple[Tensor, int]] = {}
 
     def numel(self) -> int:
@@ -83,14 +83,11 @@ class QuantizedMoment:
             self.codes.copy_(other.codes, non_blocking=non_blocking)
             self.scales.copy_(other.scales, non_blocking=non_blocking)
 
-    def like(self, room: Callable[[Tensor], Tensor]) -> QuantizedMoment:
-        """A moment of the same range in other memory, without content.
-
-        Args:
-            room: allocates memory of the shape and type of a tensor.
-        """
+    def empty_copy(self, empty_like: Callable[[Tensor], Tensor]) -> QuantizedMoment:
+        """A moment of the same range, without content, in memory allocated by `empty_like`."""
         other = copy(self)
-        other.codes, other.scales, other._begun = room(self.codes), room(self.scales), {}
+        other.codes, other.scales = empty_like(self.codes), empty_like(self.scales)
+        other._begun = {}
         return other
 
     def load(self, first: int, stop: int, memory: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from neftune_dist.config import UserError, load_config
 from neftune_dist.data.loader import MicroBatch
 from neftune_dist.distributed.world import World
 from neftune_dist.engine import make_engine
-from neftune_dist.engine.base import FROZEN, MASTER, Engine, check_shardable, lay_out
+from neftune_dist.engine.base import FROZEN, MASTER, Engine, check_shardable, make_trained_float32
 from neftune_dist.model import load
 from neftune_dist.model.modules import forward_of
 from neftune_dist.optim.adamw import MakeOptimizer
@@ -270,12 +270,12 @@ def test_trained_parameters_are_laid_out_as_masters_are() -> None:
     bias, tied = module.bias, nn.ModuleList([module, nn.Linear(3, 5, device="meta")])
     tied[1].weight = module.weight
     tied[1].bias = nn.Parameter(torch.empty(5, dtype=torch.float16, device="meta"))
-    assert lay_out(tied) == {"0.weight": (5, 3), "1.bias": (5,)}
+    assert make_trained_float32(tied) == {"0.weight": (5, 3), "1.bias": (5,)}
     assert module.weight.is_contiguous() and tied[1].bias.dtype == torch.float32
     assert tied[1].weight is module.weight and module.bias is bias
     module.extra = nn.Parameter(torch.empty(2, 0, device="meta"))
     with pytest.raises(UserError, match=r"0\.extra has no element"):
-        lay_out(tied)
+        make_trained_float32(tied)
 
 
 def test_models_that_are_not_sharded_are_refused() -> None:
