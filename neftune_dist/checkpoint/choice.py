@@ -1,4 +1,4 @@
-"""The checkpoint that a user names: by its step, the newest, or the best."""
+"""The checkpoint that `--step` or `--best` names, else the newest: for export, evaluate, chat."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def write(
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """The bytes written to a file: size in bytes, and xxh3, their 128-bit checksum."""
+    """A file's size in bytes and its 128-bit xxh3 checksum."""
 
     size: int
     xxh3: str

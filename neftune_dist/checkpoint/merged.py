@@ -27,13 +27,13 @@ from neftune_dist.model.weights import WeightFiles, weights_folder
 
 @dataclass(frozen=True)
 class ModelTensors:
-    """A model's tensors.
+    """A model's tensors, read one at a time.
 
     Attributes:
-        shapes: of the parameters by name, in order.
-        read: gives one whole, float.
-        layout: the stored tensors that an export writes for each.
-        constants: those that are as in the base model's files, in their dtype.
+        shapes: of the tensors by name, in order.
+        read: reads the whole tensor of a name, floating point.
+        layout: the tensors that an export writes for each of these.
+        constants: names of the tensors that are as in the base model's files, in their dtype.
     """
 
     shapes: dict[str, tuple[int, ...]]

@@ -35,8 +35,13 @@ _LAST_SAVE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class _HostMemory:
-    """A rank's machine, by its first rank; bytes that the rank's copy takes there, and those that
-    are available."""
+    """What a rank needs and sees of its machine's memory.
+
+    Attributes:
+        machine: the first rank on the rank's machine, which identifies it.
+        needed: bytes of the rank's copy.
+        available: bytes available on the machine.
+    """
 
     machine: int
     needed: int
@@ -115,7 +120,7 @@ class Saver:
         try:
             self._write(step, shards, state, best_step)
         except BaseException as error:
-            # gloo's time-out is known by this text alone, as it has no class.
+            # gloo raises a RuntimeError for a time-out; only its text tells.
             if isinstance(error, TimeoutError) or "Timed out waiting" in str(error):
                 error = UserError(
                     f"The checkpoint of step {step} was not written on all ranks within "

@@ -26,10 +26,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
 
-# On a CPU each run would begin by compiling an operator for inference, which training never calls:
-# a minute, and a compiler needed. A run killed meanwhile leaves torch's lock file behind, on which
-# all later ones, whoever's, would wait for ever, without a word. (As an attribute of its package
-# that module is hidden by torch itself.)
+# On a CPU DeepSpeed would compile an operator for inference at start, which training never calls:
+# it takes a minute and a compiler. A run killed meanwhile leaves torch's lock file behind, on which
+# all later runs of the machine wait for ever without a message. (Through `sys.modules`, because in
+# the package the name `torch` is torch itself.)
 sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
 
 
@@ -52,7 +52,8 @@ __all__ = ["deepspeed"]
 def masters(zero: Any) -> list[Tensor]:
     """Return this rank's flat float32 masters.
 
-    DeepSpeed has an optimizer class for stage 3, one for 1 and 2, and one for 1 in bfloat16.
+    DeepSpeed has one optimizer class for stage 3, one for 1 and 2, and one for 1 in bfloat16; each
+    has another name for them.
     """
     names = (
         "fp32_partitioned_groups_flat",

@@ -29,7 +29,8 @@ def block_class_names(model: Any) -> set[str]:
 
 
 def mark_initialized(parts: Iterable[nn.Module | nn.Parameter], initialized: bool) -> None:
-    """Say what `initialize_weights` is to pass over. It computes buffers in no other way."""
+    """Mark what transformers' `initialize_weights` is to skip. It is the only way to compute a
+    model's buffers."""
     for part in parts:
         part._is_hf_initialized = initialized  # type: ignore[assignment, union-attr]
 
@@ -81,8 +82,11 @@ def saved_shapes(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
 
 
 def initialize_weights(model: Any) -> None:
-    """Run the model's own initialisation, as for transformers' code where FSDP2 has replaced the
-    class by one of torch's: of foreign code, it passes over modules without parameters."""
+    """Run transformers' initialisation of a model.
+
+    FSDP2 has replaced the model's class by one of torch's, which transformers takes for custom code
+    and then skips modules without parameters; so the original class's answer is set meanwhile.
+    """
     own: Any = next(c for c in type(model).__mro__ if not c.__module__.startswith("torch."))
     model.is_custom_code = own.is_custom_code
     try:

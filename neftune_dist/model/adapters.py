@@ -139,8 +139,15 @@ class AdaptedWeights:
         return self._files.read(plain_name(name), start, stop)
 
     def _rows(self, name: str, width: int, size: int, start: int, stop: int) -> tuple[Tensor, int]:
-        """The rows of a stored matrix that elements [start, stop) of a parameter with `size`
-        elements a row are made of; and how many elements of theirs come before `start`."""
+        """The rows of a stored matrix from which elements [start, stop) of a parameter are made.
+
+        Args:
+            width: elements of a row of the stored matrix.
+            size: elements that the parameter has for each of these rows.
+
+        Returns:
+            The rows, and the number of the parameter's elements of these rows before `start`.
+        """
         first, last = start // size, -(-stop // size)
         rows = self._files.read(plain_name(name), first * width, last * width).view(-1, width)
         return rows, start - first * size
@@ -200,7 +207,7 @@ def _packed_layers(model: Any) -> dict[str, nf4.NF4Linear]:
 def merged(
     name: str, weight: Tensor, trained: Mapping[str, Tensor], config: AdapterConfig, in_4_bits: bool
 ) -> Tensor:
-    """The weight that alone computes the same as a frozen one and its adapter together.
+    """The weight that computes what a frozen weight and its adapter compute together.
 
     Args:
         name: of the plain model's parameter.

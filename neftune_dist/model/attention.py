@@ -28,7 +28,8 @@ from neftune_dist.model.varlen import VARLEN_OPERATOR, by_document
 
 VARLEN = "neftune_dist_varlen"
 FLEX = "neftune_dist_flex"
-_OF_MODULE = -1  # no window is handed over (Qwen2-MoE): the module's attribute holds it
+# The default of `sliding_window`: the model passes none (Qwen2-MoE), its module's attribute counts.
+_OF_MODULE = -1
 
 
 def implementation(attention: str, packing: bool) -> str:
@@ -41,11 +42,11 @@ def implementation(attention: str, packing: bool) -> str:
 def with_attention(
     make: Callable[[str], Any], hf_config: Any, attention: str, packing: bool = False
 ) -> Any:
-    """Make a model with `model.attention`; auto, padded, is the first of sdpa and eager that the
-    model computes rightly.
+    """Build a model with `model.attention`. Padded, auto is sdpa, or eager where the model has no
+    sdpa or computes it wrongly.
 
     Args:
-        make: makes it with an attention of that name of transformers.
+        make: builds the model with transformers' attention of a given name.
         hf_config: the model's own configuration.
         attention, packing: the settings.
     """

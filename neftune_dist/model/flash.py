@@ -47,7 +47,8 @@ def flash_parts(
     """For each block: the rows of its queries, the keys that they see, and cumulative lengths of
     queries and keys, in which documents before the block have keys alone.
 
-    Nothing waits for the lengths. FlashAttention takes the last query for that of the last key.
+    The lengths stay on the GPU: the host waits for nothing. FlashAttention's causal mask is aligned
+    at the bottom right: a document's last query is at the position of its last key.
     """
     for row, first, end in block_rows(num_queries, blocks):
         if first < end:

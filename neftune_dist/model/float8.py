@@ -14,12 +14,12 @@ from neftune_dist.config import UserError, require
 
 
 def use_float8(model: Any, recipe: str, within: Sequence[nn.Module]) -> None:
-    """Let the modules `within` multiply matrices in float8, in forward and backward.
+    """Convert the linear layers inside the modules `within` to float8 matrix products.
 
     Args:
         recipe: tensorwise scales by tensor, and gathers in float8 where several ranks shard the
             model; else torchao's name of a recipe that scales by row.
-        within: their linear layers are converted. On a CPU the rounding is emulated.
+        within: blocks of the model. On a CPU the rounding to float8 is emulated.
 
     Raises:
         UserError: the package is missing, or the GPU has no such products.
@@ -53,7 +53,7 @@ def use_float8(model: Any, recipe: str, within: Sequence[nn.Module]) -> None:
 
 
 def update_float8_scales(model: Any) -> None:
-    """Compute the scales of all float8 weights in one reduction; due when weights have changed."""
+    """Compute the scales of all float8 weights in one reduction, after the weights have changed."""
     from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
     precompute_float8_dynamic_scale_for_fsdp(model)

@@ -25,9 +25,9 @@ from torch import nn
 from neftune_dist.model.adapters import plain_name, plain_shapes
 from neftune_dist.model.modules import own_parameters, stacks_experts
 
-# By words of the device name, the first that are in it. FLOP/s by the vendors' data sheets: of bf16
-# on tensor cores, dense, and of fp32 without them. GiB that a process can allocate, rounded down:
-# below the number in the name, part of which holds error correction and the driver's own.
+# By words of the device's name; the first row whose words are in the name counts. FLOP/s from the
+# vendors' data sheets: bf16 on tensor cores, dense, and fp32 without tensor cores. GiB that a
+# process can allocate, rounded down: less than the name says, for error correction and the driver.
 _GPUS = {
     "B200": (2250e12, None, 178),
     "GB200": (2250e12, None, 184),
@@ -49,11 +49,12 @@ class ModelSize:
 
     Attributes:
         num_parameters: all, tied ones once.
-        num_matrix_parameters: those that multiply the activations of one token.
-        num_trained, num_trained_matrix: the same, without frozen ones.
+        num_matrix_parameters: those of matrices that multiply a token's activations.
+        num_trained, num_trained_matrix: of these two, the trained ones.
         num_layers: transformer blocks.
         attention_width: num_heads * head_dim; 0 for a recurrent model.
-        num_idle, num_trained_idle: of the first and third, experts that a token does not choose.
+        num_idle, num_trained_idle: parameters, and trained ones, of the experts that a token does
+            not choose.
     """
 
     num_parameters: int

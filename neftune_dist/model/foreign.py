@@ -116,11 +116,13 @@ def _zero_sources(folder: Path, files: Sequence[Path]) -> dict[str, Source]:
     offset = 0
     for group, shapes in enumerate(model["param_shapes"]):
         if by_stage_3:
-            # Every parameter is cut in equal parts; a rank's parts follow each other.
+            # Stage 3: every parameter is cut into equal parts, one a rank; a rank's parts follow
+            # each other.
             streams = [state["fp32_flat_groups"] for state in states]
             paddings = [0] * len(shapes)
         else:
-            # A group's parameters follow each other, and the whole is cut into the ranks' parts.
+            # Stages 1 and 2: a group's parameters follow each other in one buffer, which is cut
+            # into the ranks' parts.
             streams = [[state["single_partition_of_fp32_groups"][group] for state in states]]
             no_paddings = {group: [0] * len(shapes)}
             paddings = (states[0].get("param_alignment_paddings") or no_paddings)[group]
@@ -143,8 +145,11 @@ def _joined(parts: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
 
 
 def ranges(sizes: Iterable[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """Of flat tensors of these sizes that follow each other: each that holds some of the elements
-    [start, stop), and the range of its own elements."""
+    """Find elements [start, stop) in a sequence of flat tensors of these sizes.
+
+    Yields:
+        The index of each tensor that holds some of them, and the range within that tensor.
+    """
     begin = 0
     for i, size in enumerate(sizes):
         first, last = max(start - begin, 0), min(stop - begin, size)

@@ -1,5 +1,8 @@
-"""Answers by transformers' `generate`, in batches padded on the left; an answer equals that to its
-prompt alone, up to rounding. Greedy, unless a caller asks for samples."""
+"""Answers by transformers' `generate`, in batches padded on the left.
+
+A prompt's answer is the same in a batch as alone, up to rounding. Decoding is greedy, unless a
+caller asks for samples.
+"""
 
 from __future__ import annotations
 

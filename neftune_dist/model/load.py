@@ -243,7 +243,8 @@ def initialize_buffers(model: Any, device: torch.device) -> None:
 
 @contextmanager
 def _parameters_set_aside(model: nn.Module) -> Iterator[None]:
-    """Meanwhile every parameter is one without memory, marked for transformers as initialized."""
+    """Within the block, replace every parameter by one on the meta device that transformers takes
+    for initialized."""
     places = [(m, name, p) for m in model.modules() for name, p in own_parameters(m)]
     try:
         for module, name, parameter in places:

@@ -1,4 +1,4 @@
-"""Text models inside a multimodal wrapper, which alone are trained.
+"""Multimodal wrappers, of which the text model inside alone is trained.
 
 A run builds the text model alone, as transformers' class for causal language models: engines,
 noise, plans and checkpoints know nothing of a wrapper. The towers (of images, of sound, and the
@@ -63,9 +63,9 @@ class Wrapper:
 
     Attributes:
         model: the whole wrapper, on the meta device.
-        place: the name of its module that is the text model, or the text model's decoder.
-        own: what stands for `place` in the names of the text model's parameters: nothing, or the
-            name of its decoder. All others have the same names in both.
+        place: name of the wrapper's module that is the text model, or the text model's decoder.
+        own: the prefix in the text model's parameter names that `place` replaces in the wrapper's:
+            "" or the decoder's name. Parameters without it have the same name in both.
     """
 
     model: Any

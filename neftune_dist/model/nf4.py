@@ -4,9 +4,10 @@ A matrix is quantised row by row, and a packed row holds all that is needed to u
 rank makes its shard from the rows of the file that fall into it, and shards travel as plain tensors
 of the computation's dtype, whose values mean nothing. A weight of a row of 4096 takes 4.14 bits.
 
-A packed row: the codes of its weights, two a byte; the absolute maximum of every block of 64 of
-them, in 8 bits between the row's least and greatest; these two, float32; zeros up to a multiple of
-4 bytes. (QLoRA keeps 256 blocks' maxima in 8 bits around the mean of all.)
+A packed row: the 4-bit codes of its weights, two a byte; for every block of 64 weights its scale
+(their absolute maximum) as an 8-bit level; the row's least scale and the step from level to level,
+float32; zeros up to a multiple of 4 bytes. (QLoRA keeps the 8-bit scales of 256 blocks around their
+mean.)
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def pack(rows: Tensor) -> Tensor:
     step = (greatest - least) / 255
     levels = torch.where(step > 0, (scales - least) / step, 0).round().to(torch.uint8)
     scales = least + levels * step
-    # Over the rounded scale, which is the one read: the largest weight may be a little above 1.
+    # Divided by the rounded scale, which `unpack` reads: the largest may be a little above 1.
     units = torch.where(scales[..., None] > 0, blocks / scales[..., None], 0)
     values = _functional().get_4bit_type("nf4", device=str(rows.device))
     codes = torch.bucketize(units, (values[1:] + values[:-1]) / 2).to(torch.uint8)
@@ -53,7 +54,8 @@ def pack(rows: Tensor) -> Tensor:
 
 
 def _fields(packed: Tensor, width: int) -> tuple[Tensor, ...]:
-    """Views of the codes, the scales in 8 bits, and the bytes of their least and their step."""
+    """Views of packed rows: codes, 8-bit levels of the scales, and the bytes of the least scale and
+    of the step between levels."""
     sizes = [width // 2, width // BLOCK, 8]
     fields: tuple[Tensor, ...] = packed[:, : sum(sizes)].split(sizes, dim=1)
     return fields

@@ -36,10 +36,11 @@ from neftune_dist.config import UserError
 from neftune_dist.config.limits import limited
 from neftune_dist.system.text import first_line
 
-# Some bytes of a pickle make an object of some hundred bytes.
+# Bounds for reading a pickle: memory and time, each with an allowance for its size. A few bytes of
+# a pickle make an object of some hundred bytes.
 _GIB, _GIB_A_BYTE = 1.0, 100 / 2**30
 _SECONDS, _BYTES_A_SECOND = 60.0, 2e6
-_SHARD_BYTES_A_SECOND = 2e7
+_SHARD_BYTES_A_SECOND = 2e7  # of the tensors' files, for a slow disk
 _DIRECTORY_BYTES = 2**16  # at the end of a tensor's file: the list of its parts
 
 _CLASSES = (

@@ -1,4 +1,4 @@
-"""Whether a model's logits are the result of its output embedding, found by running its head."""
+"""Check, by running a model's head, whether its logits are the output embedding's result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tensors of the files a model's parameters are, or are made of.
+"""The map from a model's parameters to the tensors in its files.
 
 transformers gives tensors other names than the files do, and stacks the experts of a layer in one
 parameter. All its language models but a few do it so that a parameter's elements are those of

@@ -39,8 +39,8 @@ class _Sharing:
     num_parts: int
 
 
-# Of the ranks that share this one's sequences; None: it has them alone. A global of the process,
-# because attention is called deep within a model, which has no argument for a group.
+# None: this rank has whole sequences. A global of the process, because attention is called deep
+# within a model, which has no argument for a process group.
 _sharing: _Sharing | None = None
 
 
@@ -83,7 +83,7 @@ def to_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor,
 
 
 def query_blocks(own_tokens: int) -> list[int]:
-    """Say of which tokens `to_heads` gives the queries to this rank: one block of every slice.
+    """The tokens whose queries `to_heads` gives to this rank: one block of every slice.
 
     Returns:
         First token and end of each block, one after the other, counted in the whole sequence; empty

@@ -37,7 +37,8 @@ def by_document(
 ) -> Tensor:
     """The operator's result with dropout and in any dtype, (1, num_queries, num_heads,
     head_dim)."""
-    # A rank without queries takes part in the exchange of the gradients, too.
+    # Part of the result even without a query, so that autograd's all-to-all exchanges run on every
+    # rank.
     empty = torch.cat([tensor[:, :, :0] for tensor in (query, key, value)], dim=1)
     outs, at = [empty[:, : query.shape[1]].transpose(1, 2)], 0
     shared = query.shape[1] != key.shape[1]  # several heads have the same keys
@@ -61,7 +62,7 @@ def _documents(
     cu_seqlens: Tensor, num_queries: int, num_keys: int, blocks: Sequence[int] | None
 ) -> Iterator[tuple[slice, slice, None]]:
     """For each document, or part of one in a block: the rows of its queries, and the keys that they
-    see. The last query is that of the last key."""
+    see. The last query is at the position of the last key."""
     ends = cu_seqlens.tolist()
     if ends[-1] != num_keys:
         raise RuntimeError(f"documents of {ends[-1]} tokens in all, and {num_keys} tokens")
@@ -127,13 +128,13 @@ def _varlen(
 
 
 class Kernel(NamedTuple):
-    """How a device attends: part by part, of one call each.
+    """How a device computes attention: part by part, with one call of a kernel for each.
 
     Attributes:
-        parts: of each part the rows of its queries, the keys that they see, and what else the other
-            two need to know of its documents.
-        attend: the attended values and log-sum-exps of a part.
-        gradients: of a part's queries, keys and values.
+        parts: yields for each part the rows of its queries, the keys that they see, and its
+            documents' lengths as the other two functions take them.
+        attend: computes a part's attended values and log-sum-exps.
+        gradients: computes the gradients of a part's queries, keys and values.
     """
 
     parts: Callable[..., Iterator[tuple[slice, slice, Any]]]
@@ -245,7 +246,7 @@ def _varlen_backward(
 
 
 def _empty_lse(query: Tensor) -> Tensor:
-    """Room for log-sum-exps, (num_heads, num_queries)."""
+    """Memory for log-sum-exps, (num_heads, num_queries)."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     return query.new_empty((query.shape[1], query.shape[0]), dtype=dtype)
 
@@ -272,8 +273,12 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _gradient(ctx: Any, grad: Tensor, _grad_lse: Any) -> tuple[Tensor | None, ...]:
-    """With sinks, too: the backward needs the probabilities, which it computes from log-sum-exps,
-    and the products of the result and its gradient; both are saved with the sinks' part in them."""
+    """The gradients of all inputs; right with sinks too.
+
+    The backward kernel computes the probabilities from the log-sum-exps, and the softmax's
+    correction from the result and its gradient. Result and log-sum-exps are saved after the sinks
+    have been added to them, so both come out as with sinks.
+    """
     *saved, sinks = ctx.saved_tensors
     found = torch.ops.neftune_dist.varlen_attention_backward(grad, *saved, *ctx.settings)
     none = (None,) * 4  # of the lengths, the scale and the window

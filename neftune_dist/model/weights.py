@@ -55,8 +55,8 @@ class WeightFiles:
         folder: of the files.
         aliases: of the model's parameters, from `parameter_aliases`.
         shapes: of the model's parameters, by first name.
-        model: the transformers model, which says how other tensors become its parameters. Older
-            files leave out its `base_model_prefix`, or put it on.
+        model: the transformers model, whose class says how files with other names or stacked
+            experts are converted. Older files lack its `base_model_prefix`, or have it in addition.
 
     Attributes:
         layout: the stored tensors that each parameter is, or is made of.
