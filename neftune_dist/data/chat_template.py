@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import string
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from datetime import datetime
 from functools import cached_property
@@ -84,18 +85,19 @@ class ChatTemplate:
     @cached_property
     def _takes_parts(self) -> bool:
         """Whether contents must be lists of parts: those of some models of pictures and text."""
-        parts = [{"type": "text", "text": _SAID}]
-        as_text, as_parts = ({"role": "user", "content": content} for content in (_SAID, parts))
-        return not self._writes(_SAID, [as_text]) and self._writes(_SAID, [as_parts])
+        contents = _SAID, [{"type": "text", "text": _SAID}]
+        return self._takes_second([{"role": "user", "content": content}] for content in contents)
 
     @cached_property
     def _takes_text_arguments(self) -> bool:
         """Whether the arguments of a call must be JSON text (DeepSeek's), not an object."""
-        as_object, as_text = (
-            {"role": "assistant", "content": "", "tool_calls": [_call(arguments)]}
-            for arguments in ({"a": "b"}, '{"a": "b"}')
-        )
-        return not self._writes("", [_ASKED, as_object]) and self._writes("", [_ASKED, as_text])
+        calls = [_call({"word": _SAID})], [_call(json.dumps({"word": _SAID}))]
+        answers = ({"role": "assistant", "content": "", "tool_calls": listed} for listed in calls)
+        return self._takes_second([_ASKED, answer] for answer in answers)
+
+    def _takes_second(self, ways: Iterable[list[Message]]) -> bool:
+        """Whether the template writes the second of two ways to say the same, and not the first."""
+        return [self._writes(_SAID, messages) for messages in ways] == [False, True]
 
     def expresses_system(self) -> bool:
         """Whether the text contains a system prompt before a question."""

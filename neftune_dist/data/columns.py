@@ -45,23 +45,23 @@ class Columns:
         self, mapping: Mapping[str, Any], ignore: Collection[str], key: str = "data.columns"
     ) -> None:
         self._mapping, self._key = mapping, key
-        self._paths = {field: path for field, path in mapping.items() if isinstance(path, str)}
-        self._constants = {
-            field: value["constant"] for field, value in mapping.items() if isinstance(value, dict)
-        }
         self._ignore = dict.fromkeys(ignore)  # in order
-        self.missing = {path for field, path in self._paths.items() if field in _OPTIONAL}
+        self.missing = {
+            path for field, path in mapping.items() if field in _OPTIONAL and isinstance(path, str)
+        }
         self.ignored: set[str] = set()
 
     def apply(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """The row under our names. Raises `BadRow` where a column is missing."""
         if self._ignore:
             row = self._without_ignored(row)
-        if not self._paths and not self._constants:
+        if not self._mapping:
             return row
-        found: dict[str, Any] = dict(self._constants)
-        taken = set()
-        for field, path in self._paths.items():
+        found, taken = dict[str, Any](), set()
+        for field, path in self._mapping.items():
+            if isinstance(path, dict):
+                found[field] = path["constant"]
+                continue
             try:
                 top, found[field] = _follow(row, path)
             except LookupError:
@@ -201,11 +201,9 @@ def _hint(row: Mapping[str, Any], found: dict[str, str]) -> Hint:
 
 def _turns_in(value: Any) -> str:
     """The field of ours whose form a list of turns has; "" for anything else."""
-    if not isinstance(value, list) or len(value) < 2:
+    if not isinstance(value, list) or len(value) < 2 or not isinstance(value[0], dict):
         return ""
-    if isinstance(value[0], dict):
-        return next((field for field, keys in _TURNS if value[0].keys() >= keys), "")
-    return ""
+    return next((field for field, keys in _TURNS if value[0].keys() >= keys), "")
 
 
 def _texts_in(path: str, value: Any) -> list[str]:

@@ -62,13 +62,9 @@ class Conversation:
         messages = []
         for turn in self.turns:
             message: dict[str, Any] = {"role": turn.role, "content": turn.content}
-            if turn.tool_calls:
-                message["tool_calls"] = json.loads(turn.tool_calls)
-            if turn.tool_call_id:
-                message["tool_call_id"] = turn.tool_call_id
-            if turn.name:
-                message["name"] = turn.name
-            messages.append(message)
+            calls = json.loads(turn.tool_calls) if turn.tool_calls else None
+            more = {"tool_calls": calls, "tool_call_id": turn.tool_call_id, "name": turn.name}
+            messages.append(message | {key: value for key, value in more.items() if value})
         if self.context:
             asked = next(message for message in messages if message["role"] == "user")
             asked["content"] += "\n\n" + self.context

@@ -17,13 +17,13 @@ import pickle
 import signal
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -46,6 +46,7 @@ _MOST_WORKERS = 16  # chosen for data.num_workers=0; each holds some 0.5 GiB
 _BATCH_CHARACTERS = 2**22  # of rendered text that is tokenised together
 Row = tuple[str, Mapping[str, Any] | BadRow]  # its place in the source first
 _Rendered = tuple[str, Conversation, Rendered]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,9 @@ class ShardMaker:
     def make(self, template: ConversationTokenizer, rows: Sequence[Row]) -> Shard:
         """The documents of some rows."""
         making = _Making(self, template)
-        for batch in _batches(making.rendered(rows)):
-            documents = template.encode([rendered for _, _, rendered in batch])
+        rendered = making.rendered(rows)
+        for batch in _groups(rendered, lambda item: len(item[2].text), _BATCH_CHARACTERS):
+            documents = template.encode([item for _, _, item in batch])
             for (place, conversation, _), document in zip(batch, documents, strict=True):
                 making.add(place, conversation, document)
         return making.shard()
@@ -209,16 +211,19 @@ class _Making:
         return Shard(arrays, self.report, ignored, missing, self.usual)
 
 
-def _batches(rendered: Iterator[_Rendered]) -> Iterator[list[_Rendered]]:
-    batch, characters = [], 0
-    for row in rendered:
-        batch.append(row)
-        characters += len(row[2].text)
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+def _groups(
+    items: Iterable[T], size_of: Callable[[T], int], most: int, most_items: int | None = None
+) -> Iterator[list[T]]:
+    """Consecutive items, a group ended by its size or by its number of items."""
+    group, size = list[T](), 0
+    for item in items:
+        group.append(item)
+        size += size_of(item)
+        if size >= most or len(group) == most_items:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def _bytes(data: bytes | bytearray) -> np.ndarray:
@@ -312,20 +317,19 @@ class ShardPool:
 
 def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
     """The rows by shards. A mistake that ends the reading is raised after the rows before it."""
-    chunk: list[Row] = []
-    size, mistake = 0, None
-    try:
-        for row in rows:
-            chunk.append(row)
-            size += len(pickle.dumps(row, pickle.HIGHEST_PROTOCOL))
-            if len(chunk) == _SHARD_ROWS or size >= _SHARD_BYTES:
-                yield chunk
-                chunk, size = [], 0
-    except UserError as error:
-        mistake = error
-    if chunk:
-        yield chunk
-    if mistake is not None:
+    mistakes = []
+
+    def good() -> Iterator[Row]:
+        try:
+            yield from rows
+        except UserError as error:
+            mistakes.append(error)
+
+    def num_bytes(row: Row) -> int:
+        return len(pickle.dumps(row, pickle.HIGHEST_PROTOCOL))
+
+    yield from _groups(good(), num_bytes, _SHARD_BYTES, _SHARD_ROWS)
+    for mistake in mistakes:
         raise mistake
 
 
