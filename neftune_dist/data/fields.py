@@ -104,7 +104,7 @@ def refuse_unused(
         if name in used or value in _EMPTY:
             continue
         if is_compared(name):
-            compared = tuple(filter(is_compared, found.keys() - used))
+            compared = tuple(field for field in found if is_compared(field) and field not in used)
             raise BadRow(f"{compared_flaw(name)}: ", Hint(ignore=compared), " leaves it out")
         refuse_meaning(name)
         for text in value if isinstance(value, list) else [value]:
