@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -110,18 +111,6 @@ def test_how_the_tokenizer_was_called_does_not_matter(
     assert texts(fresh.train, used) == texts(other.train, used)
 
 
-def test_the_fingerprint_is_that_of_another_process(
-    write: Callable[..., DataConfig], tiny_tokenizer: Any
-) -> None:
-    """A resumed run on another day finds the data of the first."""
-    config = write(numbered(9))
-    fingerprint = prepare(config, tiny_tokenizer).fingerprint
-    other_cache = DataConfig(**{**vars(config), "cache_dir": config.cache_dir + "2"})
-    process, told = start(prepare_elsewhere, other_cache, tiny_tokenizer.name_or_path)
-    assert told.get(timeout=DEADLINE_SECONDS) == (fingerprint, 9)
-    process.join(DEADLINE_SECONDS)
-
-
 FILES = [
     "input_ids.bin",
     "supervised.bin",
@@ -223,11 +212,6 @@ def start(target: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, An
     return process, told
 
 
-def prepare_elsewhere(config: DataConfig, folder: str, told: Any) -> None:
-    made = prepare(config, AutoTokenizer.from_pretrained(folder))
-    told.put((made.fingerprint, len(made.train)))
-
-
 def prepare_slowly(config: DataConfig, folder: str, told: Any) -> None:
     """Write, and hang before the entry is renamed."""
     whole = dataset._Builder.build
@@ -273,6 +257,9 @@ def test_processes_at_once_make_one_entry(
     assert {result[1] for result in results} == {280}
     assert sorted(result[2] for result in results) == [False, False, True]
     assert entries(config) == [results[0][0]]
+    # A resumed run on another day finds the data of the first.
+    here = replace(config, cache_dir=f"{config.cache_dir}2")
+    assert prepare(here, tiny_tokenizer).fingerprint == results[0][0]
 
 
 def test_an_entry_appears_whole_or_not_at_all(
