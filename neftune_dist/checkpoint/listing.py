@@ -47,7 +47,7 @@ _HEADS = Row("step", "size", "age", "state", "saved by", "continues")
 
 
 def rows(run_dir: Path, *, verify: bool) -> list[Row]:
-    """Return what the verb `checkpoints` says of each folder, oldest first.
+    """The rows of the verb `checkpoints`, one a folder, oldest first.
 
     Args:
         verify: also read every file and compare its checksum.
@@ -74,10 +74,10 @@ def rows(run_dir: Path, *, verify: bool) -> list[Row]:
 
 
 def table(found: Sequence[Row]) -> list[str]:
-    """Lines of a table."""
-    table = [_HEADS, *found]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
+    """The rows under their heads, in columns: a line each."""
+    shown = [_HEADS, *found]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in shown]
 
 
 def contents(run_dir: Path) -> list[str]:

@@ -17,7 +17,7 @@ from neftune_dist.distributed.world import World
 
 # The settings of a run's length: a resumed run may change them, and reports it.
 _LENGTH = ("train.max_steps", "train.num_epochs")
-# Settings, and sections, that a resumed run may change: where and how it runs, how it reports.
+# Prefixes of settings that a resumed run may change: where and how it runs, how it reports.
 _MAY_CHANGE = (
     "run_dir",
     "model.name_or_path",  # the architecture is compared instead

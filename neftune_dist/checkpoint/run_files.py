@@ -1,4 +1,4 @@
-"""A run's files beside its checkpoints: who may write there, and the base model's small files.
+"""A run directory's files beside its checkpoints: its mark and lock, and the base's small files.
 
 `neftune_run.json` marks the directory as one that this project writes into, and `.lock` is held by
 the run that does. `config.yaml` is the configuration; `model/` holds what the base model has beside

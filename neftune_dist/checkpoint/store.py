@@ -6,9 +6,9 @@ checkpoints as they were; a half-written one has another name, is never read, an
 next save. The manifest's sizes and checksums are those of the bytes that each rank meant to write,
 not of the files that one node sees on a shared file system.
 
-Only the files of saves are ever removed: of a link, the link alone. A folder that holds any other
-file is kept, and so is any other entry whose name resembles a checkpoint's. Saving continues, and
-`odd_entries` names them.
+Only files that a save wrote are ever removed; of a link only the link. A folder that holds any
+other file is kept, and so is any other entry whose name resembles a checkpoint's. Saving continues,
+and `odd_entries` lists them.
 """
 
 from __future__ import annotations
@@ -284,8 +284,8 @@ def _is_of_saves(path: Path) -> bool:
 
 
 def _clear(path: Path, aside_name: str) -> None:
-    """Free a name: remove a link, or put another entry aside, under the next name that is free or
-    an earlier save's."""
+    """Free the name `path`: remove a link, rename anything else to `aside_name`, or to
+    `aside_name`-2, -3, ..., the first that is free or holds only files of saves."""
     if path.is_symlink():
         path.unlink()
     if not path.exists():

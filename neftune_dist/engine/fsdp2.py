@@ -61,7 +61,7 @@ class FSDP2Engine:
         self.compute_dtype = DTYPES[config.model.dtype]
         self.num_replicas = config.engine.num_replicas or 1
         check_divides("engine.num_replicas", self.num_replicas, world.size)
-        self.settings = config.model
+        self.gathers_float8 = config.model.float8 == "tensorwise"
         self.loss = config.model.loss
         self.syncs_once = config.engine.sync_every == "step"
         keep = self.syncs_once or config.engine.reshard_after_forward is False
@@ -122,7 +122,7 @@ class FSDP2Engine:
 
     def _refresh_scales(self) -> None:
         """Compute the scales of float8 weights again, after the weights have changed."""
-        if self.settings.float8 == "tensorwise":
+        if self.gathers_float8:
             update_float8_scales(self.model)
 
     def forward(self, batch: MicroBatch) -> Tensor:

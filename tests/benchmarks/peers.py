@@ -314,7 +314,7 @@ def noise_cost(args: argparse.Namespace) -> None:
     own time, which is too short a part of a step to show in the difference."""
     from neftune_dist.engine.fsdp2 import FSDP2Engine
     from neftune_dist.model.weights import WeightFiles, weights_folder
-    from neftune_dist.optim import MakeOptimizer
+    from neftune_dist.optim.adamw import MakeOptimizer
 
     config = load_config(None, settings(args, 0))
     world = World()
