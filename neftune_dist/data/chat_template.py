@@ -186,7 +186,8 @@ class ChatTemplate:
             raise
         except TemplateSyntaxError as error:
             raise UserError(
-                f"The chat template is no valid Jinja: line {error.lineno}: {error.message}."
+                f"The chat template is no valid Jinja: line {error.lineno}: "
+                f"{str(error.message).rstrip('.')}."
             ) from error
         except Exception as error:  # a template is a program, and can fail in any way
             said = str(error)  # which a template can make of any length
