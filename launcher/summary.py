@@ -37,7 +37,7 @@ def main(run_dir: Path, folder: Path, command: str) -> None:
     print(f"metrics      {run_dir / 'metrics.jsonl'}")
     print(f"TensorBoard  .venv/bin/tensorboard --logdir {run_dir / 'tensorboard'}")
     print(f"model        {run_dir / 'export'}")
-    print(f"train on     {command} train.max_steps={2 * last['step']} run_dir={run_dir}")
+    print(f"train longer {command} train.max_steps={2 * last['step']} run_dir={run_dir}")
 
 
 def _examples(

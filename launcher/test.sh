@@ -8,13 +8,13 @@ cd "$root"
 workers=$(($(env -u OMP_NUM_THREADS nproc) + 1)) # nproc counts by that variable where it is set
 # Threads of several processes that wait for each other on few cores would only use them up.
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# Blocks compiled by another torch, for another processor, or by a run that was killed meanwhile would
-# be taken from torch's own cache.
+# A cache of its own: torch's default one may hold blocks compiled by another torch, for another
+# processor, or by a run that was killed meanwhile.
 TORCHINDUCTOR_CACHE_DIR=$(mktemp -d)
 export TORCHINDUCTOR_CACHE_DIR
 trap 'rm -rf "$TORCHINDUCTOR_CACHE_DIR"' EXIT
-# Every process that a test starts would compile the package's sources, and every worker the tests'.
+# With it, every process that a test starts would compile the package's sources again.
 unset PYTHONDONTWRITEBYTECODE
-# Tests mostly wait, for processes that start and for each other: one more at a time than cores. Those
-# of one file share what they set up, and so stay together.
+# Tests mostly wait for processes, so one more worker than cores. Tests of one file share fixtures, so
+# they stay on one worker.
 python -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "$@"
