@@ -23,6 +23,7 @@ from neftune_dist.config.errors import UserError, brief
 _KINDS = {dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number"}
 _KINDS |= {bool: "true or false", type(None): "null"}
 _CHECKSUM = "checksum"
+_hints = cache(get_type_hints)
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,3 @@ def _instance(value: Any, schema: Any, where: str) -> Any:
     if unknown := value.keys() - hints.keys():
         raise ValueError(f"{brief(min(unknown))} is no field of it")
     return schema(**value)
-
-
-@cache
-def _hints(schema: Any) -> dict[str, Any]:
-    return get_type_hints(schema)

@@ -210,13 +210,10 @@ class _Evaluation:
 
         def compute() -> Found:
             model, tokenizer, world = self._load(), self.target.tokenizer, self.world
-            number, most, shared = (
-                evaluate.batch_size,
-                evaluate.max_task_items,
-                (world, self.folder),
-            )
             with world.agree():
-                figures = run_tasks(model, tokenizer, words, number, most, world.log, *shared)
+                figures = run_tasks(
+                    model, tokenizer, words, evaluate, world.log, world, self.folder
+                )
             return figures, {"tasks": {name: f.pop("correct") for name, f in figures.items()}}
 
         self.results.make("tasks", settings, compute)

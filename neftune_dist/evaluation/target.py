@@ -234,18 +234,17 @@ def _check_read(
     read = _TALK + others + (_MEASURES + _NOISE if is_measured else ())
     for word in settings:
         key = word.partition("=")[0]
-        reason = ""
         if not _is_within(key, read) or key in (f"evaluate.{name}" for name in WHILE_TRAINING):
-            reason = "on a model that is trained: leave it out"
-        elif _is_within(key, _NOISE) and not config.evaluate.train_documents:
-            reason = (
-                "since noise is added to training documents alone, of which "
-                "evaluate.train_documents=0 measures none"
+            raise UserError(
+                f"{brief(word)} has no effect on a model that is trained: leave it out."
             )
-        elif _is_within(key, ["judge"]) and key != "judge.reference" and not config.judge.reference:
-            reason = "without judge.reference, whose answers are compared with"
-        if reason:
-            raise UserError(f"{brief(word)} has no effect {reason}.")
+        if _is_within(key, _NOISE) and not config.evaluate.train_documents:
+            raise UserError(
+                f"{brief(word)} has no effect: noise is added to training documents alone, of "
+                "which evaluate.train_documents=0 measures none."
+            )
+        if _is_within(key, ["judge"]) and key != "judge.reference" and not config.judge.reference:
+            raise UserError(f"{brief(word)} has no effect without judge.reference to compare with.")
 
 
 def _is_within(key: str, names: Sequence[str]) -> bool:

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from neftune_dist.config import UserError, split_list
+from neftune_dist.config import EvaluateConfig, UserError, split_list
 from neftune_dist.data.errors import BadRow, type_name
 from neftune_dist.data.sources import read_row_file
 from neftune_dist.distributed.world import World
@@ -77,8 +77,7 @@ def run_tasks(
     model: Any,
     tokenizer: Any,
     words: Sequence[TaskWord],
-    batch_size: int,
-    max_items: int,
+    config: EvaluateConfig,
     log: Callable[[str], None],
     world: World | None = None,
     folder: Path | None = None,
@@ -89,8 +88,7 @@ def run_tasks(
         model: a causal language model of Hugging Face on its device, in evaluation mode.
         tokenizer: its tokenizer, which is not changed.
         words: of `read_words`.
-        batch_size: texts that the model reads at once.
-        max_items: of each task; 0: all.
+        config: how many texts the model reads at once, and how many items of each task.
         log: called with lines of progress.
         world: the ranks that hold a copy of the model each; they share the work, all call this and
             all get the results. None: this process alone.
@@ -103,6 +101,7 @@ def run_tasks(
     """
     from neftune_dist.evaluation import lm_eval_adapter as lm_eval
 
+    max_items = config.max_task_items
     keys = {word.name: digest([asdict(word), max_items, str(model.dtype)]) for word in words}
     done: dict[str, dict[str, Any]] = {}
     if folder is not None:
@@ -110,7 +109,7 @@ def run_tasks(
     left = [word for word in words if keys[word.name] not in done]
     if left != [*words]:
         log(f"tasks: {len(words) - len(left)} of {len(words)} kept from an earlier call")
-    lm = lm_eval.TaskModel(model, tokenizer, batch_size, log, world)
+    lm = lm_eval.TaskModel(model, tokenizer, config.batch_size, log, world)
     loaded = [(word, lm_eval.load(word)) for word in left]  # all, before the first takes its hours
     for word, tasks in loaded:
         # All ranks take part in it, so that by its end each has read the file, and none misses what

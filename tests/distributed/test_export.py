@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from neftune_dist.checkpoint import store
 from neftune_dist.checkpoint.export import export
 from neftune_dist.checkpoint.run_files import keep_small_files, keep_template
-from neftune_dist.config import load_config
+from neftune_dist.config import EvaluateConfig, load_config
 from neftune_dist.evaluation.target import open_target
 from neftune_dist.evaluation.tasks import read_words, run_tasks
 from neftune_dist.model.load import DTYPES
@@ -170,7 +170,9 @@ def test_export_behaves_as_the_checkpoint(run_dir: Path, tmp_path: Path) -> None
     for folder in (run_dir, exported, base):
         target = open_target(folder, settings=["model.dtype=fp32"])
         read = read_words(words)
-        found.append(run_tasks(target.model, target.tokenizer, read, 4, 0, lambda _: None))
+        found.append(
+            run_tasks(target.model, target.tokenizer, read, EvaluateConfig(batch_size=4), print)
+        )
     assert found[0] == found[1]
     exported_and_base = (found[i]["counts"]["others"]["perplexity"] for i in (0, 2))
     assert len(set(exported_and_base)) == 2

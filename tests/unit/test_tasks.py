@@ -19,7 +19,7 @@ import pytest
 import torch
 import transformers
 
-from neftune_dist.config import UserError
+from neftune_dist.config import EvaluateConfig, UserError
 from neftune_dist.distributed.world import World
 from neftune_dist.evaluation import lm_eval_adapter
 from neftune_dist.evaluation.tasks import read_words, run_tasks
@@ -43,7 +43,8 @@ class Asked:
 
     def run(self, tasks: str, most: int = 0, batch_size: int = 4) -> Results:
         words = read_words(tasks, most)
-        return run_tasks(self.model, self.tokenizer, words, batch_size, most, lambda _: None)
+        asked = EvaluateConfig(batch_size=batch_size, max_task_items=most)
+        return run_tasks(self.model, self.tokenizer, words, asked, lambda _: None)
 
     def log_likelihood(self, context: str, answer: str, longest: int = 10**9) -> tuple[float, bool]:
         """Of the answer's tokens after the context's, which may be cut on the left; and whether
@@ -295,7 +296,7 @@ def test_items_and_scores_do_not_depend_on_the_ranks(
         num_read = 0
         lm_eval_adapter.HFLM._model_call = counted
         of_words = small.model, small.tokenizer, read_words(words)
-        results = run_tasks(*of_words, 4, 0, lambda _: None, world)
+        results = run_tasks(*of_words, EvaluateConfig(batch_size=4), lambda _: None, world)
         results_of.put((results, num_read))
         world.close()
 
