@@ -261,25 +261,24 @@ def change(name: str, old: str, new: str) -> Callable[[Path], None]:
     return edit
 
 
-@pytest.mark.parametrize(
-    ("edit", "what"),
-    [
+def test_runs_that_differ_in_more_than_alpha_are_refused(tmp_path: Path) -> None:
+    runs = make_runs(tmp_path, {}, 2)
+    check_comparable(runs)
+    run = runs.pop().folder
+    before = {path: path.read_text() for path in run.rglob("*.*") if path.is_file()}
+    for edit, what in (
         (change("metrics.jsonl", '"num_tokens": 91', '"num_tokens": 92'), "documents or steps"),
         (change("evaluations.jsonl", ": 3.0}", ": 3.1}"), "held-out loss before training"),
         (change("config.yaml", "warmup_steps: 0", "warmup_steps: 1"), "warmup_steps"),
         (change("answers.json", "Say 3.", "Tell 3."), "the instructions"),
         (change("items.json", "[0, ", "["), "the tasks"),
-    ],
-)
-def test_runs_that_differ_in_more_than_alpha_are_refused(
-    tmp_path: Path, edit: Callable[[Path], None], what: str
-) -> None:
-    runs = make_runs(tmp_path, {}, 2)
-    check_comparable(runs)
-    edit(runs[-1].folder)
-    runs[-1] = read_run(runs[-1].folder, 5.0, 1)
-    with pytest.raises(UserError, match=f"alpha_5_seed_1 differ in .*{what}"):
-        check_comparable(runs)
+    ):
+        edit(run)
+        with pytest.raises(UserError, match=f"alpha_5_seed_1 differ in .*{what}"):
+            check_comparable([*runs, read_run(run, 5.0, 1)])
+        for path, text in before.items():
+            path.write_text(text)
+    check_comparable([*runs, read_run(run, 5.0, 1)])
 
 
 def damaged(text: str, draw: random.Random) -> str:
