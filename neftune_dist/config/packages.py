@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from operator import attrgetter
 
 from neftune_dist.config.config import Config
 from neftune_dist.config.errors import UserError
@@ -27,23 +28,24 @@ def require(package: str, setting: str, install: str) -> None:
         raise UserError(f"{setting} needs the package {package}: pip install '{install}'.")
 
 
+# Values of settings that need a package: what is imported, and what pip installs.
+_NEEDED = (
+    ("engine.name", ("deepspeed",), "deepspeed", "deepspeed"),
+    ("adapter.method", ("lora", "dora"), "peft", "neftune-dist[adapters]"),
+    ("adapter.base", ("nf4",), "bitsandbytes", "neftune-dist[adapters]"),
+    ("model.float8", ("tensorwise", "rowwise"), "torchao", "neftune-dist[float8]"),
+    ("model.kernels", ("liger",), "liger_kernel", "neftune-dist[kernels]"),
+    ("model.loss", ("liger",), "liger_kernel", "neftune-dist[kernels]"),
+    ("logging.wandb", (True,), "wandb", "neftune-dist[trackers]"),
+    ("logging.mlflow", (True,), "mlflow", "neftune-dist[trackers]"),
+)
+
+
 def check_packages(config: Config) -> None:
     """Refuse settings whose packages are missing, before a run begins. Raises `UserError`."""
-    model, adapter, logging = config.model, config.adapter, config.logging
-    if config.engine.name == "deepspeed":
-        require("deepspeed", "engine.name=deepspeed", "deepspeed")
-    if adapter.method != "none":
-        require("peft", f"adapter.method={adapter.method}", "neftune-dist[adapters]")
-    if adapter.base == "nf4":
-        require("bitsandbytes", "adapter.base=nf4", "neftune-dist[adapters]")
-    if model.float8 != "none":
-        require("torchao", f"model.float8={model.float8}", "neftune-dist[float8]")
-    for name in ("kernels", "loss"):
-        if getattr(model, name) == "liger":
-            require("liger_kernel", f"model.{name}=liger", "neftune-dist[kernels]")
-    for name in ("wandb", "mlflow"):
-        if getattr(logging, name):
-            require(name, f"logging.{name}=true", "neftune-dist[trackers]")
+    for key, values, package, install in _NEEDED:
+        if (value := attrgetter(key)(config)) in values:
+            require(package, f"{key}={str(value).lower()}", install)
 
 
 def check_evaluation_packages(config: Config) -> None:
