@@ -192,9 +192,12 @@ def suggestions(row: Mapping[str, Any]) -> Iterator[Hint]:
 def _hint(row: Mapping[str, Any], found: dict[str, str]) -> Hint:
     """The mapping, with the fields to leave out: all that are neither harmless nor read."""
     used = {path.partition(".")[0] for path in found.values()}
-    used |= {*()} if "text" in found else _BESIDE
-    used |= {"input", "context"} if "instruction" in found else {*()}
-    used |= {"prompt"} if "completion" in found else {*()}
+    if "text" not in found:
+        used |= _BESIDE
+    if "instruction" in found:
+        used |= {"input", "context"}
+    if "completion" in found:
+        used.add("prompt")
     left = (name for name, value in row.items() if not fields.is_harmless(name, value))
     return Hint(found, tuple(name for name in left if name not in used))
 
