@@ -148,8 +148,10 @@ def _attempt_lines(run_dir: Path) -> Iterator[str]:
 
 def _last_warning(run_dir: Path) -> str:
     """The last line with a warning in the newest log of rank 0; "" where there is none."""
-    logs = sorted((run_dir / "logs").glob("attempt_*/console.log"))
-    for log in reversed(logs):
+    for folder in reversed(outcome.folders(run_dir)):
+        log = folder / "console.log"
+        if not log.is_file():
+            continue
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - _LOG_BYTES))
             lines = file.read().decode(errors="replace").splitlines()

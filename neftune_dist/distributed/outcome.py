@@ -30,7 +30,7 @@ ORPHANED = "orphaned"  # failed because another rank had gone
 LOST = "lost"  # a machine died, or did not come
 # Given to the ranks by the launcher: the attempt's folder.
 VARIABLE = "NEFTUNE_DIST_ATTEMPT"
-_NAME = re.compile(r"attempt_(\d{4,})")
+_NAME = re.compile(r"attempt_\d{4,}", re.ASCII)
 _RANK = re.compile(r"rank_(\d+)\.json")
 _OUTCOME = "outcome.json"
 # Time for a full disk to get room again, before the record of an outcome is given up.
@@ -89,7 +89,7 @@ def begin(run_dir: Path) -> Path:
     """Make the next attempt's folder. Raises `OSError`."""
     logs = run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    number = max(_attempts(logs), default=0)
+    number = max(map(_number, folders(run_dir)), default=0)
     while True:
         number += 1
         folder = logs / f"attempt_{number:04d}"
@@ -98,10 +98,14 @@ def begin(run_dir: Path) -> Path:
             return folder
 
 
-def _attempts(logs: Path) -> dict[int, Path]:
-    """The attempts' folders by number, the oldest first."""
-    found = {int(m[1]): path for path in logs.iterdir() if (m := _NAME.fullmatch(path.name))}
-    return dict(sorted(found.items()))
+def folders(run_dir: Path) -> list[Path]:
+    """The attempts' folders, the oldest first."""
+    found = (run_dir / "logs").glob("attempt_*")
+    return sorted((path for path in found if _NAME.fullmatch(path.name)), key=_number)
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name.removeprefix("attempt_"))
 
 
 def tell(rank: int, kind: str, step: int = 0, error: str = "") -> bool:
@@ -220,13 +224,10 @@ def outcomes(run_dir: Path, last: Path | None = None) -> list[Outcome]:
         last: the folder of the caller's own, with which they end; None: all. A later one is
             another launcher's, which was refused because the run is in use.
     """
-    logs = run_dir / "logs"
-    if not logs.is_dir():
-        return []
-    folders = list(_attempts(logs).values())
+    found = folders(run_dir)
     if last is not None:
-        folders = folders[: folders.index(last) + 1]
-    return [_read(path / _OUTCOME) or Outcome(LOST) for path in folders]
+        found = found[: found.index(last) + 1]
+    return [_read(path / _OUTCOME) or Outcome(LOST) for path in found]
 
 
 def verdict(past: Sequence[Outcome], max_restarts: int) -> Verdict:

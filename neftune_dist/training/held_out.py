@@ -24,30 +24,23 @@ class HeldOut:
         self.indices = sample_documents(documents, most)
         self.documents, self.layout, self.world = documents, layout, world
 
-    def evaluate(self, engine: Engine, stop_requested: Callable[[], bool]) -> dict[str, Any] | None:
-        """Return `held_out_loss`, its perplexity and the counts: a collective of all ranks. None
-        where any rank was asked to stop before the last batch."""
-        engine.train(False)
-        loss_sum = self._loss_sum(engine, stop_requested)
-        engine.train(True)
-        if loss_sum is None:
-            return None
-        total = sum(of_rank for (of_rank,) in self.world.gather([loss_sum]))
-        tokens = int(self.documents.num_supervised[self.indices].sum())
-        return held_out_figures(total / tokens, len(self.indices), tokens)
-
     @torch.no_grad()
-    def _loss_sum(self, engine: Engine, stop_requested: Callable[[], bool]) -> float | None:
-        """This rank's sum of token losses. All ranks have the same number of batches, and give up
-        before the same one."""
+    def evaluate(self, engine: Engine, stop_requested: Callable[[], bool]) -> dict[str, Any] | None:
+        """Return `held_out_loss`, its perplexity and the counts: a collective of all ranks, by an
+        engine in evaluation mode.
+
+        All ranks have the same number of batches. None where any rank was asked to stop before the
+        last one.
+        """
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for batch in evaluation_batches(self.documents, self.indices, self.layout):
             if self.world.any(stop_requested()):
                 return None
-            loss_sum += engine.forward(
-                batch.to(self.world.device)
-            )  # without waiting for the device
-        return float(loss_sum)
+            # Without waiting for the device.
+            loss_sum += engine.forward(batch.to(self.world.device))
+        total = sum(of_rank for (of_rank,) in self.world.gather([float(loss_sum)]))
+        tokens = int(self.documents.num_supervised[self.indices].sum())
+        return held_out_figures(total / tokens, len(self.indices), tokens)
 
 
 def held_out_figures(loss: float | None, num_documents: int, num_tokens: int) -> dict[str, Any]:

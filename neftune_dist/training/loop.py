@@ -284,18 +284,20 @@ class Trainer:
     def evaluate(self) -> bool:
         """Record sample answers and the held-out loss, where they are asked for. False, and no
         record, where a stop was requested meanwhile."""
-        step, rows, result = self.progress.step, None, None
+        step, engine = self.progress.step, self.engine
+        rows: list[dict[str, Any]] | None = []
+        result: dict[str, Any] | None = {}
+        engine.train(False)
         if self.samples:
-            rows = self.samples.answer(self.engine, step, self.evaluating)
-            if rows is None:
-                return False
-        if self.held_out:
-            result = self.held_out.evaluate(self.engine, self.evaluating)
-            if result is None:
-                return False
+            rows = self.samples.answer(engine, step, self.evaluating)
+        if self.held_out and rows is not None:
+            result = self.held_out.evaluate(engine, self.evaluating)
+        engine.train(True)
+        if rows is None or result is None:
+            return False
         if rows:
             self.recorder.samples(rows)
-        if result is None:
+        if not result:
             return True
         # Last, because a run that is resumed asks whether this record is there.
         self.recorder.evaluation({"step": step, **result})

@@ -78,16 +78,8 @@ class SampleAnswers:
     def answer(
         self, engine: Engine, step: int, stop_requested: Callable[[], bool]
     ) -> list[dict[str, Any]] | None:
-        """Return the rows of samples.jsonl: a collective of all ranks. None where any rank was
-        asked to stop before the last batch."""
-        engine.train(False)
-        rows = self._rows(engine, step, stop_requested)
-        engine.train(True)
-        return rows
-
-    def _rows(
-        self, engine: Engine, step: int, stop_requested: Callable[[], bool]
-    ) -> list[dict[str, Any]] | None:
+        """Return the rows of samples.jsonl: a collective of all ranks, by an engine in evaluation
+        mode. None where any rank was asked to stop before the last batch."""
         asked, ids, model = self.prompts.asked, self.prompts.ids, engine.model
         model.generation_config = transformers.GenerationConfig()  # its own sampling settings
         generator = Generator(

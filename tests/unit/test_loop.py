@@ -147,6 +147,7 @@ def make_trainer(parts: Parts, *words: str, step: int = 0, due: bool = False) ->
         forward=parts.forward,
         backward=parts.backward,
         step=parts.step,
+        train=lambda mode: None,
     )
     sampler = SimpleNamespace(
         num_steps=NUM_STEPS, documents=lambda step: (torch.tensor([8, step]), None)

@@ -108,6 +108,13 @@ def test_attempts_are_numbered(tmp_path: Path) -> None:
     # The batch script of the first died with its machine; the third goes on.
     assert [outcome.kind for outcome in attempt.outcomes(tmp_path)] == [LOST, LOST, LOST]
     assert attempt.outcomes(tmp_path)[1].checkpoint == 2
+    for number in (9999, 10000):
+        (tmp_path / "logs" / f"attempt_{number}").mkdir()
+    assert [folder.name for folder in attempt.folders(tmp_path)][-2:] == [
+        "attempt_9999",
+        "attempt_10000",
+    ]
+    assert attempt.begin(tmp_path).name == "attempt_10001"
 
 
 def test_launcher_judges_its_own_attempt(tmp_path: Path) -> None:
