@@ -11,7 +11,7 @@ from typing import NamedTuple
 from neftune_dist.checkpoint import choice, flat, store
 from neftune_dist.config import UserError
 from neftune_dist.system.checkpoint_names import step_of
-from neftune_dist.system.text import duration_text, size_text
+from neftune_dist.system.text import count_text, duration_text, size_text
 
 # How torch alone reads a checkpoint, as `contents` prints it.
 _READING = """import json, torch, torch.distributed.checkpoint as dcp
@@ -114,8 +114,8 @@ def _complete_row(checkpoint: store.Checkpoint, verify: bool) -> Row:
         checkpoint.folder,
         size,
         "complete, verified" if verify else "complete",
-        f"{engine['name']}{stage}, {state['world_size']} ranks",
-        f"{left} steps to {state['num_steps']}, on any engine and number of ranks",
+        f"{engine['name']}{stage}, {count_text(state['world_size'], 'rank')}",
+        f"{count_text(left, 'step')} left of {state['num_steps']}, on any engine and world size",
     )
 
 

@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from neftune_dist.evaluation.intervals import LEVEL, smallest_visible, student
+from neftune_dist.system.text import count_text
 
 FEWEST_SEEDS = 3  # for an interval over seeds
 FEWEST_ITEMS = 8  # for an interval over items
@@ -89,8 +90,8 @@ class Difference:
         if self.over:
             return ""
         if self.num_items:
-            return f"{count(self.num_items, 'item')}, at least {FEWEST_ITEMS} needed"
-        return f"{count(len(self.by_seed), 'seed')}, at least {FEWEST_SEEDS} needed"
+            return f"{count_text(self.num_items, 'item')}, at least {FEWEST_ITEMS} needed"
+        return f"{count_text(len(self.by_seed), 'seed')}, at least {FEWEST_SEEDS} needed"
 
     @property
     def is_significant(self) -> bool:
@@ -199,11 +200,6 @@ def difference(
         item_error=math.nan if math.isnan(prediction) else of_items,
         prediction_error=math.sqrt(prediction),
     )
-
-
-def count(number: int, noun: str) -> str:
-    """A number of things: 1 seed, 2 seeds."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def corrected(differences: Sequence[Difference]) -> list[Difference]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from neftune_dist.study.compare import FEWEST_SEEDS, LEVEL, Difference, count
+from neftune_dist.study.compare import FEWEST_SEEDS, LEVEL, Difference
 from neftune_dist.study.grid import plain
 from neftune_dist.study.measures import LENGTH, LENGTH_CONTROLLED, LENGTH_MATCHED, RAW, measure
+from neftune_dist.system.text import count_text
 
 # Win rates in which a judge's preference for length may be: like lengths are not equal ones.
 _WITH_LENGTH = (RAW, LENGTH_MATCHED)
@@ -19,7 +20,7 @@ def conclusion(differences: Sequence[Difference], num_seeds: int) -> str:
         return "Only one alpha was studied: there is nothing to compare."
     parts = []
     if num_seeds < FEWEST_SEEDS:
-        seeds = f"{count(num_seeds, 'seed')} {'is' if num_seeds == 1 else 'are'}"
+        seeds = f"{count_text(num_seeds, 'seed')} {'is' if num_seeds == 1 else 'are'}"
         text = f"**No effect of alpha is claimed: {seeds} too few to tell it from chance.**"
         if any(d.over for d in differences):
             text += (

@@ -12,7 +12,8 @@ import math
 from neftune_dist.config import HELD_OUT, Config, UserError
 from neftune_dist.data.instructions import read_instructions
 from neftune_dist.evaluation.intervals import smallest_visible
-from neftune_dist.study.compare import FEWEST_ITEMS, FEWEST_SEEDS, count
+from neftune_dist.study.compare import FEWEST_ITEMS, FEWEST_SEEDS
+from neftune_dist.system.text import count_text
 
 
 def planned_items(config: Config) -> dict[str, tuple[str, int]]:
@@ -45,8 +46,8 @@ def check_items(config: Config) -> None:
         if number < FEWEST_ITEMS:
             value = config.evaluate.instructions if key == "evaluate.instructions" else number
             raise UserError(
-                f"{key}={value}: a study of {count(number, 'item')} ({what}) compares nothing; "
-                f"at least {FEWEST_ITEMS} are needed."
+                f"{key}={value}: a study of {count_text(number, 'item')} ({what}) compares "
+                f"nothing; at least {FEWEST_ITEMS} are needed."
             )
 
 

@@ -1,4 +1,4 @@
-"""Errors, sizes and durations as people read them."""
+"""Errors, numbers, sizes and durations as people read them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import math
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, without a full stop; its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def count_text(number: int, noun: str) -> str:
+    """A number of things: 1 seed, 2 seeds."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def size_text(num_bytes: float) -> str:

@@ -18,6 +18,7 @@ from neftune_dist.model.attention import VARLEN
 from neftune_dist.model.flash import varlen_kernel
 from neftune_dist.model.optimizations import drops
 from neftune_dist.system.processor import processor_name
+from neftune_dist.system.text import count_text
 from neftune_dist.system.versions import versions as system_versions
 
 
@@ -32,11 +33,11 @@ def data_lines(dataset: Dataset, sampler: Sampler, loader: Loader) -> list[str]:
     first = loader.step(0)
     epoch, batch = sampler.steps_per_epoch, sampler.global_batch_size
     left = sampler.num_documents % batch
-    ends = f", the last of them of {left} documents" if left else ""
+    ends = f", the last of them of {count_text(left, 'document')}" if left else ""
     padding = 1 - first.num_tokens / first.num_computed_tokens
     lines.append(
         f"data: {sampler.num_steps} steps of {batch} documents, {epoch} steps an epoch{ends}; "
-        f"step 1: {len(first.micro_batches)} micro-batches a rank, {padding:.1%} padding"
+        f"micro-batches of a rank in step 1: {len(first.micro_batches)}, {padding:.1%} padding"
     )
     return lines
 
