@@ -288,7 +288,7 @@ def test_checkpoints_lists_sound_and_damaged_ones(copy: Path) -> None:
     assert told.count(" complete, verified ") == drill.STEPS - 2
     assert "__0_0.distcp is not what was written" in told
     for text in (shown, told):
-        assert "unfinished" in text and "__0_0.distcp has" in text and "fsdp2, 1 ranks" in text
+        assert "unfinished" in text and "__0_0.distcp has" in text and "fsdp2, 1 rank " in text
     assert tiny_model.run_forked("checkpoints", copy.parent).returncode == 2
 
 
@@ -308,4 +308,4 @@ def test_checkpoint_without_readable_trainer_state_is_listed_as_damaged(copy: Pa
         assert "damaged: trainer_state.json cannot be read" in rows[-1]
         assert "damaged: trainer_state.json has" in rows[-2]
         assert all(row.endswith("nothing") for row in rows[-2:])
-        assert all(" complete" in row and "fsdp2, 1 ranks" in row for row in rows[:-2])
+        assert all(" complete" in row and "fsdp2, 1 rank " in row for row in rows[:-2])
