@@ -154,9 +154,10 @@ class Results:
             self._world.log(line)
 
     def put_answers(self, rows: list[dict[str, Any]]) -> None:
-        """Write answers.json. Rank 0."""
+        """Write answers.json, and its digest before a summary that vouches for it. Rank 0."""
         self._write("answers.json", rows)
         self._settings["answers_sha256"] = _digest(self.folder)
+        self._write("settings.json", self._settings)
 
     def _write(self, name: str, content: Any) -> None:
         content = with_checksum(content) if isinstance(content, dict) else content

@@ -87,6 +87,11 @@ def writing(what: str) -> Iterator[None]:
         raise UserError(f"{what} cannot be written: {error.strerror or error}.") from error
 
 
+# What may lie in a folder that is not ours yet: hidden files, and what Slurm or a shell writes of a
+# job's output before the job itself runs.
+_HARMLESS = (".*", "lost+found", "*.out", "*.err", "*.log")
+
+
 def claim(folder: Path, mark: str, setting: str, known: Sequence[str] = ()) -> None:
     """Make a folder where it is missing, and mark it as ours.
 
@@ -94,12 +99,12 @@ def claim(folder: Path, mark: str, setting: str, known: Sequence[str] = ()) -> N
         folder: to be claimed.
         mark: the file that says the folder is ours.
         setting: that names the folder, such as `run_dir=runs/7b`.
-        known: patterns of what may lie there before it is marked, beside hidden files.
+        known: patterns of what may lie there before it is marked, beside `_HARMLESS`.
 
     Raises:
         UserError: the folder holds anything else and has no mark, or cannot be written.
     """
-    refuse_foreign(folder, ["*"], mark, setting, (".*", "lost+found", *known))
+    refuse_foreign(folder, ["*"], mark, setting, (*_HARMLESS, *known))
     with writing(setting):
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / mark).is_file():

@@ -37,6 +37,7 @@ from neftune_dist.data.sampler import make_sampler
 from neftune_dist.noise.handle import NEFTuneHandle
 from neftune_dist.noise.law import SampleStream, draw
 from neftune_dist.noise.layout import TokenLayout
+from neftune_dist.noise.recomputation import NoisedForward
 from tests.support import tiny_model
 from tests.support.families import family
 from tests.support.ranks import on_ranks
@@ -320,12 +321,12 @@ def recording_rank(variables: dict[str, str], words: list[str], *files: Path) ->
     """One rank of a training run, which leaves the digests of its noise in RUN_DIR."""
     original, found = NEFTuneHandle._add, Digests()
 
-    def add(handle: NEFTuneHandle, x: Tensor, layout: TokenLayout, *state: Tensor) -> Tensor:
+    def add(handle: NEFTuneHandle, x: Tensor, forward: NoisedForward) -> Tensor:
         noise, before = torch.zeros(x.shape), x.to(torch.float32, copy=True)
-        original(handle, noise, layout, *state)
-        squares = original(handle, x, layout, *state)
+        original(handle, noise, forward)
+        squares = original(handle, x, forward)
         assert torch.equal(x, (before + noise).to(x.dtype))
-        new = digests(layout, noise.view(-1, x.shape[-1]), handle.step)
+        new = digests(forward.layout, noise.view(-1, x.shape[-1]), handle.step)
         assert not new.keys() & found.keys()
         found.update(new)
         return squares

@@ -113,6 +113,7 @@ def test_only_an_empty_folder_or_one_of_ours_is_claimed(tmp_path: Path) -> None:
     ours = tmp_path / "ours"
     (ours / "logs").mkdir(parents=True)
     (ours / ".lock").touch()
+    (ours / "slurm-17.out").touch()  # the output of the job that makes the run
     storage.claim(ours, "ours.json", "run_dir=ours", ["logs"])
     (ours / "config.yaml").write_text("a run's, now")
     storage.claim(ours, "ours.json", "run_dir=ours")
