@@ -34,11 +34,13 @@ from neftune_dist.model.families import WRAPPERS
 from neftune_dist.model.multimodal import text_settings
 from neftune_dist.system import storage
 from neftune_dist.system.model_files import generation_settings
+from neftune_dist.system.records import EVALUATIONS, SAMPLES, STEPS
 
 MODEL_FOLDER = "model"
 CHAT_TEMPLATE = "chat_template.jinja"
 _MARK, _CONFIG, _SEAL = "neftune_run.json", "config.yaml", "files.json"
-_BEFORE = ("logs", "submit")  # what `launch` and `submit` write before a run begins
+# What a run replaces in its directory.
+_REPLACED = (_CONFIG, MODEL_FOLDER, STEPS, EVALUATIONS, SAMPLES)
 _AGAIN = "the same train command writes it again"
 _AT_ONCE_SECONDS = 1.0
 # An attempt that is dying still has memory to free and files to close: it holds its run directory
@@ -56,9 +58,9 @@ def claim(run_dir: Path, world: World) -> FileLock:
     with world.agree():
         if world.is_first:
             # Checkpoints, too, show that a directory is a run's: of an earlier version, or copied.
-            known = ["*"] if store.find_all(run_dir) else _BEFORE
+            names = () if store.find_all(run_dir) else _REPLACED
             setting = f"run_dir={run_dir}"
-            storage.claim(run_dir, _MARK, setting, known)
+            storage.claim(run_dir, names, _MARK, setting)
             with storage.writing(setting):
                 _acquire(lock, setting, world)
     return lock

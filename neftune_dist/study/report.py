@@ -87,11 +87,10 @@ def write(
 
 
 def claim(folder: Path) -> None:
-    """Mark `folder` as a study's. Raises `UserError` where it holds more than runs, or cannot be
+    """Mark `folder` as a study's. Raises `UserError` where it holds another's report, or cannot be
     written."""
-    storage.claim(
-        folder, "neftune_study.json", f"run_dir={folder}", ["alpha_*_seed_*", "logs", "submit"]
-    )
+    names = ("report.md", "report.html", "answers.md", "answers.html", "plots", "judgements")
+    storage.claim(folder, names, "neftune_study.json", f"run_dir={folder}")
 
 
 def _markdown(

@@ -87,33 +87,32 @@ def writing(what: str) -> Iterator[None]:
         raise UserError(f"{what} cannot be written: {error.strerror or error}.") from error
 
 
-# What may lie in a folder that is not ours yet: hidden files, and what Slurm or a shell writes of a
-# job's output before the job itself runs.
-_HARMLESS = (".*", "lost+found", "*.out", "*.err", "*.log")
+# What shows that a folder is for something else: a repository, a model.
+_OTHER_USE = (".git", "config.json", "*.safetensors", "*.bin", "*.gguf")
 
 
-def claim(folder: Path, mark: str, setting: str, known: Sequence[str] = ()) -> None:
+def claim(folder: Path, names: Sequence[str], mark: str, setting: str) -> None:
     """Make a folder where it is missing, and mark it as ours.
 
     Args:
-        folder: to be claimed.
+        names: see `refuse_foreign`.
         mark: the file that says the folder is ours.
         setting: that names the folder, such as `run_dir=runs/7b`.
-        known: patterns of what may lie there before it is marked, beside `_HARMLESS`.
 
     Raises:
-        UserError: the folder holds anything else and has no mark, or cannot be written.
+        UserError: the folder holds what we would overwrite, is for something else, or cannot be
+            written.
     """
-    refuse_foreign(folder, ["*"], mark, setting, (*_HARMLESS, *known))
+    if folder.resolve() in (Path("/"), Path(os.path.expanduser("~")).resolve()):
+        raise UserError(f"{setting} is a root or home directory: choose one below it.")
+    refuse_foreign(folder, (*names, *_OTHER_USE), mark, setting)
     with writing(setting):
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / mark).is_file():
             write(folder / mark, json.dumps({"made_by": f"neftune_dist {__version__}"}) + "\n")
 
 
-def refuse_foreign(
-    folder: Path, names: Sequence[str], mark: str, setting: str, known: Sequence[str] = ()
-) -> None:
+def refuse_foreign(folder: Path, names: Sequence[str], mark: str, setting: str) -> None:
     """Raise `UserError` where a folder without our mark holds what others have written.
 
     Args:
@@ -121,15 +120,13 @@ def refuse_foreign(
         names: of what is refused, as glob patterns.
         mark: the file that says the folder is ours.
         setting: that names the folder, such as `run_dir=runs/7b`.
-        known: of what is not refused, as glob patterns.
     """
     if (folder / mark).is_file() or not folder.is_dir():
         return
     with writing(setting):
         present = sorted(os.listdir(folder))
     for there in present:
-        is_refused, is_known = (any(fnmatchcase(there, n) for n in of) for of in (names, known))
-        if is_refused and not is_known:
+        if any(fnmatchcase(there, name) for name in names):
             raise UserError(
                 f"{setting} holds {there}, but no {mark}, so this project did not write it and "
                 "does not write there: choose another directory, or move it away."

@@ -301,7 +301,7 @@ MATRIX_WORDS = ["noise.stream=sample", "train.max_steps=4", "checkpoint.every_st
 def save_at_two(config: Path, folder: Path, layout: Layout) -> Path:
     """A run of four steps under the layout, saved after two; its directory."""
     run_dir = folder / f"{layout.engine}_{layout.ranks}"
-    observe = Observe(run_dir / ".seen")
+    observe = Observe(run_dir / "seen")
     observe.folder.mkdir(parents=True)
     words = [*ENGINES[layout.engine], *MATRIX_WORDS, "checkpoint.keep=0"]
     done = tiny_model.run_forked(
@@ -332,7 +332,7 @@ def continue_from(config: Path, source: Path, layout: Layout, folder: Path) -> N
             covered[key] += tensor.numel()
     copies = {"hsdp": 2, "replicated": layout.ranks}.get(layout.engine, 1)
     assert covered == {key: copies * tensor.numel() for key, tensor in saved.items()}
-    documents = Observe(source / ".seen").documents()
+    documents = Observe(source / "seen").documents()
     assert observe.documents() == {step: documents[step] for step in (2, 3)}
     for one, other in zip(tiny_model.steps(run_dir), tiny_model.steps(source), strict=True):
         assert abs(one["loss"] / other["loss"] - 1) < 1e-6, (one["step"], one["loss"])

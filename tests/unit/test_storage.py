@@ -109,21 +109,28 @@ def test_no_two_processes_hold_a_lock_at_once(tmp_path: Path) -> None:
     assert (tmp_path / "number").read_text() == "600"
 
 
-def test_only_an_empty_folder_or_one_of_ours_is_claimed(tmp_path: Path) -> None:
-    ours = tmp_path / "ours"
-    (ours / "logs").mkdir(parents=True)
-    (ours / ".lock").touch()
-    (ours / "slurm-17.out").touch()  # the output of the job that makes the run
-    storage.claim(ours, "ours.json", "run_dir=ours", ["logs"])
-    (ours / "config.yaml").write_text("a run's, now")
-    storage.claim(ours, "ours.json", "run_dir=ours")
-    for name in ("config.yaml", "logs", "notes.txt"):
-        other = tmp_path / name
+def test_folder_with_foreign_files_is_not_claimed(tmp_path: Path) -> None:
+    folder, names = tmp_path / "project", ("config.yaml", "answers[0-9]*.jsonl")
+    folder.mkdir()
+    (folder / "slurm-17.out").touch()
+    storage.claim(folder, names, "ours.json", "run_dir=project")
+    (folder / "config.yaml").write_text("a run's, now")
+    storage.claim(folder, names, "ours.json", "run_dir=project")
+    for name in ("config.yaml", "answers12.jsonl", "model-00001-of-00002.safetensors", ".git"):
+        other = tmp_path / f"with {name}"
         other.mkdir()
         (other / name).symlink_to("nowhere")
         with pytest.raises(UserError, match=f"run_dir=x holds {name}, but no ours.json"):
-            storage.claim(other, "ours.json", "run_dir=x")
+            storage.claim(other, names, "ours.json", "run_dir=x")
         assert [path.name for path in other.iterdir()] == [name]
+
+
+def test_root_and_home_are_not_claimed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in ("/", "/tmp/..", tmp_path):
+        with pytest.raises(UserError, match="is a root or home directory"):
+            storage.claim(Path(folder), (), "ours.json", f"run_dir={folder}")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_children_end_with_the_parent_that_is_killed(tmp_path: Path) -> None:
