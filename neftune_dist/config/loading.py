@@ -93,9 +93,9 @@ def _check_text(text: str) -> None:
         is_plain = isinstance(event, yaml.ScalarEvent) and event.implicit[0]
         if is_plain and _AMBIGUOUS.fullmatch(event.value):
             problem = (
-                f"{brief(event.value)} is not decimal in YAML: write the number without zeros "
+                f"{brief(event.value)} is not decimal in YAML: write the number without leading "
+                "zeros or colons, or put text in quotes"
             )
-            problem += "in front and colons, or put the text in quotes"
             raise MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
 
 

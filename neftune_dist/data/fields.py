@@ -246,7 +246,7 @@ def reasoning(found: Mapping[str, Any]) -> str:
     for name, thought in thoughts.items():
         if thought.strip().lower() in _SWITCHES:
             raise BadRow(
-                f"field '{name}' is {thought!a}, which turns reasoning on or off and is none: ",
+                f"field '{name}' is {thought!a}, a switch for reasoning and not a thought: ",
                 Hint(ignore=(name,)),
                 " leaves it out",
             )

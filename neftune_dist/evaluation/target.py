@@ -45,14 +45,14 @@ from neftune_dist.model.precision import fast_dtype, with_dtype
 
 # Keys that describe the configuration's own model, not the one to evaluate.
 _KEYS_OF_THE_RUNS_MODEL = ("model.revision=null", "model.weights=null", "model.add_tokens=null")
-# What is read of a configuration, as settings or whole sections: by a chat; by an evaluation, too;
-# of a model that no run here has trained; where documents that were trained on are measured.
-_TALK = (
+# Settings and sections that have an effect: on a chat; on an evaluation in addition; on models that
+# were not trained here; on losses of training documents.
+_READ_BY_CHAT = (
     *("data", "model.dtype", "model.attention", "model.trust_remote_code"),
     *("evaluate.max_new_tokens", "evaluate.repetition_penalty"),
 )
-_MEASURES = ("evaluate", "judge", "train.micro_batch_tokens", "engine.sequence_parallel")
-_OF_NO_RUN = ("model.add_tokens", "model.revision")
+_READ_BY_EVALUATION = ("evaluate", "judge", "train.micro_batch_tokens", "engine.sequence_parallel")
+_READ_WITHOUT_RUN = ("model.add_tokens", "model.revision")
 _NOISE = ("noise", "train.seed")
 _Read = Callable[[str], Tensor]  # the whole parameter or stored buffer of that name
 
@@ -231,7 +231,8 @@ def _check_read(
     config: Config, settings: Sequence[str], others: tuple[str, ...], is_measured: bool
 ) -> None:
     """Raise `UserError` for a `key=value` word that decides nothing once a model is trained."""
-    read = _TALK + others + (_MEASURES + _NOISE if is_measured else ())
+    measured = _READ_BY_EVALUATION + _NOISE if is_measured else ()
+    read = _READ_BY_CHAT + others + measured
     for word in settings:
         key = word.partition("=")[0]
         if not _is_within(key, read) or key in (f"evaluate.{name}" for name in WHILE_TRAINING):
@@ -268,6 +269,6 @@ def _model_fields(
         check_sealed(Path(config_file).parent)  # a run's own, perhaps
     words = [f"model.name_or_path={name}", *_KEYS_OF_THE_RUNS_MODEL, *settings]
     config = load_config(config_file, words)
-    _check_read(config, settings, _OF_NO_RUN, is_measured)
+    _check_read(config, settings, _READ_WITHOUT_RUN, is_measured)
     shown = path.resolve().name if path.exists() else name.replace("/", "-")
     return {"name": shown, "config": config, "folder": locate.find(config.model)}

@@ -326,7 +326,7 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     (answer(reasoning_details=[{"data": "x"}]), "turn 2: field 'text' is missing"),
     (
         {"prompt": "a", "completion": "b", "reasoning": "On"},
-        "field 'reasoning' is 'On', which turns reasoning on or off and is none: data.ignore_f",
+        "field 'reasoning' is 'On', a switch for reasoning and not a thought: data.ignore_fi",
     ),
     (answer(role="user", thought="hm"), "turn 2: a turn of the user is marked as learned, or has"),
     ({"chosen": "a", "rejected": "b"}, "(DPO): give the better one as 'completion', and its que"),
