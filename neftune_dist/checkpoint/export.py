@@ -28,7 +28,6 @@ from neftune_dist.checkpoint import choice, marked_folder, store
 from neftune_dist.checkpoint.merged import ModelTensors, adapter_of, open_towers
 from neftune_dist.checkpoint.run_files import (
     CHAT_TEMPLATE,
-    MODEL_FOLDER,
     check_architecture,
     check_sealed,
     files_within,
@@ -41,6 +40,7 @@ from neftune_dist.model.multimodal import Wrapper, text_settings
 from neftune_dist.model.stored_tensors import split
 from neftune_dist.model.weights import WeightFiles
 from neftune_dist.system import storage
+from neftune_dist.system.checkpoint_names import MODEL_FOLDER
 
 # Of --dtype, where it is not "original"; and those in which weights are written.
 _NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

@@ -17,7 +17,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from neftune_dist.checkpoint import store
 from neftune_dist.checkpoint.flat import WrittenFile
 from neftune_dist.checkpoint.resume import differing_fields
 from neftune_dist.config import (
@@ -33,14 +32,11 @@ from neftune_dist.model import load, locate
 from neftune_dist.model.families import WRAPPERS
 from neftune_dist.model.multimodal import text_settings
 from neftune_dist.system import storage
+from neftune_dist.system.checkpoint_names import MODEL_FOLDER, RUN_CONFIG, run_claim
 from neftune_dist.system.model_files import generation_settings
-from neftune_dist.system.records import EVALUATIONS, SAMPLES, STEPS
 
-MODEL_FOLDER = "model"
 CHAT_TEMPLATE = "chat_template.jinja"
-_MARK, _CONFIG, _SEAL = "neftune_run.json", "config.yaml", "files.json"
-# What a run replaces in its directory.
-_REPLACED = (_CONFIG, MODEL_FOLDER, STEPS, EVALUATIONS, SAMPLES)
+_SEAL = "files.json"
 _AGAIN = "the same train command writes it again"
 _AT_ONCE_SECONDS = 1.0
 # An attempt that is dying still has memory to free and files to close: it holds its run directory
@@ -57,10 +53,8 @@ def claim(run_dir: Path, world: World) -> FileLock:
     lock = FileLock(run_dir / ".lock")
     with world.agree():
         if world.is_first:
-            # Checkpoints, too, show that a directory is a run's: of an earlier version, or copied.
-            names = () if store.find_all(run_dir) else _REPLACED
-            setting = f"run_dir={run_dir}"
-            storage.claim(run_dir, names, _MARK, setting)
+            *_, setting = claimed = run_claim(run_dir)
+            storage.claim(*claimed)
             with storage.writing(setting):
                 _acquire(lock, setting, world)
     return lock
@@ -100,7 +94,7 @@ def write_run_files(
         UserError: they cannot be written; or see `files_within`.
     """
     with storage.writing(f"run_dir={run_dir}"):
-        storage.write(run_dir / _CONFIG, config.to_yaml())
+        storage.write(run_dir / RUN_CONFIG, config.to_yaml())
         keep_small_files(model_folder, run_dir)
         keep_ties(model_config, run_dir)
         if config.model.add_tokens:
@@ -197,7 +191,7 @@ def keep_end_tokens(end_tokens: Sequence[int], own: int | list[int] | None, run_
 
 def seal(run_dir: Path) -> None:
     """Write the checksums of the files that are there. Rank 0 alone. Raises `OSError`."""
-    paths = [run_dir / _CONFIG, *sorted((run_dir / MODEL_FOLDER).iterdir())]
+    paths = [run_dir / RUN_CONFIG, *sorted((run_dir / MODEL_FOLDER).iterdir())]
     files = {str(p.relative_to(run_dir)): vars(WrittenFile.of(p)) for p in paths if p.is_file()}
     storage.write(run_dir / _SEAL, json.dumps(with_checksum({"files": files}), indent=1) + "\n")
 
@@ -217,14 +211,14 @@ def check_sealed(run_dir: Path) -> None:
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}; {_AGAIN}.") from error
         if not is_same:
-            words = " (key=value words change a setting)" if name == _CONFIG else ""
+            words = " (key=value words change a setting)" if name == RUN_CONFIG else ""
             raise UserError(f"{path} has changed since train wrote it: {_AGAIN}{words}.")
 
 
 def run_config(run_dir: Path, words: Sequence[str] = ()) -> Config:
     """Return the configuration of a run, changed by `key=value` words. Raises `UserError`."""
     check_sealed(run_dir)
-    return load_config(run_dir / _CONFIG, words)
+    return load_config(run_dir / RUN_CONFIG, words)
 
 
 def check_architecture(run_dir: Path, state: Mapping[str, Any]) -> None:

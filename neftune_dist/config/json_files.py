@@ -23,6 +23,7 @@ from neftune_dist.config.errors import UserError, brief
 _KINDS = {dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number"}
 _KINDS |= {bool: "true or false", type(None): "null"}
 _CHECKSUM = "checksum"
+_MOST_DIGITS = 308  # of a whole number that a float can always hold
 _hints = cache(get_type_hints)
 
 
@@ -67,7 +68,7 @@ def read_json(path: Path, schema: Any = dict, *, fix: str = "", has_checksum: bo
 def parse_json(content: bytes | str, schema: Any = dict, has_checksum: bool = False) -> Any:
     """Parse a JSON file's content, or a line of it, as `read_json` does. Raises `ValueError`."""
     try:
-        value = json.loads(content)
+        value = json.loads(content, parse_int=_whole_number)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except UnicodeDecodeError:
@@ -79,6 +80,12 @@ def parse_json(content: bytes | str, schema: Any = dict, has_checksum: bool = Fa
         if written != _checksum(value):
             raise ValueError("its checksum does not match its content")
     return match_schema(value, schema)
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
 
 
 def match_schema(value: Any, schema: Any, where: str = "it") -> Any:

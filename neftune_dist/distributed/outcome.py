@@ -197,10 +197,10 @@ def _cause(by_rank: dict[int, Outcome], error: str) -> tuple[str, str]:
         # The first is the cause, the others follow from it.
         of_kind = [end for end in by_rank.values() if end.kind == kind]
         if of_kind:
-            return kind, min(of_kind, key=lambda end: end.when).error
-    silent = [str(rank) for rank, end in by_rank.items() if end.kind == RUNNING]
+            return kind, of_kind[0].error
+    silent = sorted(rank for rank, end in by_rank.items() if end.kind == RUNNING)
     if silent:
-        who = f"rank{'s' if len(silent) > 1 else ''} {', '.join(silent)}"
+        who = f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
         return FAILED, f"{who} died without a report: killed from outside, or crashed"
     orphans = [end for end in by_rank.values() if end.kind == ORPHANED]
     if orphans:
@@ -270,13 +270,19 @@ def removed(run_dir: Path) -> UserError:
 
 
 def _by_rank(folder: Path) -> dict[int, Outcome]:
+    """The records of the ranks, in the order in which they were written."""
     try:
         names = [path.name for path in folder.iterdir()]
     except OSError:  # it has been removed, or its disk is away
         return {}
     found = (_RANK.fullmatch(name) for name in names)
-    read = {int(m[1]): _read(folder / m[0]) for m in found if m}
-    return {rank: end for rank, end in sorted(read.items()) if end is not None}
+    read = []
+    for path, rank in ((folder / m[0], int(m[1])) for m in found if m):
+        with suppress(OSError):
+            if end := _read(path):
+                # Nodes' clocks differ: a file's time is the file server's.
+                read.append((path.stat().st_mtime, end.when, rank, end))
+    return {rank: end for *_, rank, end in sorted(read, key=lambda row: row[:3])}
 
 
 def _write(path: Path, outcome: Outcome) -> bool:

@@ -19,6 +19,9 @@ class Stopped(BaseException):
 class StopSignal:
     """SIGTERM, SIGUSR1 or Ctrl-C: finish the step, save, exit 75. Calling it says whether one came.
 
+    Made before torch is imported: a signal meanwhile counts, but Ctrl-C ends the process at once
+    until `hear_ctrl_c`.
+
     Attributes:
         since: monotonic time of the first signal, or None.
     """
@@ -26,8 +29,12 @@ class StopSignal:
     def __init__(self) -> None:
         self.since: float | None = None
         self._at_once = False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._handle)
+
+    def hear_ctrl_c(self) -> None:
+        """From here on the first Ctrl-C, too, asks to stop."""
+        signal.signal(signal.SIGINT, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.since = self.since or time.monotonic()

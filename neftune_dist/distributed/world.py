@@ -311,14 +311,17 @@ class World:
             dist.destroy_process_group()
 
 
-def run_among_ranks(work: Callable[[World, StopSignal], int], stopped: str) -> int:
+def run_among_ranks(
+    work: Callable[[World, StopSignal], int], stopped: str, stop: StopSignal
+) -> int:
     """Run `work`, which every rank calls, and return its exit code.
 
     Args:
         work: takes the world and the requests to stop.
         stopped: what rank 0 says where a request ended `work` with nothing to save.
+        stop: the requests.
     """
-    stop = StopSignal()
+    stop.hear_ctrl_c()
     try:
         with World(stop) as world:
             try:

@@ -43,12 +43,13 @@ from neftune_dist.evaluation.win_rate import pair, read_answers, win_rate
 from neftune_dist.training.held_out import held_out_figures
 
 
-def evaluate(name: str | Path, output: Path | None, **options: Any) -> int:
+def evaluate(name: str | Path, output: Path | None, stop: StopSignal, **options: Any) -> int:
     """Evaluate a model and return the exit code. Call it on every rank.
 
     Args:
         name: what `open_target` opens.
         output: results folder; None: `evaluations/step_00000020` in the run's directory.
+        stop: requests to stop.
         options: of `open_target`: step, config_file, settings.
 
     Raises:
@@ -64,7 +65,7 @@ def evaluate(name: str | Path, output: Path | None, **options: Any) -> int:
                 evaluation.run()
         return EXIT_DONE
 
-    return run_among_ranks(work, "stopped; the same command continues")
+    return run_among_ranks(work, "stopped; the same command continues", stop)
 
 
 class _Evaluation:

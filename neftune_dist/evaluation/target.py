@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from neftune_dist.checkpoint import choice, store
 from neftune_dist.checkpoint.merged import ModelTensors
 from neftune_dist.checkpoint.run_files import (
-    MODEL_FOLDER,
     check_architecture,
     check_sealed,
     run_config,
@@ -42,6 +41,7 @@ from neftune_dist.model import load, locate
 from neftune_dist.model.generation import Generator, end_tokens
 from neftune_dist.model.modules import replace_parameters
 from neftune_dist.model.precision import fast_dtype, with_dtype
+from neftune_dist.system.checkpoint_names import MODEL_FOLDER
 
 # Keys that describe the configuration's own model, not the one to evaluate.
 _KEYS_OF_THE_RUNS_MODEL = ("model.revision=null", "model.weights=null", "model.add_tokens=null")

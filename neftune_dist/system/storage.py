@@ -91,21 +91,24 @@ def writing(what: str) -> Iterator[None]:
 _OTHER_USE = (".git", "config.json", "*.safetensors", "*.bin", "*.gguf")
 
 
-def claim(folder: Path, names: Sequence[str], mark: str, setting: str) -> None:
-    """Make a folder where it is missing, and mark it as ours.
+def check_claim(folder: Path, names: Sequence[str], mark: str, setting: str) -> None:
+    """Raise `UserError` where the folder is for something else, or holds what we would overwrite.
 
     Args:
+        folder: to be claimed.
         names: see `refuse_foreign`.
         mark: the file that says the folder is ours.
         setting: that names the folder, such as `run_dir=runs/7b`.
-
-    Raises:
-        UserError: the folder holds what we would overwrite, is for something else, or cannot be
-            written.
     """
     if folder.resolve() in (Path("/"), Path(os.path.expanduser("~")).resolve()):
         raise UserError(f"{setting} is a root or home directory: choose one below it.")
     refuse_foreign(folder, (*names, *_OTHER_USE), mark, setting)
+
+
+def claim(folder: Path, names: Sequence[str], mark: str, setting: str) -> None:
+    """Make a folder where it is missing, and mark it as ours. Arguments, and `UserError`, as of
+    `check_claim`; `UserError` also where it cannot be written."""
+    check_claim(folder, names, mark, setting)
     with writing(setting):
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / mark).is_file():

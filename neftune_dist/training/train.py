@@ -50,11 +50,11 @@ from neftune_dist.training.startup_report import (
 from neftune_dist.training.trackers import check_stores
 
 
-def train(config: Config) -> int:
-    """Run `config` to its end; return the exit code. Call it on every rank. Raises `UserError`."""
-    return run_among_ranks(
-        partial(_train, config), "stopped; nothing had to be saved; the same command continues"
-    )
+def train(config: Config, stop: StopSignal) -> int:
+    """Run `config` to its end, or to a request to stop; return the exit code. Call it on every
+    rank. Raises `UserError`."""
+    said = "stopped; nothing had to be saved; the same command continues"
+    return run_among_ranks(partial(_train, config), said, stop)
 
 
 def _train(config: Config, world: World, stop: StopSignal) -> int:

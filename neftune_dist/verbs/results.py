@@ -20,6 +20,7 @@ from neftune_dist.arguments import (
 )
 from neftune_dist.config import UserError, require, user_path
 from neftune_dist.distributed import environment, outcome
+from neftune_dist.distributed.signals import StopSignal
 from neftune_dist.system import garbage
 
 
@@ -150,12 +151,13 @@ def _evaluate(target: str, step: int | None, best: bool, model: str | None, **op
         run_dir = user_path(target, "RUN_DIR")
         options["config_file"] = run_dir / "config.yaml"
         options["output"] = options["output"] or run_dir / "evaluations" / Path(model).name
+    stop = StopSignal()
     environment.find_place()
     from neftune_dist.evaluation.evaluate import evaluate
 
     garbage.keep_imports()
 
-    return evaluate(model or target, step=_chosen(step, best), **options)
+    return evaluate(model or target, stop=stop, step=_chosen(step, best), **options)
 
 
 @verb(

@@ -33,6 +33,7 @@ from neftune_dist.config import (
     user_path,
 )
 from neftune_dist.distributed import environment, outcome
+from neftune_dist.distributed.signals import StopSignal
 from neftune_dist.system import garbage
 from neftune_dist.system.imports import imports_reported
 
@@ -50,13 +51,14 @@ _PROCESSES = argument(
 def _train(config: str, settings: Words) -> int:
     """Fine-tune, alone or under torchrun; continues from the newest checkpoint."""
     with outcome.reported() as report, imports_reported():
+        stop = StopSignal()
         loaded = load_config(config, settings)
         environment.find_place()  # a mistake in it is reported before torch is loaded
         from neftune_dist.training.train import train
 
         garbage.keep_imports()
 
-        code = train(loaded)
+        code = train(loaded, stop)
         if report(outcome.DONE if code == outcome.EXIT_DONE else outcome.STOPPED):
             return outcome.EXIT_DONE  # torchrun would make any other code a failure
     return code

@@ -55,7 +55,7 @@ class Train:
 
         train.train = self.train_all  # type: ignore[assignment]
 
-    def train_all(self, _: Any) -> int:
+    def train_all(self, *_: Any) -> int:
         from neftune_dist.config import load_config
         from neftune_dist.distributed.signals import StopSignal
         from neftune_dist.distributed.world import World

@@ -29,6 +29,7 @@ from neftune_dist.checkpoint import marked_folder
 from neftune_dist.checkpoint.export import MARK, export
 from neftune_dist.checkpoint.run_files import keep_small_files, keep_template
 from neftune_dist.config import UserError, read_json, with_checksum
+from neftune_dist.distributed.signals import StopSignal
 from neftune_dist.evaluation.evaluate import evaluate
 from neftune_dist.system import storage
 from tests.support import tiny_model
@@ -307,9 +308,10 @@ def test_run_directory_with_foreign_files_is_not_trained_in(copy: Path) -> None:
         (copy / "model", "holds config.json, but no neftune_run.json"),
         ("/", "is a root or home directory"),
     ):
-        done = tiny_model.run_forked("train", config, f"run_dir={folder}")
-        assert done.returncode == 2
-        assert why in done.stderr
+        for verb in ("train", "launch"):
+            done = tiny_model.run_forked(verb, config, f"run_dir={folder}")
+            assert done.returncode == 2
+            assert why in done.stderr
     assert snapshot(copy) == before
 
 
@@ -320,7 +322,7 @@ def test_folder_with_foreign_answers_is_not_evaluated_into(name: str, copy: Path
     (folder / name).write_text('{"subject": "mine"}\n')
     before = snapshot(folder)
     with pytest.raises(UserError, match=r"settings\.json|another model"):
-        evaluate(copy / "run", output=folder, settings=WORDS)
+        evaluate(copy / "run", output=folder, stop=StopSignal(), settings=WORDS)
     assert snapshot(folder) == before
 
 

@@ -67,6 +67,20 @@ class StopInEvaluation:
         return taken
 
 
+def stop_before_torch() -> None:
+    """To the last rank, as it reads its configuration."""
+    from neftune_dist.verbs import training
+
+    load = training.load_config
+
+    def interrupted(*words: Any) -> Any:
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return load(*words)
+
+    training.load_config = interrupted  # type: ignore[assignment]
+
+
 @dataclass(frozen=True)
 class StopInSave:
     """To `ranks`, as they write their shards of the checkpoint of `step`, which takes a while."""
@@ -184,6 +198,13 @@ def test_stop_during_evaluation_saves_and_evaluates_again(
         assert done.returncode == 0
         assert "nothing is left to train" in done.stdout
         assert_as_untouched(run_dir, untouched(engine))
+
+
+def test_stop_before_torch_is_imported_counts(config: Path, tmp_path: Path) -> None:
+    words = [f"run_dir={tmp_path / 'run'}"]
+    done = tiny_model.run_forked("train", config, *words, ranks=2, before=stop_before_torch)
+    assert done.returncode == 75, done.stdout + done.stderr
+    assert "nothing had to be saved" in done.stdout.splitlines()[-1]
 
 
 def test_evaluation_has_many_batches(config: Path, tmp_path: Path) -> None:

@@ -219,6 +219,7 @@ def test_json_that_matches_its_schema_is_read() -> None:
         b"\xff\xfe",
         b"[" * 100_000,
         b"9" * 5000,
+        b'{"step": 1, "points": [], "by": {"a": [' + b"9" * 309 + b"]}}",
         *(
             json.dumps({**GOOD, **change}).encode()
             for change in (

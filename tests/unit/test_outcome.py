@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,13 @@ def test_cause_is_the_gravest_and_earliest_failure(
     outcome = concluded(tmp_path, **ranks)
     assert (outcome.kind, outcome.error) == (kind, error)
     assert (outcome.step, outcome.checkpoint) == (7, 5)
+
+
+def test_earliest_failure_is_that_of_the_older_file(tmp_path: Path) -> None:
+    """The clocks of nodes differ."""
+    concluded(tmp_path, r0=(FAILED, "lost another"), r1=(FAILED, "the cause"))
+    os.utime(tmp_path / "rank_1.json", (1, 1))
+    assert attempt.conclude(tmp_path, 7, 5, "").error == "the cause"
 
 
 def test_rank_without_a_report_of_its_end_is_the_cause(tmp_path: Path) -> None:

@@ -298,6 +298,14 @@ def test_folder_that_cannot_be_written_is_refused(
     assert f"runs/one cannot be written: {site.here} does not allow it." in done.err
 
 
+def test_folder_that_train_would_refuse_is_not_written(site: Site) -> None:
+    before = site.tree()
+    for folder, reason in (("model", "holds config.json"), ("/", "is a root or home directory")):
+        done = site.run("run.yaml", *SIZE, f"run_dir={folder}")
+        assert done.code == 2 and reason in done.err
+    assert site.tree() == before
+
+
 def test_options_are_required_in_one_sentence(site: Site) -> None:
     assert "arguments are required: --nodes" in site.run("run.yaml", *SIZE[2:]).err
     one_of = "--gpus-per-node or --processes is needed, and only one of them."

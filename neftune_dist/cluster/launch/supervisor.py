@@ -33,7 +33,7 @@ from neftune_dist.cluster.launch.rendezvous import missing_hosts
 from neftune_dist.config import Config, UserError, user_path
 from neftune_dist.distributed import environment, outcome
 from neftune_dist.system import children, storage
-from neftune_dist.system.checkpoint_names import newest_step
+from neftune_dist.system.checkpoint_names import newest_step, run_claim
 from neftune_dist.system.records import STEPS, read_records
 
 _POLL_SECONDS = 0.2
@@ -142,6 +142,7 @@ def launch(
         UserError: the run directory cannot be written, or another launch is at work in it.
     """
     run_dir = user_path(config.run_dir, "run_dir").absolute()
+    storage.check_claim(*run_claim(run_dir))  # no log is written where `train` would write nothing
     with storage.writing(f"run_dir={run_dir}"):
         run_dir.mkdir(parents=True, exist_ok=True)
     busy = f"run_dir={run_dir} is in use by another launch, which goes on."

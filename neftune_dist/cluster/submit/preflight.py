@@ -19,9 +19,14 @@ from neftune_dist.cluster.submit import inventory
 from neftune_dist.config import Config, UserError, check_world_size, user_path
 from neftune_dist.data import files
 from neftune_dist.data.sampler import num_steps
-from neftune_dist.system.checkpoint_names import MANIFEST, bytes_per_parameter, newest_step
+from neftune_dist.system.checkpoint_names import (
+    MANIFEST,
+    bytes_per_parameter,
+    newest_step,
+    run_claim,
+)
 from neftune_dist.system.records import STEPS, read_records
-from neftune_dist.system.storage import existing
+from neftune_dist.system.storage import check_claim, existing
 from neftune_dist.system.text import duration_text, size_text
 
 _RECENT_BYTES = 2**18  # of metrics.jsonl
@@ -116,6 +121,7 @@ def check_space(needs: Iterable[tuple[Path, int]]) -> None:
 
 
 def _check_run_dir(run_dir: Path, resume: str) -> None:
+    check_claim(*run_claim(run_dir))
     place = existing(run_dir)
     if not place.is_dir():
         raise UserError(f"run_dir={run_dir} cannot be made: {place} is no directory.")
