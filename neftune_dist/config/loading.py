@@ -24,6 +24,11 @@ from neftune_dist.config.shipped import find_config
 _MAX_DEPTH = 100  # of nested lists and mappings
 # YAML 1.1 reads 064 as octal, 52, and 1:30 as sexagesimal, 90.
 _AMBIGUOUS = re.compile(r"[-+]?(0[0-7_]+|[1-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
+_LISTS, _MAPPINGS = (
+    [key for key, knob in KNOBS.items() if kind in knob.types and "[" not in key]
+    for kind in (list, dict)
+)
+_INDEX = re.compile(r"\[(\d{1,9})\](\.|\Z)")  # of an entry of a list
 # Aliases (`*name`) and interpolations let a short file stand for any amount of content.
 _READING_SECONDS, _READING_GIB = 20.0, 1.0
 
@@ -45,15 +50,11 @@ def load_config(path: str | os.PathLike[str] | None, words: Sequence[str] = ()) 
 
 
 def _load(path: str | os.PathLike[str] | None, words: Sequence[str]) -> Config:
-    updates = [] if path is None else _read_files(find_config(path))
-    updates += [(f"'{brief(word)}'", _read_word(word)) for word in words]
     config = OmegaConf.structured(Config)
-    for where, update in updates:
-        _check_update(update, where)
-        try:
-            config.merge_with(update)  # in place: `OmegaConf.merge` would copy all for each word
-        except OmegaConfBaseException as error:
-            raise UserError(f"{where} cannot be read: {_reason(error)}.") from error
+    for where, update in [] if path is None else _read_files(find_config(path)):
+        _merge(config, update, where)
+    for word in words:
+        _merge(config, _read_word(word, config), f"'{brief(word)}'")
     try:
         resolved = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
@@ -61,6 +62,20 @@ def _load(path: str | os.PathLike[str] | None, words: Sequence[str]) -> Config:
     assert isinstance(resolved, Config)
     check(resolved)
     return resolved
+
+
+def _merge(config: Any, update: dict[str, Any], where: str) -> None:
+    """Put settings into the configuration. A mapping of names replaces the one before, whose names
+    could not be taken back otherwise."""
+    _check_update(update, where)
+    try:
+        for key in _MAPPINGS:
+            section, name = key.split(".")
+            if name in update.get(section, ()):
+                config[section][name] = {}
+        config.merge_with(update)  # in place: `OmegaConf.merge` would copy all for each word
+    except OmegaConfBaseException as error:
+        raise UserError(f"{where} cannot be read: {_reason(error)}.") from error
 
 
 def _read_yaml(path: Path) -> Any:
@@ -114,21 +129,32 @@ def _read_files(path: Path, extended_by: tuple[Path, ...] = ()) -> list[tuple[st
     return [*_read_files(parent, chain), (str(path), loaded)]
 
 
-def _read_word(word: str) -> Any:
+def _read_word(word: str, config: Any) -> Any:
+    """The update by a `key=value` word. One that goes into a list or a mapping of the configuration
+    so far, as `data.mixture[0].weight=2` does, has the whole of that."""
     key, equals, text = word.partition("=")
     if not equals or not key:
         raise UserError(f"'{brief(word)}' is not of the form key=value, such as noise.alpha=5.")
-    types = KNOBS[key].types if key in KNOBS else ()
+    types = KNOBS[_pattern(key)].types if _pattern(key) in KNOBS else ()
     if str in types and text != "null":
         text = json.dumps(text, ensure_ascii=False)  # quoted: YAML reads run_dir=007 as 7
     try:
         _check_text(text)
-        given = OmegaConf.from_dotlist([f"{key}={text}"])
-        update: Any = OmegaConf.to_container(given, resolve=False)
-        if {list, dict} & {*types}:
-            section, _, name = key.rpartition(".")
-            update[section][name] = _spaced(update[section][name])
-        return update
+        given: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"x={text}"]), resolve=False)
+        update = OmegaConf.create()
+        inside = (*(f"{k}." for k in _MAPPINGS), *(f"{k}[" for k in _LISTS))
+        if whole := next((k[:-1] for k in inside if key.startswith(k)), None):
+            section, name = whole.split(".")
+            stored: Any = OmegaConf.to_container(config, resolve=False)
+            current = stored[section][name]
+            index = _INDEX.match(key, len(whole))
+            if isinstance(current, list) and not (index and int(index[1]) < len(current)):
+                raise UserError(
+                    f"'{brief(word)}': {whole} has {len(current)} entries, numbered from 0."
+                )
+            update = OmegaConf.create({section: {name: current}})
+        OmegaConf.update(update, key, _spaced(given["x"]), merge=False)
+        return OmegaConf.to_container(update, resolve=False)
     except (YAMLError, OmegaConfBaseException, RecursionError, ValueError, LookupError) as error:
         raise UserError(f"{brief(word)!a} cannot be read: {_reason(error)}.") from error
 

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from neftune_dist.data.errors import BadRow
@@ -46,11 +47,29 @@ def prefix_ids(tokenizer: Any) -> list[int]:
     """The tokens that the tokenizer puts before a text: a letter, or a token's text where it knows
     no letter."""
     for text in ("a", *(tokenizer.decode([i]) for i in range(min(1000, len(tokenizer))))):
-        probe = tokenizer(text, return_special_tokens_mask=True)
-        if 0 in probe["special_tokens_mask"]:
-            ids: list[int] = probe["input_ids"]
-            return ids[: probe["special_tokens_mask"].index(0)]
+        ids: list[int] = tokenizer(text)["input_ids"]
+        own = tokenizer(text, add_special_tokens=False)["input_ids"]
+        places = range(len(ids) - len(own) + 1)
+        if own and (found := [i for i in places if ids[i : i + len(own)] == own]):
+            return ids[: found[0]]
     return []
+
+
+def exact_offsets(text: str, encoding: Any) -> np.ndarray:
+    """Half-open character offsets of the tokens of a text, int64 (length, 2). A Unigram model gives
+    every byte of a run of unknown characters the offsets of the run; here it has its character's.
+    """
+    offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+    begins = np.diff(offsets, axis=0, prepend=-1).any(axis=1)
+    runs = np.append(np.flatnonzero(begins), len(offsets))
+    several = (np.diff(runs) > 1) & (np.diff(offsets[runs[:-1]], axis=1)[:, 0] > 1)
+    for first, last in zip(runs[:-1][several], runs[1:][several], strict=True):
+        begin, end = offsets[first]
+        said = [character.encode() for character in text[begin:end]]
+        if encoding.tokens[first:last] == [f"<0x{byte:02X}>" for byte in b"".join(said)]:
+            place = begin + np.repeat(np.arange(len(said)), [*map(len, said)])
+            offsets[first:last] = np.stack([place, place + 1], axis=1)
+    return offsets
 
 
 def unknown_character(backend: Any, text: str) -> str:
@@ -77,6 +96,7 @@ def drops_characters(backend: Any) -> bool:
 class _Encoding(NamedTuple):
     ids: list[int]
     offsets: list[tuple[int, int]]
+    tokens: list[str]
 
 
 class SlowBackend:
@@ -132,7 +152,7 @@ class SlowBackend:
                 f"{text[place : place + 20].strip()!a}, so what is learned cannot be told apart: "
                 "use a model with a tokenizer.json"
             )
-        return _Encoding(self._tokenizer.convert_tokens_to_ids(tokens), offsets)
+        return _Encoding(self._tokenizer.convert_tokens_to_ids(tokens), offsets, tokens)
 
 
 def _place(text: str, place: int, said: str) -> tuple[int, int] | None:

@@ -21,6 +21,7 @@ from neftune_dist.data import prompt_templates
 from neftune_dist.data.backend import (
     backend_of,
     drops_characters,
+    exact_offsets,
     prefix_ids,
     unknown_character,
 )
@@ -284,10 +285,9 @@ class ConversationTokenizer:
         """input_ids int32 (length,) of every text, without special tokens around it, and half-open
         character offsets int64 (length, 2)."""
         backend = self._literal if literal else self._backend
-        return [
-            (np.array(e.ids, np.int32), np.array(e.offsets, np.int64).reshape(-1, 2))
-            for e in backend.encode_batch(texts, add_special_tokens=False)
-        ]
+        encoded = backend.encode_batch(texts, add_special_tokens=False)
+        pairs = zip(texts, encoded, strict=True)
+        return [(np.array(e.ids, np.int32), exact_offsets(text, e)) for text, e in pairs]
 
     def _tokenize_in_pieces(self, text: str, cuts: list[int], literal: bool) -> _Pieces:
         """As `_tokenize`, with no token across a cut. A token of the prompt's end and the answer's

@@ -61,7 +61,18 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> Any:
         )
     added = [AddedToken(name, special=True, normalized=False) for name in names]
     tokenizer.add_tokens(added, special_tokens=True)
+    others = {i for token, i in tokenizer.get_vocab().items() if token not in names}
+    if not others.isdisjoint(tokenizer.convert_tokens_to_ids(names)):
+        raise UserError(
+            f"model.add_tokens={config.add_tokens}: the ids in the tokenizer in {folder} have a "
+            "gap, so new tokens would get ids of others: number its tokens without a gap."
+        )
     return tokenizer
+
+
+def num_token_ids(tokenizer: Any) -> int:
+    """The rows of an embedding that the tokenizer needs: ids may have gaps."""
+    return 1 + max(map(int, tokenizer.get_vocab().values()))
 
 
 def _missing_package(folder: Path) -> str | None:
@@ -131,7 +142,7 @@ def build(
     check_model(model, packing)
     check_flex(model)
     if config.add_tokens:  # which take rows of the embedding and of the projection
-        num_tokens = len(load_tokenizer(folder, config))
+        num_tokens = num_token_ids(load_tokenizer(folder, config))
         if num_tokens > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(num_tokens, mean_resizing=False)
     if adapter is not None and adapter.method != "none":

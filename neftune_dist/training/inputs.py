@@ -177,10 +177,10 @@ def _with_engine(config: Config, model: Any, world: World) -> Config:
 def check_vocabulary(model: Any, tokenizer: Any) -> None:
     """Raise `UserError` where the tokenizer has tokens that the model cannot embed."""
     rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    if (needed := load.num_token_ids(tokenizer)) > rows:
         raise UserError(
-            f"The tokenizer has {len(tokenizer)} tokens, the model's embedding {rows} rows: they "
-            "do not belong together."
+            f"The tokenizer has token ids up to {needed - 1}, the model's embedding {rows} rows: "
+            "they do not belong together."
         )
 
 

@@ -515,8 +515,41 @@ def test_wrong_mixture_is_refused(text: str, said: str) -> None:
     assert said in refused(None, f"data.mixture={text}")
 
 
-def test_entry_of_a_mixture_is_not_a_key() -> None:
-    assert "data.mixture is a list of entries" in refused(None, "data.mixture.0.weight=3")
+def test_word_sets_an_entry_of_a_mixture(yaml: Callable[[str], Path]) -> None:
+    path = yaml("data: {mixture: [{source: a.json, columns: {text: t}}, {source: '${run_dir}/b'}]}")
+    words = ["data.mixture[1].columns={prompt:q,completion:a.0}", "data.mixture[0].weight=3"]
+    words += ["data.mixture[0].columns.system=s", "data.mixture[1].split=007", "run_dir=/r"]
+    assert load_config(path, [MODEL, *words]).data.mixture == [
+        SourceConfig("a.json", columns={"text": "t", "system": "s"}, weight=3.0),
+        SourceConfig("/r/b", "007", columns={"prompt": "q", "completion": "a.0"}),
+    ]
+    whole = load_config(path, [MODEL, "data.mixture[1]={source:c.json}", *words[1:2]]).data.mixture
+    assert whole[1] == SourceConfig("c.json")
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("data.mixture.0.weight=3", "data.mixture is a list of entries"),
+        ("data.mixture[1].weight=3", "data.mixture has 1 entries, numbered from 0."),
+        ("data.mixture[-1].weight=3", "data.mixture has 1 entries, numbered from 0."),
+        ("data.mixture[].weight=3", "data.mixture has 1 entries, numbered from 0."),
+        ("data.mixture[0].wieght=3", "did you mean data.mixture[0].weight?"),
+        ("data.mixture[0].weight=x", "data.mixture[0].weight=x is not a number"),
+        ("data.mixture[0].columns={promt: a}", "data.mixture[0].columns: promt is no field"),
+    ],
+)
+def test_wrong_entry_of_a_mixture_is_refused(word: str, said: str) -> None:
+    assert said in refused(None, "data.mixture=[{source: a.json}]", word)
+
+
+def test_mapping_replaces_the_one_before(yaml: Callable[[str], Path], tmp_path: Path) -> None:
+    base = yaml("data: {columns: {prompt: p, completion: c}}")
+    above = tmp_path / "above.yaml"
+    above.write_text(f"extends: {base}\ndata: {{columns: {{text: t}}}}\n")
+    assert load_config(above, [MODEL]).data.columns == {"text": "t"}
+    assert load_config(base, [MODEL, "data.columns={text: u}"]).data.columns == {"text": "u"}
+    assert load_config(base, [MODEL, "data.columns={}", "data.mixture=[{source: a}]"])
 
 
 # Every knob.

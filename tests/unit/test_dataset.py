@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from neftune_dist import cli
-from neftune_dist.config import DataConfig, SourceConfig, TrainConfig, UserError
+from neftune_dist.config import DataConfig, SourceConfig, TrainConfig, UserError, load_config
 from neftune_dist.data import builtin, shards
 from neftune_dist.data.conversation import Turn
 from neftune_dist.data.dataset import prepare
@@ -223,7 +223,7 @@ HINTED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"q": "q", "a": "a", "mood": "b", "why": "c"}, {"ignore_fields": "mood"}),
     ({"q": "q", "a": "a", "mood": "b"}, {"columns": {"prompt": "q", "completion": "a"}}),
     ({"frage": "q", "antwort": "a", "ton": "b"}, {"columns": {"prompt": "frage"}}),
-    ({"frage": {"text": "q"}, "antwort": "a"}, {"columns": {"question": "frage"}}),
+    ({"frage": {"text": "q"}, "antwort": "a"}, {"columns": {"instruction": "frage"}}),
     ({"antwort": "a"}, {"columns": {"prompt": {"constant": "q, as: ever"}}}),
     ({"text": "q a", "who": "b"}, {"columns": {"system": "who"}}),
     ({"q": "q", "a": "a", "task": "Say it so.", "b": "c"}, {"ignore_fields": "b"}),
@@ -246,28 +246,33 @@ def test_settings_that_a_refusal_advises_read_the_row(
     key: str,
     write: Callable[..., DataConfig],
     tiny_tokenizer: Any,
+    tmp_path: Path,
 ) -> None:
-    """As they stand in the sentence, in place of those that were given. None is advised twice."""
-    plain, config = write(numbered(2), "plain.jsonl"), write([row], **settings)
+    """As they stand in the sentence, typed behind the file's. None is advised twice."""
+    plain, config = write(numbered(2), "plain.jsonl"), write([row])
+    source = {"source": config.source, "columns": settings.get("columns", {})}
+    if "mixture" in key:
+        source = {"mixture": [{"source": plain.source}, source]}
+    ignored = {name: text for name, text in settings.items() if name == "ignore_fields"}
+    stored = {"model": {"name_or_path": "m"}, "data": source | ignored}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(stored))
+    words = [f"data.cache_dir={config.cache_dir}"]
     setting, seen = key.replace("source", "columns"), set[str]()
     while True:
-        given = config
-        if "mixture" in key:
-            entry = SourceConfig(config.source, columns=config.columns)
-            given = replace(config, columns={}, mixture=[SourceConfig(plain.source), entry])
         try:
-            dataset = prepare(given, tiny_tokenizer)
+            dataset = prepare(load_config(path, words).data, tiny_tokenizer)
             break
         except UserError as error:
             sentence = str(error)
         assert sentence not in seen, sentence
         seen.add(sentence)
         # YAML ends with its own brace; of two hints the first is taken.
-        if columns := re.search(rf"{re.escape(setting)}=(\{{.*?\}}+)(?=[ .])", sentence):
-            config = replace(config, columns=yaml.safe_load(columns[1]))
-        if ignored := re.search(r"data\.ignore_fields=(\S+?)\)?\.?(?= |$)", sentence):
-            config = replace(config, ignore_fields=ignored[1])
-        assert columns or ignored, sentence
+        columns = re.search(rf"{re.escape(setting)}=(\{{.*?\}}+)(?=[ .])", sentence)
+        leave_out = re.search(r"data\.ignore_fields=[^\s).]+", sentence)
+        advised = [found[0] for found in (columns, leave_out) if found]
+        assert advised, sentence
+        words += advised
     assert seen
     learned = [
         tiny_tokenizer.decode(ids[mask.astype(bool)].tolist())

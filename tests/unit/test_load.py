@@ -26,6 +26,7 @@ from neftune_dist.model import load, locate, weights
 from neftune_dist.model.families import PACKING_FAMILIES, check_model
 from neftune_dist.model.optimizations import blocks
 from neftune_dist.model.weights import WeightFiles
+from neftune_dist.training.inputs import check_vocabulary
 from tests.support import tiny_model
 from tests.support.families import family
 
@@ -740,6 +741,24 @@ def test_added_token_that_is_there_is_refused(tmp_path: Path) -> None:
     load.load_tokenizer(folder, ModelConfig(str(folder), add_tokens="<|a|>"))
     with pytest.raises(UserError, match=r"add_tokens=<\|a\|>,</s>: .* token </s> already: leave"):
         load.load_tokenizer(folder, ModelConfig(str(folder), add_tokens="<|a|>,</s>"))
+
+
+def test_ids_with_a_gap(tmp_path: Path) -> None:
+    """Rows are needed for the largest id; a new token gets no other token's id."""
+    folder = tiny_model.make_model(tmp_path)
+    stored = json.loads((folder / "tokenizer.json").read_text())
+    vocab = stored["model"]["vocab"]
+    last, number = max(vocab, key=vocab.__getitem__), len(vocab)
+    vocab[last] = number + 2
+    (folder / "tokenizer.json").write_text(json.dumps(stored))
+    tokenizer = load.load_tokenizer(folder, ModelConfig(add_tokens="<|a|>,<|b|>"))
+    model = load.build(folder, ModelConfig(dtype="fp32"), packing=True)
+    check_vocabulary(model, tokenizer)
+    model.resize_token_embeddings(number + 2)
+    with pytest.raises(UserError, match=f"ids up to {number + 2}, the model's .* {number + 2} row"):
+        check_vocabulary(model, tokenizer)
+    with pytest.raises(UserError, match=r"add_tokens=.* have a gap, so new tokens would get"):
+        load.load_tokenizer(folder, ModelConfig(add_tokens="<|a|>,<|b|>,<|c|>"))
 
 
 def test_new_tokens_get_rows_before_sharding(tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from neftune_dist.config import UserError
-from neftune_dist.data.backend import SlowBackend, backend_of
+from neftune_dist.data.backend import SlowBackend, backend_of, prefix_ids
 from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.errors import BadRow
 from neftune_dist.data.formats import detect_format, to_conversation
@@ -455,6 +455,38 @@ def test_a_tokenizer_in_python_that_changes_the_text(tmp_path: Path) -> None:
         tokenizer.tokenize = changed
         with pytest.raises(BadRow, match=f"in Python, changes the text at {place}"):
             make(tokenizer).documents(conversation("Say.", "no."))
+
+
+def test_prefix_of_a_tokenizer_in_python_that_does_not_mark_it() -> None:
+    class Begins(transformers.ByT5Tokenizer):
+        def build_inputs_with_special_tokens(self, ids: list[int], pair: Any = None) -> list[int]:
+            return [1, 2, *ids, 1]
+
+        def get_special_tokens_mask(self, ids: list[int], *more: Any, **also: Any) -> list[int]:
+            return [0] * len(ids)
+
+    assert prefix_ids(Begins()) == [1, 2]
+
+
+def test_bytes_of_unknown_characters_are_their_own_tokens() -> None:
+    """A Unigram model gives all bytes of "\n\n🙂é" one range: no answer may get another's bytes,
+    nor a space that the whole text does not have."""
+    names = [f"<0x{byte:02X}>" for byte in range(256)]
+    vocab = [(name, -9.0) for name in ["<unk>", "</s>", *names, "▁", *string.ascii_letters + ":."]]
+    backend = Tokenizer(models.Unigram(vocab, 0, byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()  # puts a space before any text
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}:\n\n{{ m.content }}"
+        "{{ eos_token if m.role == 'assistant' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:\n\n{% endif %}"
+    )
+    made = document(make(tokenizer), conversation("🙂", "é🙂.", "\n", "🙂"))
+    text = "user:\n\n🙂assistant:\n\né🙂.</s>user:\n\n\nassistant:\n\n🙂</s>"
+    assert made.input_ids.tolist() == tokenizer.encode(text)
+    expected = [f"<0x{byte:02X}>" for byte in "é🙂".encode()] + [".", "</s>"]
+    expected += [f"<0x{byte:02X}>" for byte in "🙂".encode()] + ["</s>"]
+    assert tokenizer.convert_ids_to_tokens(made.input_ids[made.supervised == 1]) == expected
 
 
 def test_literal_tokenizer_reads_special_tokens_as_text(tmp_path: Path) -> None:
