@@ -6,8 +6,9 @@ What concerns one knob alone is declared with it; here stand the rules that join
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import is_dataclass
+from itertools import takewhile
 from typing import Any
 
 from neftune_dist.config.config import ACCEPTABLE_CHANGES, KNOBS, Config
@@ -42,10 +43,14 @@ _ENGINE_KNOBS = {
 }
 
 
-def check(config: Config) -> None:
+def check(config: Config, words: Sequence[str] = ()) -> None:
     """Refuse values out of range and settings that contradict each other or have no effect.
 
-    Raises `UserError` naming the key, the value and what is allowed.
+    Args:
+        words: the keys given on the command line, in order.
+
+    Raises:
+        UserError: naming the key, the value and what is allowed.
     """
     variable = config.judge.key_variable
     if variable and not _VARIABLE.fullmatch(variable):
@@ -61,7 +66,7 @@ def check(config: Config) -> None:
         KNOBS[re.sub(r"\[\d+\]", "[]", key)].check(key, value)
     for word in split_list(config.evaluate.tasks):
         user_path(word.rpartition("=")[2] or word, "evaluate.tasks")
-    _check_unused(config)
+    _check_unused(config, words)
     _check_layout(config)
     _check_float8(config)
     _check_adapter(config)
@@ -82,9 +87,9 @@ def _values(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + name, value
 
 
-def _check_unused(config: Config) -> None:
+def _check_unused(config: Config, words: Sequence[str]) -> None:
     """Refuse settings that are given, but have no effect beside others."""
-    for keys, reason in _unused(config):
+    for keys, reason in _unused(config, words):
         for key in keys:
             section, _, name = key.partition(".")
             value = getattr(getattr(config, section), name)
@@ -92,7 +97,7 @@ def _check_unused(config: Config) -> None:
                 raise UserError(f"{key}={brief(value)} has no effect {reason}: leave it out.")
 
 
-def _unused(config: Config) -> Iterator[tuple[Iterable[str], str]]:
+def _unused(config: Config, words: Sequence[str]) -> Iterator[tuple[Iterable[str], str]]:
     """Keys of settings without effect, and the reason."""
     data, engine, judge = config.data, config.engine, config.judge
     keys = _keys("engine", but=("name", *_ENGINE_KNOBS[engine.name]))
@@ -110,7 +115,9 @@ def _unused(config: Config) -> Iterator[tuple[Iterable[str], str]]:
     if data.template == "alpaca":
         yield ["data.system_prompt"], "with data.template=alpaca, which has its own first sentence"
     if config.noise.alpha == 0:
-        yield ["noise.seed"], "with noise.alpha=0"
+        # What a file says, or a word before alpha's, may be for other runs: a study varies alpha.
+        later = list(takewhile(lambda word: word != "noise.alpha", reversed(words)))
+        yield [word for word in later if word.startswith("noise.")], "with noise.alpha=0"
     for name, schedule in (("noise", config.noise.schedule), ("optim", config.optim.schedule)):
         if schedule == "constant":
             yield [f"{name}.final_fraction"], f"with {name}.schedule=constant"

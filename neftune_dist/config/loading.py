@@ -60,7 +60,7 @@ def _load(path: str | os.PathLike[str] | None, words: Sequence[str]) -> Config:
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key} cannot be resolved: {_reason(error)}.") from error
     assert isinstance(resolved, Config)
-    check(resolved)
+    check(resolved, [word.partition("=")[0] for word in words])
     return resolved
 
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from typing import TYPE_CHECKING, Any
+import operator
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +40,10 @@ if TYPE_CHECKING:
     from neftune_dist.noise.neftune import NEFTune
 
 _MARK = "_neftune_handle"
-# Layout of the forward pass under way, by the handle's number. A global, not an attribute of the
-# handle: torch.compile reaches the handle through the embedding's hooks and would treat the tensors
-# it finds there as parameters, whose shapes never change.
-_UNDER_WAY: dict[int, TokenLayout] = {}
+# Layout of the forward pass under way, by the handle's number; None: it gets no noise, or has it. A
+# global, not an attribute of the handle: torch.compile reaches the handle through the embedding's
+# hooks and would treat the tensors it finds there as parameters, whose shapes never change.
+_UNDER_WAY: dict[int, TokenLayout | None] = {}
 _numbers = itertools.count()
 
 
@@ -101,10 +102,8 @@ class NEFTuneHandle:
 
     @step.setter
     def step(self, value: int) -> None:
-        if not 0 <= value < 1 << 32:
-            raise ValueError(f"step={value} is out of range: from 0 to 2^32 - 1.")
-        self._step = value
-        self._clock[0].fill_(value)
+        self._step = counter_word("step", value)
+        self._clock[0].fill_(self._step)
         self._clock[1:].fill_(0)
 
     @property
@@ -185,7 +184,7 @@ class NEFTuneHandle:
     ) -> None:
         if is_recomputing():
             return
-        _UNDER_WAY.pop(self._number, None)
+        _UNDER_WAY[self._number] = None
         if not (model.training and torch.is_grad_enabled()):
             return
         described, self._described = self._described, None
@@ -222,8 +221,15 @@ class NEFTuneHandle:
     ) -> Tensor | None:
         if not torch.is_grad_enabled():
             return None
-        layout = _UNDER_WAY.pop(self._number, None)
-        if layout is None and not (module.training and is_recomputing()):
+        layout = _UNDER_WAY.get(self._number)
+        recomputing = is_recomputing()
+        if not recomputing and module.training and self._number not in _UNDER_WAY:
+            raise RuntimeError(
+                "The noise was not added: the embedding was looked up outside the forward of the "
+                f"{self._model_name} that NEFTune was attached to. Call that model with input_ids; "
+                "or attach NEFTune to the part that is called (model.model), after adapters."
+            )
+        if layout is None and not (module.training and recomputing):
             return None  # not training, or a second lookup
         if not torch.compiler.is_compiling() and is_view(output):
             # Tensor parallelism returns a view that autograd does not let anybody change in place.
@@ -248,6 +254,7 @@ class NEFTuneHandle:
         if self._clock.device != x.device:
             self._clock, self._alpha = self._clock.to(x.device), self._alpha.to(x.device)
             self._norms = self._norms.to(x.device)
+        _UNDER_WAY[self._number] = None
         alpha = self._alpha.clone()
         step, micro_step, _ = count_forward_(self._clock).unbind()
         forward = NoisedForward(layout, alpha, step, micro_step)
@@ -297,6 +304,14 @@ def check_alpha(alpha: float) -> None:
     """Raise `ValueError` where the strength is out of range, or NaN."""
     if isinstance(alpha, str) or not 0 <= alpha <= 1000:
         raise ValueError(f"alpha={alpha!r} is out of range: a number from 0 to 1000.")
+
+
+def counter_word(name: str, value: SupportsIndex, bits: int = 32) -> int:
+    """A whole number of any type as an int. Raises `ValueError` for others, and out of range."""
+    whole = operator.index(value) if hasattr(value, "__index__") else -1
+    if not 0 <= whole < 1 << bits:
+        raise ValueError(f"{name}={value} is out of range: a whole number from 0 to 2^{bits} - 1.")
+    return whole
 
 
 def _data_parallel_rank() -> int:

@@ -181,8 +181,8 @@ class TokenLayout:
         input_ids = given.get("input_ids")
         if input_ids is None:
             raise ValueError(
-                "NEFTune adds its noise after the embedding lookup: call the model with "
-                "input_ids, or describe the batch to the handle."
+                "NEFTune adds its noise after the embedding lookup in the model's forward: call it "
+                "with input_ids; if it names them otherwise, describe the batch to the handle."
             )
         cu_seq_lens = given.get("cu_seq_lens_q")
         layout = TokenLayout.from_arguments(

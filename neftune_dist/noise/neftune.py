@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from neftune_dist.noise.handle import NEFTuneHandle, check_alpha
+from neftune_dist.noise.handle import NEFTuneHandle, check_alpha, counter_word
 from neftune_dist.noise.law import NORMS
 
 
@@ -73,11 +73,9 @@ class NEFTune:
             raise ValueError(
                 "slices= needs rank=, the data-parallel rank: one for all ranks of that group."
             )
-        if not 0 <= seed < 1 << 63:
-            raise ValueError(f"seed={seed} is out of range: from 0 to 2^63 - 1.")
-        if rank is not None and not 0 <= rank < 1 << 32:
-            raise ValueError(f"rank={rank} is out of range: from 0 to 2^32 - 1.")
-        self.alpha, self.seed, self.stream, self.rank = alpha, seed, stream, rank
+        self.seed = counter_word("seed", seed, 63)
+        self.rank = None if rank is None else counter_word("rank", rank)
+        self.alpha, self.stream = alpha, stream
         self.distribution, self.length, self.slices = distribution, length, slices
 
     def attach(self, model: nn.Module) -> NEFTuneHandle:

@@ -47,7 +47,7 @@ def run_words(settings: Sequence[str], folder: Path, alpha: float, seed: int) ->
 
 def noise_words(alpha: float) -> list[str]:
     """Words that set alpha, whatever noise the configuration has."""
-    # noise.seed contradicts alpha 0; a configuration gives it for the other runs.
+    # A configuration gives noise.seed for the other runs.
     return [f"noise.alpha={plain(alpha)}", *([] if alpha else ["noise.seed=null"])]
 
 

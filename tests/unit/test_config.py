@@ -390,6 +390,7 @@ def test_unreadable_file_is_refused(path: str) -> None:
             "optim.final_fraction=0.1 has no",
         ),
         (["noise.alpha=0", "noise.seed=1"], "noise.seed=1 has no effect with noise.alpha=0"),
+        (["noise.alpha=0", "noise.stream=sample"], "noise.stream=sample has no effect with noise."),
         (["noise.final_fraction=0.1"], "noise.final_fraction=0.1 has no effect with noise.sched"),
         (["noise.length=padded", "noise.stream=sample"], "it goes with noise.stream=rank"),
         (
@@ -426,6 +427,17 @@ def test_contradictions_and_settings_without_effect_are_refused(
     words: list[str], said: str
 ) -> None:
     assert said in refused(None, *words)
+
+
+def test_noise_of_other_runs_stays_in_a_file_and_in_earlier_words(tmp_path: Path) -> None:
+    """As a study varies alpha; beside an alpha of 0 in the file, words have no effect."""
+    path = tmp_path / "run.yaml"
+    path.write_text("{model: {name_or_path: x}, noise: {alpha: 5, stream: sample, seed: 1}}")
+    off = load_config(path, ["noise.schedule=linear", "noise.alpha=0"]).noise
+    assert (off.alpha, off.stream, off.schedule) == (0.0, "sample", "linear")
+    path.write_text("{model: {name_or_path: x}, noise: {alpha: 0, stream: sample}}")
+    assert load_config(path, ["noise.alpha=5", "noise.schedule=linear"]).noise.alpha == 5.0
+    assert "schedule=linear has no effect" in refused(path, "noise.schedule=linear")
 
 
 @pytest.mark.parametrize(

@@ -473,8 +473,8 @@ def documents(lengths: list[int], **identities: list[int]) -> TokenLayout:
     return TokenLayout.from_lengths(torch.tensor(lengths), **given)
 
 
-def set_step(step: int) -> None:
-    NEFTune(ALPHA).attach(Lookup()).step = step
+def set_step(step: float) -> None:
+    NEFTune(ALPHA).attach(Lookup()).step = step  # type: ignore[assignment]
 
 
 def set_sign(sign: int) -> None:
@@ -537,6 +537,8 @@ BAD: dict[str, tuple[str, Callable[[], Any]]] = {
         lambda: attached(slices=GROUP, rank=0)(input_ids=IDS),
     ),
     "step negative": ("step=-1 is out of range", lambda: set_step(-1)),
+    "step that is no whole number": ("step=1.5 is out of range: a whole", lambda: set_step(1.5)),
+    "seed that is none": ("seed=0.5 is out of range: a whole", lambda: NEFTune(5.0, seed=0.5)),  # type: ignore[arg-type]
     "step too large": ("step=4294967296 is out of range", lambda: set_step(1 << 32)),
     "micro-step too large": (
         "micro_step=32768",

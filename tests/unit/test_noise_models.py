@@ -147,6 +147,27 @@ def test_a_norm_after_the_embedding_takes_the_noise_for_a_part_of_it() -> None:
         assert_equal(model, loss_of(model, input_ids=IDS), expected)
 
 
+def test_a_lookup_outside_the_models_forward_raises() -> None:
+    """By a loop that calls the inner model, or passes embeddings: their documents are unknown."""
+    model = make()
+    with NEFTune(ALPHA).attach(model):
+        for call in (
+            lambda: model.model(input_ids=IDS, attention_mask=MASK),
+            lambda: loss_of(model, inputs_embeds=model.get_input_embeddings()(IDS)),
+        ):
+            with pytest.raises(RuntimeError, match="outside the forward of the LlamaForCausalLM"):
+                call()
+            assert_equal(model.eval(), loss_of(model, input_ids=IDS), by_hand(model, law(32) * 0))
+            with torch.no_grad():
+                model.train().model(input_ids=IDS)
+    expected = by_hand(model, law(32))
+    with NEFTune(ALPHA).attach(model.model) as noise:
+        hidden = model.model(input_ids=IDS, attention_mask=MASK).last_hidden_state
+        assert noise.num_fired == 1
+    loss = model.loss_function(model.lm_head(hidden), LABELS, vocab_size=model.config.vocab_size)
+    assert_equal(model, loss, expected)
+
+
 def test_resized_embedding_keeps_its_noise() -> None:
     """transformers resizes the embedding in place: the noise stays on."""
     for before in (True, False):
