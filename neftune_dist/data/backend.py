@@ -149,8 +149,8 @@ class SlowBackend:
         if len(offsets) < len(tokens) or text[place:].strip():
             raise BadRow(
                 "the tokenizer, which is written in Python, changes the text at "
-                f"{text[place : place + 20].strip()!a}, so what is learned cannot be told apart: "
-                "use a model with a tokenizer.json"
+                f"{text[place : place + 20].strip()!a}, so the supervised tokens cannot be told "
+                "apart: use a model with a tokenizer.json"
             )
         return _Encoding(self._tokenizer.convert_tokens_to_ids(tokens), offsets, tokens)
 

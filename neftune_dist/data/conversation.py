@@ -40,7 +40,7 @@ class Conversation:
         context: the `input` of an Alpaca row, separate from the instruction in the Alpaca prompt.
         tools: the functions that the assistant may call: "" or a JSON list in OpenAI's form,
             `{"type": "function", "function": {"name": ..., "parameters": ...}}`.
-        text: a document without turns, learned whole, without a template.
+        text: a document without turns, supervised whole, without a template.
         num_left_out: turns of the row that are dropped: answers that nothing asks for, questions
             that nothing answers.
     """

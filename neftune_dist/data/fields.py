@@ -42,7 +42,7 @@ _SWITCH = re.compile("custom_instructions?|skip_prompt_formatting")
 _LONG_TEXT = 200  # characters; a longer text with spaces is more than an id, a source or a title
 # Harmless whatever they hold.
 _ANY_LENGTH = re.compile(r"(\w+_)?(meta|metadata|moderation|usage)|original_\w+|logprobs|header")
-# Fields that say something which would not be learned, and what they are.
+# Fields that say something which would not be trained on, and what they are.
 _MEANINGS = {
     r"(\w+_)?labels?|kto_\w+|(un)?desirable|prefer(red|ence)": "marks answers as good or bad "
     "(KTO): keep the good rows, and leave the field out",
@@ -51,8 +51,8 @@ _MEANINGS = {
     "history": "holds turns: give all turns as 'messages'",
     r"(\w+_)?(train(ed|able|ing)?|learn(ed|able|ing)?|loss(es)?|(un)?mask(s|ed)?|supervis(ed?|ion)"
     r"|weights?|grads?)(_\w+)?": "may say whether "
-    "an answer is learned: call it loss_mask (1: learned) or masked (true: not learned), or "
-    "leave it out by data.ignore_fields",
+    "an answer is supervised: call it loss_mask (1: supervised) or masked (true: not), or leave it "
+    "out by data.ignore_fields",
 }
 _MEANING = {re.compile(names): meaning for names, meaning in _MEANINGS.items()}
 # Two answers to compare.
@@ -115,8 +115,8 @@ def refuse_unused(
     if unused:
         names = shorten(", ".join(ascii(name)[1:-1] for name in unused), 60)
         raise BadRow(
-            f"field{'s' * (len(unused) > 1)} '{names}' would not be learned: data.columns uses a "
-            "field, ",
+            f"field{'s' * (len(unused) > 1)} '{names}' would not be trained on: data.columns "
+            "uses a field, ",
             Hint(ignore=tuple(unused[:_MOST_NAMES])),
             " leaves it out",
         )
@@ -221,8 +221,8 @@ def is_learned(found: Mapping[str, Any]) -> bool | None:
         truth = _TRUTHS.get(str(value).lower())
         if truth is None:
             raise BadRow(
-                f"field '{name}' is {shorten(ascii(value), 40)}, neither 0 nor 1: answers are "
-                "learned alike, or not at all (",
+                f"field '{name}' is {shorten(ascii(value), 40)}, neither 0 nor 1: an answer "
+                "is supervised as a whole, or not at all (",
                 Hint(ignore=(name,)),
                 ")",
             )

@@ -6,7 +6,7 @@
     alpaca             instruction, output (Evol-Instruct, Platypus too)
     dolly              instruction, response
     prompt_completion  prompt, completion (or another pair of `_PAIRS`): texts, or lists of messages
-    text               text: learned whole, without a template
+    text               text: supervised whole, without a template
 
 All but the last may have a system prompt and tools. A field that would be learned wrongly, or left
 out, makes the row a `BadRow` with a reason.
@@ -106,7 +106,7 @@ def to_conversation(row: _Row, format_name: str) -> Conversation:
         said += [conversation.context] * bool(conversation.context)
         fields.refuse_unused(row, used, said)
     if fields.is_learned(row) is False:
-        raise BadRow("the row is marked as not to be learned")
+        raise BadRow("the row is marked as not to be trained on")
     length = len(conversation.text) + len(conversation.context)
     length += sum(len(t.content) + len(t.tool_calls) + len(t.reasoning) for t in conversation.turns)
     if length > _MOST_CHARACTERS:
@@ -122,7 +122,7 @@ def _pair(row: _Row, names: Sequence[str]) -> Conversation:
         raise BadRow("the answer is empty")
     if isinstance(task := row.get("task"), str) and len(task.split()) > _TASK_WORDS:
         raise BadRow(
-            "field 'task' is a sentence, and would not be learned: ",
+            "field 'task' is a sentence, and would not be trained on: ",
             Hint({"instruction": "task"}),
             " puts it before the input, ",
             Hint(ignore=("task",)),
@@ -163,7 +163,7 @@ def _lists(row: _Row, names: Sequence[str]) -> Conversation:
     for name in (*_CONTEXTS.get(names[0], ()), *fields.REASONING):
         if row.get(name) not in (None, ""):
             raise BadRow(
-                f"field '{name}' stands beside lists of turns, and would not be learned: ",
+                f"field '{name}' stands beside lists of turns, and would not be trained on: ",
                 Hint(ignore=(name,)),
                 " leaves it out",
             )
@@ -171,7 +171,7 @@ def _lists(row: _Row, names: Sequence[str]) -> Conversation:
     for number, turn in enumerate(before, 1):
         if turn.role == "assistant":
             raise BadRow(
-                f"turn {number} of '{names[0]}' is an answer, which would be learned with the "
+                f"turn {number} of '{names[0]}' is an answer, which would be trained on with the "
                 f"{names[1]}: give the turns as 'messages'"
             )
     if after[0].role != "assistant":
@@ -221,7 +221,7 @@ def _answered(turns: Sequence[Turn], row: _Row, context: str = "") -> Conversati
     if not answers:
         raise BadRow("no turn is the assistant's")
     if not any([turns[i].learned for i in answers]):
-        raise BadRow("every answer is marked as not to be learned")
+        raise BadRow("every answer is marked as not to be trained on")
     ends = answers[-1] + 1
     turns, left_out = (*_system(row, turns[0]), *turns[:ends]), len(turns) - ends
     return Conversation(turns, context, read_tools(row), num_left_out=left_out)

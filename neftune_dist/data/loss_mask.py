@@ -81,8 +81,8 @@ class LossMask:
             if left and not may_split:
                 raise BadRow(
                     f"the chat template renders turn {left[0] + 1} differently once later turns "
-                    "follow: data.split_conversations=as_needed learns it in a document that ends "
-                    "with it, data.supervise=last learns the last answer alone"
+                    "follow: data.split_conversations=as_needed trains on it in a document that "
+                    "ends with it, data.supervise=last trains on the last answer alone"
                 )
             if not left and not found:
                 return [(conversation, fitted.rendered(here))]
@@ -201,7 +201,7 @@ class _Layout:
         if any(mark not in self.text for mark in self._marks_of(i)):
             raise BadRow(
                 f"the chat template leaves out the reasoning of turn {i + 1} once turns follow: "
-                "data.supervise=assistant learns it as it is generated"
+                "data.supervise=assistant trains on it as it is generated"
             )
 
     def edges(self, text: str, pieces: dict[str, str]) -> list[tuple[int, int]]:

@@ -12,11 +12,12 @@ import numpy as np
 from neftune_dist.config import DataConfig, UserError
 from neftune_dist.data.documents import Documents
 from neftune_dist.data.spans import SPEAKERS
+from neftune_dist.system.text import count_text
 
 NAMED_ROWS = 20  # bad rows that the report names, of one source
 _FEW_ENDS = 0.5  # share of documents with a supervised end below which a warning is given
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
-# By whether a token is learned, two for each case, so that neighbouring tokens differ.
+# By whether a token is supervised, two for each case, so that neighbouring tokens differ.
 _COLOURS = {True: ("\x1b[30;42m", "\x1b[30;102m"), False: ("\x1b[37m", "\x1b[90m")}
 _RESET = "\x1b[0m"
 
@@ -29,7 +30,7 @@ class MaskAudit:
         num_tokens, num_supervised: all tokens, and the supervised ones.
         end_of_turn_learned: share of documents in which the end of the last supervised answer is
             supervised.
-        end_advice: why no end of turn can be learned; "" without a reason.
+        end_advice: why no end of turn can be supervised; "" without a reason.
     """
 
     num_tokens: dict[str, int] = field(default_factory=dict)
@@ -55,22 +56,23 @@ class MaskAudit:
         for name, tokens in self.num_tokens.items():
             if tokens:
                 share = self.num_supervised[name] / tokens
-                part = f"{share:.1%} of them learned" if share else "none learned"
+                part = f"{share:.1%} of them supervised" if share else "none supervised"
                 roles.append(f"{name} {tokens / total:.1%} ({part})")
         lines = [f"data: tokens by role: {'; '.join(roles)}"]
         if self.end_of_turn_learned == 0:
             reason = f" ({self.end_advice})" if self.end_advice else ""
-            warning = "no end of turn is learned: the model will not learn to stop"
+            warning = "no end of turn is supervised: the model will not learn to stop"
             lines.append(f"data: warning: {warning}{reason}")
         elif self.end_of_turn_learned < _FEW_ENDS:
             lines.append(
-                f"data: warning: the end of turn is learned in {self.end_of_turn_learned:.1%} of "
-                "documents only: the model will hardly learn to stop"
+                "data: warning: the end of turn is supervised in "
+                f"{self.end_of_turn_learned:.1%} of documents only: the model will hardly "
+                "learn to stop"
             )
         for name in ("user", "system", "tool"):
             if self.num_supervised.get(name):
                 lines.append(
-                    f"data: warning: {self.num_supervised[name] / learned:.1%} of the learned "
+                    f"data: warning: {self.num_supervised[name] / learned:.1%} of the supervised "
                     f"tokens are said by the {name}: data.supervise=assistant leaves them out"
                 )
         return lines
@@ -149,23 +151,24 @@ class SourceReport(RowCounts):
         if self.num_rows == 0:
             raise UserError(f"{name} is empty.")
         bad, good = self.num_bad_rows, self.num_rows - self.num_bad_rows
+        rows = count_text(self.num_rows, "row")
         if bad > config.max_bad_fraction * self.num_rows:
             raise UserError(
-                f"{name}: {bad} of {self.num_rows} rows cannot be used, more than "
+                f"{name}: {bad} of {rows} cannot be used, more than "
                 f"data.max_bad_fraction={config.max_bad_fraction}; the first: {self.bad_rows[0]}."
             )
         if self.num_documents == 0:
             first = f" (the first: {self.bad_rows[0]})" if self.bad_rows else ""
             raise UserError(
-                f"{name} holds no document to learn from: of {self.num_rows} rows, {bad} cannot "
+                f"{name} holds no document to train on: of {rows}, {bad} cannot "
                 f"be used{first}, {self.num_dropped_too_long} are over data.max_length="
                 f"{config.max_length}, {self.num_nothing_to_learn} have no supervised token within "
                 "it."
             )
         if self.num_too_long > config.max_cut_fraction * good:
             raise UserError(
-                f"{name}: {self.num_too_long} of {good} documents are longer than "
-                f"data.max_length={config.max_length} and are cut or lost, more than "
+                f"{name}: {self.num_too_long} of {count_text(good, 'document')} would be cut or "
+                f"lost by data.max_length={config.max_length}, more than "
                 f"data.max_cut_fraction={config.max_cut_fraction}; the longest has "
                 f"{self.longest_tokens} tokens: raise the first, or accept it by the second."
             )
@@ -216,17 +219,19 @@ class Report(RowCounts):
         several = len(self.sources) > 1
         name = f"{len(self.sources)} sources" if several else self.sources[0].name
         lines = [
-            f"data: {name}: {self.num_rows} rows, {self.num_documents} documents to train on, "
+            f"data: {name}: {count_text(self.num_rows, 'row')}, "
+            f"{count_text(self.num_documents, 'document')} to train on, "
             f"{self.num_held_out} held out",
-            f"data: {self.num_tokens} tokens, {supervised:.1%} of them supervised; longest "
-            f"document {self.longest_tokens} tokens; end of turn learned in "
+            f"data: {count_text(self.num_tokens, 'token')}, {supervised:.1%} of them supervised; "
+            f"longest document {self.longest_tokens} tokens; end of turn supervised in "
             f"{self.audit.end_of_turn_learned:.1%} of documents",
             *self.audit.lines(),
         ]
         for source in self.sources if several else []:
-            times = f"{source.num_occurrences} times in an epoch"
+            times = f"{count_text(source.num_occurrences, 'occurrence')} in an epoch"
             lines.append(
-                f"data:   {source.name}: {source.num_rows} rows, {source.num_documents} documents, "
+                f"data:   {source.name}: {count_text(source.num_rows, 'row')}, "
+                f"{count_text(source.num_documents, 'document')}, "
                 f"{times if source.num_occurrences else 'not trained on'}"
             )
         lines += self._counted()
@@ -243,34 +248,37 @@ class Report(RowCounts):
         """A line for every reason to leave out documents or parts of them, with an example."""
         dropped = "dropped" if self.num_dropped_duplicates else "kept (data.duplicates)"
         kinds = {
-            "num_truncated": "documents truncated to data.max_length",
-            "num_dropped_too_long": "documents over data.max_length dropped",
-            "num_nothing_to_learn": "documents skipped: no supervised token within data.max_length",
-            "num_duplicates": f"duplicates of a conversation {dropped}",
-            "num_leaked": "documents removed: their prompt is held out",
-            "num_not_chosen": "documents left out by weight or max_documents",
-            "num_plain_texts": "documents of plain text, learned whole, without a template",
-            "num_turns_left_out": "turns left out that nothing asks for or answers",
-            "num_split": f"rows became {self.num_split + self.num_added_by_split} documents: the "
+            "num_truncated": "document truncated to data.max_length",
+            "num_dropped_too_long": "document over data.max_length dropped",
+            "num_nothing_to_learn": "document skipped: no supervised token within data.max_length",
+            "num_duplicates": f"duplicate of a conversation {dropped}",
+            "num_leaked": "document removed: the prompt is held out",
+            "num_not_chosen": "document left out by weight or max_documents",
+            "num_plain_texts": "document of plain text, supervised whole, without a template",
+            "num_turns_left_out": "turn left out that nothing asks for or answers",
+            "num_split": f"row became {self.num_split + self.num_added_by_split} documents: the "
             "chat template renders an earlier answer differently (data.split_conversations)",
         }
-        return [
-            f"data: {number} {kind}{self._example(name)}"
-            for name, kind in kinds.items()
-            if (number := getattr(self, name))
-        ]
+        lines = []
+        for name, kind in kinds.items():
+            noun, _, fate = kind.partition(" ")
+            if number := getattr(self, name):
+                lines.append(
+                    f"data: {count_text(number, noun)} {fate}{self._example(name, number)}"
+                )
+        return lines
 
-    def _example(self, name: str) -> str:
+    def _example(self, name: str, number: int) -> str:
         if name not in self.examples:
             return ""
         source, place = self.examples[name]
         file = f"{self.sources[source].name}, " if len(self.sources) > 1 else ""
-        return f" (the first: {file}{place})"
+        return f" ({'the first: ' if number > 1 else ''}{file}{place})"
 
     def _bad_lines(self) -> list[str]:
         if not self.num_bad_rows:
             return []
-        lines = [f"data: {self.num_bad_rows} rows skipped:"]
+        lines = [f"data: {count_text(self.num_bad_rows, 'row')} skipped:"]
         for source in self.sources:
             lines += [f"data:   {source.name}, {row}" for row in source.bad_rows]
             if source.num_bad_rows > len(source.bad_rows):
@@ -281,14 +289,14 @@ class Report(RowCounts):
 def preview(
     documents: Documents, names: list[str], tokenizer: Any, number: int, colour: bool
 ) -> Iterator[str]:
-    """Evenly chosen documents as text that shows the tokens, and the learned ones among them.
+    """Evenly chosen documents as text that shows the tokens, and the supervised ones among them.
 
     Args:
         documents: of one part.
         names: of the sources.
         tokenizer: decodes the tokens.
         number: of documents, or as many as there are.
-        colour: mark learned tokens by colour, else by ⟦ and ⟧.
+        colour: mark supervised tokens by colour, else by ⟦ and ⟧.
     """
     number = min(number, len(documents))
     for k in range(number):
@@ -296,8 +304,8 @@ def preview(
         ids, supervised = documents[index]
         source, place = documents.origin(index)
         yield (
-            f"document {index + 1} of {len(documents)}: {names[source]}, {place}: {len(ids)} "
-            f"tokens, {int(supervised.sum())} learned"
+            f"document {index + 1} of {len(documents)}: {names[source]}, {place}: "
+            f"{count_text(len(ids), 'token')}, {int(supervised.sum())} supervised"
         )
         yield _marked(tokenizer, ids.tolist(), supervised.tolist(), colour)
 

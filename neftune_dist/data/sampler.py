@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from neftune_dist.config import TrainConfig, UserError
+from neftune_dist.system.text import count_text
 
 # The name of the order, recorded in checkpoints: a run is not resumed in another one. It changes
 # where the same data, seed and step give other documents.
@@ -77,7 +78,7 @@ def make_sampler(config: TrainConfig, num_documents: int, fingerprint: str) -> S
     batch = config.global_batch_size
     if num_documents < batch:
         raise UserError(
-            f"The data holds {num_documents} documents, fewer than "
+            f"The data holds {count_text(num_documents, 'document')}, fewer than "
             f"train.global_batch_size={batch}: lower it."
         )
     return Sampler(fingerprint, config.seed, num_documents, batch, num_steps(config, num_documents))

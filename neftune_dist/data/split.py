@@ -15,6 +15,7 @@ import numpy as np
 from neftune_dist.config import DataConfig, SourceConfig, UserError
 from neftune_dist.data.documents import Documents
 from neftune_dist.data.sampler import GAMMA, splitmix64
+from neftune_dist.system.text import count_text
 
 # Keys that make the choices by cap, by fractional weight and of a sample independent.
 _CAP, _FRACTION, _SAMPLE = 1, 2, 3
@@ -70,8 +71,8 @@ def split_documents(
         ways = ("num_held_out", "held_out_fraction", "held_out_source")
         way = next(name for name in ways if getattr(config, name))
         raise UserError(
-            f"data.{way}={getattr(config, way)} leaves none of the {num_candidates} documents to "
-            "train on."
+            f"data.{way}={getattr(config, way)} leaves none of "
+            f"{count_text(num_candidates, 'document')} to train on."
         )
     times = np.zeros(len(stats), np.int64)
     for i, source in enumerate(sources):

@@ -71,8 +71,7 @@ def _json_lines(file: IO[bytes]) -> Numbered:
                 line = file.readline(LONGEST_ROW_BYTES)
             yield number, BadRow(f"a line of more than {LONGEST_ROW_BYTES // 2**20} MiB")
             continue
-        if number == 1:
-            line = line.removeprefix(_BOM)
+        line = line.removeprefix(_BOM)  # joined files have several
         if not line or line.isspace():
             continue
         if is_first and line.strip() == b"{":

@@ -89,7 +89,7 @@ def _turn(message: Any, aliases: Mapping[str, str]) -> Turn:
     fields.refuse_unused(message, _READ | {by, said} | (_OF_TOOL if role == "tool" else set()))
     learned, reasoning = fields.is_learned(message), fields.reasoning(message)
     if role != "assistant" and (learned or reasoning):
-        raise BadRow(f"a turn of the {role} is marked as learned, or has a field of thoughts")
+        raise BadRow(f"a turn of the {role} is marked as trained on, or has a field of thoughts")
     is_learned = role != "assistant" or learned is not False
     if called.lower() == "function_call":
         made = _calls([fields.parsed(message, said)])
@@ -178,6 +178,6 @@ def _function(found: Any, what: str) -> dict[str, Any]:
 
 def _dumped(value: Any, field: str) -> str:
     try:
-        return fields.checked(json.dumps(value, ensure_ascii=False), field)
-    except (TypeError, RecursionError) as error:  # a table may hold times or bytes
+        return fields.checked(json.dumps(value, ensure_ascii=False, allow_nan=False), field)
+    except (TypeError, ValueError, RecursionError) as error:  # times or bytes of a table, 1e400
         raise BadRow(f"field '{field}' cannot be written as JSON ({error})") from None

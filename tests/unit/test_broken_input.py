@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -262,14 +263,14 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     # Fields that would be left out.
     (
         {"instruction": "a", "output": "b", "rationale": "r", "style": "x"},
-        "fields 'rationale, style' would not be learned: data.columns uses a field, "
+        "fields 'rationale, style' would not be trained on: data.columns uses a field, "
         "data.ignore_fields=rationale,style leaves it out",
     ),
-    (turns(*MESSAGES, prompt="another"), "field 'prompt' would not be learned"),
-    ({"prompt": "a", "completion": "b", "input": "c"}, "field 'input' would not be learned"),
-    ({"instruction": "a", "output": "b", "text": "else"}, "field 'text' would not be learned"),
-    ({"instruction": "a", "output": "b", "is_bad": True}, "field 'is_bad' would not be learned"),
-    ({"text": "a", "role": "prompter"}, "field 'role' would not be learned"),
+    (turns(*MESSAGES, prompt="another"), "field 'prompt' would not be trained on"),
+    ({"prompt": "a", "completion": "b", "input": "c"}, "field 'input' would not be trained on"),
+    ({"instruction": "a", "output": "b", "text": "else"}, "field 'text' would not be trained on"),
+    ({"instruction": "a", "output": "b", "is_bad": True}, "field 'is_bad' would not be trained on"),
+    ({"text": "a", "role": "prompter"}, "field 'role' would not be trained on"),
     ({"prompt": "a", "completion": "b", "label": False}, "field 'label' marks answers as good or"),
     ({"text": "a", "label": 0}, "field 'label' marks answers as good or bad (KTO)"),
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, "field 'chosen' is one of two answers to c"),
@@ -285,7 +286,7 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
         {"prompt": "a", "completion": "b", "system": "s", "system_prompt": "t"},
         "fields system and system_prompt hold different system prompts",
     ),
-    (answer(annotations=[{"url": "x"}]), "turn 2: field 'annotations' would not be learned"),
+    (answer(annotations=[{"url": "x"}]), "turn 2: field 'annotations' would not be trained on"),
     (answer(**{"content ": "c"}), "turn 2: the keys 'content', 'content ' differ in white space a"),
     (turns(*MESSAGES, file_name="a.PNG"), "field 'file_name' is 'a.PNG', which a text model can"),
     (turns(*MESSAGES, urls=["b/a.webp"]), "field 'urls' is 'b/a.webp', which a text model can"),
@@ -295,31 +296,37 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     (said(("human", "<img>a.x</img>What?"), ("gpt", "b")), "turn 1: <img> stands for what a text"),
     (turns(*MESSAGES, split="Test"), "field 'split' says that the row is of the split 'Test': put"),
     (turns(*MESSAGES, kto_tag=True), "field 'kto_tag' marks answers as good or bad (KTO)"),
-    (turns(*MESSAGES, is_good=0), "field 'is_good' would not be learned"),
-    (turns(*MESSAGES, source="A text. " * 50), "field 'source' would not be learned"),
-    ({"question": "2", "answer": "4", "how": "2 + 2 = 4"}, "field 'how' would not be learned"),
-    (turns(*MESSAGES, sources=[{"text": "A text. " * 50}]), "field 'sources' would not be lear"),
-    (turns(*MESSAGES, target_language="French"), "field 'target_language' would not be learned"),
-    (turns(*MESSAGES, custom_instruction="Be brief"), "field 'custom_instruction' would not be l"),
+    (turns(*MESSAGES, is_good=0), "field 'is_good' would not be trained on"),
+    (turns(*MESSAGES, source="A text. " * 50), "field 'source' would not be trained on"),
+    ({"question": "2", "answer": "4", "how": "2 + 2 = 4"}, "field 'how' would not be trained on"),
+    (turns(*MESSAGES, sources=[{"text": "A text. " * 50}]), "field 'sources' would not be trai"),
+    (turns(*MESSAGES, target_language="French"), "field 'target_language' would not be trained on"),
+    (turns(*MESSAGES, custom_instruction="Be brief"), "field 'custom_instruction' would not be t"),
     (turns(*MESSAGES, custom_instruction={"about": "me"}), "field 'custom_instruction' would not"),
     (
         {"task": "Say it in French.", "input": "a", "output": "b"},
-        "field 'task' is a sentence, and would not be learned: data.columns={instruction: task}",
+        "field 'task' is a sentence, and would not be trained on: data.columns={instruction: task}",
     ),
-    (answer(name="Ann"), "turn 2: field 'name' would not be learned"),
+    (answer(name="Ann"), "turn 2: field 'name' would not be trained on"),
     # Learning marks.
     *(
-        (answer(**{name: 0}), f"turn 2: field '{name}' may say whether an answer is learned")
+        (answer(**{name: 0}), f"turn 2: field '{name}' may say whether an answer is supervised")
         for name in ("calculate_loss", "lossMask", "loss_scale", "sample_weight", "token_weights")
     ),
     (answer(train=True, masked=True), "turn 2: fields masked, train contradict each other"),
     (answer(weight=0.5), "turn 2: field 'weight' is 0.5, neither 0 nor 1"),
     (answer(loss_mask=[0, 1]), "turn 2: field 'loss_mask' is [0, 1], neither 0 nor 1"),
-    (answer(mask=1), "turn 2: field 'mask' may say whether an answer is learned: call it loss_m"),
-    (answer(compute_loss=0), "turn 2: field 'compute_loss' may say whether an answer is learned"),
-    (answer(role="user", trainable=1), "turn 2: a turn of the user is marked as learned"),
-    (answer(train="False"), "every answer is marked as not to be learned"),
-    (turns(*MESSAGES, loss=0), "the row is marked as not to be learned"),
+    (
+        answer(mask=1),
+        "turn 2: field 'mask' may say whether an answer is supervised: call it loss_m",
+    ),
+    (
+        answer(compute_loss=0),
+        "turn 2: field 'compute_loss' may say whether an answer is supervised",
+    ),
+    (answer(role="user", trainable=1), "turn 2: a turn of the user is marked as trained on"),
+    (answer(train="False"), "every answer is marked as not to be trained on"),
+    (turns(*MESSAGES, loss=0), "the row is marked as not to be trained on"),
     # Thoughts.
     (answer(reasoning="a", thinking="b"), "fields reasoning and thinking hold different thoughts"),
     (answer(reasoning_details="so"), "field 'reasoning_details' is not a list of objects with a"),
@@ -328,7 +335,10 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
         {"prompt": "a", "completion": "b", "reasoning": "On"},
         "field 'reasoning' is 'On', a switch for reasoning and not a thought: data.ignore_fi",
     ),
-    (answer(role="user", thought="hm"), "turn 2: a turn of the user is marked as learned, or has"),
+    (
+        answer(role="user", thought="hm"),
+        "turn 2: a turn of the user is marked as trained on, or has",
+    ),
     ({"chosen": "a", "rejected": "b"}, "(DPO): give the better one as 'completion', and its que"),
     (
         {
@@ -418,19 +428,24 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     (turns(("user", [{"type": "text"}]), ("assistant", "b")), "turn 1: field 'text' is missing"),
     (turns(("user", ["a"]), ("assistant", "b")), "turn 1: part 1 of the content is 'str', not te"),
     (turns(("system", "s"), ("user", "a"), ("assistant", "b"), system="t"), "a system turn as wel"),
-    (answer(function_call={"name": "f"}), "turn 2: field 'function_call' would not be learned"),
+    (answer(function_call={"name": "f"}), "turn 2: field 'function_call' would not be trained on"),
     (answer(reasoning_content=5), "turn 2: field 'reasoning_content' is not text but int"),
-    (answer(weight=0), "every answer is marked as not to be learned"),
+    (answer(weight=0), "every answer is marked as not to be trained on"),
     # Tools.
     (
         calling({**function("f", {}), "thought": "hm"}),
-        "turn 2: field 'thought' would not be learned",
+        "turn 2: field 'thought' would not be trained on",
     ),
     (
         calling({"name": "f", "parameters": {"x": 1}}),
-        "turn 2: field 'parameters' would not be learned",
+        "turn 2: field 'parameters' would not be trained on",
     ),
     (calling("f"), "turn 2: call 1 is not an object with the 'name' of a function"),
+    (
+        calling(function("f", '{"x": 1e400}')),
+        "field 'tool_calls' cannot be written as JSON (Out of",
+    ),
+    (calling(function("f", {"x": math.nan})), "field 'tool_calls' cannot be written as JSON"),
     (calling(function("f", "{")), "turn 2: field 'arguments' is not valid JSON"),
     (
         calling(function("f", {}), function("g", [1])),
@@ -470,7 +485,7 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
             "completion": turns(("assistant", "b"))["messages"],
             "reasoning": "r",
         },
-        "field 'reasoning' stands beside lists of turns, and would not be learned",
+        "field 'reasoning' stands beside lists of turns, and would not be trained on",
     ),
     (
         {"prompt": [{"role": "user", "content": "a"}], "completion": "b"},
@@ -481,7 +496,7 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
             "prompt": turns(("user", "a"), ("assistant", "b"), ("user", "c"))["messages"],
             "completion": turns(("assistant", "d"))["messages"],
         },
-        "turn 2 of 'prompt' is an answer, which would be learned with the completion",
+        "turn 2 of 'prompt' is an answer, which would be trained on with the completion",
     ),
     (
         {
@@ -548,7 +563,7 @@ def test_bad_rows_of_many_files_are_named_and_counted(tmp_path: Path, tiny_token
         ("a.tsv", b"prompt,completion\na,b\n", r"the header, is separated by ','"),
         ("a.csv", b"prompt,completion\n", r"a\.csv is empty"),
         ("a.csv", b"", r"a\.csv is empty"),
-        ("a.jsonl", '{"a": "é"}\n'.encode("latin-1"), r"1 of 1 rows .*row 1: not UTF-8 text"),
+        ("a.jsonl", '{"a": "é"}\n'.encode("latin-1"), r"1 of 1 row .*row 1: not UTF-8 text"),
         ("a.jsonl.gz", b"", r"a\.jsonl\.gz is empty"),
     ],
 )
@@ -568,7 +583,7 @@ def test_a_small_source_in_a_mixture_may_not_be_all_bad(
     good, bad = (write(rows, f"{i}.jsonl") for i, rows in enumerate(([GOOD] * 900, [{"a": 1}])))
     mixture = [SourceConfig(good.source), SourceConfig(bad.source)]
     config = DataConfig(mixture=mixture, cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(UserError, match=r"data\.mixture\[1\]\.source=.*1 of 1 rows cannot be used"):
+    with pytest.raises(UserError, match=r"data\.mixture\[1\]\.source=.*1 of 1 row cannot be used"):
         prepare(config, tiny_tokenizer)
 
 

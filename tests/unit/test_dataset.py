@@ -65,8 +65,8 @@ def test_the_report_says_it_all(write: Callable[..., DataConfig], tiny_tokenizer
     lines = prepare(config, tiny_tokenizer).report.lines()
     text = "\n".join(lines)
     assert "51 rows, 21 documents to train on, 0 held out" in text
-    assert "end of turn learned in 95.2% of documents" in text
-    assert "1 documents truncated to data.max_length" in text
+    assert "end of turn supervised in 95.2% of documents" in text
+    assert "1 document truncated to data.max_length" in text
     assert f"{config.source}, row 21: field 'output' is missing" in text
     assert "and 10 more" in text and text.count("is missing") == 20
     text.encode()
@@ -104,7 +104,7 @@ def test_a_template_without_end_of_turn_shows_in_the_report(
     endless.chat_template = endless.chat_template.replace("{{ eos_token }}", "")
     report = prepare(write(numbered(5)), endless).report
     assert report.audit.end_of_turn_learned == 0.0
-    assert any("end of turn learned in 0.0% of documents" in line for line in report.lines())
+    assert any("end of turn supervised in 0.0% of documents" in line for line in report.lines())
 
 
 # Columns under other names.
@@ -148,7 +148,7 @@ def test_columns_of_a_mixture_and_of_its_held_out_source(
     assert (report.num_documents, report.num_held_out) == (4, 4)
     # data.columns is the held-out source's, too.
     config = replace(config, source=fragen.source, columns=COLUMNS, held_out_columns=None)
-    with pytest.raises(UserError, match=r"held_out_source=.* leaves none of the 4 documents"):
+    with pytest.raises(UserError, match=r"held_out_source=.* leaves none of 4 documents"):
         prepare(config, tiny_tokenizer)
 
 
@@ -161,7 +161,7 @@ def test_columns_of_a_mixture_and_of_its_held_out_source(
         ),
         (
             {"columns": COLUMNS},
-            r"field 'hinweis' would not be learned.* data\.ignore_fields=hinweis",
+            r"field 'hinweis' would not be trained on.* data\.ignore_fields=hinweis",
         ),
         (
             {"columns": {**COLUMNS, "prompt": "fragen"}, "ignore_fields": "hinweis"},
@@ -303,7 +303,7 @@ def test_ignored_fields_of_turns_and_calls(
     table.to_parquet(tmp_path / "a.parquet")
     config = replace(config, source=str(tmp_path / "a.parquet"))
     assert prepare(config, tiny_tokenizer).report.num_documents == 1
-    with pytest.raises(UserError, match="field 'mood' would not be learned"):
+    with pytest.raises(UserError, match="field 'mood' would not be trained on"):
         prepare(replace(config, ignore_fields=None), tiny_tokenizer)
 
 
@@ -320,25 +320,25 @@ def test_ignored_fields_of_turns_and_calls(
             r"2 of 100 rows cannot be used, more than data\.max_bad_fraction=0\.01; the first: "
             r"row 99: field 'output' is missing",
         ),
-        ([{"body": "a"}], {}, r"1 of 1 rows.*row 1: the fields body are of no known format"),
+        ([{"body": "a"}], {}, r"1 of 1 row cannot.*row 1: the fields body are of no known format"),
         (
             [{"body": "a"}],
             {"max_bad_fraction": 1.0},
-            r"no document to learn from: of 1 rows, 1 cannot be used \(the first: row 1: the field",
+            r"no document to train on: of 1 row, 1 cannot be used \(the first: row 1: the field",
         ),
         (
             [{"instruction": "long " * 200, "output": "x"}] * 3,
             {"max_length": 32, "num_held_out": 1},
-            r"no document to learn from: of 3 rows, 0.* 3 have no supervised token",
+            r"no document to train on: of 3 rows, 0.* 3 have no supervised token",
         ),
         (
             [{"instruction": "long " * 200, "output": "x"}] * 3,
             {"max_length": 32, "too_long": "drop"},
-            r"no document to learn from.* 3 are over data\.max_length=32",
+            r"no document to train on.* 3 are over data\.max_length=32",
         ),
-        (numbered(5), {"num_held_out": 5}, r"data\.num_held_out=5 leaves none of the 5 documents"),
-        (numbered(5), {"num_held_out": 99}, r"data\.num_held_out=99 leaves none of the 5"),
-        ([GOOD] * 9, {"num_held_out": 1}, r"data\.num_held_out=1 leaves none of the 9"),
+        (numbered(5), {"num_held_out": 5}, r"data\.num_held_out=5 leaves none of 5 documents"),
+        (numbered(5), {"num_held_out": 99}, r"data\.num_held_out=99 leaves none of 5"),
+        ([GOOD] * 9, {"num_held_out": 1}, r"data\.num_held_out=1 leaves none of 9"),
     ],
 )
 def test_data_that_will_not_do(
@@ -371,8 +371,9 @@ def test_cut_documents_above_a_share_are_refused(
         for config.max_length in (64, 65):
             with pytest.raises(UserError) as raised:
                 prepare(config, tiny_tokenizer)
-            assert f"4 of 10 documents are longer than data.max_length={config.max_length}" in str(
-                raised.value
+            assert (
+                f"4 of 10 documents would be cut or lost by data.max_length={config.max_length}"
+                in str(raised.value)
             )
             assert f"the longest has {longest} tokens" in str(raised.value)
 
@@ -556,7 +557,7 @@ def test_a_source_of_its_own_is_held_out_and_leaks_nothing(
         "Else.",
     ]
     lines = "\n".join(report.lines())
-    assert "3 documents removed: their prompt is held out" in lines
+    assert "3 documents removed: the prompt is held out" in lines
     assert "held_out.jsonl: 4 rows, 3 documents, not trained on" in lines
     assert "held_out.jsonl, row 4: no turn is the assistant's" in lines
     Path(held_out.source).write_text(Path(held_out.source).read_text() + "\n")
@@ -650,7 +651,7 @@ def test_a_held_out_source_that_holds_all_prompts(
 ) -> None:
     same = write(numbered(9), "same.jsonl")
     config = write(numbered(9), held_out_source=same.source)
-    with pytest.raises(UserError, match=r"held_out_source=.*leaves none of the 9 documents"):
+    with pytest.raises(UserError, match=r"held_out_source=.*leaves none of 9 documents"):
         prepare(config, tiny_tokenizer)
 
 
@@ -675,7 +676,7 @@ def test_a_held_out_source_of_the_hub(
     made = prepare(config, tiny_tokenizer)
     assert asked_for == [("org/name", {"split": "test_sft", "revision": "v1"})]
     assert (made.report.num_documents, made.report.num_held_out) == (9, 1)
-    assert "org/name[test_sft]: 1 rows, 1 documents, not trained" in "\n".join(made.report.lines())
+    assert "org/name[test_sft]: 1 row, 1 document, not trained" in "\n".join(made.report.lines())
 
 
 def test_held_out_conversations_are_those_of_the_documents(tmp_path: Path, smollm2: Any) -> None:
@@ -717,7 +718,9 @@ def test_a_plain_text_is_learned_whole(
     assert ids.tolist() == [*prefix, *inside, tiny_tokenizer.eos_token_id]
     assert supervised.tolist() == [0] + [1] * (len(ids) - 1)
     assert made.report.num_plain_texts == 2 and made.report.audit.end_of_turn_learned == 1.0
-    assert any("2 documents of plain text, learned whole" in line for line in made.report.lines())
+    assert any(
+        "2 documents of plain text, supervised whole" in line for line in made.report.lines()
+    )
 
 
 def test_turns_that_are_left_out_are_counted(
@@ -775,7 +778,7 @@ def test_a_weight_is_the_times_that_a_document_occurs(
     ]
     assert report.num_not_chosen == 200 - len(found["B"])
     assert report.num_tokens == int(made.train.lengths.sum())
-    told = f"A.jsonl: 100 rows, 100 documents, {found['A'].total()} times in an epoch"
+    told = f"A.jsonl: 100 rows, 100 documents, {found['A'].total()} occurrences in an epoch"
     assert any(told in line for line in report.lines())
     # A repetition is a document of its own, of the same tokens.
     ids = [made.train[i][0].tolist() for i in range(len(made.train))]

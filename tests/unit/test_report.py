@@ -45,7 +45,7 @@ def test_tokens_by_role(write: Callable[..., DataConfig], tiny_tokenizer: Any) -
     assert report.audit.num_supervised == learned
     share = f"{count['assistant'] / report.num_tokens:.1%}"
     line = next(line for line in report.lines() if "by role" in line)
-    assert f"assistant {share} (100.0% of them learned)" in line and "tool" not in line
+    assert f"assistant {share} (100.0% of them supervised)" in line and "tool" not in line
     assert not warnings(report.lines())
 
 
@@ -61,12 +61,15 @@ def test_a_repeated_document_counts_as_often_as_an_epoch_has_it(
     ("settings", "said"),
     [
         ({}, []),
-        ({"supervise": "all"}, ["% of the learned tokens are said by the user: data.supervise="]),
+        (
+            {"supervise": "all"},
+            ["% of the supervised tokens are said by the user: data.supervise="],
+        ),
         (
             {"max_length": 48, "max_cut_fraction": 1.0},
-            ["end of turn is learned in 1.0% of documents only"],
+            ["end of turn is supervised in 1.0% of documents only"],
         ),
-        ({"endless": True}, ["no end of turn is learned: the model will not learn to stop"]),
+        ({"endless": True}, ["no end of turn is supervised: the model will not learn to stop"]),
     ],
 )
 def test_what_is_likely_a_mistake(
@@ -91,7 +94,7 @@ def test_documents_are_shown(write: Callable[..., DataConfig], tiny_tokenizer: A
     lines = list(preview(made.train, ["rows.jsonl"], tiny_tokenizer, 3, colour=False))
     assert lines == list(preview(made.train, ["rows.jsonl"], tiny_tokenizer, 3, colour=False))
     # The first row is broken: document 1 is row 2.
-    heads = [re.sub(r": \d+ tokens, \d+ learned", "", line) for line in lines[::2]]
+    heads = [re.sub(r": \d+ tokens, \d+ supervised", "", line) for line in lines[::2]]
     assert heads == [f"document {i} of 6: rows.jsonl, row {i + 1}" for i in (1, 3, 5)]
     everything = list(preview(made.train, [""], tiny_tokenizer, 99, colour=False))[1::2]
     for i, said in enumerate(texts(made.train, tiny_tokenizer)):

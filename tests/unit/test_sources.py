@@ -41,6 +41,9 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "bom.jsonl": lambda p: p.write_bytes(b"\xef\xbb\xbf" + lines(ROWS)),
     "array.json.gz": lambda p: p.write_bytes(gzip.compress(array(ROWS))),
     "lines.jsonl.gz": lambda p: p.write_bytes(gzip.compress(lines(ROWS))),
+    "boms.jsonl": lambda p: p.write_bytes(  # of files that were joined
+        b"".join(b"\xef\xbb\xbf" + line for line in lines(ROWS).splitlines(keepends=True))
+    ),
     "bom.jsonl.gz": lambda p: p.write_bytes(gzip.compress(b"\xef\xbb\xbf" + lines(ROWS))),
     "two.jsonl.gz": lambda p: p.write_bytes(
         gzip.compress(lines(ROWS[:1])) + gzip.compress(lines(ROWS[1:]))

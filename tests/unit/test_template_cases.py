@@ -338,7 +338,7 @@ def test_end_that_is_no_token_is_reported_with_the_tokens_to_add(
     rows = [{"instruction": "Say hi.", "output": "Hi there."}]
     report = prepare(write(rows, template=str(path)), llama2).report
     assert report.audit.end_of_turn_learned == 0
-    [line] = [line for line in report.lines() if "no end of turn is learned" in line]
+    [line] = [line for line in report.lines() if "no end of turn is supervised" in line]
     assert "<|im_end|>" in line and "model.add_tokens='<|im_start|>,<|im_end|>'" in line
     added = copy.deepcopy(llama2)
     added.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
