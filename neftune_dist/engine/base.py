@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from neftune_dist.config import UserError
@@ -170,6 +171,31 @@ def check_shardable(model: Any, needs_all_gradients: bool) -> None:
             "gradient for those that got none of its tokens: set engine.name=replicated, or "
             "engine.name=deepspeed engine.zero_stage=3."
         )
+
+
+def without_gradient(
+    names: Sequence[str], has_gradient: Sequence[bool], device: torch.device, in_fixed_order: bool
+) -> set[str]:
+    """The parameters to which no rank has made a gradient in this step. A collective.
+
+    Args:
+        names, has_gradient: of the trained parameters; whether this rank has made one.
+        in_fixed_order: whether the engine adds up the gradients that ranks have by their order, so
+            that one which a rank lacks shifts the others: `UserError`.
+    """
+    flags = torch.tensor([float(has) for has in has_gradient]).to(device)
+    dist.all_reduce(flags)
+    num_ranks = dict(zip(names, flags.tolist(), strict=True))
+    partly = [name for name, number in num_ranks.items() if 0 < number < dist.get_world_size()]
+    if partly and in_fixed_order:
+        raise UserError(
+            f"{partly[0]} got a gradient on {num_ranks[partly[0]]:.0f} of {dist.get_world_size()} "
+            "ranks in this step, and this engine adds gradients up in a fixed order: set "
+            "engine.name=replicated, or engine.name=deepspeed engine.zero_stage=3. Nothing was "
+            "saved of this step.",
+            shared=True,
+        )
+    return {name for name, number in num_ranks.items() if not number}
 
 
 def state_shards(optimizer: torch.optim.Optimizer, slices: Sequence[ParamSlice]) -> list[FlatShard]:

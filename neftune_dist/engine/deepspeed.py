@@ -17,7 +17,6 @@ from contextlib import redirect_stdout
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from neftune_dist.compat.deepspeed import (
@@ -39,6 +38,7 @@ from neftune_dist.engine.base import (
     make_trained_float32,
     state_shards,
     trained_and_frozen,
+    without_gradient,
 )
 from neftune_dist.model.load import DTYPES, initialize_buffers
 from neftune_dist.model.loss import resolve_loss, token_losses
@@ -135,14 +135,6 @@ class DeepSpeedEngine:
                 lambda _, name=name: self.received.add(name)
             )
 
-    def _unused(self) -> set[str]:
-        """The parameters to which no rank has made a gradient in this step."""
-        names = [name for name, _ in self.named]
-        flags = torch.tensor([float(name in self.received) for name in names]).to(self.device)
-        self.received.clear()
-        dist.all_reduce(flags)
-        return {name for name, flag in zip(names, flags.tolist(), strict=True) if not flag}
-
     def after_load(self, num_updates: int) -> None:
         """See `Engine.after_load`: the compute copies are made from the masters."""
         set_updates(self.zero.optimizer, num_updates)
@@ -164,7 +156,11 @@ class DeepSpeedEngine:
     def step(self, learning_rate: float) -> float:
         """See `Engine.step`."""
         set_learning_rate(self.zero.optimizer, learning_rate)
-        unused = self._unused()
+        names = [name for name, _ in self.named]
+        received, self.received = self.received, set()
+        unused = without_gradient(
+            names, [name in received for name in names], self.device, in_fixed_order=self.stage < 3
+        )
         kept = [shard for shard in self.flat_state() if shard.name in unused]
         before = [shard.empty_copy(torch.empty_like) for shard in kept]
         for shard, content in zip(kept, before, strict=True):

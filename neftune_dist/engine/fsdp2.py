@@ -41,6 +41,7 @@ from neftune_dist.engine.base import (
     make_trained_float32,
     state_shards,
     trained_and_frozen,
+    without_gradient,
 )
 from neftune_dist.model.float8 import update_float8_scales
 from neftune_dist.model.load import DTYPES, initialize_buffers
@@ -140,6 +141,11 @@ class FSDP2Engine:
 
     def step(self, learning_rate: float) -> float:
         """See `Engine.step`."""
+        if self.world.size > 1:
+            names, has_gradient = zip(
+                *((n, p.grad is not None) for n, p in self.named), strict=True
+            )
+            without_gradient(names, has_gradient, self.device, in_fixed_order=True)
         grads = [p.grad.to_local() for _, p in self.named if isinstance(p.grad, DTensor)]
         square = squared_norm(grads).to(self.world.device)  # where the process group works
         dist.all_reduce(square, group=self.mesh["shard"].get_group())

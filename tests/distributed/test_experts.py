@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from transformers.models.llama import modeling_llama
 
 from neftune_dist.checkpoint import store
 from neftune_dist.checkpoint.export import export
@@ -189,3 +191,36 @@ def test_adapters_leave_experts_as_they_are(tmp_path: Path) -> None:
         done = tiny_model.run_forked("train", config, f"run_dir={tmp_path / 'other'}", *wrong)
         assert done.returncode == 2
         assert reason in done.stderr
+
+
+def _other_matrix_on_each_rank() -> None:
+    """Patch Llama: of two matrices of one shape, each rank uses another."""
+    name = "gate_proj" if os.environ["RANK"] == "0" else "up_proj"
+    modeling_llama.LlamaMLP.forward = lambda self, x: self.down_proj(getattr(self, name)(x))
+
+
+def test_gradients_of_some_ranks_alone_are_summed_by_name_or_refused(tmp_path: Path) -> None:
+    """By their order, those of one matrix were added to those of the other."""
+    config = tiny_model.make_config(tmp_path, data={"num_held_out": 0}, train={"max_steps": 2})
+    runs = {}
+    for engine in ("fsdp2", "deepspeed-2", "deepspeed-3", "replicated"):
+        name, _, stage = engine.partition("-")
+        words = [f"engine.name={name}", *([f"engine.zero_stage={stage}"] if stage else [])]
+        run_dir = tmp_path / engine
+        done = tiny_model.run_forked(
+            "train",
+            config,
+            f"run_dir={run_dir}",
+            *words,
+            ranks=2,
+            before=_other_matrix_on_each_rank,
+        )
+        if engine in ("fsdp2", "deepspeed-2"):
+            assert done.returncode == 2, done.stderr
+            assert "mlp.gate_proj.weight got a gradient on 1 of 2 ranks" in done.stderr
+            assert "Traceback" not in done.stderr and not store.find_all(run_dir)
+        else:
+            assert done.returncode == 0, done.stderr
+            runs[name] = tiny_model.steps(run_dir)
+    for one, other in zip(*runs.values(), strict=True):
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=TOLERANCE)
