@@ -28,7 +28,7 @@ from neftune_dist.data.instructions import Instruction
 from neftune_dist.distributed.world import World
 from neftune_dist.evaluation.journal import Journal, read_rows
 from neftune_dist.evaluation.target import EvaluationTarget
-from neftune_dist.model.families import longest_document
+from neftune_dist.model.families import answers_in_batches
 from neftune_dist.model.generation import Generated, batches, generate
 from neftune_dist.noise.philox import philox4x32
 
@@ -91,10 +91,12 @@ def answer_all(
     """
     config = target.config.evaluate
     with world.agree():
-        limit = longest_document(target.model.config)
+        hf_config = target.model.config
+        if not answers_in_batches(hf_config):
+            world.log(f"answers: one by one, as padding would change them ({hf_config.model_type})")
         num, samples = len(prompts), config.samples
         prompts = [*prompts] * samples  # number `sample * num + i`
-        of_prompts = batches(prompts, config, limit, "Instruction")
+        of_prompts = batches(prompts, config, hf_config, "Instruction")
         done = _read_partial(folder)
     # All ranks must have read what is there before any of them appends.
     with world.agree():
@@ -109,7 +111,7 @@ def answer_all(
         for batch in mine:
             rows = [prompts[i] for i in batch]
             draws = [Draws(rows, [i // num for i in batch], config.temperature)]
-            generated = generate(target.generator, rows, limit, draws if config.temperature else ())
+            generated = generate(target.generator, rows, draws if config.temperature else ())
             journal.append([{"index": i, **vars(g)} for i, g in zip(batch, generated, strict=True)])
             answered += len(batch)
             world.log(f"answers: {answered} of {share}{of_all}")

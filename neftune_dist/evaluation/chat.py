@@ -16,7 +16,6 @@ from contextlib import suppress
 from itertools import zip_longest
 from typing import Any
 
-import torch
 import transformers
 
 from neftune_dist.config import UserError
@@ -132,15 +131,11 @@ class Speaker:
             )
         most = min(asked, longest - len(ids))
         pieces, remark = _Pieces(self.target.tokenizer, set(self.target.end_tokens), show), ""
-        sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0}
-        if self.temperature < _LEAST_TEMPERATURE:
-            sampling = {}
-        settings = self.target.generator.arguments(most, **sampling)
-        given = torch.tensor([ids], device=self.target.device)
-        mask = torch.ones_like(given)
+        sampling = None
+        if self.temperature >= _LEAST_TEMPERATURE:
+            sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0}
         try:
-            with torch.no_grad():
-                self.target.model.generate(given, attention_mask=mask, streamer=pieces, **settings)
+            self.target.generator.run([ids], most, streamer=pieces, sampling=sampling)
             if not pieces.ended:
                 limit = limit if most == asked else "the model takes no more"
                 remark = f"[cut after {pieces.num_tokens} tokens: {limit}]"

@@ -32,6 +32,7 @@ from neftune_dist.compat.lm_eval import load_yaml
 from neftune_dist.config import UserError
 from neftune_dist.distributed.world import World
 from neftune_dist.evaluation.tasks import TaskWord
+from neftune_dist.model.families import answers_in_batches
 from neftune_dist.system.text import first_line
 
 _FEWSHOT_SEED = 1234  # lm-eval's own
@@ -220,7 +221,10 @@ class TaskModel(HFLM):
     ) -> None:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         own = copy.deepcopy(tokenizer)  # HFLM gives one without a padding token another
-        super().__init__(pretrained=model, tokenizer=own, batch_size=batch_size)
+        size = (
+            batch_size if answers_in_batches(model.config) else 1
+        )  # prompts are padded on the left
+        super().__init__(pretrained=model, tokenizer=own, batch_size=size)
         self._world, self._log = world, log
         self.begin("")
 

@@ -115,6 +115,11 @@ _OTHER = {
 _AFTER_PADDING = """
     camembert data2vec-text roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod
 """
+# Padding on the left changes what they compute: their positions count it, or their state holds it.
+_NEVER_PADDED_LEFT = """
+    bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart recurrent_gemma
+    reformer rwkv trocr whisper
+"""
 _EAGER = ("gemma3n_text",)  # by sdpa, padding makes its gradient NaN
 _LOGITS = sorted({family.logits for family in FAMILIES.values() if family.logits})
 _CAPS = sorted({family.attention_cap for family in FAMILIES.values() if family.attention_cap})
@@ -296,8 +301,8 @@ def longest_document(hf_config: Any) -> int | None:
     config, last = hf_config.get_text_config(), context_length(hf_config)
     rope = getattr(config, "rope_parameters", None)
     family = FAMILIES.get(config.model_type)
-    if last and config.model_type in _AFTER_PADDING.split():
-        last -= config.pad_token_id + 1
+    if last:
+        last -= first_position(config)
     if not rope or (family and family.learned_positions):
         return last
     kinds = [kind for kind in rope.values() if isinstance(kind, dict)] or [rope]
@@ -307,6 +312,18 @@ def longest_document(hf_config: Any) -> int | None:
         if kind.get("rope_type") in ("dynamic", "longrope")
     ]
     return min((n for n in limits if n is not None), default=None)
+
+
+def first_position(hf_config: Any) -> int:
+    """The position of a document's first token."""
+    is_later = hf_config.model_type in _AFTER_PADDING.split()
+    return int(hf_config.pad_token_id) + 1 if is_later else 0
+
+
+def answers_in_batches(hf_config: Any) -> bool:
+    """Whether a prompt that is padded on the left is answered as it is alone."""
+    is_own_code = not type(hf_config).__module__.startswith("transformers.")
+    return not is_own_code and hf_config.model_type not in _NEVER_PADDED_LEFT.split()
 
 
 def check_lengths(hf_config: Any, longest: int) -> None:

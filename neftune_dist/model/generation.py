@@ -1,12 +1,12 @@
 """Answers by transformers' `generate`, in batches padded on the left.
 
-A prompt's answer is the same in a batch as alone, up to rounding. Decoding is greedy, unless a
-caller asks for samples.
+A prompt's answer is the same in a batch as alone, up to rounding: models that padding disturbs
+answer one by one. Decoding is greedy, unless a caller asks for samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor
 
 from neftune_dist.config import EvaluateConfig, UserError
+from neftune_dist.model.families import answers_in_batches, first_position, longest_document
 from neftune_dist.system.model_files import generation_settings
 
 
@@ -54,9 +55,25 @@ class Generator:
     device: torch.device
     synced: bool = False
 
-    def arguments(self, max_new_tokens: int, **sampling: Any) -> dict[str, Any]:
-        """Arguments of transformers' `generate`: greedy without `sampling`, the evaluation's
-        repetition penalty, and the end tokens."""
+    @torch.no_grad()
+    def run(
+        self,
+        prompts: Sequence[list[int]],
+        max_new_tokens: int,
+        processors: Sequence[transformers.LogitsProcessor] = (),
+        streamer: Any = None,
+        sampling: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """Answer prompts by transformers' `generate`, with the evaluation's repetition penalty and
+        end tokens; return the new tokens, (num_prompts, num_new).
+
+        Args:
+            prompts: their tokens, padded on the left here.
+            max_new_tokens: of an answer.
+            processors: change the scores of the next token after the repetition penalty.
+            streamer: gets the tokens as they come.
+            sampling: as `GenerationConfig` takes it; None: decoding is greedy.
+        """
         config = transformers.GenerationConfig(
             **(sampling or {"do_sample": False, "num_beams": 1}),
             max_new_tokens=max_new_tokens,
@@ -64,11 +81,24 @@ class Generator:
             pad_token_id=self.end_tokens[0] if self.end_tokens else 0,
         )
         penalty = _Penalty(float(self.config.repetition_penalty), self.end_tokens)
-        return {
-            "generation_config": config,
-            "logits_processor": transformers.LogitsProcessorList([penalty]),
-            "synced_gpus": self.synced,
-        }
+        width = max(map(len, prompts))
+        # The repetition penalty sees masked padding, too (transformers 5). So a row is padded with
+        # its first token, which counts as seen anyway.
+        ids = torch.tensor([[row[0]] * (width - len(row)) + row for row in prompts])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
+        positions: dict[str, Tensor] = {}
+        if first := first_position(self.model.config):  # transformers would begin at 0
+            positions["position_ids"] = (mask.cumsum(-1) - 1 + first).to(self.device)
+        out: Tensor = self.model.generate(
+            ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            generation_config=config,
+            logits_processor=transformers.LogitsProcessorList([penalty, *processors]),
+            synced_gpus=self.synced,
+            streamer=streamer,
+            **positions,
+        )
+        return out[:, width:]
 
 
 def end_tokens(folder: Path, hf_config: Any, of_template: Sequence[int]) -> list[int]:
@@ -84,37 +114,20 @@ def end_tokens(folder: Path, hf_config: Any, of_template: Sequence[int]) -> list
     return sorted({*own, *of_template})
 
 
-@torch.no_grad()
 def generate(
     generator: Generator,
     prompts: Sequence[list[int]],
-    limit: int | None,
     processors: Sequence[transformers.LogitsProcessor] = (),
 ) -> list[Generated]:
-    """Answer prompts as one batch.
-
-    Args:
-        generator: the model.
-        prompts: their tokens.
-        limit: most tokens of a prompt and its answer that the model takes; None: any.
-        processors: change the scores of the next token after the repetition penalty; the greatest
-            is taken.
-    """
-    width = max(map(len, prompts))
-    # The repetition penalty sees masked padding, too (transformers 5). So a row is padded with its
-    # first token, which counts as seen anyway.
-    ids = torch.tensor([[row[0]] * (width - len(row)) + row for row in prompts])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
-    arguments = generator.arguments(_room(width, generator.config, limit))
-    arguments["logits_processor"].extend(processors)
-    out: Tensor = generator.model.generate(
-        ids.to(generator.device), attention_mask=mask.to(generator.device), **arguments
-    )
-    return [_generated(row, generator) for row in out[:, width:].tolist()]
+    """Answer prompts as one batch, of `batches`; of the scores after `processors` the greatest is
+    taken."""
+    limit = longest_document(generator.model.config)
+    room = _room(max(map(len, prompts)), generator.config, limit)
+    return [_generated(row, generator) for row in generator.run(prompts, room, processors).tolist()]
 
 
 def batches(
-    prompts: Sequence[list[int]], config: EvaluateConfig, limit: int | None, name: str
+    prompts: Sequence[list[int]], config: EvaluateConfig, hf_config: Any, name: str
 ) -> list[list[int]]:
     """Indices of prompts of similar length, longest first, so that too large a batch fails at once.
 
@@ -123,12 +136,13 @@ def batches(
     Args:
         prompts: their tokens.
         config: the section `evaluate`.
-        limit: as `generate` takes it.
+        hf_config: of the model.
         name: of a prompt, in messages.
 
     Raises:
         UserError: the model takes no answer after one of them.
     """
+    limit = longest_document(hf_config)
     for i, prompt in enumerate(prompts):
         if limit is not None and len(prompt) >= limit:
             raise UserError(
@@ -138,7 +152,7 @@ def batches(
     lengths = [len(prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: (-lengths[i], i))
     cut = [i for i in order if _room(lengths[i], config, limit) < config.max_new_tokens]
-    full, size = order[len(cut) :], config.batch_size
+    full, size = order[len(cut) :], config.batch_size if answers_in_batches(hf_config) else 1
     return [[i] for i in cut] + [full[i : i + size] for i in range(0, len(full), size)]
 
 

@@ -27,7 +27,7 @@ from neftune_dist.planning.memory import Peak
 from neftune_dist.planning.simulate import simulate, simulated_settings
 from neftune_dist.planning.suggestions import suggest_changes, suggest_faster
 from neftune_dist.system.checkpoint_names import bytes_per_parameter
-from neftune_dist.system.text import duration_text
+from neftune_dist.system.text import duration_text, size_text
 from neftune_dist.training.inputs import check_vocabulary
 from neftune_dist.training.noise import num_passes
 
@@ -147,7 +147,7 @@ def plan(
     if given.dataset is not None and given.sampler is not None:
         flops = _log_work(given.dataset, given.sampler, given.size, config, log)
     disk = given.size.num_trained * bytes_per_parameter(config.optim)
-    log(f"disk: {disk / GIB:.2f} GiB a checkpoint, {config.checkpoint.keep or 'all'} of them kept")
+    log(f"disk: {size_text(disk)} a checkpoint, {config.checkpoint.keep or 'all'} of them kept")
     peak = given.peak(config, world_size)
     for line in _memory_lines(config, peak, world_size, given.sampler):
         log(line)

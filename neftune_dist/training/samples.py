@@ -20,7 +20,6 @@ from neftune_dist.data.tokenize import ConversationTokenizer
 from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import Engine
 from neftune_dist.model.attention import attention_of
-from neftune_dist.model.families import longest_document
 from neftune_dist.model.generation import Generator, batches, end_tokens, generate
 from neftune_dist.model.optimizations import without_compiling
 
@@ -35,14 +34,12 @@ class Prompts:
         asked: in the file's order.
         ids: their tokens, by the run's template.
         batches: indices of those that are answered together.
-        limit: most tokens of a prompt and its answer that the model takes; None: any.
         tokenizer, end_tokens: of the run.
     """
 
     asked: list[Instruction]
     ids: list[list[int]]
     batches: list[list[int]]
-    limit: int | None
     tokenizer: Any
     end_tokens: list[int]
 
@@ -62,11 +59,11 @@ def read(config: Config, folder: Path, tokenizer: Any, hf_config: Any) -> Prompt
         return None
     asked = read_prompts(name, _KEY)
     template = ConversationTokenizer(tokenizer, config.data)
-    limit, shown = longest_document(hf_config), f"{_KEY}={name}: prompt"
+    shown = f"{_KEY}={name}: prompt"
     ids = prompt_ids(asked, template, shown)
-    parts = batches(ids, config.evaluate, limit, shown)
+    parts = batches(ids, config.evaluate, hf_config, shown)
     ends = end_tokens(folder, hf_config, template.end_of_turn[0])
-    return Prompts(asked, ids, parts, limit, tokenizer, ends)
+    return Prompts(asked, ids, parts, tokenizer, ends)
 
 
 class SampleAnswers:
@@ -97,7 +94,7 @@ class SampleAnswers:
             for batch in self.prompts.batches:
                 if self.world.any(stop_requested()):
                     return None
-                answers = generate(generator, [ids[i] for i in batch], self.prompts.limit)
+                answers = generate(generator, [ids[i] for i in batch])
                 for i, answer in zip(batch, answers, strict=True):
                     text = asked[i].text
                     found[i] = {"step": step, "index": i, "instruction": text, **vars(answer)}

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
-from neftune_dist.config import DataConfig, UserError
+from neftune_dist.config import DataConfig, EvaluateConfig, UserError
 from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.formats import to_conversation
 from neftune_dist.data.instructions import Instruction, read_instructions, read_prompts
@@ -22,9 +23,11 @@ from neftune_dist.distributed.world import World
 from neftune_dist.evaluation import answers as answering
 from neftune_dist.evaluation.answers import Draws, answer_all
 from neftune_dist.evaluation.target import EvaluationTarget, open_target
-from neftune_dist.model.generation import Generated, generate
+from neftune_dist.model import generation
+from neftune_dist.model.generation import Generated, Generator, batches, generate
 from tests.support import tiny_model
 from tests.support.shared_data import shared
+from tests.support.shrunk import shrunk
 
 WORDS = [
     "model.dtype=fp32",
@@ -62,24 +65,25 @@ def prompts() -> list[list[int]]:
     ]
 
 
-def by_hand(target: EvaluationTarget, prompt: list[int]) -> list[int]:
+def by_hand(model: Any, prompt: list[int], config: EvaluateConfig, end: int) -> list[int]:
     """Greedy decoding of one prompt with the penalty of CTRL, without cache or padding; the
     end of an answer is not penalised, although every prompt holds it."""
-    config, ids = target.config.evaluate, list(prompt)
+    ids = list(prompt)
     for _ in range(config.max_new_tokens):
         with torch.no_grad():
-            scores = target.model(torch.tensor([ids])).logits[0, -1]
-        for token in set(ids) - {END}:
+            scores = model(torch.tensor([ids])).logits[0, -1]
+        for token in set(ids) - {end}:
             factor = config.repetition_penalty
             scores[token] = scores[token] * factor if scores[token] < 0 else scores[token] / factor
         ids.append(int(scores.argmax()))
-        if ids[-1] == END:
+        if ids[-1] == end:
             break
     return ids[len(prompt) :]
 
 
 def test_a_padded_batch_answers_as_each_prompt_alone(target: EvaluationTarget) -> None:
-    said = [by_hand(target, prompt) for prompt in prompts()]
+    config = target.config.evaluate
+    said = [by_hand(target.model, prompt, config, END) for prompt in prompts()]
     finished = [tokens[-1] == END for tokens in said]
     assert {True, False} == set(finished)
     expected = [
@@ -90,7 +94,24 @@ def test_a_padded_batch_answers_as_each_prompt_alone(target: EvaluationTarget) -
         )
         for tokens, done in zip(said, finished, strict=True)
     ]
-    assert generate(target.generator, prompts(), None) == expected
+    assert generate(target.generator, prompts()) == expected
+
+
+@pytest.mark.parametrize("model_type", ["bart", "roberta", "rwkv"])
+def test_model_that_padding_disturbs_answers_as_alone(model_type: str) -> None:
+    """Positions that count padding, that begin after its number, and a state that holds it."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(shrunk(model_type)).eval()
+    model.generation_config = transformers.GenerationConfig()
+    config, device = EvaluateConfig(max_new_tokens=6), torch.device("cpu")
+    generator, short = Generator(model, None, [2], config, device), [p[:9] for p in prompts()]
+    asked = [[3 + token % 80 for token in prompt] for prompt in short]
+    with torch.no_grad():
+        for batch in batches(asked, config, model.config, "Prompt"):
+            rows = generator.run([asked[i] for i in batch], 6).tolist()
+            for i, row in zip(batch, rows, strict=True):
+                said = by_hand(model, asked[i], config, 2)
+                assert row[: len(said)] == said
 
 
 def instructions(number: int) -> list[Instruction]:
@@ -169,20 +190,20 @@ def test_sampled_answers_depend_on_prompt_and_sample_alone(
         outputs[3 * i + sample] for i in (4, 5, 6) for sample in range(2)
     ]
     # Near temperature 0 they are the greedy answers.
-    greedy = generate(target.generator, prompts(), None)
-    assert generate(target.generator, prompts(), None, [Draws(prompts(), [7] * 10, 1e-6)]) == greedy
+    greedy = generate(target.generator, prompts())
+    assert generate(target.generator, prompts(), [Draws(prompts(), [7] * 10, 1e-6)]) == greedy
 
 
 def test_long_prompt_shortens_only_its_own_answer(
     target: EvaluationTarget, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answering, "longest_document", lambda _: 50)
-    free = generate(target.generator, prompts(), None)
+    free = generate(target.generator, prompts())
+    monkeypatch.setattr(generation, "longest_document", lambda _: 50)
     rows = answer_all(target, instructions(10), prompts(), tmp_path, world)
     for row, prompt, generated in zip(rows, prompts(), free, strict=True):
         room = min(24, 50 - len(prompt))
         assert row["num_tokens"] == min(generated.num_tokens, room)
-    monkeypatch.setattr(answering, "longest_document", lambda _: 30)
+    monkeypatch.setattr(generation, "longest_document", lambda _: 30)
     with pytest.raises(UserError, match="Instruction 5 has 30 tokens"):
         answer_all(target, instructions(10), prompts(), tmp_path, world)
 
