@@ -85,8 +85,10 @@ class ChatTemplate:
     @cached_property
     def _takes_parts(self) -> bool:
         """Whether contents must be lists of parts: those of some models of pictures and text."""
-        contents = _SAID, [{"type": "text", "text": _SAID}]
-        return self._takes_second([{"role": "user", "content": content}] for content in contents)
+        part = {"type": "text", "text": _SAID}
+        ways = [[{"role": "user", "content": content}] for content in (_SAID, [part])]
+        # One that cuts texts may write the list itself.
+        return self._takes_second(ways) and not self._writes(str(part), ways[1])
 
     @cached_property
     def _takes_text_arguments(self) -> bool:

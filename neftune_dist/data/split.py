@@ -83,11 +83,13 @@ def split_documents(
         whole, fraction = divmod(source.weight, 1)
         more = _keyed(stats["content"][chosen], _FRACTION) < np.uint64(fraction * 2**64)
         times[chosen] = int(whole) + more
-    train = np.repeat(np.arange(len(times)), times)
-    if not len(train):
-        raise UserError("The weights in data.mixture leave no document to train on: raise one.")
+        if len(chosen) and not times[chosen].any():
+            raise UserError(
+                f"data.mixture[{i}].weight={source.weight} leaves none of "
+                f"{count_text(len(chosen), 'document')} to train on: raise it."
+            )
     return Split(
-        train=train,
+        train=np.repeat(np.arange(len(times)), times),
         held_out=np.flatnonzero(held_out),
         repeated=np.flatnonzero(repeated),
         leaked=np.flatnonzero(leaked),

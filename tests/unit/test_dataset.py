@@ -780,6 +780,8 @@ def test_a_weight_is_the_times_that_a_document_occurs(
     assert report.num_tokens == int(made.train.lengths.sum())
     told = f"A.jsonl: 100 rows, 100 documents, {found['A'].total()} occurrences in an epoch"
     assert any(told in line for line in report.lines())
+    with pytest.raises(UserError, match=r"mixture\[1\]\.weight=1e-06 leaves none of 200 documents"):
+        prepare(mixed(write, {}, {"weight": 1e-6}, {}), tiny_tokenizer)
     # A repetition is a document of its own, of the same tokens.
     ids = [made.train[i][0].tolist() for i in range(len(made.train))]
     assert ids[0] == ids[1] and made.train.gather(np.array([0, 1]))[0].tolist() == ids[0] * 2

@@ -345,8 +345,13 @@ def test_a_generation_prompt_may_open_a_thought(tiny_tokenizer: Any) -> None:
 
 
 def test_a_template_that_changes_the_answer_is_refused(tiny_tokenizer: Any) -> None:
-    for role, turn in (("user", 1), ("assistant", 2)):
-        shouted = f"m['content'] | upper if m['role'] == '{role}' else m['content']"
+    """In upper case, or cut (which would write a list of parts as Python shows it)."""
+    for role, turn, changed in (
+        ("user", 1, "| upper"),
+        ("assistant", 2, "| upper"),
+        ("user", 1, "[:6]"),
+    ):
+        shouted = f"m['content'] {changed} if m['role'] == '{role}' else m['content']"
         shouting = with_template(tiny_tokenizer, TURNS.replace("m['content']", shouted) + ASK)
         with pytest.raises(BadRow, match=f"changes what the {role} says in turn {turn}"):
             make(shouting).render(conversation("a", "b"))
