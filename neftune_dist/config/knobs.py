@@ -122,7 +122,8 @@ class Knob:
             raise UserError(f"{name} is empty.")
         # NaN fails every comparison.
         if not all(getattr(operator, test)(value, bound) for test, bound in self.bounds.items()):
-            raise UserError(f"{name}={value} is out of range: it must be {self.allowed}.")
+            finite = "" if math.isfinite(value) else " and finite"
+            raise UserError(f"{name}={value} is out of range: it must be {self.allowed}{finite}.")
         if isinstance(value, str) and _UNPRINTABLE.search(value):
             raise UserError(f"{name}={value!a} contains control characters.")
         if self.is_path:

@@ -252,7 +252,7 @@ class OptimConfig:
     epsilon: float = number(1e-8, gt=0, le=1)
     """Added to the denominator of the update."""
     weight_decay: float = number(0.0, ge=0, le=10)
-    """Decoupled weight decay, of matrices only."""
+    """Decoupled weight decay, of matrices only, not of stacked biases."""
     max_grad_norm: float = number(1.0, ge=0)
     """Clip the gradient's global norm to this; 0: no clipping."""
     states: str = choice("fp32", "bf16", "8bit")

@@ -25,7 +25,8 @@ _NORM_ELEMENTS = 1 << 18  # of gradients in host memory, at a time
 
 @dataclass(frozen=True)
 class MakeOptimizer:
-    """Builds AdamW over an engine's shards. Weight decay falls on matrices only.
+    """Builds AdamW over an engine's shards. Weight decay falls on matrices only, and not on stacked
+    biases (gpt-oss's experts).
 
     Attributes:
         config: the section `optim`.
@@ -46,11 +47,15 @@ class MakeOptimizer:
             parameters: names and the shards to update.
             shapes: of the whole parameters, by name.
         """
-        matrices = [p for name, p in parameters if len(shapes[name]) >= 2]
-        vectors = [p for name, p in parameters if len(shapes[name]) < 2]
+        matrices = {name for name, shape in shapes.items() if len(shape) >= 2} - {
+            name for name in shapes if name.endswith("bias")
+        }
         groups = [
-            {"params": matrices, "weight_decay": self.config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
+            {
+                "params": [p for name, p in parameters if (name in matrices) == decays],
+                "weight_decay": w,
+            }
+            for decays, w in ((True, self.config.weight_decay), (False, 0.0))
         ]
         groups = [group for group in groups if group["params"]]
         settings: dict[str, Any] = {

@@ -69,8 +69,8 @@ def warmup_lines(config: Config, num_steps: int) -> list[str]:
     if config.noise.alpha:
         steps["noise"] = config.noise.warmup_steps
     return [
-        f"warning: {section}.warmup_steps={number} outlasts the run's {num_steps} steps, which "
-        f"reach {num_steps / number:.0%} of the peak"
+        f"warning: {section}.warmup_steps={number} outlasts the run's "
+        f"{count_text(num_steps, 'step')}: {num_steps / number:.0%} of the peak is reached"
         for section, number in steps.items()
         if number > num_steps
     ]

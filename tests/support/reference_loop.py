@@ -35,14 +35,16 @@ def train(model: Any, config: Config, skipped: Sequence[int] = ()) -> list[dict[
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.name_or_path)
     dataset = prepare(config.data, tokenizer)
     sampler = make_sampler(config.train, len(dataset.train), dataset.content)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         [
             {
-                "params": [p for p in trained if p.dim() >= 2],
-                "weight_decay": config.optim.weight_decay,
-            },
-            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+                "params": [p],
+                "weight_decay": config.optim.weight_decay
+                if p.dim() >= 2 and not name.endswith("bias")
+                else 0.0,
+            }
+            for name, p in trained
         ],
         eps=config.optim.epsilon,
     )
@@ -67,7 +69,9 @@ def train(model: Any, config: Config, skipped: Sequence[int] = ()) -> list[dict[
                 loss = F.cross_entropy(logits[learned], ids[1:][learned], reduction="sum")
                 (loss / number).backward()
                 total += float(loss.detach())
-            norm = torch.nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(
+                [p for _, p in trained], config.optim.max_grad_norm
+            )
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config.optim, step, sampler.num_steps)
             if step + 1 not in skipped:

@@ -85,7 +85,13 @@ def test_runs_shorter_than_their_warm_up_have_a_rate(schedule: str) -> None:
         assert all(math.isfinite(rate) for rate in rates)
 
 
-SHAPES = {"embed.weight": (7, 4), "norm.weight": (4,), "head.weight": (7, 4), "head.bias": (7,)}
+SHAPES = {
+    "embed.weight": (7, 4),
+    "norm.weight": (4,),
+    "head.weight": (7, 4),
+    "head.bias": (7,),
+    "experts.down_proj_bias": (3, 4),  # a row an expert
+}
 
 
 def test_decay_falls_on_matrices_by_their_whole_shape() -> None:
@@ -95,6 +101,7 @@ def test_decay_falls_on_matrices_by_their_whole_shape() -> None:
         ("norm.weight", torch.nn.Parameter(torch.ones(2))),
         ("head.weight", torch.nn.Parameter(torch.ones(0))),
         ("head.bias", torch.nn.Parameter(torch.ones(4))),
+        ("experts.down_proj_bias", torch.nn.Parameter(torch.ones(6))),
     ]
     optimizer = MakeOptimizer(config(weight_decay=0.5))(shards, SHAPES)
     decay = {
@@ -105,6 +112,7 @@ def test_decay_falls_on_matrices_by_their_whole_shape() -> None:
         "head.weight": 0.5,
         "norm.weight": 0.0,
         "head.bias": 0.0,
+        "experts.down_proj_bias": 0.0,
     }
 
 
