@@ -50,7 +50,6 @@ _MAY_CHANGE = (
 )
 
 _FIRST_ORDER = "sorted"  # of versions that recorded no order: documents sorted by a hash
-_FIX = "set another run_dir, or restore the configuration that made it."
 
 
 def find(run_dir: Path, config: Config, world: World) -> store.Checkpoint | None:
@@ -119,11 +118,14 @@ def check_same_run(
     Raises:
         UserError: naming what differs.
     """
+    auto = config.checkpoint.resume == "auto"
+    anew = "set another run_dir" if auto else "leave checkpoint.resume out"
+    fix = f"{anew}, or restore the configuration that made it."
     other = differing_fields(state["identity"]["architecture"], identity["architecture"])
     if other:
         raise UserError(
             f"The checkpoint {found.folder} is of another model than this run's, by its "
-            f"{', '.join(other)}: {_FIX}"
+            f"{', '.join(other)}: {fix}"
         )
     # Settings unknown to the version that saved it had their default's effect.
     before, now = Config().to_dict(), config.to_dict()
@@ -144,7 +146,7 @@ def check_same_run(
         accept = accept if {*can} & {*refused} else ""
         raise UserError(
             f"The checkpoint {found.folder} was made with other settings of {shown}: restore them, "
-            f"{accept}or set another run_dir."
+            f"{accept}or {anew}."
         )
     place = config.model.weights or config.model.name_or_path
     ways = {
@@ -161,14 +163,14 @@ def check_same_run(
     if order != identity["order"]:
         raise UserError(
             f"The checkpoint {found.folder} was made by a version of neftune_dist that takes the "
-            f"documents in another order ({order}, now {identity['order']}): set another run_dir, "
+            f"documents in another order ({order}, now {identity['order']}): {anew}, "
             "or resume with that version."
         )
     for key, way in ways.items():
         # Earlier versions recorded no template, and base is recorded with adapters only.
         default = identity.get(key) if key in ("template", "base") else None
         if state["identity"].get(key, default) != identity.get(key):
-            raise UserError(f"The checkpoint {found.folder} was {way}: {_FIX}")
+            raise UserError(f"The checkpoint {found.folder} was {way}: {fix}")
     return [
         f"{key} was {_value(before, key)}, is now {_value(now, key)}"
         for key in (*changed, *_LENGTH)

@@ -21,6 +21,7 @@ from neftune_dist.model.families import check_lengths
 from neftune_dist.model.flops import ModelSize, model_size
 from neftune_dist.model.stored_tensors import to_record
 from neftune_dist.system.records import EVALUATIONS, SAMPLES, STEPS
+from neftune_dist.system.text import count_text
 from neftune_dist.training import samples
 from neftune_dist.training.held_out import evaluation_due
 from neftune_dist.training.loop import Progress
@@ -159,7 +160,8 @@ def _progress(state: dict[str, Any], config: Config, num_steps: int) -> Progress
     if config.checkpoint.resume != "auto" and progress.is_over(num_steps, patience):
         raise UserError(
             f"checkpoint.resume={config.checkpoint.resume} leaves nothing to train: it is of step "
-            f"{progress.step}, and this run has {num_steps} steps and train.patience={patience}: "
+            f"{progress.step}, and this run has {count_text(num_steps, 'step')} and "
+            f"train.patience={patience}: "
             "set a larger train.max_steps or train.num_epochs."
         )
     return progress
