@@ -24,7 +24,6 @@ _MEANINGS = {
     "exp_avg": "Adam's first moments",
     "exp_avg_sq": "Adam's second moments",
 }
-_DAMAGED = "damaged: "
 
 
 class Row(NamedTuple):
@@ -40,7 +39,7 @@ class Row(NamedTuple):
     @property
     def is_damaged(self) -> bool:
         """Whether it should be a checkpoint and is not what was written."""
-        return self.state.startswith(_DAMAGED)
+        return self.state.startswith(store.DAMAGED)
 
 
 _HEADS = Row("step", "size", "age", "state", "saved by", "continues")
@@ -57,19 +56,14 @@ def rows(run_dir: Path, *, verify: bool) -> list[Row]:
     """
     if not (run_dir / "checkpoints").is_dir():
         raise UserError(f"{run_dir} holds no checkpoints.")
-    complete = {checkpoint.folder: checkpoint for checkpoint in store.find_all(run_dir)}
-    fates = {path: f"passed over: {why}" for path, why in store.odd_entries(run_dir)}
-    fates |= {path: "unfinished; the next save removes it" for path in store.leftovers(run_dir)}
-    fates |= {path: "damaged and put aside; nothing reads it" for path in store.put_aside(run_dir)}
-    fates |= {path: f"{_DAMAGED}{flaw}" for path, flaw in store.damaged_folders(run_dir)}
     found = []
-    for folder in sorted({*complete, *fates}):
+    for path, fate, why in store.entries(run_dir):
         with suppress(FileNotFoundError):  # a run that continues has removed or renamed it
-            if folder in complete:
-                found.append(_complete_row(complete[folder], verify))
+            if fate == store.COMPLETE:
+                found.append(_complete_row(store.Checkpoint(path), verify))
             else:
-                sizes = (path.stat().st_size for path in folder.rglob("*") if path.is_file())
-                found.append(_row(folder, sum(sizes), fates[folder]))
+                sizes = (part.stat().st_size for part in path.rglob("*") if part.is_file())
+                found.append(_row(path, sum(sizes), f"{fate}{why}"))
     return found
 
 
@@ -106,14 +100,14 @@ def _complete_row(checkpoint: store.Checkpoint, verify: bool) -> Row:
     except UserError:
         flaw = "trainer_state.json cannot be read"
     if flaw:
-        return _row(checkpoint.folder, size, f"{_DAMAGED}{flaw}")
+        return _row(checkpoint.folder, size, f"{store.DAMAGED}{flaw}")
     engine = state["config"]["engine"]
     stage = f" stage {engine['zero_stage'] or 3}" if engine["name"] == "deepspeed" else ""
     left = state["num_steps"] - checkpoint.step
     return _row(
         checkpoint.folder,
         size,
-        "complete, verified" if verify else "complete",
+        f"{store.COMPLETE}, verified" if verify else store.COMPLETE,
         f"{engine['name']}{stage}, {count_text(state['world_size'], 'rank')}",
         f"{count_text(left, 'step')} left of {state['num_steps']}, on any engine and world size",
     )

@@ -8,7 +8,7 @@ not of the files that one node sees on a shared file system.
 
 Only files that a save wrote are ever removed; of a link only the link. A folder that holds any
 other file is kept, and so is any other entry whose name resembles a checkpoint's. Saving continues,
-and `odd_entries` lists them.
+and `entries` says why.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -43,6 +43,10 @@ _FILES = re.compile(
     r"__\d+_\d+\.distcp|\.?metadata.*|manifest\.json|trainer_state\.json|\..*\.new|.*\.tmp|\.nfs.*"
 )
 STATE = "trainer_state.json"
+# What becomes of an entry named like a checkpoint, in words for people; some are followed by why.
+COMPLETE, DAMAGED, ODD = "complete", "damaged: ", "passed over: "
+UNFINISHED = "unfinished; the next save removes it"
+PUT_ASIDE = "damaged and put aside; nothing reads it"  # a later save of that step took its name
 _MANIFEST_FORM = {"step": int, "files": {str: WrittenFile}}
 # What is read of the trainer's state; versions to come may write more.
 _STATE_FORM = {
@@ -106,9 +110,8 @@ def begin(run_dir: Path, step: int) -> Path:
     root = run_dir / "checkpoints"
     partial = root / f"step_{step:08d}{_PARTIAL}"
     with explained(partial):
-        for leftover in root.glob(f"step_*{_PARTIAL}"):
-            if _is_of_saves(leftover):
-                storage.remove(leftover)
+        for leftover in [e.path for e in entries(run_dir) if e.fate == UNFINISHED]:
+            storage.remove(leftover)
         _clear(partial, partial.name)
         partial.mkdir(parents=True)
     return partial
@@ -152,17 +155,35 @@ def publish(
         storage.write(root / "latest", f"{final.name}\n", durable=True)
     try:
         _prune(root.parent, step, settings, best_step)
-        for path, why in odd_entries(root.parent):
-            _warn_once(f"{path} is passed over: {why}.")
+        for path, fate, why in entries(root.parent):
+            if why and fate != DAMAGED:
+                _warn_once(f"{path} is passed over: {why}.")
     except OSError as error:  # the checkpoint is there, and the next save tries again
         where = error.filename or root
         _warn_once(f"an old checkpoint was not removed: {where}: {error.strerror or error}.")
 
 
+class Entry(NamedTuple):
+    """An entry that is named like a checkpoint.
+
+    Attributes:
+        fate: COMPLETE, DAMAGED, UNFINISHED, PUT_ASIDE or ODD.
+        why: of one that is DAMAGED or ODD, or is COMPLETE and never removed.
+    """
+
+    path: Path
+    fate: str
+    why: str = ""
+
+
+def entries(run_dir: Path) -> list[Entry]:
+    """What is named like a checkpoint, by name."""
+    return [_entry(path) for path in sorted((run_dir / "checkpoints").glob("step_*"))]
+
+
 def find_all(run_dir: Path) -> list[Checkpoint]:
     """Checkpoints whose files have their manifests' sizes, newest first."""
-    folders = (run_dir / "checkpoints").glob("step_*")
-    complete = [Checkpoint(f) for f in folders if step_of(f) is not None and not _flaw(f)]
+    complete = [Checkpoint(e.path) for e in entries(run_dir) if e.fate == COMPLETE]
     return sorted(complete, key=lambda checkpoint: -checkpoint.step)
 
 
@@ -181,37 +202,7 @@ def damage_error(checkpoint: Checkpoint, flaw: str) -> UserError:
 
 def damaged_folders(run_dir: Path) -> list[tuple[Path, str]]:
     """Folders with a published checkpoint's name that are not complete, and the flaw of each."""
-    folders = sorted((run_dir / "checkpoints").glob("step_*"))
-    named = (folder for folder in folders if step_of(folder) is not None and folder.is_dir())
-    return [(folder, flaw) for folder in named if (flaw := _flaw(folder))]
-
-
-def leftovers(run_dir: Path) -> list[Path]:
-    """Folders left by a crash while saving or pruning; the next save removes them."""
-    return _of_saves(run_dir, f"step_*{_PARTIAL}")
-
-
-def put_aside(run_dir: Path) -> list[Path]:
-    """Damaged checkpoints whose names a later save of the same step has taken."""
-    return _of_saves(run_dir, f"step_*{_DAMAGED}*")
-
-
-def _of_saves(run_dir: Path, pattern: str) -> list[Path]:
-    return sorted(filter(_is_of_saves, (run_dir / "checkpoints").glob(pattern)))
-
-
-def odd_entries(run_dir: Path) -> list[tuple[Path, str]]:
-    """Entries named like checkpoints that are never removed, and the reason for each."""
-    odd = []
-    for path in sorted((run_dir / "checkpoints").glob("step_*")):
-        if path.is_symlink() and not path.exists():
-            odd.append((path, "a link that leads nowhere"))
-        elif step_of(path) is not None and path.is_dir():
-            if not path.is_symlink() and not _flaw(path) and (name := _unlisted(path)):
-                odd.append((path, f"it holds {name}, which no save wrote"))
-        elif not _is_of_saves(path):
-            odd.append((path, "not made by a save"))
-    return odd
+    return [(path, why) for path, fate, why in entries(run_dir) if fate == DAMAGED]
 
 
 def open_checkpoint(path: Path, *, patient: bool = False, key: str = "") -> Checkpoint:
@@ -269,6 +260,18 @@ def _unlisted(folder: Path) -> str | None:
     except (UserError, FileNotFoundError):  # a run that continues has removed it
         return None
     return min((n for n in names if n not in listed and not n.startswith(".nfs")), default=None)
+
+
+def _entry(path: Path) -> Entry:
+    if step_of(path) is not None and path.is_dir():
+        if flaw := _flaw(path):
+            return Entry(path, DAMAGED, flaw)
+        name = None if path.is_symlink() else _unlisted(path)
+        return Entry(path, COMPLETE, f"it holds {name}, which no save wrote" if name else "")
+    if _is_of_saves(path):
+        return Entry(path, UNFINISHED if _PARTIAL in path.name else PUT_ASIDE)
+    leads_nowhere = path.is_symlink() and not path.exists()
+    return Entry(path, ODD, "a link that leads nowhere" if leads_nowhere else "not made by a save")
 
 
 def _is_of_saves(path: Path) -> bool:

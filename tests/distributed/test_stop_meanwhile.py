@@ -137,8 +137,7 @@ def evaluated(run_dir: Path) -> list[int]:
 
 def published(run_dir: Path) -> list[int]:
     """Newest first; none is damaged, and nothing is half-written."""
-    assert store.damaged_folders(run_dir) == []
-    assert store.leftovers(run_dir) == []
+    assert all(entry.fate == store.COMPLETE for entry in store.entries(run_dir))
     found = store.find_all(run_dir)
     assert [checkpoint.first_flaw() for checkpoint in found] == [None] * len(found)
     return [checkpoint.step for checkpoint in found]
