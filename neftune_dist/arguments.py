@@ -65,6 +65,8 @@ def bounded(kind: type[int] | type[float], least: float, greatest: float) -> Cal
 
 def _run_dir(text: str) -> Path:
     path = user_path(text, "RUN_DIR")
+    if path.is_file():
+        raise UserError(f"RUN_DIR={text} is a file: give the directory of a run.")
     for part in (path, path.parent):
         # A run of its own may lie in a folder of that name.
         if part.name == "checkpoints" and (part.parent / "config.yaml").is_file():

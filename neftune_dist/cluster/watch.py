@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -34,22 +35,22 @@ def watch(run_dir: Path, every_seconds: float, once: bool) -> None:
         once: print one screen; so it is without a terminal.
 
     Raises:
-        UserError: no run directory.
+        UserError: no run directory, or no longer.
     """
-    if not (run_dir / STEPS).exists() and not (run_dir / "logs").is_dir():
-        raise UserError(f"{run_dir} is no run directory: it holds neither {STEPS} nor logs/.")
     once = once or not sys.stdout.isatty()
-    while True:
-        width = shutil.get_terminal_size().columns
-        lines = screen_lines(run_dir, time.time(), width)
-        if once:
-            print("\n".join(lines), flush=True)
-            return
-        print(_CLEAR + "\n".join(line[:width] for line in lines), flush=True)
-        try:
+    with suppress(KeyboardInterrupt):
+        while True:
+            if not (run_dir / STEPS).exists() and not (run_dir / "logs").is_dir():
+                raise UserError(
+                    f"{run_dir} is no run directory: it holds neither {STEPS} nor logs/."
+                )
+            width = shutil.get_terminal_size().columns
+            lines = screen_lines(run_dir, time.time(), width)
+            if once:
+                print("\n".join(lines), flush=True)
+                return
+            print(_CLEAR + "\n".join(line[:width] for line in lines), flush=True)
             time.sleep(every_seconds)
-        except KeyboardInterrupt:
-            return
 
 
 def screen_lines(run_dir: Path, now: float, width: int = 80) -> Iterator[str]:

@@ -260,11 +260,12 @@ def _model_fields(
     is_measured: bool,
 ) -> dict[str, Any]:
     """Name, configuration and folder of a model that belongs to no run."""
-    if path.exists() and not (path / "config.json").is_file():
-        raise UserError(
-            f"{name} cannot be evaluated: it is neither a run directory (config.yaml), nor a "
-            "checkpoint (RUN_DIR/checkpoints/step_00000020), nor a model directory (config.json)."
+    if not (path / "config.json").is_file() and (path.exists() or locate.is_path(name)):
+        neither = (
+            "it is neither a run directory (config.yaml), nor a checkpoint "
+            "(RUN_DIR/checkpoints/step_00000020), nor a model directory (config.json)"
         )
+        raise UserError(f"{name} is no model: {neither if path.exists() else 'it does not exist'}.")
     if config_file is not None:
         check_sealed(Path(config_file).parent)  # a run's own, perhaps
     words = [f"model.name_or_path={name}", *_KEYS_OF_THE_RUNS_MODEL, *settings]

@@ -13,6 +13,7 @@ from neftune_dist.config import (
     load_config,
     settings_yaml,
     shipped_configs,
+    user_path,
 )
 from neftune_dist.planning.report import GIB, needed, read
 
@@ -51,11 +52,11 @@ def write_configuration(name: str, words: Sequence[str], output: Path | None) ->
     Raises:
         UserError: a wrong setting, or a file that exists.
     """
-    path = output or Path(f"{name}.yaml")
+    path = output or user_path(f"{name}.yaml", "NAME")
     if path.exists():
         raise UserError(f"{path} exists and is not overwritten: choose another with --output.")
     base = shipped_configs().get(name, shipped_configs()[_BASE])
-    config = load_config(base, [f"run_dir=runs/{name}", *words])
+    config = load_config(base, [f"run_dir=runs/{Path(name).name}", *words])
     lines = [
         f"# {name}: each setting stands below its meaning; its allowed values follow it. All other",
         "# settings have their defaults: neftune-dist config",

@@ -35,6 +35,8 @@ def protect() -> None:
             os.fstat(descriptor)
         except OSError:  # closed: else the next file that is opened would become it
             os.open(os.devnull, os.O_RDWR)
+    if sys.stdin is None:  # as Python makes it where it was closed
+        sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)))
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is not getattr(sys, f"__{name}__"):

@@ -28,6 +28,7 @@ from neftune_dist.config import (
     with_checksum,
 )
 from neftune_dist.distributed import environment, outcome
+from neftune_dist.system import console
 from neftune_dist.system.checkpoint_names import newest_step
 from tests.support import tiny_model
 
@@ -362,6 +363,12 @@ def test_broken_console_does_not_end_a_verb(verb: str, place: str, tmp_path: Pat
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
     assert done.returncode == (2 if place == "/dev/full" else 0), done.stderr
     assert ("No space left" in done.stderr) == (place == "/dev/full")
+
+
+def test_closed_standard_input_is_one_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    console.protect()
+    assert sys.stdin.fileno() == 0
 
 
 def test_user_path_expands_the_home(monkeypatch: pytest.MonkeyPatch) -> None:

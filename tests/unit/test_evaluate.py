@@ -182,8 +182,8 @@ def refused(*words: object) -> str:
 
 
 def test_path_without_a_model_is_refused(folder: Path, tmp_path: Path) -> None:
-    assert "cannot be evaluated: it is neither a run directory" in refused(tmp_path)
-    assert "is no model directory" in refused(tmp_path / "nowhere")
+    assert "is no model: it is neither a run directory" in refused(tmp_path)
+    assert "nowhere is no model: it does not exist" in refused(tmp_path / "nowhere")
     assert "cannot be downloaded from the hub" in refused("nobody/nothing-of-that-name")
     (tmp_path / "checkpoints").mkdir()
     said = refused(tmp_path / "checkpoints" / "step_00000007")

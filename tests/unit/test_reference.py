@@ -225,6 +225,19 @@ def test_init_makes_the_folder_of_its_file(
     assert "next: neftune-dist plan 'my runs/mine.yaml';" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["~/mine", "a/mine", "../mine"])
+def test_init_of_a_path_makes_a_run_of_its_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert ended("init", name, f"model.name_or_path={tmp_path / 'absent'}") == 0
+    [made] = tmp_path.rglob("*.yaml")
+    assert made == Path(name).expanduser().with_suffix(".yaml").resolve()
+    assert load_config(made).run_dir == "runs/mine"
+
+
 def test_init_overwrites_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
