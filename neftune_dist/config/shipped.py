@@ -43,6 +43,8 @@ def find_config(given: str | os.PathLike[str], folder: Path = Path()) -> Path:
         for found in difflib.get_close_matches(name, sorted({*beside, *shipped}), n=1)
     ]
     hint = f"did you mean {near[0]}?" if near else f"shipped are {', '.join(shipped)}."
+    if "=" in os.fspath(given):
+        hint = "give CONFIG before the settings."
     raise UserError(f"The configuration file {path} cannot be read: there is no such file; {hint}")
 
 

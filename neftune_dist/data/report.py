@@ -16,7 +16,7 @@ from neftune_dist.system.text import count_text
 
 NAMED_ROWS = 20  # bad rows that the report names, of one source
 _FEW_ENDS = 0.5  # share of documents with a supervised end below which a warning is given
-_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 # By whether a token is supervised, two for each case, so that neighbouring tokens differ.
 _COLOURS = {True: ("\x1b[30;42m", "\x1b[30;102m"), False: ("\x1b[37m", "\x1b[90m")}
 _RESET = "\x1b[0m"
@@ -105,8 +105,8 @@ class SourceReport(RowCounts):
 
     Attributes:
         name: the source's.
-        num_documents: rows that can be learned from.
-        num_too_long: rows over `data.max_length`, cut or lost; the longest has longest_tokens.
+        num_documents: documents with a supervised token.
+        num_too_long: documents over `data.max_length`, cut or lost; the longest has longest_tokens.
         num_occurrences: documents in an epoch; 0 for the held-out source.
         formats: rows of each format that can be used.
         examples: the place of the first row of what a counter counts.
@@ -150,7 +150,7 @@ class SourceReport(RowCounts):
         name = f"{key}={self.name}"
         if self.num_rows == 0:
             raise UserError(f"{name} is empty.")
-        bad, good = self.num_bad_rows, self.num_rows - self.num_bad_rows
+        bad = self.num_bad_rows
         rows = count_text(self.num_rows, "row")
         if bad > config.max_bad_fraction * self.num_rows:
             raise UserError(
@@ -165,10 +165,11 @@ class SourceReport(RowCounts):
                 f"{config.max_length}, {self.num_nothing_to_learn} have no supervised token within "
                 "it."
             )
-        if self.num_too_long > config.max_cut_fraction * good:
+        documents = self.num_rows - bad + self.num_added_by_split
+        if self.num_too_long > config.max_cut_fraction * documents:
             raise UserError(
-                f"{name}: {self.num_too_long} of {count_text(good, 'document')} would be cut or "
-                f"lost by data.max_length={config.max_length}, more than "
+                f"{name}: {self.num_too_long} of {count_text(documents, 'document')} would be cut "
+                f"or lost by data.max_length={config.max_length}, more than "
                 f"data.max_cut_fraction={config.max_cut_fraction}; the longest has "
                 f"{self.longest_tokens} tokens: raise the first, or accept it by the second."
             )
@@ -315,13 +316,18 @@ def _marked(tokenizer: Any, ids: list[int], supervised: list[int], colour: bool)
     for i, (start, text) in enumerate(_texts(tokenizer, ids)):
         learned = bool(supervised[start])
         # The terminal would obey a control character; a line break is shown as a sign and obeyed.
-        text = _CONTROL.sub(lambda found: chr(0x2400 + ord(found[0])), text)
+        text = _CONTROL.sub(_sign, text)
         breaks, text = "\n" * ("\n" in text), text.replace("\n", "↵")
         if colour:
             pieces.append(f"{_COLOURS[learned][i % 2]}{text}{_RESET}{breaks}")
         else:
             pieces.append((f"⟦{text}⟧" if learned else text) + breaks)
     return "".join(pieces)
+
+
+def _sign(found: re.Match[str]) -> str:
+    """A character in place of a control character; U+009B begins commands, too, and has no sign."""
+    return chr(0x2400 + ord(found[0])) if found[0] < " " else "\ufffd"
 
 
 def _texts(tokenizer: Any, ids: list[int]) -> Iterator[tuple[int, str]]:

@@ -170,7 +170,12 @@ def test_file_of_the_name_comes_before_the_shipped_configuration(
 
 @pytest.mark.parametrize(
     ("given", "near"),
-    [("alpaca-7c", "alpaca-7b"), ("my-rum.yaml", "my-run.yaml"), ("zzz", "shipped are alpaca-13b")],
+    [
+        ("alpaca-7c", "alpaca-7b"),
+        ("my-rum.yaml", "my-run.yaml"),
+        ("zzz", "shipped are alpaca-13b"),
+        ("data.source=/rows.json", "give CONFIG before the settings"),
+    ],
 )
 def test_missing_configuration_names_the_nearest(
     given: str, near: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

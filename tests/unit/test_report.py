@@ -19,7 +19,7 @@ from tests.support.documents import with_template
 
 ENDLESS = "{% for m in messages %}{{ m.content }} {% endfor %}"
 BROKEN = {"instruction": "Nothing is said.", "output": ""}
-CHARACTERS = {"instruction": "A cat?\nAn \x0bemoji?", "output": "😀\n\nTwo.  "}
+CHARACTERS = {"instruction": "A cat?\nAn \x0bemoji?\x9b1m", "output": "😀\n\nTwo.  "}
 
 
 def warnings(lines: list[str]) -> list[str]:
@@ -100,7 +100,7 @@ def test_documents_are_shown(write: Callable[..., DataConfig], tiny_tokenizer: A
     for i, said in enumerate(texts(made.train, tiny_tokenizer)):
         (ids, supervised), text = made.train[i], everything[i]
         bare = re.sub("[⟦⟧]", "", text).replace("↵↵\n", "\n\n").replace("↵\n", "\n")
-        assert bare == said.replace("\x0b", "\u240b")
+        assert bare == said.replace("\x0b", "\u240b").replace("\x9b", "\ufffd")
         learned = tiny_tokenizer.decode(ids[supervised == 1].tolist())
         assert re.sub("[⟦⟧\n]", "", "".join(re.findall("⟦.*?⟧", text))) == learned.replace(
             "\n", "↵"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -153,6 +154,12 @@ def test_split_rows_are_counted_and_held_out_whole(
         ids, supervised = dataset.held_out[i]
         expected = f"{talk.turns[-1].content}<|endoftext|>"
         assert decode(tiny_tokenizer, ids[supervised == 1]) == expected
+    # A share of the documents, not of the rows: the longer half is cut.
+    longest = int(dataset.train.lengths.max())
+    half = prepare(replace(config, max_length=longest - 1), tiny_tokenizer).report
+    assert half.num_truncated == 10
+    with pytest.raises(UserError, match="10 of 20 documents would be cut or lost"):
+        prepare(replace(config, max_length=longest - 1, max_cut_fraction=0.49), tiny_tokenizer)
     never = write(rows, template=str(path), split_conversations="never")
     with pytest.raises(UserError, match="turn 2 differently"):
         prepare(never, tiny_tokenizer)
