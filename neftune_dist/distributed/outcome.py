@@ -212,9 +212,10 @@ def _cause(by_rank: dict[int, Outcome], error: str) -> tuple[str, str]:
     return (STOPPED if stopped else DONE), ""
 
 
-def failed(folder: Path) -> bool:
-    """Whether a rank has recorded a failure, which the others may not survive."""
-    return any(end.kind not in (RUNNING, DONE, STOPPED) for end in _by_rank(folder).values())
+def is_over(folder: Path) -> bool:
+    """Whether a rank has recorded a failure, which the others may not survive, or all their end."""
+    kinds = {end.kind for end in _by_rank(folder).values()}
+    return bool(kinds - {RUNNING, DONE, STOPPED}) or (bool(kinds) and RUNNING not in kinds)
 
 
 def outcomes(run_dir: Path, last: Path | None = None) -> list[Outcome]:

@@ -278,7 +278,7 @@ def test_malformed_reports_of_ranks_are_ignored(tmp_path: Path) -> None:
                 (folder / name).write_text(json.dumps({**good, key: value}))
             past = outcome.outcomes(tmp_path)
             outcome.verdict(past, 3)
-            outcome.failed(folder)
+            outcome.is_over(folder)
             outcome.conclude(folder, 1, 0, "ended")
     (folder / "outcome.json").write_text(json.dumps(good))
     assert outcome.outcomes(tmp_path) == [outcome.Outcome(**good)]
@@ -287,7 +287,7 @@ def test_malformed_reports_of_ranks_are_ignored(tmp_path: Path) -> None:
 def test_removed_run_directory_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"run_dir=.* was removed"):
         outcome.conclude(tmp_path / "run" / "logs" / "attempt_0001", 1, 0, "")
-    assert not outcome.failed(tmp_path / "run" / "logs" / "attempt_0001")
+    assert not outcome.is_over(tmp_path / "run" / "logs" / "attempt_0001")
 
 
 def test_newest_step_needs_a_manifest(tmp_path: Path) -> None:

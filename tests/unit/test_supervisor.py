@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -90,14 +91,28 @@ def test_request_to_end_kills_the_processes(tmp_path: Path) -> None:
     assert time.monotonic() - began < 20 and "code -9" in error
 
 
-def test_processes_that_survive_a_failed_rank_are_killed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("kinds", "ended"), [(("running", "failed"), "failed"), (("done", "done"), "done")]
+)
+def test_processes_that_survive_a_failed_rank_or_the_end_of_all_are_killed(
+    kinds: tuple[str, ...], ended: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor, "_END_SECONDS", 0.5)
-    (tmp_path / "rank_1.json").write_text('{"kind": "failed", "error": "boom"}')
+    for rank, kind in enumerate(kinds):
+        (tmp_path / f"rank_{rank}.json").write_text(json.dumps({"kind": kind}))
     began = time.monotonic()
     error, _ = attend("import time; time.sleep(60)", tmp_path)
     assert 0.4 < time.monotonic() - began < 20 and "code -9" in error
+    assert outcome.conclude(tmp_path, 1, 1, error).kind == ended
+
+
+def test_processes_are_left_while_a_rank_is_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "_END_SECONDS", 0.1)
+    for rank, kind in enumerate(("running", "done")):
+        (tmp_path / f"rank_{rank}.json").write_text(json.dumps({"kind": kind}))
+    assert attend("import time; time.sleep(1.5)", tmp_path)[0] == ""
 
 
 def test_failures_without_progress_end_the_run(

@@ -39,7 +39,7 @@ from neftune_dist.system.records import STEPS, read_records
 _POLL_SECONDS = 0.2
 _SIGNAL_EVERY_SECONDS = 3.0
 _LOOK_EVERY_SECONDS = 5.0
-# Time of the other processes, once a rank has failed, before they are killed.
+# Time of the processes, once a rank has failed or all have ended, before they are killed.
 _END_SECONDS = 60.0
 # How long a batch script that was requeued waits to be ended by Slurm.
 _REQUEUED_SECONDS = 300.0
@@ -258,7 +258,7 @@ def _attend(
     copying = threading.Thread(target=_copy, args=(process.stdout, console), daemon=True)
     copying.start()
     began = time.monotonic()
-    signalled, looked, failed_at, late = 0.0, 0.0, None, ""
+    signalled, looked, over_at, late = 0.0, 0.0, None, ""
     while process.poll() is None:
         now = time.monotonic()
         if requests.stop and now - signalled > _SIGNAL_EVERY_SECONDS:
@@ -266,12 +266,12 @@ def _attend(
             _ask_to_stop(process.pid, job)
         if now - looked > _LOOK_EVERY_SECONDS:  # at a file a rank, on a network's file system
             looked = now
-            failed_at = failed_at or (now if outcome.failed(folder) else None)
+            over_at = over_at or (now if outcome.is_over(folder) else None)
             # Slurm may let srun wait for ever, for a node that came back before it was missed.
             overdue = now - began > seconds + _END_SECONDS
             if job and overdue and (missing := missing_hosts(folder, job.hosts)):
                 late = f"{', '.join(missing)} did not start within {seconds / 60:g} minutes"
-        if requests.kill or late or (failed_at and now - failed_at > _END_SECONDS):
+        if requests.kill or late or (over_at and now - over_at > _END_SECONDS):
             _kill_all(process)
         time.sleep(_POLL_SECONDS)
     _kill_all(process)  # processes that outlived it
