@@ -41,6 +41,7 @@ from neftune_dist.model.stored_tensors import split
 from neftune_dist.model.weights import WeightFiles
 from neftune_dist.system import storage
 from neftune_dist.system.checkpoint_names import MODEL_FOLDER
+from neftune_dist.system.text import count_text
 
 # Of --dtype, where it is not "original"; and those in which weights are written.
 _NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -282,6 +283,7 @@ def _card(state: Mapping[str, Any], folder: Path) -> str:
     if is_wrapped:
         trained += " of the text model; the towers are the base's"
     task = "image-text-to-text" if is_wrapped else "text-generation"
+    ranks = count_text(state["world_size"], "rank")
     return f"""---
 library_name: transformers
 pipeline_tag: {task}
@@ -299,5 +301,5 @@ Trained by neftune_dist {state["versions"]["neftune_dist"]} with {how}.
 | tokens | {progress["num_tokens"]}, {progress["num_supervised_tokens"]} of them supervised |
 | longest document | {config["data"]["max_length"]} tokens |
 | learning rate | {optim["learning_rate"]}, {optim["schedule"]}, warm-up {optim["warmup_steps"]} |
-| compute | {config["model"]["dtype"]}, {config["engine"]["name"]}, {state["world_size"]} ranks |
+| compute | {config["model"]["dtype"]}, {config["engine"]["name"]}, {ranks} |
 """

@@ -61,8 +61,8 @@ class NEFTuneHandle:
             raise ValueError("NEFTune is attached to this model already: remove() it first.")
         self._model_name, self._embedding = type(model).__name__, embedding
         self._embed_scale = embedding_scale(embedding)
-        parameters = inspect.signature(model.forward).parameters
-        self._names = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        # (A wrapper of PEFT's may pass on *args.)
+        self._names = next(filter(None, map(_positional_names, model.modules())), [])
         self._tensor_parallel = getattr(model, "tp_size", None) not in (None, 1)
         # Where documents are packed without a mask, it fills the row after the last one.
         self.padding_token: int | None = padding_token(model)
@@ -312,6 +312,11 @@ def counter_word(name: str, value: SupportsIndex, bits: int = 32) -> int:
     if not 0 <= whole < 1 << bits:
         raise ValueError(f"{name}={value} is out of range: a whole number from 0 to 2^{bits} - 1.")
     return whole
+
+
+def _positional_names(module: nn.Module) -> list[str]:
+    parameters = inspect.signature(module.forward).parameters.values()
+    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
 def _data_parallel_rank() -> int:

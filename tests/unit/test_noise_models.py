@@ -217,6 +217,15 @@ def test_lora_trains_under_the_same_noise(name: str) -> None:
         assert noise.num_fired == 1
 
 
+def test_arguments_by_position_are_read_through_peft() -> None:
+    """Its wrapper for no task in particular passes on *args, which have no names there."""
+    model = peft.get_peft_model(make(), peft.LoraConfig(target_modules=["q_proj"])).train()
+    with NEFTune(ALPHA).attach(model):
+        logits = model(IDS, MASK, use_cache=False).logits
+    with NEFTune(ALPHA).attach(model):
+        assert torch.equal(logits, model(input_ids=IDS, attention_mask=MASK).logits)
+
+
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapted_embedding_keeps_its_scale(name: str) -> None:
     model = adapted(make("gemma3_text"), name)
