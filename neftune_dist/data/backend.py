@@ -47,8 +47,11 @@ def prefix_ids(tokenizer: Any) -> list[int]:
     """The tokens that the tokenizer puts before a text: a letter, or a token's text where it knows
     no letter."""
     for text in ("a", *(tokenizer.decode([i]) for i in range(min(1000, len(tokenizer))))):
-        ids: list[int] = tokenizer(text)["input_ids"]
-        own = tokenizer(text, add_special_tokens=False)["input_ids"]
+        try:
+            ids: list[int] = tokenizer(text)["input_ids"]
+            own = tokenizer(text, add_special_tokens=False)["input_ids"]
+        except Exception:  # outside the vocabulary of one without an unknown token
+            continue
         places = range(len(ids) - len(own) + 1)
         if own and (found := [i for i in places if ids[i : i + len(own)] == own]):
             return ids[: found[0]]
@@ -60,15 +63,18 @@ def exact_offsets(text: str, encoding: Any) -> np.ndarray:
     every byte of a run of unknown characters the offsets of the run; here it has its character's.
     """
     offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-    begins = np.diff(offsets, axis=0, prepend=-1).any(axis=1)
-    runs = np.append(np.flatnonzero(begins), len(offsets))
-    several = (np.diff(runs) > 1) & (np.diff(offsets[runs[:-1]], axis=1)[:, 0] > 1)
-    for first, last in zip(runs[:-1][several], runs[1:][several], strict=True):
-        begin, end = offsets[first]
+    first, last = offsets.T
+    shared = (last[1:] - first[1:] > 1) & (first[1:] == first[:-1])
+    if not shared.any():
+        return offsets
+    tokens = encoding.tokens
+    for begin, end in np.unique(offsets[1:][shared], axis=0):
+        start, stop = np.searchsorted(first, [begin, end])  # where a token of a space may be, too
+        run = slice(start + np.flatnonzero(last[start:stop] == end)[0], stop)
         said = [character.encode() for character in text[begin:end]]
-        if encoding.tokens[first:last] == [f"<0x{byte:02X}>" for byte in b"".join(said)]:
+        if tokens[run] == [f"<0x{byte:02X}>" for byte in b"".join(said)]:
             place = begin + np.repeat(np.arange(len(said)), [*map(len, said)])
-            offsets[first:last] = np.stack([place, place + 1], axis=1)
+            offsets[run] = np.stack([place, place + 1], axis=1)
     return offsets
 
 
@@ -82,6 +88,18 @@ def unknown_character(backend: Any, text: str) -> str:
     known = backend.get_vocab()
     unknown = (c for c in normalised if c not in known and not (splits and c.isspace()))
     return next(unknown, "")
+
+
+def may_refuse(backend: Any) -> bool:
+    """Whether a text may have no tokens: characters or words outside the vocabulary are an error
+    without an unknown token, and one in Python may change the text."""
+    if isinstance(backend, SlowBackend):
+        return True
+    try:
+        backend.encode("\U0010fffd")
+    except Exception:  # pyo3 has no type for it
+        return True
+    return False
 
 
 def drops_characters(backend: Any) -> bool:

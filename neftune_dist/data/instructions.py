@@ -98,7 +98,7 @@ def read_prompts(name: str, key: str) -> list[Instruction]:
     if path.suffix != ".txt":
         return read_instructions(name, 0, key)[0]
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, ValueError) as error:  # not UTF-8
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise UserError(f"{key}={name} cannot be read: {reason}.") from error

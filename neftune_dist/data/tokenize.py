@@ -22,6 +22,7 @@ from neftune_dist.data.backend import (
     backend_of,
     drops_characters,
     exact_offsets,
+    may_refuse,
     prefix_ids,
     unknown_character,
 )
@@ -30,6 +31,7 @@ from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.errors import BadRow
 from neftune_dist.data.loss_mask import LossMask
 from neftune_dist.data.spans import SPEAKERS, TEXT, Chunk, Rendered, Span
+from neftune_dist.system.text import first_line
 
 # Conversations on which a fixed prompt in Jinja is compared with the tokens made here.
 _EXCHANGE = (Turn("user", "What is 2 + 3?\nSay it."), Turn("assistant", "It is 5."))
@@ -73,6 +75,7 @@ class ConversationTokenizer:
         name = tokenizer.name_or_path or type(tokenizer).__name__
         self._backend = backend_of(tokenizer)
         self._drops_characters = tokenizer.is_fast and drops_characters(self._backend)
+        self._may_refuse = may_refuse(self._backend)
         # The tokens that the tokenizer puts before a text. A chat template writes its own.
         self._prefix = np.array(prefix_ids(tokenizer), np.int32)
         self._chat: ChatTemplate | None = None
@@ -124,8 +127,8 @@ class ConversationTokenizer:
         text = found[-1][1].text
         if self._drops_characters and (unknown := unknown_character(self._backend, text)):
             raise BadRow(f"the tokenizer has no token for {unknown!a}")
-        if not self.tokenizer.is_fast:
-            self.encode([rendered for _, rendered in found])  # raises where it cannot
+        if self._may_refuse:
+            self.encode([rendered for _, rendered in found])
         return found
 
     def render(self, conversation: Conversation) -> Rendered:
@@ -208,7 +211,10 @@ class ConversationTokenizer:
             return own, ""
         begin, end = chunk.spans[-1][:2]
         tail = chunk.text[begin:end].rpartition(_ANY_ANSWER)[2].strip()
-        [(ids, _)] = self._tokenize([tail], literal=False)
+        try:
+            [(ids, _)] = self._tokenize([tail], literal=False)
+        except BadRow:
+            ids = np.zeros(0, np.int32)
         last, known = int(ids[-1]) if len(ids) else -1, self.tokenizer.added_tokens_decoder
         if last in own or last in known:
             return sorted({*own, last}), ""
@@ -285,7 +291,12 @@ class ConversationTokenizer:
         """input_ids int32 (length,) of every text, without special tokens around it, and half-open
         character offsets int64 (length, 2)."""
         backend = self._literal if literal else self._backend
-        encoded = backend.encode_batch(texts, add_special_tokens=False)
+        try:
+            encoded = backend.encode_batch(texts, add_special_tokens=False)
+        except BadRow:
+            raise
+        except Exception as error:  # pyo3 has no type for it
+            raise BadRow(f"the tokenizer refuses the text: {first_line(error)}") from error
         pairs = zip(texts, encoded, strict=True)
         return [(np.array(e.ids, np.int32), exact_offsets(text, e)) for text, e in pairs]
 

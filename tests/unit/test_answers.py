@@ -305,9 +305,9 @@ def test_prompts_of_a_file_in_the_home_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "prompts.txt").write_text("Hello?\n\nWhy?\n")
+    (tmp_path / "prompts.txt").write_text("Hel\u2028lo?\n\nWhy?\n")
     asked = read_prompts("~/prompts.txt", "evaluate.sample_prompts")
-    assert [instruction.text for instruction in asked] == ["Hello?", "Why?"]
+    assert [instruction.text for instruction in asked] == ["Hel\u2028lo?", "Why?"]
 
 
 def test_prompt_that_cannot_be_asked_is_named_by_its_line(tmp_path: Path) -> None:

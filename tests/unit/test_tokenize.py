@@ -494,6 +494,29 @@ def test_bytes_of_unknown_characters_are_their_own_tokens() -> None:
     assert tokenizer.convert_ids_to_tokens(made.input_ids[made.supervised == 1]) == expected
 
 
+@pytest.mark.parametrize("kind", ["WordLevel", "WordPiece", "Unigram", "BPE"])
+def test_tokenizer_without_an_unknown_token_refuses_a_text(kind: str) -> None:
+    """An error of the row, also while the tokenizer and its template are probed."""
+    vocab = {"b": 0, "c": 1, "</s>": 2}
+    settings: dict[str, Any] = {"unk_token": "[X]"} if kind == "BPE" else {}
+    given = [(name, -1.0) for name in vocab] if kind == "Unigram" else vocab
+    model = getattr(models, kind)(given, *([[]] if kind == "BPE" else []), **settings)
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' %' }}{% endfor %}"
+    template = make(tokenizer)
+    with pytest.raises(BadRow, match=r"the tokenizer refuses the text: .*(unknown|[Uu]nk|UNK)"):
+        template.documents(conversation("b", "c"))
+    assert template.end_of_turn == (
+        [2],
+        "the chat template ends an answer with %, which is no token",
+    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    made = document(make(tokenizer), conversation("b", "c b"))
+    assert made.input_ids.tolist() == [0, 2, 1, 0, 2] and made.end_learned
+
+
 def test_literal_tokenizer_reads_special_tokens_as_text(tmp_path: Path) -> None:
     """Copies are shared, and one does not become the other; a token added later is in the next."""
     tokenizer = tiny_model.make_tokenizer(tmp_path)
