@@ -24,7 +24,10 @@ def choose(run_dir: Path, step: StepChoice) -> store.Checkpoint:
     about = ""
     if step == "best":
         step = _best_step(run_dir)
-        about = ", which has the lowest held-out loss (checkpoint.keep_best=true keeps it)"
+        about = (
+            ", which has the lowest held-out loss (checkpoint.keep_best=true keeps it, in the run "
+            "that made it)"
+        )
     found = store.find_all(run_dir)
     broken = store.damaged_folders(run_dir)
     if not found:

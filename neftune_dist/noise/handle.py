@@ -115,7 +115,7 @@ class NEFTuneHandle:
     def alpha(self, value: float) -> None:
         check_alpha(value)
         if value and not self._removers:
-            raise ValueError("NEFTune was attached with alpha=0, which puts on no hooks.")
+            raise ValueError("NEFTune was attached with alpha=0, or removed: it has no hooks.")
         self._strength = value
         self._alpha.fill_(value * self._sign)
 
@@ -158,8 +158,8 @@ class NEFTuneHandle:
 
     def remove(self) -> None:
         """Take the noise off; the model is as it was before."""
-        for remover in self._removers:
-            remover.remove()
+        while self._removers:
+            self._removers.pop().remove()
         _UNDER_WAY.pop(self._number, None)
         if getattr(self._embedding, _MARK, None) is self:
             setattr(self._embedding, _MARK, None)

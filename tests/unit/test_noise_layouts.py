@@ -606,7 +606,7 @@ BAD: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
     "described as another batch": ("described with 5 tokens", describe_too_few),
     "embeddings passed by the caller": (
-        "call the model with input_ids",
+        "call it with input_ids; if it names them otherwise, describe",
         lambda: attached()(input_ids=None, inputs_embeds=torch.zeros(2, 12, 64)),
     ),
     "no embedding": (

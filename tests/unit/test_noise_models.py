@@ -519,7 +519,11 @@ def test_an_exception_takes_the_noise_off() -> None:
         raise ZeroDivisionError
     assert hooks(model) == 0
     assert_equal(model, loss_of(model, input_ids=IDS), expected)
-    NEFTune(ALPHA).attach(model).remove()
+    removed = NEFTune(ALPHA).attach(model)
+    removed.remove()
+    removed.remove()
+    with pytest.raises(ValueError, match="or removed: it has no hooks"):
+        removed.alpha = ALPHA
 
 
 @pytest.mark.parametrize("where", ["layers", "embed_tokens"])
