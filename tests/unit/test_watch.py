@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from neftune_dist.cli import main
-from neftune_dist.cluster.watch import screen_lines
+from neftune_dist.cluster.watch import screen_lines, watch
+from neftune_dist.config import UserError
 
 
 def record(step: int, **changes: Any) -> dict[str, Any]:
@@ -143,6 +146,19 @@ def test_other_folder_exits_2(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     with pytest.raises(SystemExit) as left:
         main(["watch", str(tmp_path)])
     assert left.value.code == 2 and "is no run directory" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as left:
+        main(["watch", __file__])
+    assert left.value.code == 2 and "is a file: give the directory" in capsys.readouterr().err
+
+
+def test_watch_ends_where_the_run_is_removed(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(time, "sleep", lambda _: shutil.rmtree(run_dir))
+    with pytest.raises(UserError, match="is no run directory"):
+        watch(run_dir, 1.0, once=False)
+    assert "step 20 of 40" in capsys.readouterr().out
 
 
 def test_without_a_terminal_one_screen_is_printed_without_torch(run_dir: Path) -> None:
