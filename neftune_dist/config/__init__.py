@@ -24,7 +24,7 @@ from neftune_dist.config.json_files import (
 from neftune_dist.config.knobs import Knob
 from neftune_dist.config.loading import load_config
 from neftune_dist.config.packages import check_evaluation_packages, check_packages, require
-from neftune_dist.config.paths import user_path
+from neftune_dist.config.paths import read_text, user_path
 from neftune_dist.config.reference import json_schema, reference
 from neftune_dist.config.sections import (
     BUILTIN_SOURCE,

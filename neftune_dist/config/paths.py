@@ -41,3 +41,20 @@ def user_path(text: str, key: str) -> Path:
             f"name and {_PATH_BYTES} for a path."
         )
     return path
+
+
+def read_text(text: str, key: str) -> str:
+    """The text of the file that a setting names, without a byte order mark.
+
+    Raises:
+        UserError: it cannot be read, or is a pipe, which could wait for ever.
+    """
+    path = user_path(text, key)
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is not a file")
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        not_text = isinstance(error, ValueError)
+        reason = "it is not UTF-8" if not_text else getattr(error, "strerror", None) or error
+        raise UserError(f"{key}={text} cannot be read: {reason}.") from error

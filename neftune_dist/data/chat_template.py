@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import TemplateSyntaxError
 
-from neftune_dist.config import UserError, user_path
+from neftune_dist.config import UserError, read_text
 from neftune_dist.config.limits import limited
 from neftune_dist.data import prompt_templates
 from neftune_dist.data.conversation import Conversation, Turn
@@ -231,13 +231,8 @@ def read_template(tokenizer: Any, template: str, name: str) -> str:
         UserError: there is none, or it cannot be read.
     """
     if template != "chat":
-        try:
-            with bounded():
-                # "sig": without a byte order mark
-                return user_path(template, "data.template").read_text(encoding="utf-8-sig")
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"data.template={template} cannot be read: {reason}.") from error
+        with bounded():
+            return read_text(template, "data.template")
     own: str | dict[str, str] | None = tokenizer.chat_template
     if isinstance(own, dict) and own:
         return by_name(own, name)

@@ -21,7 +21,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from neftune_dist.config import BUILTIN_SOURCE, HELD_OUT, Config, UserError, user_path
+from neftune_dist.config import BUILTIN_SOURCE, HELD_OUT, Config, UserError, read_text, user_path
 from neftune_dist.data import fields
 from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.dataset import Dataset
@@ -97,15 +97,10 @@ def read_prompts(name: str, key: str) -> list[Instruction]:
     path = user_path(name, key)
     if path.suffix != ".txt":
         return read_instructions(name, 0, key)[0]
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
-    except (OSError, ValueError) as error:  # not UTF-8
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise UserError(f"{key}={name} cannot be read: {reason}.") from error
     found = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(name, key).split("\n"), 1):
         try:
-            if line:
+            if line := line.strip():
                 found.append(_instruction({"instruction": line}, path.stem))
         except BadRow as error:
             raise UserError(f"{key}={name}, line {number}: {error}.") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gzip
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -319,3 +320,13 @@ def test_prompt_that_cannot_be_asked_is_named_by_its_line(tmp_path: Path) -> Non
         read_prompts(str(path), "evaluate.sample_prompts")
     path.write_text("\ufeffHello?\n", encoding="utf-8")
     assert read_prompts(str(path), "evaluate.sample_prompts")[0].text == "Hello?"
+
+
+@pytest.mark.parametrize("name", ["pipe.txt", "pipe.jinja"])
+def test_pipe_is_refused_and_not_waited_for(name: str, tmp_path: Path, tiny_tokenizer: Any) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=rf"\.{name.partition('.')[2]} cannot be read: it is not a"):
+        if name.endswith("txt"):
+            read_prompts(str(tmp_path / name), "evaluate.sample_prompts")
+        else:
+            ConversationTokenizer(tiny_tokenizer, DataConfig(template=str(tmp_path / name)))
