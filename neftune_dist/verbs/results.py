@@ -150,7 +150,9 @@ def _evaluate(target: str, step: int | None, best: bool, model: str | None, **op
             raise UserError(f"--config={given} has no effect with --model, which takes the run's.")
         run_dir = user_path(target, "RUN_DIR")
         options["config_file"] = run_dir / "config.yaml"
-        options["output"] = options["output"] or run_dir / "evaluations" / Path(model).name
+        options["output"] = (
+            options["output"] or run_dir / "evaluations" / Path(os.path.abspath(model)).name
+        )
     stop = StopSignal()
     environment.find_place()
     from neftune_dist.evaluation.evaluate import evaluate

@@ -181,6 +181,19 @@ def refused(*words: object) -> str:
     return str(raised.value)
 
 
+@pytest.mark.parametrize(("model", "name"), [(".", "base"), ("../base/", "base"), ("o/m", "m")])
+def test_results_of_another_model_lie_under_its_name(
+    model: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path / "base")
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(evaluate, "evaluate", lambda _, **options: given.update(options) or 0)
+    with pytest.raises(SystemExit):
+        main(["evaluate", "run", "--model", model])
+    assert given["output"] == Path("run/evaluations") / name
+
+
 def test_path_without_a_model_is_refused(folder: Path, tmp_path: Path) -> None:
     assert "is no model: it is neither a run directory" in refused(tmp_path)
     assert "nowhere is no model: it does not exist" in refused(tmp_path / "nowhere")
