@@ -29,6 +29,7 @@ from neftune_dist.config import JudgeConfig, UserError
 BACKOFF_SECONDS = 1.0  # before the first retry; doubled before each further one
 _LONGEST_PAUSE_SECONDS = 600.0
 _LARGEST_REPLY_BYTES = 2**20
+_MOST_TOKENS = 2**32  # of one reply, by its own count
 _BYTES_PER_TOKEN = 3.5  # English has 4 to 5: the estimate is on the high side
 _TOKENS_AROUND = 10  # of a request's message
 
@@ -200,8 +201,9 @@ class Endpoint:
             choice = reply["choices"][0]
             text, usage = choice["message"].get("content") or "", reply.get("usage") or {}
             used = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-            if not isinstance(text, str):
-                raise TypeError
+            # Counts bound the cost, and are multiplied by prices.
+            if not (isinstance(text, str) and all(0 <= count < _MOST_TOKENS for count in used)):
+                raise ValueError
         except Exception:  # any other JSON may be there, of any depth
             start = self.clean(content.decode(errors="replace"))[:80]
             message = f"{self.url} does not answer as OpenAI's chat completions do: {start!r}"

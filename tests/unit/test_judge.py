@@ -260,7 +260,9 @@ def test_passing_faults_are_retried(server: Server, compare: Compared) -> None:
         elif number == 2:
             handler.send(200, "<html>gateway</html>")
         elif number == 3:
-            handler.send(200, '{"choices": []}')
+            choices = [{"message": {"content": "Better: A"}}]
+            usage = {"prompt_tokens": 10**400}
+            handler.send(200, json.dumps({"choices": choices, "usage": usage}))
         elif number == 4:  # closed before an answer
             handler.connection.shutdown(socket.SHUT_RDWR)
         else:  # closed within it
