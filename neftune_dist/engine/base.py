@@ -173,19 +173,24 @@ def check_shardable(model: Any, needs_all_gradients: bool) -> None:
         )
 
 
-def without_gradient(
-    names: Sequence[str], has_gradient: Sequence[bool], device: torch.device, in_fixed_order: bool
-) -> set[str]:
-    """The parameters to which no rank has made a gradient in this step. A collective.
+def count_gradients(has_gradient: Sequence[bool], device: torch.device) -> Tensor:
+    """How many ranks have made a gradient in this step, for each trained parameter. A collective,
+    for which a GPU's host does not wait."""
+    counts = torch.tensor([float(has) for has in has_gradient]).to(device)
+    dist.all_reduce(counts)
+    return counts
+
+
+def without_gradient(names: Sequence[str], counts: Tensor, in_fixed_order: bool) -> set[str]:
+    """The parameters to which no rank has made a gradient in this step.
 
     Args:
-        names, has_gradient: of the trained parameters; whether this rank has made one.
+        names: of the trained parameters.
+        counts: of `count_gradients`.
         in_fixed_order: whether the engine adds up the gradients that ranks have by their order, so
             that one which a rank lacks shifts the others: `UserError`.
     """
-    flags = torch.tensor([float(has) for has in has_gradient]).to(device)
-    dist.all_reduce(flags)
-    num_ranks = dict(zip(names, flags.tolist(), strict=True))
+    num_ranks = dict(zip(names, counts.tolist(), strict=True))
     partly = [name for name, number in num_ranks.items() if 0 < number < dist.get_world_size()]
     if partly and in_fixed_order:
         raise UserError(

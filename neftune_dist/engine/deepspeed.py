@@ -33,6 +33,7 @@ from neftune_dist.engine.base import (
     FROZEN,
     FlatShard,
     check_shardable,
+    count_gradients,
     describe_state,
     dtype_name,
     make_trained_float32,
@@ -158,9 +159,8 @@ class DeepSpeedEngine:
         set_learning_rate(self.zero.optimizer, learning_rate)
         names = [name for name, _ in self.named]
         received, self.received = self.received, set()
-        unused = without_gradient(
-            names, [name in received for name in names], self.device, in_fixed_order=self.stage < 3
-        )
+        made = count_gradients([name in received for name in names], self.device)
+        unused = without_gradient(names, made, in_fixed_order=self.stage < 3)
         kept = [shard for shard in self.flat_state() if shard.name in unused]
         before = [shard.empty_copy(torch.empty_like) for shard in kept]
         for shard, content in zip(kept, before, strict=True):

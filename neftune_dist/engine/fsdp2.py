@@ -36,6 +36,7 @@ from neftune_dist.engine.base import (
     FlatShard,
     check_shardable,
     clip_and_update,
+    count_gradients,
     describe_state,
     dtype_name,
     make_trained_float32,
@@ -141,17 +142,15 @@ class FSDP2Engine:
 
     def step(self, learning_rate: float) -> float:
         """See `Engine.step`."""
-        if self.world.size > 1:
-            names, has_gradient = zip(
-                *((n, p.grad is not None) for n, p in self.named), strict=True
-            )
-            without_gradient(names, has_gradient, self.device, in_fixed_order=True)
+        made = count_gradients([p.grad is not None for _, p in self.named], self.world.device)
         grads = [p.grad.to_local() for _, p in self.named if isinstance(p.grad, DTensor)]
         square = squared_norm(grads).to(self.world.device)  # where the process group works
         dist.all_reduce(square, group=self.mesh["shard"].get_group())
         norm = square.sqrt().to(self.state_device)
         clip_and_update(self.optimizer, learning_rate, norm, self.max_grad_norm)
         self._refresh_scales()
+        # Read when the update is under way: read before it, a GPU would wait for the host.
+        without_gradient([name for name, _ in self.named], made, in_fixed_order=True)
         return float(norm)
 
     def flat_state(self) -> list[FlatShard]:
