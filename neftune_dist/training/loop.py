@@ -332,9 +332,9 @@ class Trainer:
         step, skipped = self.progress.step, self.progress.num_skipped_in_a_row
         first, most = step - skipped + 1, self.config.train.max_skipped_steps
         kept = (
-            f"The checkpoint of step {self.saved_step} holds all that was learned before"
+            f"The checkpoint of step {self.saved_step} holds all training before"
             if self.saved_step
-            else "Nothing had been learned before"
+            else "Nothing had been trained before"
         )
         raise Diverged(
             f"Steps {first} to {step} had no finite loss and gradient and were skipped: more in a "

@@ -28,9 +28,9 @@ class Fault:
         rank = int(os.environ.get("RANK", "0"))
         run, train_step = train.train, Trainer.train_step
 
-        def marked_run(config: Any) -> int:
+        def marked_run(*arguments: Any) -> int:
             try:
-                return run(config)
+                return run(*arguments)
             except Diverged as error:
                 if self.folder:
                     (self.folder / f"diverged_{rank}").write_text(str(error))

@@ -384,7 +384,7 @@ def test_too_many_skipped_steps_save_the_last_update_and_end_the_run(most: int) 
 
 def test_nothing_is_saved_of_a_run_that_never_learned() -> None:
     parts = Parts(grad_norms=[math.nan])
-    with pytest.raises(Diverged, match="Nothing had been learned before"):
+    with pytest.raises(Diverged, match="Nothing had been trained before"):
         make_trainer(parts, "train.max_skipped_steps=1", "checkpoint.every_steps=0").run()
     assert numbered(parts.events) == "1 2 wait"
 
