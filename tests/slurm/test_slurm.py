@@ -72,16 +72,6 @@ def signalled(slurm: Cluster, config: Path, limited: Job) -> Job:
     )
 
 
-def test_three_nodes_with_zero_3_train_what_one_does(slurm: Cluster, config: Path) -> None:
-    """FSDP2, on two nodes of two ranks: test_submitted_job_trains_what_one_node_does."""
-    run_dir, one_node = slurm.folder / "three_nodes", slurm.folder / "three_ranks"
-    words = (*WORDS, *ZERO_3)
-    job = slurm.sbatch("--nodes=3", TRAIN, config, f"run_dir={run_dir}", *words, "--processes=1")
-    tiny_model.train(config, one_node, *words, ranks=3)
-    assert job.wait() == "COMPLETED", job.output.read_text()
-    assert_same_run(run_dir, one_node)
-
-
 def test_node_that_does_not_come_is_named(slurm: Cluster) -> None:
     """A node that does not see the run directory writes into its own: it is not there."""
     folder = slurm.folder / "rendezvous"
@@ -105,18 +95,20 @@ def test_node_that_does_not_come_is_named(slurm: Cluster) -> None:
 
 
 def test_submitted_job_trains_what_one_node_does(slurm: Cluster, config: Path) -> None:
-    """launcher/submit.py as it stands, on a cluster as it stands."""
+    """launcher/submit.py as it stands, on a cluster as it stands; ZeRO-3, as FSDP2 trains in
+    `limited`. Three nodes meet in tests/unit/test_rendezvous.py."""
     run_dir, one_node = slurm.folder / "submitted", slurm.folder / "one_node"
+    words = (*WORDS, *ZERO_3)
     done = slurm.call(
         sys.executable,
         "launcher/submit.py",
         str(config),
         *("--nodes=2", "--gpus-per-node=2", "--time=0:20:00"),
         f"run_dir={run_dir}",
-        *WORDS,
+        *words,
     )
     assert done.returncode == 0, done.stderr
-    tiny_model.train(config, one_node, *WORDS, ranks=4)
+    tiny_model.train(config, one_node, *words, ranks=4)
     numbers = (run_dir / "submit" / "0001" / "job").read_text().split()
     job = Job(slurm, numbers[-1], run_dir / "logs" / f"slurm-{numbers[-1]}.out")
     assert job.wait() == "COMPLETED", done.stdout + job.output.read_text()
