@@ -484,7 +484,7 @@ def test_evaluation_on_full_disk_is_continued(run_dir: Path, tmp_path: Path) -> 
 
 
 def evaluated(run_dir: Path, folder: Path) -> int:
-    return evaluate(run_dir, output=folder, settings=WORDS)
+    return evaluate(run_dir, output=folder, stop=StopSignal(), settings=WORDS)
 
 
 # ----- races --------------------------------------------------------------------------------------
