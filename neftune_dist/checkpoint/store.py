@@ -110,8 +110,9 @@ def begin(run_dir: Path, step: int) -> Path:
     root = run_dir / "checkpoints"
     partial = root / f"step_{step:08d}{_PARTIAL}"
     with explained(partial):
-        for leftover in [e.path for e in entries(run_dir) if e.fate == UNFINISHED]:
-            storage.remove(leftover)
+        for path in root.glob(f"step_*{_PARTIAL}*"):  # not `entries`, which stats every shard
+            if _entry(path).fate == UNFINISHED:
+                storage.remove(path)
         _clear(partial, partial.name)
         partial.mkdir(parents=True)
     return partial
