@@ -119,8 +119,8 @@ def check_same_run(
         UserError: naming what differs.
     """
     auto = config.checkpoint.resume == "auto"
-    anew = "set another run_dir" if auto else "leave checkpoint.resume out"
-    fix = f"{anew}, or restore the configuration that made it."
+    way_out = "set another run_dir" if auto else "leave checkpoint.resume out"
+    fix = f"{way_out}, or restore the configuration that made it."
     other = differing_fields(state["identity"]["architecture"], identity["architecture"])
     if other:
         raise UserError(
@@ -146,7 +146,7 @@ def check_same_run(
         accept = accept if {*can} & {*refused} else ""
         raise UserError(
             f"The checkpoint {found.folder} was made with other settings of {shown}: restore them, "
-            f"{accept}or {anew}."
+            f"{accept}or {way_out}."
         )
     place = config.model.weights or config.model.name_or_path
     ways = {
@@ -163,7 +163,7 @@ def check_same_run(
     if order != identity["order"]:
         raise UserError(
             f"The checkpoint {found.folder} was made by a version of neftune_dist that takes the "
-            f"documents in another order ({order}, now {identity['order']}): {anew}, "
+            f"documents in another order ({order}, now {identity['order']}): {way_out}, "
             "or resume with that version."
         )
     for key, way in ways.items():

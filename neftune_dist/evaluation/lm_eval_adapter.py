@@ -221,9 +221,8 @@ class TaskModel(HFLM):
     ) -> None:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         own = copy.deepcopy(tokenizer)  # HFLM gives one without a padding token another
-        size = (
-            batch_size if answers_in_batches(model.config) else 1
-        )  # prompts are padded on the left
+        # HFLM pads prompts on the left.
+        size = batch_size if answers_in_batches(model.config) else 1
         super().__init__(pretrained=model, tokenizer=own, batch_size=size)
         self._world, self._log = world, log
         self.begin("")
