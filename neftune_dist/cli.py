@@ -22,7 +22,7 @@ from neftune_dist.system.imports import imports_reported
 _RANK_0_FIRST_SECONDS = 5.0
 # Verbs whose purpose is their output: they have failed if it cannot be written.
 _PRINTING = ("config", "completion", "plan", "prepare", "watch", "checkpoints", "doctor")
-_WRITE_ELSEWHERE = "choose a place that may be written, or change who may"
+_ELSEWHERE = "change who may read or write it, or choose another place"
 # transformers imports torchao wherever it is installed, which then warns of kernels for other GPUs.
 _NOISY = ("torchao", "torch.utils._pytree")
 # Advice on errors of the operating system; other errors are bugs of this program.
@@ -30,9 +30,9 @@ _ADVICE = {
     errno.ENOSPC: "make room on that disk",
     errno.EDQUOT: "make room within the quota",
     errno.EFBIG: "raise the limit of a file's size",
-    errno.EACCES: _WRITE_ELSEWHERE,
-    errno.EPERM: _WRITE_ELSEWHERE,
-    errno.EROFS: _WRITE_ELSEWHERE,
+    errno.EACCES: _ELSEWHERE,
+    errno.EPERM: _ELSEWHERE,
+    errno.EROFS: _ELSEWHERE,
     errno.ENOENT: "it does not exist, or was removed meanwhile",
     errno.ENOTDIR: "part of the path is a file",
     errno.EISDIR: "a file is needed",

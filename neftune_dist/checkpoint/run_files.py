@@ -116,8 +116,13 @@ def keep_small_files(model_folder: Path, run_dir: Path) -> None:
         target.unlink()
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(files):
-        if not file.name.endswith(".index.json"):
-            storage.write(target / file.name, file.read_bytes())
+        if file.name.endswith(".index.json"):
+            continue
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror or error}.") from error
+        storage.write(target / file.name, content)
 
 
 def files_within(folder: Path, pattern: str = "*") -> list[Path]:

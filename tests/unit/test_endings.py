@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from neftune_dist import cli
+from neftune_dist.checkpoint.run_files import keep_small_files
 from neftune_dist.cluster.launch import supervisor
 from neftune_dist.config import (
     KNOBS,
@@ -288,6 +289,18 @@ def test_removed_run_directory_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"run_dir=.* was removed"):
         outcome.conclude(tmp_path / "run" / "logs" / "attempt_0001", 1, 0, "")
     assert not outcome.is_over(tmp_path / "run" / "logs" / "attempt_0001")
+
+
+def test_file_of_the_base_that_may_not_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))  # as root never gets
+
+    (tmp_path / "generation_config.json").write_text("{}")
+    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    with pytest.raises(UserError, match=r"generation_config\.json cannot be read: Permission"):
+        keep_small_files(tmp_path, tmp_path / "run")
 
 
 def test_newest_step_needs_a_manifest(tmp_path: Path) -> None:

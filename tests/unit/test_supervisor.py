@@ -115,10 +115,17 @@ def test_processes_are_left_while_a_rank_is_at_work(
     assert attend("import time; time.sleep(1.5)", tmp_path)[0] == ""
 
 
+@pytest.mark.parametrize("disk_is_full", [False, True])
 def test_failures_without_progress_end_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    disk_is_full: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Each attempt fails with another error, so that none is the repetition of the one before."""
+    """Each attempt fails with another error, so that none is the repetition of the one before. A
+    disk on which the launcher can record no outcome does not hide the reason."""
+    if disk_is_full:
+        monkeypatch.setattr(outcome, "_write", lambda *_: False)
     script = (
         "import sys, time\n"
         "from neftune_dist.distributed import outcome\n"
@@ -131,8 +138,10 @@ def test_failures_without_progress_end_the_run(
     config.run_dir = str(run_dir)
     code = supervisor.launch(config, [], num_processes=1, max_restarts=1, minutes=1)
     assert code == outcome.EXIT_FAILED
-    assert "the last 2 attempts published no new checkpoint" in capfd.readouterr().out
-    assert [attempt.kind for attempt in outcome.outcomes(run_dir)] == [outcome.FAILED] * 2
+    said = capfd.readouterr().out
+    assert "the last 2 attempts published no new checkpoint" in said and "now it is" in said
+    recorded = outcome.LOST if disk_is_full else outcome.FAILED
+    assert [attempt.kind for attempt in outcome.outcomes(run_dir)] == [recorded] * 2
 
 
 def test_node_that_does_not_start_is_named_after_its_time(

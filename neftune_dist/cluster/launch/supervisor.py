@@ -168,7 +168,8 @@ def launch(
             if requests.kill:
                 _say(f"ended at once; the newest checkpoint is that of step {published}", folder)
                 return 128 + signal.SIGINT
-            verdict = outcome.verdict(outcome.outcomes(run_dir, folder), max_restarts)
+            past = outcome.outcomes(run_dir, folder)[:-1]  # whose last may not have been written
+            verdict = outcome.verdict([*past, ended], max_restarts)
             if not verdict.again:
                 _say(f"{verdict.reason.rstrip('.')}; see {folder}", folder)
                 return verdict.code
