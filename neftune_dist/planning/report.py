@@ -58,10 +58,8 @@ class PlanInput:
     sampler: Sampler | None = None
     device_bytes: int = USUAL_GIB * GIB
 
-    def with_engine(self, config: Config, world_size: int) -> tuple[Config, str]:
-        """`config` with `engine.name=auto` decided, and the reason."""
-        if config.engine.name != "auto":
-            return config, ""
+    def with_engine(self, config: Config, world_size: int) -> tuple[Config, list[str]]:
+        """`config` with each `auto` of `engine` decided, and a line for each."""
         decided = with_dtype(config, "bf16")
         return choose_engine(decided, self.model, self.device_bytes, world_size)
 
@@ -140,9 +138,9 @@ def plan(
         read(config, with_data, log), device_bytes=(gpus[gpu] if gpu else USUAL_GIB) * GIB
     )
     log(f"model: {given.size.in_words()}, {given.size.num_layers} layers")
-    engine, why = given.with_engine(config, world_size)
-    if why:
-        log(f"engine.name=auto: {engine.engine.name}, {why}")
+    decided, lines = given.with_engine(config, world_size)
+    for line in lines:
+        log(line)
     flops = None
     if given.dataset is not None and given.sampler is not None:
         flops = _log_work(given.dataset, given.sampler, given.size, config, log)
@@ -161,7 +159,7 @@ def plan(
         return
     most_bytes = (gpus[gpu] - MARGIN_GIB) * GIB / (1 + MARGIN_SHARE)
     if peak.num_bytes <= most_bytes:
-        if faster := suggest_faster(engine, world_size, most_bytes, given.peak):
+        if faster := suggest_faster(decided, world_size, most_bytes, given.peak):
             words, more = faster
             log(f"fewer exchanges: {words} fits, too, with {needed(more) / GIB:.1f} GiB")
     else:

@@ -23,7 +23,7 @@ _LOWER_BATCH = (
     ("model.loss", "chunked", ("plain",)),
     ("model.activation_checkpointing", "selective", ("none",)),
     ("model.activation_checkpointing", "full", ("none", "selective")),
-    ("engine.sync_every", "micro_batch", ("step",)),
+    ("engine.sync_every", "micro_batch", ("auto", "step")),
     ("engine.reshard_after_forward", True, (False,)),
 )
 _LOWER_STATE = (

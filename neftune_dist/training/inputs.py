@@ -87,7 +87,7 @@ def read_inputs(
 ) -> Inputs:
     """Find, tokenise, build and check; then write the run's files beside its checkpoints.
 
-    `model.dtype` of `config` is decided; `engine.name` is decided here, by the model's size.
+    `model.dtype` of `config` is decided; its `engine` is decided here, by the model's size.
 
     Nothing in the run directory changes before every check has passed.
     """
@@ -168,11 +168,10 @@ def _progress(state: dict[str, Any], config: Config, num_steps: int) -> Progress
 
 
 def _with_engine(config: Config, model: Any, world: World) -> Config:
-    """The configuration with `engine.name=auto` decided, alike on all ranks."""
-    if config.engine.name != "auto":
-        return config
-    config, why = choose_engine(config, model, world.device_bytes(), world.size)
-    world.log(f"engine.name=auto: {config.engine.name}, {why}")
+    """The configuration with each `auto` of `engine` decided, alike on all ranks."""
+    config, lines = choose_engine(config, model, world.device_bytes(), world.size)
+    for line in lines:
+        world.log(line)
     return config
 
 

@@ -20,7 +20,7 @@ LIMIT_SECONDS = 900
 
 ENGINES = {
     "fsdp2": ["engine.name=fsdp2"],
-    "fsdp2-step": ["engine.name=fsdp2", "engine.sync_every=step"],
+    "fsdp2-micro-batch": ["engine.name=fsdp2", "engine.sync_every=micro_batch"],
     "replicated": ["engine.name=replicated"],
     **{f"zero{n}": ["engine.name=deepspeed", f"engine.zero_stage={n}"] for n in (1, 2, 3)},
 }

@@ -84,8 +84,8 @@ def random_layout(draw: random.Random, family: str) -> Layout:
     if name == "deepspeed":
         words.append(f"engine.zero_stage={engine}")
     if name == "fsdp2":
-        kept = ["engine.sync_every=step"], ["engine.reshard_after_forward=false"], [], []
-        words += draw.choice(kept)
+        kept = "sync_every=step", "sync_every=micro_batch", "reshard_after_forward=false"
+        words.append(f"engine.{draw.choice(kept)}")
         words += ["engine.num_replicas=2"] * (ranks == 4 and draw.random() < 0.5)
     words += ["engine.offload=cpu"] * (name != "replicated" and draw.random() < 0.25)
     shared = ranks > 1 and draw.random() < 0.3

@@ -99,6 +99,7 @@ OPTIONS = {
     ),
     "liger": (["model.kernels=liger", "model.loss=liger"], 0.01),
     "offload": (["engine.offload=cpu"], 0.01),
+    "an exchange for each micro-batch": (["engine.sync_every=micro_batch"], 0.01),
     "weights kept": (["engine.reshard_after_forward=false"], 0.01),
     "replicated": (["engine.name=replicated"], 0.01),
     "replicated, compiled, selective": (

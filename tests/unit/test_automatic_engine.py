@@ -90,8 +90,39 @@ def test_state_of_a_whole_model_is_what_the_engine_keeps(
 )
 def test_settings_of_sharding_choose_it(word: str, model: Path) -> None:
     config = load_config("quickstart", words_of(model, word))
-    chosen, why = choose_engine(config, read(config, with_data=False).model, 2.0**40, 1)
-    assert (chosen.engine.name, why) == ("fsdp2", f"because {word.partition('=')[0]} is set")
+    chosen, lines = choose_engine(config, read(config, with_data=False).model, 2.0**40, 1)
+    assert chosen.engine.name == "fsdp2"
+    assert lines[0] == f"engine.name=auto: fsdp2, because {word.partition('=')[0]} is set"
+
+
+@pytest.mark.parametrize("word", ["run_dir=r", "engine.offload=cpu", "engine.num_replicas=2"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_fsdp2_exchanges_once_a_step_where_all_it_keeps_then_fits(
+    dtype: str, word: str, tmp_path: Path
+) -> None:
+    """What it takes that to need is what a simulated step keeps beside activations."""
+    tiny_model.make_tokenizer(tmp_path)
+    folder = tiny_model.make_model(tmp_path, intermediate=2048)
+    words = words_of(folder, f"model.dtype={dtype}", "engine.name=fsdp2", word)
+    words += ["train.micro_batch_tokens=32", "data.max_length=32"]
+    given = read(load_config("quickstart", words), with_data=False)
+    once = load_config("quickstart", [*words, "engine.sync_every=step"])
+    parts = given.peak(once, 8).parts
+    kept = sum(size for kind, size in parts.items() if kind not in ("activations", "logits"))
+
+    def chosen(device_bytes: float, *more: str) -> tuple[str, list[str]]:
+        config = load_config("quickstart", [*words, *more])
+        decided, lines = choose_engine(config, given.model, device_bytes, 8)
+        return decided.engine.sync_every, lines
+
+    value, lines = chosen(kept / 0.6 * 1.05)
+    assert value == "step" and "at most 60% of" in lines[0]
+    value, lines = chosen(kept / 0.6 * 0.95)
+    assert value == "micro_batch" and "more than 60% of" in lines[0]
+    assert chosen(2.0**40, "engine.reshard_after_forward=true") == (
+        "micro_batch",
+        ["engine.sync_every=auto: micro_batch, because engine.reshard_after_forward is set"],
+    )
 
 
 def test_plan_says_which_and_why(model: Path) -> None:
@@ -111,7 +142,8 @@ def test_plan_says_which_and_why(model: Path) -> None:
     assert told("engine.offload=cpu").startswith(
         "engine.name=auto: fsdp2, because engine.offload is set"
     )
-    assert told("engine.name=fsdp2") == ""
+    assert told("engine.name=fsdp2").startswith("engine.sync_every=auto: step, as all weights")
+    assert told("engine.name=deepspeed") == told("engine.name=replicated") == ""
 
 
 def test_a_replica_that_does_not_fit_is_sharded(

@@ -169,7 +169,7 @@ def test_each_way_to_save_memory_saves_it(folder: Path) -> None:
 
 
 def test_one_exchange_a_step_keeps_gradients_whole(folder: Path) -> None:
-    sizes, each = state(folder, 8)
+    sizes, each = state(folder, 8, "engine.sync_every=micro_batch")
     _, once = state(folder, 8, "engine.sync_every=step")
     whole = 4 * sum(sizes) * 7 / 8  # the other ranks' parts
     more = once.parts["gradients"] - each.parts["gradients"]
@@ -355,7 +355,8 @@ def test_without_data_none_is_read(folder: Path) -> None:
 def test_fewer_exchanges_are_offered_where_they_fit(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ("engine.sync_every=step", "engine.reshard_after_forward=false", "run_dir=r")
+    each_time = "engine.sync_every=micro_batch"
+    words = ("engine.sync_every=step", "engine.reshard_after_forward=false", each_time)
     config = settings(folder)
     once, gathered, each = (
         read(config, with_data=False).peak(settings(folder, word), 8) for word in words
@@ -365,7 +366,7 @@ def test_fewer_exchanges_are_offered_where_they_fit(
     def offered(room: float) -> list[str]:
         gib = room * (1 + report.MARGIN_SHARE) / 2**30 + report.MARGIN_GIB
         monkeypatch.setattr(report, "known_gpus", lambda: {"H100": gib})
-        lines = lines_of(folder, gpu="h100", ranks=8, with_data=False)
+        lines = lines_of(folder, each_time, gpu="h100", ranks=8, with_data=False)
         return [line.split()[2] for line in lines if line.startswith("fewer exchanges")]
 
     assert offered(once.num_bytes + 8) == [words[0]]
