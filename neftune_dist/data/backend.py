@@ -151,26 +151,41 @@ class SlowBackend:
 
     def _encode(self, text: str) -> _Encoding:
         tokens = self._tokenizer.tokenize(text, split_special_tokens=self._literal)
+        ids = self._tokenizer.convert_tokens_to_ids(tokens)
+        # Outside the vocabulary only the token says its text; of a space only the id may (<SP>).
+        spellings = tokens, self._tokenizer.convert_ids_to_tokens(ids)
+
+        def said(first: int, last: int) -> list[str]:
+            return [self._tokenizer.convert_tokens_to_string(s[first:last]) for s in spellings]
+
         offsets: list[tuple[int, int]] = []
         place = 0
         while len(offsets) < len(tokens):
             first = len(offsets)
             for last in range(first + 1, min(first + _MOST_TOKENS, len(tokens)) + 1):
-                said = self._tokenizer.convert_tokens_to_string(tokens[first:last])
-                found = _place(text, place, said)
-                if found:
+                places = [_place(text, place, words) for words in said(first, last)]
+                if found := places[0] or places[1]:
                     break
             else:
                 break
+            # A token of white space before the words that says nothing has a place of its own.
+            while place < found[0] and any(
+                _place(text, found[0], words) == found for words in said(first + 1, last)
+            ):
+                offsets.append((place, place + 1))
+                first, place = first + 1, place + 1
             offsets += [found] * (last - first)
             place = found[1]
-        if len(offsets) < len(tokens) or text[place:].strip():
+        is_said = not text[place:].strip()
+        if is_said and any(not words.strip() for words in said(len(offsets), len(tokens))):
+            offsets += [(place, len(text))] * (len(tokens) - len(offsets))
+        if len(offsets) < len(tokens) or not is_said:
             raise BadRow(
                 "the tokenizer, which is written in Python, changes the text at "
                 f"{text[place : place + 20].strip()!a}, so the supervised tokens cannot be told "
                 "apart: use a model with a tokenizer.json"
             )
-        return _Encoding(self._tokenizer.convert_tokens_to_ids(tokens), offsets, tokens)
+        return _Encoding(ids, offsets, tokens)
 
 
 def _place(text: str, place: int, said: str) -> tuple[int, int] | None:

@@ -308,11 +308,13 @@ class ConversationTokenizer:
             [(piece_ids, piece_offsets)] = self._tokenize([text[first:last]], literal)
             if first:
                 # Tokenizers made from sentencepiece put a space before any text: a line break
-                # takes it, unless one token holds the break and more.
-                [(broken_ids, broken)] = self._tokenize(["\n" + text[first:last]], literal)
-                if not _inside_token(broken, 1):
-                    kept = broken[:, 0] >= 1
-                    piece_ids, piece_offsets = broken_ids[kept], broken[kept] - 1
+                # takes it, or a letter where unknown characters are joined, as a break may be.
+                for before in "\na":
+                    [(broken_ids, broken)] = self._tokenize([before + text[first:last]], literal)
+                    if not _inside_token(broken, 1):
+                        kept = broken[:, 0] >= 1
+                        piece_ids, piece_offsets = broken_ids[kept], broken[kept] - 1
+                        break
             ids.append(piece_ids)
             offsets.append(piece_offsets + first)
         return np.concatenate(ids), np.concatenate(offsets)

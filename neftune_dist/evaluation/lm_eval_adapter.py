@@ -273,6 +273,16 @@ class TaskModel(HFLM):
             self.num_truncated += len(context_ids) + len(answer_ids) > self.max_length + 1
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
+    def tok_batch_encode(
+        self, strings: Any, *args: Any, left_truncate_len: int | None = None, **kwargs: Any
+    ) -> Any:
+        if left_truncate_len:  # of prompts to be continued
+            lengths = [len(self.tok_encode(text)) for text in strings]
+            self.num_truncated += sum(length > left_truncate_len for length in lengths)
+        return super().tok_batch_encode(
+            strings, *args, left_truncate_len=left_truncate_len, **kwargs
+        )
+
     def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
         self._progress(len(inps))
         return super()._model_call(inps, *args, **kwargs)

@@ -102,7 +102,8 @@ class EvaluationTarget:
     @cached_property
     def model(self) -> Any:
         """The Hugging Face causal LM on its device, in the dtype `model.dtype`: in evaluation mode,
-        without gradients, its attention padded (sdpa or eager), its own sampling settings dropped.
+        without gradients, its attention padded (sdpa or eager), its own settings of generation
+        dropped but for the end tokens, which lm-eval reads there.
 
         Raises:
             UserError: weights that are damaged, incomplete or of another model.
@@ -115,7 +116,8 @@ class EvaluationTarget:
         with torch.no_grad():
             for name, held in [*model.named_parameters(), *load.stored_buffers(model)]:
                 held.copy_(read(name))
-        model.generation_config = transformers.GenerationConfig()
+        ends = end_tokens(self.folder, model.config, ())
+        model.generation_config = transformers.GenerationConfig(eos_token_id=ends or None)
         return model.requires_grad_(False).eval()
 
     @property

@@ -45,12 +45,24 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> Any:
     """The model's tokenizer, with `model.add_tokens`."""
     if package := _missing_package(folder):
         raise UserError(
-            f"The tokenizer in {folder} is a tokenizer.model alone, and reading it needs the "
-            f"package {package}: pip install {package}, or add its tokenizer.json."
+            f"The tokenizer in {folder} is a .model file alone, and reading it needs the package "
+            f"{package}: pip install {package}, or add its tokenizer.json."
         )
     with _explained(f"The tokenizer in {folder} cannot be loaded", config):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=config.trust_remote_code
+            folder,
+            trust_remote_code=config.trust_remote_code,
+            mistral_format=False,  # its tokens must not depend on whether mistral-common is there
+        )
+    if not hasattr(tokenizer, "is_fast"):
+        raise UserError(
+            f"The tokenizer in {folder} is mistral-common's, which gives no places in a text: set "
+            "tokenizer_class=TokenizersBackend in tokenizer_config.json."
+        )
+    if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
+        raise UserError(
+            f"The tokenizer in {folder} has no token but special ones: a file of its vocabulary, "
+            "such as tokenizer.json, is missing, or of a kind that transformers does not read."
         )
     names = split_list(config.add_tokens)
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -77,8 +89,8 @@ def num_token_ids(tokenizer: Any) -> int:
 
 def _missing_package(folder: Path) -> str | None:
     """The package that reading the tokenizer needs and that is not installed; None without one."""
-    own = folder / "tokenizer.model"
-    if (folder / "tokenizer.json").exists() or not own.is_file():
+    own = next((path for path in sorted(folder.glob("*.model")) if path.is_file()), None)
+    if (folder / "tokenizer.json").exists() or own is None:
         return None
     with own.open("rb") as file:
         # tiktoken's lines are a token in base64 and its rank; sentencepiece's file is binary.

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 
+_MOST = 300  # characters of an error of several lines
+
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, without a full stop; its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    """The first line of an error's message, without a full stop, and those that follow where it
+    ends with a colon; the error's type where it has none."""
+    said = str(error).strip() or type(error).__name__
+    first = said.splitlines()[0]
+    return (" ".join(said.split())[:_MOST] if first.rstrip().endswith(":") else first).rstrip(".")
 
 
 def count_text(number: int, noun: str) -> str:

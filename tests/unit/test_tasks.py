@@ -256,6 +256,10 @@ def test_long_prompt_is_truncated_on_the_left_and_counted(
     cut, _ = small.log_likelihood(long["context"], " 40 41", longest=24)
     assert score == pytest.approx(cut, abs=1e-4)
     assert abs(cut - small.log_likelihood(long["context"], " 40 41")[0]) > 1e-3
+    monkeypatch.setattr(small.model.config, "max_position_embeddings", 256 + 40)
+    asked = [{"question": row["context"], "answer": "#### 2"} for row in (long, short)]
+    assert small.run(f"gsm8k={rows(*asked)}")["gsm8k"]["num_truncated"] == 1
+    monkeypatch.setattr(small.model.config, "max_position_embeddings", 24)
     over = {"context": "one", "continuation": long["context"]}
     with pytest.raises(UserError, match=r"counting: an answer of \d+ tokens is longer than the 24"):
         small.run(f"counting={rows(over)}")

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import transformers
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -386,16 +387,43 @@ def test_tokenizer_without_letters(template: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "package"),
-    [(b"\n\x0e\n\x05<unk>", "sentencepiece"), (b"IQ== 0\nIg== 1\n", "tiktoken")],
+    ("name", "content", "package"),
+    [
+        ("tokenizer", b"\n\x0e\n\x05<unk>", "sentencepiece"),
+        ("spiece", b"\n\x0e\n\x05<unk>", "sentencepiece"),
+        ("tokenizer", b"IQ== 0\nIg== 1\n", "tiktoken"),
+    ],
 )
 def test_tokenizer_model_alone_names_the_package_that_reads_it(
-    content: bytes, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, content: bytes, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "tokenizer.model").write_bytes(content)
+    (tmp_path / f"{name}.model").write_bytes(content)
     monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"pip install {package}"):
         load.load_tokenizer(tmp_path, ModelConfig())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma", "llama"])
+def test_tokenizer_without_its_vocabulary_is_refused(name: str, tmp_path: Path) -> None:
+    """Transformers makes one of special tokens alone, by the model's type, where it can."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": name}))
+    told = "one of: .* serialization file" if name == "llama" else "no token but special ones"
+    with pytest.raises(UserError, match=told):
+        load.load_tokenizer(tmp_path, ModelConfig())
+
+
+def test_tokenizer_is_the_same_where_mistral_common_is_installed(
+    tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads a tekken.json beside the tokenizer's own file, and gives no places of tokens."""
+    tiny_tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    auto = transformers.models.auto.tokenization_auto
+    monkeypatch.setitem(auto.TOKENIZER_MAPPING_NAMES, "mistral", "MistralCommonBackend")
+    mistral = transformers.integrations.mistral.tokenizer
+    monkeypatch.setattr(mistral, "resolve_mistral_format", lambda *_, **__: (True, None))
+    loaded = load.load_tokenizer(tmp_path, ModelConfig())
+    assert loaded.get_vocab() == tiny_tokenizer.get_vocab()
 
 
 @pytest.mark.parametrize(

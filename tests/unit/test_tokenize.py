@@ -412,20 +412,26 @@ def test_a_tokenizer_without_end_of_sequence(tiny_tokenizer: Any) -> None:
 
 
 def slow_tokenizers(folder: Path) -> dict[str, Any]:
-    """Two that are written in Python: one of bytes, one of words that keeps no white space."""
+    """Three that are written in Python: one of bytes, one of words that keeps no white space, one
+    whose tokens of white space do not say what they stand for."""
     words = [f"{letter}{end}" for letter in string.ascii_letters + ".?!" for end in ("", "@@")]
     words += ["<unk>", "th@@", "the"]
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\nt h\nth e</w>\n")
     files = (str(folder / "vocab.json"), str(folder / "merges.txt"))
     made = {"bytes": transformers.ByT5Tokenizer(), "words": transformers.CTRLTokenizer(*files)}
+    names = [*string.ascii_letters + ".?!<>|/", "<SP>", "<BR>", "<|endoftext|>", "<|startoftext|>"]
+    (folder / "vocab.txt").write_text("\n".join(names))
+    (folder / "emoji.json").write_text('{"emoji": {}, "emoji_inv": {}}')
+    files = (str(folder / "vocab.txt"), str(folder / "emoji.json"))
+    made["names"] = transformers.GPTNeoXJapaneseTokenizer(*files)
     for tokenizer in made.values():
         tokenizer.add_special_tokens({"eos_token": "</s>"})
         tokenizer.chat_template = TURNS + ASK
     return made
 
 
-@pytest.mark.parametrize("name", ["bytes", "words"])
+@pytest.mark.parametrize("name", ["bytes", "words", "names"])
 def test_a_tokenizer_in_python(name: str, tmp_path: Path) -> None:
     """Its tokens are those of the whole text; offsets are found by what the tokens say."""
     tokenizer = slow_tokenizers(tmp_path)[name]
@@ -438,6 +444,9 @@ def test_a_tokenizer_in_python(name: str, tmp_path: Path) -> None:
     expected = tokenizer.encode(f"{said}</s>Yes.</s>", add_special_tokens=False)
     assert list(made.input_ids[made.supervised == 1]) == expected
     assert made.end_learned
+    if name == "names":
+        offsets = SlowBackend(tokenizer).encode_batch(["a\n b\n"])[0].offsets
+        assert offsets == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]
     if name == "words":
         offsets = SlowBackend(tokenizer).encode_batch(["the \tno the"])[0].offsets
         assert offsets == [(0, 3), (5, 7), (5, 7), (8, 11)]
@@ -491,6 +500,19 @@ def test_bytes_of_unknown_characters_are_their_own_tokens() -> None:
     assert made.input_ids.tolist() == tokenizer.encode(text)
     expected = [f"<0x{byte:02X}>" for byte in "é🙂".encode()] + [".", "</s>"]
     expected += [f"<0x{byte:02X}>" for byte in "🙂".encode()] + ["</s>"]
+    assert tokenizer.convert_ids_to_tokens(made.input_ids[made.supervised == 1]) == expected
+
+
+def test_unknown_characters_after_a_line_break_get_no_space() -> None:
+    """A Unigram model without bytes joins them with the break, so that no break can take the space
+    that it puts before any text."""
+    vocab = [(name, -9.0) for name in ["<unk>", "</s>", "▁", *string.ascii_letters + ":."]]
+    backend = Tokenizer(models.Unigram(vocab, 0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    tokenizer.chat_template = TURNS + ASK
+    made = document(make(tokenizer), conversation("Say.", "🙂 no."))
+    expected = ["<unk>", "▁", "n", "o", ".", "</s>"]
     assert tokenizer.convert_ids_to_tokens(made.input_ids[made.supervised == 1]) == expected
 
 
