@@ -56,7 +56,10 @@ _MEANINGS = {
 }
 _MEANING = {re.compile(names): meaning for names, meaning in _MEANINGS.items()}
 # Two answers to compare.
-_COMPARED = re.compile(r"chosen|rejected|(non_)?preferred_output")
+_COMPARED = re.compile(
+    r"chosen|rejected|(non_)?preferred_output"
+    r"|(\w+_)?(response|answer|completion|output|conversation)_?[abjk012]"
+)
 # A text that stands for a picture in what the user says.
 _PLACEHOLDER = re.compile(
     r"<\|?((?:image|img|audio|video)(?:_pad|_\d+)?)\|?>|\[IMG\]|<start_of_image>"

@@ -11,7 +11,6 @@ part of the model: no graph break, and no recompilation as steps go by.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import itertools
 import operator
@@ -164,16 +163,15 @@ class NEFTuneHandle:
         if getattr(self._embedding, _MARK, None) is self:
             setattr(self._embedding, _MARK, None)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> NEFTuneHandle:
-        """The handle of a copied model, under another number. Where the embedding alone was copied
-        (PEFT's modules_to_save), the copy's hook finds no forward pass under way, which is an
-        error."""
-        other = object.__new__(NEFTuneHandle)
-        memo[id(self)] = other
-        vars(other).update(copy.deepcopy(vars(self), memo), _number=next(_numbers))
-        return other
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The handle of a model that was copied or pickled, under another number. Where the
+        embedding alone was copied (PEFT's modules_to_save), the copy's hook finds no forward pass
+        under way, which is an error."""
+        vars(self).update(state, _number=next(_numbers))
 
     def __enter__(self) -> NEFTuneHandle:
+        if self.neftune.alpha and not self._removers:
+            raise ValueError("This noise was removed: attach NEFTune to the model again.")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -198,6 +196,8 @@ class NEFTuneHandle:
             # the partial embeddings, or gathers the rows, and the noise is added to the result.
             move_forward_hook_last(self._embedding, self._hook_id)
             self._last.begin()
+            if self._needs_rank:  # the process group may be younger than the handle
+                self._rank = _data_parallel_rank()
         if described is not None:
             _UNDER_WAY[self._number] = described
             return
@@ -302,7 +302,7 @@ class NEFTuneHandle:
 
 def check_alpha(alpha: float) -> None:
     """Raise `ValueError` where the strength is out of range, or NaN."""
-    if isinstance(alpha, str) or not 0 <= alpha <= 1000:
+    if isinstance(alpha, str | None) or not 0 <= alpha <= 1000:
         raise ValueError(f"alpha={alpha!r} is out of range: a number from 0 to 1000.")
 
 

@@ -349,6 +349,10 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"prompt": "a", "rejected": "b"}, "(DPO): give the better one as 'completion', and its que"),
     (
+        {"prompt": "a", "response_a": "b", "response_b": "c", "winner": "b"},
+        "field 'response_a' is one of two answers to compare (DPO): give the better one as 'com",
+    ),
+    (
         {"conversations": [{"from": "human", "text": "a"}]},
         "turn 1: field 'content' is missing; the",
     ),

@@ -485,6 +485,13 @@ def set_alpha(alpha: float, initial: float = ALPHA) -> None:
     NEFTune(initial).attach(Lookup()).alpha = alpha
 
 
+def enter_twice() -> None:
+    with NEFTune(ALPHA).attach(Lookup()) as noise:
+        pass
+    with noise:
+        pass
+
+
 def attach_twice() -> None:
     model = Lookup()
     NEFTune(ALPHA).attach(model)
@@ -510,6 +517,7 @@ BAD: dict[str, tuple[str, Callable[[], Any]]] = {
     "alpha infinite": ("alpha=inf is out of range", lambda: NEFTune(math.inf)),
     "alpha absurd": ("alpha=1001 is out of range: a number from 0 to 1000", lambda: NEFTune(1001)),
     "alpha in quotes": ("alpha='5' is out of range", lambda: NEFTune("5")),  # type: ignore[arg-type]
+    "alpha None": ("alpha=None is out of range", lambda: NEFTune(None)),  # type: ignore[arg-type]
     "alpha set negative": ("alpha=-0.5 is out of range", lambda: set_alpha(-0.5)),
     "alpha set NaN": ("alpha=nan is out of range", lambda: set_alpha(math.nan)),
     "alpha set without hooks": ("attached with alpha=0", lambda: set_alpha(5.0, initial=0.0)),
@@ -614,6 +622,7 @@ BAD: dict[str, tuple[str, Callable[[], Any]]] = {
         lambda: NEFTune(5.0).attach(nn.Linear(2, 2)),
     ),
     "attached twice": ("attached to this model already: remove", attach_twice),
+    "entered twice": ("was removed: attach NEFTune to the model again", enter_twice),
     "an encoder and a decoder": (
         "T5ForConditionalGeneration is an encoder and a decoder",
         lambda: NEFTune(5.0).attach(encoder_decoder()),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -547,8 +548,11 @@ def test_two_models_do_not_meet() -> None:
     """A model and its copy, each with its own handle, in turns."""
     model = make()
     with NEFTune(ALPHA).attach(model) as noise:
-        other = copy.deepcopy(model)
-        assert_equal(other, loss_of(other, input_ids=IDS), by_hand(make(), law(32)))
+        others = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        for other in others:
+            assert_equal(other, loss_of(other, input_ids=IDS), by_hand(make(), law(32)))
+            # In the middle of the model's own forward.
+            model.model.register_forward_pre_hook(lambda *_, m=other: m(input_ids=IDS) and None)
         assert noise.num_fired == 0
         assert_equal(model, loss_of(model, input_ids=IDS), by_hand(make(), law(32)))
         assert noise.num_fired == 1
