@@ -13,6 +13,7 @@ import torch
 import transformers
 import trl
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -54,6 +55,8 @@ def load(folder: Path) -> Any:
 def sft(folder: Path, name: str, callbacks: list[Any], **settings: Any) -> trl.SFTTrainer:
     """TRL's trainer on a fresh copy of the model, writing to FOLDER/NAME."""
     args = trl.SFTConfig(str(folder / name), max_length=96, **{**SETTINGS, **settings})
+    if args.fsdp:  # accelerate shards on GPUs only; on CPUs it would take DDP and not say so
+        args.distributed_state.distributed_type = DistributedType.MULTI_GPU
     return trl.SFTTrainer(
         load(folder),
         args,
@@ -91,6 +94,7 @@ def train(build: Callable[[list[Any]], transformers.Trainer], **options: Any) ->
         "forwards": [vars(forward) for forward in recorder.forwards],
         "hooks": (before.number, num_hooks(trainer.model)),
         "log": trainer.state.log_history,
+        "parameter": type(next(trainer.model.parameters())).__name__,
     }
 
 

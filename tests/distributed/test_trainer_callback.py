@@ -127,6 +127,7 @@ def test_the_noise_is_the_stream_of_the_trainers_seed(trained: Results) -> None:
 
 def test_sharded_by_fsdp2_the_noise_is_the_same(trained: Results) -> None:
     for result in trained:
+        assert result["sharded"]["parameter"] == "DTensor"
         for one, other in zip(forwards(result["packed"]), forwards(result["sharded"]), strict=True):
             assert torch.equal(one.document, other.document)
             assert torch.allclose(one.noise, other.noise, rtol=0, atol=1e-6)
