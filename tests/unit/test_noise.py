@@ -40,6 +40,16 @@ def test_uniform_is_symmetric_exact_and_inside_the_open_interval() -> None:
     assert torch.equal(to_draws(others, "uniform")[..., 0], -values)
 
 
+def test_gaussian_is_box_muller_of_the_words_and_finite_for_all() -> None:
+    words = [0, (1 << 32) - 1, 1 << 30, 0x9E3779B9]
+    found = to_draws([torch.tensor([word]) for word in words], "gaussian")[0].tolist()
+    units = [(word + 0.5) / 2**32 for word in words]
+    for i in (0, 2):
+        radius, angle = math.sqrt(-2 / 3 * math.log(units[i])), 2 * math.pi * units[i + 1]
+        expected = [radius * math.cos(angle), radius * math.sin(angle)]
+        assert found[i : i + 2] == pytest.approx(expected, rel=1e-6)
+
+
 def test_draws_are_uniform_and_uncorrelated() -> None:
     layout = TokenLayout.from_lengths(torch.tensor([2000]))
     pieces = [draw(RankStream(5, r, s, 0), layout, 512) for r, s in ((0, 0), (1, 0))]
