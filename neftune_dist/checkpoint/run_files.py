@@ -103,6 +103,8 @@ def write_run_files(
         # Templates in a folder are not copied: one file chooses between them as they are chosen.
         if not own or (model_folder / "additional_chat_templates").is_dir():
             keep_template(chat_template, run_dir)
+        if not own or config.model.add_tokens:  # mistral-common prefers it to what was trained with
+            (run_dir / MODEL_FOLDER / "tekken.json").unlink(missing_ok=True)
         keep_end_tokens(end_tokens, getattr(model_config, "eos_token_id", None), run_dir)
         seal(run_dir)
 

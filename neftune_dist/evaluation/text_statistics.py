@@ -19,6 +19,7 @@ come to 7.64 with the divisor and to 3.13 without. So both stay, and figures com
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -34,6 +35,7 @@ CHUNK_WORDS = 50
 SELF_BLEU_ANSWERS = 50
 _SELF_BLEU_WORDS = 200  # of each, the first: bounds the cost at about a second
 _GREATEST_LOG_DIVERSITY = 20.0
+_ROUGE_WORD = re.compile("[a-z0-9]")
 
 # Keys of `statistics` and how people read them.
 LABELS = {
@@ -89,7 +91,7 @@ def statistics(
         by_item = [of_answers[i : i + num_samples] for i in range(0, len(answers), num_samples)]
         known = [[value for value in item if value is not None] for item in by_item]
         result[name] = fmean(fmean(item) for item in known if item)
-    for name, of in (("num_chunks", "log_diversity"), ("num_references", "rouge_l")):
+    for name, of in (("num_chunks", "log_diversity"), ("num_references", "bleu")):
         result[name] = sum(value is not None for value in values.get(of, ()))
     texts = [answer["output"] for answer in answers[::num_samples]]
     if len(texts) > 1:
@@ -105,7 +107,8 @@ def per_answer(answers: Sequence[Mapping[str, Any]]) -> Values:
     - `repetition_2_percent` .. `repetition_4_percent`, `log_diversity`: of the first 50 words (see
       the module), None for shorter answers;
     - `rouge_l`: F1 of the longest common subsequence of words with the expected answer, lower case,
-      letters and digits, not stemmed (rouge-score); `bleu`: of up to 4-grams, smoothed by
+      a to z and digits alone, not stemmed (rouge-score), None where the expected answer has none of
+      them (Chinese); `bleu`: of up to 4-grams, smoothed by
       sacrebleu's `exp`, its 13a words, no order above the answer's length. Both 0 .. 1;
     - `empty`: 1 where the answer is white space alone; `cut`: 1 where the answer reached the limit
       of new tokens; `exact_match`: 1 where it was marked right, 0 where wrong.
@@ -121,7 +124,8 @@ def per_answer(answers: Sequence[Mapping[str, Any]]) -> Values:
         if len(words) >= CHUNK_WORDS:
             row |= _repetition(words[:CHUNK_WORDS])
         if (reference := answer.get("reference")) is not None:
-            row["rouge_l"] = rouge.score(reference, text)["rougeL"].fmeasure
+            if _ROUGE_WORD.search(reference.lower()):
+                row["rouge_l"] = rouge.score(reference, text)["rougeL"].fmeasure
             row["bleu"] = _bleu(text, [reference])
         for name, value in row.items():
             if value is not None:

@@ -10,8 +10,11 @@ import huggingface_hub
 from neftune_dist.config import ModelConfig, UserError, user_path
 from neftune_dist.system.text import first_line
 
-# All of a model directory but its weights: configuration, tokenizer, code.
-SMALL_FILES = ["*.json", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.py"]
+# All of a model directory but its weights: configuration, tokenizer, code, licence.
+SMALL_FILES = [
+    *("*.json", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.py"),
+    *("*.codes", "*.spm", "*.tiktoken", "*.tokenizer", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*"),
+]
 
 
 def find_local(config: ModelConfig) -> Path | None:
@@ -23,6 +26,11 @@ def find_local(config: ModelConfig) -> Path | None:
     name = config.name_or_path
     path = user_path(name, "model.name_or_path")
     if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            raise UserError(
+                f"model.name_or_path={name} holds a PEFT adapter (adapter_config.json): merge it "
+                "into its base, and give the merged model's directory."
+            )
         if not (path / "config.json").is_file():
             raise UserError(f"model.name_or_path={name} is a directory without a config.json.")
         if config.revision is not None:

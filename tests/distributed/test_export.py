@@ -126,7 +126,18 @@ def test_export_keeps_the_run_s_prompts(tmp_path: Path) -> None:
 
 def test_unwritable_template_leaves_no_chat_template(tmp_path: Path) -> None:
     folder = tiny_model.make_model(tmp_path / "base")
+    kept = [
+        "LICENSE",
+        "NOTICE",
+        "USE_POLICY.md",
+        "bpe.codes",
+        "processor_config.json",
+        "source.spm",
+    ]
+    for name in kept:
+        (folder / name).write_text(name)
     keep_small_files(folder, tmp_path)
+    assert [(tmp_path / "model" / name).read_text() for name in kept] == kept
     keep_template(None, tmp_path)
     assert transformers.AutoTokenizer.from_pretrained(folder).chat_template == tiny_model.TEMPLATE
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "model").chat_template is None

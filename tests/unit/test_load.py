@@ -592,6 +592,9 @@ def test_model_directory_is_found_and_one_without_config_refused(
     for name in (tmp_path / "none", tmp_path / "file", "./none", "a/b/c"):
         with pytest.raises(UserError, match="no model directory"):
             locate.find(ModelConfig(str(name)))
+    (folder / "adapter_config.json").write_text("{}")  # transformers would load it, too
+    with pytest.raises(UserError, match="holds a PEFT adapter"):
+        locate.find(ModelConfig(str(folder)))
 
 
 def test_a_revision_of_a_directory_is_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from neftune_dist.checkpoint.run_files import keep_end_tokens, write_run_files
-from neftune_dist.config import Config, ModelConfig, UserError
+from neftune_dist.config import Config, DataConfig, ModelConfig, UserError
 from neftune_dist.data.conversation import Conversation, Turn
 from neftune_dist.data.dataset import prepare
 from neftune_dist.data.errors import BadRow
@@ -307,9 +307,10 @@ def test_run_keeps_a_folder_of_templates_as_one(tmp_path: Path) -> None:
     (model / "additional_chat_templates" / "tool_use.jinja").write_text(with_tools)
     tokenizer = AutoTokenizer.from_pretrained(model)
     assert set(tokenizer.chat_template) == {"default", "tool_use"}
-    write_run_files(
-        tmp_path, Config(), model, tokenizer, SimpleNamespace(), make(tokenizer).as_jinja()
-    )
+    (model / "tekken.json").write_text("{}")  # mistral-common's, with a template of its own
+    source = make(tokenizer).as_jinja()
+    write_run_files(tmp_path, Config(), model, tokenizer, SimpleNamespace(), source)
+    assert (tmp_path / "model" / "tekken.json").exists()
     kept = AutoTokenizer.from_pretrained(tmp_path / "model")
     messages = TALK.messages()
     for tools in (None, [{"type": "function", "function": {"name": "f"}}]):
@@ -318,6 +319,9 @@ def test_run_keeps_a_folder_of_templates_as_one(tmp_path: Path) -> None:
             for loaded in (tokenizer, kept)
         )
         assert before == after
+    config = Config(data=DataConfig(system_prompt="Be brief."))
+    write_run_files(tmp_path, config, model, tokenizer, SimpleNamespace(), source)
+    assert not (tmp_path / "model" / "tekken.json").exists()
 
 
 def test_arguments_are_text_where_the_template_takes_text(smollm2: Any) -> None:

@@ -80,6 +80,14 @@ def test_rouge_and_bleu_against_the_expected_answer() -> None:
     assert text_statistics.statistics(answers)["num_references"] == 3
 
 
+def test_rouge_is_left_out_where_it_knows_no_word_of_the_expected_answer() -> None:
+    """It reads a to z and digits alone: of equal answers in Japanese it would be 0."""
+    rows = [{"output": "日本語", "reference": "日本語"}, {"output": "a b", "reference": "a b"}]
+    values = text_statistics.per_answer(rows)
+    assert (values["rouge_l"], values["bleu"]) == ([None, 1.0], pytest.approx([1.0, 1.0]))
+    assert text_statistics.statistics(rows)["num_references"] == 2
+
+
 def test_self_bleu_is_lower_for_diverse_answers() -> None:
     same = text_statistics.statistics([row("all of these words are said again")] * 4)
     other = text_statistics.statistics(
