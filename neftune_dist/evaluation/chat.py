@@ -11,12 +11,13 @@ import io
 import shutil
 import sys
 import textwrap
+import unicodedata
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import zip_longest
 from typing import Any
 
-import transformers
+import torch
 
 from neftune_dist.config import UserError
 from neftune_dist.data.conversation import Turn
@@ -142,38 +143,50 @@ class Speaker:
         except KeyboardInterrupt:
             pieces.end()
             remark = STOPPED
-        said = "".join(pieces.texts).strip()
+        said = pieces.text.strip()
         self.turns = [*turns, Turn("assistant", said)] if said else earlier
         return said, remark
 
 
-class _Pieces(transformers.TextStreamer):
-    """Show whole words as soon as their tokens are there.
+class _Pieces:
+    """Show whole words as soon as their tokens are there, as a streamer of transformers. All tokens
+    are read together: those of a line alone have another text, without the space they begin with.
 
     Attributes:
-        texts: shown so far.
+        text: of the answer so far.
         num_tokens: of the answer.
         ended: whether the model ended the answer itself.
     """
 
     def __init__(self, tokenizer: Any, ends: set[int], show: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._ends, self._show = ends, show
-        self.texts: list[str] = []
+        self._tokenizer, self._ends, self._show = tokenizer, ends, show
+        self._ids: list[int] = []
+        self._num_shown = 0  # characters
+        self.text = ""
         self.num_tokens, self.ended = -1, False  # the prompt comes first
 
-    def put(self, value: Any) -> None:
+    def put(self, value: torch.Tensor) -> None:
         self.num_tokens += 1
-        self.ended = self.num_tokens > 0 and int(value.flatten()[-1]) in self._ends
-        super().put(value)
+        if self.num_tokens == 0:
+            return
+        token = int(value.flatten()[-1])
+        self.ended = token in self._ends
+        if not self.ended:
+            self._ids.append(token)
+            said = self._tokenizer.decode(self._ids, skip_special_tokens=True).lstrip()
+            self.text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in said)
+            # The last word may go on; a wide character (Chinese, an emoji) is whole.
+            is_wide = unicodedata.east_asian_width(self.text[-1:] or " ") in "WF"
+            self._show_until(None if is_wide else self.text.rfind(" ") + 1)
+            self._show_until(self.text.rfind("\n") + 1)
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        said = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-        if not self.texts:
-            said = said.lstrip()
-        if said:
-            self.texts.append(said)
-            self._show(said)
+    def end(self) -> None:
+        self._show_until(None)
+
+    def _show_until(self, stop: int | None) -> None:
+        if new := self.text[self._num_shown : stop]:
+            self._num_shown += len(new)
+            self._show(new)
 
 
 def _talk(speakers: list[Speaker]) -> int:

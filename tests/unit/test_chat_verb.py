@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders
+from tokenizers import models as tokenizer_models
 
 from neftune_dist.cli import main
 from neftune_dist.config import DataConfig, SourceConfig, UserError
@@ -237,6 +239,22 @@ def test_control_characters_are_not_printed(models: list[Path]) -> None:
         pieces.put(torch.tensor([token]))
     pieces.end()
     assert "".join(texts) == "a\ufffd[2Jb\nc"
+
+
+def test_text_is_that_of_all_tokens_together() -> None:
+    """Of a line alone, tokenizers made from sentencepiece leave out the space it begins with."""
+    names = ["<unk>", "</s>", "\n", *map("▁".__mul__, range(1, 5)), *"abc:好🙂"]
+    backend = Tokenizer(tokenizer_models.Unigram([(name, -1.0) for name in names], 0))
+    backend.decoder = decoders.Metaspace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    texts: list[str] = []
+    pieces = chat_verb._Pieces(tokenizer, {1}, texts.append)
+    said = [*"a:", "\n", "▁▁▁▁", *"bc", "\n", "▁▁", *"a好b", "</s>"]
+    for token in [0, *tokenizer.convert_tokens_to_ids(said)]:
+        pieces.put(torch.tensor([token]))
+    pieces.end()
+    assert texts == ["a:\n", "    ", "bc\n", "  ", "a好", "b"]
+    assert pieces.text == "a:\n    bc\n  a好b" and pieces.ended
 
 
 def test_mistakes_do_not_end_the_conversation(
