@@ -238,7 +238,10 @@ class ConversationTokenizer:
         return bool(np.isin(ids[tail], ends).any())
 
     def _is_made_by(self, source: str, conversation: Conversation) -> bool:
-        [document] = self.encode([self.render(conversation)])
+        try:
+            [document] = self.encode([self.render(conversation)])
+        except BadRow:  # the tokenizer does not know a digit, say, which the rows have not
+            return False
         made = self.tokenizer.apply_chat_template(
             conversation.messages(), chat_template=source, return_dict=False
         )

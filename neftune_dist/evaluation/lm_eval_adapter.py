@@ -243,12 +243,13 @@ class TaskModel(HFLM):
             return self._answers(run, requests)
         rank, size = self._world.rank, self._world.size
         answers: list[Any] = []
+        before = self.num_truncated  # over all ranks, of requests of another kind
         with self._world.agree():  # an error on one rank ends all
             if own := requests[rank::size]:
                 answers = self._answers(run, own)
         parts: list[Any] = [None] * size
-        dist.all_gather_object(parts, (answers, self.num_truncated))
-        self.num_truncated = sum(count for _, count in parts)
+        dist.all_gather_object(parts, (answers, self.num_truncated - before))
+        self.num_truncated = before + sum(count for _, count in parts)
         return [parts[i % size][0][i // size] for i in range(len(requests))]
 
     def _answers(self, run: Any, requests: list[Instance]) -> list[Any]:

@@ -537,6 +537,7 @@ def test_tokenizer_without_an_unknown_token_refuses_a_text(kind: str) -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
     made = document(make(tokenizer), conversation("b", "c b"))
     assert made.input_ids.tolist() == [0, 2, 1, 0, 2] and made.end_learned
+    assert make(tokenizer, template="llama2").as_jinja() is None  # which needs other characters
 
 
 def test_literal_tokenizer_reads_special_tokens_as_text(tmp_path: Path) -> None:
