@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
+from neftune_dist.data.errors import BadRow
+
 ROLES = ("system", "user", "assistant", "tool")
+# The head of an answer at the end of a question: the prompt is in a template already.
+_HEAD = re.compile(
+    r"(### ?(response|answer|assistant|output):?|\[/INST\]|<\|im_start\|>assistant|<\|assistant\|>"
+    r"|<\|start_header_id\|>assistant<\|end_header_id\|>|<start_of_turn>model|<\|start\|>assistant"
+    r"|\n(assistant|gpt|ai):)\s*$",
+    re.I,
+)
 
 
 class Turn(NamedTuple):
@@ -74,3 +85,18 @@ class Conversation:
         """The messages before the first answer; none for a plain text."""
         roles = [turn.role for turn in self.turns]
         return self.messages()[: roles.index("assistant")] if roles else []
+
+    def refuse_templated(self, text: str) -> None:
+        """Raise `BadRow` where a question ends with the head of its answer and the template writes
+        another behind it.
+
+        Args:
+            text: the conversation in the template.
+        """
+        for asked, said in pairwise(self.turns):
+            head = _HEAD.search(asked.content[-60:]) if asked.role == "user" else None
+            if head and asked.content + said.content not in text:
+                raise BadRow(
+                    f"a question ends with {head[1].strip()!a}, so it is in a template already: "
+                    "give it without, or by data.template a .jinja file that adds nothing to it"
+                )

@@ -59,6 +59,8 @@ def detect_format(row: _Row, usual: str = "") -> str:
         return usual
     if found:
         return found[0]
+    if "input_ids" in row:
+        raise BadRow("the row holds tokens (input_ids): give the text that they were made of")
     for name in row:
         fields.refuse_meaning(name)
     hint = next((hint for hint in columns.suggestions(row) if _reads(hint, row)), None)

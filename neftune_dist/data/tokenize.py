@@ -125,6 +125,7 @@ class ConversationTokenizer:
         else:
             found = self._documents(conversation, self.config.supervise)
         text = found[-1][1].text
+        conversation.refuse_templated(text)
         if self._drops_characters and (unknown := unknown_character(self._backend, text)):
             raise BadRow(f"the tokenizer has no token for {unknown!a}")
         if self._may_refuse:

@@ -348,6 +348,7 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
         "(DPO): give the better one as 'completion', and its question as 'prompt'",
     ),
     ({"prompt": "a", "rejected": "b"}, "(DPO): give the better one as 'completion', and its que"),
+    ({"input_ids": [1, 2], "labels": [-100, 2]}, "the row holds tokens (input_ids): give the te"),
     (
         {"prompt": "a", "response_a": "b", "response_b": "c", "winner": "b"},
         "field 'response_a' is one of two answers to compare (DPO): give the better one as 'com",

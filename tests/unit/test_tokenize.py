@@ -329,6 +329,20 @@ def test_a_generation_prompt_that_no_turn_begins_with_is_refused(tiny_tokenizer:
         make(other).render(conversation("a", "b"))
 
 
+def test_a_prompt_that_is_in_a_template_already_is_refused(smollm2: Any, tmp_path: Path) -> None:
+    """As TRL's prompt-completion rows often are; a template that writes turns alone trains them."""
+    asked = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    for prompt in (asked, "[INST] Hi [/INST]", "### Instruction:\nHi\n\n### Response:"):
+        for template in ({}, {"template": "alpaca"}):
+            with pytest.raises(BadRow, match="in a template already"):
+                make(smollm2, **template).documents(conversation(prompt, "5"))
+    plain = tmp_path / "plain.jinja"
+    plain.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    made = document(make(smollm2, template=str(plain)), conversation(asked, "5" + END))
+    assert decode(smollm2, made.input_ids) == asked + "5" + END
+    assert learned(smollm2, made) == ["5" + END] and made.end_learned
+
+
 def test_a_generation_prompt_may_open_a_thought(tiny_tokenizer: Any) -> None:
     """As R1's: an answer without reasoning is learned as the template writes it, and reasoning that
     the template takes out follows the prompt, as it is generated."""
