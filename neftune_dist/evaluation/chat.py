@@ -8,6 +8,7 @@ Answers are not trusted: control characters, which a terminal would obey, are no
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import sys
 import textwrap
@@ -36,6 +37,9 @@ STOPPED = "[stopped]"
 _LEAST_COLUMN = 32  # characters; in narrower terminals one answer follows the other
 _GAP = " | "
 _INTERRUPTED = 130  # as shells have it
+# Control characters, and those that turn the direction of a text; not the spaces and joiners with
+# which Japanese, Persian or an emoji is written.
+_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 # Scores divided by less may be more than a float holds; the greatest would win anyway.
 _LEAST_TEMPERATURE = 1e-6
 
@@ -115,7 +119,8 @@ class Speaker:
         """Answer a question, showing the text as it comes, and keep both as turns.
 
         Returns:
-            The answer, stripped, and a remark on why it is incomplete; empty where it is not.
+            The answer as it is shown, stripped, and a remark on why it is incomplete; empty where
+            it is not.
 
         Raises:
             BadRow: the template cannot express the conversation, or the model has no room for it.
@@ -143,9 +148,9 @@ class Speaker:
         except KeyboardInterrupt:
             pieces.end()
             remark = STOPPED
-        said = pieces.text.strip()
+        said = pieces.said.strip()
         self.turns = [*turns, Turn("assistant", said)] if said else earlier
-        return said, remark
+        return pieces.shown.strip(), remark
 
 
 class _Pieces:
@@ -153,7 +158,8 @@ class _Pieces:
     are read together: those of a line alone have another text, without the space they begin with.
 
     Attributes:
-        text: of the answer so far.
+        said: the answer so far.
+        shown: the same, without what a terminal would obey.
         num_tokens: of the answer.
         ended: whether the model ended the answer itself.
     """
@@ -162,7 +168,7 @@ class _Pieces:
         self._tokenizer, self._ends, self._show = tokenizer, ends, show
         self._ids: list[int] = []
         self._num_shown = 0  # characters
-        self.text = ""
+        self.said = self.shown = ""
         self.num_tokens, self.ended = -1, False  # the prompt comes first
 
     def put(self, value: torch.Tensor) -> None:
@@ -173,18 +179,18 @@ class _Pieces:
         self.ended = token in self._ends
         if not self.ended:
             self._ids.append(token)
-            said = self._tokenizer.decode(self._ids, skip_special_tokens=True).lstrip()
-            self.text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in said)
+            self.said = self._tokenizer.decode(self._ids, skip_special_tokens=True).lstrip()
+            self.shown = _OBEYED.sub("\ufffd", self.said.replace("\r\n", "\n"))
             # The last word may go on; a wide character (Chinese, an emoji) is whole.
-            is_wide = unicodedata.east_asian_width(self.text[-1:] or " ") in "WF"
-            self._show_until(None if is_wide else self.text.rfind(" ") + 1)
-            self._show_until(self.text.rfind("\n") + 1)
+            is_wide = unicodedata.east_asian_width(self.shown[-1:] or " ") in "WF"
+            self._show_until(None if is_wide else self.shown.rfind(" ") + 1)
+            self._show_until(self.shown.rfind("\n") + 1)
 
     def end(self) -> None:
         self._show_until(None)
 
     def _show_until(self, stop: int | None) -> None:
-        if new := self.text[self._num_shown : stop]:
+        if new := self.shown[self._num_shown : stop]:
             self._num_shown += len(new)
             self._show(new)
 

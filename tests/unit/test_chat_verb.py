@@ -26,6 +26,7 @@ from neftune_dist.data.sources import open_source
 from neftune_dist.data.tokenize import ConversationTokenizer
 from neftune_dist.evaluation import chat as chat_verb
 from neftune_dist.evaluation.target import open_target
+from neftune_dist.model.generation import Generator
 from tests.support import tiny_model
 
 FEW = "evaluate.max_new_tokens=6"
@@ -235,10 +236,29 @@ def test_control_characters_are_not_printed(models: list[Path]) -> None:
     texts: list[str] = []
     pieces = chat_verb._Pieces(tokenizer, set(), texts.append)
     pieces.put(torch.tensor([[1, 2, 3]]))
-    for token in tokenizer(" a\x1b[2Jb\nc", add_special_tokens=False).input_ids:
+    said = " a\x1b[2Jb\r\nc\u202e\r \u65e5\u3000\u672c \U0001f468\u200d\U0001f469 1\xa0%"
+    for token in tokenizer(said, add_special_tokens=False).input_ids:
         pieces.put(torch.tensor([token]))
     pieces.end()
-    assert "".join(texts) == "a\ufffd[2Jb\nc"
+    kept = "\u65e5\u3000\u672c \U0001f468\u200d\U0001f469 1\xa0%"
+    assert "".join(texts) == pieces.shown == f"a\ufffd[2Jb\nc\ufffd\ufffd {kept}"
+    assert pieces.said == said[1:]  # which the conversation goes on with
+
+
+def test_conversation_goes_on_as_the_model_said(
+    models: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speaker = chat_verb.Speaker(open_target(models[0]), 0.0)
+    said = speaker.target.tokenizer("a\x1b b", add_special_tokens=False).input_ids
+
+    def run(*_: Any, streamer: Any, **__: Any) -> None:
+        for token in [0, *said]:
+            streamer.put(torch.tensor([token]))
+        streamer.end()
+
+    monkeypatch.setattr(Generator, "run", run)
+    assert speaker.answer("Why?", lambda _: None)[0] == "a\ufffd b"
+    assert speaker.turns[-1].content == "a\x1b b"
 
 
 def test_text_is_that_of_all_tokens_together() -> None:
@@ -254,7 +274,7 @@ def test_text_is_that_of_all_tokens_together() -> None:
         pieces.put(torch.tensor([token]))
     pieces.end()
     assert texts == ["a:\n", "    ", "bc\n", "  ", "a好", "b"]
-    assert pieces.text == "a:\n    bc\n  a好b" and pieces.ended
+    assert pieces.said == "a:\n    bc\n  a好b" and pieces.ended
 
 
 def test_mistakes_do_not_end_the_conversation(
