@@ -19,7 +19,14 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from neftune_dist import NEFTune
-from neftune_dist.noise.law import RankStream, SampleStream, draw, expected_norm
+from neftune_dist.noise.law import (
+    NORMS,
+    SIGNS,
+    RankStream,
+    SampleStream,
+    draw,
+    expected_norm,
+)
 from neftune_dist.noise.layout import TokenLayout
 from neftune_dist.noise.op import add_noise
 
@@ -422,6 +429,14 @@ def test_gaussian_noise_has_the_variance_of_the_uniform() -> None:
     )
     beyond = math.erfc(math.sqrt(3 / 2))  # P(|u| > 1), at a standard deviation of 1 / sqrt(3)
     assert float((u.abs() > 1).double().mean()) == pytest.approx(beyond, rel=0.02)
+
+
+@pytest.mark.parametrize("distribution", NORMS)
+def test_expected_norm_is_that_of_the_draws(distribution: str) -> None:
+    layout = TokenLayout.from_lengths(torch.tensor([500]))
+    u = draw(RankStream(0, 0, 0, 0), layout, 512, distribution).double()
+    assert float(u.square().mean().sqrt()) == pytest.approx(NORMS[distribution], rel=0.01)
+    assert {abs(sign) for sign in SIGNS[distribution]} == {1}
 
 
 def test_alpha_may_change_from_forward_to_forward(model: Lookup) -> None:
