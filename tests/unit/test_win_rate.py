@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,13 @@ import numpy as np
 import pytest
 
 from neftune_dist.config import UserError
-from neftune_dist.evaluation.win_rate import Judgement, pair, read_answers, win_rate
+from neftune_dist.evaluation.win_rate import (
+    Judgement,
+    length_controlled_influences,
+    pair,
+    read_answers,
+    win_rate,
+)
 
 
 def judged(preference: float | None, ours: int = 10, theirs: int = 10, **other: Any) -> Judgement:
@@ -146,6 +154,21 @@ def test_both_intervals_cover_the_true_rate_in_95_percent_of_cases(length_effect
         low, high = found["length_controlled_interval"]
         controlled += low <= 30 <= high
     assert 183 <= raw <= 198 and 180 <= controlled <= 199  # b is shrunk towards 0
+
+
+def test_interval_of_three_instructions_is_students_with_two_degrees_of_freedom() -> None:
+    found = win_rate([judged(p, 100, 100) for p in (1.45, 1.5, 1.58)])
+    error = found["standard_error"]
+    assert error == pytest.approx(100 * statistics.stdev([0.45, 0.5, 0.58]) / math.sqrt(3))
+    assert found["interval"] == pytest.approx(
+        (found["win_rate"] - 4.302653 * error, found["win_rate"] + 4.302653 * error), abs=1e-4
+    )
+
+
+def test_every_instruction_has_an_influence_on_the_rate_and_none_without_a_preference() -> None:
+    rows = [judged(p, ours, 100) for p, ours in ((2.0, 90), (1.0, 130), (None, 100), (None, 80))]
+    found = length_controlled_influences(rows)
+    assert found.shape == (4,) and found[2] == found[3] == 0 and found[0] > 0 > found[1]
 
 
 def test_one_judgement_has_no_interval() -> None:
