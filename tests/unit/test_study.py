@@ -405,6 +405,8 @@ def test_items_without_a_value_do_not_count() -> None:
     assert (found.value, found.base) == (pytest.approx(7 / 4), pytest.approx(3.5 / 4))
     assert (found.num_items, found.over) == (10, "items")
     assert paired("x", 5, values, base, np.zeros((1, 15))) is None
+    weights = np.repeat([[1.0], [0.0]], 15, axis=1)  # none at the second of two seeds
+    assert paired("x", 5, np.tile(values, (2, 1)), np.tile(base, (2, 1)), weights) is None
 
 
 def test_holm_corrects_for_every_comparison() -> None:
@@ -442,11 +444,13 @@ def test_prediction_noise_and_item_noise_are_told_apart() -> None:
     """Over many sets of answers to the same items the mean moves by the prediction noise alone, and
     over sets of items by both. Draws are shared by all seeds, as those of `evaluate` are."""
     draw, num_items, num_answers = np.random.default_rng(3), 60, 4
+    level = np.linspace(-9, 9, num_items)  # of the base's answers
 
     def study(item: np.ndarray) -> Difference:
         shared = 2.0 * draw.normal(size=(1, num_items, num_answers))
         values = item[None, :, None] + shared + 0.1 * draw.normal(size=(2, num_items, num_answers))
-        found = paired("rouge_l", 5, values, np.zeros_like(values), np.ones_like(values))
+        base = np.broadcast_to(level[None, :, None], values.shape)
+        found = paired("rouge_l", 5, values + base, base, np.ones_like(values))
         assert found is not None and found.num_items == num_items
         return found
 
@@ -467,7 +471,7 @@ def test_answer_without_a_value_leaves_the_items_mean_to_the_others() -> None:
     base = np.array([[[0.0, 0.0], [0.0, 1.0]] * 4])
     found = paired("x", 5, values, base, 1.0 - np.isnan(values))
     assert found and (found.value, found.base) == ((2 + 5) / 2, (0 + 1) / 2)
-    assert found.num_items == 8
+    assert found.num_items == 8 and found.prediction_error > 0
 
 
 @pytest.mark.parametrize("num_seeds", [3, 8])
