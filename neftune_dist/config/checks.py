@@ -108,7 +108,8 @@ def _unused(config: Config, words: Sequence[str]) -> Iterator[tuple[Iterable[str
         yield _keys("adapter"), "with adapter.method=none"
     if data.mixture:
         keys = [f"data.{name}" for name in ("source", "split", "revision", "format", "columns")]
-        yield keys, "with data.mixture, whose entries have their own"
+        own = "(data.source=builtin undoes what an extended file sets)"
+        yield keys, f"with data.mixture, whose entries have their own {own}"
     if data.held_out_source is None:
         keys = [f"data.held_out_{name}" for name in ("split", "revision", "columns")]
         yield keys, "without data.held_out_source"

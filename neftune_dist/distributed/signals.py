@@ -47,6 +47,10 @@ class StopSignal:
     def __call__(self) -> bool:
         return self.since is not None
 
+    def has_waited(self, began: float, seconds: float) -> bool:
+        """Whether a wait that began then has gone on for so long after a signal."""
+        return self.since is not None and time.monotonic() - max(self.since, began) > seconds
+
     def ignore(self) -> None:
         """From here on signals change nothing: Python lets them end the process as it exits."""
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):

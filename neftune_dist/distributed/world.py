@@ -23,20 +23,21 @@ import torch.distributed as dist
 from neftune_dist.compat.torch import default_store, process_groups, set_collective_timeout
 from neftune_dist.config import UserError, check_divides
 from neftune_dist.distributed import environment, outcome
-from neftune_dist.distributed.mailbox import connect, pauses, restarts, wait_until
+from neftune_dist.distributed.mailbox import pauses, wait_until
+from neftune_dist.distributed.process_group import (
+    COLLECTIVE_TIMEOUT,
+    STOP_PATIENCE_SECONDS,
+    make_process_group,
+)
 from neftune_dist.distributed.signals import Stopped, StopSignal
 from neftune_dist.system import cgroups
 from neftune_dist.system.malloc import keep_freed_memory
-from neftune_dist.system.text import first_line
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T")
 R = TypeVar("R", bound="DataclassInstance")
-_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-# How long a rank that was asked to stop goes on waiting for the others, which may be gone.
-_STOP_PATIENCE_SECONDS = 5.0
 # How long rank 0 waits at the end for the others, who may still be asking the store.
 _LEAVE_SECONDS = 10.0
 # The store's key by which ranks hear that one has stopped.
@@ -58,36 +59,6 @@ class Sharing:
     data_size: int
     part: tuple[int, int]
     group: dist.ProcessGroup | None
-
-
-def _meet(place: environment.Place, device: torch.device, store: dist.Store | None) -> None:
-    """Make the process group of all ranks. Raises `UserError` where they do not find each other."""
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    device_id = device if backend == "nccl" else None
-    if not place.address:
-        # The engines want a process group even for one process; this one needs no network.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        return
-    try:
-        # torch itself would read the addresses of the ranks that died from torchrun's store.
-        if store is None and restarts():
-            store = connect(place, _COLLECTIVE_TIMEOUT.total_seconds())
-            store.set_timeout(_COLLECTIVE_TIMEOUT)
-        dist.init_process_group(
-            backend,
-            store=store,
-            rank=place.rank,
-            world_size=place.size,
-            timeout=_COLLECTIVE_TIMEOUT,
-            device_id=device_id,
-        )
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        if outcome.VARIABLE in os.environ:  # the launcher knows why the others are gone
-            raise
-        raise UserError(
-            f"Rank {place.rank} of {place.size} did not meet the others at {place.address} port "
-            f"{place.port}: {first_line(error)}"
-        ) from error
 
 
 class World:
@@ -130,7 +101,7 @@ class World:
             keep_freed_memory()
         # How many of the last collectives torch remembers, for when one hangs.
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-        _meet(place, self.device, store)
+        make_process_group(place, self.device, store, stop)
         self._store = dist.PrefixStore("neftune_dist", default_store())
 
     def share(self, count: int) -> Sharing:
@@ -155,7 +126,7 @@ class World:
 
     def raise_collective_timeout(self, minutes: float) -> None:
         """Let no collective of the groups made so far give up before a watchdog with this limit."""
-        patience = max(_COLLECTIVE_TIMEOUT, timedelta(minutes=2 * minutes))
+        patience = max(COLLECTIVE_TIMEOUT, timedelta(minutes=2 * minutes))
         set_collective_timeout(process_groups(), patience)
 
     def own_store(self, name: str) -> dist.Store:
@@ -212,8 +183,7 @@ class World:
                 return
             if self._store.check([_STOPPED]):
                 raise Stopped
-            since = self._stop.since if self._stop else None
-            if since and time.monotonic() - max(since, began) > _STOP_PATIENCE_SECONDS:
+            if self._stop and self._stop.has_waited(began, STOP_PATIENCE_SECONDS):
                 self.tell_stopped()
                 raise Stopped
             if time.monotonic() - began > self._patience_seconds:
@@ -328,7 +298,10 @@ def run_among_ranks(
                 return work(world, stop)
             except Stopped:
                 world.tell_stopped()
-                world.log(stopped)
-                return outcome.EXIT_STOPPED
+                raise
+    except Stopped:
+        if environment.number("RANK", 0) == 0:
+            print(stopped, flush=True)
+        return outcome.EXIT_STOPPED
     finally:
         stop.ignore()

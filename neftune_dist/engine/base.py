@@ -181,28 +181,6 @@ def count_gradients(has_gradient: Sequence[bool], device: torch.device) -> Tenso
     return counts
 
 
-def without_gradient(names: Sequence[str], counts: Tensor, in_fixed_order: bool) -> set[str]:
-    """The parameters to which no rank has made a gradient in this step.
-
-    Args:
-        names: of the trained parameters.
-        counts: of `count_gradients`.
-        in_fixed_order: whether the engine adds up the gradients that ranks have by their order, so
-            that one which a rank lacks shifts the others: `UserError`.
-    """
-    num_ranks = dict(zip(names, counts.tolist(), strict=True))
-    partly = [name for name, number in num_ranks.items() if 0 < number < dist.get_world_size()]
-    if partly and in_fixed_order:
-        raise UserError(
-            f"{partly[0]} got a gradient on {num_ranks[partly[0]]:.0f} of {dist.get_world_size()} "
-            "ranks in this step, and this engine adds gradients up in a fixed order: set "
-            "engine.name=replicated, or engine.name=deepspeed engine.zero_stage=3. Nothing was "
-            "saved of this step.",
-            shared=True,
-        )
-    return {name for name, number in num_ranks.items() if not number}
-
-
 def state_shards(optimizer: torch.optim.Optimizer, slices: Sequence[ParamSlice]) -> list[FlatShard]:
     """The masters and moments of an optimizer's slices, for `Engine.flat_state`."""
     return [

@@ -39,8 +39,8 @@ from neftune_dist.engine.base import (
     make_trained_float32,
     state_shards,
     trained_and_frozen,
-    without_gradient,
 )
+from neftune_dist.engine.used_parameters import UsedParameters
 from neftune_dist.model.load import DTYPES, initialize_buffers
 from neftune_dist.model.loss import resolve_loss, token_losses
 from neftune_dist.model.modules import own_buffers, own_parameters, replace_buffers
@@ -116,6 +116,7 @@ class DeepSpeedEngine:
         replace_buffers(model, lambda buffer: buffer.to(next(as_made)))
         initialize_buffers(model, self.world.device)
         self.model = model
+        self.used = UsedParameters(self.world.device, {"": model}) if self.stage < 3 else None
         self.zero = self.engine.optimizer
         replace_norms(self.zero, self.world.device, squared_norm)
         self.masters = masters(self.zero)
@@ -147,6 +148,8 @@ class DeepSpeedEngine:
 
     def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
         """See `Engine.backward`."""
+        if self.used:
+            self.used.check(loss, [name for name, _ in self.named])
         self.engine.set_gradient_accumulation_boundary(last_micro_batch)
         # DeepSpeed divides the sum over ranks by their number: cancelled here (law 3). Its division
         # by the accumulation steps is switched off.
@@ -160,7 +163,7 @@ class DeepSpeedEngine:
         names = [name for name, _ in self.named]
         received, self.received = self.received, set()
         made = count_gradients([name in received for name in names], self.device)
-        unused = without_gradient(names, made, in_fixed_order=self.stage < 3)
+        unused = {name for name, number in zip(names, made.tolist(), strict=True) if not number}
         kept = [shard for shard in self.flat_state() if shard.name in unused]
         before = [shard.empty_copy(torch.empty_like) for shard in kept]
         for shard, content in zip(kept, before, strict=True):

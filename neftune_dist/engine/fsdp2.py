@@ -36,14 +36,13 @@ from neftune_dist.engine.base import (
     FlatShard,
     check_shardable,
     clip_and_update,
-    count_gradients,
     describe_state,
     dtype_name,
     make_trained_float32,
     state_shards,
     trained_and_frozen,
-    without_gradient,
 )
+from neftune_dist.engine.used_parameters import UsedParameters
 from neftune_dist.model.float8 import update_float8_scales
 from neftune_dist.model.load import DTYPES, initialize_buffers
 from neftune_dist.model.loss import resolve_loss, token_losses
@@ -98,6 +97,7 @@ class FSDP2Engine:
             "offload_policy": self.offload or OffloadPolicy(),
         }
         units: list[Any] = _separate(blocks(model), model)
+        self.used = UsedParameters(self.world.device, {"": model, **_named(model, units)})
         for block in units:
             # The backward begins with the last block, whose weights are still gathered.
             reshard = self.reshard_after_forward and block is not units[-1]
@@ -133,6 +133,7 @@ class FSDP2Engine:
 
     def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
         """See `Engine.backward`."""
+        self.used.check(loss, [name for name, _ in self.named])
         self.model.set_is_last_backward(last_micro_batch)
         if self.syncs_once:
             self.model.set_requires_gradient_sync(last_micro_batch)
@@ -142,15 +143,12 @@ class FSDP2Engine:
 
     def step(self, learning_rate: float) -> float:
         """See `Engine.step`."""
-        made = count_gradients([p.grad is not None for _, p in self.named], self.world.device)
         grads = [p.grad.to_local() for _, p in self.named if isinstance(p.grad, DTensor)]
         square = squared_norm(grads).to(self.world.device)  # where the process group works
         dist.all_reduce(square, group=self.mesh["shard"].get_group())
         norm = square.sqrt().to(self.state_device)
         clip_and_update(self.optimizer, learning_rate, norm, self.max_grad_norm)
         self._refresh_scales()
-        # Read when the update is under way: read before it, a GPU would wait for the host.
-        without_gradient([name for name, _ in self.named], made, in_fixed_order=True)
         return float(norm)
 
     def flat_state(self) -> list[FlatShard]:
@@ -201,6 +199,11 @@ class FSDP2Engine:
             f"gradients reduced {when} and accumulated in float32",
             describe_state(self.flat_state()),
         ]
+
+
+def _named(model: nn.Module, units: list[nn.Module]) -> dict[str, nn.Module]:
+    chosen = set(units)
+    return {name: module for name, module in model.named_modules() if module in chosen}
 
 
 def _separate(units: list[nn.Module], model: nn.Module) -> list[nn.Module]:

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from neftune_dist.config import UserError
 from neftune_dist.model.pickles import KnownReader, load_tensors
+from neftune_dist.system.checkpoint_names import MANIFEST
 from neftune_dist.system.text import first_line
 
 _ZERO_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -49,6 +50,11 @@ class Source:
 
 def open_weights(folder: Path) -> dict[str, Source] | None:
     """The weights in `folder` by name, or None where it is no checkpoint of these layouts."""
+    if (folder / MANIFEST).is_file():
+        raise UserError(
+            f"{folder} is a checkpoint of a run of this project: export the run, and take the "
+            "weights of the export; or continue from it, with checkpoint.resume."
+        )
     if (folder / ".metadata").is_file():
         with _explained(folder, "PyTorch's distributed"):
             return _by_every_suffix(_dcp_sources(folder))

@@ -145,7 +145,8 @@ def plan(
     if given.dataset is not None and given.sampler is not None:
         flops = _log_work(given.dataset, given.sampler, given.size, config, log)
     disk = given.size.num_trained * bytes_per_parameter(config.optim)
-    log(f"disk: {size_text(disk)} a checkpoint, {config.checkpoint.keep or 'all'} of them kept")
+    kept = f"{config.checkpoint.keep or 'all'} of them kept, one more while it is written"
+    log(f"disk: {size_text(disk)} a checkpoint, {kept}")
     peak = given.peak(config, world_size)
     for line in _memory_lines(config, peak, world_size, given.sampler):
         log(line)

@@ -20,7 +20,13 @@ def versions() -> dict[str, str]:
     """The version and commit of this package ("" where it is no checkout), of Python, and of the
     packages that affect a run's results, without those that are not installed."""
     commit = git("describe", "--always", "--dirty", "--abbrev=12").strip()
-    found = {"neftune_dist": __version__, "commit": commit, "python": platform.python_version()}
+    python = platform.python_version()
+    return {**package_versions(), "commit": commit, "python": python}
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of the packages that affect a run's results."""
+    found = {"neftune_dist": __version__}
     for name in _PACKAGES:
         with suppress(PackageNotFoundError):
             found[name] = version(name)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -217,10 +219,54 @@ def test_gradients_of_some_ranks_alone_are_summed_by_name_or_refused(tmp_path: P
         )
         if engine in ("fsdp2", "deepspeed-2"):
             assert done.returncode == 2, done.stderr
-            assert "mlp.gate_proj.weight got a gradient on 1 of 2 ranks" in done.stderr
+            assert "mlp.gate_proj.weight gets a gradient on 1 of 2 ranks" in done.stderr
             assert "Traceback" not in done.stderr and not store.find_all(run_dir)
         else:
             assert done.returncode == 0, done.stderr
             runs[name] = tiny_model.steps(run_dir)
     for one, other in zip(*runs.values(), strict=True):
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=TOLERANCE)
+
+
+def _matrix_on_one_rank() -> None:
+    """Patch Llama: one rank does without a matrix, so that the messages of ranks differ in size."""
+    if os.environ["RANK"] == "1":
+        modeling_llama.LlamaMLP.forward = lambda self, x: self.down_proj(self.up_proj(x))
+
+
+def _other_matrix_in_turn() -> None:
+    """Patch Llama: from the second micro-batch on, ranks use the two matrices in turn, so that by a
+    step's end each has both."""
+    calls, rank = itertools.count(), int(os.environ["RANK"])
+    forward = modeling_llama.LlamaMLP.forward
+
+    def in_turn(self: Any, x: torch.Tensor) -> torch.Tensor:
+        number = next(calls) // 2  # of two layers
+        if number == 0:
+            return forward(self, x)
+        return self.down_proj((self.gate_proj if (number + rank) % 2 else self.up_proj)(x))
+
+    modeling_llama.LlamaMLP.forward = in_turn
+
+
+@pytest.mark.parametrize("engine", ["engine.name=fsdp2", "engine.name=deepspeed"])
+@pytest.mark.parametrize(
+    ("before", "where"),
+    [
+        (_matrix_on_one_rank, "on 1 of 2 ranks"),
+        (_other_matrix_in_turn, "in some micro-batches alone"),
+    ],
+)
+def test_gradients_that_ranks_lack_are_refused_before_they_are_sent(
+    before: Callable[[], None], where: str, engine: str, tmp_path: Path
+) -> None:
+    """What differs in size ended within gloo, by SIGABRT; what ranks lack in turn went unnoticed,
+    and was added to another matrix."""
+    config = tiny_model.make_config(tmp_path, data={"num_held_out": 0}, train={"max_steps": 2})
+    words = [engine, "train.micro_batch_tokens=96", f"run_dir={tmp_path / 'run'}"]
+    if "deepspeed" in engine:
+        words.append("engine.zero_stage=1")
+    done = tiny_model.run_forked("train", config, *words, ranks=2, before=before)
+    assert done.returncode == 2, done.stderr
+    assert f"_proj.weight gets a gradient {where}" in done.stderr
+    assert "Traceback" not in done.stderr and not store.find_all(tmp_path / "run")

@@ -93,7 +93,7 @@ QLORA = ["adapter.method=lora", "adapter.base=nf4"]
 # Ranks, model and settings; together they have every engine, every stage, and every way to save
 # memory.
 CASES: dict[str, tuple[int, str, list[str]]] = {
-    "alone": (1, "wide", ["model.loss=plain"]),
+    "alone": (1, "wide", ["model.loss=plain", "engine.name=replicated"]),
     "fsdp2": (2, "wide", ["model.dtype=bf16", "model.activation_checkpointing=full"]),
     # Offloaded, with sync_every=step, the device's and the host's peaks are at different moments.
     "replicas": (

@@ -143,6 +143,12 @@ def test_what_is_no_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
         open_weights(folder, tmp_path)
 
 
+def test_checkpoint_of_a_run_here_is_called_that(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").touch()
+    with pytest.raises(UserError, match=r"export the run.*checkpoint\.resume"):
+        foreign.open_weights(tmp_path)
+
+
 def test_a_run_starts_from_them(folder: Path, tmp_path: Path) -> None:
     config = tiny_model.make_config(tmp_path, train={"max_steps": 1})
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ import torch
 import torch.distributed as dist
 
 from neftune_dist.config import UserError
+from neftune_dist.distributed import outcome, process_group
 from neftune_dist.distributed import world as module
-from neftune_dist.distributed.signals import Stopped
+from neftune_dist.distributed.environment import Place
+from neftune_dist.distributed.signals import Stopped, StopSignal
 from neftune_dist.distributed.world import World
 
 # Of a rank for the others, which come at once: whatever goes wrong, the test ends.
@@ -121,13 +124,58 @@ def test_rank_that_stops_ends_the_wait_of_the_others() -> None:
             waiting.result(5)
 
 
+def asked_to_stop(since: float) -> StopSignal:
+    stop = object.__new__(StopSignal)  # without handlers of signals
+    stop.since = since
+    return stop
+
+
+def test_ranks_go_on_when_all_have_started() -> None:
+    store = dist.HashStore()
+    on_all(worlds(3), lambda w: process_group._await_all(store, Place(w.rank, 3), None))
+    assert store.check(["all here"])
+
+
+def test_rank_with_other_versions_is_refused() -> None:
+    store = dist.HashStore()
+    for name in ("here/0", "here/1"):
+        store.set(name, json.dumps(process_group.package_versions() | {"torch": "1.0"}))
+    store.add("number here", 1)
+    with pytest.raises(UserError, match=rf"Rank 1, .* has torch {torch.__version__.split('+')[0]}"):
+        process_group._await_all(store, Place(1, 2), None)
+
+
+@pytest.mark.parametrize("by_launcher", [False, True])
+def test_ranks_that_do_not_start_are_named(
+    by_launcher: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose imports hang, for example. A launcher starts all of them again."""
+    monkeypatch.setattr(process_group, "_MEETING_SECONDS", 0.3)
+    monkeypatch.delenv(outcome.VARIABLE, raising=False)
+    if by_launcher:
+        monkeypatch.setenv(outcome.VARIABLE, str(tmp_path))
+    with pytest.raises(SystemExit if by_launcher else UserError, match=r"^1$|\(rank 0, 2\)"):
+        process_group._await_all(dist.HashStore(), Place(1, 3), None)
+    if by_launcher:
+        ended = outcome.conclude(tmp_path, 0, 0, "")
+        assert ended.kind == outcome.FAILED and "2 of 3 ranks did not start" in ended.error
+
+
+def test_rank_asked_to_stop_does_not_wait_for_those_that_do_not_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(process_group, "STOP_PATIENCE_SECONDS", 0.1)
+    with pytest.raises(Stopped):
+        process_group._await_all(dist.HashStore(), Place(0, 2), asked_to_stop(time.monotonic()))
+
+
 def test_rank_asked_to_stop_does_not_wait_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "_STOP_PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(module, "STOP_PATIENCE_SECONDS", 0.3)
     first, second = worlds(2)
     began = time.monotonic()
-    first._stop = SimpleNamespace(since=began - 60)  # type: ignore[assignment]
+    first._stop = asked_to_stop(began - 60)
     with pytest.raises(Stopped), first.agree():
         pass
     assert 0.3 <= time.monotonic() - began < 5  # from when the wait began
