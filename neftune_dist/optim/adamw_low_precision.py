@@ -109,9 +109,9 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Make one update; none where `found_inf`, which `skip_update_where` sets, is not zero. The
-        host waits for that value: the rounding's key holds the number of updates. Gradients are
-        divided by `grad_scale` first, where `divide_gradients` has set it."""
+        """Make one update; none where `found_inf` is not zero, with gradients divided by
+        `grad_scale` (both set by `prepare_update`). The host waits for `found_inf`: the rounding's
+        key holds the number of updates."""
         unwanted = getattr(self, "found_inf", None)
         if unwanted is not None and bool(unwanted):
             return
