@@ -100,6 +100,11 @@ def compiled_module(model: nn.Module) -> nn.Module | None:
     return getattr(model, "_orig_mod", None)
 
 
+def is_replica(module: nn.Module) -> bool:
+    """Return whether `nn.DataParallel` made a module, for one pass."""
+    return getattr(module, "_is_replica", False)
+
+
 def limit_recompiles(num_blocks: int) -> None:
     """Let the blocks' code be compiled four times a block, and make more an error; torch's limit is
     8, beyond which it stops compiling silently.

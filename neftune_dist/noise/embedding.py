@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from neftune_dist.compat.torch import compiled_module
+from neftune_dist.compat.torch import compiled_module, is_replica
 from neftune_dist.model.families import EMBEDDING_SCALES
 
 
 def innermost(model: nn.Module) -> nn.Module:
     """The model without the wrappers that call it (torch.compile, DDP, DeepSpeed)."""
-    if isinstance(model, nn.DataParallel):
+    if isinstance(model, nn.DataParallel) or is_replica(model):
         raise ValueError(
             "nn.DataParallel copies the model for every pass, and the noise's hooks with it: start "
             "one process a GPU (torchrun) instead."

@@ -192,6 +192,7 @@ class NEFTuneHandle:
                 "twice, after `sign = 1` and after `sign = -1` on the handle."
             )
         if not torch.compiler.is_compiling():
+            innermost(model)  # refuses a copy
             # After all other hooks of the embedding: under vocabulary parallelism one of them sums
             # the partial embeddings, or gathers the rows, and the noise is added to the result.
             move_forward_hook_last(self._embedding, self._hook_id)

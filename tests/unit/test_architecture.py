@@ -90,6 +90,7 @@ PRIVATE_NAMES = {
         "_get_default_store",
         "_grouped_mm",
         "_get_sequence_nr",
+        "_is_replica",
         "_is_view",
         "_orig_mod",
         "_scaled_dot_product_cudnn_attention",

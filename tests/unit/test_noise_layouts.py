@@ -646,6 +646,10 @@ BAD: dict[str, tuple[str, Callable[[], Any]]] = {
         r"start one process a GPU \(torchrun\)",
         lambda: NEFTune(5.0).attach(nn.DataParallel(Lookup())),
     ),
+    "copies of the model, made later": (
+        r"start one process a GPU \(torchrun\)",
+        lambda: attached()._replicate_for_data_parallel()(input_ids=IDS),  # type: ignore[attr-defined]
+    ),
 }
 
 
