@@ -201,6 +201,8 @@ def make_odd(root: Path, elsewhere: Path) -> dict[str, str]:
         (root / f"step_00000004{ending}").symlink_to(elsewhere)
         (root / f"step_00000005{ending}").mkdir()
         (root / f"step_00000005{ending}" / "thesis.txt").write_text("mine")
+    (root / "step_00000005.partial-2").mkdir()
+    (root / "step_00000005.partial-2" / "notes.txt").write_text("mine, too")
     return contents(root)
 
 
@@ -224,7 +226,7 @@ def test_foreign_entries_are_kept_and_named_once(
     before = make_odd(root, elsewhere)
     shown = "\n".join(table(rows(tmp_path / "run", verify=True)))
     assert shown.count("passed over: a link that leads nowhere") == 1
-    assert shown.count("passed over: not made by a save") == 6
+    assert shown.count("passed over: not made by a save") == 7
     settings = CheckpointConfig(keep=1)
     for step in range(3, 9):
         publish(tmp_path / "run", step, settings)
@@ -235,7 +237,8 @@ def test_foreign_entries_are_kept_and_named_once(
     assert kept.items() <= after.items()
     # What stood where a save had to write was put aside.
     assert after["step_00000003.partial-2"] == "a file"
-    assert after["step_00000005.partial-2/thesis.txt"] == "mine"
+    assert after["step_00000005.partial-2/notes.txt"] == "mine, too"
+    assert after["step_00000005.partial-3/thesis.txt"] == "mine"
     told = capsys.readouterr().err
     for name in ("step_notes.txt", "step_00000001", "step_00000002", "step_00000003.damaged"):
         assert told.count(f"checkpoints/{name} is passed over: ") == 1

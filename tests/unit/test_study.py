@@ -405,6 +405,8 @@ def test_items_without_a_value_do_not_count() -> None:
     assert (found.value, found.base) == (pytest.approx(7 / 4), pytest.approx(3.5 / 4))
     assert (found.num_items, found.over) == (10, "items")
     assert paired("x", 5, values, base, np.zeros((1, 15))) is None
+    of_loss = paired("held_out_loss", 5, values, base, np.array([[1.0, 3.0, 0.0] * 5]))
+    assert of_loss and of_loss.num_items == 2  # copies of two documents
     weights = np.repeat([[1.0], [0.0]], 15, axis=1)  # none at the second of two seeds
     assert paired("x", 5, np.tile(values, (2, 1)), np.tile(base, (2, 1)), weights) is None
 
