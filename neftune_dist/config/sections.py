@@ -226,7 +226,7 @@ class EngineConfig:
     sync_every: str = choice("auto", "micro_batch", "step")
     """fsdp2: gather weights and reduce gradients for every micro-batch, or once a step, which keeps
     both whole meanwhile (in bf16 6 bytes a parameter). auto: step where these and the shards take
-    at most 60 % of a device (83 % of a single one)."""
+    at most half of a device."""
     sequence_parallel: int = number(1, ge=1, le=2**16)
     """Ranks that share a micro-batch, each with a slice of its tokens; any number, also more than
     the model has heads."""

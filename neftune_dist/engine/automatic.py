@@ -13,6 +13,8 @@ from neftune_dist.system.text import size_text
 # The most that weights, gradients and moments may take of a device's memory; the rest is for
 # activations. With one rank the share is greater, because sharding would save little.
 _STATE_SHARE, _STATE_SHARE_OF_ONE = 0.6, 0.83
+# The same for `sync_every=step`, which spares little beside what a step that no longer fits costs.
+_SYNCED_ONCE_SHARE = 0.5
 # Settings that only the sharding engines read: where one is set, FSDP2 is chosen.
 _SHARDING = ("num_replicas", "reshard_after_forward", "sync_every", "offload")
 
@@ -35,9 +37,8 @@ def choose_engine(
         reason.
     """
     engine, lines = config.engine, []
-    share = _STATE_SHARE if world_size > 1 else _STATE_SHARE_OF_ONE
 
-    def fits(what: str, num_bytes: float) -> tuple[bool, str]:
+    def fits(what: str, num_bytes: float, share: float) -> tuple[bool, str]:
         held = num_bytes <= share * device_bytes
         return held, (
             f"as {what} take {size_text(num_bytes)}, {'at most' if held else 'more than'} "
@@ -47,7 +48,9 @@ def choose_engine(
     if engine.name == "auto":
         set_ones = [n for n in _SHARDING if getattr(engine, n) != KNOBS[f"engine.{n}"].default]
         whole, why = fits(
-            "weights, gradients and moments of the whole model", _replica_bytes(config, model)
+            "weights, gradients and moments of the whole model",
+            _replica_bytes(config, model),
+            _STATE_SHARE if world_size > 1 else _STATE_SHARE_OF_ONE,
         )
         if set_ones:
             whole, why = False, f"because engine.{set_ones[0]} is set"
@@ -60,6 +63,7 @@ def choose_engine(
             whole, why = fits(
                 "all weights and gradients, and a rank's part of masters and moments",
                 _synced_once_bytes(config, model, world_size),
+                _SYNCED_ONCE_SHARE,
             )
         engine = replace(engine, sync_every="step" if whole else "micro_batch")
         lines.append(f"engine.sync_every=auto: {engine.sync_every}, {why}")

@@ -22,9 +22,9 @@ Changes = dict[str, str | int | bool | None]
 _LOWER_BATCH = (
     ("model.loss", "chunked", ("plain",)),
     ("model.activation_checkpointing", "selective", ("none",)),
-    ("model.activation_checkpointing", "full", ("none", "selective")),
     ("engine.sync_every", "micro_batch", ("auto", "step")),
     ("engine.reshard_after_forward", True, (False,)),
+    ("model.activation_checkpointing", "full", ("none", "selective")),
 )
 _LOWER_STATE = (
     ("engine.zero_stage", 3, (1, 2)),

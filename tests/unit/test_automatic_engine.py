@@ -115,10 +115,10 @@ def test_fsdp2_exchanges_once_a_step_where_all_it_keeps_then_fits(
         decided, lines = choose_engine(config, given.model, device_bytes, 8)
         return decided.engine.sync_every, lines
 
-    value, lines = chosen(kept / 0.6 * 1.05)
-    assert value == "step" and "at most 60% of" in lines[0]
-    value, lines = chosen(kept / 0.6 * 0.95)
-    assert value == "micro_batch" and "more than 60% of" in lines[0]
+    value, lines = chosen(kept / 0.5 * 1.05)
+    assert value == "step" and "at most 50% of" in lines[0]
+    value, lines = chosen(kept / 0.5 * 0.95)
+    assert value == "micro_batch" and "more than 50% of" in lines[0]
     assert chosen(2.0**40, "engine.reshard_after_forward=true") == (
         "micro_batch",
         ["engine.sync_every=auto: micro_batch, because engine.reshard_after_forward is set"],
