@@ -20,8 +20,8 @@ def versions() -> dict[str, str]:
     """The version and commit of this package ("" where it is no checkout), of Python, and of the
     packages that affect a run's results, without those that are not installed."""
     commit = git("describe", "--always", "--dirty", "--abbrev=12").strip()
-    python = platform.python_version()
-    return {**package_versions(), "commit": commit, "python": python}
+    own = {"neftune_dist": __version__, "commit": commit, "python": platform.python_version()}
+    return own | package_versions()
 
 
 def package_versions() -> dict[str, str]:
