@@ -13,7 +13,7 @@ from neftune_dist.system.text import size_text
 # The most that weights, gradients and moments may take of a device's memory; the rest is for
 # activations. With one rank the share is greater, because sharding would save little.
 _STATE_SHARE, _STATE_SHARE_OF_ONE = 0.6, 0.83
-# The same for `sync_every=step`, which spares little beside what a step that no longer fits costs.
+# Less for `sync_every=step`: it spares little time, and long micro-batches need the room.
 _SYNCED_ONCE_SHARE = 0.5
 # Settings that only the sharding engines read: where one is set, FSDP2 is chosen.
 _SHARDING = ("num_replicas", "reshard_after_forward", "sync_every", "offload")
