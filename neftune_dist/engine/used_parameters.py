@@ -27,8 +27,8 @@ class UsedParameters:
         """
         Args:
             device: of the collective.
-            units: modules by name. Within their forward, their parameters are those that compute:
-                FSDP2, which must shard them later than this, replaces them outside of it.
+            units: modules by name, not sharded yet. FSDP2 gives a unit other tensors for its
+                forward, which are those in the graph: so they are read at the forward's end.
         """
         self._device = device
         self._names: dict[int, str] = {}  # by the tensor's id
@@ -36,6 +36,7 @@ class UsedParameters:
         self._hooks = [
             unit.register_forward_hook(partial(self._learn, name and f"{name}."))
             for name, unit in units.items()
+            if dist.get_world_size() > 1
         ]
 
     def _learn(self, prefix: str, unit: nn.Module, _inputs: Any, _output: Any) -> None:
