@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -65,9 +65,9 @@ class Dataset:
     held_out_conversations: Conversations
     report: Report
     fingerprint: str
-    identity: dict[str, str] = field(default_factory=dict)
-    chat_template: str | None = None
-    end_tokens: list[int] = field(default_factory=list)
+    identity: dict[str, str]
+    chat_template: str | None
+    end_tokens: list[int]
 
     @property
     def content(self) -> str:
@@ -118,8 +118,17 @@ def prepare(
             f"{getattr(error, 'strerror', None) or error}."
         ) from error
     shutil.rmtree(builder.shards, ignore_errors=True)
-    dataset = replace(
-        load(folder, sources),
+    report = Report.of_stored(json.loads((folder / "report.json").read_text()))
+    for source, counted in zip(sources, report.sources, strict=True):
+        # The same content may have been read under another name when the entry was made.
+        counted.name, counted.left_out = source.name, [*source.left_out]
+        counted.refuse_useless(source.key, config)
+    return Dataset(
+        Documents(folder, "train"),
+        Documents(folder, "held_out"),
+        Conversations(folder),
+        report,
+        fingerprint,
         identity={
             "dataset": _digest(identity),
             "tokenizer": _digest(of_template),
@@ -128,27 +137,10 @@ def prepare(
         chat_template=template.as_jinja(),
         end_tokens=template.end_of_turn[0],
     )
-    for source, counted in zip(sources, dataset.report.sources, strict=True):
-        counted.refuse_useless(source.key, config)
-    return dataset
 
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def load(folder: Path, given: Sequence[Source]) -> Dataset:
-    """Open a finished cache entry, whose checksums were compared.
-
-    Args:
-        folder: the entry's.
-        given: the sources; the same content may have been read under other names.
-    """
-    report = Report.of_stored(json.loads((folder / "report.json").read_text()))
-    for source, now in zip(report.sources, given, strict=True):
-        source.name, source.left_out = now.name, [*now.left_out]
-    train, held_out = (Documents(folder, part) for part in ("train", "held_out"))
-    return Dataset(train, held_out, Conversations(folder), report, folder.name)
 
 
 @dataclass(frozen=True)

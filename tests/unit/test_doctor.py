@@ -230,12 +230,6 @@ def test_requirements_of_a_run_are_wrong_and_those_on_it_a_warning(
     }
 
 
-def test_old_torch_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(tmp_path, "torch", "1.13.1", monkeypatch=monkeypatch)
-    rows = [row.seen for row in found("requirements") if row.status == WRONG]
-    assert any("neftune-dist" in seen and "you have torch 1.13.1" in seen for seen in rows)
-
-
 def test_missing_pip_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     answer = SimpleNamespace(stdout="", stderr="python: No module named pip", returncode=1)
     monkeypatch.setattr(software.subprocess, "run", lambda *_, **__: answer)

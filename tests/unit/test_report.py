@@ -124,6 +124,7 @@ def test_the_command_line_shows_documents(
         monkeypatch.delenv(name, raising=False)
     assert ran(words) == 0
     plain = capsys.readouterr().out
+    assert "3 rows, 3 documents to train on, 0 held out" in plain
     assert "document 2 of 3" in plain and "row 2" in plain and "⟦<|im_end|>⟧" in plain
     assert "\x1b" not in plain
     monkeypatch.setenv("FORCE_COLOR", "1")

@@ -160,7 +160,7 @@ def test_finished_shards_of_an_interrupted_preparation_are_used(
 def test_mistakes_are_those_of_one_process(
     num_workers: int, write: Callable[..., DataConfig], tmp_path: Path, tiny_tokenizer: Any
 ) -> None:
-    """The row's number and the sentence: of bad rows, and of a file that ends being readable."""
+    """The row's number and the sentence."""
     rows = [json.dumps(row) for row in numbered(150)]
     rows[120] = rows[140] = json.dumps({"instruction": "no answer"})
     (tmp_path / "bad.jsonl").write_text("\n".join(rows))
@@ -168,6 +168,12 @@ def test_mistakes_are_those_of_one_process(
     config.source = str(tmp_path / "bad.jsonl")
     with pytest.raises(UserError, match=r"2 of 150 rows cannot.*row 121: .*'output' is missing"):
         prepare(config, tiny_tokenizer)
+
+
+def test_file_that_ends_being_readable_is_refused_by_its_last_row(
+    write: Callable[..., DataConfig], tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    config = write([], num_workers=1)
     draws = random.Random(0)  # more than one read of the file
     rows = [json.dumps(row | {"output": draws.randbytes(200).hex()}) for row in numbered(900)]
     packed = gzip.compress("\n".join(rows).encode())
