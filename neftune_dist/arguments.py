@@ -39,6 +39,11 @@ def argument(*names: str, **options: Any) -> Argument:
     return names, options
 
 
+def flag(name: str, help: str) -> Argument:
+    """An argument that is given or not."""
+    return argument(name, action="store_true", help=help)
+
+
 def _text(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("it is empty: give a value, or leave it out")

@@ -8,7 +8,7 @@ import inspect
 import json
 import math
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from types import NoneType
 from typing import Any
 
@@ -50,33 +50,31 @@ def reference(key: str = "") -> str:
         UserError: the key is unknown.
     """
     if not key:
-        lines = list(_lines(""))
-        for name in _SECTIONS:
-            lines += ["", *_comment(_meaning(f"{name}.")), *_section_lines(name)]
-        return "\n".join(lines)
+        sections = (f"{_comment(_meaning(f'{name}.'))}\n{_section(name)}" for name in _SECTIONS)
+        return "\n\n".join([_settings(""), *sections])
     if key in _SECTIONS:
-        return "\n".join(_section_lines(key))
+        return _section(key)
     if key not in KNOBS:
         near = difflib.get_close_matches(key, [*KNOBS, *_SECTIONS], n=1)
         hint = f"did you mean {near[0]}?" if near else f"sections are {', '.join(_SECTIONS)}."
         raise UserError(f"There is no setting {brief(key)}; {hint}")
     knob = KNOBS[key]
-    return "\n".join(
-        [*_comment(knob.description), f"{key}={json.dumps(knob.default)}  # {knob.values}"]
-    )
+    return f"{_comment(knob.description)}\n{key}={json.dumps(knob.default)}  # {knob.values}"
 
 
-def _section_lines(name: str) -> list[str]:
-    return [f"{name}:", *_indented(_lines(f"{name}."), "  ")]
+def _section(name: str) -> str:
+    return f"{name}:\n{textwrap.indent(_settings(f'{name}.'), '  ')}"
 
 
-def _lines(prefix: str) -> Iterator[str]:
-    """The lines of the settings right below a prefix; those of a list's entries as comments."""
+def _settings(prefix: str) -> str:
+    """The settings right below a prefix, those of a list's entries as comments."""
+    lines = []
     for name, knob in _below(prefix):
-        yield from _comment(knob.description)
         value = yaml.safe_dump({name: knob.default}, allow_unicode=True).strip()
-        yield f"{value}  # {knob.values}"
-        yield from _indented(_lines(f"{knob.key}[]."), "#   ")
+        lines += [_comment(knob.description), f"{value}  # {knob.values}"]
+        if entries := _settings(f"{knob.key}[]."):
+            lines.append(textwrap.indent(entries, "#   "))
+    return "\n".join(lines)
 
 
 def _below(prefix: str) -> Iterator[tuple[str, Knob]]:
@@ -94,12 +92,8 @@ def _meaning(prefix: str) -> str:
     return inspect.getdoc(first.section) or ""
 
 
-def _indented(lines: Iterable[str], by: str) -> Iterator[str]:
-    return (by + line for line in lines)
-
-
-def _comment(text: str) -> list[str]:
-    return [f"# {line}" for line in textwrap.wrap(text, 94)]
+def _comment(text: str) -> str:
+    return textwrap.fill(text, 96, initial_indent="# ", subsequent_indent="# ")
 
 
 def json_schema() -> dict[str, Any]:

@@ -212,9 +212,7 @@ class _Evaluation:
         def compute() -> Found:
             model, tokenizer, world = self._load(), self.target.tokenizer, self.world
             with world.agree():
-                figures = run_tasks(
-                    model, tokenizer, words, evaluate, world.log, world, self.folder
-                )
+                figures = run_tasks(model, tokenizer, words, evaluate, world, self.folder)
             return figures, {"tasks": {name: f.pop("correct") for name, f in figures.items()}}
 
         self.results.make("tasks", settings, compute)

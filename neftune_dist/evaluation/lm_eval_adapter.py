@@ -14,7 +14,7 @@ import io
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from statistics import fmean, stdev
 from typing import Any
@@ -211,20 +211,13 @@ class TaskModel(HFLM):
         num_truncated: prompts of the current task that were truncated, over all ranks.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        batch_size: int,
-        log: Callable[[str], None],
-        world: World | None,
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int, world: World) -> None:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         own = copy.deepcopy(tokenizer)  # HFLM gives one without a padding token another
         # HFLM pads prompts on the left.
         size = batch_size if answers_in_batches(model.config) else 1
         super().__init__(pretrained=model, tokenizer=own, batch_size=size)
-        self._world, self._log = world, log
+        self._world = world
         self.begin("")
 
     def begin(self, name: str) -> None:
@@ -239,9 +232,9 @@ class TaskModel(HFLM):
         return self._shared(super().generate_until, requests)
 
     def _shared(self, run: Any, requests: list[Instance]) -> list[Any]:
-        if self._world is None or self._world.size == 1:
-            return self._answers(run, requests)
         rank, size = self._world.rank, self._world.size
+        if size == 1:
+            return self._answers(run, requests)
         answers: list[Any] = []
         before = self.num_truncated  # over all ranks, of requests of another kind
         with self._world.agree():  # an error on one rank ends all
@@ -294,7 +287,7 @@ class TaskModel(HFLM):
 
     def _progress(self, num_texts: int) -> None:
         if time.monotonic() - self._logged > _LOG_EVERY_SECONDS:
-            self._log(f"evaluate: {self._name}, {self._num_done} texts read on this rank")
+            self._world.log(f"evaluate: {self._name}, {self._num_done} texts read on this rank")
             self._logged = time.monotonic()
         self._num_done += num_texts
 

@@ -78,9 +78,8 @@ def run_tasks(
     tokenizer: Any,
     words: Sequence[TaskWord],
     config: EvaluateConfig,
-    log: Callable[[str], None],
-    world: World | None = None,
-    folder: Path | None = None,
+    world: World,
+    folder: Path,
 ) -> dict[str, dict[str, Any]]:
     """Run tasks; return their results by name, as `lm_eval_adapter.run` gives them.
 
@@ -89,11 +88,10 @@ def run_tasks(
         tokenizer: its tokenizer, which is not changed.
         words: of `read_words`.
         config: how many texts the model reads at once, and how many items of each task.
-        log: called with lines of progress.
         world: the ranks that hold a copy of the model each; they share the work, all call this and
-            all get the results. None: this process alone.
+            all get the results.
         folder: keeps the result of every task that is finished, which a second call takes from
-            there. None: nothing is kept.
+            there.
 
     Raises:
         UserError: lm-eval knows no such task or cannot load its data, or an answer is longer than
@@ -103,19 +101,17 @@ def run_tasks(
 
     max_items = config.max_task_items
     keys = {word.name: digest([asdict(word), max_items, str(model.dtype)]) for word in words}
-    done: dict[str, dict[str, Any]] = {}
-    if folder is not None:
-        done = {row["task"]: row["result"] for row in read_rows(folder / FINISHED, _FINISHED_FORM)}
+    done = {row["task"]: row["result"] for row in read_rows(folder / FINISHED, _FINISHED_FORM)}
     left = [word for word in words if keys[word.name] not in done]
     if left != [*words]:
-        log(f"tasks: {len(words) - len(left)} of {len(words)} kept from an earlier call")
-    lm = lm_eval.TaskModel(model, tokenizer, config.batch_size, log, world)
+        world.log(f"tasks: {len(words) - len(left)} of {len(words)} kept from an earlier call")
+    lm = lm_eval.TaskModel(model, tokenizer, config.batch_size, world)
     loaded = [(word, lm_eval.load(word)) for word in left]  # all, before the first takes its hours
     for word, tasks in loaded:
         # All ranks take part in it, so that by its end each has read the file, and none misses what
         # is added here.
         result = done[keys[word.name]] = lm_eval.run(lm, word, tasks, max_items)
-        if folder is not None and (world is None or world.is_first):
+        if world.is_first:
             Journal(folder / FINISHED).append([{"task": keys[word.name], "result": result}])
     return {word.name: done[keys[word.name]] for word in words}
 

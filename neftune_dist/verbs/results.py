@@ -16,6 +16,7 @@ from neftune_dist.arguments import (
     Words,
     argument,
     bounded,
+    flag,
     verb,
 )
 from neftune_dist.config import UserError, require, user_path
@@ -26,7 +27,7 @@ from neftune_dist.system import garbage
 
 @verb(
     RUN_DIR,
-    argument("--once", action="store_true", help="print one screen, as without a terminal"),
+    flag("--once", "print one screen, as without a terminal"),
     argument(
         "--every",
         type=bounded(float, 0.1, 2**20),
@@ -45,12 +46,8 @@ def _watch(run_dir: Path, once: bool, every: float) -> int:
 
 @verb(
     RUN_DIR,
-    argument("--verify", action="store_true", help="read all files and compare checksums"),
-    argument(
-        "--contents",
-        action="store_true",
-        help="say what the newest one holds, and how to read it with torch alone",
-    ),
+    flag("--verify", "read all files and compare checksums"),
+    flag("--contents", "say what the newest one holds, and how to read it with torch alone"),
 )
 def _checkpoints(run_dir: Path, verify: bool, contents: bool) -> int:
     """List a run's checkpoints and what they can resume. With --verify, damage ends with exit code
@@ -69,7 +66,7 @@ def _checkpoints(run_dir: Path, verify: bool, contents: bool) -> int:
     return outcome.EXIT_DONE
 
 
-_BEST = argument("--best", action="store_true", help="the checkpoint with the lowest held-out loss")
+_BEST = flag("--best", "the checkpoint with the lowest held-out loss")
 
 
 def _chosen(step: int | None, best: bool) -> int | Literal["best"] | None:
@@ -83,9 +80,7 @@ def _chosen(step: int | None, best: bool) -> int | Literal["best"] | None:
     STEP,
     _BEST,
     OUTPUT(help="default: RUN_DIR/export, or RUN_DIR/adapter with --adapter"),
-    argument(
-        "--adapter", action="store_true", help="the adapter alone in PEFT's format, not merged"
-    ),
+    flag("--adapter", "the adapter alone in PEFT's format, not merged"),
     argument(
         "--dtype",
         choices=("original", "fp32", "bf16", "fp16"),
@@ -225,11 +220,7 @@ def _numbers(text: str) -> list[float]:
         metavar="K",
         help="make only run K, counted from 0, without a report (for a task of a Slurm array)",
     ),
-    argument(
-        "--report-only",
-        action="store_true",
-        help="train and evaluate nothing; report on the runs that are there",
-    ),
+    flag("--report-only", "train and evaluate nothing; report on the runs that are there"),
 )
 def _study(config: str, settings: Words, **options: Any) -> int:
     """Train and evaluate pairs of runs that differ in alpha alone, and report on them.

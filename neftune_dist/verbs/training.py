@@ -21,6 +21,7 @@ from neftune_dist.arguments import (
     Words,
     argument,
     bounded,
+    flag,
     verb,
 )
 from neftune_dist.cluster.submit import slurm
@@ -102,9 +103,7 @@ def _node(folder: Path, words: list[str], **options: Any) -> int:
 
 @verb(
     argument("key", nargs="?", metavar="KEY", help="such as noise or noise.alpha"),
-    argument(
-        "--schema", action="store_true", help="print a JSON schema of all settings, for editors"
-    ),
+    flag("--schema", "print a JSON schema of all settings, for editors"),
 )
 def _config(key: str | None, schema: bool) -> int:
     """Print every setting, or those of a section, with default, type, range and meaning."""
@@ -123,9 +122,7 @@ def _config(key: str | None, schema: bool) -> int:
     ),
     SETTINGS,
     OUTPUT(help="default: NAME.yaml; with --slurm the folder slurm"),
-    argument(
-        "--slurm", action="store_true", help="write the batch scripts for Slurm and site.sh instead"
-    ),
+    flag("--slurm", "write the batch scripts for Slurm and site.sh instead"),
 )
 def _init(name: str | None, settings: Words, output: Path | None, slurm: bool) -> int:
     """Write a configuration to begin with: the settings that most runs change, each with its
@@ -162,7 +159,7 @@ def _init(name: str | None, settings: Words, output: Path | None, slurm: bool) -
         action="store_false",
         help="read no data and assume full micro-batches; steps and time stay unknown",
     ),
-    argument("--verbose", action="store_true", help="print the whole resolved configuration, too"),
+    flag("--verbose", "print the whole resolved configuration, too"),
 )
 def _plan(config: str, settings: Words, **options: Any) -> int:
     """Check a run and estimate memory per rank, steps, disk, FLOPs and hours. Needs no GPU and

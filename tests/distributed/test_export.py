@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -177,13 +179,15 @@ def test_export_behaves_as_the_checkpoint(run_dir: Path, tmp_path: Path) -> None
     words = ",".join(f"{name}={tmp_path / name}.jsonl" for name in ("sums", "counts"))
     exported = export(run_dir, tmp_path / "export", log=lambda _: None)
     base = load_config(run_dir / "config.yaml").model.name_or_path
+    alone: Any = SimpleNamespace(rank=0, size=1, is_first=True, log=print)
     found = []
     for folder in (run_dir, exported, base):
         target = open_target(folder, settings=["model.dtype=fp32"])
         read = read_words(words)
-        found.append(
-            run_tasks(target.model, target.tokenizer, read, EvaluateConfig(batch_size=4), print)
-        )
+        results = tmp_path / f"results_{len(found)}"
+        results.mkdir()
+        asked = EvaluateConfig(batch_size=4)
+        found.append(run_tasks(target.model, target.tokenizer, read, asked, alone, results))
     assert found[0] == found[1]
     exported_and_base = (found[i]["counts"]["others"]["perplexity"] for i in (0, 2))
     assert len(set(exported_and_base)) == 2

@@ -10,8 +10,10 @@ import math
 import multiprocessing
 import os
 import socket
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -29,6 +31,7 @@ from tests.support.shared_data import shared
 DEADLINE_SECONDS = 120
 Samples = dict[str, list[dict[str, Any]]]
 Results = dict[str, dict[str, Any]]
+ALONE: Any = SimpleNamespace(rank=0, size=1, is_first=True, log=lambda _: None)  # a world
 
 
 class Asked:
@@ -44,7 +47,8 @@ class Asked:
     def run(self, tasks: str, most: int = 0, batch_size: int = 4) -> Results:
         words = read_words(tasks, most)
         asked = EvaluateConfig(batch_size=batch_size, max_task_items=most)
-        return run_tasks(self.model, self.tokenizer, words, asked, lambda _: None)
+        with tempfile.TemporaryDirectory() as folder:
+            return run_tasks(self.model, self.tokenizer, words, asked, ALONE, Path(folder))
 
     def log_likelihood(self, context: str, answer: str, longest: int = 10**9) -> tuple[float, bool]:
         """Of the answer's tokens after the context's, which may be cut on the left; and whether
@@ -275,7 +279,7 @@ def test_answer_longer_than_the_context_is_refused(
 
 
 def test_items_and_scores_do_not_depend_on_the_ranks(
-    small: Asked, rows: Callable[..., str]
+    small: Asked, rows: Callable[..., str], tmp_path: Path
 ) -> None:
     words = f"a={rows(*(choice(number) for number in range(7)))}"
     alone = small.run(words)
@@ -300,7 +304,7 @@ def test_items_and_scores_do_not_depend_on_the_ranks(
         num_read = 0
         lm_eval_adapter.HFLM._model_call = counted
         of_words = small.model, small.tokenizer, read_words(words)
-        results = run_tasks(*of_words, EvaluateConfig(batch_size=4), lambda _: None, world)
+        results = run_tasks(*of_words, EvaluateConfig(batch_size=4), world, tmp_path)
         results_of.put((results, num_read))
         world.close()
 

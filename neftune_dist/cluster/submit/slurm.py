@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from neftune_dist.arguments import MAX_RESTARTS, RENDEZVOUS_MINUTES, argument, bounded
+from neftune_dist.arguments import MAX_RESTARTS, RENDEZVOUS_MINUTES, argument, bounded, flag
 from neftune_dist.config import UserError
 
 _ANSWER_SECONDS = 20.0  # the controller may be busy, or away
@@ -77,7 +77,7 @@ OPTIONS = (
         metavar="OPTION",
         help="another option of sbatch, such as exclusive or gres=...",
     ),
-    argument("--dry-run", action="store_true", help="check and print; write and queue nothing"),
+    flag("--dry-run", "check and print; write and queue nothing"),
 )
 
 
