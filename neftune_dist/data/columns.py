@@ -17,6 +17,7 @@ from neftune_dist.data.errors import BadRow, Hint
 _OPTIONAL = ("system", "input", "context", "tools")
 # Beside those that recognise a format, fields that all but plain texts may have.
 _BESIDE = {"system", "system_prompt", "system_message", "tools"}
+_ABOUT = {"input", "context"}  # fields that hold what an instruction is about
 _ROLES = ("role", "from")
 _BETTER = ("chosen", "preferred_output")  # of two answers to compare
 _LISTS = ("messages", "conversations", "conversation", "prompt", "completion")
@@ -180,10 +181,12 @@ def suggestions(row: Mapping[str, Any]) -> Iterator[Hint]:
         asked = next((name for name in texts if _ASKED.search(name) and name != said), None)
         asked = asked or next(name for name in texts if name != said)
         said = said or next(name for name in texts if name != asked)
-        # An instruction's input or context is read without a mapping.
-        about = {"input", "context"} & row.keys() - {asked, said}
+        # What an instruction is about.
+        about = next((n for n in row if n.lower() in _ABOUT and n not in (asked, said)), "")
         ours = ("instruction", "output") if about else ("prompt", "completion")
         found = {ours[0]: asked, ours[1]: said}
+        if about and about not in _ABOUT:
+            found[about.lower()] = about
         yield _hint(row, found | ({"reasoning": thoughts} if thoughts else {}))
     elif texts and not (_SAID.search(texts[0]) or _ASKED.search(texts[0])):
         yield _hint(row, {"text": texts[0]})
@@ -195,7 +198,7 @@ def _hint(row: Mapping[str, Any], found: dict[str, str]) -> Hint:
     if "text" not in found:
         used |= _BESIDE
     if "instruction" in found:
-        used |= {"input", "context"}
+        used |= _ABOUT
     if "completion" in found:
         used.add("prompt")
     left = (name for name, value in row.items() if not fields.is_harmless(name, value))

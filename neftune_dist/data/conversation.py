@@ -18,6 +18,11 @@ _HEAD = re.compile(
     r"|\n(assistant|gpt|ai):)\s*$",
     re.I,
 )
+# The end of a turn, as the templates of many models write it.
+_ENDS = (
+    r"</s>|<eos>|<end_of_turn>|<turn\|>|<\uff5cend▁of▁sentence\uff5c>"
+    r"|<\|(?:im_end|endoftext|end_of_text|eot_id|eot|end|end_of_turn|return)\|>"
+)
 
 
 class Turn(NamedTuple):
@@ -86,13 +91,26 @@ class Conversation:
         roles = [turn.role for turn in self.turns]
         return self.messages()[: roles.index("assistant")] if roles else []
 
-    def refuse_templated(self, text: str) -> None:
-        """Raise `BadRow` where a question ends with the head of its answer and the template writes
-        another behind it.
+    def refuse_templated(self, text: str, eos: str) -> None:
+        """Raise `BadRow` where a question ends with the head of its answer, or a turn with its end,
+        and the template writes another behind it.
 
         Args:
             text: the conversation in the template.
+            eos: the tokenizer's end-of-sequence token.
         """
+        ends = f"({_ENDS}|{re.escape(eos)})" if eos else f"({_ENDS})"
+        for number, turn in enumerate(self.turns, 1):
+            end = re.search(rf"{ends}\s*\Z", turn.content[-60:])
+            if not end or (end[1] == "</s>" and "<s>" in turn.content):  # HTML's
+                continue
+            tail = re.escape(turn.content[-200:].rstrip())
+            if another := re.search(rf"{tail}\s*{ends}", text):
+                raise BadRow(
+                    f"turn {number} ends with {end[1]!a}, and the template writes {another[1]!a} "
+                    "behind it: give it without, or by data.template a .jinja file that adds "
+                    "nothing to it"
+                )
         for asked, said in pairwise(self.turns):
             head = _HEAD.search(asked.content[-60:]) if asked.role == "user" else None
             if head and asked.content + said.content not in text:

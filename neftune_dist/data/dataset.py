@@ -29,7 +29,7 @@ from neftune_dist.data.sources import Source, open_source
 from neftune_dist.data.split import Split, split_documents
 from neftune_dist.data.tokenize import ConversationTokenizer
 
-_VERSION = 12  # raised when the same rows and settings become other files
+_VERSION = 13  # raised when the same rows and settings become other files
 _PROGRESS_SECONDS = 5.0
 # Settings that decide an entry's content, beside the template, and those of each source.
 _DECISIVE = (

@@ -61,6 +61,7 @@ def detect_format(row: _Row, usual: str = "") -> str:
         return found[0]
     if "input_ids" in row:
         raise BadRow("the row holds tokens (input_ids): give the text that they were made of")
+    _refuse_wrapper(row)
     for name in row:
         fields.refuse_meaning(name)
     hint = next((hint for hint in columns.suggestions(row) if _reads(hint, row)), None)
@@ -72,6 +73,29 @@ def detect_format(row: _Row, usual: str = "") -> str:
     known = "; ".join(", ".join(form.needed[0]) for form in _FORMATS.values())
     advice = [": to read them so, set ", hint] if hint else [f" ({known})"]
     raise BadRow(f"the fields {columns.listed(row)} are of no known format", *advice)
+
+
+def _refuse_wrapper(row: _Row) -> None:
+    """Raise `BadRow` for an object around rows, which a hint would read as one row: all as turns of
+    one conversation, or the first alone."""
+
+    def is_row(value: Any) -> bool:
+        return isinstance(value, dict) and bool(_matches(value))
+
+    if len(row) > 1 and all(map(is_row, row.values())):
+        raise BadRow("it is an object of rows under names: write the rows alone, one a line")
+    lists = [n for n, v in row.items() if isinstance(v, list) and v and all(map(is_row, v))]
+    if not lists or not all(n in lists or fields.is_harmless(n, v) for n, v in row.items()):
+        return
+    found = row[lists[0]]
+    parts: list[Any] = [
+        f"field {lists[0][:40]!a} is a list of rows ({len(found)}), and this is no row: write them "
+        "without what is around them, as an array or one a line"
+    ]
+    if ("input", "output") in _matches(found[0]).values():
+        hint = Hint({"conversations": lists[0]})
+        parts += ["; or, if they are the exchanges of one conversation, set ", hint]
+    raise BadRow(*parts)
 
 
 def _reads(hint: Hint, row: _Row) -> bool:

@@ -51,3 +51,8 @@ class Rendered:
     def text(self) -> str:
         """The whole text, without the tokens that `starts` and `ends` add."""
         return "".join(chunk.text for chunk in self.chunks)
+
+    def with_ends(self, eos: str) -> str:
+        """The whole text, with the end-of-sequence tokens that are appended."""
+        ends = (c.ends and (c.literal or not c.text.endswith(eos)) for c in self.chunks)
+        return "".join(c.text + eos * end for c, end in zip(self.chunks, ends, strict=True))

@@ -77,7 +77,7 @@ def _json_lines(file: IO[bytes]) -> Numbered:
         if is_first and line.strip() == b"{":
             raise ValueError(
                 "it is one object over several lines, neither an array of objects nor one object a "
-                "line"
+                "line: write the list of its rows alone"
             )
         is_first = False
         try:

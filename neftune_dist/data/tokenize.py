@@ -76,7 +76,7 @@ class ConversationTokenizer:
         self._backend = backend_of(tokenizer)
         self._drops_characters = tokenizer.is_fast and drops_characters(self._backend)
         self._may_refuse = may_refuse(self._backend)
-        # The tokens that the tokenizer puts before a text. A chat template writes its own.
+        # What the tokenizer puts before a text. A chat template writes its own.
         self._prefix = np.array(prefix_ids(tokenizer), np.int32)
         self._chat: ChatTemplate | None = None
         if fixed := prompt_templates.NAMES.get(config.template):
@@ -119,13 +119,13 @@ class ConversationTokenizer:
         if conversation.text:
             if self.tokenizer.eos_token_id is None:
                 raise BadRow("the tokenizer has no end-of-sequence token, with which a text ends")
-            span = Span(0, len(conversation.text), TEXT, learned=True)
-            chunk = Chunk(conversation.text, (span,), starts=True, ends=True)
+            spans = (Span(0, len(conversation.text), TEXT, learned=True),)
+            chunk = Chunk(conversation.text, spans, starts=True, ends=True)
             found = [(conversation, Rendered((chunk,)))]
         else:
             found = self._documents(conversation, self.config.supervise)
-        text = found[-1][1].text
-        conversation.refuse_templated(text)
+        text, end = found[-1][1].text, self.tokenizer.eos_token or ""
+        conversation.refuse_templated(found[-1][1].with_ends(end), end)
         if self._drops_characters and (unknown := unknown_character(self._backend, text)):
             raise BadRow(f"the tokenizer has no token for {unknown!a}")
         if self._may_refuse:

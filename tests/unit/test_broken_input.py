@@ -374,7 +374,16 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     ({"Q": "a", "CoT": "b", "A": "c"}, "{prompt: Q, completion: A, reasoning: CoT}"),
     ({"0": "a", "no": "b"}, "set data.columns={prompt: '0', completion: 'no'}"),
     # Of no form of turns that is read: no mapping is suggested that would be refused in its turn.
-    ({"data": [{"text": "a"}, {"text": "b"}]}, "the fields data are of no known format (messages;"),
+    ({"data": [{"t": "a"}, {"t": "b"}]}, "the fields data are of no known format (messages;"),
+    # Objects around rows, which are no rows and no conversation.
+    ({"version": 1, "data": [{"text": "a"}, {"text": "b"}]}, "'data' is a list of rows (2), and"),
+    (
+        {"data": [turns(("user", "a"), ("assistant", "b"))]},
+        "'data' is a list of rows (1), and this",
+    ),
+    ({"type": "t", "all": [{"input": "a", "output": "b"}] * 2}, "'all' is a list of rows (2), and"),
+    ({"0": {"prompt": "a", "completion": "b"}, "1": {"text": "c"}}, "an object of rows under name"),
+    ({"INSTRUCTION": "a", "Input": "", "OUTPUT": "b"}, "output: OUTPUT, input: Input}"),
     ({"q": {"text": "a"}, "a": [{"text": "b"}]}, "{prompt: q.text, completion: a.0.text}"),
     ({"instruction\u200b": "a", "output": 1}, r"the fields instruction\u200b, output are of no kn"),
     ({}, "the fields (none) are of no known format (messages; conversations; instruction, out"),

@@ -343,6 +343,24 @@ def test_a_prompt_that_is_in_a_template_already_is_refused(smollm2: Any, tmp_pat
     assert learned(smollm2, made) == ["5" + END] and made.end_learned
 
 
+def test_a_turn_that_holds_its_end_already_is_refused(smollm2: Any, tmp_path: Path) -> None:
+    """Its end would be trained on twice, or another model's as words."""
+    for said in ("5" + END, f"5{END}\n", "5</s>", "5 <|endoftext|>"):
+        with pytest.raises(BadRow, match=r"turn 2 ends with '<.*behind it: give it without"):
+            make(smollm2).documents(conversation("Hi", said))
+    with pytest.raises(BadRow, match="turn 1 ends with"):
+        make(smollm2).documents(conversation("Hi" + END, "5"))
+    for template in ("alpaca", "vicuna", "llama2"):
+        with pytest.raises(BadRow, match="turn 2 ends with '</s>'"):
+            make(smollm2, template=template).documents(conversation("Hi", "5</s>"))
+    with pytest.raises(BadRow, match="turn 2 ends with"):  # reads no text as a special token
+        make(smollm2, template="llama2").documents(conversation("Hi", "5" + END))
+    # Trained on once, or words of HTML.
+    made = document(make(smollm2, template="alpaca"), conversation("Hi", "5" + END))
+    assert learned(smollm2, made) == ["5" + END]
+    document(make(smollm2), conversation("Strike 5 out.", "<s>5</s>"))
+
+
 def test_a_generation_prompt_may_open_a_thought(tiny_tokenizer: Any) -> None:
     """As R1's: an answer without reasoning is learned as the template writes it, and reasoning that
     the template takes out follows the prompt, as it is generated."""
