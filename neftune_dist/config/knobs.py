@@ -110,6 +110,8 @@ class Knob:
             quotes = str in self.types and type(value) in (int, float, bool)
             shown = "null" if value is None else brief(value)
             fix = ": put it in quotes" if quotes else ""
+            if type(value) is str and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", value, re.I):
+                fix = ": leave out its quotes"
             raise UserError(f"{name}={shown} is not {self.kind}{fix}.")
 
     def check(self, name: str, value: Any) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from neftune_dist.config.errors import UserError, brief
 
 # Limits of Linux on a name between two slashes, and on a path without its final zero byte.
 _NAME_BYTES, _PATH_BYTES = 255, 4095
+_VARIABLE = re.compile(r"(?:^|/)(\$([A-Za-z_]\w*))(?=/|$)")
 
 
 def user_path(text: str, key: str) -> Path:
@@ -17,13 +19,19 @@ def user_path(text: str, key: str) -> Path:
     The path need not exist. `key` names the setting or argument in messages.
 
     Raises:
-        UserError: no file can have that path: an unknown user, a name that is too long.
+        UserError: no file can have that path (an unknown user, a name that is too long), or it
+            holds a variable of the shell, and does not exist.
     """
     shown = f"{key}={brief(text)}"
     if not text:
         raise UserError(f"{key} is empty: give a path.")
     if "\0" in text:
         raise UserError(f"{key}={brief(ascii(text))} is not a path: it contains a null character.")
+    if (variable := _VARIABLE.search(text)) and not os.path.exists(text):
+        raise UserError(
+            f"{shown}: {variable[1]} is replaced by a shell alone; in a configuration write "
+            f"${{oc.env:{variable[2]}}}."
+        )
     try:
         path = Path(text).expanduser()
         encoded = os.fsencode(path)

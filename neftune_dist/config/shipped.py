@@ -6,6 +6,7 @@ In a checkout `neftune_dist/shipped/` links to the folders at the root; a wheel 
 from __future__ import annotations
 
 import difflib
+import filecmp
 import os
 import shutil
 from pathlib import Path
@@ -32,8 +33,14 @@ def find_config(given: str | os.PathLike[str], folder: Path = Path()) -> Path:
     path, shipped = folder / user_path(os.fspath(given), "CONFIG"), shipped_configs()
     if path.is_file():
         return path
-    if os.fspath(given) in shipped:
-        return shipped[os.fspath(given)]
+    if found := shipped.get(os.fspath(given)):
+        own = Path(f"{path}.yaml")
+        if own.is_file() and not filecmp.cmp(own, found, shallow=False):
+            raise UserError(
+                f"{given} is a shipped configuration, and {own} another one: write {own.name} for "
+                f"that, or {found} for the shipped one."
+            )
+        return found
     if path.exists():
         return path
     beside = {str(found) for found in path.parent.glob("*.y*ml")}

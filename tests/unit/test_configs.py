@@ -9,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from neftune_dist.config import Config, UserError, differences, load_config
+from neftune_dist.config.shipped import SHIPPED
 from neftune_dist.data.sampler import make_sampler
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -53,6 +54,17 @@ def test_file_extends_another(tmp_path: Path) -> None:
 def test_file_extends_a_shipped_one_by_its_name(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("extends: alpaca-7b\n")
     assert load_config(tmp_path / "mine.yaml") == load_config("alpaca-7b")
+
+
+def test_a_shipped_name_beside_a_file_of_that_name_is_refused(tmp_path: Path) -> None:
+    """As `init alpaca-7b` writes it: the settings in it would not be read."""
+    (tmp_path / "mine.yaml").write_text("extends: alpaca-7b\n")
+    own = tmp_path / "alpaca-7b.yaml"
+    own.write_bytes((SHIPPED / "configs/alpaca-7b.yaml").read_bytes())
+    load_config(tmp_path / "mine.yaml")  # either is the same
+    own.write_text("noise: {alpha: 7}\n")
+    with pytest.raises(UserError, match=r"a shipped configuration, and .*: write alpaca-7b.yaml"):
+        load_config(tmp_path / "mine.yaml")
 
 
 def test_a_pipe_is_no_configuration(tmp_path: Path) -> None:
