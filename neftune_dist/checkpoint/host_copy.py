@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neftune_dist.distributed.device import enter_thread
 from neftune_dist.engine.base import FlatShard
 from neftune_dist.optim.quantized_state import QuantizedMoment
 
@@ -64,7 +65,7 @@ class HostCopy:
         return self._bytes[first : first + like.nbytes].view(like.dtype).view(like.shape)
 
     def _pin(self) -> None:
-        pool = ThreadPoolExecutor(_NUM_THREADS, "pin", torch.cuda.set_device, (self._device,))
+        pool = ThreadPoolExecutor(_NUM_THREADS, "pin", enter_thread, (self._device,))
         pieces = self._bytes.split(_PIECE_BYTES)
         self._pinning = [pool.submit(_register, piece) for piece in pieces]
         pool.shutdown(wait=False)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from neftune_dist.checkpoint import flat, store
 from neftune_dist.checkpoint.host_copy import HostCopy
 from neftune_dist.config import CheckpointConfig, UserError
+from neftune_dist.distributed.device import enter_thread
 from neftune_dist.distributed.world import World
 from neftune_dist.engine.base import Engine, FlatShard
 from neftune_dist.system import cgroups
@@ -90,7 +91,7 @@ class Saver:
         self.prepare(engine)
         if self._copy is not None:
             work = (step, self._copy.copy(shards), text, best_step)
-            self._thread = Thread(target=self._try, args=work, name="checkpoint", daemon=True)
+            self._thread = Thread(target=self._beside, args=work, name="checkpoint", daemon=True)
             self._thread.start()
         else:
             self._try(step, shards, text, best_step)
@@ -115,6 +116,10 @@ class Saver:
         """Give the save in flight of a failed run a limited time to be published."""
         if self._thread is not None:
             self._thread.join(_LAST_SAVE_SECONDS)
+
+    def _beside(self, *work: Any) -> None:
+        enter_thread(self._world.device)  # DCP waits for its current stream
+        self._try(*work)
 
     def _try(self, step: int, shards: list[FlatShard], state: str, best_step: int | None) -> None:
         try:

@@ -26,6 +26,7 @@ from neftune_dist.config import Config
 from neftune_dist.data.documents import Documents
 from neftune_dist.data.packing import Rounds, assign_documents
 from neftune_dist.data.sampler import Sampler
+from neftune_dist.distributed.device import enter_thread
 
 _EMPTY_TOKENS = 2  # of an empty micro-batch
 # The weights' gradients are products over the tokens, whose number float8 needs divisible by this.
@@ -290,12 +291,7 @@ def _prefetch(
 ) -> Iterator[_Value]:
     """`make(key)` of every key, in order; a thread makes the next ones while one is used."""
 
-    def enter_thread() -> None:
-        if device.type == "cuda":
-            # A new thread is on GPU 0: pinned memory would take memory there, of every rank.
-            torch.cuda.set_device(device)
-
-    pool = ThreadPoolExecutor(1, "loader", initializer=enter_thread)
+    pool = ThreadPoolExecutor(1, "loader", enter_thread, (device,))
     try:
         pending: deque[Future[_Value]] = deque()
         for i in range(len(keys) + _STEPS_AHEAD):

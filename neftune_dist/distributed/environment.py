@@ -104,12 +104,12 @@ def expand_hosts(text: str) -> list[str]:
     names: list[str] = []
     for name in re.findall(r"(?:[^,\[]|\[[\d,-]*\])+", text):
         parts = re.split(r"\[(.*?)\]", name)  # in turn text and what stands in brackets
-        choices = [_numbers(part) if i % 2 else [part] for i, part in enumerate(parts)]
+        choices = [expand_numbers(part) if i % 2 else [part] for i, part in enumerate(parts)]
         names += map("".join, itertools.product(*choices))
     return names
 
 
-def _numbers(ranges: str) -> list[str]:
+def expand_numbers(ranges: str) -> list[str]:
     """Of "08-10,3": 08, 09, 10, 3."""
     return [
         f"{i:0{len(first)}}"

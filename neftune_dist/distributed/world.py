@@ -23,6 +23,7 @@ import torch.distributed as dist
 from neftune_dist.compat.torch import default_store, process_groups, set_collective_timeout
 from neftune_dist.config import UserError, check_divides
 from neftune_dist.distributed import environment, outcome
+from neftune_dist.distributed.device import enter_thread, stay_beside
 from neftune_dist.distributed.mailbox import pauses, wait_until
 from neftune_dist.distributed.process_group import (
     COLLECTIVE_TIMEOUT,
@@ -30,7 +31,7 @@ from neftune_dist.distributed.process_group import (
     make_process_group,
 )
 from neftune_dist.distributed.signals import Stopped, StopSignal
-from neftune_dist.system import cgroups
+from neftune_dist.system import cgroups, garbage
 from neftune_dist.system.malloc import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ class World:
                     "all of them (Slurm: --gpus-per-node, without --gpus-per-task)."
                 )
             self.device = torch.device("cuda", self.local_rank)
-            torch.cuda.set_device(self.device)
+            enter_thread(self.device)
+            stay_beside(self.device)
         else:
             self.device = torch.device("cpu")
             keep_freed_memory()
@@ -264,20 +266,26 @@ class World:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # Every rank leaves by itself, by a mistake that all have heard of or by a request to stop;
         # by anything else alone, and perhaps because another rank is gone.
-        self.close(together=error is None or isinstance(error, UserError | Stopped))
+        together = error is None or isinstance(error, UserError | Stopped)
+        self.close(together=together, sound=error is None)
 
-    def close(self, *, together: bool = True) -> None:
+    def close(self, *, together: bool = True, sound: bool = True) -> None:
         """Leave the process group; rank 0, whose process may host the store, leaves last.
 
         Args:
             together: whether the other ranks leave, too, so that rank 0 waits for them.
+            sound: whether no collective is under way on any rank.
         """
         with suppress(RuntimeError):  # the store may have gone with the rank that hosts it
             self._store.add("left", 1)
             if self.is_first and together:
                 # No other rank waits here.
                 wait_until(lambda: self._store.add("left", 0) >= self.size, 1, _LEAVE_SECONDS)
-        if dist.is_initialized():
+        if not sound and self.device.type == "cuda":
+            # NCCL ends its work together: to destroy a group waits for all that it was asked to do,
+            # and for all ranks of the machine. Whoever leaves alone would wait for ever, unheard.
+            garbage.end_at_once()
+        elif dist.is_initialized():
             dist.destroy_process_group()
 
 

@@ -145,8 +145,10 @@ class FSDP2Engine:
         """See `Engine.step`."""
         grads = [p.grad.to_local() for _, p in self.named if isinstance(p.grad, DTensor)]
         square = squared_norm(grads).to(self.world.device)  # where the process group works
-        dist.all_reduce(square, group=self.mesh["shard"].get_group())
-        norm = square.sqrt().to(self.state_device)
+        # Over all replicas, too: each by itself could round the sum in another way, clip by another
+        # factor, and become another model.
+        dist.all_reduce(square)
+        norm = (square / self.num_replicas).sqrt().to(self.state_device)
         clip_and_update(self.optimizer, learning_rate, norm, self.max_grad_norm)
         self._refresh_scales()
         return float(norm)

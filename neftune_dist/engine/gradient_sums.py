@@ -88,7 +88,10 @@ class _Bucket:
         for view, filled in zip(self.views, self._filled, strict=True):
             if not filled:
                 view.zero_()
-        self.num_ranks.copy_(torch.tensor(self._filled))
+        if all(self._filled):
+            self.num_ranks.fill_(1)  # without a copy, for which the host would wait for the GPU
+        else:
+            self.num_ranks.copy_(torch.tensor(self._filled))
         self._work = dist.all_reduce(self._content, async_op=True)
 
     def wait(self) -> None:

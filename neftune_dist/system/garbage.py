@@ -11,6 +11,7 @@ import atexit
 import ctypes
 import gc
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,16 @@ def keep_imports() -> None:
         gc.set_threshold(*_USUAL)
 
 
+_at_once = False
+
+
+def end_at_once() -> None:
+    """Let `QuickEnd` end the process without any teardown, which a GPU that is waited for in vain
+    would hold up for ever."""
+    global _at_once
+    _at_once = True
+
+
 class QuickEnd:
     """Ends the process without the interpreter's own teardown, which searches for garbage.
 
@@ -58,11 +69,13 @@ class QuickEnd:
         atexit.register(self._leave)  # called last, as it is registered first
 
     def _leave(self) -> None:
-        if self.code is None:
+        if self.code is None and not _at_once:
             return
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
+        if _at_once:
+            os._exit(1 if self.code is None else self.code)
         # C's exit calls the handlers of C libraries, by which profilers write their files. PyDLL
         # keeps the interpreter's lock meanwhile, so that no Python thread runs on.
         ctypes.PyDLL(None).exit(self.code)

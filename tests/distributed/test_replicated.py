@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from neftune_dist.config import load_config
-from neftune_dist.engine import gradient_sums
+from neftune_dist.engine import fsdp2, gradient_sums
 from tests.support import tiny_model
 
 REPLICATED = "engine.name=replicated"
@@ -136,6 +137,20 @@ def _sums_of(rank: int, folder: str) -> None:
     Path(folder, f"done{rank}").touch()
 
 
+def test_a_bucket_is_sent_without_waiting_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy from the host's pageable memory would."""
+    monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: None)
+    monkeypatch.setattr(torch, "tensor", None)
+    masters = [nn.Parameter(torch.zeros(n)) for n in (2, 3)]
+    sums = gradient_sums.GradientSums(masters)
+    sums.is_last = True
+    for index in (1, 0):
+        computed = torch.zeros_like(masters[index])
+        computed.grad = torch.ones_like(masters[index])
+        sums.add(index, computed)
+    assert [bucket.num_ranks.tolist() for bucket in sums._buckets] == [[1, 1]]
+
+
 def test_parameters_without_a_gradient_hang_nothing(tmp_path: Path) -> None:
     process = tiny_model.forkserver().Process
     ranks = [process(target=_sums_of, args=(rank, str(tmp_path))) for rank in range(2)]
@@ -160,3 +175,32 @@ def test_replicated_refuses_offload_and_zero(
     done = tiny_model.run_forked("train", config, f"run_dir={tmp_path / 'run'}", REPLICATED, word)
     assert done.returncode == 2
     assert sentence in done.stderr
+
+
+def _sum_by_group() -> None:
+    """Sums of single numbers that depend on the group, as those of NCCL may in their last bit; and
+    after each step a comparison of the ranks' weights."""
+    reduce, step = dist.all_reduce, fsdp2.FSDP2Engine.step
+
+    def all_reduce(tensor: torch.Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+        work = reduce(tensor, *args, group=group, **kwargs)
+        if tensor.dim() == 0 and group is not None:
+            tensor *= 1 + 1e-6 * dist.get_rank()
+        return work
+
+    def compared(engine: fsdp2.FSDP2Engine, learning_rate: float) -> float:
+        norm = step(engine, learning_rate)
+        of_ranks: list[Any] = [None] * engine.world.size
+        mine = [shard.tensor.numpy().tobytes() for shard in engine.flat_state()]
+        dist.all_gather_object(of_ranks, (norm, mine))
+        assert all(of_rank == of_ranks[0] for of_rank in of_ranks)
+        return norm
+
+    fsdp2.dist.all_reduce, fsdp2.FSDP2Engine.step = all_reduce, compared  # type: ignore
+
+
+def test_replicas_of_fsdp2_stay_one_model(config: Path, tmp_path: Path) -> None:
+    """Whatever rounding a group's sums have: the factor of clipping is the same on all ranks."""
+    words = ["engine.num_replicas=2", "optim.max_grad_norm=0.01", f"run_dir={tmp_path / 'run'}"]
+    done = tiny_model.run_forked("train", config, *words, ranks=2, before=_sum_by_group)
+    assert done.returncode == 0, done.stdout + done.stderr

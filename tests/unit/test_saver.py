@@ -70,6 +70,22 @@ def test_saves_the_state_as_it_was(
     assert saved(tmp_path) == {1: 1.0, 2: 2.0}
 
 
+def test_the_thread_that_writes_uses_the_ranks_gpu(
+    world: World, engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DCP waits for its current stream, which in a new thread is one of GPU 0."""
+    entered: list[tuple[str, torch.device]] = []
+
+    def enter(device: torch.device) -> None:
+        entered.append((threading.current_thread().name, device))
+
+    monkeypatch.setattr("neftune_dist.checkpoint.saver.enter_thread", enter)
+    made = Saver(tmp_path, CheckpointConfig(mode="async"), world)
+    made.save(1, engine, {})
+    made.wait()
+    assert entered == [("checkpoint", world.device)] and saved(tmp_path)
+
+
 def test_at_most_one_save_is_in_flight(
     world: World, engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

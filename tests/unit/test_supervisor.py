@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from neftune_dist.cluster.launch import node, supervisor
 from neftune_dist.cluster.launch.supervisor import Job
@@ -306,6 +307,25 @@ def test_node_whose_environment_is_wrong_says_so(
         signal.signal(signal.SIGUSR1, before)
     ended = outcome.conclude(tmp_path, 0, 0, "srun ended with code 1")
     assert ended.kind == outcome.MISTAKE and "SLURM_GPUS_ON_NODE='two'" in ended.error
+
+
+def test_ranks_that_torchrun_kills_are_not_reported_as_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Those that wait on a GPU for one that died end half a minute later, by torchrun's SIGKILL."""
+    failures = {}
+    for rank, code, second in ((3, -signal.SIGSEGV, 100), (0, -9, 130), (1, -9, 130)):
+        failures[rank] = ProcessFailure(rank, 0, code, error_file="")
+        failures[rank].timestamp = second
+
+    def fail(*_: object) -> None:
+        raise node.ChildFailedError("train", failures)
+
+    monkeypatch.setattr(node, "torchrun", fail)
+    monkeypatch.setenv(outcome.VARIABLE, str(tmp_path))
+    assert node._torchrun([], "", 0, 0) == outcome.EXIT_FAILED
+    assert [path.name for path in tmp_path.iterdir()] == ["rank_3.json"]
+    assert capfd.readouterr().err.count("died") == 1
 
 
 def test_mistake_in_the_environment_is_no_attempt(

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from neftune_dist.config import UserError
-from neftune_dist.distributed import outcome, process_group
+from neftune_dist.distributed import device, outcome, process_group
 from neftune_dist.distributed import world as module
 from neftune_dist.distributed.environment import Place
 from neftune_dist.distributed.signals import Stopped, StopSignal
@@ -213,3 +214,50 @@ def test_first_rank_waits_for_the_others_only_where_they_leave_too(
     with first, second:
         pass
     assert len(waits) == 3  # the first rank alone waits
+
+
+@pytest.mark.parametrize(
+    ("error", "ends"),
+    [(None, "destroyed"), (MemoryError(), "at once"), (UserError("alone"), "at once")],
+)
+def test_nccl_is_destroyed_only_where_all_ranks_end_well(
+    error: BaseException | None, ends: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its destruction waits for every collective and for every rank of the machine."""
+    found: list[str] = []
+    [world] = worlds(1)
+    world.device = torch.device("cuda", 0)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: found.append("destroyed"))
+    monkeypatch.setattr(module.garbage, "end_at_once", lambda: found.append("at once"))
+    world.__exit__(type(error), error, None)
+    assert found == [ends]
+
+
+@pytest.mark.parametrize(
+    ("numa_node", "cores", "kept"),
+    [("1\n", "2-3,6\n", {3, 6}), ("1\n", "8-9\n", None), ("-1\n", "0-7\n", None), (None, "", None)],
+)
+def test_a_rank_runs_on_the_cores_beside_its_gpu_that_it_may_use(
+    numa_node: str | None,
+    cores: str,
+    kept: set[int] | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without the program numactl; and where the system does not say which they are, on all."""
+    found: list[set[int]] = []
+    gpu = SimpleNamespace(pci_domain_id=0, pci_bus_id=0xDC, pci_device_id=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setattr(device, "_SYSTEM", tmp_path)
+    monkeypatch.setattr(device.os, "sched_getaffinity", lambda _: {0, 1, 3, 6})
+    monkeypatch.setattr(device.os, "sched_setaffinity", lambda _, chosen: found.append(chosen))
+    for name, text in (
+        ("bus/pci/devices/0000:dc:00.0/numa_node", numa_node),
+        ("devices/system/node/node1/cpulist", cores),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True)
+        if text is not None:
+            (tmp_path / name).write_text(text)
+    device.stay_beside(torch.device("cuda", 3))
+    assert found == ([kept] if kept else [])

@@ -18,6 +18,9 @@ from neftune_dist.config import UserError
 from neftune_dist.distributed import environment, outcome
 from neftune_dist.system import cgroups, network
 
+# Ranks that die so soon after the first may have died of the same cause.
+_SAME_SECONDS = 1
+
 
 def node(folder: Path, words: Sequence[str], *, num_processes: int, minutes: float) -> int:
     """Meet the other nodes in `folder`, then run this node's ranks under torchrun.
@@ -53,9 +56,7 @@ def node(folder: Path, words: Sequence[str], *, num_processes: int, minutes: flo
         return outcome.EXIT_FAILED
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     _set_environment(folder, number)
-    # Each rank beside its GPU's memory, where the driver can say which that is.
-    numa = ["--numa-binding=node"] if Path("/proc/driver/nvidia/gpus").exists() else []
-    options = [f"--nnodes={len(hosts)}", f"--nproc-per-node={number}", "--max-restarts=0", *numa]
+    options = [f"--nnodes={len(hosts)}", f"--nproc-per-node={number}", "--max-restarts=0"]
     train = ["-m", "neftune_dist", "train", *words]
     return _torchrun([*options, *train], address, port, index)
 
@@ -67,7 +68,10 @@ def _torchrun(words: Sequence[str], address: str, port: int, index: int) -> int:
     except SignalException:  # SIGTERM, which it has passed on
         return outcome.EXIT_FAILED
     except ChildFailedError as error:
+        first = min(failure.timestamp for failure in error.failures.values())
         for rank, failure in error.failures.items():
+            if failure.timestamp > first + _SAME_SECONDS:
+                continue  # torchrun has killed it, because of the first
             code = failure.exitcode
             how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             outcome.tell(rank, outcome.FAILED, error=f"rank {rank} died: {how}")
