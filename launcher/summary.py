@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from neftune_dist.system.records import STEPS, read_records
+from neftune_dist.system.text import printable
 
 
 def main(run_dir: Path, folder: Path, command: str) -> None:
@@ -53,7 +54,7 @@ def _examples(
 
 
 def _line(text: str) -> str:
-    flat = " / ".join(line for line in text.split("\n") if line.strip())
+    flat = " / ".join(line for line in printable(text).split("\n") if line.strip())
     return flat if len(flat) <= 110 else flat[:107] + "..."
 
 

@@ -73,7 +73,7 @@ def _run_dir(text: str) -> Path:
     if path.is_file():
         raise UserError(f"RUN_DIR={text} is a file: give the directory of a run.")
     for part in (path, path.parent):
-        # A run of its own may lie in a folder of that name.
+        # A run may itself lie in a folder of that name.
         if part.name == "checkpoints" and (part.parent / "config.yaml").is_file():
             raise UserError(
                 f"RUN_DIR={text} is a part of a run: give its directory, {part.parent}."

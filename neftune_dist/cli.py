@@ -51,7 +51,7 @@ _ADVICE = {
 
 
 def run() -> NoReturn:
-    """Run the command line as a process of its own: `main`, with a quick start and end."""
+    """Run the command line as the whole process: `main`, with a quick start and end."""
     end = garbage.QuickEnd()
     garbage.collect_rarely()
     try:

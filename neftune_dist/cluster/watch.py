@@ -16,7 +16,7 @@ from neftune_dist.config import UserError, read_json
 from neftune_dist.distributed import outcome
 from neftune_dist.system.checkpoint_names import newest_step
 from neftune_dist.system.records import EVALUATIONS, SAMPLES, STEPS, is_finite, read_records
-from neftune_dist.system.text import duration_text
+from neftune_dist.system.text import duration_text, printable
 
 _CURVE_ROWS = 8
 _SPEED_STEPS = 50  # over which speed and time left are averaged
@@ -69,7 +69,7 @@ def screen_lines(run_dir: Path, now: float, width: int = 80) -> Iterator[str]:
     if samples := read_records(run_dir / SAMPLES).rows:
         last = samples[-1]
         said = " ".join(f"{last.get('instruction')} -> {last.get('output')}".split())
-        yield f"sample of step {last['step']}: {_printable(said)}"
+        yield f"sample of step {last['step']}: {printable(said)}"
     yield from _attempt_lines(run_dir)
     if warning := _last_warning(run_dir):
         yield f"last warning: {warning}"
@@ -158,13 +158,8 @@ def _last_warning(run_dir: Path) -> str:
             lines = file.read().decode(errors="replace").splitlines()
         for line in reversed(lines):
             if "warning:" in line:
-                return _printable(line.strip())
+                return printable(line.strip())
     return ""
-
-
-def _printable(text: str) -> str:
-    """The text without control characters, which a terminal would obey."""
-    return "".join(c for c in text if c.isprintable())
 
 
 def _num_steps(run_dir: Path) -> int | None:

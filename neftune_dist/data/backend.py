@@ -168,7 +168,7 @@ class SlowBackend:
                     break
             else:
                 break
-            # A token of white space before the words that says nothing has a place of its own.
+            # A token of white space before the words, which adds nothing to them, has its place.
             while place < found[0] and any(
                 _place(text, found[0], words) == found for words in said(first + 1, last)
             ):

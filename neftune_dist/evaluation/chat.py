@@ -8,7 +8,6 @@ Answers are not trusted: control characters, which a terminal would obey, are no
 from __future__ import annotations
 
 import io
-import re
 import shutil
 import sys
 import textwrap
@@ -25,6 +24,7 @@ from neftune_dist.data.conversation import Turn
 from neftune_dist.data.errors import BadRow
 from neftune_dist.evaluation.target import EvaluationTarget, open_target
 from neftune_dist.model.families import context_length
+from neftune_dist.system.text import printable
 
 with suppress(ImportError):  # of systems without it; it gives `input` a history and its keys
     import readline  # noqa: F401
@@ -37,9 +37,6 @@ STOPPED = "[stopped]"
 _LEAST_COLUMN = 32  # characters; in narrower terminals one answer follows the other
 _GAP = " | "
 _INTERRUPTED = 130  # as shells have it
-# Control characters, and those that turn the direction of a text; not the spaces and joiners with
-# which Japanese, Persian or an emoji is written.
-_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 # Scores divided by less may be more than a float holds; the greatest would win anyway.
 _LEAST_TEMPERATURE = 1e-6
 
@@ -180,7 +177,7 @@ class _Pieces:
         if not self.ended:
             self._ids.append(token)
             self.said = self._tokenizer.decode(self._ids, skip_special_tokens=True).lstrip()
-            self.shown = _OBEYED.sub("\ufffd", self.said.replace("\r\n", "\n"))
+            self.shown = printable(self.said.replace("\r\n", "\n"))
             # The last word may go on; a wide character (Chinese, an emoji) is whole.
             is_wide = unicodedata.east_asian_width(self.shown[-1:] or " ") in "WF"
             self._show_until(None if is_wide else self.shown.rfind(" ") + 1)

@@ -24,7 +24,7 @@ def ended_with_parent() -> Callable[[], None]:
 
 def end_with_parent(parent: int) -> None:
     """Have the system send this process SIGTERM when its parent has died. The signal ends it until
-    it sets a handler of its own, also where the parent ignores it.
+    it sets its own handler, also where the parent ignores it.
 
     Args:
         parent: its process number. Where it has died already, the signal is sent at once.

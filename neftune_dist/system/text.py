@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 
 _MOST = 300  # characters of an error of several lines
+# Control characters, and those that turn the direction of a text; not the spaces and joiners with
+# which Japanese, Persian or an emoji is written.
+_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def first_line(error: BaseException) -> str:
@@ -13,6 +17,12 @@ def first_line(error: BaseException) -> str:
     said = str(error).strip() or type(error).__name__
     first = said.splitlines()[0]
     return (" ".join(said.split())[:_MOST] if first.rstrip().endswith(":") else first).rstrip(".")
+
+
+def printable(text: str) -> str:
+    """A text of unknown origin with a sign in place of every character that a terminal would obey,
+    other than tabs and line breaks."""
+    return _OBEYED.sub("\ufffd", text)
 
 
 def count_text(number: int, noun: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -139,7 +140,24 @@ def test_screen_shows_the_last_sample_answer_in_one_line(run_dir: Path) -> None:
         for i in (0, 1)
     ]
     write(run_dir / "samples.jsonl", rows)
-    assert "sample of step 10: Say 1. -> a b[2J" in list(screen_lines(run_dir, 0.0))
+    assert "sample of step 10: Say 1. -> a b\ufffd[2J" in list(screen_lines(run_dir, 0.0))
+
+
+def test_summary_of_the_quickstart_prints_no_control_characters(
+    run_dir: Path, capsys: pytest.CaptureFixture
+) -> None:
+    answer = {"instruction": "Say.", "reference": "a", "output": "\x1b[2Jb", "correct": False}
+    figures = {"held_out_loss": 1.0, "num_documents": 2}
+    for name in ("before", "after"):
+        folder = run_dir / "evaluations" / name
+        folder.mkdir(parents=True)
+        summary = {"losses": figures, "answers": {"exact_match": 0.0}}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        (folder / "answers.json").write_text(json.dumps([answer, answer]))
+    script = Path(__file__).parents[2] / "launcher" / "summary.py"
+    runpy.run_path(str(script))["main"](run_dir, run_dir / "evaluations" / "after", "again")
+    said = capsys.readouterr().out
+    assert "before    \ufffd[2Jb\n" in said and "\x1b" not in said
 
 
 def test_other_folder_exits_2(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
