@@ -14,14 +14,7 @@ from neftune_dist.config.evaluation_sections import (
     EvaluateConfig,
     JudgeConfig,
 )
-from neftune_dist.config.json_files import (
-    Nullable,
-    match_schema,
-    parse_json,
-    read_json,
-    with_checksum,
-)
-from neftune_dist.config.knobs import Knob
+from neftune_dist.config.json_files import Nullable, parse_json, read_json, with_checksum
 from neftune_dist.config.loading import load_config
 from neftune_dist.config.packages import check_evaluation_packages, check_packages, require
 from neftune_dist.config.paths import read_text, user_path

@@ -99,11 +99,7 @@ def _assign_ranks(
 
 
 def _pack(
-    lengths: np.ndarray,
-    work: np.ndarray,
-    by_length: np.ndarray,
-    world_size: int,
-    capacity: int,
+    lengths: np.ndarray, work: np.ndarray, by_length: np.ndarray, world_size: int, capacity: int
 ) -> tuple[np.ndarray, int]:
     """Bins for as few rounds as possible, and their number. The bins of `_fill` are balanced but
     need more room than those of `_fit`, which are used only where that saves a round."""

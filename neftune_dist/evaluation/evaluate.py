@@ -32,13 +32,7 @@ from neftune_dist.evaluation.judge import compare
 from neftune_dist.evaluation.losses import Items, document_losses, mean_loss
 from neftune_dist.evaluation.results import Found, Results, read_results
 from neftune_dist.evaluation.target import EvaluationTarget, open_target
-from neftune_dist.evaluation.tasks import (
-    FINISHED,
-    TaskWord,
-    check_known,
-    read_words,
-    run_tasks,
-)
+from neftune_dist.evaluation.tasks import FINISHED, TaskWord, check_known, read_words, run_tasks
 from neftune_dist.evaluation.win_rate import pair, read_answers, win_rate
 from neftune_dist.training.held_out import held_out_figures
 

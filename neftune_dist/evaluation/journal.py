@@ -17,11 +17,9 @@ from neftune_dist.system import storage
 def read_rows(path: Path, form: Any) -> list[Any]:
     """Rows that match the schema `form`; damaged lines and a line without an end are left out.
     Raises `UserError` where it cannot be read."""
-    rows, content = [], b""
+    rows = []
     try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        pass
+        content = path.read_bytes() if path.exists() else b""
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     for line in content.splitlines(keepends=True):

@@ -195,9 +195,7 @@ def _ask(
 
 
 def _outcomes(
-    endpoint: Endpoint,
-    ask: Callable[[str], tuple[str, Reply | Failure]],
-    prompts: Sequence[str],
+    endpoint: Endpoint, ask: Callable[[str], tuple[str, Reply | Failure]], prompts: Sequence[str]
 ) -> Iterator[tuple[str, Reply | Failure]]:
     """Outcomes as they come, one at a time until the first reply: not all threads ask an endpoint
     that is down."""

@@ -22,11 +22,7 @@ from torch import Tensor, nn
 
 from neftune_dist.checkpoint import choice, store
 from neftune_dist.checkpoint.merged import ModelTensors
-from neftune_dist.checkpoint.run_files import (
-    check_architecture,
-    check_sealed,
-    run_config,
-)
+from neftune_dist.checkpoint.run_files import check_architecture, check_sealed, run_config
 from neftune_dist.config import (
     WHILE_TRAINING,
     Config,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import sys
 from collections.abc import Callable
 
 import psutil
@@ -30,8 +29,7 @@ def end_with_parent(parent: int) -> None:
         parent: its process number. Where it has died already, the signal is sent at once.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if sys.platform == "linux":
-        _LIBC.prctl(_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    _LIBC.prctl(_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -43,5 +41,4 @@ def descendants() -> list[int]:
 
 def adopt_orphans() -> None:
     """Become the parent of descendants whose own parent dies."""
-    if sys.platform == "linux":
-        _LIBC.prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    _LIBC.prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
