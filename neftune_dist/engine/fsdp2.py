@@ -138,6 +138,10 @@ class FSDP2Engine:
         if self.syncs_once:
             self.model.set_requires_gradient_sync(last_micro_batch)
             self.model.set_reshard_after_backward(last_micro_batch)
+        if self.num_replicas > 1 and self.offload is None:
+            # Replicas lie on other machines, perhaps, and exchange once a step. (Offloaded, the
+            # sums would have to wait for it on the device.)
+            self.model.set_requires_all_reduce(last_micro_batch)
         # FSDP2 divides the sum over ranks by their number: cancelled here (law 3).
         (loss * self.world.size).backward()
 

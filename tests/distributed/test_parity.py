@@ -64,6 +64,10 @@ LAYOUTS = {
         ["engine.sync_every=micro_batch", "train.micro_batch_tokens=96"],
     ),
     "hsdp 2 replicas x 2 shards": (4, ["engine.num_replicas=2"]),
+    "hsdp, an exchange each": (
+        4,
+        ["engine.num_replicas=2", "engine.sync_every=micro_batch", "train.micro_batch_tokens=96"],
+    ),
     "zero-1 x2": (2, ["engine.name=deepspeed", "engine.zero_stage=1"]),
     "zero-2 x2": (2, ["engine.name=deepspeed", "engine.zero_stage=2"]),
     "zero-3 x2": (2, ["engine.name=deepspeed", "engine.zero_stage=3"]),

@@ -179,13 +179,16 @@ def test_replicated_refuses_offload_and_zero(
 
 def _sum_by_group() -> None:
     """Sums of single numbers that depend on the group, as those of NCCL may in their last bit; and
-    after each step a comparison of the ranks' weights."""
+    after each step a comparison of the ranks' weights, and of the exchanges between replicas."""
     reduce, step = dist.all_reduce, fsdp2.FSDP2Engine.step
+    between: list[int] = []
 
     def all_reduce(tensor: torch.Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
         work = reduce(tensor, *args, group=group, **kwargs)
         if tensor.dim() == 0 and group is not None:
             tensor *= 1 + 1e-6 * dist.get_rank()
+        elif group is not None:
+            between.append(tensor.numel())
         return work
 
     def compared(engine: fsdp2.FSDP2Engine, learning_rate: float) -> float:
@@ -194,13 +197,17 @@ def _sum_by_group() -> None:
         mine = [shard.tensor.numpy().tobytes() for shard in engine.flat_state()]
         dist.all_gather_object(of_ranks, (norm, mine))
         assert all(of_rank == of_ranks[0] for of_rank in of_ranks)
+        assert len(between) == 3  # two blocks and the rest
+        between.clear()
         return norm
 
     fsdp2.dist.all_reduce, fsdp2.FSDP2Engine.step = all_reduce, compared  # type: ignore
 
 
 def test_replicas_of_fsdp2_stay_one_model(config: Path, tmp_path: Path) -> None:
-    """Whatever rounding a group's sums have: the factor of clipping is the same on all ranks."""
+    """Whatever rounding a group's sums have: the factor of clipping is the same on all ranks. And
+    they exchange gradients once a step."""
     words = ["engine.num_replicas=2", "optim.max_grad_norm=0.01", f"run_dir={tmp_path / 'run'}"]
+    words += ["engine.sync_every=micro_batch", "train.micro_batch_tokens=96"]
     done = tiny_model.run_forked("train", config, *words, ranks=2, before=_sum_by_group)
     assert done.returncode == 0, done.stdout + done.stderr

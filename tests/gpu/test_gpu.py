@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,23 @@ def test_a_compiled_model_trains_as_an_eager_one() -> None:
                 losses.append(variant(input_ids=ids, attention_mask=mask.long(), labels=ids).loss)
             assert noise.num_fired == 1
             assert float(losses[0].detach()) == pytest.approx(float(losses[1].detach()), rel=1e-5)
+
+
+def test_memory_comes_in_segments_that_grow() -> None:
+    """`World` asks for them when torch is loaded already, and before the first allocation."""
+    program = (
+        "import torch; from neftune_dist.distributed.world import World; world = World();"
+        "torch.ones(1, device=world.device);"
+        "print(torch.cuda.memory._snapshot()['allocator_settings']['expandable_segments'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=tiny_model.environment(CUDA_VISIBLE_DEVICES="0"),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.stdout.split() == ["True"], done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "deepspeed", "replicated"])

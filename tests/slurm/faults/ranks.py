@@ -35,7 +35,8 @@ def apply(faults: dict[str, Any]) -> None:
             while not trainer.stop_requested():
                 assert time.monotonic() < deadline, "no signal came"
                 time.sleep(0.1)
-        if trainer.progress.step + 1 == faults.get("fail_at"):
+        fails = faults.get("fail_rank", trainer.world.rank) == trainer.world.rank
+        if fails and trainer.progress.step + 1 == faults.get("fail_at"):
             raise ValueError(f"step {faults['fail_at']}")
         if trainer.progress.step + 1 == faults.get("nan_at"):
             forward = trainer.engine.forward
