@@ -23,7 +23,7 @@ prepare_environment() {
       rm -rf "$root/.venv"
       return 2
     fi
-    # Python compiles what it imports, a tenth of what pip would compile.
+    # Python compiles what it imports, a fifth of what pip would compile.
     local pip=("$root/.venv/bin/python" -m pip install --quiet --no-compile)
     # torch alone and first, by its exact pin: what else is installed then finds it in place.
     "${pip[@]}" "$(grep '^torch==' "$root/constraints.txt")" &&
