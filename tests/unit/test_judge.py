@@ -393,10 +393,12 @@ def test_replies_before_an_outage_are_kept(
 
     server.behave = behave
     text = compare.refused(settings(server, num_parallel=1, max_retries=0), num=10)
-    assert "5 answers are kept" in text and len(server.requests) <= 5 + 5
+    # (How many it has sent before it notices depends on the machine's load.)
+    assert "5 answers are kept" in text and len(server.requests) < 20
+    kept = [body["messages"][-1]["content"] for body in server.requests[:5]]
     server.behave = by_quality
     assert win_rate(compare(settings(server), num=10))["win_rate"] == 100
-    assert sum(n > 1 for n in server.attempts.values()) <= 5
+    assert [server.attempts[prompt] for prompt in kept] == [1] * 5
 
 
 def test_redirect_is_not_followed(server: Server, compare: Compared) -> None:
