@@ -281,7 +281,7 @@ class World:
             if self.is_first and together:
                 # No other rank waits here.
                 wait_until(lambda: self._store.add("left", 0) >= self.size, 1, _LEAVE_SECONDS)
-        if not sound and self.device.type == "cuda":
+        if not sound and self.size > 1 and self.device.type == "cuda":
             # NCCL ends its work together: to destroy a group waits for all that it was asked to do,
             # and for all ranks of the machine. Whoever leaves alone would wait for ever, unheard.
             garbage.end_at_once()

@@ -217,15 +217,20 @@ def test_first_rank_waits_for_the_others_only_where_they_leave_too(
 
 
 @pytest.mark.parametrize(
-    ("error", "ends"),
-    [(None, "destroyed"), (MemoryError(), "at once"), (UserError("alone"), "at once")],
+    ("size", "error", "ends"),
+    [
+        (2, None, "destroyed"),
+        (2, MemoryError(), "at once"),
+        (2, UserError("alone"), "at once"),
+        (1, UserError("alone"), "destroyed"),
+    ],
 )
 def test_nccl_is_destroyed_only_where_all_ranks_end_well(
-    error: BaseException | None, ends: str, monkeypatch: pytest.MonkeyPatch
+    size: int, error: BaseException | None, ends: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its destruction waits for every collective and for every rank of the machine."""
     found: list[str] = []
-    [world] = worlds(1)
+    world = worlds(size)[-1]  # rank 0 would wait for the other
     world.device = torch.device("cuda", 0)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: found.append("destroyed"))
