@@ -133,6 +133,15 @@ def recompile_limit_as(message: str) -> Iterator[None]:
 # ----------------------------------------------------------------------------------- distributed
 
 
+def is_context_parallel() -> bool:
+    """Whether torch's `context_parallel` is on, which cuts batches up in place.
+
+    It puts a function of its private module in the place of attention, and says so nowhere else.
+    """
+    module = torch.nn.functional.scaled_dot_product_attention.__module__
+    return "_context_parallel" in (module or "")
+
+
 def default_store() -> dist.Store:
     """Return the store over which the default process group met: it needs no second connection."""
     return _get_default_store()

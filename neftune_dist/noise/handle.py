@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from neftune_dist.compat.torch import is_view, move_forward_hook_last
+from neftune_dist.compat.torch import is_context_parallel, is_view, move_forward_hook_last
 from neftune_dist.distributed import environment
 from neftune_dist.noise.embedding import (
     check_embedding,
@@ -207,6 +207,12 @@ class NEFTuneHandle:
                 "A slice's arguments do not say how long its documents are: describe the slice of "
                 "every batch to the handle (TokenLayout.take)."
             )
+        if not torch.compiler.is_compiling() and is_context_parallel():
+            raise ValueError(
+                "context_parallel has cut the batch up, and a slice does not say how long its "
+                "documents are: set NEFTune(slices=..., rank=...) and describe every batch's slice "
+                "to the handle (TokenLayout.take)."
+            )
         # (Lengths differ where the model has *args of its own; names beyond them are not read.)
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         _UNDER_WAY[self._number] = TokenLayout.from_call(given, self.padding_token)
@@ -231,7 +237,14 @@ class NEFTuneHandle:
                 "or attach NEFTune to the part that is called (model.model), after adapters."
             )
         if layout is None and not (module.training and recomputing):
-            return None  # not training, or a second lookup
+            # Not training, or a second lookup: of some tokens it may be, but not of the batch.
+            if module.training and self._last.is_noised(output.numel() // output.shape[-1]):
+                raise RuntimeError(
+                    f"{self._model_name} looked the batch up twice in one forward, and the noise "
+                    "was added to the first lookup alone: attach NEFTune to the part that is "
+                    "called for each (such as its language model)."
+                )
+            return None
         if not torch.compiler.is_compiling() and is_view(output):
             # Tensor parallelism returns a view that autograd does not let anybody change in place.
             output = output.clone()
@@ -270,6 +283,8 @@ class NEFTuneHandle:
         return output
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._last.end()
         if _UNDER_WAY.pop(self._number, None) is not None:
             raise RuntimeError(
                 f"The noise was not added: {self._model_name} did not call the embedding that its "

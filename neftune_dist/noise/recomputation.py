@@ -39,14 +39,25 @@ class LastForward:
         self._first_node = 0  # and of the last noised forward
         self._forward: NoisedForward | None = None
         self._recomputed_in = -1  # autograd's number of a backward
+        self._is_under_way = False
 
     def begin(self) -> None:
         """Note where in autograd's order a forward pass begins."""
-        self._begun_at = next_node_number()
+        self._begun_at, self._is_under_way = next_node_number(), False
 
     def keep(self, forward: NoisedForward) -> None:
         """Remember the forward pass that has begun as the last noised one."""
         self._first_node, self._forward = self._begun_at, forward
+        self._is_under_way = True
+
+    def end(self) -> None:
+        """Note that the forward pass under way ends."""
+        self._is_under_way = False
+
+    def is_noised(self, num_tokens: int) -> bool:
+        """Whether the forward pass under way has the noise of so many tokens."""
+        forward = self._forward if self._is_under_way else None
+        return forward is not None and forward.layout.num_tokens == num_tokens
 
     def recall(self) -> NoisedForward:
         """The forward pass that the backward under way recomputes.

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.distributed.tensor.experimental import context_parallel
 from transformers.integrations.neftune import neftune_post_forward_hook
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -651,6 +652,45 @@ BAD: dict[str, tuple[str, Callable[[], Any]]] = {
         lambda: attached()._replicate_for_data_parallel()(input_ids=IDS),  # type: ignore[attr-defined]
     ),
 }
+
+
+def test_a_batch_that_is_looked_up_twice_in_one_forward_is_refused() -> None:
+    """As where a wrapper calls its model twice (R-Drop): the second pass would get no noise. Some
+    tokens of it may be looked up again, and each pass of the inner model has noise."""
+
+    class Twice(Lookup):
+        again = slice(None)
+
+        def forward(self, input_ids: Tensor, **_: Any) -> Tensor:
+            first: Tensor = self.embedding(input_ids)
+            return first.sum() + self.embedding(input_ids[:, self.again]).sum()
+
+    model = Twice()
+    with NEFTune(ALPHA).attach(model) as noise:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="looked the batch up twice in one forward"):
+                model(input_ids=IDS)
+        model.again = slice(3)
+        model(input_ids=IDS)
+        model.again = slice(None)
+        with torch.no_grad():
+            model(input_ids=IDS)
+        model.eval()(input_ids=IDS)
+        assert noise.num_fired == 3
+
+
+def test_a_batch_cut_up_by_context_parallel_must_be_described() -> None:
+    store, model = torch.distributed.HashStore(), attached()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        ids = torch.zeros(2, 12, dtype=torch.int64)
+        refused = pytest.raises(ValueError, match="context_parallel has cut the batch up")
+        with context_parallel(mesh, buffers=[ids], buffer_seq_dims=[1]), refused:
+            model(input_ids=ids)
+        model(input_ids=ids)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", BAD)
