@@ -76,6 +76,11 @@ def copy_masters_to_compute(zero: Any, stage: int) -> None:
     if stage == 3:
         for group in range(len(masters(zero))):
             zero._reassign_or_swap_out_partitioned_parameters(group)
+        # Small parameters are kept whole. To gather them also waits for the GPU: the stream that
+        # gathers the others does not wait for the one that has made the copies.
+        if kept := zero.persistent_parameters:
+            kept[0].partition(kept)
+            kept[0].all_gather(kept)
     else:
         zero.update_lp_params()
 

@@ -264,6 +264,7 @@ def _settings(config: Config, stage: int, on_gpu: bool) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW does as well on the host
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},  # waits for the GPU before every forward
     }
 
 
