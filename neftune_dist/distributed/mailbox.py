@@ -23,7 +23,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from neftune_dist.distributed.environment import Place, number
+from neftune_dist.distributed.environment import Place
 
 _REQUESTS_PER_SECOND = 5000.0
 _REQUESTS_PER_QUESTION = 2
@@ -106,8 +106,8 @@ class Mailbox:
 def connect(place: Place, seconds: float) -> dist.Store:
     """Return the rendezvous store of the ranks of `place`, without waiting for all of them.
 
-    Rank 0 hosts it, unless torchrun's agent does, which keeps it when it starts the ranks again
-    (--max-restarts): each time they have keys of their own.
+    Rank 0 hosts it, unless torchrun's agent does, which keeps it, and all keys, when it starts the
+    ranks again (--max-restarts).
 
     Raises:
         TimeoutError: no process listens at rank 0's address within `seconds`.
@@ -126,12 +126,7 @@ def connect(place: Place, seconds: float) -> dist.Store:
         wait_for_workers=False,
     )
     store.set_timeout(timedelta(seconds=_ANSWER_SECONDS))
-    return dist.PrefixStore(f"start {restarts()}", store)
-
-
-def restarts() -> int:
-    """How often torchrun has started the ranks again."""
-    return number("TORCHELASTIC_RESTART_COUNT", 0)
+    return store
 
 
 def _await_listener(place: Place, seconds: float) -> None:

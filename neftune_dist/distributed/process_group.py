@@ -52,7 +52,7 @@ def make_process_group(
         if store is None:
             store = connect(place, _MEETING_SECONDS)
             store.set_timeout(COLLECTIVE_TIMEOUT)
-            _await_all(store, place, stop)
+            store = _await_all(store, place, stop)
         dist.init_process_group(
             backend,
             store=store,
@@ -70,34 +70,52 @@ def make_process_group(
         ) from error
 
 
-def _await_all(store: dist.Store, place: Place, stop: StopSignal | None) -> None:
+def _await_all(store: dist.Store, place: Place, stop: StopSignal | None) -> dist.Store:
     """Wait until all ranks are here, or for so long; a launcher then starts all of them again.
 
     Machines with other versions are refused: they could train another model.
 
     torch's own wait hears no signal, does not say who is missing, and, where torchrun starts ranks
-    again, looks for those that have died.
-    """
-    own = package_versions()
-    store.set(f"here/{place.rank}", json.dumps(own))
-    if store.add("number here", 1) == place.size:
-        store.set("all here", "")
-    began = time.monotonic()
+    again, looks for those that have died: their keys stay, and TORCHELASTIC_RESTART_COUNT counts
+    the failures of each machine for itself. So every process takes a number, and rank 0 gives its
+    own to all that come.
 
-    def is_over() -> bool:
+    Returns:
+        The store of the ranks of this start alone.
+    """
+    own, began = package_versions(), time.monotonic()
+    number, told = store.add("arrivals", 1), 0
+    store.set(f"here/{place.rank}", "")
+
+    def is_there(where: dist.Store, key: str) -> bool:
+        nonlocal told
         if stop and stop.has_waited(began, STOP_PATIENCE_SECONDS):
             raise Stopped
-        return store.check(["all here"])
+        while place.rank == 0 and told < arrivals.add("arrivals", 0):
+            told += 1
+            arrivals.set(f"start of {told}", str(number))
+        return where.check([key])
 
-    if wait_until(is_over, place.size, _MEETING_SECONDS):
-        first = json.loads(store.get("here/0"))
-        if other := [name for name in {**own, **first} if own.get(name) != first.get(name)]:
-            here, there = (found.get(other[0], "none") for found in (own, first))
-            raise UserError(
-                f"Rank {place.rank}, on {socket.gethostname()}, has {other[0]} {here}, and rank 0 "
-                f"has {there}: install the same versions on all machines."
-            )
-        return
+    def wait_for(key: str) -> bool:
+        return wait_until(lambda: is_there(store, key), place.size, _MEETING_SECONDS)
+
+    arrivals = store
+    if wait_for(f"start of {number}"):
+        store = dist.PrefixStore(f"start {store.get(f'start of {number}').decode()}", store)
+        store.set(f"here/{place.rank}", json.dumps(own))
+        # A rank that died meanwhile, and was started again, comes twice.
+        everybody = [f"here/{rank}" for rank in range(place.size)]
+        if store.add("number here", 1) >= place.size and store.check(everybody):
+            store.set("all here", "")
+        if wait_for("all here"):
+            first = json.loads(store.get("here/0"))
+            if other := [name for name in {**own, **first} if own.get(name) != first.get(name)]:
+                here, there = (found.get(other[0], "none") for found in (own, first))
+                raise UserError(
+                    f"Rank {place.rank}, on {socket.gethostname()}, has {other[0]} {here}, and "
+                    f"rank 0 has {there}: install the same versions on all machines."
+                )
+            return store
     missing = [rank for rank in range(place.size) if not store.check([f"here/{rank}"])]
     named = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
     text = (

@@ -5,7 +5,8 @@ watch, each in case the one before is stopped:
 
 - the listener, a thread that talks to the other ranks over the rendezvous store. When one rank
   exceeds its limit, all report their phase, one prints who holds up whom, all write their stacks
-  and collectives into the run's folder, and all end;
+  and collectives into the run's folder, and all end. It also ends a rank that waits for one that
+  has failed, or whose store has gone with its host;
 - the guard, a thread that ends this process alone where the store or the disk does not answer;
 - faulthandler's timer, outside Python, where native code keeps every Python thread from running.
 """
@@ -22,10 +23,12 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+import torch.distributed as dist
+
 from neftune_dist.distributed import outcome
 from neftune_dist.distributed.hang_report import Report, explain, flight_record, observe
 from neftune_dist.distributed.mailbox import Mailbox, wait_until
-from neftune_dist.distributed.world import World
+from neftune_dist.distributed.world import World, failure_of
 from neftune_dist.system import storage
 
 # How often a rank looks at its clock and asks the store; a tenth of the limit where that is less.
@@ -34,6 +37,9 @@ _POLL_SECONDS = 2.0
 _ANSWER_SECONDS = 10.0
 # How long after its limit a rank that still lives ends alone.
 _PATIENCE_SECONDS = 4 * _ANSWER_SECONDS
+# How long after the failure of another rank, or the loss of the store, the main thread may go on:
+# it may have heard of it, too.
+_OUTLIVE_SECONDS = 30.0
 _NO_STORE = (
     "the rendezvous store does not answer: what holds it, rank 0 or its launcher, is frozen or gone"
 )
@@ -62,7 +68,8 @@ class Watchdog:
             folder.mkdir(parents=True, exist_ok=True)
             # Open from the start: faulthandler's timer cannot open it.
             self._stacks = self._path("stacks.txt").open("a")
-        self._store = world.own_store("watchdog")
+        self._world_store = world.own_store()
+        self._store = dist.PrefixStore("watchdog", self._world_store)
         works = [self._guard, self._listen] if self._size > 1 else [self._guard]
         self._threads = [threading.Thread(target=work, daemon=True) for work in works]
         self._wind_timer()
@@ -123,14 +130,25 @@ class Watchdog:
                 os._exit(outcome.EXIT_FAILED)
 
     def _listen(self) -> None:
-        store = self._store
-        with suppress(RuntimeError):  # the store is gone; the guard is still there
-            while not self._closed.wait(self._poll):
+        store, cause = self._store, ""
+        try:
+            while not self._closed.wait(self._poll) and not cause:
                 if self._seconds_late() > 0:
                     store.set("asked", "")
                 if store.check(["asked"]):
                     with self._ending:
                         self._confer()
+                cause = failure_of(self._world_store)
+        except dist.DistNetworkError:
+            cause = "the rendezvous store has gone, with rank 0 or its launcher"
+        except RuntimeError:  # it does not answer; the guard is still there
+            return
+        if cause and not self._closed.wait(_OUTLIVE_SECONDS):
+            line = f"neftune-dist: rank {self._rank} lost another: {cause}\n"
+            with suppress(OSError):
+                os.write(2, line.encode())
+                outcome.tell(self._rank, outcome.ORPHANED, self._mark[0], cause)
+            os._exit(outcome.EXIT_FAILED)
 
     def _confer(self) -> None:
         """Report a hang that all ranks know of, dump the stacks, and end."""

@@ -33,6 +33,7 @@ from neftune_dist.distributed.process_group import (
 from neftune_dist.distributed.signals import Stopped, StopSignal
 from neftune_dist.system import cgroups, garbage
 from neftune_dist.system.malloc import keep_freed_memory
+from neftune_dist.system.text import first_line
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -41,8 +42,13 @@ T = TypeVar("T")
 R = TypeVar("R", bound="DataclassInstance")
 # How long rank 0 waits at the end for the others, who may still be asking the store.
 _LEAVE_SECONDS = 10.0
-# The store's key by which ranks hear that one has stopped.
+# The store's key by which ranks hear that one has stopped, or of the first failure, its text.
 _STOPPED = "stopped"
+
+
+def failure_of(store: dist.Store) -> str:
+    """The failure of a rank that has ended alone; empty: none that is known in a world's store."""
+    return store.get(_STOPPED).decode() if store.check([_STOPPED]) else ""
 
 
 @dataclass(frozen=True)
@@ -131,10 +137,10 @@ class World:
         patience = max(COLLECTIVE_TIMEOUT, timedelta(minutes=2 * minutes))
         set_collective_timeout(process_groups(), patience)
 
-    def own_store(self, name: str) -> dist.Store:
-        """Return a connection to the rendezvous store for one thread alone: it waits for no other
-        thread's requests, and its keys are apart from theirs."""
-        shared: Any = dist.PrefixStore(name, self._store)
+    def own_store(self) -> dist.Store:
+        """Return a connection to this world's store for one thread alone: it waits for no other
+        thread's requests."""
+        shared: Any = self._store
         own: dist.Store = shared.clone()
         return own
 
@@ -155,7 +161,7 @@ class World:
         """Leave the block on all ranks together, or raise the first rank's `UserError` on all.
 
         Raises `Stopped` where another rank has left by that, or where this one was asked to stop
-        and the others do not come.
+        and the others do not come; `ConnectionError` where another rank has failed.
 
         An error of any rank is raised on the others as soon as they reach the block's end. All
         ranks go through the same blocks in the same order.
@@ -184,6 +190,8 @@ class World:
             if self._store.check([key]):
                 return
             if self._store.check([_STOPPED]):
+                if failure := failure_of(self._store):
+                    raise ConnectionError(failure)
                 raise Stopped
             if self._stop and self._stop.has_waited(began, STOP_PATIENCE_SECONDS):
                 self.tell_stopped()
@@ -194,7 +202,7 @@ class World:
 
     def tell_stopped(self) -> None:
         """Let the other ranks, who wait for this one, stop too."""
-        self._store.set(_STOPPED, "")
+        self._store.compare_set(_STOPPED, "", "")  # which leaves a failure as it is
 
     def stop_together(self) -> None:
         """Raise `Stopped` on all ranks where any was asked to stop."""
@@ -267,6 +275,11 @@ class World:
         # Every rank leaves by itself, by a mistake that all have heard of or by a request to stop;
         # by anything else alone, and perhaps because another rank is gone.
         together = error is None or isinstance(error, UserError | Stopped)
+        if error and not together:
+            # Those on other machines may wait for it, and hear of it in no other way.
+            text = f"rank {self.rank} failed: {type(error).__name__}: {first_line(error)}"
+            with suppress(RuntimeError):
+                self._store.compare_set(_STOPPED, "", text)
         self.close(together=together, sound=error is None)
 
     def close(self, *, together: bool = True, sound: bool = True) -> None:

@@ -147,9 +147,10 @@ def test_unread_console_does_not_end_a_run(config: Path, tmp_path: Path) -> None
 
 
 def _meet(port: int, restarts: int) -> None:
-    """A rank of torchrun's, whose agent keeps the store; the first ones die."""
+    """A rank of torchrun's, whose agent keeps the store; the first ones die. Each machine's agent
+    counts the failures of its own ranks."""
     os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(restarts)
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(restarts * int(os.environ["RANK"]))
     time.sleep(restarts * int(os.environ["RANK"]))  # so that the other one looks first
     world = World()
     assert world.gather([1.0]) == [[1.0], [1.0]]

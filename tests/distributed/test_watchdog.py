@@ -187,6 +187,47 @@ def test_rank_without_running_threads_ends(config: Path, tmp_path: Path) -> None
     assert "hold_the_interpreter" in ended.stacks(1)
 
 
+@dataclass(frozen=True)
+class Fails:
+    """One rank fails, in a step or before the first one; the other waits for it, as in a collective
+    of NCCL or for its work on the host, and hears of it by the store alone."""
+
+    rank: int
+    function: str
+    first: int
+
+    def __call__(self) -> None:
+        watchdog._OUTLIVE_SECONDS = 1.0
+        Fault(self.rank, self.function, self.fail, self.first)()
+        if self.first > 1:
+            Fault(1 - self.rank, self.function, sleep_forever, self.first)()
+
+    @staticmethod
+    def fail() -> None:
+        raise ValueError("boom")
+
+
+@pytest.mark.parametrize(
+    ("fault", "heard"),
+    [
+        (Fails(1, FORWARD["fsdp2"], 6), "rank 0 lost another: rank 1 failed: ValueError: boom"),
+        (Fails(0, FORWARD["fsdp2"], 6), "rank 1 lost another: the rendezvous store has gone"),
+        (
+            Fails(1, "neftune_dist.training.train:read_inputs", 1),
+            "ConnectionError: rank 1 failed: ValueError: boom",
+        ),
+    ],
+)
+def test_ranks_end_with_one_that_failed(
+    fault: Fails, heard: str, config: Path, tmp_path: Path
+) -> None:
+    words = (f"run_dir={tmp_path / 'run'}", "train.hang_minutes=10")
+    done = tiny_model.run_forked("train", config, *words, ranks=2, before=fault, grace_seconds=60)
+    assert done.returncode == outcome.EXIT_FAILED
+    assert "ValueError: boom" in done.stderr
+    assert heard in done.stderr
+
+
 def test_hang_is_reported_to_the_launcher(config: Path, tmp_path: Path) -> None:
     """Under torchrun, which ends all ranks as soon as one has ended; and the words are the same
     when the same happens again, so that the launcher would not try it a third time."""

@@ -131,19 +131,45 @@ def asked_to_stop(since: float) -> StopSignal:
     return stop
 
 
-def test_ranks_go_on_when_all_have_started() -> None:
+def await_all(store: dist.Store, rank: int, size: int) -> dist.Store:
+    return process_group._await_all(store, Place(rank, size), None)
+
+
+def test_ranks_go_on_when_all_have_started_and_once_more_when_they_are_started_again() -> None:
+    """Each agent of torchrun counts its own machine's failures alone, and keeps the store."""
     store = dist.HashStore()
-    on_all(worlds(3), lambda w: process_group._await_all(store, Place(w.rank, 3), None))
-    assert store.check(["all here"])
+    for start in range(2):
+        if start:  # a rank that was killed as it began
+            store.add("arrivals", 1)
+        with ThreadPoolExecutor(3) as pool:
+            others = [pool.submit(await_all, store, rank, 3) for rank in (1, 2)]
+            time.sleep(0.1)
+            assert not any(other.done() for other in others)
+            first = pool.submit(await_all, store, 0, 3).result(WAIT_SECONDS)
+            assert not first.check(["address"])
+            first.set("address", "")
+            assert all(other.result(WAIT_SECONDS).check(["address"]) for other in others)
+
+
+def test_rank_that_comes_twice_counts_once() -> None:
+    """Where an agent of torchrun has started its ranks again while others still start."""
+    store = dist.HashStore()
+    with ThreadPoolExecutor(3) as pool:
+        early = [pool.submit(await_all, store, rank, 3) for rank in (0, 1, 1)]
+        time.sleep(0.3)
+        assert not any(rank.done() for rank in early)
+        await_all(store, 2, 3)
 
 
 def test_rank_with_other_versions_is_refused() -> None:
     store = dist.HashStore()
-    for name in ("here/0", "here/1"):
-        store.set(name, json.dumps(process_group.package_versions() | {"torch": "1.0"}))
-    store.add("number here", 1)
+    number = store.add("arrivals", 1)
+    start = dist.PrefixStore(f"start {number}", store)
+    start.set("here/0", json.dumps(process_group.package_versions() | {"torch": "1.0"}))
+    start.add("number here", 1)
+    store.set(f"start of {number + 1}", str(number))
     with pytest.raises(UserError, match=rf"Rank 1, .* has torch {torch.__version__.split('+')[0]}"):
-        process_group._await_all(store, Place(1, 2), None)
+        await_all(store, 1, 2)
 
 
 @pytest.mark.parametrize("by_launcher", [False, True])

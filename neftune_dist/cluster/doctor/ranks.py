@@ -86,7 +86,8 @@ def meet(place: Place, seconds: float) -> Ranks:
 
     from neftune_dist.distributed.mailbox import Mailbox, connect
 
-    store = dist.PrefixStore("doctor", connect(place, seconds))
+    start = number("TORCHELASTIC_RESTART_COUNT", 0)
+    store = dist.PrefixStore(f"doctor {start}", connect(place, seconds))
     mailbox = Mailbox(store, place.rank, place.size)
     ranks = Ranks(place, mailbox, [*range(place.size)], {})
     ranks.host_of = ranks.gather("here", host_name(), seconds)
