@@ -28,6 +28,7 @@ from neftune_dist.model.varlen import VARLEN_OPERATOR, by_document
 
 VARLEN = "neftune_dist_varlen"
 FLEX = "neftune_dist_flex"
+_WIDEST_HEAD = 256  # of FlashAttention; Gemma 4's global layers have 512
 # The default of `sliding_window`: the model passes none (Qwen2-MoE), its module's attribute counts.
 _OF_MODULE = -1
 
@@ -126,16 +127,26 @@ def varlen_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = _window(module, sliding_window)
     width, own_tokens = value.shape[-1], query.shape[2]
-    value = F.pad(value, (0, query.shape[-1] - width))
+    # FlashAttention takes one width for all, a multiple of 8.
+    common = query.shape[-1] + -query.shape[-1] % 8
+    query, key, value = (_widened(tensor, common) for tensor in (query, key, value))
     query, key, value = to_heads(query, key, value)
     blocks = query_blocks(own_tokens)
     sinks = None if s_aux is None else own_heads(s_aux)
-    if dropout or (query.is_cuda and query.dtype == torch.float32):  # FlashAttention has neither
+    # FlashAttention on a GPU has no dropout, no float32 and no wider heads.
+    refused = query.is_cuda and (query.dtype == torch.float32 or common > _WIDEST_HEAD)
+    if dropout or refused:
         out = by_document(query, key, value, cu_seqlens, scale, window, dropout, sinks, blocks)
         return to_slices(out, own_tokens)[..., :width], None
     qkv = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     out, _lse = VARLEN_OPERATOR(*qkv, cu_seqlens, max_seqlen, scale, window, sinks, blocks)
     return to_slices(out[None], own_tokens)[..., :width], None
+
+
+def _widened(tensor: Tensor, width: int) -> Tensor:
+    """The tensor with zeros behind it, up to a width; itself where it has that (`pad` copies)."""
+    more = width - tensor.shape[-1]
+    return F.pad(tensor, (0, more)) if more else tensor
 
 
 def flex_attention(

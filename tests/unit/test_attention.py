@@ -265,6 +265,39 @@ def test_packed_attention_drops_and_keeps_the_mean(window: int | None) -> None:
     assert float(sums.mean()) == pytest.approx(1, abs=5 / math.sqrt(sums.numel()))
 
 
+class _OnGPU(Tensor):
+    is_cuda = True  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(("width", "given"), [(96, 96), (100, 104), (256, 256), (512, None)])
+def test_flash_attention_gets_heads_that_it_takes(
+    width: int, given: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU. Wider ones (Gemma 4's) are attended document by document."""
+    seen: list[int | None] = []
+
+    def operator(query: Tensor, *_: Any) -> tuple[Tensor, None]:
+        seen.append(query.shape[-1])
+        return query, None
+
+    def one_by_one(query: Tensor, *_: Any) -> Tensor:
+        seen.append(None)
+        return query.transpose(1, 2)
+
+    monkeypatch.setattr("neftune_dist.model.attention.VARLEN_OPERATOR", operator)
+    monkeypatch.setattr("neftune_dist.model.attention.by_document", one_by_one)
+    x = torch.zeros(1, 2, 6, width, dtype=torch.bfloat16).as_subclass(_OnGPU)
+    out, _ = varlen_attention(torch.nn.Module(), x, x, x, None, cu_seqlens=ends((6,)))
+    assert seen == [given] and out.shape == (1, 6, 2, width)
+
+
+def test_heads_of_any_width_are_attended_alike() -> None:
+    query, key, value = torch.randn(3, 1, 2, 6, 10)
+    out, _ = varlen_attention(torch.nn.Module(), query, key, value, None, cu_seqlens=ends((6,)))
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    torch.testing.assert_close(out, expected.transpose(1, 2))
+
+
 def test_the_longest_document_is_rounded_up_to_a_power_of_two() -> None:
     model = make(family("llama"), VARLEN)
     for longest, expected in ((1, 1), (2, 2), (3, 4), (8, 8), (9, 16)):
