@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from neftune_dist.checkpoint.flat import WrittenFile
 from neftune_dist.checkpoint.resume import differing_fields
@@ -44,33 +43,25 @@ _AT_ONCE_SECONDS = 1.0
 _CLAIM_SECONDS = 30.0
 
 
-def claim(run_dir: Path, world: World) -> FileLock:
-    """Make the run directory, and hold it until the process ends or the lock is released.
+def claim(run_dir: Path, world: World) -> ExitStack:
+    """Make the run directory, and hold it until the process ends or the stack is closed.
 
     Raises:
         UserError: it is another run's, holds files of somebody else, or cannot be written.
     """
-    lock = FileLock(run_dir / ".lock")
+    held = ExitStack()
     with world.agree():
         if world.is_first:
             *_, setting = claimed = run_claim(run_dir)
             storage.claim(*claimed)
-            with storage.writing(setting):
-                _acquire(lock, setting, world)
-    return lock
-
-
-def _acquire(lock: FileLock, setting: str, world: World) -> None:
-    try:
-        try:
-            lock.acquire(timeout=_AT_ONCE_SECONDS)
-        except Timeout:
-            world.log(f"{setting} is in use; waiting up to {_CLAIM_SECONDS:.0f} s")
-            lock.acquire(timeout=_CLAIM_SECONDS)
-    except Timeout:
-        raise UserError(
-            f"{setting} is in use by another run: wait for its end, or set another run_dir."
-        ) from None
+            lock = run_dir / ".lock"
+            busy = f"{setting} is in use by another run: wait for its end, or set another run_dir."
+            try:
+                held.enter_context(storage.hold(lock, busy, _AT_ONCE_SECONDS))
+            except storage.Busy:
+                world.log(f"{setting} is in use; waiting up to {_CLAIM_SECONDS:.0f} s")
+                held.enter_context(storage.hold(lock, busy, _CLAIM_SECONDS))
+    return held
 
 
 def write_run_files(

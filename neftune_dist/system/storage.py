@@ -136,6 +136,10 @@ def refuse_foreign(folder: Path, names: Sequence[str], mark: str, setting: str) 
             )
 
 
+class Busy(UserError):
+    """Another process keeps a lock."""
+
+
 @contextmanager
 def hold(path: Path, busy: str, seconds: float = 10.0) -> Iterator[None]:
     """Let one process at a time into the block. A process that dies lets go.
@@ -146,7 +150,8 @@ def hold(path: Path, busy: str, seconds: float = 10.0) -> Iterator[None]:
         seconds: to wait for that process.
 
     Raises:
-        UserError: `busy`, or the file cannot be made.
+        Busy: another process keeps it.
+        UserError: the file cannot be made.
     """
     with writing(str(path)):
         descriptor = _lock(path, busy, time.monotonic() + seconds)
@@ -176,5 +181,5 @@ def _lock(path: Path, busy: str, deadline: float) -> int:
             if not isinstance(error, BlockingIOError):
                 raise
         if time.monotonic() > deadline:
-            raise UserError(busy)
+            raise Busy(busy)
         time.sleep(_POLL_SECONDS)

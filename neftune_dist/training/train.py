@@ -6,13 +6,12 @@ drawn; publish after every rank has finished writing.
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from torch import Tensor
 
 from neftune_dist.checkpoint import flat, resume, store
@@ -61,7 +60,7 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
     with world.agree():
         check_packages(config)
     run_dir = user_path(config.run_dir, "run_dir")
-    lock = _claim(config, run_dir, world)
+    held = _claim(config, run_dir, world)
     with stop.at_once():
         inputs = _read(config, run_dir, world)
     config = inputs.config
@@ -118,7 +117,7 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
         evaluation_due=inputs.evaluation_due,
     )
     finished = _run(trainer)
-    lock.release()
+    held.close()
     if finished:
         end = _end(trainer.progress, num_steps)
         world.log(f"done: {end}; checkpoint in {run_dir / 'checkpoints'}")
@@ -128,14 +127,14 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
     return EXIT_STOPPED
 
 
-def _claim(config: Config, run_dir: Path, world: World) -> FileLock:
+def _claim(config: Config, run_dir: Path, world: World) -> ExitStack:
     """Hold the run's directory, and refuse a tracker that does not answer before anything is
     read."""
-    lock = claim(run_dir, world)
+    held = claim(run_dir, world)
     with world.agree():
         if world.is_first:
             check_stores(run_dir, config.logging)
-    return lock
+    return held
 
 
 def _read(config: Config, run_dir: Path, world: World) -> Inputs:

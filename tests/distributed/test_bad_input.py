@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import sys
@@ -9,6 +11,7 @@ import threading
 import time
 import types
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -143,6 +146,30 @@ def test_a_run_directory_that_a_dying_run_frees_is_waited_for(config: Path, tmp_
     done = tiny_model.run_forked("train", config, f"run_dir={run_dir}", "train.max_steps=1")
     assert done.returncode == 0, done.stderr
     assert "is in use; waiting" in done.stdout
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_run_goes_on_where_the_disk_has_no_locks(
+    number: int, config: Path, tmp_path: Path
+) -> None:
+    """As Lustre without flock and NFS without its lock service. What a machine that died has left
+    keeps nobody out."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / ".lock").write_text("12345\nanother-machine\n")
+    words = (f"run_dir={run_dir}", "train.max_steps=1")
+    done = tiny_model.run_forked("train", config, *words, before=partial(_without_locks, number))
+    assert done.returncode == 0, done.stderr
+
+
+def _without_locks(number: int) -> None:
+    from neftune_dist.checkpoint import run_files
+
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    run_files._CLAIM_SECONDS = 2.0
+    fcntl.flock = flock
 
 
 def _hurry() -> None:
