@@ -16,7 +16,7 @@ _SYSTEM = Path("/sys")
 
 def enter_thread(device: torch.device) -> None:
     """Let this thread use the rank's GPU. A new thread is on GPU 0, where its first call of CUDA
-    would take half a GiB, for every rank of the machine."""
+    would take memory for every rank of the machine."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 

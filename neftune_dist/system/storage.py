@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -142,7 +143,8 @@ class Busy(UserError):
 
 @contextmanager
 def hold(path: Path, busy: str, seconds: float = 10.0) -> Iterator[None]:
-    """Let one process at a time into the block. A process that dies lets go.
+    """Let one process at a time into the block. A process that dies lets go. On a disk without
+    locks it is a warning, and all get in.
 
     Args:
         path: of the lock, a file that exists while it is held.
@@ -176,6 +178,8 @@ def _lock(path: Path, busy: str, deadline: float) -> int:
             continue
         except OSError as error:
             if error.errno in _NO_LOCKS:
+                text = f"{path.parent} is on a disk without locks: nothing keeps another run out"
+                print(f"warning: {text}", file=sys.stderr, flush=True)
                 return descriptor
             os.close(descriptor)
             if not isinstance(error, BlockingIOError):

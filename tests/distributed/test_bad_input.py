@@ -160,6 +160,7 @@ def test_a_run_goes_on_where_the_disk_has_no_locks(
     words = (f"run_dir={run_dir}", "train.max_steps=1")
     done = tiny_model.run_forked("train", config, *words, before=partial(_without_locks, number))
     assert done.returncode == 0, done.stderr
+    assert f"warning: {run_dir} is on a disk without locks" in done.stderr
 
 
 def _without_locks(number: int) -> None:
