@@ -52,20 +52,29 @@ def test_varlen_attention_agrees_with_the_cpu(
         torch.testing.assert_close(one, other, atol=0.02 * float(other.abs().max()), rtol=0)
 
 
-def test_float32_attention_agrees_with_the_cpu() -> None:
+@pytest.mark.parametrize(
+    ("dtype", "width", "atol"),
+    [(torch.float32, 64, 1e-4), (torch.bfloat16, 100, 0.03), (torch.bfloat16, 512, 0.03)],
+)
+def test_attention_that_flash_attention_refuses_agrees_with_the_cpu(
+    dtype: torch.dtype, width: int, atol: float
+) -> None:
+    """float32, heads that are no multiple of 8 (OpenLLaMA 3B's), and wide ones (Gemma 4's)."""
     torch.manual_seed(0)
-    given = [torch.randn(1, 4, 1000, 64) for _ in range(3)]
+    given = [torch.randn(1, 4, 1000, width).to(dtype) for _ in range(3)]
     outs = [
         varlen_attention(
             torch.nn.Module(),
-            *(tensor.to(device) for tensor in given),
+            *(tensor.to(device, kind) for tensor in given),
             None,
             cu_seqlens=torch.tensor(ENDS, dtype=torch.int32, device=device),
             max_seqlen=512,
-        )[0].cpu()
-        for device in ("cuda", "cpu")
+        )[0]
+        .float()
+        .cpu()
+        for device, kind in (("cuda", dtype), ("cpu", torch.float32))
     ]
-    torch.testing.assert_close(*outs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(*outs, atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["chunked", "liger"])
