@@ -6,7 +6,7 @@ drawn; publish after every rank has finished writing.
 
 from __future__ import annotations
 
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -60,7 +60,14 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
     with world.agree():
         check_packages(config)
     run_dir = user_path(config.run_dir, "run_dir")
-    held = _claim(config, run_dir, world)
+    with claim(run_dir, world):
+        with world.agree():
+            if world.is_first:  # a tracker that does not answer is refused before anything is read
+                check_stores(run_dir, config.logging)
+        return _train_in(run_dir, config, world, stop)
+
+
+def _train_in(run_dir: Path, config: Config, world: World, stop: StopSignal) -> int:
     with stop.at_once():
         inputs = _read(config, run_dir, world)
     config = inputs.config
@@ -116,25 +123,13 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
         progress=inputs.progress,
         evaluation_due=inputs.evaluation_due,
     )
-    finished = _run(trainer)
-    held.close()
-    if finished:
+    if _run(trainer):
         end = _end(trainer.progress, num_steps)
         world.log(f"done: {end}; checkpoint in {run_dir / 'checkpoints'}")
         return EXIT_DONE
     step = trainer.progress.step
     world.log(f"stopped at step {step}, saved; the same command continues from there")
     return EXIT_STOPPED
-
-
-def _claim(config: Config, run_dir: Path, world: World) -> ExitStack:
-    """Hold the run's directory, and refuse a tracker that does not answer before anything is
-    read."""
-    held = claim(run_dir, world)
-    with world.agree():
-        if world.is_first:
-            check_stores(run_dir, config.logging)
-    return held
 
 
 def _read(config: Config, run_dir: Path, world: World) -> Inputs:
