@@ -91,7 +91,9 @@ class Saver:
         self.prepare(engine)
         if self._copy is not None:
             work = (step, self._copy.copy(shards), text, best_step)
-            self._thread = Thread(target=self._beside, args=work, name="checkpoint", daemon=True)
+            self._thread = Thread(
+                target=self._save_in_thread, args=work, name="checkpoint", daemon=True
+            )
             self._thread.start()
         else:
             self._try(step, shards, text, best_step)
@@ -117,7 +119,7 @@ class Saver:
         if self._thread is not None:
             self._thread.join(_LAST_SAVE_SECONDS)
 
-    def _beside(self, *work: Any) -> None:
+    def _save_in_thread(self, *work: Any) -> None:
         enter_thread(self._world.device)  # DCP waits for its current stream
         self._try(*work)
 

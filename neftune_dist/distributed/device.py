@@ -1,4 +1,4 @@
-"""A rank's GPU: threads that use it, and the cores beside it."""
+"""A rank's GPU: the threads that use it, and the processor cores nearest to it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def enter_thread(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def stay_beside(device: torch.device) -> None:
-    """Let this thread, and those that it starts, run on the cores beside a GPU alone, where the
-    system says which these are.
+def set_cpu_affinity(device: torch.device) -> None:
+    """Run this thread, and those that it starts, only on the cores of the GPU's NUMA node, where
+    the system says which these are.
 
     (torchrun's `--numa-binding` ends the run where the program `numactl` is missing, or where a
     container forbids what that asks of the system.)
@@ -33,6 +33,6 @@ def stay_beside(device: torch.device) -> None:
     with suppress(OSError, ValueError):
         node = int((_SYSTEM / "bus/pci/devices" / place / "numa_node").read_text())  # -1: unknown
         cores = (_SYSTEM / f"devices/system/node/node{node}/cpulist").read_text()
-        beside = {int(number) for number in expand_numbers(cores)} & os.sched_getaffinity(0)
-        if beside:
-            os.sched_setaffinity(0, beside)
+        near = {int(number) for number in expand_numbers(cores)} & os.sched_getaffinity(0)
+        if near:
+            os.sched_setaffinity(0, near)

@@ -84,16 +84,16 @@ def _await_all(store: dist.Store, place: Place, stop: StopSignal | None) -> dist
         The store of the ranks of this start alone.
     """
     own, began = package_versions(), time.monotonic()
-    number, told = store.add("arrivals", 1), 0
+    number, num_answered = store.add("arrivals", 1), 0
     store.set(f"here/{place.rank}", "")
 
     def is_there(where: dist.Store, key: str) -> bool:
-        nonlocal told
+        nonlocal num_answered
         if stop and stop.has_waited(began, STOP_PATIENCE_SECONDS):
             raise Stopped
-        while place.rank == 0 and told < arrivals.add("arrivals", 0):
-            told += 1
-            arrivals.set(f"start of {told}", str(number))
+        while place.rank == 0 and num_answered < arrivals.add("arrivals", 0):
+            num_answered += 1
+            arrivals.set(f"start of {num_answered}", str(number))
         return where.check([key])
 
     def wait_for(key: str) -> bool:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from neftune_dist.compat.torch import default_store, process_groups, set_collective_timeout
 from neftune_dist.config import UserError, check_divides
 from neftune_dist.distributed import environment, outcome
-from neftune_dist.distributed.device import enter_thread, stay_beside
+from neftune_dist.distributed.device import enter_thread, set_cpu_affinity
 from neftune_dist.distributed.mailbox import pauses, wait_until
 from neftune_dist.distributed.process_group import (
     COLLECTIVE_TIMEOUT,
@@ -103,7 +103,7 @@ class World:
                 )
             self.device = torch.device("cuda", self.local_rank)
             enter_thread(self.device)
-            stay_beside(self.device)
+            set_cpu_affinity(self.device)
         else:
             self.device = torch.device("cpu")
             keep_freed_memory()
@@ -280,21 +280,21 @@ class World:
             text = f"rank {self.rank} failed: {type(error).__name__}: {first_line(error)}"
             with suppress(RuntimeError):
                 self._store.compare_set(_STOPPED, "", text)
-        self.close(together=together, sound=error is None)
+        self.close(together=together, is_idle=error is None)
 
-    def close(self, *, together: bool = True, sound: bool = True) -> None:
+    def close(self, *, together: bool = True, is_idle: bool = True) -> None:
         """Leave the process group; rank 0, whose process may host the store, leaves last.
 
         Args:
             together: whether the other ranks leave, too, so that rank 0 waits for them.
-            sound: whether no collective is under way on any rank.
+            is_idle: whether no collective is under way on any rank.
         """
         with suppress(RuntimeError):  # the store may have gone with the rank that hosts it
             self._store.add("left", 1)
             if self.is_first and together:
                 # No other rank waits here.
                 wait_until(lambda: self._store.add("left", 0) >= self.size, 1, _LEAVE_SECONDS)
-        if not sound and self.size > 1 and self.device.type == "cuda":
+        if not is_idle and self.size > 1 and self.device.type == "cuda":
             # NCCL ends its work together: to destroy a group waits for all that it was asked to do,
             # and for all ranks of the machine. Whoever leaves alone would wait for ever, unheard.
             garbage.end_at_once()

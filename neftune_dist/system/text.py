@@ -20,8 +20,8 @@ def first_line(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """A text of unknown origin with a sign in place of every character that a terminal would obey,
-    other than tabs and line breaks."""
+    """Return a text of unknown origin with U+FFFD in place of every character that would control a
+    terminal, other than tabs and line breaks."""
     return _OBEYED.sub("\ufffd", text)
 
 

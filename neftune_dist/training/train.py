@@ -68,6 +68,7 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
 
 
 def _train_in(run_dir: Path, config: Config, world: World, stop: StopSignal) -> int:
+    """Train in a run directory that this process holds; return the exit code."""
     with stop.at_once():
         inputs = _read(config, run_dir, world)
     config = inputs.config

@@ -290,5 +290,5 @@ def test_a_rank_runs_on_the_cores_beside_its_gpu_that_it_may_use(
         (tmp_path / name).parent.mkdir(parents=True)
         if text is not None:
             (tmp_path / name).write_text(text)
-    device.stay_beside(torch.device("cuda", 3))
+    device.set_cpu_affinity(torch.device("cuda", 3))
     assert found == ([kept] if kept else [])
